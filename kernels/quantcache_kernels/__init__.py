@@ -1,0 +1,1 @@
+"""Device kernels of quantcache; importing this package needs neither Triton nor a GPU."""

@@ -1,0 +1,259 @@
+"""The only source of sizes: bytes and bits of caches, measured and predicted.
+
+``bits_per_element`` counts codes and gains over the encoded elements. ``bits_per_element_total`` counts everything a
+cache holds (codes, gains, sinks, residual, stock layers, bookkeeping, allocation slack) over all cached elements, and
+therefore depends on the context length. The calibration's constants are shared by all caches of a model and are listed
+apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantcache.packing import BLOCK
+from quantcache.schema import SIDES, LayerCalibration, SideCalibration
+from quantcache.store import GROWTH
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from quantcache.artifact import Calibration
+
+DENSE_BITS = 16
+"""Bits per element of the caches that sizes are compared with (bfloat16, float16)."""
+
+PLACE_BYTES = 12
+"""Bytes that say where a block lies: first slot, valid length and anchor as int32."""
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """Bytes held by a cache, by kind.
+
+    Attributes:
+        tokens: Cached tokens of each row, T.
+        codes: Packed codes.
+        gains: Per-token gains.
+        sinks: First tokens in the model's dtype.
+        residual: Recent tokens in the model's dtype.
+        dense: Layers and sides that are not compressed.
+        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack) and row starts.
+        slack: Allocated but unused.
+        constants: The calibration's constants on the layers' devices, shared by all caches of the model.
+        encoded_elements: Elements that codes and gains stand for.
+        elements: All cached elements.
+    """
+
+    tokens: int
+    codes: int = 0
+    gains: int = 0
+    sinks: int = 0
+    residual: int = 0
+    dense: int = 0
+    bookkeeping: int = 0
+    slack: int = 0
+    constants: int = 0
+    encoded_elements: int = 0
+    elements: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything but the shared constants."""
+        kinds = (self.codes, self.gains, self.sinks, self.residual, self.dense, self.bookkeeping, self.slack)
+        return sum(kinds)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of codes and gains per encoded element; 0 while nothing is encoded."""
+        return 8 * (self.codes + self.gains) / self.encoded_elements if self.encoded_elements else 0.0
+
+    @property
+    def bits_per_element_total(self) -> float:
+        """Bits of everything but the shared constants per cached element."""
+        return 8 * self.total / self.elements if self.elements else 0.0
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        """Bytes of the same elements in bfloat16."""
+        return self.elements * DENSE_BITS // 8
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and derived figures, ready for JSON."""
+        derived = {
+            name: getattr(self, name)
+            for name in ("total", "bits_per_element", "bits_per_element_total", "bfloat16_bytes")
+        }
+        return {**asdict(self), **derived}
+
+    def __str__(self) -> str:
+        lines = [f"{name:<22}{value:>14,}" for name, value in asdict(self).items()]
+        lines.append(f"{'total':<22}{self.total:>14,}")
+        lines.append(f"{'bits_per_element':<22}{self.bits_per_element:>14.3f}")
+        lines.append(f"{'bits_per_element_total':<22}{self.bits_per_element_total:>14.3f}")
+        return "\n".join(lines)
+
+
+def bits_per_encoded_element(layers: Mapping[int, LayerCalibration]) -> float:
+    """Bits of codes and gains per element of the coded sides.
+
+    Args:
+        layers: A calibration's layers, with widths.
+
+    Returns:
+        The mean over layers and coded sides, weighted by their elements; 0 if every side is dense.
+    """
+    bits, elements = 0, 0
+    for layer in layers.values():
+        for side in (layer.key, layer.value):
+            if side.widths is not None:
+                bits += int(side.widths.sum()) + 8 * side.num_heads
+                elements += side.widths.numel()
+    return bits / elements if elements else 0.0
+
+
+def num_blocks(tokens: int, sink_length: int, residual_length: int) -> int:
+    """Blocks that a cache of some tokens has encoded, however they arrived.
+
+    Args:
+        tokens: T (rows without left padding).
+        sink_length: First tokens kept aside.
+        residual_length: Recent tokens kept.
+
+    Returns:
+        The number of 64-token blocks.
+    """
+    return max(0, (tokens - sink_length - residual_length) // BLOCK)
+
+
+def capacity(blocks: int, prefilled: int) -> int:
+    """Blocks that a store has room for after growing from a prefill one block at a time.
+
+    Args:
+        blocks: Blocks stored.
+        prefilled: Blocks that the first update brought.
+
+    Returns:
+        The capacity.
+    """
+    room = prefilled
+    for count in range(prefilled, blocks):
+        if count + 1 > room:
+            room = count + max(1, count // GROWTH)
+    return room
+
+
+def predict(
+    calibration: Calibration,
+    tokens: int,
+    *,
+    batch: int = 1,
+    sink_length: int = 4,
+    residual_length: int = 64,
+    element_bytes: int = 2,
+    prefill: int | None = None,
+) -> CacheMemory:
+    """Bytes that the compressed layers of a cache will hold, by formula.
+
+    Stock layers (sliding windows and the like) are not in it.
+
+    Args:
+        calibration: The model's calibration.
+        tokens: T (rows without left padding).
+        batch: B.
+        sink_length: First tokens kept aside.
+        residual_length: Recent tokens kept.
+        element_bytes: Bytes per element of the model's dtype.
+        prefill: How many of the tokens arrive in the first update; all if None.
+
+    Returns:
+        The sizes, ``constants`` zero.
+    """
+    blocks = num_blocks(tokens, sink_length, residual_length)
+    room = capacity(blocks, num_blocks(tokens if prefill is None else prefill, sink_length, residual_length))
+    kinds = ("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack", "encoded_elements", "elements")
+    sizes = dict.fromkeys(kinds, 0)
+    kept = sink_length if blocks else 0
+    for layer in calibration.layers.values():
+        sizes["bookkeeping"] += room * PLACE_BYTES
+        for side in (layer.key, layer.value):
+            token_elements = batch * side.num_heads * side.dim
+            codes, gains, dense = _block_bytes(side, batch, element_bytes)
+            sizes["codes"] += blocks * codes
+            sizes["gains"] += blocks * gains
+            sizes["dense"] += blocks * dense
+            sizes["slack"] += (room - blocks) * (codes + gains + dense)
+            sizes["sinks"] += kept * token_elements * element_bytes
+            sizes["residual"] += (tokens - kept - blocks * BLOCK) * token_elements * element_bytes
+            sizes["encoded_elements"] += 0 if dense else blocks * BLOCK * token_elements
+            sizes["elements"] += tokens * token_elements
+    return CacheMemory(tokens=tokens, **sizes)
+
+
+def _block_bytes(side: SideCalibration, batch: int, element_bytes: int) -> tuple[int, int, int]:
+    """Bytes of codes, gains and dense tokens of one block of one side."""
+    if side.widths is None:
+        return 0, 0, batch * side.num_heads * BLOCK * side.dim * element_bytes
+    return batch * 8 * int(side.widths.sum()), batch * side.num_heads * BLOCK, 0
+
+
+def measure(cache: Cache) -> CacheMemory:
+    """Bytes that a cache holds, counted on its tensors.
+
+    Args:
+        cache: A SpectralCache, or any DynamicCache.
+
+    Returns:
+        The sizes.
+    """
+    sizes = dict.fromkeys(("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack"), 0)
+    encoded_elements, elements, tokens = 0, 0, 0
+    constants: dict[int, Tensor] = {}
+    layer: Any
+    for layer in cache.layers:
+        if not getattr(layer, "is_initialized", False):
+            continue
+        tokens = max(tokens, layer.get_seq_length())
+        if not hasattr(layer, "stores"):
+            held = [t for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+            sizes["dense"] += sum(t.nbytes for t in held)
+            elements += sum(t.numel() for t in held)
+            continue
+        for side in SIDES:
+            store, tail = layer.stores[side], layer.tails[side]
+            per_token = tail.shape[0] * tail.shape[1] * tail.shape[3]
+            elements += layer.get_seq_length() * per_token
+            bits = layer.codecs[side].bits if side in layer.codecs else None
+            if bits is not None:
+                encoded_elements += store.count * BLOCK * per_token
+            for name, size in store.nbytes().items():
+                if name == "simulated":  # a fake-quantized rival: counted at the size its codes would take
+                    sizes["codes"] += round(store.count * BLOCK * per_token * bits / 8)
+                else:
+                    sizes[name] += size
+                    sizes["slack"] += store.slack(name)
+            sizes["residual"] += tail.untyped_storage().nbytes()
+            if side in layer.sinks:
+                sizes["sinks"] += layer.sinks[side].untyped_storage().nbytes()
+            if side in layer.codecs:
+                constants.update({t.data_ptr(): t for t in layer.codecs[side].tensors() if t.numel()})
+        places = layer.places
+        sizes["bookkeeping"] += sum(places.nbytes().values()) + sum(places.slack(name) for name in places.buffers)
+        if layer.starts is not None:
+            sizes["bookkeeping"] += layer.starts.nbytes
+    return CacheMemory(
+        tokens=tokens,
+        **sizes,
+        constants=sum(t.untyped_storage().nbytes() for t in constants.values()),
+        encoded_elements=encoded_elements,
+        elements=elements,
+    )
+
+
+def dtype_bytes(dtype: torch.dtype) -> int:
+    """Bytes per element of a dtype."""
+    return torch.empty((), dtype=dtype).element_size()

@@ -1,0 +1,289 @@
+"""The calibration artifact: what a model's cache needs to know, as safetensors and JSON, on disk or on the Hub.
+
+A folder holds ``calibration.safetensors`` (tensors), ``calibration_config.json`` (everything else) and ``README.md``
+(the card). Names are chosen so that the artifact can lie inside a model's own folder. Shape legend: H is the layer's
+number of key/value heads (Hkv), D the dimension of a key or a value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+
+from quantcache import compat
+from quantcache.accounting import bits_per_encoded_element
+from quantcache.allocation import allocate_layers
+from quantcache.artifact_files import CONFIG_NAME, SCHEMA_VERSION, TENSORS_NAME, from_files, to_files
+from quantcache.card import render_card
+from quantcache.errors import ArtifactError, CalibrationMismatch
+from quantcache.rope import Frame
+from quantcache.schema import (
+    SIDES,
+    CodecSettings,
+    LayerCalibration,
+    Metadata,
+    Rate,
+    SideBits,
+    SideCalibration,
+)
+
+__all__ = [
+    "SIDES",
+    "Calibration",
+    "CodecSettings",
+    "LayerCalibration",
+    "Metadata",
+    "Rate",
+    "SideBits",
+    "SideCalibration",
+]
+
+
+class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "quantization"], license="apache-2.0"):
+    """Per-model constants of the spectral KV cache.
+
+    Args:
+        layers: Constants of every compressed layer, by layer index.
+        metadata: Provenance, codec settings and rate.
+    """
+
+    def __init__(self, layers: dict[int, LayerCalibration], metadata: Metadata):
+        self.layers = dict(sorted(layers.items()))
+        self.metadata = metadata
+        # Codecs built from this calibration, by layer, side and device: all caches of a model share its constants.
+        self.codecs: dict[tuple[int, str, str], Any] = {}
+
+    def __repr__(self) -> str:
+        model = self.metadata.base_model.get("id") or self.metadata.base_model.get("model_type") or "unknown model"
+        return f"Calibration({model}, {len(self.layers)} layers, {self.bits:g} bits)"
+
+    @property
+    def bits(self) -> float:
+        """Mean code width in bits over all coded dimensions (0 when every side is dense)."""
+        coded = [s.widths for layer in self.layers.values() for s in (layer.key, layer.value) if s.widths is not None]
+        elements = sum(w.numel() for w in coded)
+        return sum(int(w.sum()) for w in coded) / elements if elements else 0.0
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits per encoded element with codes and gains counted."""
+        return bits_per_encoded_element(self.layers)
+
+    # ------------------------------------------------------------------ rates
+
+    def with_bits(
+        self,
+        bits: float | None = None,
+        *,
+        key_bits: SideBits = "joint",
+        value_bits: SideBits = "joint",
+        min_bits: int = 0,
+    ) -> Calibration:
+        """Allocate another rate from the stored spectra, without recalibrating.
+
+        Args:
+            bits: Mean code width in bits, 0 to 8, fractional allowed. None keeps the present one.
+            key_bits: A budget of the keys' own, None to leave them dense, or ``"joint"``.
+            value_bits: The same for the values.
+            min_bits: Smallest width given to any dimension.
+
+        Returns:
+            A calibration that shares this one's transforms.
+
+        Raises:
+            ValueError: A rate is outside ``[min_bits, 8]``.
+        """
+        rate = Rate(self.metadata.rate.bits if bits is None else float(bits), key_bits, value_bits, min_bits)
+        layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
+        return Calibration(layers, replace(self.metadata, rate=rate))
+
+    # ------------------------------------------------------------- compatibility
+
+    def check_compatible(self, config: PreTrainedConfig) -> None:
+        """Refuse a model of another geometry.
+
+        Args:
+            config: The model's config.
+
+        Raises:
+            CalibrationMismatch: Number of layers, key/value heads, head dimension or layer types differ.
+        """
+        theirs = compat.cache_config(config)
+        for name, ours in self.metadata.cache_config.items():
+            if name in theirs and theirs[name] != ours:
+                raise CalibrationMismatch(f"calibration has {name} {ours!r}, the model has {theirs[name]!r}")
+
+    @classmethod
+    def synthetic(cls, config: PreTrainedConfig, bits: float = 3.0, seed: int = 0) -> Calibration:
+        """A stand-in of the right geometry for speed and memory work; its codes mean nothing for fidelity.
+
+        Args:
+            config: The model's config.
+            bits: Mean code width.
+            seed: Seed of the random transforms.
+
+        Returns:
+            A calibration with random orthogonal transforms and geometric spectra.
+        """
+        text_config = config.get_text_config(decoder=True)
+        generator = torch.Generator().manual_seed(seed)
+        heads, dim = compat.kv_geometry(text_config)
+        codec = CodecSettings()
+        layers = {}
+        for index in compat.full_attention_layers(config):
+            rope = compat.rope_from_config(text_config, index)
+            frame = Frame(dim, rope, codec.fast_wavelength)
+            layers[index] = LayerCalibration(
+                rope,
+                _random_side(heads, dim, (frame.num_slow, frame.num_fast), generator),
+                _random_side(heads, dim, (dim,), generator),
+            )
+        metadata = Metadata(
+            base_model={"id": None, "revision": None, "model_type": text_config.model_type},
+            cache_config=compat.cache_config(config),
+            recipe={"metric": "synthetic", "seed": seed},
+            codec=codec,
+            environment=compat.versions(),
+        )
+        return cls(layers, metadata).with_bits(bits)
+
+    # -------------------------------------------------------------- files and Hub
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        config: Any = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write the artifact into a folder, each file complete or not at all.
+
+        Other files of the folder are left alone, a model's ``config.json`` and ``README.md`` included.
+
+        Args:
+            save_directory: Folder to write into; created if missing.
+            repo_id: Hub repository, for ``push_to_hub``.
+            push_to_hub: Also push.
+            config: Ignored; the signature is ModelHubMixin's.
+            model_card_kwargs: ``metrics``, a list of table rows for the card.
+            push_to_hub_kwargs: Passed on to ``push_to_hub``.
+
+        Returns:
+            The commit's URL when pushed, else None.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".quantcache-") as temporary:
+            self._save_pretrained(Path(temporary))
+            card = self.generate_model_card(**(model_card_kwargs or {}))
+            names = [TENSORS_NAME, CONFIG_NAME]
+            if not (directory / "README.md").exists():
+                (Path(temporary) / "README.md").write_text(str(card), encoding="utf-8")
+                names.append("README.md")
+            for name in names:
+                os.replace(Path(temporary) / name, directory / name)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors, config = to_files(self.layers, self.metadata)
+        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        save_file(tensors, save_directory / TENSORS_NAME, metadata={"format": "pt", "quantcache": SCHEMA_VERSION})
+        # safetensors may write owner-only files; the artifact is as readable as the folder's other files.
+        os.chmod(save_directory / TENSORS_NAME, (save_directory / CONFIG_NAME).stat().st_mode)
+
+    def generate_model_card(self, *args: Any, metrics: list[dict[str, Any]] | None = None, **kwargs: Any) -> ModelCard:
+        """The artifact's card.
+
+        Args:
+            args: Ignored; the signature is ModelHubMixin's.
+            metrics: Rows of a measured table, as ``quantcache eval --json`` gives them.
+            kwargs: Ignored.
+
+        Returns:
+            A card naming base model, rate and recipe.
+        """
+        _, config = to_files(self.layers, self.metadata)
+        return ModelCard(render_card(config, self.bits, self.bits_per_element, metrics))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **model_kwargs: Any,
+    ) -> Calibration:
+        """Load an artifact from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or Hub repository id.
+            force_download: Download even what is cached.
+            token: Hub token.
+            cache_dir: Hub cache folder.
+            local_files_only: Never go to the network.
+            revision: Hub branch, tag or commit.
+            subfolder: Folder inside the folder or repository; ``quantcache/`` is also looked into by itself.
+            model_kwargs: Ignored; the signature is ModelHubMixin's.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            ArtifactError: A file is missing, malformed, or of an unknown major schema.
+        """
+        if os.path.isdir(pretrained_model_name_or_path):
+            folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+            if subfolder is None and not (folder / CONFIG_NAME).exists() and (folder / "quantcache").is_dir():
+                folder = folder / "quantcache"
+            missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
+            if missing:
+                raise ArtifactError(f"{folder} is no calibration: it has no {' and no '.join(missing)}")
+            return cls(*from_files(folder / CONFIG_NAME, folder / TENSORS_NAME))
+        if isinstance(pretrained_model_name_or_path, Path) or str(pretrained_model_name_or_path).count("/") > 1:
+            raise ArtifactError(f"there is no folder {pretrained_model_name_or_path}")
+        files = [
+            hf_hub_download(
+                str(pretrained_model_name_or_path),
+                filename=name,
+                subfolder=subfolder,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+                library_name="quantcache",
+            )
+            for name in (CONFIG_NAME, TENSORS_NAME)
+        ]
+        return cls(*from_files(Path(files[0]), Path(files[1])))
+
+
+def _random_side(heads: int, dim: int, parts: tuple[int, ...], generator: torch.Generator) -> SideCalibration:
+    analysis = torch.zeros(heads, dim, dim)
+    offset = 0
+    for size in parts:
+        if size:
+            noise = torch.randn(heads, size, size, generator=generator)
+            analysis[:, offset : offset + size, offset : offset + size] = torch.linalg.qr(noise).Q
+        offset += size
+    spectrum = torch.cat([0.9 ** torch.arange(size, dtype=torch.float64) for size in parts])
+    return SideCalibration(torch.zeros(heads, dim), analysis, spectrum.expand(heads, dim).contiguous())

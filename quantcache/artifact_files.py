@@ -1,0 +1,267 @@
+"""Reading and writing the files of a calibration; every flaw of a file gives one clear error."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quantcache.errors import ArtifactError
+from quantcache.packing import BLOCK, MAX_WIDTH
+from quantcache.rope import ANCHOR_LENGTH, Rope
+from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, Rate, SideBits, SideCalibration
+
+TENSORS_NAME = "calibration.safetensors"
+CONFIG_NAME = "calibration_config.json"
+FORMAT = "quantcache-calibration"
+SCHEMA_VERSION = "1.0"
+
+
+def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON of an artifact."""
+    tensors: dict[str, Tensor] = {}
+    ropes: list[Rope] = []
+    layers = []
+    for index, layer in layers_by_index.items():
+        if layer.rope not in ropes:
+            ropes.append(layer.rope)
+            tensors[f"rope.{len(ropes) - 1}.inv_freq"] = torch.tensor(layer.rope.inv_freq, dtype=torch.float64)
+        for name in SIDES:
+            side = layer.side(name)
+            prefix = f"layers.{index}.{name}"
+            tensors[f"{prefix}.mean"] = side.mean.contiguous()
+            tensors[f"{prefix}.analysis"] = side.analysis.contiguous()
+            tensors[f"{prefix}.spectrum"] = side.spectrum.contiguous()
+            if side.widths is not None:
+                tensors[f"{prefix}.widths"] = side.widths.contiguous()
+        layers.append(
+            {
+                "index": index,
+                "num_key_value_heads": layer.key.num_heads,
+                "key_dim": layer.key.dim,
+                "value_dim": layer.value.dim,
+                "rope": ropes.index(layer.rope),
+            }
+        )
+    config = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "base_model": meta.base_model,
+        "cache_config": meta.cache_config,
+        "layers": layers,
+        "rope": [{"layout": rope.layout, "num_pairs": len(rope.inv_freq)} for rope in ropes],
+        "codec": {
+            "block": BLOCK,
+            "anchor_length": ANCHOR_LENGTH,
+            "group_size": meta.codec.group_size,
+            "profile": meta.codec.profile,
+            "fast_wavelength": meta.codec.fast_wavelength,
+            "gain_search": list(meta.codec.gain_search),
+        },
+        "rate": {
+            "bits": meta.rate.bits,
+            "key_bits": meta.rate.key_bits,
+            "value_bits": meta.rate.value_bits,
+            "min_bits": meta.rate.min_bits,
+            "joint": meta.joint,
+        },
+        "recipe": meta.recipe,
+        "environment": meta.environment,
+    }
+    return tensors, config
+
+
+_KNOWN_KEYS = {
+    "": {
+        "format",
+        "schema_version",
+        "base_model",
+        "cache_config",
+        "layers",
+        "rope",
+        "codec",
+        "rate",
+        "recipe",
+        "environment",
+    },
+    "codec": {"block", "anchor_length", "group_size", "profile", "fast_wavelength", "gain_search"},
+    "rate": {"bits", "key_bits", "value_bits", "min_bits", "joint"},
+}
+
+
+def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCalibration], Metadata]:
+    """Read and check an artifact."""
+    config = _read_config(config_path)
+    try:
+        with safe_open(tensors_path, framework="pt") as file:
+            reader = _TensorReader(file, tensors_path)
+            ropes = _read_ropes(config, reader)
+            layers = {}
+            for entry in config["layers"]:
+                index = _integer(entry, "index", "layer", 0)
+                if index in layers:
+                    raise ArtifactError(f"{config_path}: layer {index} is listed twice")
+                heads = _integer(entry, "num_key_value_heads", f"layer {index}")
+                rope = ropes[_integer(entry, "rope", f"layer {index}", 0, len(ropes) - 1)]
+                key_dim = _integer(entry, "key_dim", f"layer {index}", max(1, rope.rotary_dim))
+                value_dim = _integer(entry, "value_dim", f"layer {index}")
+                layers[index] = LayerCalibration(
+                    rope,
+                    _read_side(reader, f"layers.{index}.key", heads, key_dim, config["rate"]["key_bits"]),
+                    _read_side(reader, f"layers.{index}.value", heads, value_dim, config["rate"]["value_bits"]),
+                )
+            reader.warn_unknown()
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{tensors_path} cannot be read: {error}") from error
+    codec, rate = config["codec"], config["rate"]
+    return (
+        layers,
+        Metadata(
+            base_model=config["base_model"],
+            cache_config=config["cache_config"],
+            recipe=config["recipe"],
+            codec=CodecSettings(
+                codec["group_size"], codec["profile"], codec["fast_wavelength"], tuple(codec["gain_search"])
+            ),
+            rate=Rate(rate["bits"], rate["key_bits"], rate["value_bits"], rate["min_bits"]),
+            joint=rate["joint"],
+            environment=config["environment"],
+        ),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ArtifactError(f"{path} has format {found!r}, expected {FORMAT!r}")
+    version = str(config.get("schema_version"))
+    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ArtifactError(f"{path} has schema version {version}, this quantcache reads {SCHEMA_VERSION}")
+    for section, known in _KNOWN_KEYS.items():
+        found = config if not section else config[section]
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{path}: {section} must be an object, got {type(found).__name__}")
+        missing = known - found.keys()
+        if missing:
+            raise ArtifactError(f"{path}: {section or 'file'} lacks {', '.join(sorted(missing))}")
+        unknown = found.keys() - known
+        if unknown:
+            names = ", ".join(sorted(map(str, unknown)))
+            warnings.warn(f"{path}: ignoring unknown {section} keys {names}", stacklevel=4)
+    for name, kind in (("base_model", dict), ("cache_config", dict), ("recipe", dict), ("environment", dict)):
+        if not isinstance(config[name], kind):
+            raise ArtifactError(f"{path}: {name} must be an object, got {type(config[name]).__name__}")
+    for name in ("layers", "rope"):
+        if not isinstance(config[name], list) or not all(isinstance(entry, dict) for entry in config[name]):
+            raise ArtifactError(f"{path}: {name} must be a list of objects")
+    _check_codec(path, config["codec"])
+    _check_rate(path, config["rate"])
+    return config
+
+
+def _check_codec(path: Path, codec: dict[str, Any]) -> None:
+    for name, expected in (("block", BLOCK), ("anchor_length", ANCHOR_LENGTH)):
+        if codec[name] != expected:
+            raise ArtifactError(f"{path}: {name} is {codec[name]!r}, this quantcache reads {expected}")
+    if codec["profile"] not in ("head", "layer"):
+        raise ArtifactError(f"{path}: profile is {codec['profile']!r}, expected 'head' or 'layer'")
+    _integer(codec, "group_size", str(path))
+    _number(codec, "fast_wavelength", str(path))
+    search = codec["gain_search"]
+    if not isinstance(search, list) or not search or not all(_is_number(m) and 0 < m < 16 for m in search):
+        raise ArtifactError(f"{path}: gain_search must be a list of numbers between 0 and 16, got {search!r}")
+
+
+def _check_rate(path: Path, rate: dict[str, Any]) -> None:
+    if not isinstance(rate["joint"], bool):
+        raise ArtifactError(f"{path}: joint must be true or false, got {rate['joint']!r}")
+    _number(rate, "bits", str(path), MAX_WIDTH)
+    _integer(rate, "min_bits", str(path), 0, MAX_WIDTH)
+    for name in ("key_bits", "value_bits"):
+        if rate[name] is not None and rate[name] != "joint":
+            _number(rate, name, str(path), MAX_WIDTH)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _number(section: dict[str, Any], name: str, where: str, most: float = 1e9) -> float:
+    value = section.get(name)
+    if not _is_number(value) or not 0 <= float(value) <= most:  # type: ignore[arg-type]
+        raise ArtifactError(f"{where}: {name} must be a number from 0 to {most:g}, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _integer(section: dict[str, Any], name: str, where: str, least: int = 1, most: int = 1 << 20) -> int:
+    value = section.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ArtifactError(f"{where}: {name} must be an integer from {least} to {most}, got {value!r}")
+    return value
+
+
+class _TensorReader:
+    """Hands out tensors of a safetensors file after checking name, shape, dtype and finiteness."""
+
+    def __init__(self, file: Any, path: Path):
+        self.file, self.path = file, path
+        self.unread = set(file.keys())
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if name not in self.unread:
+            raise ArtifactError(f"{self.path} lacks the tensor {name}")
+        self.unread.discard(name)
+        found = tuple(self.file.get_slice(name).get_shape())
+        if found != shape:
+            raise ArtifactError(f"{self.path}: {name} has shape {list(found)}, expected {list(shape)}")
+        tensor: Tensor = self.file.get_tensor(name)
+        if tensor.dtype != dtype:
+            raise ArtifactError(f"{self.path}: {name} is {tensor.dtype}, expected {dtype}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{self.path}: {name} has NaN or infinite values")
+        return tensor
+
+    def warn_unknown(self) -> None:
+        if self.unread:
+            warnings.warn(f"{self.path}: ignoring unknown tensors {', '.join(sorted(self.unread)[:5])}", stacklevel=4)
+
+
+def _read_ropes(config: dict[str, Any], reader: _TensorReader) -> list[Rope]:
+    ropes = []
+    for i, entry in enumerate(config["rope"]):
+        layout = entry.get("layout")
+        if layout not in ("none", "half", "interleaved"):
+            raise ArtifactError(f"rope {i}: layout is {layout!r}, expected 'none', 'half' or 'interleaved'")
+        pairs = _integer(entry, "num_pairs", f"rope {i}", 0)
+        inv_freq = reader.read(f"rope.{i}.inv_freq", (pairs,), torch.float64)
+        if bool((inv_freq < 0).any()):
+            raise ArtifactError(f"rope {i}: inv_freq has negative values")
+        ropes.append(Rope(layout, tuple(inv_freq.tolist())))
+    return ropes
+
+
+def _read_side(reader: _TensorReader, prefix: str, heads: int, dim: int, bits: SideBits) -> SideCalibration:
+    mean = reader.read(f"{prefix}.mean", (heads, dim), torch.float32)
+    analysis = reader.read(f"{prefix}.analysis", (heads, dim, dim), torch.float32)
+    spectrum = reader.read(f"{prefix}.spectrum", (heads, dim), torch.float64)
+    if bool((spectrum < 0).any()):
+        raise ArtifactError(f"{reader.path}: {prefix}.spectrum has negative values")
+    condition = torch.linalg.cond(analysis.double())
+    if not bool((condition < 1e7).all()):
+        worst = float(condition.max())
+        raise ArtifactError(f"{reader.path}: {prefix}.analysis is not invertible (condition number {worst:.1e})")
+    widths = None
+    if bits is not None:
+        widths = reader.read(f"{prefix}.widths", (heads, dim), torch.uint8)
+        if int(widths.max()) > MAX_WIDTH:
+            raise ArtifactError(f"{reader.path}: {prefix}.widths has {int(widths.max())} bits, at most {MAX_WIDTH}")
+    return SideCalibration(mean, analysis, spectrum, widths)

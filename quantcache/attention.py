@@ -1,0 +1,295 @@
+"""The ``"spectral"`` attention function: attends on packed codes, tile by tile, with an online softmax.
+
+Scores against encoded keys are formed in the coded coordinates: the query is brought into the frame of each block's
+anchor and multiplied by the decoder once, and the values' decoder is applied once to the weighted sum, never to a
+cached token. Queries of a prefill on a compressed past are many, and there decoding each tile once is cheaper.
+
+Shapes: B batch, Hq / H query / key-value heads, G = Hq / H, Tq queries, T tokens, D dimension, R = G * Tq rows of
+queries that share one key/value head, N slots of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from quantcache import backends
+from quantcache.codec import SpectralCodec, block_slots
+from quantcache.errors import UnsupportedModel
+from quantcache.lazy import CacheView, LazyKV
+from quantcache.online_softmax import OnlineSoftmax, QueryRows
+from quantcache.packing import BLOCK
+
+ATTENTION_NAME = "spectral"
+
+TILE_BLOCKS = 8
+"""Blocks worked on at once: bounds the extra memory of attention, whatever the context length."""
+
+CODE_QUERIES = 16
+"""Up to this many queries attend on codes; more are cheaper against decoded tiles."""
+
+QUERY_CHUNK = 256
+"""Queries of a long prefill that are worked on at once."""
+
+
+def register_attention() -> None:
+    """Register ``"spectral"`` with transformers as an attention and as a mask; safe to repeat."""
+    AttentionInterface.register(ATTENTION_NAME, spectral_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def spectral_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: The attention module.
+        query: ``[B, Hq, Tq, D]``.
+        key: ``[B, H, T, D]``, lazy from a spectral layer, plain from any other.
+        value: ``[B, H, T, Dv]``, likewise.
+        attention_mask: ``[B or 1, 1 or Hq, Tq, T]``, boolean (True: attend) or additive; None is causal.
+        scaling: Factor of the scores; D^-½ if None.
+        dropout: Dropout probability (plain tensors only).
+        is_causal: Whether a missing mask means causal; the module's own setting if None.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        s_aux: One attention-sink logit for each query head, ``[Hq]``: joins the softmax, carries no value.
+        kwargs: What else the model passes (position_ids, sliding_window, ...): not needed.
+
+    Returns:
+        ``[B, Tq, Hq, Dv]``, and None for the attention weights.
+
+    Raises:
+        UnsupportedModel: The model adds a position bias to the scores.
+    """
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} adds a position bias, which spectral attention does not support"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
+    if view is None or not view.num_blocks or dropout:
+        # Nothing is encoded yet, or the layer is not ours (sliding window, no cache): plain tensors.
+        if view is not None:
+            key, value = view.dense("key"), view.dense("value")
+        if softcap is None and s_aux is None:
+            output, _ = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal
+            )
+        else:
+            output = dense_attention(query, key, value, attention_mask, scaling, causal, softcap, s_aux, dropout)
+    else:
+        output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
+    if view is not None:
+        view.layer.finish(attention_mask)
+    return output, None
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Differentiable attention over plain tensors, for the variants that torch's fused attention lacks.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``.
+        key: ``[B, H, T, D]``.
+        value: ``[B, H, T, Dv]``.
+        mask: As in :func:`spectral_attention_forward`.
+        scaling: Factor of the scores; D^-½ if None.
+        causal: What a missing mask means.
+        softcap: See :func:`spectral_attention_forward`.
+        s_aux: See :func:`spectral_attention_forward`.
+        dropout: Dropout probability.
+
+    Returns:
+        ``[B, Tq, Hq, Dv]`` in the query's dtype.
+    """
+    outputs = []
+    for first in range(0, query.shape[2], QUERY_CHUNK):
+        part = query[:, :, first : first + QUERY_CHUNK]
+        rows = QueryRows(part, key.shape[1], key.shape[2], mask, scaling, causal, softcap, (first, query.shape[2]))
+        scores = rows.scores(rows.query @ key.float().transpose(-1, -2), 0, key.shape[2])
+        if s_aux is not None:
+            scores = torch.cat((scores, rows.sink_scores(s_aux)), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]]
+        weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
+        outputs.append(rows.to_output(weights @ value.float(), query.dtype))
+    return torch.cat(outputs, dim=1)
+
+
+def spectral_attention(
+    query: Tensor,
+    view: CacheView,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention over a view that holds encoded blocks.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``; the last Tq tokens of the view are the queries' own.
+        view: What may be read.
+        mask: As in :func:`spectral_attention_forward`.
+        scaling: Factor of the scores; D^-½ if None.
+        causal: What a missing mask means.
+        softcap: See :func:`spectral_attention_forward`.
+        s_aux: See :func:`spectral_attention_forward`.
+
+    Returns:
+        ``[B, Tq, Hq, Dv]`` in the query's dtype.
+    """
+    assert view.key.sinks is not None
+    assert view.value.sinks is not None
+    outputs = []
+    total = query.shape[2]
+    on_codes = (
+        total <= CODE_QUERIES
+        and isinstance(view.key.codec, SpectralCodec)
+        and isinstance(view.value.codec, SpectralCodec)
+    )
+    for first in range(0, total, QUERY_CHUNK):
+        part = query[:, :, first : first + QUERY_CHUNK]
+        heads = view.key.tail.shape[1]
+        rows = QueryRows(part, heads, view.length, mask, scaling, causal, softcap, (first, total))
+        softmax = OnlineSoftmax(rows.query, view.value.tail.shape[3])
+        if s_aux is not None:
+            softmax.add(rows.sink_scores(s_aux))
+        _attend_sinks(rows, view, softmax)
+        if on_codes:
+            _attend_codes(rows, view, softmax)
+        else:
+            _attend_decoded(rows, view, softmax)
+        _attend_tail(rows, view, softmax)
+        outputs.append(rows.to_output(softmax.result(), query.dtype))
+    return torch.cat(outputs, dim=1)
+
+
+def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
+    keys, values = view.key.sinks, view.value.sinks
+    assert keys is not None
+    assert values is not None
+    if not keys.shape[2]:
+        return
+    slots = view.sink_slots()
+    valid = None if view.starts is None else slots < view.encoded_end
+    raw = rows.query @ keys.float().transpose(-1, -2)
+    softmax.accumulate(softmax.add(rows.scores_at(raw, slots, valid)) @ values.float())
+
+
+def _attend_tail(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
+    keys, values = view.key.tail, view.value.tail
+    step = TILE_BLOCKS * BLOCK
+    for first in range(0, keys.shape[2], step):
+        last = min(first + step, keys.shape[2])
+        raw = rows.query @ keys[:, :, first:last].float().transpose(-1, -2)
+        scores = rows.scores(raw, view.encoded_end + first, view.encoded_end + last)
+        softmax.accumulate(softmax.add(scores) @ values[:, :, first:last].float())
+
+
+def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) -> Tensor:
+    """Mask the scores against whole blocks, ``[B, H, R, n * 64]``."""
+    slots = block_slots(places)
+    valid = None
+    if view.starts is not None:
+        assert view.key.sinks is not None
+        valid = slots >= view.starts[:, None] + view.key.sinks.shape[2]
+    if view.cut:
+        inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK))[None]
+        valid = inside if valid is None else valid & inside
+    return rows.scores_at(raw, slots[None], valid)
+
+
+def _attend_decoded(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
+    """Attend on the encoded blocks by decoding one tile at a time."""
+    assert view.key.codec is not None
+    assert view.value.codec is not None
+    for first, last in view.tiles(TILE_BLOCKS):
+        places = view.places[first:last]
+        keys = view.key.codec.decode(view.key.store.slice(first, last), places, view.starts).float()
+        scores = _tile_scores(rows, view, places, rows.query @ keys.transpose(-1, -2))
+        weights = softmax.add(scores)
+        values = view.value.codec.decode(view.value.store.slice(first, last), places, view.starts).float()
+        softmax.accumulate(weights @ values)
+
+
+def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
+    """Attend on the encoded blocks without decoding them."""
+    found = backends.attend(rows.query, rows.count, view, rows.call_mask, rows.softcap, view.layer.backend)
+    if found is not None:
+        softmax.merge(*found)
+        return
+    keys, values = view.key.codec, view.value.codec
+    assert isinstance(keys, SpectralCodec)
+    assert isinstance(values, SpectralCodec)
+    for first, last in view.tiles(TILE_BLOCKS):
+        places = view.places[first:last]
+        raw = code_scores(rows.query, keys, view.key.store.slice(first, last), places, view.starts)
+        weights = softmax.add(_tile_scores(rows, view, places, raw))
+        coefficients = values.dequantize(view.value.store.slice(first, last))  # [n, B, H, D, 64]
+        per_block = weights.unflatten(-1, (last - first, BLOCK)).permute(3, 0, 1, 2, 4)  # [n, B, H, R, 64]
+        softmax.accumulate((per_block @ coefficients.transpose(-1, -2)).sum(0), "codes")
+        softmax.accumulate(weights.sum(-1, keepdim=True), "mass")
+    in_codes, mass = softmax.sums.pop("codes"), softmax.sums.pop("mass")
+    softmax.accumulate(in_codes @ values.decoder.transpose(-1, -2) + mass * values.mean[:, None])
+
+
+def code_scores(
+    query: Tensor, codec: SpectralCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None
+) -> Tensor:
+    """Scores of queries against encoded keys, in the coded coordinates.
+
+    Args:
+        query: Scaled queries, ``[B, H, R, D]`` float32.
+        codec: The keys' codec.
+        fields: n encoded blocks.
+        places: Their places, ``[n, 3]``.
+        starts: Left padding of every row, ``[B]``, or None.
+
+    Returns:
+        ``[B, H, R, n * 64]`` float32.
+    """
+    frame, slow = codec.frame, codec.frame.num_slow
+    coefficients = codec.dequantize(fields)  # [n, B, H, D, 64]
+    if frame.is_identity:
+        framed = query[None]
+    else:
+        anchors = places[:, 2:].long()
+        anchors = anchors if starts is None else anchors - starts
+        framed = frame.enter(query[None], anchors[:, :, None, None], anchors[:, :, None, None])  # [n, B, H, R, D]
+    mean = codec.mean[:, :, None]  # [H, D, 1]
+    slow_query = framed[..., :slow]
+    scores = (slow_query @ codec.decoder[:, :slow, :slow]) @ coefficients[..., :slow, :] + slow_query @ mean[:, :slow]
+    if frame.num_fast:
+        keys = codec.decoder[:, slow:, slow:] @ coefficients[..., slow:, :] + mean[:, slow:]  # [n, B, H, Df, 64]
+        first, second = keys.unflatten(-2, (2, -1)).unbind(-3)
+        offsets = (places[:, :1] - places[:, 2:]) + torch.arange(BLOCK, device=query.device)
+        angles = offsets.to(torch.float64)[:, None] * frame.frequencies[frame.slow_pairs :, None]  # [n, pairs, 64]
+        cos, sin = angles.cos().float()[:, None, None], angles.sin().float()[:, None, None]
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-2)
+        scores = scores + framed[..., slow:] @ rotated
+    return scores.permute(1, 2, 3, 0, 4).flatten(3)

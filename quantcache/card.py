@@ -1,0 +1,60 @@
+"""The model card that travels with a calibration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+_BODY = """\
+# KV-cache calibration for {model}
+
+Constants with which [quantcache](https://pypi.org/project/quantcache/) stores the KV cache of `{model}` in
+**{total:.3f} bits per element** ({bits:.2f} bits of codes, the rest per-token gains; bfloat16 takes 16).
+
+```python
+from quantcache import SpectralCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{model}", attn_implementation="spectral")
+cache = SpectralCache.from_pretrained("{here}", config=model.config)
+model.generate(**inputs, past_key_values=cache)
+```
+
+| recipe | |
+|---|---|
+{recipe}
+{metrics}"""
+
+
+def render_card(config: dict[str, Any], bits: float, total: float, metrics: list[dict[str, Any]] | None = None) -> str:
+    """Render a calibration's card.
+
+    Args:
+        config: The artifact's JSON.
+        bits: Mean code width in bits.
+        total: Bits per encoded element, gains included.
+        metrics: Rows of a measured table, as the evaluation writes them; their keys are the columns.
+
+    Returns:
+        Markdown with a YAML header.
+    """
+    model = config["base_model"].get("id")
+    header: dict[str, Any] = {
+        "library_name": "quantcache",
+        "license": "apache-2.0",
+        "tags": ["kv-cache", "quantization", "quantcache"],
+    }
+    if model:
+        header["base_model"] = model
+    recipe = "\n".join(f"| {key} | {value} |" for key, value in config["recipe"].items())
+    table = ""
+    if metrics:
+        columns = list(metrics[0])
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in metrics]
+        table = "\nMeasured through the real cache:\n\n" + "\n".join(lines) + "\n"
+    body = _BODY.format(
+        model=model or "your-model", here="path-or-hub-id", bits=bits, total=total, recipe=recipe, metrics=table
+    )
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{body}"

@@ -1,0 +1,357 @@
+"""Encoding and decoding blocks of 64 tokens in plain torch: the reference that every kernel is tested against.
+
+For one side (keys or values) of one layer, with x a cached vector::
+
+    y   = E (frame(x) - mean)             E = A / sigma: unit-variance coefficients, sigma² the spectrum
+    u   = y / g                           g = rms of y over the coded coefficients, times a searched factor
+    û   = codebook[nearest(u)]            Lloyd-Max of the coefficient's width
+    γ   = log8(<y, û>_σ² / <û, û>_σ²)     the token's gain, corrected for the quantization at store time
+    x̂   = unframe(mean + F (γ û))         F = A⁻¹ sigma
+
+Shapes: B batch, H key/value heads, D dimension, n blocks, W words of codes per block and batch row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantcache.artifact import CodecSettings, SideCalibration
+from quantcache.codebook import lloyd_max
+from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
+from quantcache.rope import Frame, Rope
+
+GAIN_STEPS = 16
+"""Gain steps per octave: neighbouring gains differ by 4.4 %."""
+
+GAIN_CENTER = 128
+"""Gain code of 1.0; code 0 is the gain zero."""
+
+
+class SideCodec(Protocol):
+    """What a cache layer needs of a codec.
+
+    ``places`` says where n blocks lie: ``[n, 3]`` int32, each row the slot of the block's first token, how many of its
+    tokens are valid (64 unless a crop cut it), and the slot of its anchor. Fields have a leading block dimension.
+    """
+
+    bits: float | None
+    """Mean bits of codes and gains per element, None where blocks stay in the model's dtype."""
+
+    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+        """Encode n blocks, x ``[B, H, n * 64, D]``; fields come back as ``[n, B, ...]``."""
+        ...
+
+    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+        """Decode n blocks of fields ``[n, B, ...]`` to ``[B, H, n * 64, D]``."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """The constants."""
+        ...
+
+
+def quantize_gain(gain: Tensor) -> Tensor:
+    """Quantize gains logarithmically to 8 bits.
+
+    Args:
+        gain: Non-negative gains, any shape.
+
+    Returns:
+        uint8 codes; 0 stands for gains below 2^-8.
+    """
+    exponent = torch.log2(gain.clamp_min(1e-30)) * GAIN_STEPS
+    return (exponent + GAIN_CENTER).round().clamp(0, 255).to(torch.uint8)
+
+
+def dequantize_gain(code: Tensor) -> Tensor:
+    """Invert :func:`quantize_gain`.
+
+    Args:
+        code: uint8 codes.
+
+    Returns:
+        float32 gains; code 0 is 0.0.
+    """
+    gain = torch.exp2((code.float() - GAIN_CENTER) / GAIN_STEPS)
+    return torch.where(code > 0, gain, torch.zeros_like(gain))
+
+
+@dataclass(frozen=True)
+class WidthClass:
+    """All coefficients of one width, over all heads of a side.
+
+    Attributes:
+        width: Bits.
+        columns: Indices into the flattened (H, D) coefficients, ``[m]``.
+        words: Indices of their words in a block's payload, ``[m * 2 * width]``.
+        levels: Codebook levels, ``[2**width]`` float32.
+        boundaries: Decision boundaries, ``[2**width - 1]`` float32.
+    """
+
+    width: int
+    columns: Tensor
+    words: Tensor
+    levels: Tensor
+    boundaries: Tensor
+
+
+def _width_class(widths: Tensor, offsets: Tensor, width: int, device: torch.device | str) -> WidthClass:
+    """All coefficients of one width of a side with these ``[H, D]`` widths and word offsets."""
+    columns = (widths.flatten() == width).nonzero().flatten()
+    words = offsets.flatten()[columns].unsqueeze(-1) + torch.arange(2 * width)
+    book = lloyd_max(width)
+    return WidthClass(
+        width,
+        columns.to(device),
+        words.flatten().to(device),
+        torch.tensor(book.levels, dtype=torch.float32, device=device),
+        torch.tensor(book.boundaries, dtype=torch.float32, device=device),
+    )
+
+
+class SpectralCodec:
+    """The codec of one side of one layer.
+
+    A block's payload is head-major: dimension d of head h has ``2 * width`` words starting at ``offsets[h, d]``.
+
+    Args:
+        side: The side's constants; ``side.widths`` must be given.
+        rope: The rotation of the vectors; ``Rope()`` for values.
+        settings: Codec choices of the artifact.
+        device: Where the constants live.
+    """
+
+    def __init__(
+        self,
+        side: SideCalibration,
+        rope: Rope,
+        settings: CodecSettings,
+        device: torch.device | str = "cpu",
+    ):
+        if side.widths is None:
+            raise ValueError("the side is dense: it has no widths")
+        self.frame = Frame(side.dim, rope, settings.fast_wavelength, device)
+        self.gain_search = settings.gain_search
+        self.num_heads, self.dim = side.num_heads, side.dim
+        widths = side.widths.to(torch.int64)
+        spectrum = side.spectrum.double()
+        # A coefficient that never varied would be divided by nothing; the floor is far below any coded one.
+        sigma = spectrum.clamp_min(1e-12 * float(spectrum.max().clamp_min(1e-30))).sqrt()
+        analysis = side.analysis.double()
+        self.mean = side.mean.float().to(device)
+        self.encoder = (analysis / sigma.unsqueeze(-1)).float().to(device)  # E [H, D, D]
+        self.decoder = (torch.linalg.inv(analysis) * sigma.unsqueeze(-2)).float().to(device)  # F [H, D, D]
+        coded = widths > 0
+        self.weights = torch.where(coded, spectrum, 0.0).float().to(device)  # [H, D]
+        self.coded = coded.to(device)
+        offsets = (2 * widths.flatten()).cumsum(0).sub(2 * widths.flatten()).reshape(widths.shape)
+        self.widths = widths.to(device=device, dtype=torch.int32)  # [H, D]
+        self.offsets = offsets.to(device=device, dtype=torch.int32)  # first word of each dimension, [H, D]
+        self.num_words = int(2 * widths.sum())
+        self.classes = tuple(_width_class(widths, offsets, width, device) for width in range(1, MAX_WIDTH + 1))
+        self.classes = tuple(c for c in self.classes if c.columns.numel())
+
+    @property
+    def bits(self) -> float:
+        """Bits of codes and gains per element."""
+        return (32 * self.num_words / BLOCK + 8 * self.num_heads) / (self.num_heads * self.dim)
+
+    def tensors(self) -> list[Tensor]:
+        """The constants held on the device."""
+        own = [self.mean, self.encoder, self.decoder, self.weights, self.coded, self.widths, self.offsets]
+        own += [self.frame.order, self.frame.inverse_order, self.frame.frequencies]
+        return own + [t for c in self.classes for t in (c.columns, c.words, c.levels, c.boundaries)]
+
+    # ------------------------------------------------------------------ encode
+
+    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+        """Encode whole blocks.
+
+        Blocks are encoded one at a time, always in the same shapes, so that the codes do not depend, bit for bit, on
+        how many tokens arrived together.
+
+        Args:
+            x: ``[B, H, n * 64, D]`` as the model caches them.
+            places: The blocks' places, ``[n, 3]``.
+            starts: Left padding of every row, ``[B]``, or None.
+
+        Returns:
+            ``codes`` ``[n, B, W]`` int32 and ``gains`` ``[n, B, H, 64]`` uint8.
+        """
+        blocks = [
+            self.encode_block(block.contiguous(), place, starts)
+            for block, place in zip(x.split(BLOCK, dim=2), places.split(1), strict=True)
+        ]
+        codes, gains = zip(*blocks, strict=True)
+        return {"codes": torch.stack(codes), "gains": torch.stack(gains)}
+
+    def coefficients(self, x: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
+        """Unit-variance coefficients y of one block.
+
+        Args:
+            x: ``[B, H, 64, D]`` as the model caches them.
+            place: The block's place, ``[1, 3]``.
+            starts: Left padding of every row, ``[B]``, or None.
+
+        Returns:
+            ``[B, H, D, 64]`` float32.
+        """
+        if not self.frame.is_identity:
+            positions, anchors = block_positions(place, starts)
+            x = self.frame.enter(x, positions[:, None], anchors[:, None])
+        centred = (x.float() - self.mean[:, None]).transpose(-1, -2).contiguous()
+        coefficients: Tensor = self.encoder @ centred
+        return coefficients
+
+    def encode_block(self, x: Tensor, place: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Encode one block.
+
+        Args:
+            x: ``[B, H, 64, D]`` as the model caches them.
+            place: The block's place, ``[1, 3]``.
+            starts: Left padding of every row, ``[B]``, or None.
+
+        Returns:
+            Codes ``[B, W]`` int32 and gains ``[B, H, 64]`` uint8.
+        """
+        y = self.coefficients(x, place, starts)
+        count = self.coded.sum(-1).clamp_min(1)[:, None]  # [H, 1]
+        power = torch.where(self.coded[..., None], y * y, 0.0).sum(-2) / count
+        rms = power.sqrt()  # [B, H, 64]
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for factor in self.gain_search:
+            step = (rms * factor).unsqueeze(-2)
+            codes, quantized = self._nearest(torch.where(step > 0, y / step, 0.0))
+            weighted = quantized * self.weights[..., None]
+            cross, energy = (weighted * y).sum(-2), (weighted * quantized).sum(-2)
+            gain = torch.where(energy > 0, cross / energy, 0.0).clamp_min(0.0)
+            saved = gain * cross  # how much of <y, y> the best gain explains
+            if best is None:
+                best = codes, gain, saved
+            else:
+                better = saved > best[2]
+                best = (
+                    torch.where(better.unsqueeze(-2), codes, best[0]),
+                    torch.where(better, gain, best[1]),
+                    torch.where(better, saved, best[2]),
+                )
+        assert best is not None
+        return self._pack(best[0]), quantize_gain(best[1])
+
+    def _nearest(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes (uint8) and their levels, both ``[B, H, D, 64]``."""
+        flat = u.flatten(1, 2)
+        codes = torch.zeros(flat.shape, dtype=torch.uint8, device=u.device)
+        quantized = torch.zeros_like(flat)
+        for c in self.classes:
+            index = torch.bucketize(flat[:, c.columns], c.boundaries, out_int32=True)
+            codes[:, c.columns] = index.to(torch.uint8)
+            quantized[:, c.columns] = c.levels[index]
+        return codes.view(u.shape), quantized.view(u.shape)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        flat = codes.flatten(1, 2)
+        payload = torch.zeros(codes.shape[0], self.num_words, dtype=torch.int32, device=codes.device)
+        for c in self.classes:
+            payload[:, c.words] = pack(flat[:, c.columns], c.width).flatten(1)
+        return payload
+
+    # ------------------------------------------------------------------ decode
+
+    def dequantize(self, fields: dict[str, Tensor]) -> Tensor:
+        """Scaled coefficients γ û of n blocks.
+
+        Args:
+            fields: ``codes`` ``[n, B, W]`` and ``gains`` ``[n, B, H, 64]``.
+
+        Returns:
+            ``[n, B, H, D, 64]`` float32.
+        """
+        codes, gains = fields["codes"], dequantize_gain(fields["gains"])
+        n, batch = codes.shape[:2]
+        flat = torch.zeros(n, batch, self.num_heads * self.dim, BLOCK, device=codes.device)
+        for c in self.classes:
+            words = codes[..., c.words].unflatten(-1, (-1, 2 * c.width))
+            flat[:, :, c.columns] = c.levels[unpack(words, c.width)]
+        scaled: Tensor = flat.unflatten(2, (self.num_heads, self.dim)) * gains.unsqueeze(-2)
+        return scaled
+
+    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+        """Decode blocks to the vectors the model cached.
+
+        Args:
+            fields: ``codes`` ``[n, B, W]`` and ``gains`` ``[n, B, H, 64]``.
+            places: The blocks' places, ``[n, 3]``.
+            starts: Left padding of every row, ``[B]``, or None.
+
+        Returns:
+            ``[B, H, n * 64, D]`` float32 (slots beyond a block's valid length included).
+        """
+        framed: Tensor = (self.decoder @ self.dequantize(fields)).transpose(-1, -2) + self.mean[
+            :, None
+        ]  # [n, B, H, 64, D]
+        framed = framed.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        if self.frame.is_identity:
+            return framed
+        positions, anchors = block_positions(places, starts)
+        return self.frame.leave(framed, positions[:, None], anchors[:, None])
+
+
+class DenseCodec:
+    """Blocks kept as they are, in the model's dtype: a side with no bits of its own."""
+
+    bits = None
+
+    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+        """Keep n blocks ``[B, H, n * 64, D]`` as ``dense`` ``[n, B, H, 64, D]``."""
+        return {"dense": split_blocks(x)}
+
+    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+        """Return n blocks of ``dense`` ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
+        return join_blocks(fields["dense"])
+
+    def tensors(self) -> list[Tensor]:
+        """No constants."""
+        return []
+
+
+def split_blocks(x: Tensor) -> Tensor:
+    """``[B, H, n * 64, D]`` to ``[n, B, H, 64, D]``."""
+    blocks: Tensor = x.unflatten(2, (-1, BLOCK))
+    return blocks.permute(2, 0, 1, 3, 4)
+
+
+def join_blocks(blocks: Tensor) -> Tensor:
+    """``[n, B, H, 64, D]`` to ``[B, H, n * 64, D]``."""
+    return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def block_slots(places: Tensor) -> Tensor:
+    """Slots of all tokens of some blocks.
+
+    Args:
+        places: ``[n, 3]``.
+
+    Returns:
+        int64, ``[n * 64]``.
+    """
+    return (places[:, :1] + torch.arange(BLOCK, device=places.device)).flatten()
+
+
+def block_positions(places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Positions of all tokens of some blocks and of their anchors; a row's positions count from its first valid token.
+
+    Args:
+        places: ``[n, 3]``.
+        starts: Left padding of every row, ``[B]``, or None.
+
+    Returns:
+        Two int64 tensors ``[B or 1, n * 64]``.
+    """
+    slots, anchors = block_slots(places), places[:, 2].long().repeat_interleave(BLOCK)
+    shift = slots.new_zeros(1, 1) if starts is None else starts[:, None]
+    return slots - shift, anchors - shift

@@ -1,0 +1,178 @@
+"""Everything that depends on the version or the inner workings of transformers."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from quantcache.errors import UnsupportedModel
+from quantcache.rope import Rope
+
+_CACHE_ATTRIBUTES = (
+    "num_hidden_layers",
+    "layer_types",
+    "sliding_window",
+    "attention_chunk_size",
+    "num_kv_shared_layers",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""Attributes of a text config that decide a cache's layers and geometry."""
+
+
+def versions() -> dict[str, str]:
+    """Versions that bear on results: quantcache, Python, torch, transformers, huggingface_hub."""
+    from quantcache import __version__
+
+    return {
+        "quantcache": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "huggingface_hub": huggingface_hub.__version__,
+    }
+
+
+def cache_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """The attributes of a model's config that decide its cache.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        JSON-ready attributes, those that the text config has.
+    """
+    text_config = config.get_text_config(decoder=True)
+    found = {name: getattr(text_config, name, None) for name in _CACHE_ATTRIBUTES}
+    found["num_key_value_heads"], found["head_dim"] = kv_geometry(text_config)
+    found["model_type"] = text_config.model_type
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def config_from_cache_config(attributes: dict[str, Any]) -> PreTrainedConfig:
+    """A config that gives the same cache layers as the one :func:`cache_config` was taken from.
+
+    Args:
+        attributes: What :func:`cache_config` returned.
+
+    Returns:
+        A bare config.
+    """
+    wanted = {name: value for name, value in attributes.items() if name in _CACHE_ATTRIBUTES}
+    return PreTrainedConfig(**wanted)
+
+
+def kv_geometry(text_config: PreTrainedConfig) -> tuple[int, int]:
+    """Number of key/value heads and head dimension that a text config declares.
+
+    Args:
+        text_config: A decoder's config.
+
+    Returns:
+        Hkv and D.
+    """
+    heads = text_config.num_attention_heads
+    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return getattr(text_config, "num_key_value_heads", None) or heads, dim
+
+
+def is_full_attention(layer: Any) -> bool:
+    """Whether a stock cache layer is plain full attention, the kind that quantcache replaces.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+
+    Returns:
+        True for exactly ``DynamicLayer``; sliding, linear and placeholder layers stay as they are.
+    """
+    return type(layer) is DynamicLayer
+
+
+def full_attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers whose cache grows with the whole context.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        Layer indices.
+    """
+    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if is_full_attention(layer)]
+
+
+def require_decoder(config: PreTrainedConfig) -> None:
+    """Refuse encoder-decoder models.
+
+    Args:
+        config: The model's config.
+
+    Raises:
+        UnsupportedModel: The model has an encoder-decoder cache.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{config.model_type} is an encoder-decoder model; SpectralCache serves decoder-only models"
+        )
+
+
+def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
+    """The rotation that a config declares for a layer, without looking at the model.
+
+    Only for stand-ins: calibration measures the layout on the model itself.
+
+    Args:
+        text_config: A decoder's config.
+        layer: Layer index.
+
+    Returns:
+        A half-split rotation; ``Rope()`` if the config has no RoPE parameters.
+    """
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    rotary_dim = getattr(text_config, "rotary_dim", None)  # all that GPT-J and CodeGen declare
+    if not parameters and not rotary_dim:
+        return Rope()
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types and layer_types[layer] in parameters:
+        parameters = parameters[layer_types[layer]]
+    _, dim = kv_geometry(text_config)
+    rotary = rotary_dim or int(dim * parameters.get("partial_rotary_factor", 1.0)) // 2 * 2
+    theta = parameters.get("rope_theta", 10_000.0)
+    kind = parameters.get("rope_type", "default")
+    if kind == "llama3":
+        inv_freq = ROPE_INIT_FUNCTIONS["llama3"](text_config, torch.device("cpu"))[0]
+        return Rope("half", tuple(inv_freq.double().tolist()))
+    return Rope("half", tuple(theta ** (-2.0 * i / rotary) for i in range(rotary // 2)))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model, possibly spread over devices, takes its tokens.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The device of its input embeddings.
+    """
+    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight.device
+
+
+def tokens_to_remove(argument: int, length: int) -> int:
+    """Read ``crop``'s argument as the versions in range do.
+
+    Args:
+        argument: Zero or negative: the number of tokens to drop, negated. Positive (deprecated): the length to keep.
+        length: The present length.
+
+    Returns:
+        How many tokens to drop, between 0 and ``length``.
+    """
+    drop = length - argument if argument > 0 else -argument
+    return max(0, min(drop, length))

@@ -1,0 +1,366 @@
+"""One layer of a spectral cache: sinks, packed blocks and a tail of recent tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from quantcache import backends, compat
+from quantcache.backends import Backend
+from quantcache.codec import SideCodec
+from quantcache.errors import QuantCacheError
+from quantcache.lazy import CacheView, LazyKV, SideView
+from quantcache.packing import BLOCK
+from quantcache.rope import ANCHOR_LENGTH
+from quantcache.schema import SIDES
+from quantcache.store import BlockStore
+
+SINK_LENGTH = 4
+RESIDUAL_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one block lies.
+
+    Attributes:
+        start: Slot of the block's first token.
+        length: Tokens of the block that are valid, 1 to 64 (less than 64 only after a crop).
+        anchor: Slot of the block's anchor.
+    """
+
+    start: int
+    length: int
+    anchor: int
+
+    @property
+    def end(self) -> int:
+        """Slot behind the last valid token."""
+        return self.start + self.length
+
+
+CodecFactory = Callable[[torch.device, dict[str, Tensor], Tensor | None], dict[str, SideCodec]]
+"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and the rows' starts."""
+
+ShapeCheck = Callable[[Tensor, Tensor], None]
+"""Raises if a layer's first keys and values do not fit its codecs."""
+
+
+class SpectralLayer(DynamicLayer):
+    """One layer: sinks, encoded blocks and a tail of recent tokens.
+
+    Slots 0 ... T-1 are the layer's tokens in order of arrival, one grid for the whole batch. Until the first block is
+    due everything is in the tail. From then on the first ``sink_length`` valid tokens of every row are kept aside, and
+    whenever the tail holds ``residual_length + 64`` tokens its oldest 64 become a block, never to be encoded again.
+
+    Args:
+        make_codecs: Gives the codecs of both sides when the first block is due.
+        shape_check: Called with the first keys and values; raises if they do not fit.
+        sink_length: Tokens at the start of every row that stay in the model's dtype.
+        residual_length: At least this many recent tokens stay in the model's dtype.
+        backend: Which implementation attends on codes.
+    """
+
+    def __init__(
+        self,
+        make_codecs: CodecFactory,
+        shape_check: ShapeCheck | None = None,
+        sink_length: int = SINK_LENGTH,
+        residual_length: int = RESIDUAL_LENGTH,
+        backend: Backend = "auto",
+    ):
+        super().__init__()
+        self.make_codecs = make_codecs
+        self.shape_check = shape_check
+        self.sink_length, self.residual_length, self.backend = sink_length, residual_length, backend
+        self.codecs: dict[str, SideCodec] = {}
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"SpectralLayer(tokens={self.get_seq_length()}, blocks={len(self.spans)})"
+
+    # ------------------------------------------------------------------ state
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.spans: list[Span] = []
+        self.stores: dict[str, BlockStore] = {side: BlockStore() for side in SIDES}
+        self.places = BlockStore()  # the spans once more, as a tensor for attention to read
+        self.sinks: dict[str, Tensor] = {}
+        self.tails: dict[str, Tensor] = {}
+        self.starts: Tensor | None = None
+        self.pending = False  # whether new tokens await their reader before they may be encoded
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and geometry from the first keys and values."""
+        if self.shape_check is not None:
+            self.shape_check(key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.tails = {"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()}
+        self.is_initialized = True
+
+    @property
+    def cut(self) -> bool:
+        """Whether a crop has left some block less than full."""
+        return any(span.length < BLOCK for span in self.spans)
+
+    @property
+    def encoded_end(self) -> int:
+        """Slot behind the last encoded token; 0 before the first block."""
+        return self.spans[-1].end if self.spans else 0
+
+    def get_seq_length(self) -> int:
+        """Tokens cached, T."""
+        return self.encoded_end + (self.tails["key"].shape[2] if self.tails else 0)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Dense keys of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
+        return LazyKV(self.snapshot(), "key") if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Dense values of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
+        return LazyKV(self.snapshot(), "value") if self.is_initialized else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    def _refuse_assignment(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise QuantCacheError("a spectral layer's keys and values are packed: use update(), crop() or reset()")
+
+    def snapshot(self) -> CacheView:
+        """What may be read now.
+
+        Returns:
+            A view that stays valid until the next update.
+        """
+        sides = {
+            side: SideView(self.codecs.get(side), self.stores[side], self.sinks.get(side), self.tails[side])
+            for side in SIDES
+        }
+        places = self.places.slice(0, self.places.count).get("places")
+        if places is None:
+            places = torch.zeros(0, 3, dtype=torch.int32, device=self.device)
+        return CacheView(self, sides["key"], sides["value"], places, self.encoded_end, self.cut, self.starts)
+
+    # ------------------------------------------------------------------ append and encode
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new keys and values.
+
+        Args:
+            key_states: ``[B, Hkv, Tnew, D]``, rotated as the model caches them.
+            value_states: ``[B, Hkv, Tnew, Dv]``.
+            args: Ignored, as by DynamicLayer.
+            kwargs: Ignored, as by DynamicLayer.
+
+        Returns:
+            Lazy keys and values of all T tokens, the new ones exact.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.finish()
+        new = {"key": key_states, "value": value_states}
+        if key_states.requires_grad or value_states.requires_grad:
+            return self._update_differentiably(new)
+        self.tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
+        self.pending = True
+        view = self.snapshot()
+        return LazyKV(view, "key"), LazyKV(view, "value")
+
+    def _update_differentiably(self, new: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Append under autograd: plain tensors, with gradients to the new keys and values; the past is constant."""
+        view = self.snapshot()
+        dense = {side: torch.cat((view.dense(side), new[side]), dim=2) for side in SIDES}
+        self.tails = {side: torch.cat((self.tails[side], new[side].detach()), dim=2) for side in SIDES}
+        self.pending = True
+        return dense["key"], dense["value"]
+
+    @torch.no_grad()
+    def finish(self, mask: Tensor | None = None) -> None:
+        """Encode what is due, once the newest tokens have been read.
+
+        Args:
+            mask: The attention mask their reader saw, ``[B, 1, Tq, T]`` boolean or additive: tells each row's padding.
+        """
+        if not self.pending:
+            return
+        self.pending = False
+        if mask is not None:
+            self._settle_starts(mask)
+        lead = 0 if self.spans else self.sink_length
+        due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
+        if due <= 0:
+            return
+        if not self.codecs:
+            self.codecs = self.make_codecs(self.device, self.tails, self.starts)
+        spans = self._next_spans(lead, due)
+        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32).to(self.device)
+        for side in SIDES:
+            tail = self.tails[side]
+            if not self.spans:
+                self.sinks[side] = torch.zeros_like(tail[:, :, :lead])
+                self._capture_sinks(side, tail[:, :, :lead], 0)
+            encoded = tail[:, :, lead : lead + due * BLOCK]
+            self.stores[side].append(backends.encode(self.codecs[side], encoded, places, self.starts, self.backend))
+            if self.starts is not None:
+                self._capture_sinks(side, encoded, lead or self.encoded_end)
+            self.tails[side] = tail[:, :, lead + due * BLOCK :].clone()
+        self.places.append({"places": places})
+        self.spans += spans
+
+    def _next_spans(self, lead: int, count: int) -> list[Span]:
+        spans: list[Span] = []
+        previous = self.spans[-1] if self.spans else None
+        for _ in range(count):
+            start = previous.end if previous else lead
+            shared = previous is not None and start + BLOCK <= previous.anchor + ANCHOR_LENGTH
+            previous = Span(start, BLOCK, previous.anchor if shared and previous else start)
+            spans.append(previous)
+        return spans
+
+    def _settle_starts(self, mask: Tensor) -> None:
+        """Learn how much left padding each row has; a row that has shown a valid token is settled for good."""
+        length, new = mask.shape[-1], mask.shape[-2]
+        seen = self.get_seq_length() - new
+        if length != self.get_seq_length() or (seen and (self.starts is None or new == 1)):
+            return
+        last = mask[:, 0, -1]
+        valid = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+        first = torch.where(valid.any(-1), valid.int().argmax(-1), length)
+        if first.shape[0] != self.tails["key"].shape[0]:
+            first = first.expand(self.tails["key"].shape[0])
+        self.starts = first.clone() if self.starts is None else torch.where(self.starts < seen, self.starts, first)
+
+    def _capture_sinks(self, side: str, chunk: Tensor, slot: int) -> None:
+        """Copy those tokens of ``chunk`` (first slot ``slot``) that are sinks of their row."""
+        sinks = self.sinks[side]
+        if self.starts is None:
+            sinks[:, :, slot : slot + chunk.shape[2]] = chunk
+            return
+        if not chunk.shape[2]:
+            return
+        index = self.starts[:, None] + torch.arange(sinks.shape[2], device=sinks.device) - slot  # [B, S]
+        inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
+        index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
+        self.sinks[side] = torch.where(inside, chunk.gather(2, index), sinks)
+
+    # ------------------------------------------------------------------ cache semantics
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens.
+
+        A cut inside an encoded block keeps the block's codes and shortens its valid length.
+
+        Args:
+            tokens_to_remove: Zero or negative, as transformers defines it.
+        """
+        if not self.is_initialized:
+            return
+        self.finish()
+        length = self.get_seq_length()
+        keep = length - compat.tokens_to_remove(tokens_to_remove, length)
+        if keep >= self.encoded_end:
+            self.tails = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
+        elif keep <= self.sink_length:
+            view = self.snapshot()
+            self.tails = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
+            self.spans, self.sinks = [], {}
+            self.stores, self.places = {side: BlockStore() for side in SIDES}, BlockStore()
+        else:
+            self.spans = [span for span in self.spans if span.start < keep]
+            last = self.spans[-1]
+            self.spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
+            self.places.truncate(len(self.spans))
+            self.places.buffers["places"][len(self.spans) - 1, 1] = self.spans[-1].length
+            for side in SIDES:
+                self.stores[side].truncate(len(self.spans))
+                self.tails[side] = self.tails[side][:, :, :0].clone()
+        if keep == 0:
+            self.starts = None
+
+    def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
+        """Apply a function of (tensor, batch dimension) to everything stored."""
+        if not self.is_initialized:
+            return
+        self.finish()
+        for side in SIDES:
+            self.stores[side].map_batch(lambda buffer: function(buffer, 1))
+            self.tails[side] = function(self.tails[side], 0)
+            if side in self.sinks:
+                self.sinks[side] = function(self.sinks[side], 0)
+        if self.starts is not None:
+            self.starts = function(self.starts, 0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Gather rows, for beam search.
+
+        Args:
+            beam_idx: Row of the present cache that each new row continues, ``[B']``.
+        """
+        self._map_batch(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows.
+
+        Args:
+            indices: Row indices, or a boolean mask over rows.
+        """
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self.reorder_cache(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row in place.
+
+        Args:
+            repeats: How often.
+        """
+        self._map_batch(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
+
+    def _move(self, device: torch.device | str) -> None:
+        self.finish()
+        self.places.to(device)
+        self.starts = None if self.starts is None else self.starts.to(device)
+        for side in SIDES:
+            self.stores[side].to(device)
+            self.tails[side] = self.tails[side].to(device, non_blocking=True)
+            if side in self.sinks:
+                self.sinks[side] = self.sinks[side].to(device, non_blocking=True)
+
+    def offload(self) -> None:
+        """Move what is stored to CPU memory; the calibration's constants stay."""
+        if self.is_initialized:
+            self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move what is stored back to the layer's device."""
+        if self.is_initialized and self.tails["key"].device != self.device:
+            self._move(self.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
+        """Copy what is stored; constants are shared."""
+        self.finish()
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.spans = list(self.spans)
+        new.stores = {side: store.copy() for side, store in self.stores.items()}
+        new.places = self.places.copy()
+        new.sinks = {side: tensor.clone() for side, tensor in self.sinks.items()}
+        new.tails = {side: tensor.clone() for side, tensor in self.tails.items()}
+        new.starts = None if self.starts is None else self.starts.clone()
+        return new

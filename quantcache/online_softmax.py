@@ -1,0 +1,167 @@
+"""Softmax attention over keys that come in pieces: the running sums, and the queries with their mask.
+
+Shapes: B batch, Hq / H query / key-value heads, G = Hq / H, Tq queries, T tokens, D dimension, R = G * Tq rows of
+queries that share one key/value head, N keys of a piece.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class OnlineSoftmax:
+    """Softmax-weighted sums over keys that come in pieces, in float32.
+
+    Source: M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax" (2018).
+
+    Args:
+        query: ``[B, H, R, D]``, for shape and device.
+        value_dim: Dv.
+    """
+
+    def __init__(self, query: Tensor, value_dim: int):
+        shape = (*query.shape[:3], 1)
+        self.peak = query.new_full(shape, float("-inf"))
+        self.total = query.new_zeros(shape)
+        self.sums = {"": query.new_zeros((*query.shape[:3], value_dim))}
+
+    def add(self, scores: Tensor) -> Tensor:
+        """Take in the scores of some keys.
+
+        Args:
+            scores: ``[B, H, R, N]``, -inf where a query may not look.
+
+        Returns:
+            Unnormalised weights ``[B, H, R, N]``; the caller adds their weighted values to ``sums``.
+        """
+        peak = torch.maximum(self.peak, scores.amax(-1, keepdim=True))
+        safe = torch.where(peak == float("-inf"), 0.0, peak)  # rows that have seen nothing yet
+        weights = torch.exp(scores - safe)
+        decay = torch.exp(self.peak - safe)
+        self.total = self.total * decay + weights.sum(-1, keepdim=True)
+        self.sums = {name: value * decay for name, value in self.sums.items()}
+        self.peak = peak
+        return weights
+
+    def merge(self, output: Tensor, lse: Tensor) -> None:
+        """Take in the finished attention over some keys.
+
+        Args:
+            output: ``[B, H, R, Dv]`` float32.
+            lse: Log of the summed exponentials of their scores, ``[B, H, R]``, -inf where a row saw none.
+        """
+        self.accumulate(self.add(lse.unsqueeze(-1)) * output)
+
+    def accumulate(self, values: Tensor, name: str = "") -> None:
+        """Add weighted values.
+
+        Args:
+            values: ``[B, H, R, Dv]``, weighted by what :meth:`add` returned last.
+            name: Which sum they belong to.
+        """
+        self.sums[name] = self.sums[name] + values if name in self.sums else values
+
+    def result(self) -> Tensor:
+        """The attention output, ``[B, H, R, Dv]``; zero for rows that saw no key."""
+        return self.sums[""] / torch.where(self.total > 0, self.total, 1.0)
+
+
+class QueryRows:
+    """The queries of one call, grouped by key/value head, with their mask.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``, a part of the call's queries.
+        heads: H.
+        length: T.
+        mask: The call's mask, or None.
+        scaling: Factor of the scores; D^-½ if None.
+        causal: What a missing mask means.
+        softcap: Soft cap of the scores, or None.
+        place: First query of this part, and how many queries the call has.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        heads: int,
+        length: int,
+        mask: Tensor | None,
+        scaling: float | None,
+        causal: bool,
+        softcap: float | None,
+        place: tuple[int, int],
+    ):
+        batch, query_heads, count, dim = query.shape
+        self.groups, self.count = query_heads // heads, count
+        scale = dim**-0.5 if scaling is None else scaling
+        self.query = query.float().mul(scale).reshape(batch, heads, self.groups * count, dim)  # [B, H, R, D]
+        self.softcap = softcap
+        self.own_slots = length - place[1] + place[0] + torch.arange(count, device=query.device)
+        self.causal = causal and mask is None and place[1] > 1
+        self.mask, self.call_mask = None, mask
+        if mask is not None:
+            mask = mask[:, :, place[0] : place[0] + count, :length]
+            self.mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, self.groups))
+
+    def scores(self, raw: Tensor, first: int, last: int) -> Tensor:
+        """Cap and mask the scores against the slots ``first`` to ``last``.
+
+        Args:
+            raw: ``[B, H, R, last - first]``.
+            first: First slot.
+            last: One past the last slot.
+
+        Returns:
+            Scores of the same shape.
+        """
+        mask = None if self.mask is None else self.mask[..., first:last]
+        return self._finish(raw, mask, torch.arange(first, last, device=raw.device) if self.causal else None)
+
+    def scores_at(self, raw: Tensor, slots: Tensor, valid: Tensor | None) -> Tensor:
+        """Cap and mask the scores against given slots.
+
+        Args:
+            raw: ``[B, H, R, N]``.
+            slots: ``[B or 1, N]``.
+            valid: Whether a row holds a token there, ``[B or 1, N]``; None if all do.
+
+        Returns:
+            Scores of the same shape.
+        """
+        mask = None
+        if self.mask is not None:
+            index = slots.clamp_max(self.mask.shape[-1] - 1)[:, None, None, None]
+            batch = max(self.mask.shape[0], index.shape[0])
+            index = index.expand(batch, *self.mask.shape[1:4], -1)
+            mask = self.mask.expand(batch, *self.mask.shape[1:]).gather(-1, index)
+        scores = self._finish(raw, mask, None)  # the past is never in the queries' future
+        return scores if valid is None else scores.masked_fill(~valid[:, None, None], float("-inf"))
+
+    def _finish(self, raw: Tensor, mask: Tensor | None, slots: Tensor | None) -> Tensor:
+        if self.softcap is not None:
+            raw = self.softcap * torch.tanh(raw / self.softcap)
+        if mask is None and slots is None:
+            return raw
+        scores = raw.unflatten(2, (self.groups, self.count))
+        if slots is not None:
+            scores = scores.masked_fill(slots > self.own_slots[:, None], float("-inf"))
+        elif mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        elif mask is not None:
+            # An additive mask of the dtype's minimum means "never", also for a row that has nothing else to look at.
+            never = mask <= torch.finfo(mask.dtype).min / 2
+            scores = (scores + mask).masked_fill(never, float("-inf"))
+        rows: Tensor = scores.flatten(2, 3)
+        return rows
+
+    def sink_scores(self, s_aux: Tensor) -> Tensor:
+        """Scores of the attention-sink logits, ``[B, H, R, 1]``."""
+        batch, heads = self.query.shape[:2]
+        per_head: Tensor = s_aux.float().reshape(1, heads, self.groups, 1, 1)
+        return per_head.expand(batch, -1, -1, self.count, 1).flatten(2, 3)
+
+    def to_output(self, grouped: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[B, H, R, Dv]`` to ``[B, Tq, Hq, Dv]``."""
+        by_query: Tensor = grouped.unflatten(2, (self.groups, self.count))  # [B, H, G, Tq, Dv]
+        return by_query.flatten(1, 2).transpose(1, 2).to(dtype).contiguous()

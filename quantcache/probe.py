@@ -1,0 +1,204 @@
+"""Looking into a model while it runs: what reaches its cache, and how its keys are rotated.
+
+The layout of a model's rotation is measured, not looked up by family. One and the same token is put at many positions,
+alone in its row, so that nothing but the rotation tells its keys apart; the candidate rotation that makes the cached
+keys equal is the model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from quantcache import compat
+from quantcache.attention import spectral_attention_forward
+from quantcache.errors import UnsupportedModel
+from quantcache.rope import Frame, Rope
+
+PROBE_LENGTH = 160
+PROBE_TOLERANCE = 0.02
+"""Largest relative mismatch of un-rotated keys that still counts as equal (bfloat16 keys reach 0.005)."""
+
+
+class RecordingCache(DynamicCache):
+    """A DynamicCache that hands every update's keys and values to a callback.
+
+    Args:
+        config: The model's config.
+        on_update: Called with (layer index, keys, values); may return replacements.
+    """
+
+    def __init__(self, config: Any, on_update: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor] | None]):
+        super().__init__(config=config)
+        self.on_update = on_update
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """Pass new keys and values through the callback, then cache them."""
+        replaced = self.on_update(layer_idx, key_states, value_states)
+        if replaced is not None:
+            key_states, value_states = replaced
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def recorded_queries(model: PreTrainedModel, on_query: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hand the queries of every attention call to a callback, inside the context.
+
+    Args:
+        model: The model; its attention implementation is restored afterwards.
+        on_query: Called with (layer index, queries ``[B, Hq, Tq, D]``).
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedModel: The model does not go through transformers' attention interface.
+    """
+    seen: set[int] = set()
+
+    def attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any):
+        index = getattr(module, "layer_idx", None)
+        if index is not None:
+            seen.add(index)
+            on_query(index, query)
+        return spectral_attention_forward(module, query, *args, **kwargs)
+
+    name = "quantcache_recording"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    subs = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+    previous = {"": model.config._attn_implementation}
+    previous |= {key: config._attn_implementation for key, config in subs.items() if config is not None}
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+    if not seen:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not call attention through transformers' attention interface, so its queries "
+            "cannot be seen: use metric='fisher'"
+        )
+
+
+def run(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, position_ids: Tensor | None = None) -> Any:
+    """One forward pass that fills a cache.
+
+    Args:
+        model: The model.
+        input_ids: ``[B, T]``.
+        cache: The cache to pass.
+        position_ids: Positions of the tokens, ``[B, T]``; the model's own count if None.
+
+    Returns:
+        The model's output.
+    """
+    device = compat.input_device(model)
+    more = {} if position_ids is None else {"position_ids": position_ids.to(device)}
+    return model(input_ids=input_ids.to(device), past_key_values=cache, use_cache=True, **more)
+
+
+@torch.no_grad()
+def detect_ropes(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
+    """Measure how each layer's keys are rotated.
+
+    Args:
+        model: The model.
+        layers: Layers to look at.
+
+    Returns:
+        A rotation for each; ``Rope()`` for layers without RoPE, and for layers whose keys no known rotation explains
+        (absolute position embeddings, ALiBi, unknown layouts): those are coded as they are cached.
+
+    Raises:
+        UnsupportedModel: A layer never updates the cache with keys ``[B, H, T, D]``.
+    """
+    candidates = _candidates(model)
+    ropes = dict.fromkeys(layers, Rope())
+    for keys in _probes(model):
+        for index in (index for index in layers if not ropes[index].rotary_dim):
+            if index not in keys:
+                raise UnsupportedModel(f"layer {index} of {type(model).__name__} never updated its key/value cache")
+            ropes[index] = _best_rope(keys[index], candidates)
+        if all(rope.rotary_dim for rope in ropes.values()):
+            break
+    return ropes
+
+
+def _probes(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
+    """Keys of one token at the positions 0, 1, ..., by layer, ``[H, T, D]``.
+
+    First from rows of a single token, each told its position. Then, for models that count positions themselves, from a
+    prompt of the repeated token: its hidden states are equal too, unless attention sees how many tokens there are (a
+    sink logit in the softmax does).
+    """
+    keys: dict[int, Tensor] = {}
+
+    def record(index: int, key: Tensor, value: Tensor) -> None:
+        keys[index] = (key.transpose(0, 2) if key.shape[2] == 1 else key)[0].double()
+
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or PROBE_LENGTH
+    positions = torch.arange(min(PROBE_LENGTH, limit))[:, None]
+    tokens = torch.full_like(positions, _some_token(model))
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        run(model, tokens, RecordingCache(model.config, record), position_ids=positions)
+        yield keys
+        keys.clear()
+    run(model, tokens.T, RecordingCache(model.config, record))
+    yield keys
+
+
+def _some_token(model: PreTrainedModel) -> int:
+    """A token that is no special token, if the vocabulary has one."""
+    text_config = model.config.get_text_config(decoder=True)
+    special = {getattr(text_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return next(i for i in range(text_config.vocab_size // 2, text_config.vocab_size) if i not in special)
+
+
+def _candidates(model: PreTrainedModel) -> list[Rope]:
+    """Every rotation that the frequencies found in the model allow."""
+    found: list[tuple[float, ...]] = []
+    for name, tensor in [*model.named_buffers(), *_plain_tensors(model)]:
+        if name.endswith("inv_freq") and tensor.ndim == 1 and tensor.numel():
+            frequencies = tuple(tensor.double().cpu().tolist())
+            if frequencies not in found:
+                found.append(frequencies)
+    declared = {compat.rope_from_config(model.config.get_text_config(decoder=True), 0).inv_freq}
+    found += [frequencies for frequencies in declared if frequencies and frequencies not in found]
+    return [Rope(layout, frequencies) for frequencies in found for layout in ("half", "interleaved")]
+
+
+def _plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Frequencies that a module keeps as a plain attribute."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield name, value
+
+
+def _best_rope(keys: Tensor, candidates: list[Rope]) -> Rope:
+    """The candidate that makes the keys ``[H, T, D]`` of one repeated token equal at all positions."""
+    positions = torch.arange(keys.shape[1], device=keys.device)
+    errors = {Rope(): _spread(keys)}
+    for rope in candidates:
+        if rope.rotary_dim <= keys.shape[-1]:
+            frame = Frame(keys.shape[-1], rope, device=keys.device)
+            errors[rope] = _spread(frame.enter(keys, positions, positions))
+    best = min(errors, key=lambda rope: errors[rope])
+    return best if errors[best] < PROBE_TOLERANCE else Rope()
+
+
+def _spread(keys: Tensor) -> float:
+    """Relative deviation of keys ``[H, T, D]`` from their mean over positions.
+
+    Model-computed angles are rounded to float32 and rotations to the model's dtype, so equality is to a tolerance.
+    """
+    mean = keys.mean(1, keepdim=True)
+    return float((keys - mean).norm() / keys.norm().clamp_min(1e-30))

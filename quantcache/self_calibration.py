@@ -1,0 +1,56 @@
+"""Caches without an artifact: each layer fits its transforms to the first tokens it has to encode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quantcache import compat
+from quantcache.artifact import Calibration, CodecSettings, Metadata
+from quantcache.cache import BlockCache, CodecFactory, SpectralCache, calibrated_codecs
+from quantcache.codec import SideCodec
+from quantcache.probe import detect_ropes
+from quantcache.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
+
+FIT_SHRINKAGE = 0.1
+"""Isotropic share of a covariance known from as many tokens as it has dimensions; it falls with more tokens."""
+
+
+def self_calibrating_cache(
+    cls: type[SpectralCache], model: PreTrainedModel, bits: float = 3.0, **kwargs: Any
+) -> SpectralCache:
+    """See :meth:`quantcache.SpectralCache.self_calibrating`."""
+    compat.require_decoder(model.config)
+    settings = CodecSettings()
+    layers = compat.full_attention_layers(model.config)
+    ropes = detect_ropes(model, layers)
+    heads, dim = compat.kv_geometry(model.config.get_text_config(decoder=True))
+    outputs = output_metrics(model, dict.fromkeys(layers, (heads, dim)))
+
+    def codecs_of(index: int) -> tuple[CodecFactory, None]:
+        def fit(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
+            statistics = LayerStatistics(index, ropes[index], tails["key"], tails["value"], settings)
+            for row in range(tails["key"].shape[0]):
+                first = 0 if starts is None else int(starts[row])
+                for side, tail in tails.items():
+                    statistics.add(side, tail[row : row + 1, :, first:])
+            metric = outputs.get(index)
+            if metric is not None and metric.shape[-1] != tails["value"].shape[-1]:
+                metric = None
+            count = max(statistics.moments["key"].count, 1)
+            share = max(COVARIANCE_SHRINKAGE, FIT_SHRINKAGE * tails["key"].shape[-1] / count)
+            layer = statistics.solve(metric, share)
+            fitted = Calibration({index: layer}, Metadata(codec=settings, joint=False)).with_bits(bits)
+            return calibrated_codecs(fitted, index)[0](device, tails, starts)
+
+        return fit, None
+
+    if not 0 <= bits <= 8:
+        raise ValueError(f"bits must lie between 0 and 8, got {bits}")
+    cache = cls.__new__(cls)
+    BlockCache.__init__(cache, model.config, codecs_of, **kwargs)
+    cache.calibration = None
+    return cache

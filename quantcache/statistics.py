@@ -1,0 +1,132 @@
+"""Statistics of one layer's keys and values, and the transforms that follow from them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quantcache.artifact import SIDES, CodecSettings, LayerCalibration, SideCalibration
+from quantcache.errors import UnsupportedModel
+from quantcache.rope import Frame, Rope, anchor_of
+from quantcache.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
+
+SINK_LENGTH = 4
+"""First tokens of every sequence that are left out of the statistics, as the cache leaves them out of the codes."""
+
+COVARIANCE_SHRINKAGE = 1e-4
+"""Share of isotropic covariance mixed in, so that directions the text never took stay representable."""
+
+
+class LayerStatistics:
+    """Second moments of one layer's framed keys and values, and of the metric at them."""
+
+    def __init__(self, index: int, rope: Rope, keys: Tensor, values: Tensor, settings: CodecSettings):
+        self.index, self.rope = index, rope
+        device = keys.device if keys.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+        self.frames = {
+            "key": Frame(keys.shape[-1], rope, settings.fast_wavelength, device),
+            "value": Frame(values.shape[-1], Rope(), device=device),
+        }
+        shapes = {"key": keys.shape, "value": values.shape}
+        self.moments = {side: Moments(shapes[side][1], shapes[side][3], device) for side in SIDES}
+        self.metrics = {side: Moments(shapes[side][1], shapes[side][3], device) for side in SIDES}
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Hkv and the dimension of a value."""
+        heads, dim = self.moments["value"].sum.shape
+        return heads, dim
+
+    def _framed(self, side: str, x: Tensor) -> Tensor:
+        """Framed vectors of sequences after their sinks: ``[B, H, T, D]`` to ``[H, B * T', D]``."""
+        frame = self.frames[side]
+        slots = torch.arange(SINK_LENGTH, x.shape[2], device=frame.order.device)
+        x = x.detach()[:, :, SINK_LENGTH:].to(frame.order.device).double()
+        return frame.enter(x, slots, anchor_of(slots, SINK_LENGTH)).transpose(0, 1).flatten(1, 2)
+
+    def add(self, side: str, x: Tensor) -> None:
+        """Add the vectors of one batch of sequences, ``[B, H, T, D]``."""
+        self.moments[side].add(self._framed(side, x))
+
+    def add_gradient(self, side: str, gradient: Tensor) -> None:
+        """Add the loss gradients at the vectors of one batch, ``[B, H, T, D]``."""
+        self.metrics[side].add(self._framed(side, gradient))
+
+    def add_queries(self, query: Tensor, generator: torch.Generator) -> None:
+        """Add queries ``[B, Hq, T, D]``, each as a randomly drawn earlier key sees it."""
+        frame = self.frames["key"]
+        _batch, _heads, length, dim = query.shape
+        if dim != frame.head_dim:
+            raise UnsupportedModel(
+                f"layer {self.index} caches keys of dimension {frame.head_dim} but its queries have {dim}, so they "
+                "cannot weigh the keys: use metric='fisher'"
+            )
+        device = frame.order.device
+        positions = torch.arange(SINK_LENGTH, length)
+        drawn = torch.rand(len(positions), generator=generator) * (positions - SINK_LENGTH + 1)
+        keys = (drawn.long() + SINK_LENGTH).to(device)
+        framed = frame.enter(query.detach()[:, :, SINK_LENGTH:].to(device).double(), keys, anchor_of(keys, SINK_LENGTH))
+        kv_heads = self.moments["key"].sum.shape[0]
+        self.metrics["key"].add(framed.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, dim))
+
+    def solve(self, output_metric: Tensor | None = None, shrinkage: float = COVARIANCE_SHRINKAGE) -> LayerCalibration:
+        """The layer's transforms.
+
+        Args:
+            output_metric: The values' metric, if not their gradients' (see :func:`output_metrics`).
+            shrinkage: Share of isotropic covariance mixed in; more where the samples are few.
+
+        Returns:
+            Means, transforms and spectra, without widths.
+        """
+        sides = {}
+        for side in SIDES:
+            frame, moments, metric = self.frames[side], self.moments[side], self.metrics[side]
+            matrix = metric.second_moment
+            if side == "value" and output_metric is not None:
+                matrix = output_metric.to(matrix)
+            elif not metric.count:
+                matrix = torch.eye(frame.head_dim, dtype=torch.float64, device=matrix.device).expand_as(matrix)
+            covariance = shrink(moments.covariance, shrinkage)
+            transform = split_klt(covariance, matrix, (frame.num_slow, frame.num_fast), METRIC_SHRINKAGE)
+            sides[side] = SideCalibration(
+                moments.mean.float().cpu(), transform.analysis.float().cpu(), transform.spectrum.cpu()
+            )
+        return LayerCalibration(self.rope, sides["key"], sides["value"])
+
+
+_OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+
+
+def output_metrics(model: PreTrainedModel, shapes: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
+    """What an error in a value costs in the attention's output: Σ_h W_O,hᵀ W_O,h over the query heads of each head.
+
+    Args:
+        model: The model.
+        shapes: Hkv and Dv of the layers wanted.
+
+    Returns:
+        ``[H, Dv, Dv]`` float64 for every layer whose output projection is found; a warning names the others.
+    """
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        index: Any = getattr(module, "layer_idx", None)
+        projection = next((p for n in _OUTPUT_NAMES if (p := getattr(module, n, None)) is not None), None)
+        weight = getattr(projection, "weight", None)
+        if index not in shapes or weight is None or index in found:
+            continue
+        heads, dim = shapes[index]
+        if type(projection).__name__ == "Conv1D":
+            weight = weight.T  # GPT-2 stores [in, out]
+        if not weight.is_floating_point() or weight.ndim != 2 or weight.shape[1] % (heads * dim):
+            continue
+        per_head = weight.detach().double().unflatten(1, (heads, -1, dim))  # [hidden, H, G, Dv]
+        found[index] = torch.einsum("ohgd,ohge->hde", per_head, per_head)
+    missing = [index for index in shapes if index not in found]
+    if missing:
+        warnings.warn(f"no output projection found in layers {missing}: their values are weighted alike", stacklevel=3)
+    return found

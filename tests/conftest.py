@@ -1,0 +1,116 @@
+"""What every test gets: no network, a fixed seed, the bundled model."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_TESTS = os.environ.get("QUANTCACHE_HUB_TESTS") == "1"
+if not HUB_TESTS:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; nothing above imports it
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A slow machine is not a bug, and what CI finds must be found again on the next run.
+settings.register_profile("quantcache", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("quantcache")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason in the summary, what this machine cannot run."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("hub") and not HUB_TESTS:
+            item.add_marker(pytest.mark.skip(reason="needs the Hub: set QUANTCACHE_HUB_TESTS=1"))
+
+
+def _is_local(host: str | bytes | None) -> bool:
+    """Whether a host name or address stays on this machine, without asking a name server."""
+    if host is None:
+        return True
+    name = host.decode() if isinstance(host, bytes) else host
+    if name in ("", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Fail whatever reaches for another machine; Unix sockets and the loopback range stay open."""
+    if HUB_TESTS:
+        yield
+        return
+
+    def guard(name: str) -> Any:
+        original = getattr(socket.socket, name)
+
+        def guarded(self: socket.socket, *args: Any) -> Any:
+            address = args[-1]  # connect(address), sendto(data[, flags], address)
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(address[0]):
+                raise RuntimeError(f"tests must not use the network: {name} to {address[0]!r}")
+            return original(self, *args)
+
+        return guarded
+
+    original_getaddrinfo = socket.getaddrinfo
+
+    def getaddrinfo(host: str | bytes | None, *args: Any, **kwargs: Any) -> Any:
+        if not _is_local(host):
+            raise RuntimeError(f"tests must not use the network: look-up of {host!r}")
+        return original_getaddrinfo(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, guard(name))
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same torch seed."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> PreTrainedModel:
+    """The bundled model in fp32, shared by all tests: leave it as you found it."""
+    from transformers import AutoModelForCausalLM
+
+    from quantcache.data import demo_model_path
+
+    return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of the bundled model."""
+    from transformers import AutoTokenizer
+
+    from quantcache.data import demo_model_path
+
+    return AutoTokenizer.from_pretrained(demo_model_path())
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Larger texts that lie beside the checkout where they are to be had; skips where they are not."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no ../shared/data beside the checkout")
+    return path
