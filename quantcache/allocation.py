@@ -28,6 +28,23 @@ class Group:
     size: int
 
 
+def check_rate(bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> None:
+    """Refuse rates that no allocation can have.
+
+    Args:
+        bits: Mean code width in bits.
+        min_bits: Smallest width that may be given.
+        max_bits: Largest width that may be given.
+
+    Raises:
+        ValueError: ``min_bits`` is negative, or ``bits`` outside ``[min_bits, max_bits]``.
+    """
+    if min_bits < 0:
+        raise ValueError(f"min_bits must not be negative, got {min_bits}")
+    if not min_bits <= bits <= max_bits:  # also refuses NaN
+        raise ValueError(f"bits must lie between min_bits ({min_bits}) and {max_bits}, got {bits}")
+
+
 def allocate(groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> list[int]:
     """Reverse water-filling over integer widths.
 
@@ -48,8 +65,7 @@ def allocate(groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: 
     Raises:
         ValueError: ``bits`` is outside ``[min_bits, max_bits]``.
     """
-    if not min_bits <= bits <= max_bits:
-        raise ValueError(f"bits must lie between min_bits ({min_bits}) and {max_bits}, got {bits}")
+    check_rate(bits, min_bits, max_bits)
     distortion = [lloyd_max(width).distortion for width in range(max_bits + 1)]
     weights = np.array([g.weight for g in groups], dtype=np.float64)
     sizes = np.array([g.size for g in groups], dtype=np.int64)

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from quantcache import compat
 from quantcache.accounting import bits_per_encoded_element
-from quantcache.allocation import allocate_layers
-from quantcache.artifact_files import CONFIG_NAME, SCHEMA_VERSION, TENSORS_NAME, from_files, to_files
+from quantcache.allocation import allocate_layers, check_rate
+from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME, from_files, to_files
 from quantcache.card import render_card
 from quantcache.errors import ArtifactError, CalibrationMismatch
 from quantcache.rope import Frame
@@ -103,6 +105,9 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             ValueError: A rate is outside ``[min_bits, 8]``.
         """
         rate = Rate(self.metadata.rate.bits if bits is None else float(bits), key_bits, value_bits, min_bits)
+        for own in (rate.bits, rate.key_bits, rate.value_bits):
+            if own is not None and own != "joint":
+                check_rate(own, min_bits)
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
 
@@ -200,8 +205,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors, config = to_files(self.layers, self.metadata)
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        save_file(tensors, save_directory / TENSORS_NAME, metadata={"format": "pt", "quantcache": SCHEMA_VERSION})
+        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        save_file(tensors, save_directory / TENSORS_NAME, metadata={"format": "pt"})
         # safetensors may write owner-only files; the artifact is as readable as the folder's other files.
         os.chmod(save_directory / TENSORS_NAME, (save_directory / CONFIG_NAME).stat().st_mode)
 
@@ -258,8 +263,13 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             if missing:
                 raise ArtifactError(f"{folder} is no calibration: it has no {' and no '.join(missing)}")
             return cls(*from_files(folder / CONFIG_NAME, folder / TENSORS_NAME))
-        if isinstance(pretrained_model_name_or_path, Path) or str(pretrained_model_name_or_path).count("/") > 1:
-            raise ArtifactError(f"there is no folder {pretrained_model_name_or_path}")
+        try:
+            if isinstance(pretrained_model_name_or_path, Path):
+                raise HFValidationError  # a path is never a repository
+            validate_repo_id(pretrained_model_name_or_path)
+        except HFValidationError:
+            message = f"there is no folder {pretrained_model_name_or_path}, and no Hub repository can have that name"
+            raise ArtifactError(message) from None
         files = [
             hf_hub_download(
                 str(pretrained_model_name_or_path),

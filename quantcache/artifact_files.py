@@ -196,10 +196,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(section: dict[str, Any], name: str, where: str, most: float = 1e9) -> float:
-    value = section.get(name)
-    if not _is_number(value) or not 0 <= float(value) <= most:  # type: ignore[arg-type]
+    value: Any = section.get(name)
+    if not _is_number(value) or not 0 <= value <= most:
         raise ArtifactError(f"{where}: {name} must be a number from 0 to {most:g}, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _integer(section: dict[str, Any], name: str, where: str, least: int = 1, most: int = 1 << 20) -> int:

@@ -134,7 +134,9 @@ def dense_attention(
         scores = rows.scores(rows.query @ key.float().transpose(-1, -2), 0, key.shape[2])
         if s_aux is not None:
             scores = torch.cat((scores, rows.sink_scores(s_aux)), dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]]
+        # A query that may look nowhere (left padding) looks everywhere: finite, and nobody reads its output.
+        dead = scores.amax(-1, keepdim=True) == float("-inf")
+        weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1)[..., : key.shape[2]]
         weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
         outputs.append(rows.to_output(weights @ value.float(), query.dtype))
     return torch.cat(outputs, dim=1)
@@ -172,6 +174,10 @@ def spectral_attention(
         and isinstance(view.key.codec, SpectralCodec)
         and isinstance(view.value.codec, SpectralCodec)
     )
+    if on_codes:
+        output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux)
+        if output is not None:
+            return output
     for first in range(0, total, QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
         heads = view.key.tail.shape[1]

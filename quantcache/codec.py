@@ -24,6 +24,15 @@ from quantcache.codebook import lloyd_max
 from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
 from quantcache.rope import Frame, Rope
 
+
+class DerivedConstants(Protocol):
+    """Constants that a backend has arranged for its kernels."""
+
+    def held(self) -> list[Tensor]:
+        """Every tensor that they keep alive."""
+        ...
+
+
 GAIN_STEPS = 16
 """Gain steps per octave: neighbouring gains differ by 4.4 %."""
 
@@ -154,6 +163,7 @@ class SpectralCodec:
         self.num_words = int(2 * widths.sum())
         self.classes = tuple(_width_class(widths, offsets, width, device) for width in range(1, MAX_WIDTH + 1))
         self.classes = tuple(c for c in self.classes if c.columns.numel())
+        self.derived: dict[str, DerivedConstants] = {}  # the same constants in the form of a backend's kernels
 
     @property
     def bits(self) -> float:
@@ -164,7 +174,8 @@ class SpectralCodec:
         """The constants held on the device."""
         own = [self.mean, self.encoder, self.decoder, self.weights, self.coded, self.widths, self.offsets]
         own += [self.frame.order, self.frame.inverse_order, self.frame.frequencies]
-        return own + [t for c in self.classes for t in (c.columns, c.words, c.levels, c.boundaries)]
+        own += [t for c in self.classes for t in (c.columns, c.words, c.levels, c.boundaries)]
+        return own + [t for constants in self.derived.values() for t in constants.held()]
 
     # ------------------------------------------------------------------ encode
 

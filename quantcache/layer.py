@@ -95,6 +95,8 @@ class SpectralLayer(DynamicLayer):
         self.sinks: dict[str, Tensor] = {}
         self.tails: dict[str, Tensor] = {}
         self.starts: Tensor | None = None
+        self.settled = False  # whether every row has shown a valid token
+        self.cut = False  # whether a crop has left some block less than full
         self.pending = False  # whether new tokens await their reader before they may be encoded
         self.is_initialized = False
 
@@ -105,11 +107,6 @@ class SpectralLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.tails = {"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()}
         self.is_initialized = True
-
-    @property
-    def cut(self) -> bool:
-        """Whether a crop has left some block less than full."""
-        return any(span.length < BLOCK for span in self.spans)
 
     @property
     def encoded_end(self) -> int:
@@ -200,7 +197,9 @@ class SpectralLayer(DynamicLayer):
         if not self.pending:
             return
         self.pending = False
-        if mask is not None:
+        if mask is None:
+            self.settled = self.settled or self.starts is None  # no mask: no padding
+        else:
             self._settle_starts(mask)
         lead = 0 if self.spans else self.sink_length
         due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
@@ -235,16 +234,15 @@ class SpectralLayer(DynamicLayer):
 
     def _settle_starts(self, mask: Tensor) -> None:
         """Learn how much left padding each row has; a row that has shown a valid token is settled for good."""
-        length, new = mask.shape[-1], mask.shape[-2]
-        seen = self.get_seq_length() - new
-        if length != self.get_seq_length() or (seen and (self.starts is None or new == 1)):
+        length, seen = mask.shape[-1], self.get_seq_length() - mask.shape[-2]
+        if self.settled or length != self.get_seq_length():
             return
         last = mask[:, 0, -1]
         valid = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-        first = torch.where(valid.any(-1), valid.int().argmax(-1), length)
-        if first.shape[0] != self.tails["key"].shape[0]:
-            first = first.expand(self.tails["key"].shape[0])
+        first = torch.where(valid.any(-1), valid.int().argmax(-1), length)  # all padding so far: start not before here
+        first = first.expand(self.tails["key"].shape[0])
         self.starts = first.clone() if self.starts is None else torch.where(self.starts < seen, self.starts, first)
+        self.settled = bool((self.starts < length).all())
 
     def _capture_sinks(self, side: str, chunk: Tensor, slot: int) -> None:
         """Copy those tokens of ``chunk`` (first slot ``slot``) that are sinks of their row."""
@@ -280,19 +278,20 @@ class SpectralLayer(DynamicLayer):
         elif keep <= self.sink_length:
             view = self.snapshot()
             self.tails = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
-            self.spans, self.sinks = [], {}
+            self.spans, self.sinks, self.cut = [], {}, False
             self.stores, self.places = {side: BlockStore() for side in SIDES}, BlockStore()
         else:
             self.spans = [span for span in self.spans if span.start < keep]
             last = self.spans[-1]
             self.spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
+            self.cut = any(span.length < BLOCK for span in self.spans)
             self.places.truncate(len(self.spans))
             self.places.buffers["places"][len(self.spans) - 1, 1] = self.spans[-1].length
             for side in SIDES:
                 self.stores[side].truncate(len(self.spans))
                 self.tails[side] = self.tails[side][:, :, :0].clone()
         if keep == 0:
-            self.starts = None
+            self.starts, self.settled = None, False
 
     def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Apply a function of (tensor, batch dimension) to everything stored."""

@@ -84,7 +84,7 @@ class Frame:
         self.rope = rope
         self.fast_wavelength = fast_wavelength
         first, second = rope.pairs()
-        count = sum(2 * math.pi / w < fast_wavelength for w in rope.inv_freq) if rope.rotary_dim else 0
+        count = sum(w * fast_wavelength > 2 * math.pi for w in rope.inv_freq) if rope.rotary_dim else 0
         wanted = -(-2 * count // FAST_MULTIPLE) * FAST_MULTIPLE
         self.num_fast = min(wanted, rope.rotary_dim // FAST_MULTIPLE * FAST_MULTIPLE)
         self.num_slow = head_dim - self.num_fast

@@ -72,7 +72,7 @@ class BlockStore:
         self.count = min(self.count, count)
         if not self.count:
             self.buffers = {}
-        elif self.capacity > self.count + max(1, self.count // GROWTH):
+        elif self.capacity > self.count + self.count // GROWTH:
             self.map_batch(torch.clone)
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -31,7 +31,7 @@ class Family:
         model_type: transformers' name of the family.
         config: Arguments of its config beyond the common ones; ``hidden_size`` and so on.
         ropes: (layout, number of rotary dimensions) of the keys of every layer that grows with the context.
-        stand_in: The geometry (head dimension, key/value heads) that reaches the cache.
+        cached: Dimension of a key and number of key/value heads, as they reach the cache.
         implementations: Attention implementations that transformers offers for it, ours included.
         tweak: Changes the freshly drawn weights.
     """
@@ -40,7 +40,7 @@ class Family:
     model_type: str
     config: dict[str, Any]
     ropes: dict[int, tuple[str, int]]
-    stand_in: tuple[int, int]
+    cached: tuple[int, int]
     implementations: tuple[str, ...] = ("spectral", "sdpa", "eager")
     tweak: Callable[[PreTrainedModel], None] | None = None
 
@@ -151,14 +151,16 @@ FAMILIES = (
     Family(
         "gemma3",
         "gemma3_text",
-        _small(256, 2, 1, layers=3, sliding_window=48, layer_types=[_WINDOW, _GLOBAL, _GLOBAL]),
+        _small(256, 2, 1, layers=3, sliding_window=48, query_pre_attn_scalar=16)
+        | {"layer_types": [_WINDOW, _GLOBAL, _GLOBAL]},
         {1: ("half", 256), 2: ("half", 256)},
         (256, 1),
     ),
     Family(
         "gpt2",
         "gpt2",
-        {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": MAX_POSITIONS, "initializer_range": 0.12},
+        {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": MAX_POSITIONS, "initializer_range": 0.12}
+        | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
         _each(2, "none", 0),
         (64, 2),
     ),
@@ -250,7 +252,7 @@ OTHERS = (
         {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "initializer_range": 0.12},
         _each(2, "half", 64),
         (64, 1),
-        ("eager", "sdpa"),
+        ("sdpa", "eager"),
     ),
     Family(
         "falcon-alibi",
@@ -259,7 +261,7 @@ OTHERS = (
         | {"alibi": True, "multi_query": False},
         _each(2, "none", 0),
         (64, 2),
-        ("eager", "sdpa"),
+        ("sdpa",),
     ),
     Family(
         "bloom",

@@ -1,0 +1,246 @@
+"""A codec's constants in the form that the CPU kernels read.
+
+Shapes: H key/value heads, D dimension, C coded coefficients of a head (those of more than zero bits).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantcache_kernels.cpu.structures import Side
+
+Role = Literal["encode", "key", "value"]
+
+ANCHOR_LENGTH = 128
+MAX_WIDTH = 8
+PAD = 16
+TABLE = 256
+
+_TENSORS = (
+    "counts",
+    "coded",
+    "order",
+    "frequencies",
+    "mean",
+    "fast_map",
+    "offset_cos",
+    "offset_sin",
+    "levels",
+    "gains",
+    "encoder",
+    "weights",
+    "trees",
+    "factors",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the constants are made from; see ``quantcache.codec.SpectralCodec`` for the meaning.
+
+    Attributes:
+        mean: ``[H, D]``.
+        encoder: ``[H, D, D]``.
+        decoder: ``[H, D, D]``.
+        weights: ``[H, D]``.
+        widths: ``[H, D]``.
+        offsets: First word of every coefficient, ``[H, D]``.
+        order: Dimension of a cached vector at each place of the frame, ``[D]``.
+        frequencies: Radians per token of every rotary pair, slow pairs first.
+        slow_pairs: How many pairs are slow.
+        fast_pairs: How many pairs are fast.
+        levels: Codebook of each width in use.
+        boundaries: Decision boundaries of each width in use.
+        gains: Value of every gain code, ``[256]``.
+        factors: Multiples of the gain that encoding tries.
+        words: Words of a block and batch row.
+    """
+
+    mean: Tensor
+    encoder: Tensor
+    decoder: Tensor
+    weights: Tensor
+    widths: Tensor
+    offsets: Tensor
+    order: Tensor
+    frequencies: Tensor
+    slow_pairs: int
+    fast_pairs: int
+    levels: Mapping[int, Tensor]
+    boundaries: Mapping[int, Tensor]
+    gains: Tensor
+    factors: tuple[float, ...]
+    words: int
+
+
+@dataclass
+class Constants:
+    """The constants of one side of a layer.
+
+    Attributes:
+        sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors.
+        tensors: The arrays of :class:`Side`, by name.
+        decoder: ``[H, D, D]``, of which attention takes the part it needs.
+        structures: The C structures made so far, with the tensor that each one's ``map`` points to.
+    """
+
+    sizes: tuple[int, ...]
+    tensors: dict[str, Tensor]
+    decoder: Tensor
+    structures: dict[Role, tuple[Side, Tensor | None]] = field(default_factory=dict)
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.sizes[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.sizes[1]
+
+    @property
+    def words(self) -> int:
+        """Words of a block and batch row."""
+        return self.sizes[5]
+
+    def structure(self, role: Role) -> Side:
+        """The C structure; the pointers in it are good as long as these constants live.
+
+        Args:
+            role: What it is for: encoding needs no map, keys and values need different ones.
+
+        Returns:
+            The structure.
+        """
+        if role not in self.structures:
+            table = None if role == "encode" else _map(self, role)
+            _, dim, slow, slow_pairs, fast_pairs, words, num_factors = self.sizes
+            side = Side(dim, slow, slow_pairs, fast_pairs, words, 0, num_factors)
+            for name, tensor in self.tensors.items():
+                setattr(side, name, tensor.data_ptr())
+            if table is not None:
+                side.map, side.map_columns = table.data_ptr(), table.shape[-1]
+            self.structures[role] = side, table
+        return self.structures[role][0]
+
+    def held(self) -> list[Tensor]:
+        """Every tensor that these constants keep alive."""
+        maps = [table for _, table in self.structures.values() if table is not None]
+        return [*self.tensors.values(), self.decoder, *maps]
+
+    def flatten(self) -> tuple[list[Tensor], list[int]]:
+        """The constants as arguments of an operator.
+
+        Returns:
+            Tensors and sizes, for :meth:`unflatten`.
+        """
+        return [*(self.tensors[name] for name in _TENSORS), self.decoder], list(self.sizes)
+
+    @staticmethod
+    def unflatten(tensors: list[Tensor], sizes: list[int]) -> Constants:
+        """Invert :meth:`flatten`.
+
+        Args:
+            tensors: The tensors.
+            sizes: The sizes.
+
+        Returns:
+            The constants.
+        """
+        return Constants(tuple(sizes), dict(zip(_TENSORS, tensors[:-1], strict=True)), tensors[-1])
+
+
+def make(source: Source) -> Constants:
+    """Arrange a codec's constants for the kernels.
+
+    Args:
+        source: The codec's own.
+
+    Returns:
+        The constants; they share memory with ``source`` where they can.
+    """
+    heads, dim = source.mean.shape
+    slow = dim - 2 * source.fast_pairs
+    coded = torch.zeros(heads, dim, 3, dtype=torch.int32)
+    counts = torch.zeros(heads, 2, dtype=torch.int32)
+    fast = dim - slow
+    fast_map = torch.zeros(heads, fast // 4, fast, 4)
+    for head in range(heads):
+        widths = source.widths[head].tolist()
+        order = sorted((i for i in range(dim) if widths[i]), key=lambda i: (i >= slow, widths[i], i))
+        listed = torch.tensor(order, dtype=torch.int64)
+        coded[head, : len(order)] = torch.stack(
+            (source.offsets[head][listed], source.widths[head][listed], listed), dim=-1
+        ).to(torch.int32)
+        num_slow = sum(i < slow for i in order)
+        counts[head, 0], counts[head, 1] = num_slow, len(order) - num_slow
+        columns = source.decoder[head, slow:][:, listed[num_slow:]]  # [fast, coded]
+        fast_map[head, :, : columns.shape[1]] = columns[_in_fours(source.fast_pairs)].transpose(1, 2)
+    offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64)
+    angles = source.frequencies[source.slow_pairs :, None] * offsets  # [pairs, offsets]
+    levels, trees = torch.zeros(MAX_WIDTH + 1, TABLE), torch.zeros(MAX_WIDTH + 1, TABLE)
+    for width, book in source.levels.items():
+        levels[width, : 1 << width] = book
+        trees[width, 1 : 1 << width] = _search_tree(source.boundaries[width])
+    tensors = {
+        "counts": counts,
+        "coded": coded,
+        "order": source.order.to(torch.int32),
+        "frequencies": source.frequencies,
+        "mean": source.mean,
+        "fast_map": fast_map,
+        "offset_cos": angles.cos().float(),
+        "offset_sin": angles.sin().float(),
+        "levels": levels,
+        "gains": source.gains,
+        "encoder": source.encoder,
+        "weights": source.weights,
+        "trees": trees,
+        "factors": torch.tensor(source.factors, dtype=torch.float32),
+    }
+    sizes = (heads, dim, slow, source.slow_pairs, source.fast_pairs, source.words, len(source.factors))
+    return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
+
+
+def _in_fours(pairs: int) -> Tensor:
+    """The fast dimensions in fours, ``[pairs / 2, 4]``: two first halves of pairs, then their second halves."""
+    first = torch.arange(pairs).view(-1, 2)
+    return torch.cat((first, first + pairs), dim=1)
+
+
+def _search_tree(boundaries: Tensor) -> Tensor:
+    """Boundaries in breadth-first order of their balanced search tree."""
+    count, order = boundaries.shape[0] + 1, []
+    half = count // 2
+    while half:
+        order += list(range(half - 1, count - 1, 2 * half))
+        half //= 2
+    return boundaries[order]
+
+
+def _map(constants: Constants, role: Role) -> Tensor:
+    """The part of the decoder that attention uses: ``[H, slow, C]`` for keys, ``[H, C, D]`` for values; rows padded."""
+    heads, dim, slow = constants.sizes[:3]
+    rows, columns = (slow, dim) if role == "key" else (dim, dim)
+    table = torch.zeros(heads, rows, -(-columns // PAD) * PAD)
+    for head in range(heads):
+        count = int(constants.tensors["counts"][head, 0])
+        listed = constants.tensors["coded"][head, :count, 2].long()
+        part = constants.decoder[head, :slow][:, listed]
+        if role == "key":
+            table[head, :, :count] = part
+        else:
+            table[head, :count, :dim] = part.T
+    return table
+
+
+def side_pointer(side: Side) -> ctypes._Pointer[Side]:
+    """A pointer to a structure, for the fields that hold one."""
+    return ctypes.pointer(side)

@@ -1,0 +1,151 @@
+// What Python and the library tell each other: plain C structures of pointers, mirrored by ../structures.py.
+// Change QUANTCACHE_ABI with any change here, so that a library left over from an older build is refused.
+//
+// Shapes: B batch, H key/value heads, G query heads per key/value head, Tq queries, n blocks of 64 tokens, D dimension
+// of a key, Dv of a value, S sinks, t tokens behind the last block, C coded coefficients of a head.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define QUANTCACHE_ABI 1
+
+namespace quantcache {
+
+constexpr int BLOCK = 64;          // tokens of a block
+constexpr int ANCHOR_LENGTH = 128; // tokens that share an anchor
+constexpr int TABLE = 256;         // floats between the tables of neighbouring widths
+constexpr int PAD = 16;            // rows that are read as vectors are padded to a multiple of this
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// One coded coefficient: where its words begin in its batch row of a block, its width, and which coefficient it is.
+struct Coded {
+    int32_t offset;
+    int32_t width;
+    int32_t index;
+};
+
+// The constants of the keys or of the values of one layer. Coefficients that are coded come slow part first, then fast
+// part, by ascending width in each; a side without a rotation has no fast part.
+struct Side {
+    int32_t dim;                // D
+    int32_t slow;               // dimensions of the slow part; D where nothing rotates
+    int32_t slow_pairs;         // rotary pairs among them
+    int32_t fast_pairs;         // rotary pairs of the fast part, which is all pairs
+    int32_t words;              // words of a block and batch row
+    int32_t map_columns;        // stride of `map`, a multiple of PAD
+    int32_t num_factors;        // gain factors that encoding tries
+    const int32_t* counts;      // coded coefficients of the slow and of the fast part [H][2]
+    const Coded* coded;         // [H][D]
+    const int32_t* order;       // dimension of the cached vector at each place of the frame [D]
+    const double* frequencies;  // radians per token, slow pairs first [pairs]
+    const float* mean;          // [H][D]
+    const float* map;           // keys: slow dimension to slow coded coefficient [H][slow][map_columns]
+                                // values: coded coefficient to dimension [H][D][map_columns]
+    const float* fast_map;      // keys: fast coded coefficient to fast dimension, four dimensions at a time: two of
+                                // first halves of pairs and their second halves [H][fast / 4][fast][4]
+    const float* offset_cos;    // rotation by the offset from the anchor [fast_pairs][ANCHOR_LENGTH]
+    const float* offset_sin;
+    const float* levels;        // codebook of each width [9][TABLE]
+    const float* gains;         // value of every gain code [256]
+    const float* encoder;       // [H][D][D]
+    const float* weights;       // error weight of each coefficient [H][D]
+    const float* trees;         // decision boundaries of each width as a search tree, root at 1 [9][TABLE]
+    const float* factors;       // [num_factors]
+};
+
+// [B][H][tokens][dimension] with a dense last dimension; strides in elements.
+struct Dense {
+    const void* data;
+    int64_t batch_stride;
+    int64_t head_stride;
+    int64_t token_stride;
+};
+
+struct Encode {
+    const Side* side;
+    int32_t batch;
+    int32_t heads;
+    int32_t blocks;
+    int32_t dtype;
+    Dense x;                // [B][H][n * 64][D]
+    const int32_t* places;  // first slot, valid length, anchor [n][3]
+    const int64_t* starts;  // left padding of each row [B], or null
+    int32_t* codes;         // out: [n][B][W]
+    uint8_t* gains;         // out: [n][B][H][64]
+    int32_t threads;
+    int32_t level;
+};
+
+struct Attend {
+    const Side* key;
+    const Side* value;
+    int32_t batch;
+    int32_t heads;
+    int32_t groups;
+    int32_t queries;
+    int32_t blocks;
+    int32_t num_sinks;
+    int32_t num_tail;
+    int32_t query_dtype;
+    int32_t dense_dtype;
+    int32_t causal;           // whether a query may not see the tokens behind its own
+    float scaling;
+    float softcap;            // 0: none
+    Dense query;              // [B][H * G][Tq][D]
+    Dense dense[4];           // keys and values of the sinks, keys and values of the tail
+    const int32_t* key_codes; // [n][B][W]
+    const int32_t* value_codes;
+    const uint8_t* key_gains; // [n][B][H][64]
+    const uint8_t* value_gains;
+    const int32_t* places;    // [n][3]
+    const int64_t* starts;    // [B], or null
+    const uint8_t* mask;      // whether a query may look at a slot [B][Tq][slots], or null
+    int64_t mask_batch_stride;
+    int64_t mask_query_stride;
+    int64_t encoded_end;      // slot behind the last encoded token
+    const float* sink_logits; // one logit per query head that joins the softmax without a value [H * G], or null
+    void* output;             // out: [B][Tq][H * G][Dv] in the query's dtype
+    int32_t threads;
+    int32_t level;
+};
+
+// Work on one key/value head is cut into pieces of whole blocks; the sinks and the tail are one more piece. Where the
+// cuts are depends on the number of blocks alone, so the result does not depend on the number of threads.
+inline int blocks_per_piece(int blocks) {
+    const int sixty_fourth = (blocks + 63) / 64;
+    const int per_piece = sixty_fourth > 8 ? sixty_fourth : 8;
+    return per_piece + per_piece % 2; // two blocks to an anchor
+}
+
+inline int code_pieces(int blocks) {
+    const int per_piece = blocks_per_piece(blocks);
+    return (blocks + per_piece - 1) / per_piece;
+}
+
+inline int row_tiles(const Attend& a) { return (a.groups * a.queries + 3) / 4; }
+
+// One instruction set's kernels. Partial results are laid out [piece][tile of 4 rows]: an accumulator of
+// [columns][4 rows], the largest score and the sum of the weights of 4 rows each.
+struct Level {
+    const char* name;
+    size_t (*encode_scratch)(const Encode&);                                  // bytes
+    void (*encode)(const Encode&, int block, int row, int head, char* scratch);
+    size_t (*attend_scratch)(const Attend&);
+    void (*attend)(const Attend&, int row, int head, int piece, float* partial, char* scratch);
+    void (*merge)(const Attend&, int row, int head, const float* partials, char* scratch);
+};
+
+// Floats of a partial result.
+inline size_t partial_size(const Attend& a) {
+    const int columns = a.value->dim;
+    return static_cast<size_t>(row_tiles(a)) * (columns + 2) * 4;
+}
+
+extern const Level plain_level;
+extern const Level avx2_level;
+extern const Level avx512_level;
+
+} // namespace quantcache

@@ -1,0 +1,448 @@
+// Attention of the queries of one key/value head over a piece of the cache, and the merge of the pieces.
+//
+// Scores against encoded keys: the slow part is a product of levels with the query in the frame of the anchor times
+// the decoder; the fast part is decoded, centred and turned by the offset from the anchor. A token's gain multiplies
+// its score before, and its probability after, the softmax. Values are summed as levels; the decoder and the mean are
+// applied once, in the merge. Sinks and tail are tokens in the model's dtype and go through the same products.
+
+#pragma once
+
+#include "abi.h"
+#include "codes.h"
+#include "dense.h"
+#include "tiles.h"
+
+#include <math.h>
+
+namespace quantcache {
+namespace {
+
+constexpr int LEVEL_CHUNK = 64; // coefficients decoded at once: 16 KB, half of a first-level cache
+constexpr float NEVER = -INFINITY;
+
+inline int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
+inline int at_most(int a, int b) { return a < b ? a : b; }
+inline int at_least(int a, int b) { return a > b ? a : b; }
+
+// A scratch buffer handed out in parts; without a base it only counts.
+class Arena {
+  public:
+    explicit Arena(char* base) : base_(base), used_(0) {}
+    float* floats(size_t count) {
+        float* part = base_ ? reinterpret_cast<float*>(base_ + used_) : nullptr;
+        used_ += (count * sizeof(float) + 63) / 64 * 64;
+        return part;
+    }
+    size_t used() const { return used_; }
+
+  private:
+    char* base_;
+    size_t used_;
+};
+
+struct AttendScratch {
+    AttendScratch(const Attend& a, char* base) : arena(base) {
+        const int dim = at_least(a.key->dim, a.value->dim);
+        rows = arena.floats(static_cast<size_t>(row_tiles(a)) * a.key->dim * 4);
+        framed = arena.floats(static_cast<size_t>(row_tiles(a)) * a.key->dim * 4);
+        coded = arena.floats(static_cast<size_t>(row_tiles(a)) * padded(dim) * 4);
+        scores = arena.floats(static_cast<size_t>(row_tiles(a)) * 4 * BLOCK);
+        bias = arena.floats(static_cast<size_t>(a.queries) * BLOCK);
+        levels = arena.floats(static_cast<size_t>(at_least(dim, LEVEL_CHUNK)) * BLOCK);
+        fast = arena.floats(static_cast<size_t>(dim) * BLOCK);
+        cosines = arena.floats(dim);
+        sines = arena.floats(dim);
+        mean_scores = arena.floats(static_cast<size_t>(row_tiles(a)) * 4);
+    }
+    Arena arena;
+    float* rows;        // scaled queries [tile][D][4]
+    float* framed;      // the same in the frame of the anchor
+    float* coded;       // ... times the decoder of the slow part [tile][C][4]
+    float* scores;      // then weights [tile][4][BLOCK]
+    float* bias;        // 0, or minus infinity where a query may not look [Tq][BLOCK]
+    float* levels;      // [C][BLOCK]
+    float* fast;        // fast dimensions of the keys [fast][BLOCK]
+    float* cosines;     // of the anchor's position [pairs]
+    float* sines;
+    float* mean_scores; // of the slow part's mean [tile][4]
+};
+
+// A partial result: see partial_size.
+struct Partial {
+    Partial(const Attend& a, float* base) : sums(base) {
+        largest = base + static_cast<size_t>(row_tiles(a)) * a.value->dim * 4;
+        totals = largest + row_tiles(a) * 4;
+    }
+    float* sums;    // weighted values, or their levels [tile][Dv][4]
+    float* largest; // [tile][4]
+    float* totals;  // [tile][4]
+};
+
+// What is the same for all blocks of a piece.
+struct Task {
+    Task(const Attend& a, int row, int head, float* partial, char* base)
+        : a(a), row(row), head(head), tiles(row_tiles(a)), num_rows(a.groups * a.queries), scratch(a, base),
+          partial(a, partial) {}
+    int rows_of(int tile) const { return at_most(4, num_rows - tile * 4); }
+
+    const Attend& a;
+    const int row, head, tiles, num_rows;
+    AttendScratch scratch;
+    Partial partial;
+};
+
+inline void read_queries(Task& task) {
+    const Attend& a = task.a;
+    const int dim = a.key->dim;
+    for (int r = 0; r < task.tiles * 4; ++r) {
+        float* out = task.scratch.rows + static_cast<size_t>(r / 4) * dim * 4 + r % 4;
+        if (r < task.num_rows) {
+            const int query_head = task.head * a.groups + r / a.queries;
+            const void* query = token_at(a.query, a.query_dtype, task.row, query_head, r % a.queries);
+            for (int d = 0; d < dim; ++d) out[d * 4] = read(query, a.query_dtype, d) * a.scaling;
+        } else {
+            for (int d = 0; d < dim; ++d) out[d * 4] = 0.0f;
+        }
+    }
+}
+
+// Bring the queries into the frame of an anchor, and through the decoder of the slow part.
+inline void enter_frame(Task& task, int64_t position) {
+    const Side& key = *task.a.key;
+    const AttendScratch& s = task.scratch;
+    const int pairs = key.slow_pairs + key.fast_pairs;
+    for (int i = 0; i < pairs; ++i) {
+        cosine_and_sine(static_cast<double>(position) * key.frequencies[i], s.cosines[i], s.sines[i]);
+    }
+    const float* mean = key.mean + static_cast<size_t>(task.head) * key.dim;
+    const float* map = key.map + static_cast<size_t>(task.head) * key.slow * key.map_columns;
+    const int columns = padded(key.counts[task.head * 2]);
+    const auto turn = [&](const float* rows, float* framed, int first, int pair, int count) {
+        for (int i = 0; i < count; ++i) {
+            const float4 a = load4(rows + key.order[first + i] * 4);
+            const float4 b = load4(rows + key.order[first + count + i] * 4);
+            const float c = s.cosines[pair + i], d = s.sines[pair + i];
+            store4(framed + (first + i) * 4, a * c + b * d);
+            store4(framed + (first + count + i) * 4, b * c - a * d);
+        }
+    };
+    for (int tile = 0; tile < task.tiles; ++tile) {
+        const float* rows = s.rows + static_cast<size_t>(tile) * key.dim * 4;
+        float* framed = s.framed + static_cast<size_t>(tile) * key.dim * 4;
+        turn(rows, framed, 0, 0, key.slow_pairs);
+        for (int i = 2 * key.slow_pairs; i < key.slow; ++i) store4(framed + i * 4, load4(rows + key.order[i] * 4));
+        turn(rows, framed, key.slow, key.slow_pairs, key.fast_pairs);
+        float4 mean_score = {};
+        for (int i = 0; i < key.slow; ++i) mean_score += load4(framed + i * 4) * mean[i];
+        store4(s.mean_scores + tile * 4, mean_score);
+        map_tile(framed, key.slow, map, key.map_columns, columns, s.coded + static_cast<size_t>(tile) * columns * 4);
+    }
+}
+
+// Decode the fast part of a block's keys and turn it by the offsets from the anchor: [fast][BLOCK].
+inline void decode_fast(const Task& task, int count, int offset, const float* gains) {
+    constexpr int WIDE = MANY_REGISTERS ? VECTORS : 2;
+    const Side& key = *task.a.key;
+    const int half = key.fast_pairs, dims = 2 * half;
+    const float* map = key.fast_map + static_cast<size_t>(task.head) * dims * dims;
+    const float* mean = key.mean + static_cast<size_t>(task.head) * key.dim + key.slow;
+    const float *cosines = key.offset_cos + offset, *sines = key.offset_sin + offset;
+    const float* levels = task.scratch.levels;
+    float* out = task.scratch.fast;
+    for (int at = 0; at < BLOCK; at += WIDE * LANES) {
+        for (int pair = 0; pair < half; pair += 2) { // outputs pair, pair + 1, half + pair, half + pair + 1
+            const float* four = map + pair * 2 * dims;
+            vfloat acc[4][WIDE] = {};
+            for (int c = 0; c < count; ++c) {
+                vfloat tokens[WIDE];
+#pragma GCC unroll 4
+                for (int v = 0; v < WIDE; ++v) tokens[v] = load(levels + c * BLOCK + at + v * LANES);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    const vfloat weight = splat(four[c * 4 + i]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < WIDE; ++v) acc[i][v] += weight * tokens[v];
+                }
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                const int first = pair + i, second = half + pair + i;
+#pragma GCC unroll 4
+                for (int v = 0; v < WIDE; ++v) {
+                    const int t = at + v * LANES;
+                    const vfloat gain = load(gains + t);
+                    const vfloat a = acc[i][v] * gain + mean[first], b = acc[i + 2][v] * gain + mean[second];
+                    const vfloat c = load(cosines + first * ANCHOR_LENGTH + t);
+                    const vfloat d = load(sines + first * ANCHOR_LENGTH + t);
+                    store(out + first * BLOCK + t, a * c - b * d);
+                    store(out + second * BLOCK + t, b * c + a * d);
+                }
+            }
+        }
+    }
+}
+
+inline void decode_gains(const uint8_t* codes, const float* table, float* gains) {
+    for (int t = 0; t < BLOCK; ++t) gains[t] = table[codes[t]];
+}
+
+// Say which of 64 slots from `slot` on the queries may see: tokens `low` to `high`, where the mask allows, and, if
+// `last_slot` is not negative, only up to the slot of the query itself (the slot of the first query is `last_slot`).
+// Returns 0 if none, 1 if some, 2 if all.
+inline int mark_visible(const Task& task, int64_t slot, int low, int high, int64_t last_slot) {
+    const Attend& a = task.a;
+    int seen = 0;
+    for (int query = 0; query < a.queries; ++query) {
+        float* bias = task.scratch.bias + query * BLOCK;
+        const int end = last_slot < 0 || last_slot + query - slot >= high ? high
+                                                                            : static_cast<int>(last_slot + query - slot) + 1;
+        const uint8_t* mask = nullptr;
+        if (a.mask) mask = a.mask + task.row * a.mask_batch_stride + query * a.mask_query_stride + slot;
+        for (int t = 0; t < BLOCK; ++t) {
+            const bool visible = t >= low && t < end && (!mask || mask[t]);
+            bias[t] = visible ? 0.0f : NEVER;
+            seen += visible;
+        }
+    }
+    return seen == 0 ? 0 : seen == a.queries * BLOCK ? 2 : 1;
+}
+
+// Turn the scores of a tile into weights, and rescale what has been summed if a larger score came.
+inline void soften(Task& task, int tile, bool biased) {
+    const Attend& a = task.a;
+    const int rows = task.rows_of(tile);
+    float* scores = task.scratch.scores + static_cast<size_t>(tile) * 4 * BLOCK;
+    float4 decay = {1.0f, 1.0f, 1.0f, 1.0f};
+    bool rescale = false;
+    for (int r = 0; r < rows; ++r) {
+        float* row = scores + r * BLOCK;
+        const float* bias = task.scratch.bias + ((tile * 4 + r) % a.queries) * BLOCK;
+        vfloat top = splat(NEVER);
+        for (int v = 0; v < VECTORS; ++v) {
+            vfloat score = load(row + v * LANES);
+            if (a.softcap > 0.0f) score = a.softcap * hyperbolic_tangent(score / a.softcap);
+            if (biased) score += load(bias + v * LANES);
+            store(row + v * LANES, score);
+            top = maximum(score, top);
+        }
+        float& peak = task.partial.largest[tile * 4 + r];
+        float& total = task.partial.totals[tile * 4 + r];
+        const float found = largest(top);
+        if (found > peak) {
+            decay[r] = expf(peak - found);
+            total *= decay[r];
+            peak = found;
+            rescale = true;
+        }
+        const float safe = peak == NEVER ? 0.0f : peak;
+        vfloat mass = {};
+        for (int v = 0; v < VECTORS; ++v) {
+            const vfloat weight = exponential(load(row + v * LANES) - safe);
+            mass += weight;
+            store(row + v * LANES, weight);
+        }
+        total += sum(mass);
+    }
+    if (!rescale) return;
+    float* sums = task.partial.sums + static_cast<size_t>(tile) * a.value->dim * 4;
+    for (int d = 0; d < a.value->dim; ++d) store4(sums + d * 4, load4(sums + d * 4) * decay);
+}
+
+inline void attend_block(Task& task, int block, const int32_t* place, bool biased) {
+    const Attend& a = task.a;
+    const Side &key = *a.key, &value = *a.value;
+    const AttendScratch& s = task.scratch;
+    const int64_t at = static_cast<int64_t>(block) * a.batch + task.row;
+    const uint32_t* key_words = reinterpret_cast<const uint32_t*>(a.key_codes + at * key.words);
+    const uint32_t* value_words = reinterpret_cast<const uint32_t*>(a.value_codes + at * value.words);
+    const bool more = block + 1 < a.blocks;
+    const int64_t key_ahead = more ? static_cast<int64_t>(a.batch) * key.words : 0;
+    const int64_t value_ahead = more ? static_cast<int64_t>(a.batch) * value.words : 0;
+    float key_gains[BLOCK], value_gains[BLOCK];
+    decode_gains(a.key_gains + (at * a.heads + task.head) * BLOCK, key.gains, key_gains);
+    decode_gains(a.value_gains + (at * a.heads + task.head) * BLOCK, value.gains, value_gains);
+
+    const Coded* coded = key.coded + static_cast<size_t>(task.head) * key.dim;
+    const int slow = key.counts[task.head * 2], fast = key.counts[task.head * 2 + 1];
+    const int columns = padded(slow);
+    memset(s.scores, 0, static_cast<size_t>(task.tiles) * 4 * BLOCK * sizeof(float));
+    for (int first = 0; first < slow; first += LEVEL_CHUNK) {
+        const int count = at_most(LEVEL_CHUNK, slow - first);
+        decode_levels(coded + first, count, key_words, key_ahead, key.levels, s.levels);
+        for (int tile = 0; tile < task.tiles; ++tile) {
+            const float* q = s.coded + (static_cast<size_t>(tile) * columns + first) * 4;
+            dot_rows(task.rows_of(tile), s.levels, count, q, s.scores + static_cast<size_t>(tile) * 4 * BLOCK);
+        }
+    }
+    for (int r = 0; r < task.num_rows; ++r) {
+        float* row = s.scores + static_cast<size_t>(r) * BLOCK;
+        for (int v = 0; v < VECTORS; ++v) {
+            store(row + v * LANES, load(row + v * LANES) * load(key_gains + v * LANES) + s.mean_scores[r]);
+        }
+    }
+    if (key.fast_pairs) {
+        decode_levels(coded + slow, fast, key_words, key_ahead, key.levels, s.levels);
+        decode_fast(task, fast, place[0] - place[2], key_gains);
+        for (int tile = 0; tile < task.tiles; ++tile) {
+            const float* q = s.framed + (static_cast<size_t>(tile) * key.dim + key.slow) * 4;
+            dot_rows(task.rows_of(tile), s.fast, 2 * key.fast_pairs, q,
+                     s.scores + static_cast<size_t>(tile) * 4 * BLOCK);
+        }
+    }
+
+    for (int tile = 0; tile < task.tiles; ++tile) {
+        soften(task, tile, biased);
+        float* weights = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
+        for (int r = 0; r < task.rows_of(tile); ++r) {
+            for (int v = 0; v < VECTORS; ++v) {
+                float* p = weights + r * BLOCK + v * LANES;
+                store(p, load(p) * load(value_gains + v * LANES));
+            }
+        }
+    }
+    coded = value.coded + static_cast<size_t>(task.head) * value.dim;
+    const int num_coded = value.counts[task.head * 2] + value.counts[task.head * 2 + 1];
+    for (int first = 0; first < num_coded; first += LEVEL_CHUNK) {
+        const int count = at_most(LEVEL_CHUNK, num_coded - first);
+        decode_levels(coded + first, count, value_words, value_ahead, value.levels, s.levels);
+        for (int tile = 0; tile < task.tiles; ++tile) {
+            weigh_rows(task.rows_of(tile), s.levels, count, s.scores + static_cast<size_t>(tile) * 4 * BLOCK,
+                       task.partial.sums + (static_cast<size_t>(tile) * value.dim + first) * 4);
+        }
+    }
+}
+
+inline void attend_codes(Task& task, int first, int last) {
+    const Attend& a = task.a;
+    const int64_t start = a.starts ? a.starts[task.row] : 0;
+    const int64_t first_valid = a.starts ? start + a.num_sinks : INT64_MIN;
+    const bool turns = a.key->slow_pairs + a.key->fast_pairs > 0;
+    int64_t anchor = INT64_MIN;
+    for (int block = first; block < last; ++block) {
+        const int32_t* place = a.places + block * 3;
+        const int low = first_valid <= place[0] ? 0 : first_valid >= place[0] + BLOCK ? BLOCK : static_cast<int>(first_valid - place[0]);
+        bool biased = a.mask || low > 0 || place[1] < BLOCK;
+        if (biased) {
+            const int visible = mark_visible(task, place[0], low, place[1], -1);
+            if (visible == 0) continue;
+            biased = visible == 1;
+        }
+        if (anchor == INT64_MIN || (turns && anchor != place[2])) {
+            anchor = place[2];
+            enter_frame(task, anchor - start);
+        }
+        attend_block(task, block, place, biased);
+    }
+}
+
+// Up to 64 tokens in the model's dtype, from token `first` of x[0] (keys) and x[1] (values); their bias is set.
+inline void attend_dense_chunk(Task& task, const Dense* x, int first, int count) {
+    const Attend& a = task.a;
+    const AttendScratch& s = task.scratch;
+    const int dim = a.key->dim, value_dim = a.value->dim;
+    transpose(x[0], a.dense_dtype, task.row, task.head, first, count, nullptr, 0, dim, s.levels);
+    memset(s.scores, 0, static_cast<size_t>(task.tiles) * 4 * BLOCK * sizeof(float));
+    for (int tile = 0; tile < task.tiles; ++tile) {
+        float* scores = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
+        dot_rows(task.rows_of(tile), s.levels, dim, s.rows + static_cast<size_t>(tile) * dim * 4, scores);
+        soften(task, tile, true);
+    }
+    transpose(x[1], a.dense_dtype, task.row, task.head, first, count, nullptr, 0, value_dim, s.levels);
+    for (int tile = 0; tile < task.tiles; ++tile) {
+        weigh_rows(task.rows_of(tile), s.levels, value_dim, s.scores + static_cast<size_t>(tile) * 4 * BLOCK,
+                   task.partial.sums + static_cast<size_t>(tile) * value_dim * 4);
+    }
+}
+
+inline void attend_dense(Task& task) {
+    const Attend& a = task.a;
+    const int64_t start = a.starts ? a.starts[task.row] : 0;
+    for (int first = 0; first < a.num_sinks; first += BLOCK) {
+        int count = at_most(BLOCK, a.num_sinks - first);
+        // A row whose padding reaches behind the encoded tokens has its first tokens in the tail.
+        const int64_t inside = a.encoded_end - start - first;
+        if (a.starts && inside < count) count = inside > 0 ? static_cast<int>(inside) : 0;
+        if (count && mark_visible(task, start + first, 0, count, -1)) attend_dense_chunk(task, a.dense, first, count);
+    }
+    const int64_t own = a.causal ? a.encoded_end + a.num_tail - a.queries : -1;
+    for (int first = 0; first < a.num_tail; first += BLOCK) {
+        const int count = at_most(BLOCK, a.num_tail - first);
+        if (mark_visible(task, a.encoded_end + first, 0, count, own)) attend_dense_chunk(task, a.dense + 2, first, count);
+    }
+}
+
+inline size_t attend_scratch(const Attend& a) { return AttendScratch(a, nullptr).arena.used(); }
+
+// Attend on one piece: `piece` counts pieces of blocks, then the sinks and the tail.
+inline void attend(const Attend& a, int row, int head, int piece, float* partial, char* scratch) {
+    Task task(a, row, head, partial, scratch);
+    memset(partial, 0, partial_size(a) * sizeof(float));
+    for (int r = 0; r < task.tiles * 4; ++r) task.partial.largest[r] = NEVER;
+    read_queries(task);
+    if (piece == code_pieces(a.blocks)) {
+        attend_dense(task);
+    } else {
+        const int per_piece = blocks_per_piece(a.blocks);
+        attend_codes(task, piece * per_piece, at_most(a.blocks, (piece + 1) * per_piece));
+    }
+}
+
+// Merge the pieces of one head by their log-sum-exp, decode the sum of the encoded values, and write the output.
+inline void merge(const Attend& a, int row, int head, const float* partials, char* base) {
+    const AttendScratch s(a, base);
+    const Side& value = *a.value;
+    const int tiles = row_tiles(a), num_rows = a.groups * a.queries, dim = value.dim;
+    const int pieces = code_pieces(a.blocks);
+    const size_t size = partial_size(a);
+    const int num_coded = value.counts[head * 2] + value.counts[head * 2 + 1];
+    const float* mean = value.mean + static_cast<size_t>(head) * dim;
+    const float* map = value.map + static_cast<size_t>(head) * dim * value.map_columns;
+    for (int tile = 0; tile < tiles; ++tile) {
+        float4 peak = {NEVER, NEVER, NEVER, NEVER}, logit = peak, total = {};
+        const int rows = at_most(4, num_rows - tile * 4);
+        if (a.sink_logits) {
+            for (int r = 0; r < rows; ++r) logit[r] = a.sink_logits[head * a.groups + (tile * 4 + r) / a.queries];
+            peak = logit;
+        }
+        for (int piece = 0; piece <= pieces; ++piece) {
+            const Partial part(a, const_cast<float*>(partials) + piece * size);
+            const float4 largest = load4(part.largest + tile * 4);
+            peak = largest > peak ? largest : peak;
+        }
+        const auto weigh = [&](float4 largest) {
+            float4 weight;
+            for (int r = 0; r < 4; ++r) weight[r] = largest[r] == NEVER ? 0.0f : expf(largest[r] - peak[r]);
+            return weight;
+        };
+        if (a.sink_logits) total = weigh(logit);
+        float* sums = s.levels; // [coded][4], then the dense piece's [Dv][4]
+        float* direct = s.levels + static_cast<size_t>(dim) * 4;
+        memset(sums, 0, static_cast<size_t>(dim) * 8 * sizeof(float));
+        float4 mass = {};
+        for (int piece = 0; piece <= pieces; ++piece) {
+            const Partial part(a, const_cast<float*>(partials) + piece * size);
+            const float4 weight = weigh(load4(part.largest + tile * 4));
+            const float4 own = weight * load4(part.totals + tile * 4);
+            const float* from = part.sums + static_cast<size_t>(tile) * dim * 4;
+            float* to = piece == pieces ? direct : sums;
+            const int count = piece == pieces ? dim : num_coded;
+            total += own;
+            if (piece < pieces) mass += own;
+            for (int i = 0; i < count; ++i) store4(to + i * 4, load4(to + i * 4) + weight * load4(from + i * 4));
+        }
+        map_tile(sums, num_coded, map, value.map_columns, dim, s.coded);
+        for (int r = 0; r < rows; ++r) {
+            const int index = tile * 4 + r;
+            const int64_t query = static_cast<int64_t>(row) * a.queries + index % a.queries;
+            const int64_t at = (query * a.heads * a.groups + head * a.groups + index / a.queries) * dim;
+            const float scale = total[r] > 0.0f ? 1.0f / total[r] : 0.0f;
+            for (int d = 0; d < dim; ++d) {
+                const float x = s.coded[d * 4 + r] + mass[r] * mean[d] + direct[d * 4 + r];
+                write(a.output, a.query_dtype, at + d, x * scale);
+            }
+        }
+    }
+}
+
+} // namespace
+} // namespace quantcache

@@ -1,0 +1,164 @@
+// Entry points: choice of the instruction set, memory, and the distribution of work over threads.
+
+#include "abi.h"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace quantcache {
+namespace {
+
+const Level* const LEVELS[] = {
+    &plain_level,
+#ifdef QUANTCACHE_X86
+    &avx2_level,
+    &avx512_level,
+#endif
+};
+constexpr int NUM_LEVELS = sizeof(LEVELS) / sizeof(LEVELS[0]);
+
+bool supported(int level) {
+#ifdef QUANTCACHE_X86
+    if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (level == 2) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+               && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && supported(1);
+    }
+#endif
+    return level == 0;
+}
+
+// A buffer of each thread that only grows: fresh memory costs more than the work done in it.
+class Buffer {
+  public:
+    char* at_least(size_t bytes) {
+        if (bytes > size_) {
+            memory_.reset();
+            memory_.reset(new (std::align_val_t(64)) char[bytes]);
+            size_ = bytes;
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Delete {
+        void operator()(char* p) const { operator delete[](p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<char[], Delete> memory_;
+    size_t size_ = 0;
+};
+
+thread_local Buffer thread_scratch;
+thread_local Buffer thread_partials;
+
+// The library shares the OpenMP threads of torch, which spin between its own parallel regions: a second set of threads
+// would compete with them for the cores. Found by name at run time, so that nothing has to be linked.
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+OpenMpParallel find_parallel() { return reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
+
+template <class Function> void run_tasks(int tasks, int threads, const Function& function) {
+    struct Shared {
+        std::atomic<int> next{0};
+        int tasks;
+        const Function* function;
+    } shared;
+    shared.tasks = tasks;
+    shared.function = &function;
+    const auto work = [](void* data) {
+        Shared& shared = *static_cast<Shared*>(data);
+        for (int task; (task = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.tasks;) {
+            (*shared.function)(task);
+        }
+    };
+    threads = threads < tasks ? threads : tasks;
+    static const OpenMpParallel parallel = find_parallel();
+    if (threads <= 1) {
+        work(&shared);
+    } else if (parallel) {
+        parallel(work, &shared, static_cast<unsigned>(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        for (int i = 1; i < threads; ++i) others.emplace_back(work, &shared);
+        work(&shared);
+        for (std::thread& thread : others) thread.join();
+    }
+}
+
+bool well_placed(const Attend& a) {
+    if (!a.key->fast_pairs) return true;
+    for (int block = 0; block < a.blocks; ++block) {
+        const int offset = a.places[block * 3] - a.places[block * 3 + 2];
+        if (offset < 0 || offset + BLOCK > ANCHOR_LENGTH) return false;
+    }
+    return true;
+}
+
+void encode_all(const Encode& e) {
+    const Level& level = *LEVELS[e.level];
+    const size_t bytes = level.encode_scratch(e);
+    run_tasks(e.blocks * e.batch * e.heads, e.threads, [&](int task) {
+        const int head = task % e.heads, row = task / e.heads % e.batch, block = task / e.heads / e.batch;
+        level.encode(e, block, row, head, thread_scratch.at_least(bytes));
+    });
+}
+
+void attend_all(const Attend& a) {
+    const Level& level = *LEVELS[a.level];
+    const int pieces = code_pieces(a.blocks) + 1, heads = a.batch * a.heads;
+    const size_t size = partial_size(a), bytes = level.attend_scratch(a);
+    // In front of the partial results, the number of pieces of each head that are still to come: whoever finishes the
+    // last one merges them.
+    const size_t counters = (heads * sizeof(std::atomic<int>) + 63) / 64 * 64;
+    char* memory = thread_partials.at_least(counters + heads * pieces * size * sizeof(float));
+    std::atomic<int>* remaining = reinterpret_cast<std::atomic<int>*>(memory);
+    float* partials = reinterpret_cast<float*>(memory + counters);
+    for (int i = 0; i < heads; ++i) new (remaining + i) std::atomic<int>(pieces);
+    run_tasks(heads * pieces, a.threads, [&](int task) {
+        const int index = task / pieces, piece = task % pieces, row = index / a.heads, head = index % a.heads;
+        char* scratch = thread_scratch.at_least(bytes);
+        float* own = partials + static_cast<size_t>(index) * pieces * size;
+        level.attend(a, row, head, piece, own + piece * size, scratch);
+        if (remaining[index].fetch_sub(1, std::memory_order_acq_rel) == 1) level.merge(a, row, head, own, scratch);
+    });
+}
+
+} // namespace
+} // namespace quantcache
+
+#define QUANTCACHE_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Status of a call.
+enum Status { DONE = 0, OUT_OF_MEMORY = 1, MISPLACED = 2 };
+
+QUANTCACHE_EXPORT int quantcache_abi() { return QUANTCACHE_ABI; }
+
+QUANTCACHE_EXPORT int quantcache_num_levels() { return quantcache::NUM_LEVELS; }
+
+QUANTCACHE_EXPORT const char* quantcache_level_name(int level) { return quantcache::LEVELS[level]->name; }
+
+QUANTCACHE_EXPORT int quantcache_level_supported(int level) { return quantcache::supported(level); }
+
+QUANTCACHE_EXPORT int quantcache_encode(const quantcache::Encode* call) {
+    try {
+        quantcache::encode_all(*call);
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+    return DONE;
+}
+
+QUANTCACHE_EXPORT int quantcache_attend(const quantcache::Attend* call) {
+    if (!quantcache::well_placed(*call)) return MISPLACED;
+    try {
+        quantcache::attend_all(*call);
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+    return DONE;
+}

@@ -1,0 +1,218 @@
+// Vectors of LANES floats or ints: GCC's vector extension for arithmetic, intrinsics for the few operations it lacks.
+// Included once by each instruction set's file. Everything is in an unnamed namespace, and nothing of the C++ library
+// is used, so that the linker can never take one instruction set's copy of a function for another's.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define QC_AVX512 1
+#include <immintrin.h>
+#elif defined(__AVX2__)
+#define QC_AVX2 1
+#include <immintrin.h>
+#endif
+
+#define QC_INLINE inline __attribute__((always_inline))
+
+namespace quantcache {
+namespace {
+
+#ifdef QC_LANES // tests build other vector lengths without the instructions for them
+constexpr int LANES = QC_LANES;
+#elif defined(QC_AVX512)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int VECTORS = 64 / LANES; // vectors that hold one value for each token of a block
+#if defined(QC_AVX512)
+constexpr bool MANY_REGISTERS = true; // 32 of them, else 16
+constexpr int REGISTER_BITS = 6;      // index bits of the largest table that is looked up in registers
+constexpr bool FOLDED = false;        // whether a 5-bit table is cheaper to look up by halves
+#elif defined(QC_AVX2)
+constexpr bool MANY_REGISTERS = false;
+constexpr int REGISTER_BITS = 5;
+constexpr bool FOLDED = true;
+#else
+constexpr bool MANY_REGISTERS = false;
+constexpr int REGISTER_BITS = 0;
+constexpr bool FOLDED = false;
+#endif
+
+typedef float vfloat __attribute__((vector_size(LANES * 4)));
+typedef int32_t vint __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vuint __attribute__((vector_size(LANES * 4)));
+typedef float vfloat_u __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t vuint_u __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float float4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+QC_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_u*>(p); }
+QC_INLINE vuint load(const uint32_t* p) { return *reinterpret_cast<const vuint_u*>(p); }
+QC_INLINE void store(float* p, vfloat v) { *reinterpret_cast<vfloat_u*>(p) = v; }
+QC_INLINE void store(uint32_t* p, vuint v) { *reinterpret_cast<vuint_u*>(p) = v; }
+QC_INLINE vfloat splat(float x) { return x - vfloat{}; } // not plus: that would be an addition, for the sake of -0
+QC_INLINE vuint splat(uint32_t x) { return vuint{} + x; }
+QC_INLINE float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+QC_INLINE void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
+QC_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
+
+template <class To, class From> QC_INLINE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "sizes must agree");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+QC_INLINE float sum(vfloat v) {
+    float total = 0.0f;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
+QC_INLINE float largest(vfloat v) {
+    float top = v[0];
+    for (int i = 1; i < LANES; ++i) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+// The sums of four vectors.
+QC_INLINE float4 sums(vfloat a, vfloat b, vfloat c, vfloat d) {
+#if defined(QC_AVX512) || defined(QC_AVX2)
+#if defined(QC_AVX512)
+    const auto half = [](vfloat v) {
+        return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    };
+    const __m256 a8 = half(a), b8 = half(b), c8 = half(c), d8 = half(d);
+#else
+    const __m256 a8 = a, b8 = b, c8 = c, d8 = d;
+#endif
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a8, b8), _mm256_hadd_ps(c8, d8));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+#else
+    return float4{sum(a), sum(b), sum(c), sum(d)};
+#endif
+}
+
+// COUNT words, again and again.
+template <int COUNT> QC_INLINE vuint repeat(const uint32_t* p) {
+#if defined(QC_AVX512) || defined(QC_AVX2)
+    __m256i eight;
+    if constexpr (COUNT == 8) {
+        eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    } else if constexpr (COUNT == 4) {
+        eight = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    } else {
+        eight = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+#if defined(QC_AVX512)
+    return bit_cast<vuint>(_mm512_broadcast_i32x8(eight));
+#else
+    return bit_cast<vuint>(eight);
+#endif
+#else
+    vuint words;
+    for (int i = 0; i < LANES; ++i) words[i] = p[i % COUNT];
+    return words;
+#endif
+}
+
+// Look up a table of 2**BITS floats (readable up to a multiple of LANES). For BITS up to 4 only the low 4 bits of an
+// index count, and they must be below 2**BITS; otherwise the whole index must be.
+template <int BITS> QC_INLINE vfloat lookup(const float* table, vuint index) {
+    if constexpr (BITS == 0) return splat(table[0]);
+#if defined(QC_AVX512)
+    const auto at = [&](int i) { return _mm512_loadu_ps(table + 16 * i); };
+    const __m512i bits = bit_cast<__m512i>(index);
+    if constexpr (BITS <= 4) return _mm512_permutexvar_ps(bits, at(0));
+    if constexpr (BITS == 5) return _mm512_permutex2var_ps(at(0), bits, at(1));
+    if constexpr (BITS == 6) {
+        const __mmask16 upper = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(32));
+        return _mm512_mask_blend_ps(
+            upper, _mm512_permutex2var_ps(at(0), bits, at(1)), _mm512_permutex2var_ps(at(2), bits, at(3)));
+    }
+    return _mm512_i32gather_ps(bits, table, 4);
+#else
+#if defined(QC_AVX2)
+    const auto at = [&](int i) { return _mm256_loadu_ps(table + 8 * i); };
+    const __m256i bits = bit_cast<__m256i>(index);
+    if constexpr (BITS <= 3) return _mm256_permutevar8x32_ps(at(0), bits);
+    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 28)); // a blend looks at the sign bit
+    const auto sixteen = [&](int i) {
+        return _mm256_blendv_ps(
+            _mm256_permutevar8x32_ps(at(i), bits), _mm256_permutevar8x32_ps(at(i + 1), bits), bit3);
+    };
+    if constexpr (BITS == 4) return sixteen(0);
+    if constexpr (BITS == 5) {
+        return _mm256_blendv_ps(sixteen(0), sixteen(2), _mm256_castsi256_ps(_mm256_slli_epi32(bits, 27)));
+    }
+#endif
+    if constexpr (BITS <= 4) index &= 15;
+    vfloat found;
+    for (int i = 0; i < LANES; ++i) found[i] = table[index[i]]; // as fast as a gather, or faster
+    return found;
+#endif
+}
+
+// e**x to about one unit in the last place; 0 below -87, for minus infinity too. x must not exceed 88.
+QC_INLINE vfloat exponential(vfloat x) {
+    const vfloat floor_of_x = splat(-87.0f);
+    const vfloat clamped = maximum(x, floor_of_x);
+    // Adding 1.5 * 2**23 leaves the nearest integer in the low bits.
+    const vfloat shifted = clamped * 1.44269504f + 12582912.0f;
+    const vfloat n = shifted - 12582912.0f;
+    const vfloat r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    vfloat p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const vuint exponent = (bit_cast<vuint>(shifted) + 127u) << 23;
+    const vfloat result = p * bit_cast<vfloat>(exponent);
+    return x < floor_of_x ? vfloat{} : result;
+}
+
+// Hyperbolic tangent; a polynomial near zero, where the exponential form would cancel.
+QC_INLINE vfloat hyperbolic_tangent(vfloat x) {
+    const vfloat size = x < 0.0f ? -x : x;
+    const vfloat square = x * x;
+    vfloat p = splat(-5.70498872745e-3f);
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const vfloat small = p * square * x + x;
+    const vfloat limited = size > 9.1f ? splat(9.1f) : size;
+    const vfloat large = 1.0f - 2.0f / (exponential(limited + limited) + 1.0f);
+    const vfloat signed_large = x < 0.0f ? -large : large;
+    return size < 0.625f ? small : signed_large;
+}
+
+// Cosine and sine of an angle in radians up to 1e6, formed in float64. Without branches: loops over it vectorise.
+QC_INLINE void cosine_and_sine(double angle, float& cosine, float& sine) {
+    constexpr double TO_INTEGER = 6755399441055744.0; // 1.5 * 2**52
+    const double n = (angle * 0.63661977236758138 + TO_INTEGER) - TO_INTEGER;
+    // pi / 2 in three parts, the first two of 33 bits: products with n are exact.
+    const double r = ((angle - n * 1.57079632673412561417) - n * 6.07710050630396597660e-11)
+                     - n * 2.02226624879595063154e-21;
+    const double s = r * r;
+    const double sin_r =
+        r + r * s * (-1.0 / 6 + s * (1.0 / 120 + s * (-1.0 / 5040 + s * (1.0 / 362880 - s / 39916800))));
+    const double cos_r =
+        1.0 - 0.5 * s + s * s * (1.0 / 24 + s * (-1.0 / 720 + s * (1.0 / 40320 + s * (-1.0 / 3628800 + s / 479001600))));
+    const double quarter = n * 0.25;
+    const double down = (quarter - 0.375 + TO_INTEGER) - TO_INTEGER; // floor of a multiple of a quarter
+    const double quadrant = n - 4.0 * down;
+    const bool odd = quadrant == 1.0 || quadrant == 3.0;
+    const double c = odd ? sin_r : cos_r;
+    const double d = odd ? cos_r : sin_r;
+    cosine = static_cast<float>(quadrant == 1.0 || quadrant == 2.0 ? -c : c);
+    sine = static_cast<float>(quadrant >= 2.0 ? -d : d);
+}
+
+} // namespace
+} // namespace quantcache

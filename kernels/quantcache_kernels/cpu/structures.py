@@ -1,0 +1,101 @@
+"""The C structures of ``src/abi.h``."""
+
+from __future__ import annotations
+
+import ctypes
+
+ABI = 1
+"""Version of the structures; a library of another version is refused."""
+
+_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class Side(ctypes.Structure):
+    """The constants of the keys or the values of one layer."""
+
+    _fields_ = (
+        ("dim", _INT),
+        ("slow", _INT),
+        ("slow_pairs", _INT),
+        ("fast_pairs", _INT),
+        ("words", _INT),
+        ("map_columns", _INT),
+        ("num_factors", _INT),
+        ("counts", _POINTER),
+        ("coded", _POINTER),
+        ("order", _POINTER),
+        ("frequencies", _POINTER),
+        ("mean", _POINTER),
+        ("map", _POINTER),
+        ("fast_map", _POINTER),
+        ("offset_cos", _POINTER),
+        ("offset_sin", _POINTER),
+        ("levels", _POINTER),
+        ("gains", _POINTER),
+        ("encoder", _POINTER),
+        ("weights", _POINTER),
+        ("trees", _POINTER),
+        ("factors", _POINTER),
+    )
+
+
+class Dense(ctypes.Structure):
+    """A tensor ``[B, H, tokens, dimension]``, strides in elements."""
+
+    _fields_ = (("data", _POINTER), ("batch_stride", _LONG), ("head_stride", _LONG), ("token_stride", _LONG))
+
+
+class Encode(ctypes.Structure):
+    """Arguments of ``quantcache_encode``."""
+
+    _fields_ = (
+        ("side", ctypes.POINTER(Side)),
+        ("batch", _INT),
+        ("heads", _INT),
+        ("blocks", _INT),
+        ("dtype", _INT),
+        ("x", Dense),
+        ("places", _POINTER),
+        ("starts", _POINTER),
+        ("codes", _POINTER),
+        ("gains", _POINTER),
+        ("threads", _INT),
+        ("level", _INT),
+    )
+
+
+class Attend(ctypes.Structure):
+    """Arguments of ``quantcache_attend``."""
+
+    _fields_ = (
+        ("key", ctypes.POINTER(Side)),
+        ("value", ctypes.POINTER(Side)),
+        ("batch", _INT),
+        ("heads", _INT),
+        ("groups", _INT),
+        ("queries", _INT),
+        ("blocks", _INT),
+        ("num_sinks", _INT),
+        ("num_tail", _INT),
+        ("query_dtype", _INT),
+        ("dense_dtype", _INT),
+        ("causal", _INT),
+        ("scaling", _FLOAT),
+        ("softcap", _FLOAT),
+        ("query", Dense),
+        ("dense", Dense * 4),
+        ("key_codes", _POINTER),
+        ("value_codes", _POINTER),
+        ("key_gains", _POINTER),
+        ("value_gains", _POINTER),
+        ("places", _POINTER),
+        ("starts", _POINTER),
+        ("mask", _POINTER),
+        ("mask_batch_stride", _LONG),
+        ("mask_query_stride", _LONG),
+        ("encoded_end", _LONG),
+        ("sink_logits", _POINTER),
+        ("output", _POINTER),
+        ("threads", _INT),
+        ("level", _INT),
+    )

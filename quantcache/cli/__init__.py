@@ -1,0 +1,59 @@
+"""The command line: one file per verb.
+
+Every verb takes ``--json``: exactly one JSON object on stdout, and everything else on stderr. Bad input ends in one
+line on stderr and a non-zero exit status.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from quantcache.cli.calibrate import calibrate
+from quantcache.cli.demo import demo
+from quantcache.cli.env import env
+from quantcache.cli.eval import evaluate
+from quantcache.cli.generate import generate
+from quantcache.cli.inspect import inspect
+from quantcache.cli.session import report_error
+
+app = typer.Typer(
+    help="Run-time KV-cache compression for Hugging Face transformers.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("calibrate")(calibrate)
+app.command("inspect")(inspect)
+app.command("generate")(generate)
+app.command("eval")(evaluate)
+app.command("env")(env)
+app.command("demo")(demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        arguments: The arguments; those of the process if None.
+
+    Raises:
+        SystemExit: Always: 0 on success, 1 after an error, 2 after wrong usage.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = app(given or ["--help"], prog_name="quantcache", standalone_mode=False)
+    except typer.Abort:
+        report_error("interrupted")
+        status = 130
+    except Exception as error:
+        # Wrong usage; typer brings its own copy of click, or the real one, depending on its version.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        report_error(message())
+        status = 2
+    sys.exit(status or 0)

@@ -1,0 +1,131 @@
+"""``quantcache calibrate``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantcache.cli.session import (
+    DebugFlag,
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    ModelArgument,
+    RevisionOption,
+    TrustOption,
+    load_model,
+    read_text,
+    session,
+)
+
+if TYPE_CHECKING:
+    from quantcache.artifact import SideBits
+
+
+def calibrate(
+    model: ModelArgument,
+    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="Text to calibrate on, one file or more.")],
+    more_text: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    bits: Annotated[float, typer.Option(min=0, max=8, help="Mean code width in bits.")] = 3.0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Hub repository to push to.")] = None,
+    metric: Annotated[str, typer.Option(help="fisher (one backward pass), query or identity.")] = "fisher",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to use at most.")] = 32_768,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a sequence. Default: 2048 or the limit.")
+    ] = None,
+    key_bits: Annotated[str, typer.Option(help="A budget of the keys' own, or 'dense'.")] = "joint",
+    value_bits: Annotated[str, typer.Option(help="A budget of the values' own, or 'dense'.")] = "joint",
+    min_bits: Annotated[int, typer.Option(min=0, max=8, help="Smallest width of any coefficient.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled labels.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Calibrate a model on text, and save the calibration.
+
+    Example: quantcache calibrate wiki11m --text a.txt b.txt --bits 3 -o calibration/
+    """
+    with session(json, debug) as run:
+        if output is None and push_to_hub is None:
+            raise ValueError("nowhere to write to: give -o DIR, --push-to-hub REPO, or both")
+        keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
+        if min_bits > bits:
+            raise ValueError(f"--min-bits {min_bits} exceeds --bits {bits:g}")
+        # An option takes one value, so further files of `--text a b` arrive as arguments.
+        texts = [read_text(path) for path in [*text, *(more_text or [])]]
+
+        from quantcache.calibration import calibrate as calibrate_model
+
+        started = time.perf_counter()
+        loaded, tokenizer = load_model(
+            model, attention=None, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)  # what cannot be written to should fail before the work is done
+        calibration = calibrate_model(
+            loaded,
+            texts,
+            tokenizer,
+            bits,
+            key_bits=keys,
+            value_bits=values,
+            min_bits=min_bits,
+            metric=metric,  # type: ignore[arg-type]
+            max_tokens=tokens,
+            seq_len=seq_len,
+            seed=seed,
+        )
+        url = None
+        if output is not None:
+            calibration.save_pretrained(output)
+        if push_to_hub is not None:
+            url = str(calibration.push_to_hub(push_to_hub))
+        data = {
+            "model": model,
+            "output": None if output is None else str(output),
+            "url": url,
+            "layers": len(calibration.layers),
+            "bits": calibration.bits,
+            "bits_per_element": calibration.bits_per_element,
+            "recipe": calibration.metadata.recipe,
+            "seconds": time.perf_counter() - started,
+        }
+        where = " and ".join(str(place) for place in (output, url) if place)
+        line = (
+            f"{where}: {data['layers']} layers at {data['bits_per_element']:.3f} bits per element, gains included "
+            f"({calibration.metadata.recipe['tokens']:,} tokens, {data['seconds']:.0f} s)"
+        )
+        run.finish(data, line)
+
+
+def side_bits(option: str, given: str) -> SideBits:
+    """Read the budget of one side.
+
+    Args:
+        option: The option's name, for the error.
+        given: Its value.
+
+    Returns:
+        What ``Calibration.with_bits`` takes.
+
+    Raises:
+        ValueError: It is no number from 0 to 8, ``dense`` or ``joint``.
+    """
+    if given == "joint":
+        return "joint"
+    if given == "dense":
+        return None
+    try:
+        bits = float(given)
+    except ValueError:
+        bits = -1.0
+    if not 0 <= bits <= 8:
+        raise ValueError(f"{option} must be a number from 0 to 8, 'dense' or 'joint', got {given!r}")
+    return bits

@@ -1,0 +1,98 @@
+"""``quantcache generate``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any, cast
+
+import typer
+
+from quantcache.cli.session import (
+    CalibrationOption,
+    DebugFlag,
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    ModelArgument,
+    RevisionOption,
+    TrustOption,
+    load_calibration,
+    load_model,
+    session,
+)
+
+
+def generate(
+    model: ModelArgument,
+    calibration: CalibrationOption,
+    prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
+    bits: Annotated[float | None, typer.Option(min=0, max=8, help="Another rate than the calibration's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = 4,
+    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = 64,
+    backend: Annotated[str, typer.Option(help="auto, native, triton or torch.")] = "auto",
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Generate text from a compressed cache, and say what the cache took.
+
+    Example: quantcache generate wiki11m -c calibration/ --prompt "The city of Leiden"
+    """
+    with session(json, debug) as run:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if not text.strip():
+            raise ValueError("the prompt is empty")
+        constants = load_calibration(calibration)
+
+        import torch
+
+        from quantcache.cache import SpectralCache
+
+        loaded, tokenizer = load_model(
+            model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+        cache = SpectralCache(
+            constants,
+            loaded.config,
+            bits=bits,
+            sink_length=sinks,
+            residual_length=residual,
+            backend=backend,  # type: ignore[arg-type]
+        )
+        inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.get_input_embeddings().weight.device)
+        prompt_tokens = inputs.input_ids.shape[1]
+        torch.manual_seed(seed)
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            sampling["temperature"] = temperature
+        started = time.perf_counter()
+        output = cast(Any, loaded).generate(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            **sampling,
+        )[0, prompt_tokens:]
+        seconds = time.perf_counter() - started
+        memory = cache.memory()
+        data = {
+            "model": model,
+            "text": tokenizer.decode(output, skip_special_tokens=True),
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": len(output),
+            "seconds": seconds,
+            "memory": memory.to_dict(),
+        }
+        print(
+            f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
+            f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} in all",
+            file=sys.stderr,
+        )
+        run.finish(data, data["text"])

@@ -1,0 +1,112 @@
+"""``quantcache inspect``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from quantcache.cli.session import DebugFlag, JsonFlag, load_calibration, session
+
+TOKENS = 8192
+"""Context length that sizes are given for."""
+
+
+def inspect(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Folder or Hub id of a calibration.")],
+    bits: Annotated[float | None, typer.Option(min=0, max=8, help="Show this rate instead of the stored one.")] = None,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Show what a calibration holds, and what a cache would take with it.
+
+    Example: quantcache inspect calibration/ --bits 4
+    """
+    with session(json, debug) as run:
+        from quantcache.accounting import predict
+
+        calibration = load_calibration(artifact)
+        if bits is not None:
+            calibration = calibration.with_bits(bits)
+        metadata = calibration.metadata
+        layers = [
+            {
+                "index": index,
+                "key_bits": mean_width(layer.key),
+                "value_bits": mean_width(layer.value),
+                "num_key_value_heads": layer.key.num_heads,
+                "key_dim": layer.key.dim,
+                "value_dim": layer.value.dim,
+                "rotary_dim": layer.rope.rotary_dim,
+                "rope_layout": layer.rope.layout,
+            }
+            for index, layer in calibration.layers.items()
+        ]
+        memory = predict(calibration, TOKENS)
+        data: dict[str, Any] = {
+            "artifact": artifact,
+            "base_model": metadata.base_model,
+            "recipe": metadata.recipe,
+            "rate": {
+                "bits": metadata.rate.bits,
+                "key_bits": metadata.rate.key_bits,
+                "value_bits": metadata.rate.value_bits,
+                "min_bits": metadata.rate.min_bits,
+            },
+            "bits": calibration.bits,
+            "bits_per_element": calibration.bits_per_element,
+            "cache_config": metadata.cache_config,
+            "layers": layers,
+            "memory": memory.to_dict(),
+            "bytes_per_token": memory.total / TOKENS,
+            "bytes_per_token_bfloat16": memory.bfloat16_bytes / TOKENS,
+            "times_smaller": memory.bfloat16_bytes / memory.total,
+            "environment": metadata.environment,
+        }
+        run.finish(data, _summary(data), _layer_table(layers))
+
+
+def mean_width(side: Any) -> float | None:
+    """Mean code width of one side.
+
+    Args:
+        side: A ``SideCalibration``.
+
+    Returns:
+        Bits, None where the side stays dense.
+    """
+    return None if side.widths is None else float(side.widths.double().mean())
+
+
+def _summary(data: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None)
+    base, rate, recipe = data["base_model"], data["rate"], data["recipe"]
+    revision = f" at {base['revision'][:12]}" if base.get("revision") else ""
+    table.add_row("base model", f"{base.get('id') or 'unknown'}{revision} ({base.get('model_type')})")
+    table.add_row("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if key != "text_sha256"))
+    sides = [f"{side}s {rate[f'{side}_bits']}" for side in ("key", "value") if rate[f"{side}_bits"] != "joint"]
+    table.add_row("rate", ", ".join([f"{rate['bits']:g} bits", *sides, f"at least {rate['min_bits']}"]))
+    table.add_row("bits per element", f"{data['bits_per_element']:.3f} (codes {data['bits']:.3f}, the rest gains)")
+    table.add_row(
+        f"at {TOKENS:,} tokens",
+        f"{data['bytes_per_token']:,.0f} bytes per token, bfloat16 takes {data['bytes_per_token_bfloat16']:,.0f}: "
+        f"{data['memory']['bits_per_element_total']:.3f} bits per element in all, {data['times_smaller']:.2f}× smaller",
+    )
+    return table
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    table = Table("layer", "key bits", "value bits", "KV heads", "head dim", "rotary", title="Mean code widths")
+    for column in table.columns:
+        column.justify = "right"
+    for layer in layers:
+        dims = {layer["key_dim"], layer["value_dim"]}
+        table.add_row(
+            str(layer["index"]),
+            *("dense" if layer[side] is None else f"{layer[side]:.2f}" for side in ("key_bits", "value_bits")),
+            str(layer["num_key_value_heads"]),
+            "/".join(str(dim) for dim in sorted(dims)),
+            f"{layer['rotary_dim']} {layer['rope_layout']}" if layer["rotary_dim"] else "none",
+        )
+    return table

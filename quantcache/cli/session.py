@@ -1,0 +1,342 @@
+"""What all verbs share: where output goes, how errors end, and how models and texts are found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from quantcache.errors import QuantCacheError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quantcache.artifact import Calibration
+
+BUNDLED_MODEL = "wiki11m"
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one."),
+]
+CalibrationOption = Annotated[
+    str, typer.Option("--calibration", "-c", metavar="ARTIFACT", help="Folder or Hub id of the model's calibration.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N, or 'auto' to spread over devices. Default: cuda if there is one.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, else the checkpoint's.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes from the Hub.")]
+
+
+class Session:
+    """One run of a verb: collects the result, which is printed at its end."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, Any] | None = None
+        self.shown: tuple[RenderableType, ...] = ()
+
+    def finish(self, data: dict[str, Any], *shown: RenderableType) -> None:
+        """Set the result.
+
+        Args:
+            data: What ``--json`` prints.
+            shown: What people are shown instead.
+        """
+        self.data, self.shown = data, shown
+
+
+@contextlib.contextmanager
+def session(as_json: bool, debug: bool) -> Iterator[Session]:
+    """Run a verb's body with stdout kept for its result, and errors turned into one line.
+
+    Args:
+        as_json: Print the result as JSON.
+        debug: Let exceptions through.
+
+    Yields:
+        Where the body leaves its result.
+
+    Raises:
+        typer.Exit: After an error, with status 1.
+    """
+    run = Session()
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield run
+    except Exception as error:
+        if debug or isinstance(error, typer.Exit):
+            raise
+        report_error(describe(error))
+        raise typer.Exit(1) from None
+    if run.data is None:
+        return
+    if as_json:
+        print(to_json(run.data))
+        return
+    # Rich assumes 80 columns where it cannot ask, and would fold tables that go to a file or a pipe.
+    # A model's text must come out as it is: no markup, no folding.
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    for item in run.shown:
+        console.print(item, soft_wrap=isinstance(item, str))
+
+
+def describe(error: Exception) -> str:
+    """One line about an exception.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        Its message; with its type in front where it was not raised on purpose.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, QuantCacheError | OSError | ValueError | ImportError) and message:
+        return message
+    name = type(error).__name__
+    return f"{name}: {message} (--debug shows where)" if message else f"{name} (--debug shows where)"
+
+
+def report_error(message: str) -> None:
+    """Print the one line that an error ends in.
+
+    Args:
+        message: What went wrong.
+    """
+    print("error:", " ".join(message.split()), file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def to_json(data: Any) -> str:
+    """Serialize a result; numbers that JSON cannot hold (infinite, not a number) become null.
+
+    Args:
+        data: The result.
+
+    Returns:
+        Indented JSON.
+    """
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a result, complete or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        data: The result.
+    """
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(to_json(data) + "\n")
+            file.close()
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # temporary files are made readable by their owner only
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr that leaves nothing behind, and shows nothing where stderr is no terminal.
+
+    Returns:
+        The bar, to be used as a context manager.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its text.
+
+    Raises:
+        QuantCacheError: The file is empty or not UTF-8.
+        OSError: It cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuantCacheError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise QuantCacheError(f"{path} is empty")
+    return text
+
+
+def load_calibration(name: str) -> Calibration:
+    """Load a calibration, saying what was looked for where it cannot be had.
+
+    Args:
+        name: Folder or Hub id.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        QuantCacheError: There is none, or it is malformed.
+    """
+    from quantcache.artifact import Calibration
+
+    _require_folder(name)
+    try:
+        return Calibration.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise QuantCacheError(f"no calibration {name}: there is no such folder, and the Hub says: {error}") from error
+
+
+def load_model(
+    name: str,
+    *,
+    attention: str | None = "spectral",
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: Folder, Hub id, or ``wiki11m``.
+        attention: Attention implementation; transformers' choice if None.
+        device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
+        dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
+        revision: Hub revision.
+        trust_remote_code: Allow model code from the Hub.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        QuantCacheError: It is no decoder-only language model.
+        OSError: It cannot be found.
+        ValueError: An argument makes no sense.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import quantcache  # registers the attention
+    from quantcache import compat
+    from quantcache.data import demo_model_path
+
+    del quantcache
+    bundled = name == BUNDLED_MODEL
+    if not bundled:
+        _require_folder(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if dtype is None:
+        dtype = "float32" if device.startswith("cpu") else "auto"
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+    source = demo_model_path() if bundled else name
+    more: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _quiet_unless_watched(), _naming(name):
+        config = AutoConfig.from_pretrained(source, **more)
+        compat.require_decoder(config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **more)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map=device,
+                **more,
+            )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            message = f"transformers has no causal language model of type {config.model_type}"
+            raise UnsupportedModel(message) from error  # the original names every model it knows
+    if bundled:
+        model.config._name_or_path = BUNDLED_MODEL  # artifacts name it instead of a folder of this machine
+    return model.eval(), tokenizer
+
+
+def _require_folder(name: str) -> None:
+    """Refuse what can only be meant as a path and does not exist."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+    if looks_like_path and not Path(name).exists():
+        raise FileNotFoundError(f"there is no folder {name}")
+
+
+@contextlib.contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Say in an error which model cannot be loaded: the Hub's own often do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot load {model}: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet_unless_watched() -> Iterator[None]:
+    """Without a terminal on stderr, spare its reader transformers' progress bars."""
+    from transformers.utils import logging
+
+    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions a model was made for.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its limit, None if it declares none.
+    """
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,0 +1,149 @@
+"""Small configs, calibrations and data with known statistics, and an independent count of bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from quantcache.schema import SideCalibration
+from quantcache.store import BlockStore
+
+
+def llama_config(head_dim: int = 64, layers: int = 2, kv_heads: int = 2, **more: Any) -> LlamaConfig:
+    """The config of a small Llama.
+
+    Args:
+        head_dim: D.
+        layers: Number of layers.
+        kv_heads: Hkv.
+        more: Further attributes.
+
+    Returns:
+        The config; no model is built from it.
+    """
+    return LlamaConfig(
+        hidden_size=2 * kv_heads * head_dim,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2 * kv_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=32,
+        **more,
+    )
+
+
+def random_side(
+    heads: int,
+    dim: int,
+    widths: Tensor | int | None,
+    parts: tuple[int, ...] | None = None,
+    seed: int = 0,
+    decay: float = 0.9,
+) -> SideCalibration:
+    """Constants of one side with a transform that is invertible but not orthogonal, and a mean far from zero.
+
+    Args:
+        heads: H.
+        dim: D.
+        widths: ``[H, D]``, one width for all, or None for a dense side.
+        parts: Sizes of the diagonal blocks of the transform; one block by default.
+        seed: Seed of the transform and the mean.
+        decay: Ratio of neighbouring variances.
+
+    Returns:
+        The constants.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    analysis = torch.zeros(heads, dim, dim, dtype=torch.float64)
+    spectra, offset = [], 0
+    for size in parts or (dim,):
+        part = slice(offset, offset + size)
+        left, right = (
+            torch.linalg.qr(torch.randn(heads, size, size, generator=generator, dtype=torch.float64)).Q
+            for _ in range(2)
+        )
+        scales = torch.rand(heads, size, 1, generator=generator, dtype=torch.float64).mul(2).sub(1).exp()
+        analysis[:, part, part] = left @ (scales * right)
+        spectra.append(4.0 * decay ** torch.arange(size, dtype=torch.float64))
+        offset += size
+    if isinstance(widths, int):
+        widths = torch.full((heads, dim), widths)
+    return SideCalibration(
+        3.0 * torch.randn(heads, dim, generator=generator),
+        analysis.float(),
+        torch.cat(spectra).expand(heads, dim).contiguous(),
+        None if widths is None else widths.to(torch.uint8),
+    )
+
+
+def gaussian_vectors(side: SideCalibration, batch: int, tokens: int, seed: int = 0) -> Tensor:
+    """Vectors with exactly the statistics that a side's constants describe.
+
+    Args:
+        side: The constants.
+        batch: B.
+        tokens: T.
+        seed: Seed of the samples.
+
+    Returns:
+        ``[B, H, T, D]`` float64, in the frame.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.randn(batch, side.num_heads, tokens, side.dim, generator=generator, dtype=torch.float64)
+    coefficients = unit * side.spectrum.sqrt()[:, None]
+    synthesis = torch.linalg.inv(side.analysis.double())
+    return side.mean.double()[:, None] + coefficients @ synthesis.transpose(-1, -2)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor held by a value: a tensor, a store, or containers of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, BlockStore):
+        yield from tensors_in(vars(value))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def storages(tensors: Iterable[Tensor]) -> set[tuple[int, int]]:
+    """(address, bytes) of every storage behind tensors."""
+    found = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
+    return {(address, size) for address, size in found if size}
+
+
+def layer_storages(layer: Any) -> set[tuple[int, int]]:
+    """(address, bytes) of every storage that a spectral layer holds, codecs apart."""
+    return storages(tensors_in({name: value for name, value in vars(layer).items() if name != "codecs"}))
+
+
+def held_bytes(layer: Any) -> int:
+    """Bytes of everything that a spectral layer holds, codecs apart, counted without quantcache's accounting."""
+    return sum(size for _, size in layer_storages(layer))
+
+
+@contextlib.contextmanager
+def new_objects_only() -> Iterator[None]:
+    """Hide all present objects from :func:`live_storages`."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def live_storages() -> set[tuple[int, int]]:
+    """(address, bytes) of the storages of all tensors that Python holds."""
+    gc.collect()
+    return storages(t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter))

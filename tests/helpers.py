@@ -1,0 +1,54 @@
+"""Feeding a model through a cache, and how far two sets of logits are apart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+@torch.no_grad()
+def feed(
+    model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, steps: Sequence[int], padding: Sequence[int] = ()
+) -> Tensor:
+    """Logits of tokens fed through a cache in steps.
+
+    Args:
+        model: The model.
+        cache: The cache, which may hold something already if there is no padding.
+        tokens: ``[B, T]``.
+        steps: How many tokens each forward pass is given, T in all.
+        padding: Left padding of every row.
+
+    Returns:
+        ``[B, T, V]`` float64.
+    """
+    mask = None
+    if padding:
+        mask = (torch.arange(tokens.shape[1]) >= torch.tensor(padding)[:, None]).long()
+    logits, first = [], 0
+    for count in steps:
+        more = {}
+        if mask is not None:
+            more["attention_mask"] = mask[:, : first + count]
+            if "position_ids" in inspect.signature(model.forward).parameters:
+                more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, first : first + count]
+        chunk = tokens[:, first : first + count]
+        logits.append(model(input_ids=chunk, past_key_values=cache, use_cache=True, **more).logits.double())
+        first += count
+    assert first == tokens.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+def error(found: Tensor, reference: Tensor) -> float:
+    """Root mean square difference."""
+    return float((found - reference).pow(2).mean().sqrt())
+
+
+def divergence(reference: Tensor, found: Tensor) -> float:
+    """Mean KL(reference || found) of logits ``[..., V]``, in nats."""
+    reference, found = reference.log_softmax(-1), found.log_softmax(-1)
+    return float((reference.exp() * (reference - found)).sum(-1).mean())

@@ -1,0 +1,261 @@
+"""The command line: one JSON object on stdout, one line on stderr for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig
+
+from quantcache import __version__, data
+from quantcache.artifact import Calibration
+from quantcache.cli import main
+from quantcache.cli.session import describe, to_json, write_json
+from quantcache.errors import QuantCacheError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line; gives exit status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, a model of another geometry, and configs of models that are no decoders."""
+    folder = tmp_path_factory.mktemp("cli")
+    text = data.calibration_text()
+    (folder / "one.txt").write_text(text[:6000], "utf-8")
+    (folder / "two.txt").write_text(text[-6000:], "utf-8")
+    (folder / "held_out.txt").write_text(data.evaluation_text()[:6000], "utf-8")
+    (folder / "empty.txt").write_text(" \n", "utf-8")
+    (folder / "short.txt").write_text("Too short.", "utf-8")
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        for model in ("other", "vit"):
+            (folder / model).mkdir(exist_ok=True)
+            shutil.copy(data.demo_model_path() / name, folder / model)
+    T5Config().save_pretrained(folder / "t5")
+    ViTConfig().save_pretrained(folder / "vit")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(folder: Path) -> dict:
+    """The JSON of ``calibrate``, run as a process of its own, so that nothing can hide what reaches stdout."""
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "quantcache", "calibrate", "wiki11m", "--text", "one.txt", "two.txt"),
+            *("--tokens", "1024", "--seq-len", "512", "-o", "calibration", "--json"),
+        ],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_calibrate(calibrated: dict, folder: Path) -> None:
+    assert calibrated["layers"] == 6
+    assert calibrated["bits_per_element"] == pytest.approx(3.125)
+    assert calibrated["recipe"]["tokens"] == 1024
+    stored = Calibration.from_pretrained(folder / "calibration")
+    assert stored.metadata.base_model["id"] == "wiki11m"
+    assert stored.metadata.recipe == calibrated["recipe"]
+
+
+def test_inspect(run: Run, calibrated: dict, folder: Path) -> None:
+    status, out, err = run("inspect", folder / "calibration", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["bits"] == pytest.approx(3)
+    assert len(found["layers"]) == 6
+    assert sum(layer["key_bits"] + layer["value_bits"] for layer in found["layers"]) / 12 == pytest.approx(3)
+    assert found["bytes_per_token_bfloat16"] == 6 * 2 * 64 * 2 * 2
+    assert found["times_smaller"] > 4.3
+    status, out, _ = run("inspect", folder / "calibration", "--bits", 2, "--json")
+    assert (status, json.loads(out)["bits"]) == (0, pytest.approx(2))
+    status, out, _ = run("inspect", folder / "calibration")
+    assert status == 0
+    assert "wiki11m" in out
+    assert "3.125" in out
+
+
+def test_generate(run: Run, calibrated: dict, folder: Path) -> None:
+    prompt = (folder / "held_out.txt").read_text("utf-8")[:900]
+    arguments = ("generate", "wiki11m", "-c", folder / "calibration", "--prompt", prompt, "--max-new-tokens", 5)
+    status, out, err = run(*arguments, "--bits", 4, "--residual", 32, "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["new_tokens"] == 5
+    assert found["memory"]["bits_per_element"] == pytest.approx(4.125)
+    assert found["memory"]["tokens"] == found["prompt_tokens"] + 4
+    assert "4.125 bits per encoded element" in err
+    status, out, _ = run(*arguments, "--bits", 4, "--residual", 32)
+    assert (status, out) == (0, found["text"] + "\n")
+
+
+def test_eval(run: Run, calibrated: dict, folder: Path) -> None:
+    status, out, _ = run(
+        *("eval", "wiki11m", "--calibration", folder / "calibration", "--text", folder / "held_out.txt", "--quick"),
+        *("--context", 256, "--tokens", 512, "--residual", 0, "--methods", "dense,spectral-3,turboquant-mse-3"),
+        *("-o", folder / "result.json", "--json"),
+    )
+    assert status == 0
+    found = json.loads(out)
+    assert json.loads((folder / "result.json").read_text("utf-8")) == found
+    assert (found["model"], found["context"], found["residual"], found["tokens"]) == ("wiki11m", 256, 0, 512)
+    assert list(found["methods"]) == ["dense", "spectral-3", "turboquant-mse-3"]
+    figures = ("bits_per_element", "bits_per_element_total", "kl_mean", "kl_p99", "perplexity", "top1_agreement")
+    for name, family in (("dense", "dense"), ("spectral-3", "ours"), ("turboquant-mse-3", "rival")):
+        method = found["methods"][name]
+        assert (method["family"], method["status"], method["simulated"]) == (family, "ok", family == "rival")
+        assert all(isinstance(method[figure], float) for figure in figures)
+        assert method["cache_bytes"] > 0
+    assert found["methods"]["dense"]["kl_mean"] == 0
+    assert found["methods"]["spectral-3"]["bits_per_element"] == pytest.approx(3.125)
+    assert 0 < found["methods"]["spectral-3"]["kl_mean"] < found["methods"]["turboquant-mse-3"]["kl_mean"]
+
+
+def test_env(run: Run) -> None:
+    status, out, err = run("env", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["versions"]["quantcache"] == __version__
+    status, out, _ = run("env")
+    assert status == 0
+    assert "transformers" in out
+
+
+def test_help(run: Run) -> None:
+    status, out, _ = run()
+    assert status == 0
+    for verb in ("calibrate", "inspect", "generate", "eval", "env", "demo"):
+        assert verb in out
+        status, text, _ = run(verb, "--help")
+        assert status == 0
+        assert "--json" in text
+        assert "--debug" in text
+
+
+CALIBRATE = ("calibrate", "wiki11m", "-o", "unused", "--text", "one.txt")
+EVAL = ("eval", "wiki11m", "-c", "calibration", "--text", "held_out.txt")
+GENERATE = ("generate", "wiki11m", "-c", "calibration", "--prompt", "The city")
+
+BAD_INPUT = {
+    "empty text": (("calibrate", "wiki11m", "-o", "unused", "--text", "empty.txt"), "empty.txt is empty"),
+    "short text": (("calibrate", "wiki11m", "-o", "unused", "--text", "short.txt"), "more than 16 tokens"),
+    "text not UTF-8": (("calibrate", "wiki11m", "-o", "unused", "--text", "latin.txt"), "latin.txt is not UTF-8"),
+    "missing text": (("calibrate", "wiki11m", "-o", "unused", "--text", "no.txt"), "no.txt: No such file"),
+    "second text missing": ((*CALIBRATE, "no.txt"), "no.txt: No such file"),
+    "text is a folder": (("calibrate", "wiki11m", "-o", "unused", "--text", "."), "Is a directory"),
+    "no text": (("calibrate", "wiki11m", "-o", "unused"), "--text"),
+    "no output": (("calibrate", "wiki11m", "--text", "one.txt"), "-o DIR"),
+    "output is a file": (("calibrate", "wiki11m", "-o", "one.txt", "--text", "one.txt"), "one.txt"),
+    "calibrate at 11 bits": ((*CALIBRATE, "--bits", "11"), "--bits"),
+    "bits not a number": ((*CALIBRATE, "--bits", "many"), "--bits"),
+    "key bits": ((*CALIBRATE, "--key-bits", "9"), "--key-bits must be"),
+    "minimum above budget": ((*CALIBRATE, "--min-bits", "4"), "--min-bits 4"),
+    "metric": ((*CALIBRATE, "--metric", "luck"), "metric must be"),
+    "dtype": ((*CALIBRATE, "--dtype", "int3"), "dtype must be"),
+    "device": ((*CALIBRATE, "--device", "abacus"), "abacus"),
+    "missing model": (("calibrate", "./no-model", "-o", "unused", "--text", "one.txt"), "no folder ./no-model"),
+    "unknown model": (("calibrate", "no/model", "-o", "unused", "--text", "one.txt"), "cannot load no/model"),
+    "encoder-decoder": (("calibrate", "./t5", "-o", "unused", "--text", "one.txt"), "encoder-decoder"),
+    "no language model": (("calibrate", "./vit", "-o", "unused", "--text", "one.txt"), "no causal language model"),
+    "unknown calibration": (("inspect", "no-calibration"), "no calibration no-calibration"),
+    "missing calibration": (("inspect", "./no-calibration"), "no folder ./no-calibration"),
+    "no calibration in folder": (("inspect", "other"), "other is no calibration"),
+    "inspect at 11 bits": (("inspect", "calibration", "--bits", "11"), "--bits"),
+    "evaluation text too short": (("eval", "wiki11m", "-c", "calibration", "--text", "short.txt"), "one window"),
+    "unknown method": ((*EVAL, "--methods", "dense,luck-3"), "unknown method 'luck-3'"),
+    "method at 11 bits": ((*EVAL, "--methods", "spectral-11"), "between 0 and 8"),
+    "no method": ((*EVAL, "--methods", ","), "names no method"),
+    "no calibration": (("eval", "wiki11m", "--text", "held_out.txt", "--methods", "spectral-3"), "needs a calibration"),
+    "other model's calibration": (("eval", "./other", "-c", "calibration", "--text", "held_out.txt"), "the model has"),
+    "context beyond the limit": ((*EVAL, "--context", "4096"), "limit of 2048"),
+    "less than a window": ((*EVAL, "--tokens", "100"), "less than one window"),
+    "nowhere to write": ((*EVAL, "-o", "no-folder/result.json"), "no folder"),
+    "calibration text": (("eval", "wiki11m", "-c", "calibration", "--text", "both.txt"), "was calibrated on"),
+    "empty prompt": (("generate", "wiki11m", "-c", "calibration", "--prompt", ""), "prompt is empty"),
+    "backend": ((*GENERATE, "--backend", "abacus"), "backend must be"),
+    "generate at 11 bits": ((*GENERATE, "--bits", "11"), "--bits"),
+    "other model to generate": (("generate", "./other", "-c", "calibration", "--prompt", "a"), "the model has"),
+    "unknown verb": (("frobnicate",), "frobnicate"),
+    "unknown option": ((*EVAL, "--frobnicate"), "--frobnicate"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line(
+    run: Run,
+    calibrated: dict,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    both = "\n\n".join(Path(name).read_text("utf-8") for name in ("one.txt", "two.txt"))
+    Path("both.txt").write_text(both, "utf-8")
+    status, out, err = run(*arguments, "--json")
+    assert status != 0
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    with pytest.raises(QuantCacheError, match="is empty"):
+        main(["calibrate", "wiki11m", "--text", str(folder / "empty.txt"), "-o", "unused", "--debug"])
+
+
+def test_unexpected_errors_name_their_type() -> None:
+    assert describe(QuantCacheError("two\nlines")) == "two lines"
+    assert describe(KeyError("x")).startswith("KeyError: 'x'")
+    assert describe(OSError()).startswith("OSError")
+
+
+def test_json_has_no_infinities() -> None:
+    assert json.loads(to_json({"a": [float("inf"), 1.5], "b": float("nan")})) == {"a": [None, 1.5], "b": None}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text("utf-8")) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]

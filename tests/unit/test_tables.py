@@ -1,0 +1,144 @@
+"""The README's tables, and the records they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import records, tables
+
+PAGE = "Before.\n\n<!-- table:fidelity -->\nOld.\n<!-- /table -->\n\nAfter.\n"
+
+
+def method(kl: float, **more: Any) -> dict[str, Any]:
+    """A method's figures."""
+    return {
+        "status": "ok",
+        "simulated": False,
+        "bits_per_element": 3.125,
+        "bits_per_element_total": 3.5,
+        "kl_mean": kl,
+        "top1_agreement": 0.98,
+        "perplexity": 30.125,
+        **more,
+    }
+
+
+def record(created: str, kl: float, dirty: bool = False) -> dict[str, Any]:
+    """A fidelity record."""
+    return {
+        "status": "ok",
+        "created": created,
+        "commit": "0123456789abcdef",
+        "dirty": dirty,
+        "environment": {"cpu": {"name": "Abacus 9", "cores": 2}, "gpus": []},
+        "settings": {
+            "model": "wiki11m",
+            "dtype": "float32",
+            "context": 2048,
+            "windows": 8,
+            "chunk": 64,
+            "sinks": 4,
+            "calibration": {"tokens": 32_768},
+        },
+        "metrics": {
+            "residual_64": {
+                "spectral-3": method(kl),
+                "turboquant-mse-3": method(2 * kl, simulated=True),
+                "turboquant-mse-8": {"status": "RuntimeError: out of memory", "simulated": True},
+            },
+            "residual_0": {"spectral-3": method(3 * kl), "turboquant-mse-3": method(4 * kl)},
+        },
+    }
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with a README and no records."""
+    (tmp_path / "README.md").write_text(PAGE, "utf-8")
+    (tmp_path / "benchmarks" / "results" / "abacus").mkdir(parents=True)
+    return tmp_path
+
+
+def add(checkout: Path, name: str, content: dict[str, Any]) -> None:
+    """Add a record to a checkout."""
+    path = checkout / "benchmarks" / "results" / "abacus" / f"fidelity__{name}.json"
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def test_readme_says_what_the_records_say() -> None:
+    assert tables.main(["--check"]) == 0
+
+
+def test_without_records(checkout: Path) -> None:
+    assert tables.main(["--check"], checkout) == 1
+    assert (checkout / "README.md").read_text("utf-8") == PAGE
+    assert tables.main([], checkout) == 0
+    assert (checkout / "README.md").read_text("utf-8") == PAGE.replace("Old.", tables.NO_RECORD)
+    assert tables.main(["--check"], checkout) == 0
+
+
+def test_newest_record_wins_and_dirty_ones_do_not_count(checkout: Path) -> None:
+    add(checkout, "b", record("2026-01-02T00:00:00+00:00", 0.002))
+    add(checkout, "a", record("2026-01-03T00:00:00+00:00", 0.001))
+    add(checkout, "c", record("2026-01-04T00:00:00+00:00", 0.009, dirty=True))
+    assert tables.main([], checkout) == 0
+    text = (checkout / "README.md").read_text("utf-8")
+    assert "| spectral-3 | 3.125 | 3.500 | 0.00100 | 98.00% | 30.12 | 0.00300 |" in text
+    assert "| turboquant-mse-3 (simulated) | 3.125 | 3.500 | 0.00200 |" in text
+    assert "| turboquant-mse-8 | RuntimeError: out of memory |" in text
+    assert "0.009" not in text
+    assert "benchmarks/results/abacus/fidelity__a.json" in text
+    assert "commit 0123456789," in text
+    assert text.startswith("Before.\n")
+    assert text.endswith("After.\n")
+    assert tables.main(["--check"], checkout) == 0
+
+
+def test_unknown_table(checkout: Path) -> None:
+    (checkout / "README.md").write_text(PAGE.replace("fidelity", "luck"), "utf-8")
+    with pytest.raises(ValueError, match="no table 'luck'"):
+        tables.main([], checkout)
+
+
+def test_page_without_markers(checkout: Path) -> None:
+    (checkout / "README.md").write_text("Nothing.\n", "utf-8")
+    with pytest.raises(ValueError, match="no table markers"):
+        tables.main([], checkout)
+
+
+def test_summarize() -> None:
+    summary = records.summarize([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert summary == {"median": 3.5, "p20": 2.0, "p80": 5.0, "mean": 3.5, "n": 6}
+    assert records.summarize([2.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0, "mean": 2.0, "n": 1}
+
+
+@pytest.mark.parametrize(
+    ("git", "folder"),
+    [
+        ({"commit": "f" * 40, "dirty": False}, "results"),
+        ({"commit": "f" * 40, "dirty": True}, "scratch"),
+        ({"commit": None, "dirty": False}, "scratch"),
+        (None, "scratch"),
+    ],
+    ids=["clean", "dirty", "no commit", "no checkout"],
+)
+def test_only_a_clean_commit_makes_a_result(
+    git: dict[str, Any] | None, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surroundings = {"gpus": [], "cpu": {"name": "Abacus (TM) 9", "cores": 2}, "git": git}
+    monkeypatch.setattr(records, "environment", lambda: dict(surroundings))
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(records, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr("sys.argv", ["/somewhere/else/bench.py", "--steps", "3"])
+    path = records.write_record("suite", {"steps": 3}, {"time": records.summarize([1.0])})
+    assert path.parent == tmp_path / folder / "abacus-tm-9-2-cores"
+    written = json.loads(path.read_text("utf-8"))
+    assert written["command"] == "python bench.py --steps 3"
+    assert written["settings"] == {"steps": 3}
+    assert written["metrics"]["time"]["n"] == 1
+    assert written["schema_version"] == 1
+    assert "git" not in written["environment"]
