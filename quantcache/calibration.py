@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import compat
+from quantcache.allocation import check_rate
 from quantcache.artifact import (
     SIDES,
     Calibration,
@@ -80,12 +83,15 @@ def calibrate(
     """
     if metric not in ("fisher", "query", "identity"):
         raise ValueError(f"metric must be 'fisher', 'query' or 'identity', got {metric!r}")
+    for own in (bits_per_element, key_bits, value_bits):
+        if own is not None and own != "joint":
+            check_rate(own, min_bits)
     compat.require_decoder(model.config)
     settings = codec or CodecSettings()
     layers = compat.full_attention_layers(model.config)
     if not layers:
         raise UnsupportedModel(f"{type(model).__name__} has no full-attention layer, so its cache does not grow")
-    sequences, digest = _sequences(model, data, tokenizer, seq_len, max_tokens)
+    sequences, digests = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -96,7 +102,7 @@ def calibrate(
         ropes = detect_ropes(model, layers)
         statistics: dict[int, LayerStatistics] = {}
         console = Console(stderr=True)
-        with Progress(console=console, disable=not progress, transient=True) as bar:
+        with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
             task = bar.add_task("calibrating", total=sum(s.numel() for s in sequences))
             for sequence in sequences:
                 _gather(model, sequence, metric, ropes, statistics, settings, generator)
@@ -111,7 +117,7 @@ def calibrate(
     solved = {index: statistics[index].solve(outputs.get(index)) for index in layers}
     metadata = Metadata(
         base_model={
-            "id": getattr(model.config, "_name_or_path", "") or None,
+            "id": _public_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
             "model_type": model.config.model_type,
         },
@@ -126,7 +132,7 @@ def calibrate(
             "metric_shrinkage": METRIC_SHRINKAGE,
             "covariance_shrinkage": COVARIANCE_SHRINKAGE,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "text_sha256": digest,
+            "text_sha256": digests,
         },
         codec=settings,
         joint=metric == "fisher",
@@ -137,15 +143,22 @@ def calibrate(
     )
 
 
+def _public_name(model: PreTrainedModel) -> str | None:
+    """A model's Hub id; of a local folder only the name, so that no path of this machine gets into the artifact."""
+    name = getattr(model.config, "_name_or_path", "") or None
+    return Path(name).name if name and os.path.isdir(name) else name
+
+
 def _sequences(
     model: PreTrainedModel,
     data: str | Sequence[str] | Iterable[Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
     seq_len: int | None,
     max_tokens: int,
-) -> tuple[list[Tensor], str]:
-    """Token batches ``[B, T]`` of at most ``max_tokens`` tokens, and the SHA-256 of what they came from."""
-    digest = hashlib.sha256()
+) -> tuple[list[Tensor], list[str]]:
+    """Token batches ``[B, T]`` of at most ``max_tokens`` tokens, and the SHA-256 of every text or batch given."""
+    digests: list[str] = []
+    given = 0
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
     length = min(seq_len or 2048, limit)
     if seq_len is not None and seq_len > limit:
@@ -160,12 +173,16 @@ def _sequences(
         else:
             batch = torch.as_tensor(item).cpu()
             batches.append(batch[None] if batch.ndim == 1 else batch)
-            digest.update(batch.to(torch.int64).contiguous().numpy().tobytes())
+            digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
+            given += batch.numel()
+            if given >= max_tokens:
+                break  # data may be a stream without end
     if texts:
         if tokenizer is None:
             raise QuantCacheError("texts need a tokenizer: pass tokenizer=, or batches of token ids")
-        digest.update("\n\n".join(texts).encode())
-        tokens = _tokenize("\n\n".join(texts), tokenizer, max_tokens)
+        joined = "\n\n".join(texts)
+        digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
+        tokens = _tokenize(joined, tokenizer, max_tokens)
         batches += list(tokens[:max_tokens].unsqueeze(0).split(length, dim=1))
     kept: list[Tensor] = []
     room = max_tokens
@@ -182,7 +199,7 @@ def _sequences(
         raise QuantCacheError(
             f"calibration needs sequences of more than {4 * SINK_LENGTH} tokens, the longest given has {found}"
         )
-    return kept, digest.hexdigest()
+    return kept, digests
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tensor:

@@ -9,7 +9,7 @@ import yaml
 _BODY = """\
 # KV-cache calibration for {model}
 
-Constants with which [quantcache](https://pypi.org/project/quantcache/) stores the KV cache of `{model}` in
+Constants with which quantcache stores the KV cache of `{model}` in
 **{total:.3f} bits per element** ({bits:.2f} bits of codes, the rest per-token gains; bfloat16 takes 16).
 
 ```python

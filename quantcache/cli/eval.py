@@ -142,7 +142,7 @@ def refuse_calibration_text(calibration: Calibration, digest: str, text: Path) -
     Raises:
         QuantCacheError: They are the same text.
     """
-    if calibration.metadata.recipe.get("text_sha256") == digest:
+    if digest in calibration.metadata.recipe.get("text_sha256", ()):
         raise QuantCacheError(f"{text} is the text that was calibrated on: evaluate on another one")
 
 
