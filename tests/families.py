@@ -151,9 +151,8 @@ FAMILIES = (
     Family(
         "gemma3",
         "gemma3_text",
-        _small(256, 2, 1, layers=3, sliding_window=48, query_pre_attn_scalar=16)
-        | {"layer_types": [_WINDOW, _GLOBAL, _GLOBAL]},
-        {1: ("half", 256), 2: ("half", 256)},
+        _small(256, 2, 1, sliding_window=48, query_pre_attn_scalar=16, layer_types=[_WINDOW, _GLOBAL]),
+        {1: ("half", 256)},
         (256, 1),
     ),
     Family(

@@ -1,7 +1,7 @@
 """A dense cache of fake-quantized tokens: what a spectral cache must be equal to, in the simplest form.
 
-It keeps dense keys and values, leaves every operation on them to transformers' own DynamicLayer, and replaces each block
-by its decoded codes once it is due. Only the codec, and whichever backend encodes for it, is shared with the
+It keeps dense keys and values, leaves every operation on them to transformers' own DynamicLayer, and replaces each
+block by its decoded codes once it is due. Only the codec, and whichever backend encodes for it, is shared with the
 implementation under test.
 """
 

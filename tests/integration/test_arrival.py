@@ -1,4 +1,4 @@
-"""What a layer stores does not depend on how its tokens arrived, and operations on it do what they do to dense tokens."""
+"""What a layer stores does not depend on how its tokens arrived; operations do what they do to dense tokens."""
 
 from __future__ import annotations
 

@@ -66,9 +66,8 @@ def assert_near_truth(layer: SpectralLayer, groups: int, count: int, mask: Tenso
     layer.backend = "native"
     found = spectral_attention(query, view, mask, **more)
     assert found.dtype == query.dtype
-    own = (reference.double() - expected).norm() / expected.norm()
-    theirs = (found.double() - expected).norm() / expected.norm()
-    assert theirs <= 2 * own + 1e-6, (float(theirs), float(own))
+    own, theirs = ((output.double() - expected).norm() for output in (reference, found))
+    assert theirs <= 2 * own + 1e-6 * expected.norm(), (float(theirs), float(own))
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

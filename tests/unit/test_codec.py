@@ -244,6 +244,8 @@ def test_mean_vectors_decode_exactly_to_the_mean() -> None:
     x = side.mean[None, :, None].expand(2, -1, 2 * BLOCK, -1)
     fields = codec.encode(x, places, None)
     assert not fields["gains"].any()
+    # Zero lies on the middle boundary, and a value on a boundary takes the lower level.
+    assert (unpack(fields["codes"].unflatten(-1, (-1, 6)), 3) == 3).all()
     assert torch.equal(codec.decode(fields, places, None), x)
 
 
