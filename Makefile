@@ -32,10 +32,13 @@ define install
 	@touch $@
 endef
 
-$(STAMP): pyproject.toml constraints.txt
+# The CPU kernels are compiled by the installation: it is repeated when their source changes.
+NATIVE := setup.py $(wildcard kernels/quantcache_kernels/cpu/src/*)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(call install,$(VENV),constraints.txt)
 
-$(FLOOR_STAMP): pyproject.toml constraints-floor.txt
+$(FLOOR_STAMP): pyproject.toml constraints-floor.txt $(NATIVE)
 	$(call install,$(FLOOR_VENV),constraints-floor.txt)
 
 demo: $(STAMP) ## Set up, then compress the cache of the bundled model and show what it costs
