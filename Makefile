@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 FLOOR_VENV ?= .venv-floor
 ARGS ?=
+# Test processes, one for each core; each uses one thread (tests/conftest.py).
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,7 +14,8 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality style test-matrix bench-decode bench-fidelity tables build clean distclean
+.PHONY: help venv demo test quality style test-matrix asan bench-cpu bench-gpu bench-decode bench-fidelity tables build \
+  clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +48,7 @@ demo: $(STAMP) ## Set up, then compress the cache of the bundled model and show 
 	@$(BIN)/quantcache demo $(ARGS)
 
 test: quality ## Set up, then lint, format check, types and the tests (what CI runs)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 quality: $(STAMP) ## Check lint, format and types; change nothing
 	$(BIN)/ruff check .
@@ -57,7 +60,23 @@ style: $(STAMP) ## Repair lint and format where that can be done automatically
 	$(BIN)/ruff format .
 
 test-matrix: $(FLOOR_STAMP) ## Run the tests against the oldest supported transformers (.venv-floor)
-	$(FLOOR_VENV)/bin/python -m pytest $(ARGS)
+	$(FLOOR_VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+# The parity suite on a library with AddressSanitizer and UndefinedBehaviorSanitizer. Python itself has neither: the
+# run-time library is loaded first, and what Python leaves allocated at its end is not looked for.
+asan: $(STAMP) ## Run the CPU kernels' tests on a build with sanitizers
+	@rm -rf build/asan && mkdir -p build/asan
+	QUANTCACHE_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext --force \
+	  --build-lib build/asan --build-temp build/asan/objects
+	QUANTCACHE_CPU_LIBRARY=$$(echo $(CURDIR)/build/asan/quantcache_kernels/cpu/_native*.so) \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests/kernels -k "native or library" $(ARGS)
+
+bench-cpu: $(STAMP) ## Time the CPU kernels beside the dense cache (20 minutes); options in ARGS="..."
+	$(BIN)/python benchmarks/cpu_decode.py $(ARGS)
+
+bench-gpu: $(STAMP) ## Check and time the Triton kernels on a GPU (9 minutes); ARGS=--tiny proves the script without one
+	$(BIN)/python benchmarks/gpu_decode.py $(ARGS)
 
 bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 	$(BIN)/python benchmarks/decode_latency.py $(ARGS)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcache.codebook import lloyd_max
+from quantcache.codebook import gaussian_codebook
 from quantcache.packing import MAX_WIDTH
 from quantcache.rope import Frame
 from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Rate
@@ -66,7 +66,7 @@ def allocate(groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: 
         ValueError: ``bits`` is outside ``[min_bits, max_bits]``.
     """
     check_rate(bits, min_bits, max_bits)
-    distortion = [lloyd_max(width).distortion for width in range(max_bits + 1)]
+    distortion = [gaussian_codebook(width).distortion for width in range(max_bits + 1)]
     weights = np.array([g.weight for g in groups], dtype=np.float64)
     sizes = np.array([g.size for g in groups], dtype=np.int64)
     # Gain per bit of every single step, [group, step]; rounding must not let a later step overtake an earlier one.

@@ -234,21 +234,18 @@ def _attend_decoded(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) ->
     """Attend on the encoded blocks by decoding one tile at a time."""
     assert view.key.codec is not None
     assert view.value.codec is not None
+    backend = view.layer.backend
     for first, last in view.tiles(TILE_BLOCKS):
         places = view.places[first:last]
-        keys = view.key.codec.decode(view.key.store.slice(first, last), places, view.starts).float()
+        keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.starts, backend)
         scores = _tile_scores(rows, view, places, rows.query @ keys.transpose(-1, -2))
         weights = softmax.add(scores)
-        values = view.value.codec.decode(view.value.store.slice(first, last), places, view.starts).float()
+        values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.starts, backend)
         softmax.accumulate(weights @ values)
 
 
 def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
     """Attend on the encoded blocks without decoding them."""
-    found = backends.attend(rows.query, rows.count, view, rows.call_mask, rows.softcap, view.layer.backend)
-    if found is not None:
-        softmax.merge(*found)
-        return
     keys, values = view.key.codec, view.value.codec
     assert isinstance(keys, SpectralCodec)
     assert isinstance(values, SpectralCodec)

@@ -1,7 +1,7 @@
 """Which implementation encodes blocks and attends on them: device kernels where they can, else torch.
 
-Kernels live in ``quantcache_kernels`` and never import quantcache. They are reached through two calls; their
-plain-torch counterparts are :meth:`quantcache.codec.SpectralCodec.encode` and
+Kernels live in ``quantcache_kernels`` and never import quantcache. They are reached through three calls; their
+plain-torch counterparts are :meth:`quantcache.codec.SpectralCodec.encode`, its ``decode`` and
 :func:`quantcache.attention.spectral_attention`.
 """
 
@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from quantcache.codebook import POLYNOMIALS, gaussian_codebook
 from quantcache.codec import SideCodec, SpectralCodec, dequantize_gain
+from quantcache.errors import QuantCacheError
 from quantcache.lazy import CacheView
+from quantcache.packing import MAX_WIDTH
 from quantcache_kernels import cpu
+
+if TYPE_CHECKING:
+    from quantcache_kernels.ops import PreparedSide
 
 Backend = Literal["auto", "native", "triton", "torch"]
 BACKENDS: tuple[str, ...] = ("auto", "native", "triton", "torch")
@@ -40,27 +46,29 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
     if isinstance(codec, SpectralCodec) and _native_takes(x, backend):
         codes, gains = cpu.encode(x, _native_constants(codec), places, starts)
         return {"codes": codes, "gains": gains}
+    if isinstance(codec, SpectralCodec) and _triton_takes(x, backend, codec):
+        return _triton_encode(codec, x, places, starts)
     return codec.encode(x, places, starts)
 
 
-def attend(
-    query: Tensor, count: int, view: CacheView, mask: Tensor | None, softcap: float | None, backend: Backend
-) -> tuple[Tensor, Tensor] | None:
-    """Attend on a view's encoded blocks with a device kernel.
+def decode(
+    codec: SideCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None, backend: Backend
+) -> Tensor:
+    """Decode n blocks for a long query.
 
     Args:
-        query: Scaled queries, ``[B, H, R, D]`` float32, R = G * Tq with the query index running fastest.
-        count: Tq.
-        view: What may be read.
-        mask: The call's mask, ``[B or 1, 1 or Hq, Tq, T]``, or None.
-        softcap: Soft cap of the scores, or None.
+        codec: The side's codec.
+        fields: The codec's fields, ``[n, B, ...]`` each.
+        places: The blocks' places, ``[n, 3]``.
+        starts: Left padding of every row, ``[B]``, or None.
         backend: Which implementation is wanted.
 
     Returns:
-        Attention output over the encoded blocks ``[B, H, R, Dv]`` and the log-sum-exp of its scores ``[B, H, R]``, both
-        float32; None where no kernel supports the case.
+        ``[B, H, n * 64, D]`` float32, slots beyond a block's valid length included.
     """
-    return None
+    if isinstance(codec, SpectralCodec) and _triton_takes(fields["codes"], backend, codec):
+        return _triton_decode(codec, fields, places, starts)
+    return codec.decode(fields, places, starts).float()
 
 
 def attend_view(
@@ -89,29 +97,19 @@ def attend_view(
     keys, values = view.key, view.value
     if not isinstance(keys.codec, SpectralCodec) or not isinstance(values.codec, SpectralCodec):
         return None
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[-1] < view.length):
-        return None
     dense = (keys.sinks, values.sinks, keys.tail, values.tail)
-    if any(x is None or x.dtype not in cpu.DTYPES for x in dense) or not _native_takes(query, view.layer.backend):
+    problem = None
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[-1] < view.length):
+        problem = "the mask is not boolean, differs between heads or does not cover the cache"
+    elif any(x is None for x in dense):
         return None
-    count = view.num_blocks
-    return cpu.attend(
-        query,
-        _native_constants(keys.codec),
-        _native_constants(values.codec),
-        cpu.Blocks(
-            *(side.store.buffers[name][:count] for side in (keys, values) for name in ("codes", "gains")),
-            view.places,
-            view.starts,
-            view.encoded_end,
-        ),
-        dense,
-        mask,
-        s_aux,
-        scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
-        softcap=softcap or 0.0,
-        causal=causal and mask is None and query.shape[2] > 1,
-    )
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    causal = causal and mask is None and query.shape[2] > 1
+    if problem is None and all(x.dtype in cpu.DTYPES for x in dense) and _native_takes(query, view.layer.backend):
+        return _native_attend(query, view, dense, mask, s_aux, scaling, causal, softcap)
+    if _triton_takes(query, view.layer.backend, keys.codec, values.codec, problem=problem):
+        return _triton_attend(query, view, dense, mask, s_aux, scaling, causal, softcap)
+    return None
 
 
 # ---------------------------------------------------------------------- CPU kernels
@@ -132,6 +130,38 @@ def _native_takes(x: Tensor, backend: Backend) -> bool:
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def _native_attend(
+    query: Tensor,
+    view: CacheView,
+    dense: tuple[Tensor, ...],
+    mask: Tensor | None,
+    s_aux: Tensor | None,
+    scaling: float,
+    causal: bool,
+    softcap: float | None,
+) -> Tensor:
+    assert isinstance(view.key.codec, SpectralCodec)
+    assert isinstance(view.value.codec, SpectralCodec)
+    return cpu.attend(
+        query,
+        _native_constants(view.key.codec),
+        _native_constants(view.value.codec),
+        cpu.Blocks(*_packed(view), view.places, view.starts, view.encoded_end),
+        dense,
+        mask,
+        s_aux,
+        scaling=scaling,
+        softcap=softcap or 0.0,
+        causal=causal,
+    )
+
+
+def _packed(view: CacheView) -> list[Tensor]:
+    """Codes and gains of a view's blocks, the keys' first."""
+    sides, count = (view.key, view.value), view.num_blocks
+    return [side.store.buffers[name][:count] for side in sides for name in ("codes", "gains")]
 
 
 def _native_constants(codec: SpectralCodec) -> cpu.Constants:
@@ -158,3 +188,119 @@ def _native_constants(codec: SpectralCodec) -> cpu.Constants:
             )
         )
     return found
+
+
+# ------------------------------------------------------------------- Triton kernels
+
+# quantcache_kernels.ops is imported where it is used: importing it imports Triton.
+
+
+def _triton_takes(x: Tensor, backend: Backend, *codecs: SpectralCodec, problem: str | None = None) -> bool:
+    """Whether the Triton kernels are to work on a tensor, and can."""
+    if backend != "triton" and (backend != "auto" or x.device.type not in ("cuda", "xpu")):
+        return False
+    from quantcache_kernels.runtime import unavailable
+
+    reason = unavailable(x.device)
+    if reason is not None and backend == "triton":
+        raise QuantCacheError(f'backend="triton" cannot be used here: {reason}')
+    if problem is None and x.requires_grad and torch.is_grad_enabled():
+        problem = "gradients are wanted"
+    for codec in codecs:
+        if problem is None:
+            problem = _triton_lacks(codec)
+    if reason or problem:
+        _inform_once(f"not using the Triton kernels: {reason or problem}")
+        return False
+    return True
+
+
+def _triton_lacks(codec: SpectralCodec) -> str | None:
+    from quantcache_kernels.ops import unsupported
+
+    return unsupported(codec.dim, codec.frame.num_fast, codec.num_words)
+
+
+@functools.cache
+def _inform_once(message: str) -> None:
+    logger.info(message)
+
+
+def _triton_constants(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
+    """A codec's constants in the form of the Triton kernels for a model's dtype, made once."""
+    from quantcache_kernels.ops import PreparedSide, compute_dtype, prepare
+    from quantcache_kernels.tables import Frame, SideConstants
+
+    name = f"triton {compute_dtype(dtype)}"
+    found = codec.derived.get(name)
+    if not isinstance(found, PreparedSide):
+        frame = codec.frame
+        constants = SideConstants(
+            widths=codec.widths.cpu(),
+            offsets=codec.offsets.cpu(),
+            encoder=codec.encoder.cpu(),
+            decoder=codec.decoder.cpu(),
+            mean=codec.mean.cpu(),
+            weights=codec.weights.cpu(),
+            levels=[gaussian_codebook(width).levels for width in range(MAX_WIDTH + 1)],
+            polynomials=POLYNOMIALS,
+            frame=None
+            if frame.is_identity
+            else Frame(frame.order.cpu(), frame.frequencies.cpu(), frame.slow_pairs, frame.num_slow),
+            gain_search=codec.gain_search,
+        )
+        found = codec.derived[name] = prepare(constants, dtype, codec.mean.device)
+    return found
+
+
+def _triton_encode(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    from quantcache_kernels.ops import encode_blocks
+
+    prepared = _triton_constants(codec, x.dtype).encode
+    codes, gains = encode_blocks(x, places, starts, prepared.tensors, prepared.sizes)
+    return {"codes": codes, "gains": gains}
+
+
+def _triton_decode(codec: SpectralCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    from quantcache_kernels.ops import decode_blocks
+
+    prepared = _triton_constants(codec, torch.float32).decode
+    codes, gains = fields["codes"], fields["gains"]
+    return decode_blocks(codes, gains, places, starts, prepared.tensors, prepared.sizes, torch.float32)
+
+
+def _triton_attend(
+    query: Tensor,
+    view: CacheView,
+    dense: tuple[Tensor, ...],
+    mask: Tensor | None,
+    s_aux: Tensor | None,
+    scaling: float,
+    causal: bool,
+    softcap: float | None,
+) -> Tensor:
+    from quantcache_kernels.ops import attend
+
+    assert isinstance(view.key.codec, SpectralCodec)
+    assert isinstance(view.value.codec, SpectralCodec)
+    dtype = dense[2].dtype
+    keys, values = _triton_constants(view.key.codec, dtype).keys, _triton_constants(view.value.codec, dtype).values
+    output, _ = attend(
+        query,
+        _packed(view),
+        list(dense),
+        view.places,
+        view.starts,
+        mask,
+        s_aux,
+        keys.tensors,
+        keys.sizes,
+        values.tensors,
+        values.sizes,
+        view.encoded_end,
+        scaling,
+        softcap,
+        causal,
+        not view.cut,
+    )
+    return output

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantcache.artifact import CodecSettings, SideCalibration
-from quantcache.codebook import lloyd_max
+from quantcache.codebook import gaussian_codebook
 from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
 from quantcache.rope import Frame, Rope
 
@@ -112,7 +112,7 @@ def _width_class(widths: Tensor, offsets: Tensor, width: int, device: torch.devi
     """All coefficients of one width of a side with these ``[H, D]`` widths and word offsets."""
     columns = (widths.flatten() == width).nonzero().flatten()
     words = offsets.flatten()[columns].unsqueeze(-1) + torch.arange(2 * width)
-    book = lloyd_max(width)
+    book = gaussian_codebook(width)
     return WidthClass(
         width,
         columns.to(device),

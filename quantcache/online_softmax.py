@@ -44,15 +44,6 @@ class OnlineSoftmax:
         self.peak = peak
         return weights
 
-    def merge(self, output: Tensor, lse: Tensor) -> None:
-        """Take in the finished attention over some keys.
-
-        Args:
-            output: ``[B, H, R, Dv]`` float32.
-            lse: Log of the summed exponentials of their scores, ``[B, H, R]``, -inf where a row saw none.
-        """
-        self.accumulate(self.add(lse.unsqueeze(-1)) * output)
-
     def accumulate(self, values: Tensor, name: str = "") -> None:
         """Add weighted values.
 
@@ -99,7 +90,7 @@ class QueryRows:
         self.softcap = softcap
         self.own_slots = length - place[1] + place[0] + torch.arange(count, device=query.device)
         self.causal = causal and mask is None and place[1] > 1
-        self.mask, self.call_mask = None, mask
+        self.mask = None
         if mask is not None:
             mask = mask[:, :, place[0] : place[0] + count, :length]
             self.mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, self.groups))

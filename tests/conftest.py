@@ -20,6 +20,9 @@ HUB_TESTS = os.environ.get("QUANTCACHE_HUB_TESTS") == "1"
 if not HUB_TESTS:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; nothing above imports it
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the processes share the cores; threads that wait for each other would take them
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # A slow machine is not a bug, and what CI finds must be found again on the next run.

@@ -33,8 +33,13 @@ def attention(
     mask: Tensor | None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Attention of queries ``[B, Hq, Tq, D]`` over a view, ``[B, Tq, Hq, Dv]`` float64."""
+    """Attention of queries ``[B, Hq, Tq, D]`` over a view, ``[B, Tq, Hq, Dv]``.
+
+    In float64 it is the truth. In another dtype it is what plain torch makes of the exactly decoded tokens, rounded to
+    that dtype: what a kernel that works in that dtype is measured by.
+    """
     batch, query_heads, count, dim = query.shape
     assert view.key.sinks is not None
     assert view.value.sinks is not None
@@ -48,18 +53,20 @@ def attention(
     tail_slots = torch.arange(view.encoded_end, view.length).expand(batch, -1)
     where = torch.cat((sink_slots, slots.expand(batch, -1), tail_slots), dim=1)  # [B, N]
     there = torch.cat((sink_slots < view.encoded_end, in_blocks, torch.ones_like(tail_slots, dtype=torch.bool)), dim=1)
-    keys = torch.cat((view.key.sinks.double(), decoded(view.key, view), view.key.tail.double()), dim=2)
-    values = torch.cat((view.value.sinks.double(), decoded(view.value, view), view.value.tail.double()), dim=2)
+    keys, values = (
+        torch.cat((side.sinks.double(), decoded(side, view), side.tail.double()), dim=2).to(dtype)
+        for side in (view.key, view.value)
+    )
     allowed = there[:, None, None] & (where[:, None, None] <= (view.length - count + torch.arange(count))[:, None])
     if mask is not None:
         index = where.clamp_max(view.length - 1)[:, None, None].expand(-1, 1, count, -1)
         allowed = there[:, None, None] & mask.expand(batch, -1, -1, -1).gather(-1, index)
     groups = query_heads // keys.shape[1]
-    scores = query.double() @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * dim**-0.5
+    scores = query.to(dtype) @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * dim**-0.5
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if s_aux is not None:
-        scores = torch.cat((scores, s_aux.double().view(1, -1, 1, 1).expand(batch, -1, count, 1)), dim=-1)
+        scores = torch.cat((scores, s_aux.to(dtype).view(1, -1, 1, 1).expand(batch, -1, count, 1)), dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : values.shape[2]].nan_to_num(0.0)
     return (weights @ values.repeat_interleave(groups, 1)).transpose(1, 2)

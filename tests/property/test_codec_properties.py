@@ -13,7 +13,7 @@ from quantcache.allocation import Group, allocate
 from quantcache.artifact import Calibration
 from quantcache.backends import Backend
 from quantcache.cache import SpectralCache
-from quantcache.codebook import lloyd_max
+from quantcache.codebook import gaussian_codebook
 from quantcache.codec import SpectralCodec, dequantize_gain, quantize_gain
 from quantcache.layer import SpectralLayer
 from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
@@ -68,7 +68,7 @@ def test_gain_is_rounded_by_half_a_step(exponent: float) -> None:
 
 def cost(groups: list[Group], allocation: list[int]) -> float:
     """Σ weight * D(width)."""
-    return sum(g.weight * lloyd_max(w).distortion for g, w in zip(groups, allocation, strict=True))
+    return sum(g.weight * gaussian_codebook(w).distortion for g, w in zip(groups, allocation, strict=True))
 
 
 @settings(max_examples=examples(100))

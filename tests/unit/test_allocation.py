@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantcache.allocation import Group, allocate, allocate_layers, width_groups
-from quantcache.codebook import lloyd_max
+from quantcache.codebook import gaussian_codebook
 from quantcache.packing import MAX_WIDTH
 from quantcache.rope import Rope
 from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Rate
@@ -20,7 +20,7 @@ from tests.builders import random_side
 
 def cost(groups: Sequence[Group], widths: Sequence[int]) -> float:
     """What an allocation minimises: Σ weight * D(width)."""
-    return sum(g.weight * lloyd_max(w).distortion for g, w in zip(groups, widths, strict=True))
+    return sum(g.weight * gaussian_codebook(w).distortion for g, w in zip(groups, widths, strict=True))
 
 
 def spent(groups: Sequence[Group], widths: Sequence[int]) -> int:
@@ -75,7 +75,7 @@ def test_optimal_for_equal_sizes(seed: int, limits: tuple[int, int], bits: float
 
 def lower_bound(groups: Sequence[Group], bits: float) -> float:
     """What no allocation within the budget can beat: the Lagrangian dual, at its best multiplier."""
-    distortion = np.array([lloyd_max(w).distortion for w in range(MAX_WIDTH + 1)])
+    distortion = np.array([gaussian_codebook(w).distortion for w in range(MAX_WIDTH + 1)])
     weights, sizes = (np.array([getattr(g, name) for g in groups], dtype=float) for name in ("weight", "size"))
     costs, spending = weights[:, None] * distortion, sizes[:, None] * np.arange(MAX_WIDTH + 1)
     multipliers = -np.diff(costs, axis=1) / sizes[:, None]
@@ -92,7 +92,7 @@ def test_near_optimal_for_unequal_sizes(seed: int, bits: float) -> None:
     # Let the first bit that did not fit gain r for each of its group's dimensions. All bits taken before gained at
     # least r and no other gains more, so the optimum is at most r times what was then left better than greedy: less
     # than that whole step, which was never taken.
-    steps = [lloyd_max(w).distortion - lloyd_max(w + 1).distortion for w in range(MAX_WIDTH)]
+    steps = [gaussian_codebook(w).distortion - gaussian_codebook(w + 1).distortion for w in range(MAX_WIDTH)]
     refused = max(g.weight * steps[w] for g, w in zip(groups, widths, strict=True) if w < MAX_WIDTH)
     assert lower_bound(groups, bits) * (1 - 1e-9) <= cost(groups, widths) <= lower_bound(groups, bits) + refused
 
@@ -109,7 +109,7 @@ def test_reverse_water_filling(size: int) -> None:
     """At the optimum no group's next bit is worth more than the bit that any other group got last."""
     groups = random_groups(200, (size,), seed=5)
     widths = allocate(groups, 3.0)
-    worth = [lloyd_max(w).distortion - lloyd_max(w + 1).distortion for w in range(MAX_WIDTH)]
+    worth = [gaussian_codebook(w).distortion - gaussian_codebook(w + 1).distortion for w in range(MAX_WIDTH)]
     following = [g.weight * worth[w] for g, w in zip(groups, widths, strict=True) if w < MAX_WIDTH]
     last = [g.weight * worth[w - 1] for g, w in zip(groups, widths, strict=True) if w]
     assert max(following) <= min(last) * (1 + 1e-12)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.codebook import lloyd_max
+from quantcache.codebook import gaussian_codebook
 from quantcache.codec import (
     DenseCodec,
     SpectralCodec,
@@ -64,7 +64,7 @@ def coefficient_error(side: SideCalibration, places: Tensor, x: Tensor, decoded:
 @functools.cache
 def scaled_moments(width: int, scale: float) -> tuple[float, float]:
     """E[z q] and E[q²] of the quantizer q = scale * Q(z / scale) of a unit Gaussian z, on a fine grid."""
-    book = lloyd_max(width)
+    book = gaussian_codebook(width)
     z = np.linspace(-10, 10, 400_001)
     measure = np.exp(-0.5 * z * z)
     measure /= measure.sum()
@@ -149,7 +149,7 @@ def dequantized_by_hand(codec: SpectralCodec, side: SideCalibration, codes: Tens
             width = int(side.widths[head, dim])
             assert int(codec.offsets[head, dim]) == offset
             index = unpack(codes[offset : offset + 2 * width], width).long()
-            levels[head, dim] = torch.tensor(lloyd_max(width).levels, dtype=torch.float64)[index]
+            levels[head, dim] = torch.tensor(gaussian_codebook(width).levels, dtype=torch.float64)[index]
             offset += 2 * width
     assert offset == codec.num_words == codes.numel()
     return levels
@@ -206,7 +206,7 @@ def test_gain_search_keeps_the_best_candidate() -> None:
         unit = y / (rms * factor)[:, None]
         levels = torch.zeros_like(y)
         for head, dim in coded[..., 0].nonzero().tolist():
-            book = torch.tensor(lloyd_max(int(side.widths[head, dim])).levels, dtype=torch.float64)
+            book = torch.tensor(gaussian_codebook(int(side.widths[head, dim])).levels, dtype=torch.float64)
             levels[head, dim] = book[(unit[head, dim, :, None] - book).abs().argmin(-1)]
         explained.append((weights * y * levels).sum(1) ** 2 / (weights * levels * levels).sum(1))
     kept = dequantized_by_hand(codec, side, codec.encode(x, places, None)["codes"][0, 0])

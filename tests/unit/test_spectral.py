@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantcache.allocation import Group, allocate
-from quantcache.codebook import lloyd_max
+from quantcache.codebook import gaussian_codebook
 from quantcache.spectral import METRIC_SHRINKAGE, Moments, klt, matrix_power, shrink, split_klt
 
 HEADS, DIM = 3, 24
@@ -33,7 +33,7 @@ def rate_distortion(spectrum: Tensor, bits: float) -> float:
     """Least cost of coding one head's coefficients at a mean width."""
     groups = [Group(float(variance), 1) for variance in spectrum]
     widths = allocate(groups, bits)
-    return sum(g.weight * lloyd_max(w).distortion for g, w in zip(groups, widths, strict=True))
+    return sum(g.weight * gaussian_codebook(w).distortion for g, w in zip(groups, widths, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -32,6 +32,7 @@ _TENSORS = (
     "offset_cos",
     "offset_sin",
     "levels",
+    "planes",
     "gains",
     "encoder",
     "weights",
@@ -168,7 +169,7 @@ def make(source: Source) -> Constants:
     """
     heads, dim = source.mean.shape
     slow = dim - 2 * source.fast_pairs
-    coded = torch.zeros(heads, dim, 3, dtype=torch.int32)
+    coded = torch.zeros(heads, dim, 4, dtype=torch.int32)
     counts = torch.zeros(heads, 2, dtype=torch.int32)
     fast = dim - slow
     fast_map = torch.zeros(heads, fast // 4, fast, 4)
@@ -176,18 +177,28 @@ def make(source: Source) -> Constants:
         widths = source.widths[head].tolist()
         order = sorted((i for i in range(dim) if widths[i]), key=lambda i: (i >= slow, widths[i], i))
         listed = torch.tensor(order, dtype=torch.int64)
-        coded[head, : len(order)] = torch.stack(
-            (source.offsets[head][listed], source.widths[head][listed], listed), dim=-1
-        ).to(torch.int32)
         num_slow = sum(i < slow for i in order)
+        coded[head, : len(order)] = torch.stack(
+            (
+                source.offsets[head][listed],
+                source.widths[head][listed],
+                listed,
+                torch.tensor(_runs([(i >= slow, widths[i]) for i in order]), dtype=torch.int64),
+            ),
+            dim=-1,
+        ).to(torch.int32)
         counts[head, 0], counts[head, 1] = num_slow, len(order) - num_slow
         columns = source.decoder[head, slow:][:, listed[num_slow:]]  # [fast, coded]
         fast_map[head, :, : columns.shape[1]] = columns[_in_fours(source.fast_pairs)].transpose(1, 2)
     offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64)
     angles = source.frequencies[source.slow_pairs :, None] * offsets  # [pairs, offsets]
     levels, trees = torch.zeros(MAX_WIDTH + 1, TABLE), torch.zeros(MAX_WIDTH + 1, TABLE)
+    planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8)
     for width, book in source.levels.items():
         levels[width, : 1 << width] = book
+        if width >= 4:
+            by_bytes = book.contiguous().view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
+            planes[width, : 4 << width] = by_bytes.permute(1, 2, 0).flatten()
         trees[width, 1 : 1 << width] = _search_tree(source.boundaries[width])
     tensors = {
         "counts": counts,
@@ -199,6 +210,7 @@ def make(source: Source) -> Constants:
         "offset_cos": angles.cos().float(),
         "offset_sin": angles.sin().float(),
         "levels": levels,
+        "planes": planes,
         "gains": source.gains,
         "encoder": source.encoder,
         "weights": source.weights,
@@ -207,6 +219,14 @@ def make(source: Source) -> Constants:
     }
     sizes = (heads, dim, slow, source.slow_pairs, source.fast_pairs, source.words, len(source.factors))
     return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
+
+
+def _runs(keys: list[tuple[bool, int]]) -> list[int]:
+    """How many keys from each one on are equal to it."""
+    runs: list[int] = []
+    for key, following in zip(reversed(keys), [None, *reversed(keys)], strict=False):
+        runs.append(runs[-1] + 1 if key == following else 1)
+    return runs[::-1]
 
 
 def _in_fours(pairs: int) -> Tensor:

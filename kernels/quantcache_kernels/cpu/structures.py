@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 1
+ABI = 3
 """Version of the structures; a library of another version is refused."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -31,6 +31,7 @@ class Side(ctypes.Structure):
         ("offset_cos", _POINTER),
         ("offset_sin", _POINTER),
         ("levels", _POINTER),
+        ("planes", _POINTER),
         ("gains", _POINTER),
         ("encoder", _POINTER),
         ("weights", _POINTER),

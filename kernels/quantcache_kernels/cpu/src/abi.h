@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QUANTCACHE_ABI 1
+#define QUANTCACHE_ABI 3
 
 namespace quantcache {
 
@@ -20,11 +20,12 @@ constexpr int PAD = 16;            // rows that are read as vectors are padded t
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-// One coded coefficient: where its words begin in its batch row of a block, its width, and which coefficient it is.
+// One coded coefficient.
 struct Coded {
-    int32_t offset;
+    int32_t offset; // of its words in those of its batch row of a block
     int32_t width;
-    int32_t index;
+    int32_t index;  // among the coefficients of its head
+    int32_t run;    // how many coefficients from here on have the same width
 };
 
 // The constants of the keys or of the values of one layer. Coefficients that are coded come slow part first, then fast
@@ -49,6 +50,7 @@ struct Side {
     const float* offset_cos;    // rotation by the offset from the anchor [fast_pairs][ANCHOR_LENGTH]
     const float* offset_sin;
     const float* levels;        // codebook of each width [9][TABLE]
+    const uint8_t* planes;      // the same, byte by byte: [9] of [low bits of the code][4 bytes][high 4 bits]
     const float* gains;         // value of every gain code [256]
     const float* encoder;       // [H][D][D]
     const float* weights;       // error weight of each coefficient [H][D]

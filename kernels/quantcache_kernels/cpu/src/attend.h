@@ -21,8 +21,8 @@ constexpr int LEVEL_CHUNK = 64; // coefficients decoded at once: 16 KB, half of 
 constexpr float NEVER = -INFINITY;
 
 inline int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
-inline int at_most(int a, int b) { return a < b ? a : b; }
-inline int at_least(int a, int b) { return a > b ? a : b; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // A scratch buffer handed out in parts; without a base it only counts.
 class Arena {
@@ -43,24 +43,24 @@ class Arena {
 struct AttendScratch {
     AttendScratch(const Attend& a, char* base) : arena(base) {
         const int dim = at_least(a.key->dim, a.value->dim);
-        rows = arena.floats(static_cast<size_t>(row_tiles(a)) * a.key->dim * 4);
-        framed = arena.floats(static_cast<size_t>(row_tiles(a)) * a.key->dim * 4);
+        rows = arena.floats(static_cast<size_t>(row_tiles(a)) * padded(a.key->dim) * 4);
+        framed = arena.floats(at_least(static_cast<size_t>(row_tiles(a)) * a.key->dim, BLOCK) * 4);
         coded = arena.floats(static_cast<size_t>(row_tiles(a)) * padded(dim) * 4);
         scores = arena.floats(static_cast<size_t>(row_tiles(a)) * 4 * BLOCK);
         bias = arena.floats(static_cast<size_t>(a.queries) * BLOCK);
-        levels = arena.floats(static_cast<size_t>(at_least(dim, LEVEL_CHUNK)) * BLOCK);
+        levels = arena.floats(static_cast<size_t>(at_least(padded(dim), LEVEL_CHUNK)) * BLOCK);
         fast = arena.floats(static_cast<size_t>(dim) * BLOCK);
         cosines = arena.floats(dim);
         sines = arena.floats(dim);
         mean_scores = arena.floats(static_cast<size_t>(row_tiles(a)) * 4);
     }
     Arena arena;
-    float* rows;        // scaled queries [tile][D][4]
+    float* rows;        // scaled queries [tile][D][4], or [tile][4][D] for plain tokens
     float* framed;      // the same in the frame of the anchor
     float* coded;       // ... times the decoder of the slow part [tile][C][4]
     float* scores;      // then weights [tile][4][BLOCK]
     float* bias;        // 0, or minus infinity where a query may not look [Tq][BLOCK]
-    float* levels;      // [C][BLOCK]
+    float* levels;      // [C][BLOCK], or plain tokens [BLOCK][D]
     float* fast;        // fast dimensions of the keys [fast][BLOCK]
     float* cosines;     // of the anchor's position [pairs]
     float* sines;
@@ -91,18 +91,17 @@ struct Task {
     Partial partial;
 };
 
-inline void read_queries(Task& task) {
+// The scaled queries, tile by tile: [D][4 rows] to attend on codes, [4 rows][D] to attend on plain tokens.
+inline void read_queries(Task& task, bool interleaved) {
     const Attend& a = task.a;
-    const int dim = a.key->dim;
-    for (int r = 0; r < task.tiles * 4; ++r) {
-        float* out = task.scratch.rows + static_cast<size_t>(r / 4) * dim * 4 + r % 4;
-        if (r < task.num_rows) {
-            const int query_head = task.head * a.groups + r / a.queries;
-            const void* query = token_at(a.query, a.query_dtype, task.row, query_head, r % a.queries);
-            for (int d = 0; d < dim; ++d) out[d * 4] = read(query, a.query_dtype, d) * a.scaling;
-        } else {
-            for (int d = 0; d < dim; ++d) out[d * 4] = 0.0f;
-        }
+    const int dim = a.key->dim, stride = padded(dim);
+    memset(task.scratch.rows, 0, static_cast<size_t>(task.tiles) * stride * 4 * sizeof(float));
+    for (int r = 0; r < task.num_rows; ++r) {
+        float* tile = task.scratch.rows + static_cast<size_t>(r / 4) * (interleaved ? dim : stride) * 4;
+        float* out = tile + (interleaved ? r % 4 : r % 4 * stride);
+        const void* query = token_at(a.query, a.query_dtype, task.row, task.head * a.groups + r / a.queries, r % a.queries);
+        const int step = interleaved ? 4 : 1;
+        for (int d = 0; d < dim; ++d) out[d * step] = read(query, a.query_dtype, d) * a.scaling;
     }
 }
 
@@ -186,25 +185,24 @@ inline void decode_gains(const uint8_t* codes, const float* table, float* gains)
     for (int t = 0; t < BLOCK; ++t) gains[t] = table[codes[t]];
 }
 
-// Say which of 64 slots from `slot` on the queries may see: tokens `low` to `high`, where the mask allows, and, if
-// `last_slot` is not negative, only up to the slot of the query itself (the slot of the first query is `last_slot`).
-// Returns 0 if none, 1 if some, 2 if all.
-inline int mark_visible(const Task& task, int64_t slot, int low, int high, int64_t last_slot) {
+// Say which of `count` tokens, in slots from `slot` on, the queries may see: those from `low` to `high` that the mask
+// allows and, where `own` is not negative, that are not behind the query itself (`own` is the first query's slot).
+// Writes the bias from token `at` of the block on, and returns how many pairs of query and token are visible.
+inline int mark_visible(const Task& task, int at, int count, int64_t slot, int low, int high, int64_t own) {
     const Attend& a = task.a;
     int seen = 0;
     for (int query = 0; query < a.queries; ++query) {
-        float* bias = task.scratch.bias + query * BLOCK;
-        const int end = last_slot < 0 || last_slot + query - slot >= high ? high
-                                                                            : static_cast<int>(last_slot + query - slot) + 1;
+        float* bias = task.scratch.bias + query * BLOCK + at;
+        const int64_t past = own < 0 ? high : own + query - slot + 1;
         const uint8_t* mask = nullptr;
         if (a.mask) mask = a.mask + task.row * a.mask_batch_stride + query * a.mask_query_stride + slot;
-        for (int t = 0; t < BLOCK; ++t) {
-            const bool visible = t >= low && t < end && (!mask || mask[t]);
+        for (int t = 0; t < count; ++t) {
+            const bool visible = t >= low && t < high && t < past && (!mask || mask[t]);
             bias[t] = visible ? 0.0f : NEVER;
             seen += visible;
         }
     }
-    return seen == 0 ? 0 : seen == a.queries * BLOCK ? 2 : 1;
+    return seen;
 }
 
 // Turn the scores of a tile into weights, and rescale what has been summed if a larger score came.
@@ -268,7 +266,7 @@ inline void attend_block(Task& task, int block, const int32_t* place, bool biase
     memset(s.scores, 0, static_cast<size_t>(task.tiles) * 4 * BLOCK * sizeof(float));
     for (int first = 0; first < slow; first += LEVEL_CHUNK) {
         const int count = at_most(LEVEL_CHUNK, slow - first);
-        decode_levels(coded + first, count, key_words, key_ahead, key.levels, s.levels);
+        decode_levels(key, coded + first, count, key_words, key_ahead, s.levels);
         for (int tile = 0; tile < task.tiles; ++tile) {
             const float* q = s.coded + (static_cast<size_t>(tile) * columns + first) * 4;
             dot_rows(task.rows_of(tile), s.levels, count, q, s.scores + static_cast<size_t>(tile) * 4 * BLOCK);
@@ -281,7 +279,7 @@ inline void attend_block(Task& task, int block, const int32_t* place, bool biase
         }
     }
     if (key.fast_pairs) {
-        decode_levels(coded + slow, fast, key_words, key_ahead, key.levels, s.levels);
+        decode_levels(key, coded + slow, fast, key_words, key_ahead, s.levels);
         decode_fast(task, fast, place[0] - place[2], key_gains);
         for (int tile = 0; tile < task.tiles; ++tile) {
             const float* q = s.framed + (static_cast<size_t>(tile) * key.dim + key.slow) * 4;
@@ -304,7 +302,7 @@ inline void attend_block(Task& task, int block, const int32_t* place, bool biase
     const int num_coded = value.counts[task.head * 2] + value.counts[task.head * 2 + 1];
     for (int first = 0; first < num_coded; first += LEVEL_CHUNK) {
         const int count = at_most(LEVEL_CHUNK, num_coded - first);
-        decode_levels(coded + first, count, value_words, value_ahead, value.levels, s.levels);
+        decode_levels(value, coded + first, count, value_words, value_ahead, s.levels);
         for (int tile = 0; tile < task.tiles; ++tile) {
             weigh_rows(task.rows_of(tile), s.levels, count, s.scores + static_cast<size_t>(tile) * 4 * BLOCK,
                        task.partial.sums + (static_cast<size_t>(tile) * value.dim + first) * 4);
@@ -320,12 +318,12 @@ inline void attend_codes(Task& task, int first, int last) {
     int64_t anchor = INT64_MIN;
     for (int block = first; block < last; ++block) {
         const int32_t* place = a.places + block * 3;
-        const int low = first_valid <= place[0] ? 0 : first_valid >= place[0] + BLOCK ? BLOCK : static_cast<int>(first_valid - place[0]);
+        const int low = static_cast<int>(first_valid <= place[0] ? 0 : at_most(BLOCK, first_valid - place[0]));
         bool biased = a.mask || low > 0 || place[1] < BLOCK;
         if (biased) {
-            const int visible = mark_visible(task, place[0], low, place[1], -1);
+            const int visible = mark_visible(task, 0, BLOCK, place[0], low, place[1], -1);
             if (visible == 0) continue;
-            biased = visible == 1;
+            biased = visible < a.queries * BLOCK;
         }
         if (anchor == INT64_MIN || (turns && anchor != place[2])) {
             anchor = place[2];
@@ -335,39 +333,46 @@ inline void attend_codes(Task& task, int first, int last) {
     }
 }
 
-// Up to 64 tokens in the model's dtype, from token `first` of x[0] (keys) and x[1] (values); their bias is set.
-inline void attend_dense_chunk(Task& task, const Dense* x, int first, int count) {
-    const Attend& a = task.a;
-    const AttendScratch& s = task.scratch;
-    const int dim = a.key->dim, value_dim = a.value->dim;
-    transpose(x[0], a.dense_dtype, task.row, task.head, first, count, nullptr, 0, dim, s.levels);
-    memset(s.scores, 0, static_cast<size_t>(task.tiles) * 4 * BLOCK * sizeof(float));
-    for (int tile = 0; tile < task.tiles; ++tile) {
-        float* scores = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
-        dot_rows(task.rows_of(tile), s.levels, dim, s.rows + static_cast<size_t>(tile) * dim * 4, scores);
-        soften(task, tile, true);
-    }
-    transpose(x[1], a.dense_dtype, task.row, task.head, first, count, nullptr, 0, value_dim, s.levels);
-    for (int tile = 0; tile < task.tiles; ++tile) {
-        weigh_rows(task.rows_of(tile), s.levels, value_dim, s.scores + static_cast<size_t>(tile) * 4 * BLOCK,
-                   task.partial.sums + static_cast<size_t>(tile) * value_dim * 4);
-    }
-}
-
+// Sinks and tail: tokens in the model's dtype, one sequence of both.
 inline void attend_dense(Task& task) {
     const Attend& a = task.a;
+    const AttendScratch& s = task.scratch;
+    const int dim = a.key->dim, value_dim = a.value->dim, stride = padded(dim), value_stride = padded(value_dim);
     const int64_t start = a.starts ? a.starts[task.row] : 0;
-    for (int first = 0; first < a.num_sinks; first += BLOCK) {
-        int count = at_most(BLOCK, a.num_sinks - first);
-        // A row whose padding reaches behind the encoded tokens has its first tokens in the tail.
-        const int64_t inside = a.encoded_end - start - first;
-        if (a.starts && inside < count) count = inside > 0 ? static_cast<int>(inside) : 0;
-        if (count && mark_visible(task, start + first, 0, count, -1)) attend_dense_chunk(task, a.dense, first, count);
-    }
+    // A row whose padding reaches behind the encoded tokens has its first tokens in the tail.
+    const int sinks = a.starts ? at_least(0, at_most(a.num_sinks, a.encoded_end - start)) : a.num_sinks;
     const int64_t own = a.causal ? a.encoded_end + a.num_tail - a.queries : -1;
-    for (int first = 0; first < a.num_tail; first += BLOCK) {
-        const int count = at_most(BLOCK, a.num_tail - first);
-        if (mark_visible(task, a.encoded_end + first, 0, count, own)) attend_dense_chunk(task, a.dense + 2, first, count);
+    for (int first = 0; first < sinks + a.num_tail; first += BLOCK) {
+        const int count = at_most(BLOCK, sinks + a.num_tail - first);
+        const int from_sinks = at_least(0, at_most(count, sinks - first)), from_tail = count - from_sinks;
+        const int tail = first + from_sinks - sinks;
+        for (int i = 0; i < a.queries * BLOCK; ++i) s.bias[i] = NEVER;
+        const int visible = mark_visible(task, 0, from_sinks, start + first, 0, from_sinks, -1)
+                            + mark_visible(task, from_sinks, from_tail, a.encoded_end + tail, 0, from_tail, own);
+        if (!visible) continue;
+        const auto read_side = [&](int side, int size, int step) {
+            read_tokens(a.dense[side], a.dense_dtype, task.row, task.head, first, from_sinks, size, step, s.levels);
+            read_tokens(a.dense[side + 2], a.dense_dtype, task.row, task.head, tail, from_tail, size, step,
+                        s.levels + from_sinks * step);
+        };
+        read_side(0, dim, stride);
+        memset(s.scores, 0, static_cast<size_t>(task.tiles) * 4 * BLOCK * sizeof(float));
+        for (int tile = 0; tile < task.tiles; ++tile) {
+            float* scores = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
+            dot_tokens(s.levels, count, stride, s.rows + static_cast<size_t>(tile) * stride * 4, scores);
+            soften(task, tile, true);
+        }
+        read_side(1, value_dim, value_stride);
+        for (int tile = 0; tile < task.tiles; ++tile) {
+            const float* weights = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
+            float* interleaved = s.framed; // [token][4]
+            for (int t = 0; t < count; ++t) {
+                for (int r = 0; r < 4; ++r) interleaved[t * 4 + r] = weights[r * BLOCK + t];
+            }
+            map_tile(interleaved, count, s.levels, value_stride, value_dim, s.coded);
+            float* sums = task.partial.sums + static_cast<size_t>(tile) * value_dim * 4;
+            for (int d = 0; d < value_dim; ++d) store4(sums + d * 4, load4(sums + d * 4) + load4(s.coded + d * 4));
+        }
     }
 }
 
@@ -378,8 +383,9 @@ inline void attend(const Attend& a, int row, int head, int piece, float* partial
     Task task(a, row, head, partial, scratch);
     memset(partial, 0, partial_size(a) * sizeof(float));
     for (int r = 0; r < task.tiles * 4; ++r) task.partial.largest[r] = NEVER;
-    read_queries(task);
-    if (piece == code_pieces(a.blocks)) {
+    const bool on_codes = piece < code_pieces(a.blocks);
+    read_queries(task, on_codes);
+    if (!on_codes) {
         attend_dense(task);
     } else {
         const int per_piece = blocks_per_piece(a.blocks);

@@ -13,6 +13,20 @@
 namespace quantcache {
 namespace {
 
+// Apply a function template of the width to a run-time width.
+#define QC_FOR_WIDTH(width, CALL) \
+    switch (width) {              \
+        case 1: CALL(1); break;   \
+        case 2: CALL(2); break;   \
+        case 3: CALL(3); break;   \
+        case 4: CALL(4); break;   \
+        case 5: CALL(5); break;   \
+        case 6: CALL(6); break;   \
+        case 7: CALL(7); break;   \
+        case 8: CALL(8); break;   \
+        default: break;           \
+    }
+
 constexpr int STEP = LANES / 2;                            // bits between neighbouring vectors of tokens
 constexpr uint32_t ONES = STEP == 4 ? 0x11111111u : 0x01010101u; // the lowest bit of every step
 
@@ -37,63 +51,97 @@ template <int WIDTH> QC_INLINE vuint spread(const uint32_t* words) {
     return spread_field<1>(words);
 }
 
+#if defined(QC_AVX2)
+// Tables of 16 levels and more do not fit a register of 8 floats. A byte shuffle looks up 32 codes in 16 entries at
+// once: do so for each of the four bytes of a float, in tables of the high 4 bits of the code, choose among them by the
+// low bits, and interleave the bytes. `planes` is [low bits][byte of the float][high bits].
+template <int LOW_BITS>
+QC_INLINE __m256i plane_of(const uint8_t* planes, int low, int byte, __m256i high, const __m256i* low_bits) {
+    if constexpr (LOW_BITS == 0) {
+        const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(planes + (low * 4 + byte) * 16));
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), high);
+    } else {
+        constexpr int BIT = LOW_BITS - 1;
+        return _mm256_blendv_epi8(plane_of<BIT>(planes, low, byte, high, low_bits),
+                                  plane_of<BIT>(planes, low | 1 << BIT, byte, high, low_bits), low_bits[BIT]);
+    }
+}
+
+template <int WIDTH> QC_INLINE void levels_by_bytes(const uint32_t* words, const uint8_t* planes, float* out) {
+    constexpr int LOW_BITS = WIDTH - 4;
+    // Of each four lanes, bring the first bytes together, then the second bytes, and so on.
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i high = _mm256_shuffle_epi8(bit_cast<__m256i>(repeat<8>(words)), order);
+    __m256i low = high;
+    if constexpr (LOW_BITS > 0) low = _mm256_shuffle_epi8(bit_cast<__m256i>(spread<LOW_BITS>(words + 8)), order);
+    const __m256i nibble = _mm256_set1_epi8(15);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) { // low and high nibbles of the bytes: every other 8 tokens
+        const __m256i index = _mm256_and_si256(half ? _mm256_srli_epi32(high, 4) : high, nibble);
+        __m256i low_bits[4]; // a blend looks at the highest bit of a byte
+        for (int bit = 0; bit < LOW_BITS; ++bit) low_bits[bit] = _mm256_slli_epi32(low, (half ? 3 : 7) - bit);
+        const auto plane = [&](int byte) { return plane_of<LOW_BITS>(planes, 0, byte, index, low_bits); };
+        const __m256i b0 = plane(0), b1 = plane(1), b2 = plane(2), b3 = plane(3);
+        const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
+        const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
+        float* to = out + half * LANES;
+        store(to, bit_cast<vfloat>(_mm256_unpacklo_epi16(low01, low23)));
+        store(to + 16, bit_cast<vfloat>(_mm256_unpackhi_epi16(low01, low23)));
+        store(to + 32, bit_cast<vfloat>(_mm256_unpacklo_epi16(high01, high23)));
+        store(to + 48, bit_cast<vfloat>(_mm256_unpackhi_epi16(high01, high23)));
+    }
+}
+#endif
+
 // The levels of one dimension's 64 tokens.
-template <int WIDTH> QC_INLINE void levels_of(const uint32_t* words, const float* table, float* out) {
-    if constexpr (WIDTH <= 4) {
+template <int WIDTH>
+QC_INLINE void levels_of(const uint32_t* words, const float* table, const uint8_t* planes, float* out) {
+    (void)planes;
+    if constexpr (WIDTH < 4) {
         const vuint codes = spread<WIDTH>(words);
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) store(out + v * LANES, lookup<WIDTH>(table, codes >> (STEP * v)));
     } else {
-        const vuint high = spread_field<4>(words), low = spread<WIDTH - 4>(words + 8);
-        if constexpr (WIDTH == 5 && FOLDED) {
-            // Codebooks are symmetric: the upper half of the table and a sign cost less than the whole of it.
-            const vuint below = ~high & (ONES << 3); // lower half: mirror the code
-            const vuint size = ((high & (ONES * 7)) << 1 | low) ^ ((below << 1) - (below >> 3));
+#if defined(QC_AVX2)
+        if constexpr (WIDTH < 8) return levels_by_bytes<WIDTH>(words, planes, out);
+#endif
+        const vuint high = spread_field<4>(words);
+        vuint low = {};
+        if constexpr (WIDTH > 4) low = spread<WIDTH - 4>(words + 8);
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) {
-                const vuint sign = (below << (28 - STEP * v)) & 0x80000000u;
-                const vfloat level = lookup<4>(table + 16, size >> (STEP * v));
-                store(out + v * LANES, bit_cast<vfloat>(bit_cast<vuint>(level) ^ sign));
-            }
-        } else {
-            uint32_t codes[BLOCK];
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) {
-                const vuint code = ((high >> (STEP * v)) & 15u) << (WIDTH - 4) | ((low >> (STEP * v)) & 15u);
-                if constexpr (WIDTH <= REGISTER_BITS) {
-                    store(out + v * LANES, lookup<WIDTH>(table, code));
-                } else {
-                    store(codes + v * LANES, code);
-                }
-            }
-            if constexpr (WIDTH > REGISTER_BITS) {
-#pragma GCC unroll 8
-                for (int t = 0; t < BLOCK; ++t) memcpy(out + t, table + codes[t], sizeof(float)); // as integers
-            }
+        for (int v = 0; v < VECTORS; ++v) {
+            const vuint code = ((high >> (STEP * v)) & 15u) << (WIDTH - 4) | ((low >> (STEP * v)) & 15u);
+            store(out + v * LANES, lookup<WIDTH>(table, code));
         }
+    }
+}
+
+// The levels of coefficients of one width; see decode_levels.
+template <int WIDTH>
+QC_INLINE void decode_run(const Side& side, const Coded* coded, int count, const uint32_t* words, int64_t ahead,
+                          float* out) {
+    const float* table = side.levels + WIDTH * TABLE;
+    const uint8_t* planes = side.planes + WIDTH * TABLE * sizeof(float);
+    for (int i = 0; i < count; ++i) {
+        const uint32_t* own = words + coded[i].offset;
+        __builtin_prefetch(own + ahead);
+        levels_of<WIDTH>(own, table, planes, out + i * BLOCK);
     }
 }
 
 // The levels of some coded coefficients, [count][64]. `words` are those of the block and batch row; the same words of
 // the next block are `ahead` further on. A block's words are too few for the hardware to see a stream in them.
-inline void decode_levels(const Coded* coded, int count, const uint32_t* words, int64_t ahead, const float* tables,
+inline void decode_levels(const Side& side, const Coded* coded, int count, const uint32_t* words, int64_t ahead,
                           float* out) {
-    for (int i = 0; i < count; ++i, out += BLOCK) {
-        const int width = coded[i].width; // ascending, so the branch is predictable
-        const uint32_t* own = words + coded[i].offset;
-        const float* table = tables + width * TABLE;
-        __builtin_prefetch(own + ahead);
-        switch (width) {
-            case 1: levels_of<1>(own, table, out); break;
-            case 2: levels_of<2>(own, table, out); break;
-            case 3: levels_of<3>(own, table, out); break;
-            case 4: levels_of<4>(own, table, out); break;
-            case 5: levels_of<5>(own, table, out); break;
-            case 6: levels_of<6>(own, table, out); break;
-            case 7: levels_of<7>(own, table, out); break;
-            case 8: levels_of<8>(own, table, out); break;
-            default: break;
-        }
+    for (int done = 0; done < count;) {
+        const Coded* first = coded + done;
+        const int run = first->run < count - done ? first->run : count - done;
+        float* to = out + done * BLOCK;
+#define QC_RUN(W) decode_run<W>(side, first, run, words, ahead, to)
+        QC_FOR_WIDTH(first->width, QC_RUN)
+#undef QC_RUN
+        done += run;
     }
 }
 

@@ -57,19 +57,33 @@ QC_INLINE const void* token_at(const Dense& x, int32_t dtype, int row, int head,
     return static_cast<const char*>(x.data) + index * (dtype == FLOAT32 ? 4 : 2);
 }
 
-// Transpose `count` tokens from `first` on to [dimensions][BLOCK] in float32: dimension `order[i]` (or `from` + i) of
-// each. Tokens from `count` to BLOCK become zero.
-inline void transpose(const Dense& x, int32_t dtype, int row, int head, int first, int count, const int32_t* order,
-                      int from, int dimensions, float* out) {
-    constexpr int CHUNK = 16; // a cache line of float32
-    for (int d = 0; d < dimensions; d += CHUNK) {
-        const int last = d + CHUNK < dimensions ? d + CHUNK : dimensions;
-        for (int t = 0; t < count; ++t) {
-            const void* token = token_at(x, dtype, row, head, first + t);
-            for (int i = d; i < last; ++i) out[i * BLOCK + t] = read(token, dtype, order ? order[i] : from + i);
+// The vectors of `count` tokens from `first` on in float32, `stride` apart; what lies between their end and `stride`
+// becomes zero.
+inline void read_tokens(const Dense& x, int32_t dtype, int row, int head, int first, int count, int dim, int stride,
+                        float* out) {
+    for (int t = 0; t < count; ++t, out += stride) {
+        const void* token = token_at(x, dtype, row, head, first + t);
+        const uint16_t* halves = static_cast<const uint16_t*>(token);
+        if (dtype == FLOAT32) {
+            memcpy(out, token, dim * sizeof(float));
+        } else if (dtype == BFLOAT16) {
+            for (int d = 0; d < dim; ++d) out[d] = from_bfloat16(halves[d]);
+        } else {
+            for (int d = 0; d < dim; ++d) out[d] = from_float16(halves[d]);
         }
-        for (int i = d; i < last; ++i) {
-            for (int t = count; t < BLOCK; ++t) out[i * BLOCK + t] = 0.0f;
+        for (int d = dim; d < stride; ++d) out[d] = 0.0f;
+    }
+}
+
+// The vectors of BLOCK tokens from `first` on, transposed to [D][BLOCK] in float32: dimension `order[i]` in row i.
+inline void read_transposed(const Dense& x, int32_t dtype, int row, int head, int first, const int32_t* order, int dim,
+                            float* out) {
+    constexpr int CHUNK = 16; // a cache line of float32
+    for (int d = 0; d < dim; d += CHUNK) {
+        const int last = d + CHUNK < dim ? d + CHUNK : dim;
+        for (int t = 0; t < BLOCK; ++t) {
+            const void* token = token_at(x, dtype, row, head, first + t);
+            for (int i = d; i < last; ++i) out[i * BLOCK + t] = read(token, dtype, order[i]);
         }
     }
 }

@@ -22,20 +22,6 @@ struct EncodeScratch {
     float* y; // coded coefficients [C][BLOCK]
 };
 
-// A run of coded coefficients of one width.
-struct Run {
-    int width, first, last;
-};
-
-inline int runs_of(const Coded* coded, int count, Run* runs) {
-    int found = 0;
-    for (int i = 0; i < count; ++i) {
-        if (!found || runs[found - 1].width != coded[i].width) runs[found++] = {coded[i].width, i, i};
-        runs[found - 1].last = i + 1;
-    }
-    return found;
-}
-
 // Turn `count` rotary pairs back: rows `first` + i and `first` + count + i of x, by each token's own position or by
 // one position for all.
 inline void turn_back(float* x, int first, int count, const double* frequencies, const double* positions, bool one) {
@@ -93,11 +79,12 @@ template <int WIDTH, int LEVEL = 0> QC_INLINE vuint nearest(vfloat u, const floa
 
 // <y, û> and <û, û> in the metric of the error, over coefficients of one width.
 template <int WIDTH>
-QC_INLINE void correlate(const Side& side, const Coded* coded, const float* weights, const Run& run, const float* y,
-                         vfloat inverse, vfloat& cross, vfloat& energy) {
+QC_INLINE void correlate(const Side& side, const Coded* coded, const float* weights, const float* y, vfloat inverse,
+                         vfloat& cross, vfloat& energy) {
     const float* tree = side.trees + WIDTH * TABLE;
     const float* table = side.levels + WIDTH * TABLE;
-    for (int c = run.first; c < run.last; ++c) {
+    const int count = coded->run;
+    for (int c = 0; c < count; ++c) {
         const vfloat value = load(y + c * BLOCK);
         const vfloat level = lookup<WIDTH>(table, nearest<WIDTH>(value * inverse, tree));
         const vfloat weighted = level * weights[coded[c].index];
@@ -133,26 +120,10 @@ inline uint8_t quantize_gain(float gain) {
     return static_cast<uint8_t>(code < 0.0f ? 0.0f : code > 255.0f ? 255.0f : code);
 }
 
-// Apply a function template of the width to a run-time width.
-#define QC_FOR_WIDTH(width, CALL) \
-    switch (width) {              \
-        case 1: CALL(1); break;   \
-        case 2: CALL(2); break;   \
-        case 3: CALL(3); break;   \
-        case 4: CALL(4); break;   \
-        case 5: CALL(5); break;   \
-        case 6: CALL(6); break;   \
-        case 7: CALL(7); break;   \
-        case 8: CALL(8); break;   \
-        default: break;           \
-    }
-
 // Choose every token's gain among the factors: the inverses of the steps, and the gains corrected for quantization.
 inline void search_gains(const Side& side, int head, int count, const float* y, float* inverses, float* gains) {
     const Coded* coded = side.coded + static_cast<size_t>(head) * side.dim;
     const float* weights = side.weights + static_cast<size_t>(head) * side.dim;
-    Run runs[16];
-    const int num_runs = runs_of(coded, count, runs);
     for (int v = 0; v < VECTORS; ++v) {
         const float* column = y + v * LANES;
         vfloat power = {};
@@ -165,9 +136,9 @@ inline void search_gains(const Side& side, int head, int count, const float* y, 
             const vfloat step = rms * side.factors[f];
             const vfloat inverse = step > 0.0f ? 1.0f / step : vfloat{};
             vfloat cross = {}, energy = {};
-            for (int i = 0; i < num_runs; ++i) {
-#define QC_CORRELATE(W) correlate<W>(side, coded, weights, runs[i], column, inverse, cross, energy)
-                QC_FOR_WIDTH(runs[i].width, QC_CORRELATE)
+            for (int c = 0; c < count; c += coded[c].run) {
+#define QC_CORRELATE(W) correlate<W>(side, coded + c, weights, column + c * BLOCK, inverse, cross, energy)
+                QC_FOR_WIDTH(coded[c].width, QC_CORRELATE)
 #undef QC_CORRELATE
             }
             vfloat gain = energy > 0.0f ? cross / energy : vfloat{};
@@ -188,7 +159,7 @@ inline size_t encode_scratch(const Encode& e) { return EncodeScratch(*e.side, nu
 inline void encode(const Encode& e, int block, int row, int head, char* scratch) {
     const Side& side = *e.side;
     const EncodeScratch s(side, scratch);
-    transpose(e.x, e.dtype, row, head, block * BLOCK, BLOCK, side.order, 0, side.dim, s.x);
+    read_transposed(e.x, e.dtype, row, head, block * BLOCK, side.order, side.dim, s.x);
 
     const int32_t* place = e.places + block * 3;
     const double start = e.starts ? static_cast<double>(e.starts[row]) : 0.0;

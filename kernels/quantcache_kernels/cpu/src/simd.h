@@ -29,17 +29,9 @@ constexpr int LANES = 8;
 #endif
 constexpr int VECTORS = 64 / LANES; // vectors that hold one value for each token of a block
 #if defined(QC_AVX512)
-constexpr bool MANY_REGISTERS = true; // 32 of them, else 16
-constexpr int REGISTER_BITS = 6;      // index bits of the largest table that is looked up in registers
-constexpr bool FOLDED = false;        // whether a 5-bit table is cheaper to look up by halves
-#elif defined(QC_AVX2)
-constexpr bool MANY_REGISTERS = false;
-constexpr int REGISTER_BITS = 5;
-constexpr bool FOLDED = true;
+constexpr bool MANY_REGISTERS = true; // 32, else 16
 #else
 constexpr bool MANY_REGISTERS = false;
-constexpr int REGISTER_BITS = 0;
-constexpr bool FOLDED = false;
 #endif
 
 typedef float vfloat __attribute__((vector_size(LANES * 4)));

@@ -45,6 +45,32 @@ template <int ROWS> QC_INLINE void dot_tile(const float* x, int count, const flo
     }
 }
 
+// scores[row][token] = sum over dimensions of q[row][d] * x[token][d]; vectors are `stride` apart, a multiple of PAD.
+template <int TOKENS> QC_INLINE void dot_some_tokens(const float* x, int stride, const float* q, float* scores) {
+    vfloat acc[TOKENS][4] = {};
+    for (int d = 0; d < stride; d += LANES) {
+        vfloat rows[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) rows[r] = load(q + r * stride + d);
+#pragma GCC unroll 2
+        for (int t = 0; t < TOKENS; ++t) {
+            const vfloat token = load(x + t * stride + d);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) acc[t][r] += rows[r] * token;
+        }
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+        const float4 found = sums(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+        for (int r = 0; r < 4; ++r) scores[r * BLOCK + t] = found[r];
+    }
+}
+
+inline void dot_tokens(const float* x, int count, int stride, const float* q, float* scores) {
+    int t = 0;
+    for (; t + 2 <= count; t += 2) dot_some_tokens<2>(x + t * stride, stride, q, scores + t);
+    if (t < count) dot_some_tokens<1>(x + t * stride, stride, q, scores + t);
+}
+
 // out[d][row] += sum over tokens of weights[row][token] * x[d][token], for DIMS dimensions at a time.
 template <int ROWS, int DIMS> QC_INLINE void weigh_some(const float* x, const float* weights, float* out) {
     vfloat acc[DIMS][4] = {};

@@ -1,0 +1,34 @@
+"""Loading the CPU kernels' library."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantcache_kernels.cpu import library
+from quantcache_kernels.cpu.library import Library, find
+
+needs_library = pytest.mark.skipif(find()[0] is None, reason=f"no CPU kernels: {find()[1]}")
+
+
+@needs_library
+def test_a_library_of_another_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = find()[0]
+    assert built is not None
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    with pytest.raises(OSError, match="left over from another build"):
+        Library(built.path)
+
+
+@needs_library
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    built = find()[0]
+    assert built is not None
+    with pytest.raises(ValueError, match=r"'sve9' is not available here; there are plain"):
+        built.select_level("sve9")
+
+
+def test_a_library_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, "/nonexistent/_native.so")
+    found, reason = find.__wrapped__()
+    assert found is None
+    assert "cannot be loaded" in reason

@@ -1,0 +1,184 @@
+"""Every kernel against plain torch: no further from float64 than twice torch's own error, and the same codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcache import backends
+from quantcache.attention import spectral_attention
+from quantcache.codec import SpectralCodec
+from quantcache.packing import BLOCK
+from tests.kernels import encoding, truth
+from tests.kernels.cases import (
+    ATTENTION,
+    BASE,
+    CODES,
+    KERNELS,
+    TORCH,
+    Case,
+    Filled,
+    Kernel,
+    fill,
+    on_device,
+    select,
+    vectors,
+)
+
+
+@pytest.fixture(params=[pytest.param(kernel, id=name) for name, kernel in KERNELS.items()])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    """The kernel under test, in use; what it allocates is poisoned."""
+    missing = request.param.missing()
+    if missing:
+        pytest.skip(missing)
+    undo = select(request.param)
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield request.param
+    undo()
+
+
+def attend(filled: Filled, kernel: Kernel, case: Case) -> Tensor:
+    """Attention through a kernel, which must not fall back."""
+    view = on_device(filled.layer, kernel).snapshot()
+    query, mask, s_aux = (None if x is None else x.to(kernel.device) for x in (filled.query, filled.mask, filled.s_aux))
+    assert query is not None
+    output = backends.attend_view(query, view, mask, None, True, case.softcap, s_aux)
+    assert output is not None, "the kernel declined the case"
+    return output.cpu()
+
+
+def reference(filled: Filled, case: Case, half: bool = False) -> Tensor:
+    """Attention in plain torch, in float32 or in the case's own precision."""
+    view, more = filled.layer.snapshot(), {"softcap": case.softcap, "s_aux": filled.s_aux}
+    if half and case.dtype != torch.float32:
+        return truth.attention(filled.query, view, filled.mask, **more, dtype=case.dtype)
+    return spectral_attention(filled.query, view, filled.mask, **more)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in ATTENTION.items()])
+def test_attention(kernel: Kernel, case: Case) -> None:
+    if kernel.leaves(case):
+        pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
+    filled = fill(case)
+    expected = truth.attention(
+        filled.query, filled.layer.snapshot(), filled.mask, softcap=case.softcap, s_aux=filled.s_aux
+    )
+    found = attend(filled, kernel, case)
+    assert found.dtype == filled.query.dtype
+    assert found.shape == expected.shape
+    own, theirs = (
+        float((output.double() - expected).norm()) for output in (reference(filled, case, kernel.half), found)
+    )
+    assert theirs <= 2 * own + 1e-6 * float(expected.norm()), (theirs, own)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CODES.items()])
+def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, object], None]) -> None:
+    if kernel.leaves(case):
+        pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
+    filled = fill(case)
+    view = filled.layer.snapshot()
+    whole = vectors(case, case.tokens)
+    count = (case.tokens - case.sink_length) // BLOCK
+    places = view.places[:count].clone()
+    places[:, 1] = BLOCK
+    theirs = on_device(filled.layer, kernel)
+    for side, codec in (("key", view.key.codec), ("value", view.value.codec)):
+        assert isinstance(codec, SpectralCodec)
+        x = whole[side][:, :, case.sink_length : case.sink_length + count * BLOCK]
+        given = (x, places, view.starts)
+        moved = (None if t is None else t.to(kernel.device) for t in given)
+        fields = backends.encode(theirs.codecs[side], *moved, kernel.backend)
+        found = {name: field.cpu() for name, field in fields.items()}
+        expected = codec.encode(*given)
+        assert {name: (field.shape, field.dtype) for name, field in found.items()} == {
+            name: (field.shape, field.dtype) for name, field in expected.items()
+        }
+        wrong, ties = encoding.compare(codec, *given, found, expected)
+        record_property(f"{side} tokens encoded otherwise", ties)
+        assert not wrong, f"{wrong} tokens are encoded as no gain factor says, besides {ties} ties"
+
+
+def test_company_does_not_change_codes(kernel: Kernel) -> None:
+    case = Case(tokens=260, pads=(0, 9))
+    view = on_device(fill(case).layer, kernel).snapshot()
+    codec = view.key.codec
+    assert codec is not None
+    x = vectors(case, case.tokens)["key"][:, :, 4:].to(kernel.device)
+    together = backends.encode(codec, x, view.places, view.starts, kernel.backend)
+    for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), view.places.split(1), strict=True)):
+        alone = backends.encode(codec, block, place, view.starts, kernel.backend)
+        for name, field in together.items():
+            assert torch.equal(field[index : index + 1], alone[name])
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_nothing(kernel: Kernel, threads: int) -> None:
+    if kernel.backend != "native":
+        pytest.skip("only the CPU kernels have threads")
+    case = Case(tokens=3000, pads=(0, 9), widths=3)
+    filled, before = fill(case), torch.get_num_threads()
+    view = on_device(filled.layer, kernel).snapshot()
+    assert view.key.codec is not None
+    x = vectors(case, 260)["key"][:, :, 4:]
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            codes = backends.encode(view.key.codec, x, view.places[:4], view.starts, kernel.backend)
+            results.append({**codes, "output": attend(filled, kernel, case)})
+    finally:
+        torch.set_num_threads(before)
+    for name, alone in results[0].items():
+        assert torch.equal(alone, results[1][name])
+
+
+def test_masks_of_their_own_fall_back(kernel: Kernel) -> None:
+    filled = fill(BASE)
+    layer, query = on_device(filled.layer, kernel), filled.query.to(kernel.device)
+    view = layer.snapshot()
+    per_head = torch.rand(1, query.shape[1], 1, view.length, generator=torch.Generator().manual_seed(6)) < 0.5
+    additive = torch.zeros(1, 1, 1, view.length).masked_fill(per_head[:, :1], torch.finfo(torch.float32).min)
+    for mask in (per_head.to(kernel.device), additive.to(kernel.device)):
+        layer.backend = kernel.backend
+        assert backends.attend_view(query, view, mask, None, True, None, None) is None
+        found = spectral_attention(query, view, mask)
+        layer.backend = "torch"
+        assert torch.equal(found, spectral_attention(query, view, mask))
+
+
+def test_gradients_fall_back(kernel: Kernel) -> None:
+    filled = fill(BASE)
+    query = filled.query.to(kernel.device).requires_grad_()
+    spectral_attention(query, on_device(filled.layer, kernel).snapshot(), None).sum().backward()
+    assert query.grad is not None
+    assert query.grad.abs().sum() > 0
+
+
+def test_generation_step_by_step(kernel: Kernel) -> None:
+    """Update, encode and attend a token at a time."""
+    layer = on_device(fill(Case(tokens=193)).layer, kernel)  # three tokens short of a block
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(5):
+        new = [torch.randn(1, 1, 1, 64, generator=generator) for _ in range(2)]
+        query = 0.2 * torch.randn(1, 3, 1, 64, generator=generator)
+        layer.update(*(x.to(kernel.device) for x in new))
+        layer.finish()
+        found = spectral_attention(query.to(kernel.device), layer.snapshot(), None).cpu()
+        mine = on_device(layer, TORCH).snapshot()
+        expected = truth.attention(query, mine, None)
+        own, theirs = (
+            float((output.double() - expected).norm()) for output in (spectral_attention(query, mine, None), found)
+        )
+        assert theirs <= 2 * own + 1e-6 * float(expected.norm()), (theirs, own)
+    assert len(layer.spans) == 3

@@ -1,0 +1,156 @@
+"""What only the Triton kernels have: decoding to dense, computed levels, tracing. Parity is in test_parity.py.
+
+Without a GPU they run under Triton's interpreter; with one, the same tests run on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from quantcache import backends
+from quantcache.attention import spectral_attention
+from quantcache.errors import QuantCacheError
+from quantcache_kernels import ops
+from tests.kernels import truth
+from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device
+
+pytestmark = pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what the kernels' wrappers allocate, so that nothing unwritten goes unnoticed."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x5A)
+
+    monkeypatch.setattr(ops.torch, "empty", poisoned)
+
+
+def assert_near(found: Tensor, reference: Tensor, expected: Tensor) -> None:
+    """The rule of the suite: no further from float64 than twice torch's own error."""
+    own, theirs = (float((output.cpu().double() - expected).norm()) for output in (reference, found))
+    assert theirs <= 2 * own + 1e-6 * float(expected.norm()), (theirs, own)
+
+
+def test_triton_attention_of_many_queries_decodes_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    decode = backends.decode
+
+    def counting(codec: Any, fields: dict[str, Tensor], places: Tensor, *more: Any) -> Tensor:
+        sizes.append(len(places))
+        return decode(codec, fields, places, *more)
+
+    monkeypatch.setattr(backends, "decode", counting)
+    monkeypatch.setattr("quantcache.attention.TILE_BLOCKS", 1)
+    filled = fill(replace(BASE, queries=200, tokens=400))
+    view = filled.layer.snapshot()
+    expected = truth.attention(filled.query, view, None)
+    reference = spectral_attention(filled.query, view, None)
+    found = spectral_attention(filled.query.to(TRITON_DEVICE), on_device(filled.layer, TRITON).snapshot(), None)
+    assert_near(found, reference, expected)
+    assert len(sizes) > 2 * len(view.places)
+    assert set(sizes) == {1}
+
+
+DECODING = (
+    "D80",
+    "D96",
+    "D128",
+    "D64-Dv72",
+    "no-rope",
+    "interleaved",
+    "partial-rope",
+    "all-fast",
+    "padded",
+    "cut-padded",
+)
+
+
+@pytest.mark.parametrize("name", [*DECODING, *(f"width{width}" for width in range(1, 9))])
+def test_triton_decoding(name: str) -> None:
+    case = ATTENTION[name]
+    if TRITON.leaves(case):
+        case = replace(case, value_dim=80)
+    view = fill(case).layer.snapshot()
+    moved = on_device(view.layer, TRITON).snapshot()
+    for side, other in ((view.key, moved.key), (view.value, moved.value)):
+        assert side.codec is not None
+        assert other.codec is not None
+        reference = side.codec.decode(side.store.slice(0, view.num_blocks), view.places, view.starts)
+        fields = other.store.slice(0, view.num_blocks)
+        found = backends.decode(other.codec, fields, moved.places, moved.starts, "triton")
+        assert_near(found, reference, truth.decoded(side, view))
+
+
+def packed_arguments() -> tuple[Any, ...]:
+    """Arguments of the attention op."""
+    view = on_device(fill(BASE).layer, TRITON).snapshot()
+    keys, values = (backends._triton_constants(side.codec, torch.float32) for side in (view.key, view.value))
+    query = torch.randn(1, 3, 1, 64, device=TRITON_DEVICE)
+    dense = [view.key.sinks, view.value.sinks, view.key.tail, view.value.tail]
+    tensors = (query, backends._packed(view), dense, view.places, None, None, None)
+    prepared = (keys.keys.tensors, keys.keys.sizes, values.values.tensors, values.values.sizes)
+    return (*tensors, *prepared, view.encoded_end, 0.125, None, False, True)
+
+
+def test_triton_ops_can_be_traced() -> None:
+    arguments = packed_arguments()
+    torch.library.opcheck(ops.attend, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def double(query: Tensor) -> Tensor:
+        output, lse = ops.attend(query, *arguments[1:])
+        return 2 * output + lse.sum() * 0
+
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(arguments[0]), double(arguments[0]))
+
+
+def test_triton_encoding_and_decoding_can_be_traced() -> None:
+    view = on_device(fill(BASE).layer, TRITON).snapshot()
+    prepared = backends._triton_constants(view.key.codec, torch.float32)
+    x = torch.randn(1, 1, 128, 64, device=TRITON_DEVICE)
+    utilities = ("test_schema", "test_faketensor")
+    encoding = (x, view.places, None, prepared.encode.tensors, prepared.encode.sizes)
+    torch.library.opcheck(ops.encode_blocks, encoding, test_utils=utilities)
+    codes, gains = ops.encode_blocks(*encoding)
+    decoding = (codes, gains, view.places, None, prepared.decode.tensors, prepared.decode.sizes, torch.float32)
+    torch.library.opcheck(ops.decode_blocks, decoding, test_utils=utilities)
+
+
+def test_triton_through_the_cache() -> None:
+    layer = on_device(fill(replace(BASE, tokens=130)).layer, TRITON)
+    layer.update(*(torch.randn(1, 1, 3, 64, device=TRITON_DEVICE) for _ in range(2)))
+    layer.finish()
+    assert len(layer.spans) == 2
+    assert {name for codec in layer.codecs.values() for name in codec.derived} == {"triton torch.float32"}
+
+
+def test_triton_says_why_it_does_not_take_a_case(caplog: pytest.LogCaptureFixture) -> None:
+    backends._inform_once.cache_clear()
+    layer = on_device(fill(BASE).layer, TRITON)
+    mask = torch.zeros(1, 1, 1, BASE.tokens, device=TRITON_DEVICE)
+    with caplog.at_level(logging.INFO, logger="quantcache.backends"):
+        for _ in range(2):
+            spectral_attention(torch.randn(1, 3, 1, 64, device=TRITON_DEVICE), layer.snapshot(), mask)
+    assert [record.message for record in caplog.records] == [
+        "not using the Triton kernels: the mask is not boolean, differs between heads or does not cover the cache"
+    ]
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    layer = fill(BASE).layer
+    layer.backend = "triton"
+    with pytest.raises(QuantCacheError, match=r'backend="triton" cannot be used here: .*TRITON_INTERPRET=1'):
+        spectral_attention(torch.randn(1, 3, 1, 64), layer.snapshot(), None)
