@@ -93,7 +93,7 @@ def findings_table(path: Path, record: Record, page: Path) -> str:
             markdown(["method", "bits per element", "changed"], routing),
             "### Deleting a direction of the keys against quantizing it to b bits",
             "Damage is the second-order KL of the softmax, ½ δsᵀ(diag α − ααᵀ)δs, summed over queries, for each "
-            "principal direction of each head. The published 3·2^(2b) takes a step of 2σ/2^b; a quantizer that must span "
+            "principal direction of each head. The published 3·2^(2b) has a step of 2σ/2^b; a quantizer that must span "
             "the range has a larger one. Cells: measured ratio over 3·2^(2b), median (20th to 80th percentile).",
             markdown(["b", "3·2^(2b)", "step 2σ/2^b", "step range/(2^b − 1)"], ratio),
             "### Does the basis matter? Flat codes per token in several orthogonal bases, mean KL",

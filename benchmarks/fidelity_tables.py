@@ -255,6 +255,7 @@ def claim_table(path: Path, record: Record, page: Path) -> str:
     caption = (
         "The claim: at every rate of ours from 2 to 4 bits, mean KL at most half that of every rival at its lowest "
         "setting with at least as many bits, within one bit, codes and scales counted. Cells: that setting, and our "
-        f"mean KL over its. {about(record)}. {origin(path, record, page)}"
+        "mean KL over its. Settings are those of the table of all methods: pca and rank take any rate and stand at "
+        f"ours, the others take whole bits. {about(record)}. {origin(path, record, page)}"
     )
     return "\n\n".join([*parts, caption])

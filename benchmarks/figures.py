@@ -97,7 +97,7 @@ def draw(path: Path, name: str, lines: Lines) -> None:
             axes.set_xscale("log", base=2)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.grid(True, which="major", linewidth=0.4)
+        axes.grid(True, which="both" if not log_x else "major", linewidth=0.3)
         figure.legend(loc="outside right upper", frameon=False)
         buffer = io.BytesIO()
         figure.savefig(

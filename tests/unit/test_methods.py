@@ -322,7 +322,8 @@ def test_all_names_parse_and_describe_themselves(statistics: RivalStatistics) ->
     assert [m.name for m in methods] == [*names, "kivi-5"]
     assert all(m.description and m.source for m in methods)
     assert {m.name for m in methods if m.family == "ours"} == {"spectral-2", "spectral-2.5", "spectral-3", "spectral-4"}
-    assert {"rank-8", "rank-12", "rank-16"} <= set(names)  # 2, 3 and 4 bits of 64 dimensions
+    # Of 64 dimensions: what has any rate stands at ours, 8 bits of gain included.
+    assert {"pca-2.125", "pca-2.625", "pca-3.125", "pca-4.125", "rank-9", "rank-11", "rank-13", "rank-17"} <= set(names)
     assert METHOD_NAMES[:2] == ("dense", "spectral-B")
 
 

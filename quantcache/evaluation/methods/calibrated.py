@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,9 @@ from quantcache.evaluation.methods.base import (
 from quantcache.evaluation.methods.integer import QuarotCodec
 from quantcache.evaluation.methods.statistics import LayerMoments, eigenbasis
 from quantcache.spectral import Moments
+
+GAIN_BITS = 8
+"""Of our gain of every token and head."""
 
 OSCAR_CLIPS = {"key": 0.96, "value": 0.92}
 """Share of a token's range that the codes span, as in OSCAR's serving scripts."""
@@ -111,10 +115,16 @@ def oscar_codec(layer: LayerMoments, side: str, bits: int, device: torch.device 
     return QuarotCodec((vectors.float() @ hadamard(vectors.shape[-1])).to(device), bits, OSCAR_CLIPS[side])
 
 
-def matched_ranks(config: PreTrainedConfig) -> tuple[float, ...]:
-    """The ranks that store as much as codes of 2, 3 and 4 bits."""
+def our_rates(config: PreTrainedConfig) -> tuple[float, ...]:
+    """Bits per element of ours at its usual rates, gains included: what a method of any rate is compared at."""
     _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
-    return tuple(float(max(1, dim * bits // 16)) for bits in (2, 3, 4))
+    return tuple(bits + GAIN_BITS / dim for bits in (2, 2.5, 3, 4))
+
+
+def matched_ranks(config: PreTrainedConfig) -> tuple[float, ...]:
+    """The smallest ranks that store at least as much as ours."""
+    _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
+    return tuple(dict.fromkeys(float(math.ceil(dim * bits / 16)) for bits in our_rates(config)))
 
 
 def _fitted(
@@ -147,7 +157,7 @@ RECIPES = (
         source="the SpectralQuant recipe",
         make=_pca,
         parameter="B",
-        defaults=two_to_four,
+        defaults=our_rates,
         own_lengths=(0, 0),
         needs="statistics",
     ),
