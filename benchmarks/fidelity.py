@@ -99,6 +99,13 @@ def main() -> None:
         },
     }
     asked = {name: value for name, value in vars(options).items() if name != "calibration"}
+    if options.calibration is not None:
+        given = Calibration.from_pretrained(options.calibration)
+        if settings["evaluation"]["text_sha256"] in given.metadata.recipe.get("text_sha256", ()):
+            sys.exit(f"error: {options.calibration} was calibrated on the evaluation text")
+        asked["calibration"] = hashlib.sha256(
+            (options.calibration / "calibration.safetensors").read_bytes()
+        ).hexdigest()
     cells = Cells(
         "fidelity", {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()}
     )
