@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fidelity_tables import Record, markdown, origin
+from fidelity_tables import Record, markdown, origin, windows
 
 TITLES = {
     "metric": "Metric of the transform (budgets apart: one for each side of each layer)",
@@ -31,7 +31,7 @@ def ablation_table(path: Path, record: Record, page: Path) -> str:
     rates = [f"{rate:g}" for rate in settings["rates"]]
     parts = [
         f"Mean KL at {', '.join(rates)} bits, in nats per token, and bits per element with scales. {settings['model']} "
-        f"in {settings['dtype']}, {settings['windows']} windows of {settings['context']:,} tokens fed "
+        f"in {settings['dtype']}, {windows(settings)} fed "
         f"{settings['chunk']} at a time, no residual; {settings['calibration']['tokens']:,} calibration tokens. "
         f"{origin(path, record, page)}"
     ]
@@ -53,7 +53,7 @@ def findings_table(path: Path, record: Record, page: Path) -> str:
     """The published findings with our numbers."""
     settings, metrics = record["settings"], record["metrics"]
     text = (
-        f"{settings['model']} in {settings['dtype']}, {settings['windows']} windows of {settings['context']:,} tokens "
+        f"{settings['model']} in {settings['dtype']}, {windows(settings)} "
         f"fed {settings['chunk']} at a time, {settings['sinks']} sinks, no residual. {origin(path, record, page)}"
     )
     storage = [

@@ -42,6 +42,8 @@ CHOICE = (
 )
 """Methods measured at other contexts and on WikiText-2."""
 
+WIKITEXT_WINDOW = 1024
+
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -135,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 1024], help="other contexts")
     parser.add_argument("--windows", type=int, default=4, help="windows of the evaluation text")
-    parser.add_argument("--stride", type=int, default=512, help="of the windows of 1,024 tokens of WikiText-2")
+    parser.add_argument("--stride", type=int, default=512, help=f"of WikiText-2's windows of {WIKITEXT_WINDOW}")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
     parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
     parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
@@ -162,8 +164,8 @@ def make_parts(
     parts += [Part(f"context_{c}", options.choice, tokens, c, options.residuals[0]) for c in options.contexts]
     path = SHARED / "wikitext2_test.txt"
     if path.is_file():
-        wikitext = tokenized(tokenizer, path.read_text(encoding="utf-8"), len(tokens))
-        parts.append(Part("wikitext2", options.choice, wikitext, 1024, options.residuals[0], options.stride))
+        wikitext = tokenized(tokenizer, path.read_text(encoding="utf-8"), max(len(tokens), WIKITEXT_WINDOW))
+        parts.append(Part("wikitext2", options.choice, wikitext, WIKITEXT_WINDOW, options.residuals[0], options.stride))
     return parts
 
 

@@ -65,11 +65,16 @@ def lengths(entry: dict[str, Any]) -> str:
     return "its own" if sinks is None else f"{sinks}, {residual}"
 
 
+def windows(settings: dict[str, Any]) -> str:
+    """How much text was read, and in what pieces."""
+    return f"{settings['windows']} window{'s' * (settings['windows'] != 1)} of {settings['context']:,} tokens"
+
+
 def about(record: Record) -> str:
     """The text, the windows and the calibration, for captions."""
     settings = record["settings"]
     return (
-        f"{settings['model']} in {settings['dtype']}, {settings['windows']} windows of {settings['context']:,} tokens "
+        f"{settings['model']} in {settings['dtype']}, {windows(settings)} "
         f"of held-out Wikipedia text, fed {settings['chunk']} at a time"
     )
 
