@@ -1,7 +1,8 @@
 """What compressing wiki11m's cache does to its predictions: every method on the same text.
 
 Parts: all methods with a residual window and without; all with the sinks and the residual that their authors
-recommend; a choice of them at shorter contexts, and on WikiText-2 in sliding windows. A part is measured a few methods
+recommend; a choice of them at shorter contexts, and on WikiText-2 in sliding windows; ours on models with quantized
+weights. A part is measured a few methods
 at a time, and an interrupted run goes on behind the last ones measured.
 
 Calibration and evaluation texts are the larger ones beside the checkout where they are to be had, and those that come
@@ -26,9 +27,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import Calibration, calibrate, data
+from quantcache import Calibration, calibrate, compat, data
 from quantcache.cli.session import load_model, position_limit
-from quantcache.evaluation import measure_fidelity, needs_statistics, parse_methods, text_statistics
+from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
 from quantcache.evaluation.methods import RECIPES, RivalStatistics
 
 BITS = 3.0
@@ -41,6 +42,9 @@ CHOICE = (
     "dense,spectral-2,spectral-3,spectral-4,quanto-4,kivi-2,kivi-4,quarot-3,turboquant-mse-3,oscar-2,oscar-3,pca-3.125"
 )
 """Methods measured at other contexts and on WikiText-2."""
+
+OURS = "dense,spectral-2,spectral-3,spectral-4"
+"""Methods measured on models with quantized weights."""
 
 WIKITEXT_WINDOW = 1024
 
@@ -58,6 +62,8 @@ class Part:
         context: Tokens in a window.
         residual: Recent tokens kept; None for what each method's authors recommend.
         stride: Tokens by which windows slide, None if they do not overlap.
+        weights: ``int8`` or ``int4`` for a model whose weights optimum-quanto has quantized; the dense cache of that
+            model is then the reference, the calibration that of the unquantized one.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Part:
     context: int
     residual: int | None
     stride: int | None = None
+    weights: str | None = None
 
 
 def main() -> None:
@@ -88,7 +95,13 @@ def main() -> None:
         "residuals": options.residuals,
         "batch": BATCH,
         "parts": {
-            p.name: {"context": p.context, "tokens": len(p.tokens), "residual": p.residual, "stride": p.stride}
+            p.name: {
+                "context": p.context,
+                "tokens": len(p.tokens),
+                "residual": p.residual,
+                "stride": p.stride,
+                "weights": p.weights,
+            }
             for p in parts
         },
         "methods": {
@@ -136,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths")
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 1024], help="other contexts")
+    parser.add_argument("--weights", nargs="*", default=["int8", "int4"], choices=("int8", "int4"))
     parser.add_argument("--windows", type=int, default=4, help="windows of the evaluation text")
     parser.add_argument("--stride", type=int, default=512, help=f"of WikiText-2's windows of {WIKITEXT_WINDOW}")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
@@ -162,6 +176,10 @@ def make_parts(
         return parts
     parts.append(Part("recommended", options.methods, tokens, options.context, None))
     parts += [Part(f"context_{c}", options.choice, tokens, c, options.residuals[0]) for c in options.contexts]
+    parts += [
+        Part(f"weights_{kind}", OURS, tokens, options.context, options.residuals[0], weights=kind)
+        for kind in options.weights
+    ]
     path = SHARED / "wikitext2_test.txt"
     if path.is_file():
         wikitext = tokenized(tokenizer, path.read_text(encoding="utf-8"), max(len(tokens), WIKITEXT_WINDOW))
@@ -214,6 +232,11 @@ def measure_part(
         statistics=statistics if needs_statistics(part.methods.split(",")) else None,
         own_lengths=part.residual is None,
     )
+    if part.weights is not None:
+        if missing := compat.missing_quantizer("quanto"):
+            status = f"unsupported: {missing}"
+            return {m.name: FidelityResult(m.family, m.simulated, status).to_dict() for m in methods}
+        model = with_quantized_weights(part.weights)
     batches = [methods[i : i + BATCH] for i in range(0, len(methods), BATCH)]
     windows = len(part.tokens.unfold(0, part.context, part.stride or part.context))
     task = bar.add_task(part.name, total=len(batches) * windows * part.context)
@@ -237,6 +260,23 @@ def measure_part(
         bar.update(task, completed=(number + 1) * windows * part.context)
     bar.remove_task(task)
     return results
+
+
+def with_quantized_weights(kind: str) -> PreTrainedModel:
+    """wiki11m with the weights of its layers quantized by optimum-quanto.
+
+    Args:
+        kind: ``int8`` or ``int4``.
+
+    Returns:
+        The model; embeddings and output head are left alone.
+    """
+    from optimum import quanto
+
+    model, _ = load_model("wiki11m", device="cpu", dtype="float32")
+    quanto.quantize(model, weights={"int8": quanto.qint8, "int4": quanto.qint4}[kind], exclude="lm_head")
+    quanto.freeze(model)
+    return model
 
 
 def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:

@@ -212,6 +212,31 @@ def contexts_table(path: Path, record: Record, page: Path) -> str:
     return markdown(header, rows) + f"\n\n{caption}{origin(path, record, page)}"
 
 
+def weights_table(path: Path, record: Record, page: Path) -> str:
+    """Ours on models with quantized weights."""
+    metrics = record["metrics"]
+    kinds = {key.removeprefix("weights_"): key for key in metrics if key.startswith("weights_")}
+    if not kinds:
+        return "Not in the newest record."
+    names = list(metrics[next(iter(kinds.values()))])
+    columns = {f"{record['settings']['dtype']} weights": "residual_64", **{f"{k} weights": v for k, v in kinds.items()}}
+    rows = []
+    for name in names:
+        row = [name]
+        for key in columns.values():
+            entry = metrics[key].get(name)
+            measured = entry and entry["status"] == "ok"
+            row.append(
+                f"{entry['kl_mean']:.5f}, {entry['perplexity']:.2f}" if measured else number(entry, "kl_mean", "")
+            )
+        rows.append(row)
+    caption = (
+        "Mean KL to the dense cache of the same model, and perplexity. Weights by optimum-quanto; one calibration, of "
+        f"the unquantized model, residual 64. {about(record)}. {origin(path, record, page)}"
+    )
+    return markdown(["method", *columns], rows) + f"\n\n{caption}"
+
+
 def claim(results: Results) -> dict[str, dict[str, tuple[str, float] | None]]:
     """Our mean KL over that of every rival at its lowest setting with at least as many bits, within one bit.
 

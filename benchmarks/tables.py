@@ -15,7 +15,7 @@ from typing import Any
 
 import figures
 from ablation_tables import ablation_table, findings_table
-from fidelity_tables import all_table, claim_table, contexts_table, fidelity_table, own_table
+from fidelity_tables import all_table, claim_table, contexts_table, fidelity_table, own_table, weights_table
 from records import check_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,7 @@ TABLES: dict[str, tuple[str, Render]] = {
     "fidelity-all": ("fidelity", all_table),
     "fidelity-own": ("fidelity", own_table),
     "fidelity-contexts": ("fidelity", contexts_table),
+    "fidelity-weights": ("fidelity", weights_table),
     "claim": ("fidelity", claim_table),
     "ablations": ("ablations", ablation_table),
     "findings": ("findings", findings_table),

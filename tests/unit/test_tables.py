@@ -116,6 +116,8 @@ ALL = """<!-- table:claim -->
 <!-- /table -->
 <!-- table:fidelity-contexts -->
 <!-- /table -->
+<!-- table:fidelity-weights -->
+<!-- /table -->
 ![](figures/kl-bits.svg)
 """
 
@@ -129,6 +131,8 @@ def test_pages_of_the_documentation_and_their_figures(checkout: Path) -> None:
         "quanto-4": {"status": "unsupported: needs optimum-quanto", "simulated": False},
     }
     content["metrics"]["context_512"] = {"spectral-3": method(0.004)}
+    content["metrics"]["weights_int8"] = {"spectral-3": method(0.007)}
+    content["metrics"]["weights_int4"] = {"spectral-3": {"status": "unsupported: needs optimum-quanto"}}
     add(checkout, "a", content)
     assert tables.main([], checkout) == 0
     text = (checkout / "docs" / "fidelity.md").read_text("utf-8")
@@ -139,6 +143,7 @@ def test_pages_of_the_documentation_and_their_figures(checkout: Path) -> None:
     assert "| quanto-4 |  | unsupported: needs optimum-quanto |" in text
     assert "mean KL at 512 | mean KL at 2,048 |" in text
     assert "| spectral-3 | 3.125 | 0.00400 | 0.00200 |" in text
+    assert "| spectral-3 | 0.00200, 30.12 | 0.00700, 30.12 | unsupported: needs optimum-quanto |" in text
     assert "[record](../benchmarks/results/abacus/fidelity__a.json)" in text
     assert tables.main(["--check"], checkout) == 0
     figure = checkout / "docs" / "figures" / "kl-bits.svg"
