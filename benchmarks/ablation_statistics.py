@@ -43,13 +43,15 @@ class Choice:
         frame: A name of :data:`FRAMES`.
         key_metric: ``fisher``, ``query`` or ``identity``.
         value_metric: ``fisher``, ``output`` (projection), ``identity``, or ``gram``: the eigenbasis of VᵀαᵀαV.
-        shrinkage: Isotropic share of the metric.
+        key_shrinkage: Isotropic share of the keys' metric.
+        value_shrinkage: That of the values'.
     """
 
     frame: str = "128"
     key_metric: str = "fisher"
     value_metric: str = "fisher"
-    shrinkage: float = METRIC_SHRINKAGE
+    key_shrinkage: float = METRIC_SHRINKAGE
+    value_shrinkage: float = METRIC_SHRINKAGE
 
 
 class AblationStatistics:
@@ -158,7 +160,7 @@ class AblationStatistics:
         metric = eye
         if choice.key_metric != "identity":
             metric = self.sums[f"{index}.key.{choice.key_metric}.{choice.frame}"].second_moment
-        key = _side(vectors, metric, (frame.num_slow, frame.num_fast), choice.shrinkage)
+        key = _side(vectors, metric, (frame.num_slow, frame.num_fast), choice.key_shrinkage)
         values = self.sums[f"{index}.value.vectors"]
         if choice.value_metric == "gram":
             value = _rotated(values, self.sums[f"{index}.value.output"].second_moment)
@@ -168,14 +170,16 @@ class AblationStatistics:
                 "output": self.projections[index],
                 "identity": eye,
             }
-            value = _side(values, metrics[choice.value_metric], (frame.head_dim,), choice.shrinkage)
+            value = _side(values, metrics[choice.value_metric], (frame.head_dim,), choice.value_shrinkage)
         return LayerCalibration(frame.rope, key, value)
 
 
 def _side(vectors: Moments, metric: Tensor, parts: tuple[int, ...], shrinkage: float) -> SideCalibration:
     covariance = shrink(vectors.covariance, COVARIANCE_SHRINKAGE)
     transform = split_klt(covariance, metric, parts, shrinkage)
-    return SideCalibration(vectors.mean.float(), transform.analysis.float(), transform.spectrum)
+    # The metric keeps its trace, so that sides of different shrinkage still share a unit; the default is left as it is.
+    unit = (1 + METRIC_SHRINKAGE) / (1 + shrinkage)
+    return SideCalibration(vectors.mean.float(), (transform.analysis * unit**0.5).float(), transform.spectrum * unit)
 
 
 def _rotated(vectors: Moments, gram: Tensor) -> SideCalibration:

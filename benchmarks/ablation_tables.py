@@ -10,7 +10,8 @@ from fidelity_tables import Record, markdown, origin, windows
 TITLES = {
     "metric": "Metric of the transform (budgets apart: one for each side of each layer)",
     "value-metric": "Metric of the values (keys: Fisher; budgets apart)",
-    "metric-shrinkage": "Isotropic share of the metric",
+    "key-shrinkage": "Isotropic share of the keys' metric, its trace kept",
+    "value-shrinkage": "Isotropic share of the values' metric, its trace kept",
     "frame": "Frame of the keys",
     "group-size": "Coefficients that share a width",
     "profile": "Widths per head or per layer",

@@ -86,7 +86,13 @@ def ablations() -> dict[str, dict[str, Variant]]:
             "eigenbasis of VᵀαᵀαV": replace(apart, choice=Choice(value_metric="gram")),
             "identity": replace(apart, choice=Choice(value_metric="identity")),
         },
-        "metric-shrinkage": {f"{s:g}": replace(default, choice=Choice(shrinkage=s)) for s in (0.0, 0.005, 0.02, 0.1)},
+        "key-shrinkage": {
+            f"{s:g}": replace(default, choice=Choice(key_shrinkage=s)) for s in (0.0, 0.005, 0.02, 0.1, 0.3, 1.0)
+        },
+        "value-shrinkage": {
+            f"{s:g}": replace(default, choice=Choice(value_shrinkage=s))
+            for s in (0.0, 0.005, 0.02, 0.1, 0.3, 1.0, 10.0)
+        },
         "frame": {
             {"post": "as cached", "full": "fully un-rotated"}.get(name, f"split at wavelength {name}"): frame(name)
             for name in FRAMES

@@ -20,6 +20,7 @@ import quantcache
 from quantcache import Calibration, calibrate
 from quantcache.artifact import CodecSettings, Metadata
 from quantcache.codebook import lloyd_max
+from quantcache.spectral import METRIC_SHRINKAGE
 
 CONFIG = llama_config(head_dim=32, layers=3, kv_heads=2)
 
@@ -72,6 +73,18 @@ def test_other_metrics_are_those_of_calibrate(model: PreTrainedModel, tokens: Te
         # Queries are put at random keys, drawn apart here: spectra agree as two samples of one thing do.
         ratio = layer.key.spectrum.sum() / expected.layers[index].key.spectrum.sum()
         assert float(ratio) == pytest.approx(1, abs=1e-6 if metric == "identity" else 0.1)
+
+
+def test_shrinkage_keeps_the_unit(model: PreTrainedModel, tokens: Tensor) -> None:
+    statistics = AblationStatistics(model)
+    statistics.add(tokens[:300])
+    for shrinkage in (0.0, 1.0):
+        for index, layer in statistics.solve(Choice(value_shrinkage=shrinkage)).items():
+            # AᵀA is the metric: its trace stays that of the default whatever is mixed in.
+            metric = statistics.sums[f"{index}.value.fisher"].second_moment
+            wanted = metric.diagonal(dim1=-2, dim2=-1).sum(-1) * (1 + METRIC_SHRINKAGE)
+            found = layer.value.analysis.double().square().sum((-1, -2))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
 def test_gram_basis_is_orthogonal_and_keeps_the_variance(model: PreTrainedModel, tokens: Tensor) -> None:
@@ -197,7 +210,17 @@ def test_layer_floor(calibration: Calibration, rate: float) -> None:
 
 
 def test_every_variant_names_a_default_row() -> None:
-    default = {"metric", "metric-shrinkage", "frame", "group-size", "profile", "gain", "codebooks", "min-width"}
+    default = {
+        "metric",
+        "key-shrinkage",
+        "value-shrinkage",
+        "frame",
+        "group-size",
+        "profile",
+        "gain",
+        "codebooks",
+        "min-width",
+    }
     default |= {"layer-floor", "split", "sinks"}
     rows = ablations.ablations()
     assert {name for name, variants in rows.items() if ablations.Variant() in variants.values()} == default
