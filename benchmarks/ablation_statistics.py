@@ -7,12 +7,14 @@ metric the transforms are the same.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from records import Cells
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -136,8 +138,6 @@ class AblationStatistics:
 
     def load(self, path: Path) -> None:
         """Read what :meth:`save` wrote."""
-        from safetensors import safe_open
-
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -225,4 +225,5 @@ def gather(
             on_progress(len(sequence))
             if statistics.tokens in paths:
                 statistics.save(paths[statistics.tokens])
+                print(f"statistics of {statistics.tokens:,} tokens", file=sys.stderr)
     return paths
