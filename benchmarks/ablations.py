@@ -185,7 +185,7 @@ def main() -> None:
                     metrics[name][row] = cells.get(f"variant-{key}", lambda variant=variant: bench.measure(variant))
                 bar.advance(task)
             out.print(table(name, metrics[name], options.rates))
-    path = write_record("ablations", settings, metrics)
+    path = write_record("ablations", settings, metrics, cells.git)
     cells.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 

@@ -136,7 +136,7 @@ def main() -> None:
         for part in parts:
             metrics[part.name] = measure_part(part, model, calibration, statistics, cells, bar)
             out.print(table(part.name, metrics[part.name]))
-    path = write_record("fidelity", settings, metrics)
+    path = write_record("fidelity", settings, metrics, cells.git)
     cells.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 

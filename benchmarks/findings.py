@@ -88,7 +88,7 @@ def main() -> None:
         window = tokens[: min(len(tokens), 1024)]
         metrics["ratio"] = cells.get("ratio", lambda: damage_ratios(model, window))
         metrics["routing"] = cells.get("routing", lambda: routing_flips(model, window, statistics))
-    path = write_record("findings", settings, metrics)
+    path = write_record("findings", settings, metrics, cells.git)
     cells.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 

@@ -66,6 +66,10 @@ class Cells:
     Args:
         suite: Name of the benchmark.
         settings: Everything that decides what a cell holds.
+
+    Attributes:
+        git: Commit and state of the checkout when the run started, for :func:`write_record`.
+        folder: Where the cells are.
     """
 
     def __init__(self, suite: str, settings: dict[str, Any]):
@@ -74,6 +78,7 @@ class Cells:
             for path in sorted((ROOT / name).rglob("*")):
                 if path.suffix in (".py", ".cpp", ".h"):
                     digest.update(path.read_bytes())
+        self.git: dict[str, Any] | None = environment()["git"]
         self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -139,19 +144,25 @@ def machine_name(record: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write_record(suite: str, settings: dict[str, Any], metrics: dict[str, Any]) -> Path:
+def write_record(
+    suite: str, settings: dict[str, Any], metrics: dict[str, Any], started: dict[str, Any] | None = None
+) -> Path:
     """Write a record: into ``results/`` if a commit says what was run, else into the git-ignored ``scratch/``.
 
     Args:
         suite: Name of the benchmark.
         settings: Everything that was chosen.
         metrics: Everything that was measured.
+        started: The state of git when the run started (:attr:`Cells.git`): where it has changed since, no one commit
+            says what was run.
 
     Returns:
         The file, complete.
     """
     surroundings = environment()
     git = surroundings.pop("git") or {"commit": None, "dirty": True}
+    if started is not None and started != git:
+        git = {"commit": git["commit"], "dirty": True}
     created = datetime.now(UTC)
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name

@@ -214,6 +214,19 @@ def test_record_without_a_field() -> None:
         records.check_record(content)
 
 
+@pytest.mark.parametrize(("started", "folder"), [("f", "results"), ("e", "scratch")], ids=["same", "other"])
+def test_a_commit_in_the_middle_of_a_run_makes_no_result(
+    started: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = {"commit": "f" * 40, "dirty": False}
+    surroundings = {"gpus": [], "cpu": {"name": "Abacus 9", "cores": 2}, "git": git}
+    monkeypatch.setattr(records, "environment", lambda: dict(surroundings))
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(records, "SCRATCH", tmp_path / "scratch")
+    path = records.write_record("suite", {}, {}, {"commit": started * 40, "dirty": False})
+    assert path.parent.parent == tmp_path / folder
+
+
 def test_cells_outlive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "SCRATCH", tmp_path)
     measured = []
