@@ -14,8 +14,8 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality style test-matrix asan bench-cpu bench-gpu bench-decode bench-fidelity tables build \
-  clean distclean
+.PHONY: help venv demo test quality style test-matrix asan bench-cpu bench-gpu bench-decode bench-fidelity \
+  bench-ablations bench-findings bench-absorb tables tables-check build clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,8 +84,17 @@ bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
-tables: $(STAMP) ## Rewrite the README's tables from the newest records
+bench-ablations: $(STAMP) ## Measure every choice of the codec (about an hour); options in ARGS="..."
+	$(BIN)/python benchmarks/ablations.py $(ARGS)
+
+bench-findings: $(STAMP) ## Measure published findings again (minutes); options in ARGS="..."
+	$(BIN)/python benchmarks/findings.py $(ARGS)
+
+tables: $(STAMP) ## Rewrite tables and figures from the newest records
 	$(BIN)/python benchmarks/tables.py
+
+tables-check: $(STAMP) ## Fail if a table or figure differs from the newest records
+	$(BIN)/python benchmarks/tables.py --check
 
 build: $(STAMP) ## Build the wheel into dist/
 	@rm -rf build

@@ -1,4 +1,9 @@
-"""What compressing wiki11m's cache does to its predictions: every method, with and without a residual window.
+"""What compressing wiki11m's cache does to its predictions: every method on the same text.
+
+Parts: all methods with a residual window and without; all with the sinks and the residual that their authors
+recommend; a choice of them at shorter contexts, and on WikiText-2 in sliding windows; ours on models with quantized
+weights. A part is measured a few methods
+at a time, and an interrupted run goes on behind the last ones measured.
 
 Calibration and evaluation texts are the larger ones beside the checkout where they are to be had, and those that come
 with the package otherwise; the record says which.
@@ -11,85 +16,267 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
-from records import ROOT, write_record
+from records import ROOT, Cells, write_record
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import calibrate, data, register_attention
-from quantcache.cli.eval import METHODS
-from quantcache.evaluation import measure_fidelity, parse_methods
+from quantcache import Calibration, calibrate, compat, data
+from quantcache.cli.session import load_model, position_limit
+from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
+from quantcache.evaluation.methods import RECIPES, RivalStatistics
 
 BITS = 3.0
 SINKS = 4
 CHUNK = 64
+BATCH = 4
+"""Methods measured together: they share the dense cache's predictions."""
+
+CHOICE = (
+    "dense,spectral-2,spectral-3,spectral-4,quanto-4,kivi-2,kivi-4,quarot-3,turboquant-mse-3,oscar-2,oscar-3,pca-3.125"
+)
+"""Methods measured at other contexts and on WikiText-2."""
+
+OURS = "dense,spectral-2,spectral-3,spectral-4"
+"""Methods measured on models with quantized weights."""
+
+WIKITEXT_WINDOW = 1024
+
 SHARED = ROOT.parent / "shared" / "data"
 
 
-def main() -> None:
-    """Measure, print a table for each residual length and write a record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--methods", default=METHODS, help="comma-separated")
-    parser.add_argument("--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths")
-    parser.add_argument("--context", type=int, default=2048, help="tokens in a window")
-    parser.add_argument("--windows", type=int, default=8, help="windows of the evaluation text")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class Part:
+    """One table of the record.
 
-    register_attention()
-    path = data.demo_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="spectral").eval()
+    Attributes:
+        name: Its key in the record.
+        methods: Names of the methods.
+        tokens: The text.
+        context: Tokens in a window.
+        residual: Recent tokens kept; None for what each method's authors recommend.
+        stride: Tokens by which windows slide, None if they do not overlap.
+        weights: ``int8`` or ``int4`` for a model whose weights optimum-quanto has quantized; the dense cache of that
+            model is then the reference, the calibration that of the unquantized one.
+    """
+
+    name: str
+    methods: str
+    tokens: Tensor
+    context: int
+    residual: int | None
+    stride: int | None = None
+    weights: str | None = None
+
+
+def main() -> None:
+    """Measure, print a table for each part and write a record."""
+    options = parse_arguments()
+    model, tokenizer = load_model("wiki11m", device="cpu", dtype="float32")
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
     evaluation_text, evaluation_source = read("wiki_eval.txt", data.evaluation_text)
     if calibration_text == evaluation_text:
         sys.exit("error: calibration and evaluation text are the same")
-    started = time.perf_counter()
-    calibration = calibrate(
-        model, calibration_text, tokenizer, BITS, max_tokens=options.calibration_tokens, metric=options.metric
-    )
-    calibration_seconds = time.perf_counter() - started
-    needed = options.windows * options.context
-    tokens = tokenizer(evaluation_text[: 64 * needed], return_tensors="pt", verbose=False).input_ids[0][:needed]
-    metrics: dict[str, dict] = {}
-    out = Console(width=None if sys.stdout.isatty() else 120)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=len(tokens) * len(options.residuals))
-        for residual in options.residuals:
-            methods = parse_methods(options.methods.split(","), model.config, calibration, SINKS, residual)
-            results = measure_fidelity(
-                model,
-                tokens,
-                methods,
-                context=options.context,
-                chunk=CHUNK,
-                sink_length=SINKS,
-                on_progress=lambda count: bar.advance(task, count),
-            )
-            metrics[f"residual_{residual}"] = {name: result.to_dict() for name, result in results.items()}
-            out.print(table(residual, metrics[f"residual_{residual}"]))
-    settings = {
+    parts = make_parts(options, model, tokenizer, evaluation_text)
+    settings: dict[str, Any] = {
         "model": "wiki11m",
         "dtype": "float32",
         "bits": BITS,
         "context": options.context,
-        "windows": len(tokens) // options.context,
+        "windows": len(parts[0].tokens) // options.context,
         "chunk": CHUNK,
         "sinks": SINKS,
         "residuals": options.residuals,
-        "calibration": {**calibration.metadata.recipe, "source": calibration_source, "seconds": calibration_seconds},
+        "batch": BATCH,
+        "parts": {
+            p.name: {
+                "context": p.context,
+                "tokens": len(p.tokens),
+                "residual": p.residual,
+                "stride": p.stride,
+                "weights": p.weights,
+            }
+            for p in parts
+        },
+        "methods": {
+            recipe.pattern: {"does": recipe.description, "source": recipe.source} for recipe in RECIPES.values()
+        },
         "evaluation": {
             "source": evaluation_source,
-            "tokens": len(tokens),
+            "tokens": len(parts[0].tokens),
             "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
         },
     }
-    path = write_record("fidelity", settings, metrics)
+    asked = {name: value for name, value in vars(options).items() if name != "calibration"}
+    if options.calibration is not None:
+        given = Calibration.from_pretrained(options.calibration)
+        if settings["evaluation"]["text_sha256"] in given.metadata.recipe.get("text_sha256", ()):
+            sys.exit(f"error: {options.calibration} was calibrated on the evaluation text")
+        asked["calibration"] = hashlib.sha256(
+            (options.calibration / "calibration.safetensors").read_bytes()
+        ).hexdigest()
+    cells = Cells(
+        "fidelity", {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()}
+    )
+    print(f"finished cells: {cells.folder.relative_to(ROOT)}", file=sys.stderr)
+    calibration, seconds = calibrated(model, tokenizer, calibration_text, cells, options)
+    statistics = text_statistics(model, tokenizer, calibration_text, options.calibration_tokens)
+    recipe = calibration.metadata.recipe
+    settings["calibration"] = {**recipe, "source": calibration_source, "seconds": seconds}
+    settings["statistics"] = {"tokens": statistics.tokens, "text_sha256": statistics.text_sha256}
+    metrics: dict[str, dict] = {}
+    out = Console(width=None if sys.stdout.isatty() else 120)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        for part in parts:
+            metrics[part.name] = measure_part(part, model, calibration, statistics, cells, bar)
+            out.print(table(part.name, metrics[part.name]))
+    path = write_record("fidelity", settings, metrics, cells.git)
+    cells.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--methods", default="all", help="comma-separated")
+    parser.add_argument("--choice", default=CHOICE, help="methods for other contexts and WikiText-2")
+    parser.add_argument("--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths")
+    parser.add_argument("--context", type=int, default=2048, help="tokens in a window")
+    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 1024], help="other contexts")
+    parser.add_argument("--weights", nargs="*", default=["int8", "int4"], choices=("int8", "int4"))
+    parser.add_argument("--windows", type=int, default=4, help="windows of the evaluation text")
+    parser.add_argument("--stride", type=int, default=512, help=f"of WikiText-2's windows of {WIKITEXT_WINDOW}")
+    parser.add_argument("--calibration-tokens", type=int, default=32_768)
+    parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
+    parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
+    parser.add_argument("--quick", action="store_true", help="one window of 1,024 tokens, with and without residual")
+    options = parser.parse_args()
+    if options.quick:
+        options.context, options.windows, options.contexts, options.choice = 1024, 1, [], ""
+    return options
+
+
+def make_parts(
+    options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+) -> list[Part]:
+    """The tables to measure."""
+    limit = position_limit(model) or options.context
+    for context in (options.context, *options.contexts):
+        if context > limit:
+            sys.exit(f"error: context {context} exceeds the model's limit of {limit} positions")
+    tokens = tokenized(tokenizer, text, options.windows * options.context)
+    parts = [Part(f"residual_{r}", options.methods, tokens, options.context, r) for r in options.residuals]
+    if options.quick:
+        return parts
+    parts.append(Part("recommended", options.methods, tokens, options.context, None))
+    parts += [Part(f"context_{c}", options.choice, tokens, c, options.residuals[0]) for c in options.contexts]
+    parts += [
+        Part(f"weights_{kind}", OURS, tokens, options.context, options.residuals[0], weights=kind)
+        for kind in options.weights
+    ]
+    path = SHARED / "wikitext2_test.txt"
+    if path.is_file():
+        wikitext = tokenized(tokenizer, path.read_text(encoding="utf-8"), max(len(tokens), WIKITEXT_WINDOW))
+        parts.append(Part("wikitext2", options.choice, wikitext, WIKITEXT_WINDOW, options.residuals[0], options.stride))
+    return parts
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> Tensor:
+    """The first tokens of a text."""
+    return tokenizer(text[: 64 * count], return_tensors="pt", verbose=False).input_ids[0][:count]
+
+
+def calibrated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    cells: Cells,
+    options: argparse.Namespace,
+) -> tuple[Calibration, float | None]:
+    """The calibration, from a file or an interrupted run if there is one, and the seconds it took."""
+    if options.calibration is not None:
+        return Calibration.from_pretrained(options.calibration), None
+    folder = cells.folder / "calibration"
+
+    def make() -> float:
+        started = time.perf_counter()
+        made = calibrate(model, text, tokenizer, BITS, max_tokens=options.calibration_tokens, metric=options.metric)
+        made.save_pretrained(folder)
+        return time.perf_counter() - started
+
+    seconds = cells.get("calibration-seconds", make)
+    return Calibration.from_pretrained(folder), seconds
+
+
+def measure_part(
+    part: Part,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    statistics: RivalStatistics,
+    cells: Cells,
+    bar: Progress,
+) -> dict[str, Any]:
+    """Measure the methods of a part, a few at a time."""
+    methods = parse_methods(
+        part.methods.split(","),
+        model.config,
+        calibration,
+        SINKS,
+        0 if part.residual is None else part.residual,
+        statistics=statistics if needs_statistics(part.methods.split(",")) else None,
+        own_lengths=part.residual is None,
+    )
+    if part.weights is not None:
+        if missing := compat.missing_quantizer("quanto"):
+            status = f"unsupported: {missing}"
+            return {m.name: FidelityResult(m.family, m.simulated, status).to_dict() for m in methods}
+        model = with_quantized_weights(part.weights)
+    batches = [methods[i : i + BATCH] for i in range(0, len(methods), BATCH)]
+    windows = len(part.tokens.unfold(0, part.context, part.stride or part.context))
+    task = bar.add_task(part.name, total=len(batches) * windows * part.context)
+    results: dict[str, Any] = {}
+    for number, batch in enumerate(batches):
+
+        def measure(batch: list = batch) -> dict[str, Any]:
+            found = measure_fidelity(
+                model,
+                part.tokens,
+                batch,
+                context=part.context,
+                chunk=CHUNK,
+                sink_length=SINKS,
+                stride=part.stride,
+                on_progress=lambda count: bar.advance(task, count),
+            )
+            return {name: result.to_dict() for name, result in found.items()}
+
+        results |= cells.get(f"{part.name}-{number}", measure)
+        bar.update(task, completed=(number + 1) * windows * part.context)
+    bar.remove_task(task)
+    return results
+
+
+def with_quantized_weights(kind: str) -> PreTrainedModel:
+    """wiki11m with the weights of its layers quantized by optimum-quanto.
+
+    Args:
+        kind: ``int8`` or ``int4``.
+
+    Returns:
+        The model; embeddings and output head are left alone.
+    """
+    from optimum import quanto
+
+    model, _ = load_model("wiki11m", device="cpu", dtype="float32")
+    quanto.quantize(model, weights={"int8": quanto.qint8, "int4": quanto.qint4}[kind], exclude="lm_head")
+    quanto.freeze(model)
+    return model
 
 
 def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:
@@ -108,13 +295,12 @@ def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:
     return bundled(), "bundled"
 
 
-def table(residual: int, results: dict[str, dict]) -> Table:
-    """The results at one residual length for people."""
-    columns = ("method", "bits/elt", "bits in all", "KL mean", "KL p99", "top-1", "perplexity", "KL / turboquant-mse-3")
-    result = Table(*columns, title=f"Residual {residual}")
+def table(title: str, results: dict[str, dict]) -> Table:
+    """The results of a part for people."""
+    columns = ("method", "bits/elt", "bits in all", "KL mean", "KL p99", "KL max", "top-1", "perplexity")
+    result = Table(*columns, title=title)
     for column in result.columns[1:]:
         column.justify = "right"
-    rival = (results.get("turboquant-mse-3") or {}).get("kl_mean")
     for name, entry in results.items():
         if entry["status"] != "ok":
             result.add_row(name, entry["status"])
@@ -123,11 +309,11 @@ def table(residual: int, results: dict[str, dict]) -> Table:
             name,
             f"{entry['bits_per_element']:.3f}",
             f"{entry['bits_per_element_total']:.3f}",
-            f"{entry['kl_mean']:.5f}",
+            f"{entry['kl_mean']:.5f} ± {entry['kl_stderr']:.5f}",
             f"{entry['kl_p99']:.4f}",
+            f"{entry['kl_max']:.3f}",
             f"{entry['top1_agreement']:.2%}",
             f"{entry['perplexity']:.3f} ± {entry['perplexity_stderr']:.2f}",
-            f"{entry['kl_mean'] / rival:.3f}" if rival else "",
         )
     return result
 

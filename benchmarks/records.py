@@ -1,20 +1,105 @@
-"""How benchmarks keep what they measured: one JSON file for each run."""
+"""How benchmarks keep what they measured: one JSON file for each run, and its finished cells while it lasts."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantcache.cli.session import write_json
+from quantcache.cli.session import to_json, write_json
 from quantcache.env import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / "benchmarks" / "scratch"
 SCHEMA_VERSION = 1
+
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    "schema_version": (int,),
+    "suite": (str,),
+    "status": (str,),
+    "created": (str,),
+    "commit": (str, type(None)),
+    "dirty": (bool,),
+    "command": (str,),
+    "environment": (dict,),
+    "settings": (dict,),
+    "metrics": (dict,),
+}
+"""What every record holds."""
+
+
+def check_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what is no record.
+
+    Args:
+        record: What a file holds.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: A field is missing, of another type, or the schema is unknown.
+    """
+    for name, types in FIELDS.items():
+        if name not in record:
+            raise ValueError(f"the record has no field {name!r}")
+        if not isinstance(record[name], types):
+            raise ValueError(f"the record's field {name!r} must be {types[0].__name__}, got {record[name]!r:.60}")
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"the record has schema {record['schema_version']}, known is {SCHEMA_VERSION}")
+    return record
+
+
+class Cells:
+    """Finished cells of a run, each a file, so that an interrupted run goes on where it was.
+
+    They are kept apart by settings and by the source code: another choice or another version starts afresh.
+
+    Args:
+        suite: Name of the benchmark.
+        settings: Everything that decides what a cell holds.
+
+    Attributes:
+        git: Commit and state of the checkout when the run started, for :func:`write_record`.
+        folder: Where the cells are.
+    """
+
+    def __init__(self, suite: str, settings: dict[str, Any]):
+        digest = hashlib.sha256(to_json(settings).encode())
+        for name in ("quantcache", "kernels", "benchmarks"):
+            for path in sorted((ROOT / name).rglob("*")):
+                if path.suffix in (".py", ".cpp", ".h"):
+                    digest.update(path.read_bytes())
+        self.git: dict[str, Any] | None = environment()["git"]
+        self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        """A cell: measured now, or what was measured before the interruption.
+
+        Args:
+            name: Name of the cell, unique in the run.
+            measure: Measures it; its result goes to JSON and back.
+
+        Returns:
+            The result.
+        """
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            write_json(path, measure())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def discard(self) -> None:
+        """Forget the cells, once the record has them."""
+        shutil.rmtree(self.folder)
 
 
 def summarize(samples: list[float]) -> dict[str, float]:
@@ -59,19 +144,25 @@ def machine_name(record: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write_record(suite: str, settings: dict[str, Any], metrics: dict[str, Any]) -> Path:
+def write_record(
+    suite: str, settings: dict[str, Any], metrics: dict[str, Any], started: dict[str, Any] | None = None
+) -> Path:
     """Write a record: into ``results/`` if a commit says what was run, else into the git-ignored ``scratch/``.
 
     Args:
         suite: Name of the benchmark.
         settings: Everything that was chosen.
         metrics: Everything that was measured.
+        started: The state of git when the run started (:attr:`Cells.git`): where it has changed since, no one commit
+            says what was run.
 
     Returns:
         The file, complete.
     """
     surroundings = environment()
     git = surroundings.pop("git") or {"commit": None, "dirty": True}
+    if started is not None and started != git:
+        git = {"commit": git["commit"], "dirty": True}
     created = datetime.now(UTC)
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
@@ -92,5 +183,5 @@ def write_record(suite: str, settings: dict[str, Any], metrics: dict[str, Any]) 
     folder.mkdir(parents=True, exist_ok=True)
     commit = git["commit"][:10] if clean else "no-commit"
     path = folder / f"{suite}__{commit}__{created:%Y%m%dT%H%M%SZ}.json"
-    write_json(path, record)
+    write_json(path, check_record(record))
     return path

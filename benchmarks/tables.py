@@ -1,6 +1,6 @@
-"""Write the README's tables from committed records, or check that they say what the records say.
+"""Write the tables and figures of the README and the documentation from committed records, or check them.
 
-A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``.
+A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``. A figure is drawn where a page shows it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import figures
+from ablation_tables import ablation_table, findings_table
+from fidelity_tables import all_table, claim_table, contexts_table, fidelity_table, own_table, weights_table
+from records import check_record
+
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = Path("docs") / "figures"
 NO_RECORD = "No record yet."
-MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+PAGES = ("README.md", "docs/fidelity.md", "docs/ablations.md")
+
+Render = Callable[[Path, dict[str, Any], Path], str]
+
+TABLES: dict[str, tuple[str, Render]] = {
+    "fidelity": ("fidelity", fidelity_table),
+    "fidelity-all": ("fidelity", all_table),
+    "fidelity-own": ("fidelity", own_table),
+    "fidelity-contexts": ("fidelity", contexts_table),
+    "fidelity-weights": ("fidelity", weights_table),
+    "claim": ("fidelity", claim_table),
+    "ablations": ("ablations", ablation_table),
+    "findings": ("findings", findings_table),
+}
+"""Suite of the record, and what makes Markdown of record file, record and page."""
 
 
 def newest_record(results: Path, suite: str) -> tuple[Path, dict[str, Any]] | None:
@@ -27,10 +48,16 @@ def newest_record(results: Path, suite: str) -> tuple[Path, dict[str, Any]] | No
 
     Returns:
         Its file and content; None if there is none.
+
+    Raises:
+        ValueError: A file is no record.
     """
     found = []
     for path in results.rglob(f"{suite}__*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            record = check_record(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
         if record["status"] == "ok" and record["commit"] and not record["dirty"]:
             found.append((record["created"], path, record))
     if not found:
@@ -39,60 +66,13 @@ def newest_record(results: Path, suite: str) -> tuple[Path, dict[str, Any]] | No
     return path, record
 
 
-def fidelity_table(path: Path, record: dict[str, Any]) -> str:
-    """The fidelity table.
-
-    Args:
-        path: The record's file, relative to the README.
-        record: The record.
-
-    Returns:
-        Markdown.
-    """
-    settings, metrics = record["settings"], record["metrics"]
-    default, bare = metrics["residual_64"], metrics["residual_0"]
-    lines = [
-        "| method | bits per element | ... in all | mean KL | top-1 agreement | perplexity | mean KL, no residual |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, entry in default.items():
-        if entry["status"] != "ok":
-            lines.append(f"| {name} | {entry['status']} | | | | | |")
-            continue
-        without = bare.get(name, {})
-        cells = [
-            f"{name}{' (simulated)' if entry['simulated'] else ''}",
-            f"{entry['bits_per_element']:.3f}",
-            f"{entry['bits_per_element_total']:.3f}",
-            f"{entry['kl_mean']:.5f}",
-            f"{entry['top1_agreement']:.2%}",
-            f"{entry['perplexity']:.2f}",
-            f"{without['kl_mean']:.5f}" if without.get("status") == "ok" else without.get("status", ""),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    cpu = record["environment"]["cpu"]
-    gpus = record["environment"]["gpus"]
-    machine = gpus[0]["name"] if gpus else f"{cpu['name']} ({cpu['cores']} cores)"
-    lines += [
-        "",
-        f"{settings['model']} in {settings['dtype']}, {settings['windows']} windows of {settings['context']:,} tokens "
-        f"of held-out Wikipedia text, fed {settings['chunk']} at a time; {settings['sinks']} sinks and 64 recent "
-        "tokens exact, in the last column no recent token but those of the chunk itself. All spectral rates come from "
-        f"one calibration on {settings['calibration']['tokens']:,} tokens. KL against the dense cache, nats per token. "
-        f"{machine}, commit {record['commit'][:10]}, [record]({path.as_posix()}).",
-    ]
-    return "\n".join(lines)
-
-
-TABLES: dict[str, Callable[[Path, dict[str, Any]], str]] = {"fidelity": fidelity_table}
-
-
-def render(text: str, root: Path) -> str:
+def render(text: str, root: Path, page: Path) -> str:
     """Fill in every table of a page.
 
     Args:
-        text: The page, at the top of the checkout.
+        text: The page.
         root: The checkout.
+        page: Its file, relative to the checkout.
 
     Returns:
         The page with tables from the newest records.
@@ -104,19 +84,32 @@ def render(text: str, root: Path) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in TABLES:
-            raise ValueError(f"there is no table {name!r}: known are {', '.join(TABLES)}")
-        newest = newest_record(root / "benchmarks" / "results", name)
-        body = NO_RECORD if newest is None else TABLES[name](newest[0].relative_to(root), newest[1])
+            raise ValueError(f"{page}: there is no table {name!r}: known are {', '.join(TABLES)}")
+        suite, make = TABLES[name]
+        newest = newest_record(root / "benchmarks" / "results", suite)
+        body = NO_RECORD if newest is None else make(newest[0].relative_to(root), newest[1], page)
         return f"{match[1]}{body}\n{match[3]}"
 
     filled, count = MARKERS.subn(fill, text)
     if not count:
-        raise ValueError("the page has no table markers")
+        raise ValueError(f"{page} has no table markers")
     return filled
 
 
+def outdated_figures(root: Path, text: str) -> list[tuple[Path, str, figures.Lines]]:
+    """Figures that a page shows and whose file is missing or shows other data."""
+    outdated = []
+    for name, (suite, extract, *_) in figures.FIGURES.items():
+        newest = newest_record(root / "benchmarks" / "results", suite)
+        if f"figures/{name}.svg" in text and newest is not None:
+            path, lines = root / FIGURES / f"{name}.svg", extract(newest[1])
+            if not figures.is_current(path, name, lines):
+                outdated.append((path, name, lines))
+    return outdated
+
+
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
-    """Regenerate or check the README.
+    """Regenerate or check the pages and their figures.
 
     Args:
         arguments: The command line.
@@ -126,17 +119,23 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         The exit status: 1 if ``--check`` found a difference.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a table or figure is out of date")
     options = parser.parse_args(arguments)
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    wanted = render(text, root)
-    if text == wanted:
-        return 0
-    if options.check:
-        print("error: README.md differs from the newest records: run benchmarks/tables.py", file=sys.stderr)
+    stale = []
+    for page in (Path(name) for name in PAGES if (root / name).is_file()):
+        text = (root / page).read_text(encoding="utf-8")
+        wanted = render(text, root, page)
+        figures_due = outdated_figures(root, wanted)
+        stale += [str(page)] * (text != wanted) + [str(path.relative_to(root)) for path, *_ in figures_due]
+        if options.check:
+            continue
+        if text != wanted:
+            (root / page).write_text(wanted, encoding="utf-8")
+        for due in figures_due:
+            figures.draw(*due)
+    if options.check and stale:
+        print(f"error: {', '.join(stale)} differ from the newest records: run benchmarks/tables.py", file=sys.stderr)
         return 1
-    readme.write_text(wanted, encoding="utf-8")
     return 0
 
 

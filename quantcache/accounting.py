@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantcache import compat
 from quantcache.packing import BLOCK
 from quantcache.schema import SIDES, LayerCalibration, SideCalibration
 from quantcache.store import GROWTH
@@ -205,7 +206,8 @@ def measure(cache: Cache) -> CacheMemory:
     """Bytes that a cache holds, counted on its tensors.
 
     Args:
-        cache: A SpectralCache, or any DynamicCache.
+        cache: A SpectralCache, any DynamicCache, or transformers' QuantizedCache, of which what scales take beyond 16
+            bits counts as slack.
 
     Returns:
         The sizes.
@@ -220,8 +222,17 @@ def measure(cache: Cache) -> CacheMemory:
         tokens = max(tokens, layer.get_seq_length())
         if not hasattr(layer, "stores"):
             held = [t for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
-            sizes["dense"] += sum(t.nbytes for t in held)
+            quantized = compat.quantized_parts(layer)
+            sizes["residual" if quantized else "dense"] += sum(t.nbytes for t in held)
             elements += sum(t.numel() for t in held)
+            for shape, codes, scales in quantized:
+                elements += shape.numel()
+                encoded_elements += shape.numel()
+                sizes["codes"] += sum(t.nbytes for t in codes)
+                # A model in float32 makes float32 scales: they count as 16 bits, so that rates can be compared.
+                narrow = sum(t.numel() * min(t.element_size(), DENSE_BITS // 8) for t in scales)
+                sizes["gains"] += narrow
+                sizes["slack"] += sum(t.nbytes for t in scales) - narrow
             continue
         for side in SIDES:
             store, tail = layer.stores[side], layer.tails[side]

@@ -244,7 +244,7 @@ def _gather(
     if metric == "fisher":
         with torch.enable_grad():
             logits = run(model, sequence, cache).logits
-            _sampled_loss(logits, generator).backward()
+            sampled_loss(logits, generator).backward()
         for (index, side), leaf in leaves.items():
             if leaf.grad is not None:
                 statistics[index].add_gradient(side, leaf.grad)
@@ -261,8 +261,16 @@ def _gather(
             run(model, sequence, cache)
 
 
-def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed negative log-likelihood of one label per position, drawn from the model's own distribution."""
+def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed negative log-likelihood of one label per position, drawn from the model's own distribution.
+
+    Args:
+        logits: ``[B, T, V]``.
+        generator: Draws the labels.
+
+    Returns:
+        A scalar; its gradients at keys and values give the Fisher metric.
+    """
     logits = logits.flatten(0, 1).float()
     with torch.no_grad():
         # Sampled on the CPU, so that a seed means the same on every device.

@@ -14,7 +14,7 @@ import torch
 
 from quantcache import compat
 
-_MORE_PACKAGES = ("safetensors", "scipy", "numpy", "triton")
+_MORE_PACKAGES = ("safetensors", "scipy", "numpy", "triton", "optimum-quanto", "hqq")
 
 
 def environment() -> dict[str, Any]:

@@ -48,12 +48,17 @@ class RecordingCache(DynamicCache):
 
 
 @contextlib.contextmanager
-def recorded_queries(model: PreTrainedModel, on_query: Callable[[int, Tensor], None]) -> Iterator[None]:
+def recorded_queries(
+    model: PreTrainedModel,
+    on_query: Callable[[int, Tensor], None],
+    on_output: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[None]:
     """Hand the queries of every attention call to a callback, inside the context.
 
     Args:
         model: The model; its attention implementation is restored afterwards.
         on_query: Called with (layer index, queries ``[B, Hq, Tq, D]``).
+        on_output: Called with (layer index, attention output ``[B, Tq, Hq, Dv]``).
 
     Yields:
         Nothing.
@@ -68,7 +73,10 @@ def recorded_queries(model: PreTrainedModel, on_query: Callable[[int, Tensor], N
         if index is not None:
             seen.add(index)
             on_query(index, query)
-        return spectral_attention_forward(module, query, *args, **kwargs)
+        result = spectral_attention_forward(module, query, *args, **kwargs)
+        if index is not None and on_output is not None:
+            on_output(index, result[0])
+        return result
 
     name = "quantcache_recording"
     AttentionInterface.register(name, attention)

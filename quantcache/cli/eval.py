@@ -77,7 +77,7 @@ def evaluate(
         if constants is not None:
             refuse_calibration_text(constants, digest, text)
 
-        from quantcache.evaluation import measure_fidelity, parse_methods
+        from quantcache.evaluation import measure_fidelity, needs_statistics, parse_methods, text_statistics
 
         loaded, tokenizer = load_model(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
@@ -93,7 +93,10 @@ def evaluate(
             raise ValueError(
                 f"{wanted} tokens are less than one window of {context}: raise --tokens or lower --context"
             )
-        parsed = parse_methods(names, loaded.config, constants, sinks, residual)
+        statistics = text_statistics(loaded, tokenizer) if needs_statistics(names) else None
+        if statistics is not None and digest in statistics.text_sha256:
+            raise QuantCacheError(f"{text} is the text that pca, oscar and rank are fitted to: evaluate on another one")
+        parsed = parse_methods(names, loaded.config, constants, sinks, residual, statistics=statistics)
         # Four bytes and more of text make a token; 64 leave room for any tokenizer without reading all of a long file.
         ids = tokenizer(content[: 64 * wanted], return_tensors="pt", verbose=False).input_ids[0]
         ids = ids[: wanted // context * context]

@@ -6,9 +6,10 @@ itself, the sinks and the residual window are exact. All methods see the same ch
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from quantcache import compat
 from quantcache.accounting import measure
 from quantcache.errors import QuantCacheError
-from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.evaluation.methods import Method, MethodUnavailable, parse_methods
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,20 @@ class FidelityResult:
     Attributes:
         family: ``ours``, ``rival`` or ``dense``.
         simulated: Whether the cache held fake-quantized values instead of codes.
-        status: ``ok``, or what went wrong.
+        status: ``ok``, ``unsupported: ...``, ``out of memory`` or ``failed: ...``.
         bits_per_element: Codes and scales over encoded elements, at the end of a window (dense: the dtype's bits).
         bits_per_element_total: Everything but shared constants over all cached elements, likewise.
         cache_bytes: Bytes of the cache at the end of a window.
         kl_mean: Mean KL divergence from the dense predictions, nats per token.
+        kl_stderr: Standard error of that mean over tokens.
         kl_p99: Its 99th percentile.
         kl_max: Its maximum.
         perplexity: exp of the mean negative log-likelihood of the text.
         perplexity_stderr: Standard error of the perplexity over tokens.
         top1_agreement: Share of positions with the same most likely token.
         tokens: Positions measured.
+        sink_length: First tokens that the method keeps; None where its cache decides for itself.
+        residual_length: Recent tokens that it keeps, likewise.
     """
 
     family: str
@@ -49,12 +53,15 @@ class FidelityResult:
     bits_per_element_total: float | None = None
     cache_bytes: int | None = None
     kl_mean: float | None = None
+    kl_stderr: float | None = None
     kl_p99: float | None = None
     kl_max: float | None = None
     perplexity: float | None = None
     perplexity_stderr: float | None = None
     top1_agreement: float | None = None
     tokens: int = 0
+    sink_length: int | None = None
+    residual_length: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -90,12 +97,15 @@ class _Tally:
             bits_per_element_total=self.sizes[1],
             cache_bytes=self.sizes[2],
             kl_mean=float(kl.mean()),
+            kl_stderr=float(kl.std()) / math.sqrt(len(kl)),
             kl_p99=float(kl.quantile(0.99)) if kl.numel() < 1 << 24 else float(kl.kthvalue(int(0.99 * len(kl)))[0]),
             kl_max=float(kl.max()),
             perplexity=perplexity,
             perplexity_stderr=perplexity * float(nll.std()) / math.sqrt(len(nll)),
             top1_agreement=float(agree.double().mean()),
             tokens=len(kl),
+            sink_length=method.sink_length,
+            residual_length=method.residual_length,
         )
 
 
@@ -126,6 +136,7 @@ def measure_fidelity(
     context: int,
     chunk: int = 64,
     sink_length: int = 4,
+    stride: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, FidelityResult]:
     """Measure methods against the dense cache on the same text.
@@ -137,39 +148,44 @@ def measure_fidelity(
         context: Tokens in a window.
         chunk: Tokens fed at once.
         sink_length: First tokens kept by every method, for :func:`chunk_edges`.
+        stride: Let windows slide by so many tokens instead; each then predicts the last ``stride`` of its tokens only,
+            the first one all of them, so that every token is predicted once and from a long past.
         on_progress: Called with the tokens of every finished chunk.
 
     Returns:
-        One result for each method. A method that fails keeps its place, with the error as its status.
+        One result for each method. A method that fails or cannot be run keeps its place, with the reason as its status.
 
     Raises:
-        QuantCacheError: The text is shorter than one window.
+        QuantCacheError: The text is shorter than one window, or the stride is none.
     """
-    windows = tokens[: len(tokens) // context * context].view(-1, context)
-    if not len(windows):
+    if len(tokens) < context:
         raise QuantCacheError(f"the text has {len(tokens)} tokens, one window needs {context}")
+    if stride is not None and not 0 < stride < context:
+        raise QuantCacheError(f"the stride must lie between 1 and {context - 1}, the window less one, got {stride}")
     device = compat.input_device(model)
     tallies = {method.name: _Tally() for method in methods}
-    failed: dict[str, str] = {}
+    failed = {method.name: f"unsupported: {method.unsupported}" for method in methods if method.unsupported}
     dense_method = next((m for m in methods if m.family == "dense"), None)
     reference = dense_method or parse_methods(["dense"], model.config, None)[0]
-    for window in windows.to(device):
+    for number, window in enumerate(tokens.unfold(0, context, stride or context).to(device)):
+        scored = range(0 if not number or stride is None else context - stride - 1, context - (stride is not None))
         dense_cache = reference.make_cache()
-        caches = {m.name: m.make_cache() for m in methods if m is not dense_method and m.name not in failed}
+        caches = {}
+        for method in methods:
+            if method is not dense_method and method.name not in failed:
+                with _recorded(failed, method.name):
+                    caches[method.name] = method.make_cache()
         for first, last in chunk_edges(context, chunk, sink_length):
             targets = window[first + 1 : last + 1]
+            rows = slice(max(scored.start - first, 0), max(scored.stop - first, 0))
             dense = _log_probabilities(model, window[first:last], dense_cache)
             if dense_method is not None:
-                tallies[dense_method.name].add(dense, dense, targets)
+                tallies[dense_method.name].add(dense[rows], dense[rows], targets[rows])
             for name, cache in caches.items():
-                if name in failed:
-                    continue
-                try:
-                    own = _log_probabilities(model, window[first:last], cache)
-                except (RuntimeError, MemoryError, NotImplementedError) as error:
-                    failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                    continue
-                tallies[name].add(dense, own, targets)
+                if name not in failed:
+                    with _recorded(failed, name):
+                        own = _log_probabilities(model, window[first:last], cache)
+                        tallies[name].add(dense[rows], own[rows], targets[rows])
             if on_progress is not None:
                 on_progress(last - first)
         for name, cache in [*caches.items(), *([(dense_method.name, dense_cache)] if dense_method else [])]:
@@ -183,6 +199,19 @@ def measure_fidelity(
         else tallies[method.name].result(method)
         for method in methods
     }
+
+
+@contextlib.contextmanager
+def _recorded(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Turn a method's failure into its status, so that the others go on."""
+    try:
+        yield
+    except MethodUnavailable as error:
+        failed[name] = f"unsupported: {error}"
+    except (MemoryError, torch.OutOfMemoryError):
+        failed[name] = "out of memory"
+    except (RuntimeError, ValueError, NotImplementedError, QuantCacheError) as error:
+        failed[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor, cache: Any) -> Tensor:

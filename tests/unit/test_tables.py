@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import records, tables
+from benchmarks import fidelity_tables, figures, records, tables
 
 PAGE = "Before.\n\n<!-- table:fidelity -->\nOld.\n<!-- /table -->\n\nAfter.\n"
 
@@ -17,6 +17,7 @@ def method(kl: float, **more: Any) -> dict[str, Any]:
     """A method's figures."""
     return {
         "status": "ok",
+        "family": "rival" if more.get("simulated") else "ours",
         "simulated": False,
         "bits_per_element": 3.125,
         "bits_per_element_total": 3.5,
@@ -30,6 +31,9 @@ def method(kl: float, **more: Any) -> dict[str, Any]:
 def record(created: str, kl: float, dirty: bool = False) -> dict[str, Any]:
     """A fidelity record."""
     return {
+        "schema_version": 1,
+        "suite": "fidelity",
+        "command": "python benchmarks/fidelity.py",
         "status": "ok",
         "created": created,
         "commit": "0123456789abcdef",
@@ -50,7 +54,7 @@ def record(created: str, kl: float, dirty: bool = False) -> dict[str, Any]:
                 "turboquant-mse-3": method(2 * kl, simulated=True),
                 "turboquant-mse-8": {"status": "RuntimeError: out of memory", "simulated": True},
             },
-            "residual_0": {"spectral-3": method(3 * kl), "turboquant-mse-3": method(4 * kl)},
+            "residual_0": {"spectral-3": method(3 * kl), "turboquant-mse-3": method(4 * kl, simulated=True)},
         },
     }
 
@@ -102,6 +106,143 @@ def test_unknown_table(checkout: Path) -> None:
     (checkout / "README.md").write_text(PAGE.replace("fidelity", "luck"), "utf-8")
     with pytest.raises(ValueError, match="no table 'luck'"):
         tables.main([], checkout)
+
+
+ALL = """<!-- table:claim -->
+<!-- /table -->
+<!-- table:fidelity-all -->
+<!-- /table -->
+<!-- table:fidelity-own -->
+<!-- /table -->
+<!-- table:fidelity-contexts -->
+<!-- /table -->
+<!-- table:fidelity-weights -->
+<!-- /table -->
+![](figures/kl-bits.svg)
+"""
+
+
+def test_pages_of_the_documentation_and_their_figures(checkout: Path) -> None:
+    (checkout / "docs").mkdir()
+    (checkout / "docs" / "fidelity.md").write_text(ALL, "utf-8")
+    content = record("2026-01-02T00:00:00+00:00", 0.002)
+    content["metrics"]["recommended"] = {
+        "spectral-3": method(0.002, sink_length=4, residual_length=64, kl_p99=0.1, kl_max=0.5),
+        "quanto-4": {"status": "unsupported: needs optimum-quanto", "simulated": False},
+    }
+    content["metrics"]["context_512"] = {"spectral-3": method(0.004)}
+    content["metrics"]["weights_int8"] = {"spectral-3": method(0.007)}
+    content["metrics"]["weights_int4"] = {"spectral-3": {"status": "unsupported: needs optimum-quanto"}}
+    add(checkout, "a", content)
+    assert tables.main([], checkout) == 0
+    text = (checkout / "docs" / "fidelity.md").read_text("utf-8")
+    assert "| turboquant-mse | turboquant-mse-3: 0.75, **not met** |" in text  # no residual: 3 against 4
+    assert "| turboquant-mse | turboquant-mse-3: 0.50, met |" in text
+    assert "No residual: met in 0 of 1 comparisons." in text
+    assert "| spectral-3 | 4, 64 | 3.125 | 3.500 | 0.00200 | 0.1000 | 0.500 | 98.00% |" in text
+    assert "| quanto-4 |  | unsupported: needs optimum-quanto |" in text
+    assert "mean KL at 512 | mean KL at 2,048 |" in text
+    assert "| spectral-3 | 3.125 | 0.00400 | 0.00200 |" in text
+    assert "| spectral-3 | 0.00200, 30.12 | 0.00700, 30.12 | unsupported: needs optimum-quanto |" in text
+    assert "[record](../benchmarks/results/abacus/fidelity__a.json)" in text
+    assert tables.main(["--check"], checkout) == 0
+    figure = checkout / "docs" / "figures" / "kl-bits.svg"
+    drawn = figure.read_bytes()
+    # The same data give the same bytes; other data, or no file, are found out.
+    figure.unlink()
+    assert tables.main(["--check"], checkout) == 1
+    assert tables.main([], checkout) == 0
+    assert figure.read_bytes() == drawn
+    content["metrics"]["residual_0"]["spectral-3"]["kl_mean"] = 0.005
+    add(checkout, "a", content)
+    assert not figures.is_current(figure, "kl-bits", figures.kl_bits(content))
+    assert tables.main(["--check"], checkout) == 1
+    assert tables.main([], checkout) == 0
+    assert figures.is_current(figure, "kl-bits", figures.kl_bits(content))
+
+
+def test_claim_takes_the_lowest_setting_with_enough_bits_within_one() -> None:
+    def rival(bits: float, kl: float) -> dict[str, Any]:
+        return method(kl, simulated=True, bits_per_element=bits)
+
+    results = {
+        "dense": method(0.0, bits_per_element=32.0, family="dense"),
+        "spectral-3": method(0.001),
+        "spectral-1": method(0.1, bits_per_element=1.125),  # below the rates of the claim
+        "kivi-2": rival(3.0, 0.5),  # fewer bits than ours
+        "kivi-3": rival(4.0, 0.004),
+        "kivi-4": rival(4.1, 0.0001),  # not the lowest
+        "quarot-4": rival(4.2, 0.0001),  # more than a bit above
+        "pca-3": {"status": "out of memory", "simulated": True},
+        "int8-token": rival(3.125, 0.0016),
+    }
+    assert fidelity_tables.claim(results) == {
+        "spectral-3": {"kivi": ("kivi-3", 0.25), "quarot": None, "int8-token": ("int8-token", 0.625)}
+    }
+
+
+def test_short_table_keeps_one_setting_of_every_rival() -> None:
+    results = {
+        "spectral-3": method(0.001),
+        "kivi-2": method(0.5, simulated=True, bits_per_element=3.0),
+        "kivi-3": method(0.5, simulated=True, bits_per_element=4.0),
+        "kivi-4": method(0.5, simulated=True, bits_per_element=5.0),
+        "rank-8": method(0.5, simulated=True, bits_per_element=2.0),  # nothing nearer
+        "quanto-4": {"status": "unsupported: needs optimum-quanto", "simulated": False, "family": "rival"},
+    }
+    assert list(fidelity_tables.short(results)) == ["spectral-3", "kivi-3", "rank-8", "quanto-4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": None}, "'metrics' must be dict"),
+        ({"dirty": "no"}, "'dirty' must be bool"),
+        ({"schema_version": 2}, "schema 2, known is 1"),
+    ],
+)
+def test_bad_records(checkout: Path, change: dict[str, Any], message: str) -> None:
+    add(checkout, "a", {**record("2026-01-02T00:00:00+00:00", 0.002), **change})
+    with pytest.raises(ValueError, match=f"fidelity__a.json: .*{message}"):
+        tables.main([], checkout)
+
+
+def test_record_without_a_field() -> None:
+    content = record("2026-01-02T00:00:00+00:00", 0.002)
+    del content["command"]
+    with pytest.raises(ValueError, match="no field 'command'"):
+        records.check_record(content)
+
+
+@pytest.mark.parametrize(("started", "folder"), [("f", "results"), ("e", "scratch")], ids=["same", "other"])
+def test_a_commit_in_the_middle_of_a_run_makes_no_result(
+    started: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = {"commit": "f" * 40, "dirty": False}
+    surroundings = {"gpus": [], "cpu": {"name": "Abacus 9", "cores": 2}, "git": git}
+    monkeypatch.setattr(records, "environment", lambda: dict(surroundings))
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(records, "SCRATCH", tmp_path / "scratch")
+    path = records.write_record("suite", {}, {}, {"commit": started * 40, "dirty": False})
+    assert path.parent.parent == tmp_path / folder
+
+
+def test_cells_outlive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "SCRATCH", tmp_path)
+    measured = []
+
+    def measure() -> dict[str, float]:
+        measured.append(1)
+        return {"kl": 0.5}
+
+    assert records.Cells("suite", {"a": 1}).get("one", measure) == {"kl": 0.5}
+    assert records.Cells("suite", {"a": 1}).get("one", measure) == {"kl": 0.5}
+    assert len(measured) == 1
+    other = records.Cells("suite", {"a": 2})  # other settings: nothing is known yet
+    assert other.get("one", measure) == {"kl": 0.5}
+    assert len(measured) == 2
+    other.discard()
+    assert not other.folder.exists()
 
 
 def test_page_without_markers(checkout: Path) -> None:

@@ -1,0 +1,199 @@
+"""Codecs that differ from ours in one choice, simulated: how a token's gain is formed and stored, and the codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from quantcache import Calibration
+from quantcache.cache import BlockCache
+from quantcache.codebook import lloyd_max
+from quantcache.codec import SideCodec, SpectralCodec, block_positions, join_blocks, split_blocks
+from quantcache.layer import CodecFactory
+from quantcache.packing import BLOCK
+from quantcache.probe import RecordingCache, run
+from quantcache.rope import ANCHOR_LENGTH, Rope
+from quantcache.schema import SIDES
+from quantcache.statistics import SINK_LENGTH
+
+Gain = Literal["none", "plain", "corrected", "searched"]
+
+GAIN_STEPS = {4: 2, 6: 8, 8: 16}
+"""Steps per octave of a gain of so many bits; 16 bits are a float16."""
+
+
+class GainCodec:
+    """Our codec with another gain.
+
+    Args:
+        codec: Ours, for transform, widths and codebooks.
+        gain: ``none`` leaves the calibrated scale; ``plain`` is the root mean square of the coded coefficients;
+            ``corrected`` fits the decoded to the exact coefficients; ``searched`` tries several, as ours does.
+        gain_bits: Width of the stored gain.
+    """
+
+    def __init__(self, codec: SpectralCodec, gain: Gain, gain_bits: int = 8):
+        self.codec, self.gain, self.gain_bits = codec, gain, 0 if gain == "none" else gain_bits
+        self.factors = codec.gain_search if gain == "searched" else (1.0,)
+        self.bits: float | None = codec.bits + (self.gain_bits - 8) / codec.dim
+
+    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+        """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
+        blocks = zip(x.split(BLOCK, dim=2), places.split(1), strict=True)
+        done = [self._reconstruct(block.contiguous(), place, starts) for block, place in blocks]
+        return {"simulated": split_blocks(torch.cat(done, dim=2).to(x.dtype))}
+
+    def _reconstruct(self, x: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
+        codec = self.codec
+        y = codec.coefficients(x, place, starts)  # [B, H, D, 64]
+        count = codec.coded.sum(-1).clamp_min(1)[:, None]
+        rms = (torch.where(codec.coded[..., None], y * y, 0.0).sum(-2) / count).sqrt()  # [B, H, 64]
+        best: tuple[Tensor, Tensor] | None = None
+        for factor in self.factors:
+            step = torch.ones_like(rms) if self.gain == "none" else rms * factor
+            _, rounded = codec._nearest(y / step.clamp_min(1e-30).unsqueeze(-2))
+            weighted = rounded * codec.weights[..., None]
+            cross, energy = (weighted * y).sum(-2), (weighted * rounded).sum(-2)
+            gain = step if self.gain in ("none", "plain") else (cross / energy.clamp_min(1e-30)).clamp_min(0.0)
+            saved = 2 * gain * cross - gain * gain * energy
+            scaled = rounded * self._stored(gain).unsqueeze(-2)
+            if best is None:
+                best = saved, scaled
+            else:
+                better = saved > best[0]
+                best = torch.where(better, saved, best[0]), torch.where(better.unsqueeze(-2), scaled, best[1])
+        assert best is not None
+        return self._leave(best[1], place, starts)
+
+    def _stored(self, gain: Tensor) -> Tensor:
+        """What is left of a gain that is stored."""
+        if self.gain == "none":
+            return gain
+        if self.gain_bits == 16:
+            return gain.half().float()
+        # With 8 bits this is quantcache.codec.quantize_gain; fewer bits have coarser steps around the same 1.0.
+        steps, codes = GAIN_STEPS[self.gain_bits], 1 << self.gain_bits
+        code = (torch.log2(gain.clamp_min(1e-30)) * steps + codes // 2).round().clamp(0, codes - 1)
+        return torch.where(code > 0, torch.exp2((code - codes // 2) / steps), 0.0)
+
+    def _leave(self, scaled: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
+        """From scaled coefficients ``[B, H, D, 64]`` back to vectors ``[B, H, 64, D]``."""
+        framed = (self.codec.decoder @ scaled).transpose(-1, -2) + self.codec.mean[:, None]
+        if self.codec.frame.is_identity:
+            return framed
+        positions, anchors = block_positions(place, starts)
+        return self.codec.frame.leave(framed, positions[:, None], anchors[:, None])
+
+    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+        """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
+        return join_blocks(fields["simulated"])
+
+    def tensors(self) -> list[Tensor]:
+        """The constants."""
+        return self.codec.tensors()
+
+
+def codec_cache(
+    calibration: Calibration,
+    config: PreTrainedConfig,
+    change: Callable[[SpectralCodec], SideCodec],
+    sink_length: int,
+    residual_length: int,
+) -> Callable[[], Cache]:
+    """A maker of caches with changed codecs.
+
+    Args:
+        calibration: With widths.
+        config: The model's config.
+        change: Makes each side's codec from ours.
+        sink_length: First tokens kept.
+        residual_length: Recent tokens kept.
+
+    Returns:
+        Makes an empty cache.
+    """
+    codecs = {key: change(codec) for key, codec in side_codecs(calibration).items()}
+
+    def codecs_of(index: int) -> tuple[CodecFactory, None]:
+        return lambda device, tails, starts: {side: codecs[index, side] for side in SIDES}, None
+
+    return lambda: BlockCache(config, codecs_of, sink_length, residual_length)
+
+
+def side_codecs(calibration: Calibration) -> dict[tuple[int, str], SpectralCodec]:
+    """Our codecs of every layer and side, not shared with any cache."""
+    return {
+        (index, side): SpectralCodec(
+            layer.side(side), layer.rope if side == "key" else Rope(), calibration.metadata.codec
+        )
+        for index, layer in calibration.layers.items()
+        for side in SIDES
+    }
+
+
+def fitted_books(model: PreTrainedModel, calibration: Calibration, tokens: Tensor) -> dict[int, Tensor]:
+    """Codebooks fitted to what is coded, one for each width over all layers and sides: Lloyd's algorithm on samples.
+
+    Args:
+        model: The model.
+        calibration: With widths.
+        tokens: Calibration tokens, ``[T]``, one sequence.
+
+    Returns:
+        Levels by width, ``[2**width]`` ascending and symmetric.
+    """
+    codecs = side_codecs(calibration)
+    samples: dict[int, list[Tensor]] = {}
+
+    def record(index: int, keys: Tensor, values: Tensor) -> None:
+        for side, x in (("key", keys), ("value", values)):
+            codec = codecs[index, side]
+            for first in range(SINK_LENGTH, x.shape[2] - BLOCK + 1, BLOCK):
+                anchor = SINK_LENGTH + (first - SINK_LENGTH) // ANCHOR_LENGTH * ANCHOR_LENGTH
+                place = torch.tensor([[first, BLOCK, anchor]], dtype=torch.int32)
+                y = codec.coefficients(x[:, :, first : first + BLOCK], place, None)
+                count = codec.coded.sum(-1).clamp_min(1)[:, None]
+                rms = (torch.where(codec.coded[..., None], y * y, 0.0).sum(-2, keepdim=True) / count[..., None]).sqrt()
+                flat = (y / rms.clamp_min(1e-30)).flatten(1, 2)
+                for c in codec.classes:
+                    samples.setdefault(c.width, []).append(flat[:, c.columns].flatten()[::4])
+
+    with torch.no_grad():
+        run(model, tokens[None], RecordingCache(model.config, record))
+    return {width: _lloyd(torch.cat(found).double(), width) for width, found in samples.items()}
+
+
+def _lloyd(samples: Tensor, width: int, rounds: int = 60) -> Tensor:
+    """Levels that fit samples and their mirror images; a level without samples stays where it was."""
+    samples = torch.cat((samples, -samples))
+    levels = torch.tensor(lloyd_max(width).levels, dtype=torch.float64)
+    for _ in range(rounds):
+        cells = torch.bucketize(samples, (levels[1:] + levels[:-1]) / 2)
+        counts = torch.bincount(cells, minlength=len(levels))
+        sums = torch.bincount(cells, weights=samples, minlength=len(levels))
+        levels = torch.where(counts > 0, sums / counts.clamp_min(1), levels)
+    return levels.float()
+
+
+def with_books(codec: SpectralCodec, books: dict[int, Tensor]) -> SpectralCodec:
+    """The same codec on other codebooks; widths without one keep theirs.
+
+    Args:
+        codec: Changed in place.
+        books: Levels by width.
+
+    Returns:
+        The codec.
+    """
+    codec.classes = tuple(
+        replace(c, levels=books[c.width], boundaries=(books[c.width][1:] + books[c.width][:-1]) / 2)
+        if c.width in books
+        else c
+        for c in codec.classes
+    )
+    return codec

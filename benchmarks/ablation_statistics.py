@@ -1,0 +1,229 @@
+"""Everything that the ablations fit transforms from, gathered once: moments and metrics in every frame.
+
+The labels, the sinks and the losses are those of :func:`quantcache.calibrate`; with the default frame and the Fisher
+metric the transforms are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from records import Cells
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quantcache import compat
+from quantcache.artifact import LayerCalibration, SideCalibration
+from quantcache.calibration import sampled_loss
+from quantcache.evaluation.methods.statistics import eigenbasis
+from quantcache.probe import RecordingCache, detect_ropes, recorded_queries, run
+from quantcache.rope import Frame, Rope, anchor_of
+from quantcache.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
+from quantcache.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, output_metrics
+
+FRAMES: dict[str, float] = {"post": 0.0, "32": 32.0, "128": 128.0, "1024": 1024.0, "full": 1e30}
+"""Frames by the wavelength below which pairs are un-rotated fully; ``post`` leaves keys as they are cached.
+
+Fast dimensions are rounded up to a multiple of 16: of wiki11m's 64 these are 0, 16, 32, 48 and 64.
+"""
+
+SEQUENCE = 2048
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How transforms are made from the statistics.
+
+    Attributes:
+        frame: A name of :data:`FRAMES`.
+        key_metric: ``fisher``, ``query`` or ``identity``.
+        value_metric: ``fisher``, ``output`` (projection), ``identity``, or ``gram``: the eigenbasis of VᵀαᵀαV.
+        key_shrinkage: Isotropic share of the keys' metric.
+        value_shrinkage: That of the values'.
+    """
+
+    frame: str = "128"
+    key_metric: str = "fisher"
+    value_metric: str = "fisher"
+    key_shrinkage: float = METRIC_SHRINKAGE
+    value_shrinkage: float = METRIC_SHRINKAGE
+
+
+class AblationStatistics:
+    """Moments of keys in every frame, of values and of attention outputs, with the metrics at them.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.layers = compat.full_attention_layers(model.config)
+        self.ropes = detect_ropes(model, self.layers)
+        heads, dim = compat.kv_geometry(model.config.get_text_config(decoder=True))
+        self.projections = output_metrics(model, dict.fromkeys(self.layers, (heads, dim)))
+        self.frames = {
+            (name, index): Frame(dim, Rope() if name == "post" else self.ropes[index], wavelength)
+            for name, wavelength in FRAMES.items()
+            for index in self.layers
+        }
+        kinds = [f"key.{kind}.{name}" for kind in ("vectors", "fisher", "query") for name in FRAMES]
+        kinds += ["value.vectors", "value.fisher", "value.output"]
+        self.sums = {f"{index}.{kind}": Moments(heads, dim) for index in self.layers for kind in kinds}
+        self.generator = torch.Generator().manual_seed(0)
+        self.tokens = 0
+
+    def _add_keys(self, index: int, kind: str, x: Tensor, slots: Tensor) -> None:
+        """Add key-side vectors ``[B, H, T', D]`` that stand at, or are seen from, some slots."""
+        for name in FRAMES:
+            framed = self.frames[name, index].enter(x.double(), slots, anchor_of(slots, SINK_LENGTH))
+            self.sums[f"{index}.key.{kind}.{name}"].add(framed.transpose(0, 1).flatten(1, -2))
+
+    def add(self, sequence: Tensor) -> None:
+        """Add one sequence, ``[T]``: a forward and backward pass, and a forward pass for queries and outputs."""
+        slots = torch.arange(SINK_LENGTH, len(sequence))
+        leaves: dict[tuple[int, str], Tensor] = {}
+
+        def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            self._add_keys(index, "vectors", keys.detach()[:, :, SINK_LENGTH:], slots)
+            self.sums[f"{index}.value.vectors"].add(values.detach()[0, :, SINK_LENGTH:])
+            leaves[index, "key"] = torch.zeros_like(keys, requires_grad=True)
+            leaves[index, "value"] = torch.zeros_like(values, requires_grad=True)
+            return keys + leaves[index, "key"], values + leaves[index, "value"]
+
+        with torch.enable_grad():
+            logits = run(self.model, sequence[None], RecordingCache(self.model.config, record)).logits
+            sampled_loss(logits, self.generator).backward()
+        for index in self.layers:
+            gradients = [leaves[index, side].grad for side in ("key", "value")]
+            assert gradients[0] is not None
+            assert gradients[1] is not None
+            self._add_keys(index, "fisher", gradients[0][:, :, SINK_LENGTH:], slots)
+            self.sums[f"{index}.value.fisher"].add(gradients[1][0, :, SINK_LENGTH:])
+
+        def on_query(index: int, query: Tensor) -> None:
+            # Each query as a randomly drawn earlier key sees it; in the frame of keys as cached this changes nothing.
+            drawn = torch.rand(len(slots), generator=self.generator) * (slots - SINK_LENGTH + 1)
+            heads = len(self.sums[f"{index}.value.vectors"].sum)
+            seen = query[0, :, SINK_LENGTH:].unflatten(0, (heads, -1))[None]  # [1, H, G, T', D]
+            self._add_keys(index, "query", seen.flatten(2, 3), (drawn.long() + SINK_LENGTH).repeat(seen.shape[2]))
+
+        def on_output(index: int, output: Tensor) -> None:
+            heads = len(self.sums[f"{index}.value.vectors"].sum)
+            grouped = output[0, SINK_LENGTH:].transpose(0, 1).unflatten(0, (heads, -1)).flatten(1, 2)
+            self.sums[f"{index}.value.output"].add(grouped)
+
+        with torch.no_grad(), recorded_queries(self.model, on_query, on_output):
+            run(self.model, sequence[None], RecordingCache(self.model.config, lambda *_: None))
+        self.tokens += len(sequence)
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: Path) -> None:
+        """Write everything, complete or not at all."""
+        tensors = {f"{name}.sum": m.sum for name, m in self.sums.items()}
+        tensors |= {f"{name}.outer": m.outer for name, m in self.sums.items()}
+        counts = {name: m.count for name, m in self.sums.items()}
+        tensors["generator"] = self.generator.get_state()
+        temporary = path.with_suffix(".part")
+        save_file(tensors, temporary, metadata={"counts": json.dumps(counts), "tokens": str(self.tokens)})
+        temporary.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Read what :meth:`save` wrote."""
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        for name, count in json.loads(metadata["counts"]).items():
+            self.sums[name].count = count
+            self.sums[name].sum, self.sums[name].outer = tensors[f"{name}.sum"], tensors[f"{name}.outer"]
+        self.generator.set_state(tensors["generator"])
+        self.tokens = int(metadata["tokens"])
+
+    # ------------------------------------------------------------------ transforms
+
+    def solve(self, choice: Choice) -> dict[int, LayerCalibration]:
+        """Transforms of every layer, without widths."""
+        return {index: self._solve_layer(index, choice) for index in self.layers}
+
+    def _solve_layer(self, index: int, choice: Choice) -> LayerCalibration:
+        frame = self.frames[choice.frame, index]
+        vectors = self.sums[f"{index}.key.vectors.{choice.frame}"]
+        eye = torch.eye(frame.head_dim, dtype=torch.float64).expand_as(vectors.outer)
+        metric = eye
+        if choice.key_metric != "identity":
+            metric = self.sums[f"{index}.key.{choice.key_metric}.{choice.frame}"].second_moment
+        key = _side(vectors, metric, (frame.num_slow, frame.num_fast), choice.key_shrinkage)
+        values = self.sums[f"{index}.value.vectors"]
+        if choice.value_metric == "gram":
+            value = _rotated(values, self.sums[f"{index}.value.output"].second_moment)
+        else:
+            metrics = {
+                "fisher": self.sums[f"{index}.value.fisher"].second_moment,
+                "output": self.projections[index],
+                "identity": eye,
+            }
+            value = _side(values, metrics[choice.value_metric], (frame.head_dim,), choice.value_shrinkage)
+        return LayerCalibration(frame.rope, key, value)
+
+
+def _side(vectors: Moments, metric: Tensor, parts: tuple[int, ...], shrinkage: float) -> SideCalibration:
+    covariance = shrink(vectors.covariance, COVARIANCE_SHRINKAGE)
+    transform = split_klt(covariance, metric, parts, shrinkage)
+    # The metric keeps its trace, so that sides of different shrinkage still share a unit; the default is left as it is.
+    unit = (1 + METRIC_SHRINKAGE) / (1 + shrinkage)
+    return SideCalibration(vectors.mean.float(), (transform.analysis * unit**0.5).float(), transform.spectrum * unit)
+
+
+def _rotated(vectors: Moments, gram: Tensor) -> SideCalibration:
+    """An orthogonal basis of something else, with the variances that the vectors have in it."""
+    _, basis = eigenbasis(gram)
+    variances = (basis.transpose(-1, -2) @ shrink(vectors.covariance, COVARIANCE_SHRINKAGE) @ basis).diagonal(
+        dim1=-2, dim2=-1
+    )
+    return SideCalibration(vectors.mean.float(), basis.transpose(-1, -2).float().contiguous(), variances.contiguous())
+
+
+def gather(
+    model: PreTrainedModel, tokens: Tensor, checkpoints: list[int], cells: Cells, on_progress: Callable[[int], None]
+) -> dict[int, Path]:
+    """Statistics after several numbers of tokens, each in a file; an interrupted run goes on at the last one.
+
+    Args:
+        model: The model.
+        tokens: Calibration tokens, ``[N]``.
+        checkpoints: Numbers of tokens, ascending. One below 2,048 is gathered by itself, from a shorter sequence.
+        cells: Where files go.
+        on_progress: Called with the tokens of every finished sequence.
+
+    Returns:
+        The file of each checkpoint.
+    """
+    paths = {count: cells.folder / f"statistics-{count}.safetensors" for count in checkpoints}
+    for count in (c for c in checkpoints if c < SEQUENCE):
+        if not paths[count].is_file():
+            statistics = AblationStatistics(model)
+            statistics.add(tokens[:count])
+            statistics.save(paths[count])
+    long = [count for count in checkpoints if count >= SEQUENCE]
+    missing = [count for count in long if not paths[count].is_file()]
+    if missing:
+        statistics = AblationStatistics(model)
+        done = [count for count in long if count < missing[0]]
+        if done:
+            statistics.load(paths[done[-1]])
+            on_progress(statistics.tokens)
+        for sequence in tokens[statistics.tokens : missing[-1]].split(SEQUENCE):
+            statistics.add(sequence)
+            on_progress(len(sequence))
+            if statistics.tokens in paths:
+                statistics.save(paths[statistics.tokens])
+                print(f"statistics of {statistics.tokens:,} tokens", file=sys.stderr)
+    return paths

@@ -1,0 +1,22 @@
+"""The methods that can be measured: one small file for each family, which describes itself."""
+
+from __future__ import annotations
+
+from quantcache.evaluation.methods.base import Method, MethodUnavailable, Recipe, Setting
+from quantcache.evaluation.methods.registry import METHOD_NAMES, RECIPES, all_methods, needs_statistics, parse_methods
+from quantcache.evaluation.methods.statistics import RivalStatistics, collect_statistics, text_statistics
+
+__all__ = [
+    "METHOD_NAMES",
+    "RECIPES",
+    "Method",
+    "MethodUnavailable",
+    "Recipe",
+    "RivalStatistics",
+    "Setting",
+    "all_methods",
+    "collect_statistics",
+    "needs_statistics",
+    "parse_methods",
+    "text_statistics",
+]

@@ -1,0 +1,207 @@
+"""What a method is, and what simulated ones share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+
+from quantcache.artifact import Calibration
+from quantcache.cache import BlockCache, CodecFactory
+from quantcache.codec import SideCodec, join_blocks, split_blocks
+from quantcache.errors import QuantCacheError
+from quantcache.evaluation.methods.statistics import RivalStatistics
+
+Family = Literal["ours", "rival", "dense"]
+
+
+class MethodUnavailable(QuantCacheError):
+    """A method cannot be run here: a package, a feature of transformers or a statistic is missing."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of keeping a KV cache.
+
+    Attributes:
+        name: As given on the command line.
+        family: ``ours``, ``rival`` or ``dense``.
+        simulated: Whether the cache holds fake-quantized values instead of codes.
+        make_cache: Makes an empty cache; raises :class:`MethodUnavailable` where ``unsupported`` says why.
+        description: What it does, in one line.
+        source: Where it is from.
+        unsupported: Why it cannot be run here, None if it can.
+        sink_length: First tokens that it keeps; None where its cache decides for itself.
+        residual_length: Recent tokens that it keeps, likewise.
+    """
+
+    name: str
+    family: Family
+    simulated: bool
+    make_cache: Callable[[], Cache]
+    description: str = ""
+    source: str = ""
+    unsupported: str | None = None
+    sink_length: int | None = None
+    residual_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that a recipe may build a cache from.
+
+    Attributes:
+        config: The model's config.
+        calibration: The model's calibration, for our own methods.
+        statistics: Moments of the model's cache on a calibration text, for calibrated rivals.
+        sink_length: First tokens to keep.
+        residual_length: Recent tokens to keep.
+    """
+
+    config: PreTrainedConfig
+    calibration: Calibration | None
+    statistics: RivalStatistics | None
+    sink_length: int
+    residual_length: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A family of methods that differ in one number.
+
+    Attributes:
+        stem: The name, without the number.
+        family: ``ours``, ``rival`` or ``dense``.
+        simulated: As in :class:`Method`.
+        description: What it does, in one line.
+        source: Where it is from.
+        make: Turns the number (0 where there is none) and a setting into a maker of caches.
+        parameter: What the number is: bits, a rank, or nothing.
+        numbers: The numbers that may be given; None for any in ``limits``.
+        limits: Smallest and largest number, for bits that need not be whole.
+        defaults: The numbers that ``all`` runs on a model.
+        own_lengths: Sinks and residual that its authors recommend, where they do.
+        keeps_lengths: Whether it takes sinks and residual at all.
+        needs: What it is fitted with.
+        unsupported: Says why it cannot be run in this environment, None if it can.
+    """
+
+    stem: str
+    family: Family
+    simulated: bool
+    description: str
+    source: str
+    make: Callable[[float, Setting], Callable[[], Cache]]
+    parameter: Literal["", "B", "K"] = ""
+    numbers: tuple[int, ...] | None = None
+    limits: tuple[float, float] = (0, 8)
+    defaults: Callable[[PreTrainedConfig], tuple[float, ...]] = lambda config: ()
+    own_lengths: tuple[int, int] | None = None
+    keeps_lengths: bool = True
+    needs: Literal["", "calibration", "statistics"] = ""
+    unsupported: Callable[[], str | None] = lambda: None
+
+    @property
+    def pattern(self) -> str:
+        """The name as documentation writes it, such as ``kivi-B``."""
+        return f"{self.stem}-{self.parameter}" if self.parameter else self.stem
+
+
+def two_to_four(config: PreTrainedConfig) -> tuple[float, ...]:
+    """The rates at which scalar quantizers are compared."""
+    return (2, 3, 4)
+
+
+class SimulatedCodec(ABC):
+    """A codec that quantizes and dequantizes at store time, and keeps the result in the model's dtype.
+
+    Attributes:
+        bits: Bits per element that its codes and scales would take.
+        constants: What all caches of a model share.
+    """
+
+    def __init__(self, bits: float, constants: list[Tensor] | None = None):
+        self.bits: float | None = bits
+        self.constants = constants or []
+
+    @abstractmethod
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize whole blocks, ``[B, H, n * 64, D]`` float32."""
+
+    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+        """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
+        return {"simulated": split_blocks(self.reconstruct(x.float()).to(x.dtype))}
+
+    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+        """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
+        return join_blocks(fields["simulated"])
+
+    def tensors(self) -> list[Tensor]:
+        """The constants."""
+        return self.constants
+
+
+def simulated_cache(
+    setting: Setting, make_codec: Callable[[int, str, Tensor, torch.device], SideCodec]
+) -> Callable[[], Cache]:
+    """A maker of caches that hold what a codec leaves of keys and values.
+
+    Args:
+        setting: Config, sinks and residual.
+        make_codec: Gives the codec of (layer index, side, an example ``[B, H, T, D]``, device); each is made once.
+
+    Returns:
+        Makes an empty cache; all of them share their codecs.
+    """
+    codecs: dict[tuple[int, str, torch.device], SideCodec] = {}
+
+    def codecs_of(index: int) -> tuple[CodecFactory, None]:
+        def make(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
+            for side, tail in tails.items():
+                if (index, side, device) not in codecs:
+                    codecs[index, side, device] = make_codec(index, side, tail, device)
+            return {side: codecs[index, side, device] for side in tails}
+
+        return make, None
+
+    return lambda: BlockCache(setting.config, codecs_of, setting.sink_length, setting.residual_length)
+
+
+def uniform(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """Asymmetric uniform quantization of each row by its own range, scale and zero point kept in float16.
+
+    Args:
+        x: ``[..., n]``, one group in each row.
+        bits: Width of every code.
+        clip: Share of the range that the codes span; what lies outside saturates.
+
+    Returns:
+        The dequantized rows.
+    """
+    low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
+    steps = (1 << bits) - 1
+    scale, low = ((high - low) / steps).half().float(), low.half().float()
+    codes = ((x - low) / scale.clamp_min(1e-30)).round().clamp(0, steps)
+    return codes * scale + low
+
+
+def hadamard(dim: int) -> Tensor:
+    """An orthonormal Hadamard matrix, block-diagonal where the dimension is no power of two.
+
+    Args:
+        dim: D.
+
+    Returns:
+        ``[D, D]`` float32; its blocks are as large as the largest power of two that divides D.
+    """
+    size = dim & -dim
+    block = torch.ones(1, 1, dtype=torch.float64)
+    while len(block) < size:
+        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
+    return torch.block_diag(*[block / math.sqrt(size)] * (dim // size)).float()

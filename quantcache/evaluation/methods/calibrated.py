@@ -1,0 +1,189 @@
+"""Rivals that are fitted to a calibration text: PCA water-filling, an OSCAR-like rotation, and rank reduction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+
+from quantcache import compat
+from quantcache.allocation import Group, allocate
+from quantcache.codebook import lloyd_max
+from quantcache.evaluation.methods.base import (
+    MethodUnavailable,
+    Recipe,
+    Setting,
+    SimulatedCodec,
+    hadamard,
+    simulated_cache,
+    two_to_four,
+)
+from quantcache.evaluation.methods.integer import QuarotCodec
+from quantcache.evaluation.methods.statistics import LayerMoments, eigenbasis
+from quantcache.spectral import Moments
+
+GAIN_BITS = 8
+"""Of our gain of every token and head."""
+
+OSCAR_CLIPS = {"key": 0.96, "value": 0.92}
+"""Share of a token's range that the codes span, as in OSCAR's serving scripts."""
+
+
+class PcaCodec(SimulatedCodec):
+    """Principal components of every head, water-filled widths, Lloyd-Max codes with a fixed scale per component.
+
+    No token has a scale of its own, so codes are all that is stored. Source: the SpectralQuant recipe
+    (github.com/Dynamis-Labs/spectralquant); widths by exact water-filling instead of a split at an effective rank.
+
+    Args:
+        moments: Moments of the vectors.
+        bits: Mean width over the components of a head.
+        device: Where the constants live.
+    """
+
+    def __init__(self, moments: Moments, bits: float, device: torch.device | str = "cpu"):
+        values, vectors = eigenbasis(moments.covariance.cpu())
+        widths = torch.tensor([allocate([Group(float(v), 1) for v in head], bits) for head in values])
+        self.mean = moments.mean.float().to(device)[:, None]  # [H, 1, D]
+        self.basis = vectors.float().to(device)  # [H, D, D]
+        self.sigma = values.sqrt().clamp_min(1e-30).float().to(device)[:, None]
+        self.books = []
+        for width in widths.unique().tolist():
+            book = lloyd_max(width)
+            chosen = (widths == width).flatten().nonzero().flatten().to(device)
+            self.books.append((chosen, torch.tensor(book.levels).to(device), torch.tensor(book.boundaries).to(device)))
+        held = [self.mean, self.basis, self.sigma, *(t for book in self.books for t in book)]
+        super().__init__(float(widths.double().mean()), held)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Round every component to its nearest level."""
+        unit = ((x - self.mean) @ self.basis / self.sigma).transpose(1, 2).flatten(2)  # [B, T, H * D]
+        rounded = torch.empty_like(unit)
+        for chosen, levels, boundaries in self.books:
+            rounded[..., chosen] = levels[torch.bucketize(unit[..., chosen], boundaries)]
+        components = rounded.unflatten(2, (x.shape[1], -1)).transpose(1, 2) * self.sigma
+        return components @ self.basis.transpose(-1, -2) + self.mean
+
+
+class RankCodec(SimulatedCodec):
+    """The first K principal components of every head, in bfloat16.
+
+    Args:
+        moments: Moments of the vectors.
+        rank: K.
+        device: Where the constants live.
+    """
+
+    def __init__(self, moments: Moments, rank: int, device: torch.device | str = "cpu"):
+        _, vectors = eigenbasis(moments.covariance.cpu())
+        self.mean = moments.mean.float().to(device)[:, None]  # [H, 1, D]
+        self.basis = vectors[..., :rank].float().contiguous().to(device)  # [H, D, K]
+        super().__init__(16 * rank / vectors.shape[-1], [self.mean, self.basis])
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Project onto the components, and back."""
+        components = ((x - self.mean) @ self.basis).bfloat16().float()
+        return components @ self.basis.transpose(-1, -2) + self.mean
+
+
+def oscar_codec(layer: LayerMoments, side: str, bits: int, device: torch.device | str = "cpu") -> QuarotCodec:
+    """Rotation into the eigenbasis of what attention does with a vector, then Hadamard and codes per token.
+
+    Keys: the eigenbasis of E[q qᵀ] over the queries of the group. Values: that of VᵀSᵀSV, S the attention weights.
+    Source: Z. Zhou et al., "OSCAR: Offline Spectral Covariance-Aware Rotation for 2-bit KV Cache Quantization" (2026);
+    rotations here are per key/value head.
+
+    Args:
+        layer: Moments of the layer.
+        side: ``"key"`` or ``"value"``.
+        bits: Width of every code.
+        device: Where the constants live.
+
+    Returns:
+        The codec.
+
+    Raises:
+        MethodUnavailable: No queries of the keys' dimension, or no outputs of the values', were seen.
+    """
+    seen = layer.query if side == "key" else layer.output
+    if not seen.count:
+        raise MethodUnavailable(f"attention showed no {'queries' if side == 'key' else 'outputs'} that fit the {side}s")
+    _, vectors = eigenbasis(seen.second_moment.cpu())
+    return QuarotCodec((vectors.float() @ hadamard(vectors.shape[-1])).to(device), bits, OSCAR_CLIPS[side])
+
+
+def our_rates(config: PreTrainedConfig) -> tuple[float, ...]:
+    """Bits per element of ours at its usual rates, gains included: what a method of any rate is compared at."""
+    _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
+    return tuple(bits + GAIN_BITS / dim for bits in (2, 2.5, 3, 4))
+
+
+def matched_ranks(config: PreTrainedConfig) -> tuple[float, ...]:
+    """The smallest ranks that store at least as much as ours."""
+    _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
+    return tuple(dict.fromkeys(float(math.ceil(dim * bits / 16)) for bits in our_rates(config)))
+
+
+def _fitted(
+    setting: Setting, make_codec: Callable[[LayerMoments, str, torch.device], SimulatedCodec]
+) -> Callable[[], Cache]:
+    statistics = setting.statistics
+    if statistics is None:
+        raise MethodUnavailable("needs statistics of a calibration text")
+    return simulated_cache(setting, lambda index, side, x, device: make_codec(statistics.layers[index], side, device))
+
+
+def _pca(bits: float, setting: Setting) -> Callable[[], Cache]:
+    return _fitted(setting, lambda layer, side, device: PcaCodec(layer.side(side), bits, device))
+
+
+def _oscar(bits: float, setting: Setting) -> Callable[[], Cache]:
+    return _fitted(setting, lambda layer, side, device: oscar_codec(layer, side, int(bits), device))
+
+
+def _rank(rank: float, setting: Setting) -> Callable[[], Cache]:
+    return _fitted(setting, lambda layer, side, device: RankCodec(layer.side(side), int(rank), device))
+
+
+RECIPES = (
+    Recipe(
+        stem="pca",
+        family="rival",
+        simulated=True,
+        description="principal components of every head, water-filled Lloyd-Max codes, no scale per token",
+        source="the SpectralQuant recipe",
+        make=_pca,
+        parameter="B",
+        defaults=our_rates,
+        own_lengths=(0, 0),
+        needs="statistics",
+    ),
+    Recipe(
+        stem="oscar",
+        family="rival",
+        simulated=True,
+        description="rotation by the queries' (values: the attention outputs') second moment and Hadamard, flat codes",
+        source="an OSCAR-like recipe (2026)",
+        make=_oscar,
+        parameter="B",
+        numbers=tuple(range(1, 9)),
+        defaults=two_to_four,
+        own_lengths=(64, 256),
+        needs="statistics",
+    ),
+    Recipe(
+        stem="rank",
+        family="rival",
+        simulated=True,
+        description="the first K principal components of every head, in bfloat16",
+        source="rank reduction",
+        make=_rank,
+        parameter="K",
+        defaults=matched_ranks,
+        own_lengths=(0, 0),
+        needs="statistics",
+    ),
+)

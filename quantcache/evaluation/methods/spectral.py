@@ -1,0 +1,36 @@
+"""Ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import Cache
+
+from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH, SpectralCache
+from quantcache.errors import QuantCacheError
+from quantcache.evaluation.methods.base import Recipe, Setting
+
+
+def _make(bits: float, setting: Setting) -> Callable[[], Cache]:
+    if setting.calibration is None:
+        raise QuantCacheError(f"method spectral-{bits:g} needs a calibration")
+    allocated = setting.calibration.with_bits(bits)
+    return lambda: SpectralCache(
+        allocated, setting.config, sink_length=setting.sink_length, residual_length=setting.residual_length
+    )
+
+
+RECIPES = (
+    Recipe(
+        stem="spectral",
+        family="ours",
+        simulated=False,
+        description="loss-aware transform, water-filled Lloyd-Max codes, one 8-bit gain per token and head, packed",
+        source="quantcache SpectralCache",
+        make=_make,
+        parameter="B",
+        defaults=lambda config: (2, 2.5, 3, 4),
+        own_lengths=(SINK_LENGTH, RESIDUAL_LENGTH),
+        needs="calibration",
+    ),
+)

@@ -1,0 +1,257 @@
+"""The ablations: their statistics, codecs and budgets against the library's own, and the findings against theory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ablation_statistics
+import ablations
+import findings
+import pytest
+import torch
+from ablation_codecs import GainCodec, _lloyd, fitted_books, side_codecs, with_books
+from ablation_statistics import AblationStatistics, Choice, gather
+from builders import llama_config
+from records import Cells
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+import quantcache
+from quantcache import Calibration, calibrate
+from quantcache.artifact import CodecSettings, Metadata
+from quantcache.codebook import lloyd_max
+from quantcache.spectral import METRIC_SHRINKAGE
+
+CONFIG = llama_config(head_dim=32, layers=3, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """A small Llama with random weights."""
+    quantcache.register_attention()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG).eval()
+    model.set_attn_implementation("spectral")
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    """Random tokens, ``[600]``."""
+    return torch.randint(0, 32, (600,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def calibration(model: PreTrainedModel, tokens: Tensor) -> Calibration:
+    """A calibration on the first 300 tokens."""
+    return calibrate(model, [tokens[:300]], max_tokens=300, progress=False)
+
+
+def test_default_transforms_are_those_of_calibrate(
+    model: PreTrainedModel, tokens: Tensor, calibration: Calibration
+) -> None:
+    statistics = AblationStatistics(model)
+    statistics.add(tokens[:300])
+    for index, layer in statistics.solve(Choice()).items():
+        for side in ("key", "value"):
+            found, expected = layer.side(side), calibration.layers[index].side(side)
+            torch.testing.assert_close(found.mean, expected.mean)
+            torch.testing.assert_close(found.spectrum, expected.spectrum, rtol=1e-6, atol=0)
+            torch.testing.assert_close(found.analysis, expected.analysis, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["query", "identity"])
+def test_other_metrics_are_those_of_calibrate(model: PreTrainedModel, tokens: Tensor, metric: str) -> None:
+    statistics = AblationStatistics(model)
+    statistics.add(tokens[:300])
+    choice = Choice(key_metric=metric, value_metric="output" if metric == "query" else metric)
+    found = statistics.solve(choice)
+    expected = calibrate(model, [tokens[:300]], metric=metric, max_tokens=300, progress=False)
+    for index, layer in found.items():
+        value = expected.layers[index].value
+        torch.testing.assert_close(layer.value.spectrum, value.spectrum, rtol=1e-6, atol=0)
+        # Queries are put at random keys, drawn apart here: spectra agree as two samples of one thing do.
+        ratio = layer.key.spectrum.sum() / expected.layers[index].key.spectrum.sum()
+        assert float(ratio) == pytest.approx(1, abs=1e-6 if metric == "identity" else 0.1)
+
+
+def test_shrinkage_keeps_the_unit(model: PreTrainedModel, tokens: Tensor) -> None:
+    statistics = AblationStatistics(model)
+    statistics.add(tokens[:300])
+    for shrinkage in (0.0, 1.0):
+        for index, layer in statistics.solve(Choice(value_shrinkage=shrinkage)).items():
+            # AᵀA is the metric: its trace stays that of the default whatever is mixed in.
+            metric = statistics.sums[f"{index}.value.fisher"].second_moment
+            wanted = metric.diagonal(dim1=-2, dim2=-1).sum(-1) * (1 + METRIC_SHRINKAGE)
+            found = layer.value.analysis.double().square().sum((-1, -2))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+
+
+def test_gram_basis_is_orthogonal_and_keeps_the_variance(model: PreTrainedModel, tokens: Tensor) -> None:
+    statistics = AblationStatistics(model)
+    statistics.add(tokens[:300])
+    for index, layer in statistics.solve(Choice(value_metric="gram")).items():
+        analysis = layer.value.analysis.double()
+        eye = torch.eye(32, dtype=torch.float64).expand_as(analysis)
+        torch.testing.assert_close(analysis @ analysis.transpose(-1, -2), eye, rtol=0, atol=1e-5)
+        total = statistics.sums[f"{index}.value.vectors"].covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        torch.testing.assert_close(layer.value.spectrum.sum(-1), total, rtol=1e-3, atol=0)
+
+
+def test_interrupted_statistics_go_on(
+    model: PreTrainedModel, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation_statistics, "SEQUENCE", 200)
+    monkeypatch.setattr("records.SCRATCH", tmp_path)
+
+    def run(name: str, checkpoints: list[int]) -> tuple[dict[int, Path], list[int]]:
+        steps: list[int] = []
+        return gather(model, tokens, checkpoints, Cells("suite", {"name": name}), steps.append), steps
+
+    whole, steps = run("whole", [100, 200, 600])
+    assert steps == [200, 200, 200]
+    run("parts", [200])
+    parts, steps = run("parts", [200, 600])
+    assert steps == [200, 200, 200]  # the first is what was loaded
+    first, second = AblationStatistics(model), AblationStatistics(model)
+    first.load(whole[600])
+    second.load(parts[600])
+    assert first.tokens == second.tokens == 600
+    for name, sums in first.sums.items():
+        assert sums.count == second.sums[name].count
+        assert torch.equal(sums.outer, second.sums[name].outer)
+    first.load(whole[100])
+    assert first.tokens == 100
+
+
+# ---------------------------------------------------------------------- codecs and budgets
+
+
+def block(seed: int = 2) -> tuple[Tensor, Tensor]:
+    """One block of vectors ``[1, 2, 64, 32]`` and its place."""
+    x = torch.randn(1, 2, 64, 32, generator=torch.Generator().manual_seed(seed))
+    return x, torch.tensor([[4, 64, 4]], dtype=torch.int32)
+
+
+def weighted_error(calibration: Calibration, gain: str, bits: int) -> float:
+    """Squared error of one block of keys in units of the metric."""
+    codec = side_codecs(calibration)[0, "key"]
+    x, place = block()
+    decoded = GainCodec(codec, gain, bits).encode(x, place, None)["simulated"][0]  # type: ignore[arg-type]
+    difference = codec.coefficients(x, place, None) - codec.coefficients(decoded, place, None)
+    return float((difference.square() * codec.weights[..., None]).sum())
+
+
+def test_searched_gain_of_eight_bits_is_ours(calibration: Calibration) -> None:
+    for (_, side), codec in side_codecs(calibration).items():
+        x, place = block()
+        gain = GainCodec(codec, "searched", 8)
+        assert gain.bits == codec.bits
+        found = gain.decode(gain.encode(x, place, None), place, None)
+        expected = codec.decode(codec.encode(x, place, None), place, None)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=side)
+
+
+def test_better_gains_err_less(calibration: Calibration) -> None:
+    errors = [weighted_error(calibration, gain, 16) for gain in ("none", "plain", "corrected", "searched")]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0]
+    by_bits = [weighted_error(calibration, "searched", bits) for bits in (4, 6, 8, 16)]
+    assert by_bits == sorted(by_bits, reverse=True)
+
+
+@pytest.mark.parametrize(("gain", "bits", "extra"), [("none", 8, -0.25), ("plain", 4, -0.125), ("plain", 16, 0.25)])
+def test_gain_sizes(calibration: Calibration, gain: str, bits: int, extra: float) -> None:
+    codec = side_codecs(calibration)[1, "value"]
+    assert GainCodec(codec, gain, bits).bits == pytest.approx(codec.bits + extra)  # type: ignore[arg-type]
+
+
+def test_fitted_codebooks() -> None:
+    samples = torch.randn(200_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    book = lloyd_max(2)
+    found = _lloyd(samples, 2)
+    # 200,000 samples fix a cell's mean to a few thousandths.
+    torch.testing.assert_close(found.double(), torch.tensor(book.levels, dtype=torch.float64), rtol=0, atol=0.01)
+    sparse = torch.sign(samples) * samples.abs() ** 2  # heavy tails
+
+    def error(levels: Tensor) -> float:
+        rounded = levels[torch.bucketize(sparse, (levels[1:] + levels[:-1]) / 2)]
+        return float((sparse - rounded).square().mean())
+
+    assert error(_lloyd(sparse, 2).double()) < error(torch.tensor(book.levels, dtype=torch.float64))
+
+
+def test_fitted_codebooks_reach_the_codec(model: PreTrainedModel, tokens: Tensor, calibration: Calibration) -> None:
+    books = fitted_books(model, calibration, tokens[:300])
+    codec = with_books(side_codecs(calibration)[0, "key"], books)
+    for c in codec.classes:
+        assert torch.equal(c.levels, books[c.width])
+        torch.testing.assert_close(c.levels, -c.levels.flip(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [2.0, 3.0])
+def test_layer_floor(calibration: Calibration, rate: float) -> None:
+    spread = [3.0, 1.0, 0.01]  # layers that matter differently
+    layers = {
+        index: ablations.replace(
+            layer,
+            key=ablations.replace(layer.key, spectrum=layer.key.spectrum * spread[index]),
+            value=ablations.replace(layer.value, spectrum=layer.value.spectrum * spread[index]),
+        )
+        for index, layer in calibration.layers.items()
+    }
+    bare = Calibration(layers, Metadata(codec=CodecSettings()))
+    free = ablations.allocate(ablations.Variant(), bare, rate)
+    floored = ablations.allocate(ablations.Variant(floor=0.25), bare, rate)
+    group = 8 / 32 / 4  # one group of one head, on the mean over a layer
+    assert min(map(ablations.mean_width, free.layers.values())) < rate - 0.25 - group
+    assert min(map(ablations.mean_width, floored.layers.values())) >= rate - 0.25 - group
+    assert rate - 2 * group <= floored.bits <= rate
+
+
+def test_every_variant_names_a_default_row() -> None:
+    default = {
+        "metric",
+        "key-shrinkage",
+        "value-shrinkage",
+        "frame",
+        "group-size",
+        "profile",
+        "gain",
+        "codebooks",
+        "min-width",
+    }
+    default |= {"layer-floor", "split", "sinks"}
+    rows = ablations.ablations()
+    assert {name for name, variants in rows.items() if ablations.Variant() in variants.values()} == default
+    assert all(len(set(map(repr, variants.values()))) == len(variants) for variants in rows.values())
+
+
+# ---------------------------------------------------------------------- findings
+
+
+def test_damage_ratio_is_the_published_one_where_its_assumptions_hold(
+    model: PreTrainedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Gaussian keys of equal variance and queries so small that attention is even: Var(c) = σ², Var(e) = Δ²/12.
+    generator = torch.Generator().manual_seed(4)
+    keys = torch.randn(1, 1024, 16, generator=generator, dtype=torch.float64)
+    queries = 1e-3 * torch.randn(1, 2, 1024, 16, generator=generator, dtype=torch.float64)
+    monkeypatch.setattr(findings, "attention", lambda *_: iter([(0, queries, keys)]))
+    found = findings.damage_ratios(model, tokens)
+    for bits in ("2", "3", "4"):
+        assert found[bits]["2 sigma"]["median"] == pytest.approx(1, abs=0.05)
+        assert found[bits]["range"]["median"] < 0.5  # a range of some 6 σ instead of 2
+
+
+def test_attention_of_findings_is_the_models(model: PreTrainedModel, tokens: Tensor) -> None:
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            weights = model(tokens[None, :80], output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation("spectral")
+    for index, queries, keys in findings.attention(model, tokens[:80]):
+        for head in range(2):
+            found = findings._scores(queries[head], keys[head]).softmax(-1)
+            torch.testing.assert_close(found, weights[index][0, 2 * head : 2 * head + 2].double(), rtol=1e-4, atol=1e-6)
