@@ -20,7 +20,7 @@ PACKAGE = ROOT / "quantcache"
 TIERS = (
     ("errors", "packing", "rope", "spectral", "codebook", "data"),
     ("schema", "store"),
-    ("allocation", "compat", "card"),
+    ("allocation", "compat", "card", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
     ("codec",),
@@ -30,6 +30,7 @@ TIERS = (
     ("layer",),
     ("cache", "probe", "statistics", "self_calibration"),
     ("calibration",),
+    ("export",),
     ("evaluation", "env"),
     ("demo",),
     ("cli", "__init__", "__main__"),

@@ -235,6 +235,11 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     clip = clip if clip is not None else getattr(getattr(config, "attn_config", None), "clip_qkv", None)
     if clip is not None:
         raise UnsupportedModel(f"the model clips its values (clip_qkv is {clip}), which no change of basis survives")
+    if getattr(config, "new_decoder_architecture", False):
+        raise UnsupportedModel(
+            "a Falcon model of the new decoder architecture caches a copy of its values for every query head, each "
+            "calibrated by itself, but has one projection for all of them"
+        )
     return architecture
 
 

@@ -712,7 +712,7 @@ class FakeHub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     """A Hub that answers from a folder."""
     fake = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr(artifact, "hf_hub_download", fake.download)
+    monkeypatch.setattr("quantcache.hub.hf_hub_download", fake.download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", fake)
     return fake
 
