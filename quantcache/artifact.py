@@ -205,9 +205,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             return None
         return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
-    def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> str:
         """Push the artifact to the Hub in one commit, creating the repository where there is none.
 
         Args:

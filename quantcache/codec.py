@@ -223,9 +223,11 @@ class SpectralCodec:
             positions, anchors = block_positions(place, starts)
             x = self.frame.enter(x, positions[:, None], anchors[:, None])
         centred = (x.float() - self.mean[:, None]).transpose(-1, -2).contiguous()
+        coefficients: Tensor
         if self.is_diagonal:
-            return centred * self.encoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        coefficients: Tensor = self.encoder @ centred
+            coefficients = centred * self.encoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        else:
+            coefficients = self.encoder @ centred
         return coefficients
 
     def synthesize(self, coefficients: Tensor) -> Tensor:
@@ -237,9 +239,12 @@ class SpectralCodec:
         Returns:
             The same shape.
         """
+        vectors: Tensor
         if self.is_diagonal:
-            return coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-        return coefficients @ self.decoder.transpose(-1, -2)
+            vectors = coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        else:
+            vectors = coefficients @ self.decoder.transpose(-1, -2)
+        return vectors
 
     def encode_block(self, x: Tensor, place: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode one block.

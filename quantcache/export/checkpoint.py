@@ -115,11 +115,11 @@ class Checkpoint:
         shard, first, size = self._places[name]
         info = self.tensors[name]
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
-        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         assert data.nbytes == size
         with open(folder / shard, "r+b") as file:
             file.seek(first)
-            file.write(data)
+            file.write(data.data)
 
 
 def _read_index(path: Path) -> dict[str, str]:

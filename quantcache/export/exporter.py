@@ -128,9 +128,7 @@ def export_checkpoint(
     base_model["model_type"] = config.model_type
     _require_plain(folder)
     check(config, calibration, basis)
-    if base_model["id"] is None:
-        base_model["id"] = calibration.metadata.base_model.get("id") or folder.resolve().name
-    _warn_of_another_model(base_model, calibration)
+    _name_or_warn(base_model, folder, calibration)
     checkpoint = Checkpoint(folder)
     projections = find_projections(config, calibration, checkpoint.tensors)
     maps = layer_maps(calibration, projections, basis, checkpoint.tensors)
@@ -263,13 +261,18 @@ def _require_plain(folder: Path) -> None:
         raise QuantCacheError(f"{folder} holds an adapter (adapter_config.json): merge it into the model first")
 
 
-def _warn_of_another_model(base_model: dict[str, Any], calibration: Calibration) -> None:
-    """Exactness does not depend on the calibration, but what it is good for does."""
+def _name_or_warn(base_model: dict[str, Any], folder: Path, calibration: Calibration) -> None:
+    """Name a local model, after its calibration's where the folder is named like it; warn where the two differ."""
     theirs = calibration.metadata.base_model
-    for name in ("id", "revision"):
-        ours, other = base_model.get(name), theirs.get(name)
-        if ours and other and ours != other and "/" in f"{ours}{other}":
-            warnings.warn(f"the calibration is of {name} {other}, the model's is {ours}", stacklevel=3)
+    name = folder.resolve().name
+    if base_model["id"] is None:
+        same = str(theirs.get("id") or "").rpartition("/")[2] == name
+        base_model["id"] = theirs["id"] if same and not os.path.isabs(theirs["id"]) else name
+    # Exactness does not depend on the calibration, but what it is good for does.
+    for key in ("id", "revision"):
+        ours, other = base_model[key], theirs.get(key)
+        if ours and other and ours != other and not os.path.isabs(other):
+            warnings.warn(f"the calibration is of {key} {other}, the model's is {ours}", stacklevel=3)
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:
@@ -305,6 +308,7 @@ def _write_extras(
 ) -> None:
     """The calibration, the record and the card of an export."""
     report.calibration.save_pretrained(partial / SUBFOLDER)
+    (partial / SUBFOLDER / "README.md").unlink()  # the export's own card says how to use both together
     record = {
         "format": RECORD_FORMAT,
         "schema_version": "1.0",

@@ -180,7 +180,7 @@ def find_projections(
         groups = query_heads // heads
         prefix = _prefix(architecture, index, tensors)
         rows = input_rows(architecture.layout, heads, groups, dim)
-        inputs = [
+        query, key, value = inputs = [
             _projection(prefix + name, own, tensors)
             for name, own in zip(architecture.inputs * (3 // len(architecture.inputs)), rows, strict=True)
         ]
@@ -188,12 +188,14 @@ def find_projections(
         norms = (f"{prefix}q_norm.weight", f"{prefix}k_norm.weight")
         normed = norms[1] in tensors
         projections = Projections(
-            *inputs,
+            query,
+            key,
+            value,
             output,
             norms if normed else None,
             architecture.norm_offset,
             architecture.transposed,
-            takes_mean=None not in (inputs[2].bias, output.bias) and not architecture.sink_logits,
+            takes_mean=None not in (value.bias, output.bias) and not architecture.sink_logits,
             # qk_layernorm (Phi, StableLM) keeps its norms elsewhere; a rotation that calibration did not recognise
             # may pair any dimensions.
             scales_keys=not getattr(config, "qk_layernorm", False) and layer.rope.layout == rotation,

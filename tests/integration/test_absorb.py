@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
 from quantcache.calibration import calibrate
 from quantcache.export import BASES, absorb, export_checkpoint
 from quantcache.export.projections import ARCHITECTURES
 from tests.absorbing import ABSORBABLE, run_without_quantcache, trained_looking
 from tests.families import Family, random_tokens
-from tests.helpers import error, feed
+from tests.helpers import error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
