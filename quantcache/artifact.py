@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from quantcache import compat, hub
 from quantcache.accounting import bits_per_encoded_element
@@ -25,6 +25,7 @@ from quantcache.allocation import allocate_layers, check_rate
 from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME, from_files, to_files
 from quantcache.card import render_card
 from quantcache.errors import ArtifactError, CalibrationMismatch
+from quantcache.index import bundled_index, find_entry, read_index
 from quantcache.rope import Frame
 from quantcache.schema import (
     SIDES,
@@ -308,6 +309,51 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             subfolder = SUBFOLDER  # a model's repository that carries its calibration
             config_path = hub.download(repo_id, CONFIG_NAME, subfolder=subfolder, **options)
         return cls(*from_files(config_path, hub.download(repo_id, TENSORS_NAME, subfolder=subfolder, **options)))
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel | str,
+        *,
+        revision: str | None = None,
+        index: str | Path | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Calibration:
+        """Load the published calibration of a model.
+
+        Args:
+            model: A loaded model, or its Hub id; ``wiki11m`` is the bundled one.
+            revision: The model's commit, where only its id is given.
+            index: The index to look into; the one that comes with quantcache if None.
+            token: Hub token.
+            cache_dir: Hub cache folder.
+            local_files_only: Never go to the network.
+
+        Returns:
+            The calibration, each of its files as the index says.
+
+        Raises:
+            ArtifactError: The index does not have the model at this revision, or a file is not the one published.
+            CalibrationMismatch: The calibration does not fit the model.
+        """
+        name = model if isinstance(model, str) else compat.model_id(model)
+        revision = revision if isinstance(model, str) else compat.model_revision(model)
+        names = (CONFIG_NAME, TENSORS_NAME)
+        entry = find_entry(read_index(Path(index) if index else bundled_index(), names), name, revision)
+        if entry.folder is not None:
+            paths = [entry.folder / file for file in names]
+        else:
+            assert entry.repo is not None
+            options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            paths = [hub.download(entry.repo, file, revision=entry.artifact_revision, **options) for file in names]
+        for path in paths:
+            entry.check(path)
+        calibration = cls(*from_files(*paths))
+        if not isinstance(model, str):
+            calibration.check_compatible(model.config)
+        return calibration
 
 
 def _random_side(heads: int, dim: int, parts: tuple[int, ...], generator: torch.Generator) -> SideCalibration:

@@ -169,13 +169,10 @@ def checked(action: Callable[[], _Result], repo_id: str, revision: str | None, w
     except RevisionNotFoundError as error:
         raise HubError(f"{repo_id} has no revision {revision}") from error
     except RepositoryNotFoundError as error:
-        raise HubError(
-            f"the Hub has no repository {repo_id}, or it is private and the token does not open it"
-        ) from error
+        raise HubError(f"the Hub has no repository {repo_id}, or it is private and no token opens it") from error
     except LocalEntryNotFoundError as error:
-        raise HubError(
-            f"{what} of {where} is not in the cache, and the Hub cannot be reached or must not be"
-        ) from error
+        message = f"{what} of {where} is not in the cache, and the Hub cannot be reached or must not be asked"
+        raise HubError(message) from error
     except EntryNotFoundError as error:
         raise FileNotOnHub(f"{where} has no {what}") from error
     except HfHubHTTPError as error:

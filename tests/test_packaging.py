@@ -19,7 +19,7 @@ PACKAGE = ROOT / "quantcache"
 
 TIERS = (
     ("errors", "packing", "rope", "spectral", "codebook", "data"),
-    ("schema", "store"),
+    ("schema", "store", "index"),
     ("allocation", "compat", "card", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
@@ -30,7 +30,7 @@ TIERS = (
     ("layer",),
     ("cache", "probe", "statistics", "self_calibration"),
     ("calibration",),
-    ("export",),
+    ("export", "recipes"),
     ("evaluation", "env"),
     ("demo",),
     ("cli", "__init__", "__main__"),

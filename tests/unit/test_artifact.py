@@ -752,7 +752,9 @@ def test_pushing(hub: FakeHub, saved: Path) -> None:
     assert hub.created == [{"repo_id": "some-org/some-calibration", "private": True, "exist_ok": True}]
     assert hub.tokens == ["secret"]
     (upload,) = hub.uploads
-    assert upload["files"] == contents(saved)
+    card = upload["files"].pop("README.md")
+    assert b'from_pretrained("some-org/some-calibration"' in card
+    assert upload["files"] == {name: data for name, data in contents(saved).items() if name != "README.md"}
     assert (upload["repo_id"], upload["revision"]) == ("some-org/some-calibration", "dev")
 
 
