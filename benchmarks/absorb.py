@@ -33,13 +33,22 @@ from quantcache.export import absorb
 from quantcache.export.model import absorbed_calibration, changed_tensors, layer_maps
 from quantcache.export.projections import TensorInfo, find_projections
 from quantcache.packing import BLOCK
+from quantcache.probe import RecordingCache
 from quantcache.rope import Rope
 
 SINKS, RESIDUAL, CHUNK = 4, 64, 64
 
 
+def quantize(x: Tensor, bits: int) -> Tensor:
+    """Plain min-max quantization of every token of every head by itself, simulated: scale and zero in float16."""
+    low, high = x.float().aminmax(dim=-1, keepdim=True)
+    low, step = low.half().float(), ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-8)
+    codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
+    return (codes * step + low).to(x.dtype)
+
+
 class PerTokenCodec:
-    """Plain min-max quantization of every token of every head by itself, simulated: scale and zero in float16.
+    """Blocks of :func:`quantize`.
 
     Args:
         dim: D.
@@ -47,15 +56,12 @@ class PerTokenCodec:
     """
 
     def __init__(self, dim: int, bits: int):
-        self.levels = 2**bits - 1
+        self.width = bits
         self.bits: float | None = bits + 32 / dim
 
     def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
         """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
-        low, high = x.float().aminmax(dim=-1, keepdim=True)
-        low, step = low.half().float(), ((high - low) / self.levels).half().float().clamp_min(1e-8)
-        codes = ((x.float() - low) / step).round().clamp(0, self.levels)
-        return {"simulated": split_blocks((codes * step + low).to(x.dtype))}
+        return {"simulated": split_blocks(quantize(x, self.width))}
 
     def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
         """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
@@ -66,8 +72,13 @@ class PerTokenCodec:
         return []
 
 
-def per_token(model: PreTrainedModel, bits: int) -> Callable[[], Cache]:
-    """Makes caches of plain per-token codes."""
+def every_token(model: PreTrainedModel, bits: int) -> Callable[[], Cache]:
+    """Makes caches that quantize every token as it arrives."""
+    return lambda: RecordingCache(model.config, lambda index, *pair: (quantize(pair[0], bits), quantize(pair[1], bits)))
+
+
+def older_tokens(model: PreTrainedModel, bits: int) -> Callable[[], Cache]:
+    """Makes caches that keep sinks and recent tokens, as SpectralCache does."""
 
     def make(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
         return {side: PerTokenCodec(tail.shape[-1], bits) for side, tail in tails.items()}
@@ -82,7 +93,9 @@ def methods_of(model: PreTrainedModel, calibration: Calibration) -> list[Method]
     """What is measured on every model."""
     spectral = ["dense", "spectral-2", "spectral-3", "spectral-4"]
     methods = parse_methods(spectral, model.config, calibration, SINKS, RESIDUAL)
-    methods += [Method(f"int{bits} per token", "rival", True, per_token(model, bits)) for bits in (4, 3)]
+    methods += [Method(f"int{bits} per token", "rival", True, every_token(model, bits)) for bits in (4, 3)]
+    name = f"int4 per token, {SINKS} first and {RESIDUAL} recent exact"
+    methods.append(Method(name, "rival", True, older_tokens(model, 4)))
     if importlib.util.find_spec("optimum") is not None:
         methods.append(Method("quanto-4", "rival", False, lambda: QuantizedCache("quanto", model.config, nbits=4)))
     return methods

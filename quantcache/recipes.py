@@ -106,12 +106,11 @@ def load_recipe(name: str | Path) -> Recipe:
         QuantCacheError: There is no such recipe, or it is malformed.
     """
     path = Path(name)
-    if not path.suffix and not path.exists():
+    if path.suffix not in (".yaml", ".yml"):
         path = data.calibrations_path() / "recipes" / f"{name}.yaml"
-        if not path.is_file():
-            raise QuantCacheError(
-                f"there is no recipe {name}: give a .yaml file, or one of {', '.join(recipe_names())}"
-            )
+        if str(name) not in recipe_names():
+            known = ", ".join(recipe_names())
+            raise QuantCacheError(f"there is no recipe {name}: give a .yaml file, or one of {known}")
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.errors import HubError, QuantCacheError, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -222,7 +222,7 @@ def load_calibration(name: str) -> Calibration:
     require_folder(name)
     try:
         return Calibration.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (HubError, OSError, ValueError) as error:
         raise QuantCacheError(f"no calibration {name}: there is no such folder, and the Hub says: {error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
+import logging
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
@@ -27,6 +29,8 @@ from quantcache.export.card import LogitDifference, card_header, render_export_c
 from quantcache.export.checkpoint import Checkpoint
 from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps
 from quantcache.export.projections import find_projections
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "export.json"
 RECORD_FORMAT = "quantcache-export"
@@ -209,7 +213,8 @@ def _text_tokens(folder: Path, count: int) -> Tensor:
     """Tokens of the bundled text, ``[1, T]``; none where the folder has no tokenizer, or one without words."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError):
+    except Exception as error:  # whatever is wrong with it, it is copied as it is and matters for this comparison only
+        logger.info("comparing on random tokens: %s has no tokenizer (%s)", folder, error)
         return torch.empty(1, 0, dtype=torch.int64)
     text = data.evaluation_text()[: 64 * count]
     return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64)
@@ -247,8 +252,9 @@ def _locate(
 def _config(folder: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise QuantCacheError(f"{folder} is no model that transformers knows: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        message = " ".join(str(error).split())
+        raise QuantCacheError(f"{folder} is no model that transformers knows: {message}") from error
     return config
 
 
