@@ -85,8 +85,11 @@ def value_map(side: SideCalibration, basis: Basis, absorb_mean: bool) -> ValueMa
 def key_scale(side: SideCalibration, rope: Rope, frame: Frame, shared: bool) -> Tensor:
     """Scales of the rotary pairs of keys that even out what one quantization step costs in each of them.
 
-    The scale of a pair of energy e and metric m is (m / e)^¼, the one-dimensional case of :func:`value_map`'s ``flat``;
-    both are sums over the pair, so that no rotation changes them. Dimensions that do not rotate are pairs of one.
+    For a step that follows the energy of all pairs, (m / e)^¼ is best for a pair of energy e and metric m (the
+    one-dimensional case of :func:`value_map`'s ``flat``); for one that follows the largest pair, e^-½. The range of a
+    token is in between, and so is their geometric mean m^⅛ e^-⅜: KL of keys in 4 bits per token on wiki11m is 0.0032 with
+    it, 0.0037 and 0.0046 with the two, 0.0048 unscaled. Energy and metric are sums over the pair, so that no rotation
+    changes them; dimensions that do not rotate are pairs of one.
 
     Args:
         side: The constants of the layer's keys.
@@ -109,7 +112,7 @@ def key_scale(side: SideCalibration, rope: Rope, frame: Frame, shared: bool) -> 
     paired[..., first] = paired[..., second] = both[..., first] + both[..., second]
     floor = 1e-12 * paired.amax(-1, keepdim=True).clamp_min(1e-30)
     energy, metric = paired.maximum(floor)
-    logarithm = (metric / energy).log() / 4
+    logarithm = metric.log() / 8 - 3 * energy.log() / 8
     return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
 
 
