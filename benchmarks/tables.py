@@ -1,4 +1,4 @@
-"""Write the README's tables from committed records, or check that they say what the records say.
+"""Write the tables of README and docs from committed records, or check that they say what the records say.
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/absorbed-checkpoints.md")
 NO_RECORD = "No record yet."
 MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -84,15 +86,64 @@ def fidelity_table(path: Path, record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Path, dict[str, Any]], str]] = {"fidelity": fidelity_table}
+def absorb_table(path: Path, record: dict[str, Any]) -> str:
+    """The table of absorbed checkpoints.
+
+    Args:
+        path: The record's file, relative to the page.
+        record: The record.
+
+    Returns:
+        Markdown.
+    """
+    settings, models = record["settings"], record["metrics"]["models"]
+    original = models["original"]["methods"]
+    lines = [
+        "| cache | " + " | ".join(models) + " | change with flat, window by window |",
+        "|---|" + "---|" * (len(models) + 1),
+    ]
+    for method, entry in original.items():
+        if method == "dense" or entry["status"] != "ok":
+            continue
+        windows = [models[name]["methods"][method]["kl_by_window"] for name in models]
+        cells = [f"{sum(kl) / len(kl):.5f}" for kl in windows]
+        flat = models["flat"]["methods"][method]["kl_by_window"]
+        changes = [after / before - 1 for before, after in zip(windows[0], flat, strict=True)]
+        cells.append(f"{min(changes):+.1%} to {max(changes):+.1%}")
+        lines.append(f"| {method}{' (simulated)' if entry['simulated'] else ''} | " + " | ".join(cells) + " |")
+    work = [model["flops_per_layer"] for model in models.values()]
+    for what, name in (("encode_values", "to encode a token's values"), ("decode", "to attend with one query")):
+        lines.append(f"| operations {name} | " + " | ".join(f"{counts[what]:,.0f}" for counts in work) + " | |")
+    cpu, bits = record["environment"]["cpu"], record["metrics"]["rounding"]
+    rounded = "; ".join(
+        f"{name}: {entry['kl_mean']:.1e} nats, logits by at most {entry['max_abs'] / entry['scale']:.1e} of the largest"
+        for name, entry in bits.items()
+    )
+    lines += [
+        "",
+        f"Mean KL to the dense cache of the same model, nats per token. {settings['model']} in {settings['dtype']}, "
+        f"{settings['windows']} windows of {settings['context']:,} tokens fed {settings['chunk']} at a time; spectral "
+        f"caches keep {settings['sinks']} sinks and {settings['residual']} recent tokens. Operations are those of "
+        f"matrix products in one layer, in plain torch, at {settings['context']:,} cached tokens. What rounding the "
+        f"absorbed weights costs, against the original weights, all else in float32: {rounded}. "
+        f"{cpu['name']} ({cpu['cores']} cores), commit {record['commit'][:10]}, [record]({path.as_posix()}).",
+    ]
+    return "\n".join(lines)
 
 
-def render(text: str, root: Path) -> str:
+TABLES: dict[str, Callable[[Path, dict[str, Any]], str]] = {
+    "fidelity": fidelity_table,
+    "absorb": absorb_table,
+}
+
+
+def render(text: str, root: Path, page: str = "README.md") -> str:
     """Fill in every table of a page.
 
     Args:
-        text: The page, at the top of the checkout.
+        text: The page.
         root: The checkout.
+        page: The page's file, relative to the checkout.
 
     Returns:
         The page with tables from the newest records.
@@ -101,12 +152,15 @@ def render(text: str, root: Path) -> str:
         ValueError: A marker names no known table, or the page has none.
     """
 
+    def link(record: Path) -> Path:
+        return Path(os.path.relpath(record, (root / page).parent))
+
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in TABLES:
             raise ValueError(f"there is no table {name!r}: known are {', '.join(TABLES)}")
         newest = newest_record(root / "benchmarks" / "results", name)
-        body = NO_RECORD if newest is None else TABLES[name](newest[0].relative_to(root), newest[1])
+        body = NO_RECORD if newest is None else TABLES[name](link(newest[0]), newest[1])
         return f"{match[1]}{body}\n{match[3]}"
 
     filled, count = MARKERS.subn(fill, text)
@@ -116,7 +170,7 @@ def render(text: str, root: Path) -> str:
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
-    """Regenerate or check the README.
+    """Regenerate or check the pages.
 
     Args:
         arguments: The command line.
@@ -128,16 +182,15 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if a table is out of date")
     options = parser.parse_args(arguments)
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    wanted = render(text, root)
-    if text == wanted:
-        return 0
-    if options.check:
-        print("error: README.md differs from the newest records: run benchmarks/tables.py", file=sys.stderr)
-        return 1
-    readme.write_text(wanted, encoding="utf-8")
-    return 0
+    pages = {page: (root / page).read_text(encoding="utf-8") for page in PAGES if (root / page).exists()}
+    wanted = {page: render(text, root, page) for page, text in pages.items()}
+    stale = [page for page in pages if wanted[page] != pages[page]]
+    for page in stale:
+        if options.check:
+            print(f"error: {page} differs from the newest records: run benchmarks/tables.py", file=sys.stderr)
+        else:
+            (root / page).write_text(wanted[page], encoding="utf-8")
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":
