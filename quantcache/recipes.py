@@ -109,8 +109,8 @@ def load_recipe(name: str | Path) -> Recipe:
     if path.suffix not in (".yaml", ".yml"):
         path = data.calibrations_path() / "recipes" / f"{name}.yaml"
         if str(name) not in recipe_names():
-            known = ", ".join(recipe_names())
-            raise QuantCacheError(f"there is no recipe {name}: give a .yaml file, or one of {known}")
+            message = f"there is no recipe {name}: give a .yaml file, or one of {', '.join(recipe_names())}"
+            raise QuantCacheError(message)
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

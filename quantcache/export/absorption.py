@@ -112,7 +112,8 @@ def key_scale(side: SideCalibration, rope: Rope, frame: Frame, shared: bool) -> 
     floor = 1e-12 * paired.amax(-1, keepdim=True).clamp_min(1e-30)
     energy, metric = paired.maximum(floor)
     logarithm = metric.log() / 8 - 3 * energy.log() / 8
-    return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
+    scale: Tensor = (logarithm - logarithm.mean(-1, keepdim=True)).exp()
+    return scale
 
 
 def equalizing_rotation(variances: Tensor, seed: int) -> Tensor:
@@ -132,8 +133,8 @@ def equalizing_rotation(variances: Tensor, seed: int) -> Tensor:
     dim = variances.shape[0]
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-    rotation, triangular = torch.linalg.qr(gaussian)
-    rotation = rotation * triangular.diagonal().sign()
+    orthogonal, triangular = torch.linalg.qr(gaussian)
+    rotation: Tensor = orthogonal * triangular.diagonal().sign()
     mean = float(variances.mean())
     for _ in range(dim - 1):
         energies = rotation.square() @ variances

@@ -199,7 +199,8 @@ def compare_logits(original: Path, export: Path, tokens: int = VERIFY_TOKENS) ->
 
 def _logits(folder: Path, count: int) -> tuple[Tensor, torch.dtype]:
     """Logits ``[T, V]`` of some text in float64, in the checkpoint's own dtype and without a cache."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.eval()
     text_config = model.config.get_text_config(decoder=True)
     count = min(count, getattr(text_config, "max_position_embeddings", None) or count)
     ids = _text_tokens(folder, count)

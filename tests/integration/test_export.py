@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from quantcache import Calibration, SpectralCache, cli
 from quantcache.data import demo_model_path
@@ -133,11 +134,7 @@ def test_export_and_absorb_agree(
 @pytest.mark.parametrize("basis", ["spectral", "flat"])
 def test_spectral_cache_on_an_export_is_as_good(demo_model: PreTrainedModel, basis: str, tmp_path: Path) -> None:
     calibration = Calibration.for_model(demo_model)
-    report = export_checkpoint(demo_model_path(), calibration, tmp_path / "out", basis=basis)
-    assert report.difference is not None
-    assert report.difference.dtype == "bfloat16"
-    assert report.difference.top1_agreement > 0.95
-    assert "in bfloat16" in (tmp_path / "out" / "README.md").read_text()
+    export_checkpoint(demo_model_path(), calibration, tmp_path / "out", basis=basis, verify=False)
     tokens, steps = random_tokens(1, 300), (200, 50, 50)
     results = []
     absorbed = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
@@ -146,7 +143,7 @@ def test_spectral_cache_on_an_export_is_as_good(demo_model: PreTrainedModel, bas
         (demo_model, SpectralCache(calibration, demo_model.config, residual_length=0)),
         (absorbed, SpectralCache.from_pretrained(tmp_path / "out", absorbed.config, residual_length=0)),
     ):
-        dense = feed(model, type(cache).__mro__[2](config=model.config), tokens, steps)
+        dense = feed(model, DynamicCache(config=model.config), tokens, steps)
         compressed = feed(model, cache, tokens, steps)
         results.append((divergence(dense, compressed), compressed))
     assert results[0][0] > 0
@@ -406,10 +403,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, calibration: Calibration, monk
     refused(folder, calibration, OSError, "No space left on device")
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
-def test_a_killed_export_leaves_no_checkpoint(
-    folder: Path, calibration: Calibration, tmp_path: Path, how: signal.Signals
-) -> None:
+def test_a_terminated_export_leaves_nothing(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
     calibration.save_pretrained(tmp_path / "calibration")
     stop = "import time, quantcache.export.checkpoint as c; c.Checkpoint.write = lambda *a: time.sleep(60)"
     arguments = ["export", str(folder), "-c", str(tmp_path / "calibration"), "-o", str(tmp_path / "out"), "--no-verify"]
@@ -421,15 +415,17 @@ def test_a_killed_export_leaves_no_checkpoint(
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(how)
-    assert process.wait(60) != 0
-    left = {path.name for path in tmp_path.iterdir()} - {"model", "calibration"}
-    if how == signal.SIGTERM:
-        assert not left
-    else:
-        assert all(name.startswith(".out-partial-") for name in left)
-    export_checkpoint(folder, calibration, tmp_path / "out", verify=False)  # clears away what was left
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "calibration", "out"}
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "calibration"}
+
+
+def test_what_a_killed_export_left_is_cleared_away(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".out-partial-{platform.node()}-{dead.pid}-x").mkdir()
+    export_checkpoint(folder, calibration, tmp_path / "out", verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 
 def test_partial_folders_of_running_exports_are_left_alone(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from quantcache import data
 from quantcache.artifact import Calibration
 from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
+from quantcache.cli import main
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.index import find_entry, read_index
 from quantcache.recipes import load_recipe, recipe_names
@@ -115,6 +116,30 @@ def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(QuantCacheError, match=r"bad.yaml cannot be read: while parsing") as caught:
         load_recipe(tmp_path / "bad.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_calibrating_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = data.calibration_text()[:6000]
+    (tmp_path / "text.txt").write_text(text, "utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    settings = yaml.safe_load((data.calibrations_path() / "recipes" / "wiki11m.yaml").read_text())
+    settings |= {"text": {"files": {"text.txt": digest}}, "tokens": 256, "seq_len": 128, "bits": 2, "key_bits": 2.5}
+    settings |= {"metric": "identity", "seed": 4}
+    arguments = ["calibrate", "--recipe", str(write(tmp_path, settings)), "-o", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    capsys.readouterr()
+    made = Calibration.from_pretrained(tmp_path / "out").metadata
+    assert {name: made.recipe[name] for name in ("tokens", "seq_len", "seed", "metric")} == {
+        name: settings[name] for name in ("tokens", "seq_len", "seed", "metric")
+    }
+    assert (made.rate.bits, made.rate.key_bits, made.rate.value_bits) == (2, 2.5, "joint")
+    assert made.recipe["text_sha256"] == [digest]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--bits", "4", "--seed", "1", "--text", str(tmp_path / "text.txt")])
+    assert ended.value.code == 1
+    assert "--recipe sets --text, --bits, --seed already" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ the index
