@@ -162,7 +162,7 @@ def refuse_options(context: typer.Context) -> None:
     """
     given = [
         name
-        for name in context.params
+        for name in sorted(context.params)
         if name not in _BESIDE_A_RECIPE and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
     if given:

@@ -264,6 +264,7 @@ def _check(tensors: Mapping[str, TensorInfo], name: str, axis: int = 0, size: in
         raise UnsupportedModel(f"the model has no tensor {name}")
     info = tensors[name]
     if info.dtype not in FLOATS:
-        raise UnsupportedModel(f"{name} is quantized ({info.dtype}): absorption needs float weights")
+        found = info.dtype or "stored in a dtype of its own"
+        raise UnsupportedModel(f"{name} is quantized ({found}): absorption needs float weights")
     if size is not None and (len(info.shape) != 2 or info.shape[axis] != size):
         raise UnsupportedModel(f"{name} has shape {list(info.shape)}, expected {size} at dimension {axis}")

@@ -160,6 +160,19 @@ def test_tied_weights_stay_tied(calibration: Calibration, tmp_path: Path) -> Non
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def test_names_without_the_models_prefix(tmp_path: Path) -> None:
+    gpt2 = next(f for f in FAMILIES if f.name == "gpt2").make(attention="sdpa")
+    gpt2.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    report = export_checkpoint(tmp_path / "model", calibration_of(gpt2), tmp_path / "out")
+    assert report.mean_in_weights
+    assert report.difference is not None
+    assert report.difference.relative < 1e-4
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(path).keys()
+
+
 # ------------------------------------------------------------------ memory
 
 _MEASURE = """

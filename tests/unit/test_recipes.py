@@ -139,7 +139,7 @@ def test_calibrating_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--bits", "4", "--seed", "1", "--text", str(tmp_path / "text.txt")])
     assert ended.value.code == 1
-    assert "--recipe sets --text, --bits, --seed already" in capsys.readouterr().err
+    assert "--recipe sets --bits, --seed, --text already" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ the index
