@@ -112,7 +112,7 @@ def absorb_table(path: Path, record: dict[str, Any]) -> str:
         cells.append(f"{min(changes):+.1%} to {max(changes):+.1%}")
         lines.append(f"| {method}{' (simulated)' if entry['simulated'] else ''} | " + " | ".join(cells) + " |")
     work = [model["flops_per_layer"] for model in models.values()]
-    for what, name in (("encode_values", "to encode a token's values"), ("decode", "to attend with one query")):
+    for what, name in (("encode_values", "to encode a token's values"), ("decode", "of a decoding step")):
         lines.append(f"| operations {name} | " + " | ".join(f"{counts[what]:,.0f}" for counts in work) + " | |")
     cpu, bits = record["environment"]["cpu"], record["metrics"]["rounding"]
     rounded = "; ".join(
@@ -124,7 +124,8 @@ def absorb_table(path: Path, record: dict[str, Any]) -> str:
         f"Mean KL to the dense cache of the same model, nats per token. {settings['model']} in {settings['dtype']}, "
         f"{settings['windows']} windows of {settings['context']:,} tokens fed {settings['chunk']} at a time; spectral "
         f"caches keep {settings['sinks']} sinks and {settings['residual']} recent tokens. Operations are those of "
-        f"matrix products in one layer, in plain torch, at {settings['context']:,} cached tokens. What rounding the "
+        f"matrix products in plain torch, for each layer; of a decoding step those of the whole model, at "
+        f"{settings['context']:,} cached tokens. What rounding the "
         f"absorbed weights costs, against the original weights, all else in float32: {rounded}. "
         f"{cpu['name']} ({cpu['cores']} cores), commit {record['commit'][:10]}, [record]({path.as_posix()}).",
     ]
