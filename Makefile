@@ -12,7 +12,7 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality style test-matrix bench-decode bench-fidelity bench-absorb tables build clean distclean
+.PHONY: help venv demo test quality style test-matrix bench-decode bench-fidelity tables build clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,11 +65,12 @@ bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
-bench-absorb: $(STAMP) ## Measure absorbed checkpoints on the bundled model (minutes); options in ARGS="..."
-	$(BIN)/python benchmarks/absorb.py $(ARGS)
-
 tables: $(STAMP) ## Rewrite the tables of README and docs from the newest records
 	$(BIN)/python benchmarks/tables.py
+
+.PHONY: bench-absorb
+bench-absorb: $(STAMP) ## Measure absorbed checkpoints on the bundled model (minutes); options in ARGS="..."
+	$(BIN)/python benchmarks/absorb.py $(ARGS)
 
 build: $(STAMP) ## Build the wheel into dist/
 	@rm -rf build
