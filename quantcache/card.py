@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -52,7 +53,7 @@ def render_card(
         "license": "apache-2.0",
         "tags": ["kv-cache", "quantization", "quantcache", f"{bits:g}-bit"],
     }
-    if model:
+    if is_repo_id(model):
         header["base_model"] = model
     recipe = "\n".join(f"| {key} | {value} |" for key, value in config["recipe"].items())
     body = _BODY.format(
@@ -64,6 +65,11 @@ def render_card(
         metrics=metrics_table(metrics),
     )
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{body}"
+
+
+def is_repo_id(model: str | None) -> bool:
+    """Whether a model's name is one that the Hub can link to: an owner and a name."""
+    return bool(model) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
 
 
 def metrics_table(metrics: list[dict[str, Any]] | None) -> str:

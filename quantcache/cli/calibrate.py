@@ -78,12 +78,8 @@ def calibrate(
             refuse_options(context)
             chosen = load_recipe(recipe)
             model, revision, texts = model or chosen.model, chosen.revision, chosen.texts()
-            bits, min_bits, keys, values = (
-                chosen.bits,
-                chosen.min_bits,
-                chosen.side_bits("key"),
-                chosen.side_bits("value"),
-            )
+            bits, min_bits = chosen.bits, chosen.min_bits
+            keys, values = chosen.side_bits("key"), chosen.side_bits("value")
             metric, tokens, seq_len = chosen.metric, chosen.tokens, chosen.seq_len
             seed, dtype = chosen.seed, chosen.dtype
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from quantcache.card import metrics_table
+from quantcache.card import is_repo_id, metrics_table
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -118,7 +118,7 @@ def render_export_card(
     """
     model = base_model.get("id")
     header: dict[str, Any] = {"library_name": "quantcache"}
-    if model and "/" in model:
+    if is_repo_id(model):
         header["base_model"] = model
     header |= {name: inherited[name] for name in _INHERITED if name in inherited}
     header["tags"] = ["kv-cache", "quantization", "quantcache", "transformers", f"{bits:g}-bit"]

@@ -810,9 +810,10 @@ def test_card_with_measurements() -> None:
     assert "| spectral-3 | 0.0102 |" in text
 
 
-def test_card_without_a_base_model() -> None:
+@pytest.mark.parametrize("name", [None, "wiki11m", "/home/somebody/model"])
+def test_card_without_a_base_model(name: str | None) -> None:
     calibration = make()
-    metadata = replace(calibration.metadata, base_model={"id": None}, recipe={"note": "braces {x} and {0}"})
+    metadata = replace(calibration.metadata, base_model={"id": name}, recipe={"note": "braces {x} and {0}"})
     text = str(Calibration(calibration.layers, metadata).generate_model_card())
     assert "base_model" not in yaml.safe_load(text.split("---")[1])
     assert "braces {x} and {0}" in text
