@@ -90,6 +90,9 @@ bench-ablations: $(STAMP) ## Measure every choice of the codec (about an hour); 
 bench-findings: $(STAMP) ## Measure published findings again (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/findings.py $(ARGS)
 
+bench-absorb: $(STAMP) ## Measure absorbed checkpoints on the bundled model (minutes); options in ARGS="..."
+	$(BIN)/python benchmarks/absorb.py $(ARGS)
+
 tables: $(STAMP) ## Rewrite tables and figures from the newest records
 	$(BIN)/python benchmarks/tables.py
 

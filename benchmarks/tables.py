@@ -15,6 +15,8 @@ from typing import Any
 
 import figures
 from ablation_tables import ablation_table, findings_table
+from absorb_tables import absorb_table
+from cpu_tables import cpu_attention_table, cpu_models_table
 from fidelity_tables import all_table, claim_table, contexts_table, fidelity_table, own_table, weights_table
 from records import check_record
 
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"
 NO_RECORD = "No record yet."
 MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-PAGES = ("README.md", "docs/fidelity.md", "docs/ablations.md")
+PAGES = ("README.md", "docs/fidelity.md", "docs/ablations.md", "docs/absorbed-checkpoints.md", "docs/speed.md")
 
 Render = Callable[[Path, dict[str, Any], Path], str]
 
@@ -35,6 +37,9 @@ TABLES: dict[str, tuple[str, Render]] = {
     "claim": ("fidelity", claim_table),
     "ablations": ("ablations", ablation_table),
     "findings": ("findings", findings_table),
+    "absorb": ("absorb", absorb_table),
+    "cpu-attention": ("cpu-decode", cpu_attention_table),
+    "cpu-models": ("cpu-decode", cpu_models_table),
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""
 

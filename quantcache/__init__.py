@@ -12,7 +12,8 @@ from quantcache.artifact import Calibration
 from quantcache.attention import register_attention
 from quantcache.cache import SpectralCache, SpectralLayer
 from quantcache.calibration import calibrate
-from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
+from quantcache.errors import ArtifactError, CalibrationMismatch, HubError, QuantCacheError, UnsupportedModel
+from quantcache.export import absorb, export_checkpoint
 
 register_attention()
 
@@ -21,11 +22,14 @@ __all__ = [
     "CacheMemory",
     "Calibration",
     "CalibrationMismatch",
+    "HubError",
     "QuantCacheError",
     "SpectralCache",
     "SpectralLayer",
     "UnsupportedModel",
     "__version__",
+    "absorb",
     "calibrate",
+    "export_checkpoint",
     "register_attention",
 ]

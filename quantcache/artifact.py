@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache import compat
+from quantcache import compat, hub
 from quantcache.accounting import bits_per_encoded_element
 from quantcache.allocation import allocate_layers, check_rate
 from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME, from_files, to_files
 from quantcache.card import render_card
 from quantcache.errors import ArtifactError, CalibrationMismatch
+from quantcache.index import bundled_index, find_entry, read_index
 from quantcache.rope import Frame
 from quantcache.schema import (
     SIDES,
@@ -48,6 +47,10 @@ __all__ = [
     "SideBits",
     "SideCalibration",
 ]
+
+
+SUBFOLDER = "quantcache"
+"""Where a model's own folder or repository carries its calibration."""
 
 
 class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "quantization"], license="apache-2.0"):
@@ -203,6 +206,26 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             return None
         return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> str:
+        """Push the artifact to the Hub in one commit, creating the repository where there is none.
+
+        Args:
+            repo_id: The repository.
+            model_card_kwargs: ``metrics``, a list of table rows for the card.
+            kwargs: ModelHubMixin's own: ``token``, ``private``, ``branch``, ``commit_message`` and others.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            HubError: The Hub refuses, or cannot be reached.
+        """
+        card = {"repo_id": repo_id, **(model_card_kwargs or {})}
+        push = super().push_to_hub
+        return hub.checked(
+            lambda: str(push(repo_id, model_card_kwargs=card, **kwargs)), repo_id, kwargs.get("branch"), "the artifact"
+        )
+
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors, config = to_files(self.layers, self.metadata)
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -210,19 +233,26 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         # safetensors may write owner-only files; the artifact is as readable as the folder's other files.
         os.chmod(save_directory / TENSORS_NAME, (save_directory / CONFIG_NAME).stat().st_mode)
 
-    def generate_model_card(self, *args: Any, metrics: list[dict[str, Any]] | None = None, **kwargs: Any) -> ModelCard:
+    def generate_model_card(
+        self,
+        *args: Any,
+        metrics: list[dict[str, Any]] | None = None,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> ModelCard:
         """The artifact's card.
 
         Args:
             args: Ignored; the signature is ModelHubMixin's.
             metrics: Rows of a measured table, as ``quantcache eval --json`` gives them.
+            repo_id: The calibration's own repository, if it is known.
             kwargs: Ignored.
 
         Returns:
             A card naming base model, rate and recipe.
         """
         _, config = to_files(self.layers, self.metadata)
-        return ModelCard(render_card(config, self.bits, self.bits_per_element, metrics))
+        return ModelCard(render_card(config, self.bits, self.bits_per_element, metrics, repo_id))
 
     @classmethod
     def from_pretrained(
@@ -253,38 +283,77 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             The calibration.
 
         Raises:
-            ArtifactError: A file is missing, malformed, or of an unknown major schema.
+            ArtifactError: A file is missing, malformed, or of an unknown major schema, or cannot be had from the Hub.
         """
         if os.path.isdir(pretrained_model_name_or_path):
             folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-            if subfolder is None and not (folder / CONFIG_NAME).exists() and (folder / "quantcache").is_dir():
-                folder = folder / "quantcache"
+            if subfolder is None and not (folder / CONFIG_NAME).exists() and (folder / SUBFOLDER).is_dir():
+                folder = folder / SUBFOLDER
             missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
             if missing:
                 raise ArtifactError(f"{folder} is no calibration: it has no {' and no '.join(missing)}")
             return cls(*from_files(folder / CONFIG_NAME, folder / TENSORS_NAME))
+        repo_id = hub.require_repo_id(pretrained_model_name_or_path)
+        options: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
         try:
-            if isinstance(pretrained_model_name_or_path, Path):
-                raise HFValidationError  # a path is never a repository
-            validate_repo_id(pretrained_model_name_or_path)
-        except HFValidationError:
-            message = f"there is no folder {pretrained_model_name_or_path}, and no Hub repository can have that name"
-            raise ArtifactError(message) from None
-        files = [
-            hf_hub_download(
-                str(pretrained_model_name_or_path),
-                filename=name,
-                subfolder=subfolder,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                token=token,
-                local_files_only=local_files_only,
-                library_name="quantcache",
-            )
-            for name in (CONFIG_NAME, TENSORS_NAME)
-        ]
-        return cls(*from_files(Path(files[0]), Path(files[1])))
+            config_path = hub.download(repo_id, CONFIG_NAME, subfolder=subfolder, **options)
+        except hub.FileNotOnHub:
+            if subfolder is not None:
+                raise
+            subfolder = SUBFOLDER  # a model's repository that carries its calibration
+            config_path = hub.download(repo_id, CONFIG_NAME, subfolder=subfolder, **options)
+        return cls(*from_files(config_path, hub.download(repo_id, TENSORS_NAME, subfolder=subfolder, **options)))
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel | str,
+        *,
+        revision: str | None = None,
+        index: str | Path | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Calibration:
+        """Load the published calibration of a model.
+
+        Args:
+            model: A loaded model, or its Hub id; ``wiki11m`` is the bundled one.
+            revision: The model's commit, where only its id is given.
+            index: The index to look into; the one that comes with quantcache if None.
+            token: Hub token.
+            cache_dir: Hub cache folder.
+            local_files_only: Never go to the network.
+
+        Returns:
+            The calibration, each of its files as the index says.
+
+        Raises:
+            ArtifactError: The index does not have the model at this revision, or a file is not the one published.
+            CalibrationMismatch: The calibration does not fit the model.
+        """
+        name = model if isinstance(model, str) else compat.model_id(model)
+        revision = revision if isinstance(model, str) else compat.model_revision(model)
+        names = (CONFIG_NAME, TENSORS_NAME)
+        entry = find_entry(read_index(Path(index) if index else bundled_index(), names), name, revision)
+        if entry.folder is not None:
+            paths = [entry.folder / file for file in names]
+        else:
+            assert entry.repo is not None
+            options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            paths = [hub.download(entry.repo, file, revision=entry.artifact_revision, **options) for file in names]
+        for path in paths:
+            entry.check(path)
+        calibration = cls(*from_files(*paths))
+        if not isinstance(model, str):
+            calibration.check_compatible(model.config)
+        return calibration
 
 
 def _random_side(heads: int, dim: int, parts: tuple[int, ...], generator: torch.Generator) -> SideCalibration:

@@ -258,7 +258,7 @@ def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> N
         softmax.accumulate((per_block @ coefficients.transpose(-1, -2)).sum(0), "codes")
         softmax.accumulate(weights.sum(-1, keepdim=True), "mass")
     in_codes, mass = softmax.sums.pop("codes"), softmax.sums.pop("mass")
-    softmax.accumulate(in_codes @ values.decoder.transpose(-1, -2) + mass * values.mean[:, None])
+    softmax.accumulate(values.synthesize(in_codes) + mass * values.mean[:, None])
 
 
 def code_scores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -27,7 +28,13 @@ model.generate(**inputs, past_key_values=cache)
 {metrics}"""
 
 
-def render_card(config: dict[str, Any], bits: float, total: float, metrics: list[dict[str, Any]] | None = None) -> str:
+def render_card(
+    config: dict[str, Any],
+    bits: float,
+    total: float,
+    metrics: list[dict[str, Any]] | None = None,
+    repo_id: str | None = None,
+) -> str:
     """Render a calibration's card.
 
     Args:
@@ -35,6 +42,7 @@ def render_card(config: dict[str, Any], bits: float, total: float, metrics: list
         bits: Mean code width in bits.
         total: Bits per encoded element, gains included.
         metrics: Rows of a measured table, as the evaluation writes them; their keys are the columns.
+        repo_id: The calibration's own repository, if it is known.
 
     Returns:
         Markdown with a YAML header.
@@ -43,18 +51,39 @@ def render_card(config: dict[str, Any], bits: float, total: float, metrics: list
     header: dict[str, Any] = {
         "library_name": "quantcache",
         "license": "apache-2.0",
-        "tags": ["kv-cache", "quantization", "quantcache"],
+        "tags": ["kv-cache", "quantization", "quantcache", f"{bits:g}-bit"],
     }
-    if model:
+    if is_repo_id(model):
         header["base_model"] = model
     recipe = "\n".join(f"| {key} | {value} |" for key, value in config["recipe"].items())
-    table = ""
-    if metrics:
-        columns = list(metrics[0])
-        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in metrics]
-        table = "\nMeasured through the real cache:\n\n" + "\n".join(lines) + "\n"
     body = _BODY.format(
-        model=model or "your-model", here="path-or-hub-id", bits=bits, total=total, recipe=recipe, metrics=table
+        model=model or "your-model",
+        here=repo_id or "path-or-hub-id",
+        bits=bits,
+        total=total,
+        recipe=recipe,
+        metrics=metrics_table(metrics),
     )
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{body}"
+
+
+def is_repo_id(model: str | None) -> bool:
+    """Whether a model's name is one that the Hub can link to: an owner and a name."""
+    return bool(model) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
+
+
+def metrics_table(metrics: list[dict[str, Any]] | None) -> str:
+    """A card's table of measurements.
+
+    Args:
+        metrics: Its rows; their keys are the columns.
+
+    Returns:
+        Markdown; empty without rows.
+    """
+    if not metrics:
+        return ""
+    columns = list(metrics[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in metrics]
+    return "\nMeasured through the real cache:\n\n" + "\n".join(lines) + "\n"

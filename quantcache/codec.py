@@ -108,6 +108,11 @@ class WidthClass:
     boundaries: Tensor
 
 
+def is_diagonal(matrices: Tensor) -> bool:
+    """Whether square matrices ``[..., D, D]`` have nothing off their diagonals."""
+    return not bool((matrices - torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1))).any())
+
+
 def _width_class(widths: Tensor, offsets: Tensor, width: int, device: torch.device | str) -> WidthClass:
     """All coefficients of one width of a side with these ``[H, D]`` widths and word offsets."""
     columns = (widths.flatten() == width).nonzero().flatten()
@@ -125,7 +130,9 @@ def _width_class(widths: Tensor, offsets: Tensor, width: int, device: torch.devi
 class SpectralCodec:
     """The codec of one side of one layer.
 
-    A block's payload is head-major: dimension d of head h has ``2 * width`` words starting at ``offsets[h, d]``.
+    A block's payload is head-major: dimension d of head h has ``2 * width`` words starting at ``offsets[h, d]``. A side
+    whose transform is diagonal (its basis is in the model's weights) is scaled, never multiplied by a matrix; kernels
+    get the matrices all the same.
 
     Args:
         side: The side's constants; ``side.widths`` must be given.
@@ -154,6 +161,7 @@ class SpectralCodec:
         self.mean = side.mean.float().to(device)
         self.encoder = (analysis / sigma.unsqueeze(-1)).float().to(device)  # E [H, D, D]
         self.decoder = (torch.linalg.inv(analysis) * sigma.unsqueeze(-2)).float().to(device)  # F [H, D, D]
+        self.is_diagonal = is_diagonal(analysis)
         coded = widths > 0
         self.weights = torch.where(coded, spectrum, 0.0).float().to(device)  # [H, D]
         self.coded = coded.to(device)
@@ -215,8 +223,28 @@ class SpectralCodec:
             positions, anchors = block_positions(place, starts)
             x = self.frame.enter(x, positions[:, None], anchors[:, None])
         centred = (x.float() - self.mean[:, None]).transpose(-1, -2).contiguous()
-        coefficients: Tensor = self.encoder @ centred
+        coefficients: Tensor
+        if self.is_diagonal:
+            coefficients = centred * self.encoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        else:
+            coefficients = self.encoder @ centred
         return coefficients
+
+    def synthesize(self, coefficients: Tensor) -> Tensor:
+        """Vectors that coefficients stand for, without the mean: the product with F.
+
+        Args:
+            coefficients: Scaled coefficients or weighted sums of them, ``[..., H, N, D]``.
+
+        Returns:
+            The same shape.
+        """
+        vectors: Tensor
+        if self.is_diagonal:
+            vectors = coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        else:
+            vectors = coefficients @ self.decoder.transpose(-1, -2)
+        return vectors
 
     def encode_block(self, x: Tensor, place: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode one block.
@@ -302,9 +330,7 @@ class SpectralCodec:
         Returns:
             ``[B, H, n * 64, D]`` float32 (slots beyond a block's valid length included).
         """
-        framed: Tensor = (self.decoder @ self.dequantize(fields)).transpose(-1, -2) + self.mean[
-            :, None
-        ]  # [n, B, H, 64, D]
+        framed = self.synthesize(self.dequantize(fields).transpose(-1, -2)) + self.mean[:, None]  # [n, B, H, 64, D]
         framed = framed.permute(1, 2, 0, 3, 4).flatten(2, 3)
         if self.frame.is_identity:
             return framed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -14,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from quantcache.data import demo_model_path
 from quantcache.errors import UnsupportedModel
 from quantcache.rope import Rope
 
@@ -164,6 +167,34 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """
     weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     return weight.device
+
+
+def model_id(model: PreTrainedModel) -> str:
+    """What a loaded model is called.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its Hub id, or the name of its folder; ``wiki11m`` for the bundled model, wherever it is installed.
+    """
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    if os.path.isdir(name):
+        bundled = demo_model_path()
+        return bundled.name if Path(name).resolve() == bundled.resolve() else Path(name).resolve().as_posix()
+    return name
+
+
+def model_revision(model: PreTrainedModel) -> str | None:
+    """The commit that a model was loaded from.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The commit; None for a model from a folder.
+    """
+    return getattr(model.config, "_commit_hash", None)
 
 
 def tokens_to_remove(argument: int, length: int) -> int:

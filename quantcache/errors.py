@@ -15,5 +15,9 @@ class ArtifactError(QuantCacheError):
     """A calibration artifact is missing, truncated, malformed or of an unknown schema."""
 
 
+class HubError(ArtifactError):
+    """Something cannot be had from the Hub, or not be put there."""
+
+
 class UnsupportedModel(QuantCacheError):
     """The model, or a way of using it, is outside what quantcache can compress correctly."""

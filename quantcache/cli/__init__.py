@@ -16,6 +16,7 @@ from quantcache.cli.calibrate import calibrate
 from quantcache.cli.demo import demo
 from quantcache.cli.env import env
 from quantcache.cli.eval import evaluate
+from quantcache.cli.export import export
 from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
 from quantcache.cli.session import report_error
@@ -30,6 +31,7 @@ app.command("calibrate")(calibrate)
 app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
+app.command("export")(export)
 app.command("env")(env)
 app.command("demo")(demo)
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantcache.cli.metrics import MetricsOption, read_metrics
 from quantcache.cli.session import (
     DebugFlag,
     DeviceOption,
     DtypeOption,
     JsonFlag,
-    ModelArgument,
     RevisionOption,
     TrustOption,
     load_model,
@@ -26,12 +26,26 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    model: ModelArgument,
-    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="Text to calibrate on, one file or more.")],
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one. A recipe names its own.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE...", help="Text to calibrate on, one file or more.")
+    ] = None,
     more_text: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Text and settings from a recipe (calibrations/recipes)."),
+    ] = None,
     bits: Annotated[float, typer.Option(min=0, max=8, help="Mean code width in bits.")] = 3.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Hub repository to push to.")] = None,
+    metrics: MetricsOption = None,
     metric: Annotated[str, typer.Option(help="fisher (one backward pass), query or identity.")] = "fisher",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to use at most.")] = 32_768,
     seq_len: Annotated[
@@ -51,15 +65,30 @@ def calibrate(
     """Calibrate a model on text, and save the calibration.
 
     Example: quantcache calibrate wiki11m --text a.txt b.txt --bits 3 -o calibration/
+    Example: quantcache calibrate --recipe qwen3-0.6b -o calibration/
     """
     with session(json, debug) as run:
         if output is None and push_to_hub is None:
             raise ValueError("nowhere to write to: give -o DIR, --push-to-hub REPO, or both")
+        rows = None if metrics is None else read_metrics(metrics)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
+        if recipe is not None:
+            from quantcache.recipes import load_recipe
+
+            refuse_options(context)
+            chosen = load_recipe(recipe)
+            model, revision, texts = model or chosen.model, chosen.revision, chosen.texts()
+            bits, min_bits = chosen.bits, chosen.min_bits
+            keys, values = chosen.side_bits("key"), chosen.side_bits("value")
+            metric, tokens, seq_len = chosen.metric, chosen.tokens, chosen.seq_len
+            seed, dtype = chosen.seed, chosen.dtype
+        else:
+            # An option takes one value, so further files of `--text a b` arrive as arguments.
+            texts = [read_text(path) for path in [*(text or []), *(more_text or [])]]
+        if model is None or not texts:
+            raise ValueError("nothing to calibrate: give MODEL and --text FILE, or --recipe NAME")
         if min_bits > bits:
             raise ValueError(f"--min-bits {min_bits} exceeds --bits {bits:g}")
-        # An option takes one value, so further files of `--text a b` arrive as arguments.
-        texts = [read_text(path) for path in [*text, *(more_text or [])]]
 
         from quantcache.calibration import calibrate as calibrate_model
 
@@ -84,9 +113,9 @@ def calibrate(
         )
         url = None
         if output is not None:
-            calibration.save_pretrained(output)
+            calibration.save_pretrained(output, model_card_kwargs={"metrics": rows})
         if push_to_hub is not None:
-            url = str(calibration.push_to_hub(push_to_hub))
+            url = str(calibration.push_to_hub(push_to_hub, model_card_kwargs={"metrics": rows}))
         data = {
             "model": model,
             "output": None if output is None else str(output),
@@ -103,6 +132,38 @@ def calibrate(
             f"({calibration.metadata.recipe['tokens']:,} tokens, {data['seconds']:.0f} s)"
         )
         run.finish(data, line)
+
+
+_BESIDE_A_RECIPE = {
+    "model",
+    "recipe",
+    "output",
+    "push_to_hub",
+    "metrics",
+    "device",
+    "trust_remote_code",
+    "json",
+    "debug",
+}
+
+
+def refuse_options(context: typer.Context) -> None:
+    """Refuse options that a recipe sets.
+
+    Args:
+        context: What was given on the command line.
+
+    Raises:
+        ValueError: One of them was given as well.
+    """
+    given = [
+        name
+        for name in sorted(context.params)
+        if name not in _BESIDE_A_RECIPE and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        options = ", ".join("more text" if name == "more_text" else f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--recipe sets {options} already: leave that out, or copy the recipe and change it")
 
 
 def side_bits(option: str, given: str) -> SideBits:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.errors import HubError, QuantCacheError, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -219,10 +219,10 @@ def load_calibration(name: str) -> Calibration:
     """
     from quantcache.artifact import Calibration
 
-    _require_folder(name)
+    require_folder(name)
     try:
         return Calibration.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (HubError, OSError, ValueError) as error:
         raise QuantCacheError(f"no calibration {name}: there is no such folder, and the Hub says: {error}") from error
 
 
@@ -263,7 +263,7 @@ def load_model(
     del quantcache
     bundled = name == BUNDLED_MODEL
     if not bundled:
-        _require_folder(name)
+        require_folder(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "auto":
         try:
@@ -276,7 +276,7 @@ def load_model(
         raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
     source = demo_model_path() if bundled else name
     more: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _quiet_unless_watched(), _naming(name):
+    with quiet_unless_watched(), _naming(name):
         config = AutoConfig.from_pretrained(source, **more)
         compat.require_decoder(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **more)
@@ -299,8 +299,15 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _require_folder(name: str) -> None:
-    """Refuse what can only be meant as a path and does not exist."""
+def require_folder(name: str) -> None:
+    """Refuse what can only be meant as a path and does not exist.
+
+    Args:
+        name: Folder or Hub id.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
     if looks_like_path and not Path(name).exists():
         raise FileNotFoundError(f"there is no folder {name}")
@@ -316,8 +323,12 @@ def _naming(model: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_unless_watched() -> Iterator[None]:
-    """Without a terminal on stderr, spare its reader transformers' progress bars."""
+def quiet_unless_watched() -> Iterator[None]:
+    """Without a terminal on stderr, spare its reader transformers' progress bars.
+
+    Yields:
+        Nothing.
+    """
     from transformers.utils import logging
 
     hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()

@@ -25,6 +25,33 @@ def demo_model_path() -> Path:
     return _resource("wiki11m", "model.safetensors").parent
 
 
+def calibrations_path() -> Path:
+    """Directory of the index of calibrations, of the recipes, and of the bundled model's calibration.
+
+    Returns:
+        The directory, ``calibrations/`` of a checkout.
+
+    Raises:
+        FileNotFoundError: The installation lacks the index.
+    """
+    return _resource("calibrations", "index.json").parent
+
+
+def text_path(name: str) -> Path:
+    """A bundled text.
+
+    Args:
+        name: Its file name.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: There is no such text.
+    """
+    return _resource("texts", name)
+
+
 def calibration_text() -> str:
     """Wikipedia articles to calibrate on, never to evaluate on.
 

@@ -712,7 +712,7 @@ class FakeHub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     """A Hub that answers from a folder."""
     fake = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr(artifact, "hf_hub_download", fake.download)
+    monkeypatch.setattr("quantcache.hub.hf_hub_download", fake.download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", fake)
     return fake
 
@@ -752,7 +752,9 @@ def test_pushing(hub: FakeHub, saved: Path) -> None:
     assert hub.created == [{"repo_id": "some-org/some-calibration", "private": True, "exist_ok": True}]
     assert hub.tokens == ["secret"]
     (upload,) = hub.uploads
-    assert upload["files"] == contents(saved)
+    card = upload["files"].pop("README.md")
+    assert b'from_pretrained("some-org/some-calibration"' in card
+    assert upload["files"] == {name: data for name, data in contents(saved).items() if name != "README.md"}
     assert (upload["repo_id"], upload["revision"]) == ("some-org/some-calibration", "dev")
 
 
@@ -808,9 +810,10 @@ def test_card_with_measurements() -> None:
     assert "| spectral-3 | 0.0102 |" in text
 
 
-def test_card_without_a_base_model() -> None:
+@pytest.mark.parametrize("name", [None, "wiki11m", "/home/somebody/model"])
+def test_card_without_a_base_model(name: str | None) -> None:
     calibration = make()
-    metadata = replace(calibration.metadata, base_model={"id": None}, recipe={"note": "braces {x} and {0}"})
+    metadata = replace(calibration.metadata, base_model={"id": name}, recipe={"note": "braces {x} and {0}"})
     text = str(Calibration(calibration.layers, metadata).generate_model_card())
     assert "base_model" not in yaml.safe_load(text.split("---")[1])
     assert "braces {x} and {0}" in text

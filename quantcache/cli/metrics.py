@@ -1,0 +1,41 @@
+"""Measurements on model cards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantcache.errors import QuantCacheError
+
+MetricsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="What 'quantcache eval -o' wrote: a table for the model card.")
+]
+
+_CARD_COLUMNS = ("bits_per_element", "bits_per_element_total", "kl_mean", "top1_agreement", "perplexity")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read what ``quantcache eval -o`` wrote, as rows of a model card's table.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One row for each method that could be measured.
+
+    Raises:
+        QuantCacheError: It is no such file.
+    """
+    try:
+        methods = json.loads(path.read_text("utf-8"))["methods"]
+        return [
+            {"method": name} | {column: f"{result[column]:.4g}" for column in _CARD_COLUMNS}
+            for name, result in methods.items()
+            if result["status"] == "ok"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{path} is not what quantcache eval writes: {type(error).__name__} {error}"
+        raise QuantCacheError(message) from error

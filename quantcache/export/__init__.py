@@ -1,0 +1,9 @@
+"""Checkpoints with the value basis folded into their weights."""
+
+from __future__ import annotations
+
+from quantcache.export.absorption import BASES, Basis
+from quantcache.export.exporter import ExportReport, export_checkpoint
+from quantcache.export.model import absorb
+
+__all__ = ["BASES", "Basis", "ExportReport", "absorb", "export_checkpoint"]

@@ -1,0 +1,379 @@
+"""Export: a model's folder rewritten with its value basis absorbed, complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from quantcache import compat, data, hub
+from quantcache.artifact import SUBFOLDER, Calibration
+from quantcache.errors import QuantCacheError
+from quantcache.export.absorption import Basis
+from quantcache.export.card import LogitDifference, card_header, render_export_card
+from quantcache.export.checkpoint import Checkpoint
+from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps
+from quantcache.export.projections import find_projections
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "export.json"
+RECORD_FORMAT = "quantcache-export"
+
+WEIGHT_PATTERNS = [
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf"),
+    *("*.tflite", "*.ot", "*.index.json"),
+]
+"""Weights in whatever format: those that are not rewritten are left out, since they have not absorbed anything."""
+
+DOWNLOAD_IGNORE = [p for p in WEIGHT_PATTERNS if p not in ("*.safetensors", "*.index.json")]
+
+VERIFY_TOKENS = 256
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, and how many bytes of how many are done."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        output: Its folder.
+        base_model: ``{"id", "revision", "model_type"}`` of the model exported.
+        basis: The basis absorbed.
+        layers: Layers changed.
+        tensors: Tensors changed.
+        shards: Files of weights.
+        mean_in_weights: Whether the biases took the mean of the values.
+        keys_scaled: Layers whose keys were scaled.
+        left_out: Files of the model that were not copied: weights in other formats.
+        difference: The measured difference of the logits; None where it was not measured.
+        calibration: The export's calibration.
+    """
+
+    output: Path
+    base_model: dict[str, Any]
+    basis: Basis
+    layers: int
+    tensors: int
+    shards: int
+    mean_in_weights: bool
+    keys_scaled: int
+    left_out: list[str]
+    difference: LogitDifference | None
+    calibration: Calibration
+
+
+def export_checkpoint(
+    model: str | Path,
+    calibration: Calibration,
+    output: str | Path,
+    *,
+    basis: Basis = "spectral",
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    repo_id: str | None = None,
+    metrics: list[dict[str, Any]] | None = None,
+    on_progress: Progress | None = None,
+) -> ExportReport:
+    """Write a model with the value basis of its calibration folded into its weights.
+
+    The result loads with plain ``AutoModelForCausalLM.from_pretrained`` and computes what the model computes. It
+    carries the matching calibration, so that ``SpectralCache.from_pretrained(output)`` works. Shards are rewritten one
+    tensor at a time; everything else of the folder is copied. Nothing appears at ``output`` before all of it is done.
+
+    Args:
+        model: Folder or Hub id of a model with safetensors weights.
+        calibration: Its calibration.
+        output: Folder to write; it must not exist, or be empty.
+        basis: ``spectral`` for SpectralCache, ``flat`` for quantizers with one step per token.
+        verify: Load the model and then the export, and compare their logits.
+        revision: Hub branch, tag or commit.
+        token: Hub token.
+        cache_dir: Hub cache folder.
+        local_files_only: Never go to the network.
+        repo_id: The export's own repository, for its card.
+        metrics: Rows of a measured table for its card.
+        on_progress: Told of progress.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UnsupportedModel: The architecture is unknown, or the weights are quantized.
+        CalibrationMismatch: The calibration is for another model.
+        HubError: The model cannot be had from the Hub.
+        QuantCacheError: The weights are malformed, or ``output`` is taken.
+    """
+    tell = on_progress or (lambda what, done, total: None)
+    output = Path(output)
+    _require_free(output)
+    folder, base_model = _locate(model, revision, token, cache_dir, local_files_only)
+    config = _config(folder)
+    base_model["model_type"] = config.model_type
+    _require_plain(folder)
+    check(config, calibration, basis)
+    _name_or_warn(base_model, folder, calibration)
+    checkpoint = Checkpoint(folder)
+    projections = find_projections(config, calibration, checkpoint.tensors)
+    maps = layer_maps(calibration, projections, basis, checkpoint.tensors)
+
+    with _partial_folder(output) as partial:
+        left_out = _copy_others(folder, partial, checkpoint)
+        count = 0
+        sizes = [(folder / shard).stat().st_size for shard in checkpoint.shards]
+        for number, shard in enumerate(checkpoint.shards):
+            tell(f"writing {shard}", sum(sizes[:number]), sum(sizes))
+            shutil.copyfile(folder / shard, partial / shard)
+        for number, (index, found) in enumerate(projections.items()):
+            tell(f"absorbing layer {index}", number, len(projections))
+            for name, tensor in changed_tensors(found, maps[index], checkpoint.read):
+                _require_finite(name, tensor)
+                checkpoint.write(partial, name, tensor)
+                count += 1
+        absorbed = absorbed_calibration(calibration, maps, projections, basis)
+        difference = None
+        if verify:
+            tell("comparing logits", 0, 1)
+            difference = compare_logits(folder, partial)
+        report = ExportReport(
+            output=output,
+            base_model=base_model,
+            basis=basis,
+            layers=len(projections),
+            tensors=count,
+            shards=len(checkpoint.shards),
+            mean_in_weights=all(p.takes_mean for p in projections.values()),
+            keys_scaled=sum(m.keys is not None for m in maps.values()),
+            left_out=left_out,
+            difference=difference,
+            calibration=absorbed,
+        )
+        _write_extras(partial, report, card_header(folder / "README.md"), repo_id, metrics)
+        os.replace(partial, output)
+    return report
+
+
+def compare_logits(original: Path, export: Path, tokens: int = VERIFY_TOKENS) -> LogitDifference:
+    """Measure how far an export's logits are from the original's; one model is in memory at a time.
+
+    Args:
+        original: The model's folder.
+        export: The export's folder.
+        tokens: Tokens of the bundled evaluation text to compare on.
+
+    Returns:
+        The difference.
+    """
+    first, dtype = _logits(original, tokens)
+    second, _ = _logits(export, tokens)
+    a, b = first.log_softmax(-1), second.log_softmax(-1)
+    return LogitDifference(
+        max_abs=float((first - second).abs().max()),
+        scale=float(first.abs().max()),
+        kl_mean=float((a.exp() * (a - b)).sum(-1).mean()),
+        top1_agreement=float((first.argmax(-1) == second.argmax(-1)).double().mean()),
+        tokens=first.shape[0],
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _logits(folder: Path, count: int) -> tuple[Tensor, torch.dtype]:
+    """Logits ``[T, V]`` of some text in float64, in the checkpoint's own dtype and without a cache."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.eval()
+    text_config = model.config.get_text_config(decoder=True)
+    count = min(count, getattr(text_config, "max_position_embeddings", None) or count)
+    ids = _text_tokens(folder, count)
+    if ids.shape[1] < count or int(ids.max()) >= text_config.vocab_size:
+        ids = torch.randint(0, text_config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits[0].double(), model.dtype
+
+
+def _text_tokens(folder: Path, count: int) -> Tensor:
+    """Tokens of the bundled text, ``[1, T]``; none where the folder has no tokenizer, or one without words."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever is wrong with it, it is copied as it is and matters for this comparison only
+        logger.info("comparing on random tokens: %s has no tokenizer (%s)", folder, error)
+        return torch.empty(1, 0, dtype=torch.int64)
+    text = data.evaluation_text()[: 64 * count]
+    return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64)
+
+
+def _require_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise QuantCacheError(f"{output} exists already: give a folder that does not, or an empty one")
+    if not output.absolute().parent.is_dir():
+        raise QuantCacheError(f"there is no folder {output.absolute().parent} to write {output.name} into")
+
+
+def _locate(
+    model: str | Path,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> tuple[Path, dict[str, Any]]:
+    """A model's folder; id and revision where it comes from the Hub."""
+    if os.path.isdir(model):
+        return Path(model), {"id": None, "revision": None}
+    repo_id = hub.require_repo_id(model)
+    folder = hub.download_model(
+        repo_id,
+        revision=revision,
+        ignore=[*DOWNLOAD_IGNORE, "original/*"],
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return folder, {"id": repo_id, "revision": folder.name}
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        message = " ".join(str(error).split())
+        raise QuantCacheError(f"{folder} is no model that transformers knows: {message}") from error
+    return config
+
+
+def _require_plain(folder: Path) -> None:
+    """Refuse folders that are more than a model."""
+    record = folder / SUBFOLDER / RECORD_NAME
+    if record.exists():
+        raise QuantCacheError(f"{folder} is an export already ({SUBFOLDER}/{RECORD_NAME}): export its base model")
+    if (folder / "adapter_config.json").exists():
+        raise QuantCacheError(f"{folder} holds an adapter (adapter_config.json): merge it into the model first")
+
+
+def _name_or_warn(base_model: dict[str, Any], folder: Path, calibration: Calibration) -> None:
+    """Name a local model, after its calibration's where the folder is named like it; warn where the two differ."""
+    theirs = calibration.metadata.base_model
+    name = folder.resolve().name
+    if base_model["id"] is None:
+        same = str(theirs.get("id") or "").rpartition("/")[2] == name
+        base_model["id"] = theirs["id"] if same and not os.path.isabs(theirs["id"]) else name
+    # Exactness does not depend on the calibration, but what it is good for does.
+    for key in ("id", "revision"):
+        ours, other = base_model[key], theirs.get(key)
+        if ours and other and ours != other and not os.path.isabs(other):
+            warnings.warn(f"the calibration is of {key} {other}, the model's is {ours}", stacklevel=3)
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise QuantCacheError(f"{name} does not fit {tensor.dtype} after absorption, or had NaN or infinite values")
+
+
+def _copy_others(folder: Path, partial: Path, checkpoint: Checkpoint) -> list[str]:
+    """Copy everything but weights, calibrations and the card; gives the weights that are left out."""
+    left_out = []
+    own = {*checkpoint.shards, "README.md"}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or relative.parts[0] == SUBFOLDER or any(p.startswith(".") for p in relative.parts):
+            continue
+        if str(relative) in own:
+            continue
+        is_index = str(relative) == "model.safetensors.index.json"
+        if not is_index and any(fnmatch.fnmatch(path.name, pattern) for pattern in WEIGHT_PATTERNS):
+            left_out.append(str(relative))
+            continue
+        (partial / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, partial / relative)
+    return left_out
+
+
+def _write_extras(
+    partial: Path,
+    report: ExportReport,
+    inherited: dict[str, Any],
+    repo_id: str | None,
+    metrics: list[dict[str, Any]] | None,
+) -> None:
+    """The calibration, the record and the card of an export."""
+    report.calibration.save_pretrained(partial / SUBFOLDER)
+    (partial / SUBFOLDER / "README.md").unlink()  # the export's own card says how to use both together
+    record = {
+        "format": RECORD_FORMAT,
+        "schema_version": "1.0",
+        "base_model": report.base_model,
+        "basis": report.basis,
+        "value_mean": "weights" if report.mean_in_weights else "cache",
+        "layers": list(report.calibration.layers),
+        "tensors": report.tensors,
+        "keys_scaled": report.keys_scaled,
+        "logits": None if report.difference is None else report.difference.to_dict(),
+        "environment": compat.versions(),
+    }
+    (partial / SUBFOLDER / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    card = render_export_card(
+        base_model=report.base_model,
+        repo_id=repo_id,
+        basis=report.basis,
+        mean_in_weights=report.mean_in_weights,
+        bits=report.calibration.bits,
+        total=report.calibration.bits_per_element,
+        difference=report.difference,
+        inherited=inherited,
+        metrics=metrics,
+    )
+    (partial / "README.md").write_text(card, "utf-8")
+
+
+@contextlib.contextmanager
+def _partial_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, gone afterwards; what a killed export left there is cleared away first.
+
+    Args:
+        output: The output.
+
+    Yields:
+        The folder, to be renamed into place.
+    """
+    parent = output.absolute().parent
+    prefix = f".{output.name}-partial-{platform.node()}-"
+    for stale in parent.glob(f"{prefix}*"):
+        owner = stale.name[len(prefix) :].partition("-")[0]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(stale, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)  # temporary folders are made for their owner only
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

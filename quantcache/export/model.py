@@ -1,0 +1,212 @@
+"""Absorption as a whole: what happens to each tensor, and a loaded model changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from quantcache import compat
+from quantcache.artifact import Calibration
+from quantcache.errors import CalibrationMismatch, QuantCacheError, UnsupportedModel
+from quantcache.export.absorption import (
+    BASES,
+    Basis,
+    ValueMap,
+    absorbed_keys,
+    absorbed_values,
+    key_scale,
+    map_output_projection,
+    map_rows,
+    scale_rows,
+    value_map,
+)
+from quantcache.export.projections import Projection, Projections, TensorInfo, find_projections
+from quantcache.rope import Frame
+
+ABSORBED = "absorbed"
+"""Key of a calibration's recipe that says which basis its model's weights have taken in."""
+
+
+def check(config: PreTrainedConfig, calibration: Calibration, basis: str) -> None:
+    """Refuse what cannot be absorbed, before any weight is read.
+
+    Args:
+        config: The model's config.
+        calibration: The model's calibration.
+        basis: The basis wanted.
+
+    Raises:
+        ValueError: The basis is unknown.
+        CalibrationMismatch: The calibration is for another geometry.
+        QuantCacheError: The calibration belongs to a model that has absorbed a basis already.
+    """
+    if basis not in BASES:
+        raise ValueError(f"basis must be one of {', '.join(BASES)}, got {basis!r}")
+    compat.require_decoder(config)
+    calibration.check_compatible(config)
+    wanted = compat.full_attention_layers(config)
+    if list(calibration.layers) != wanted:
+        raise CalibrationMismatch(
+            f"calibration covers layers {list(calibration.layers)}, the model's full-attention layers are {wanted}"
+        )
+    if ABSORBED in calibration.metadata.recipe:
+        raise QuantCacheError(
+            "the calibration belongs to a model that has absorbed its basis already: "
+            f"{calibration.metadata.recipe[ABSORBED]}"
+        )
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """What one layer's weights take in.
+
+    Attributes:
+        values: The map of the values.
+        keys: Scales of cached keys, ``[H, D]`` float64; None where keys stay as they are.
+    """
+
+    values: ValueMap
+    keys: Tensor | None
+
+
+def layer_maps(
+    calibration: Calibration, projections: dict[int, Projections], basis: Basis, tensors: Mapping[str, TensorInfo]
+) -> dict[int, LayerMaps]:
+    """Every layer's maps.
+
+    Keys are scaled for ``flat`` only: SpectralCache's codes of scaled keys are the codes of the keys.
+
+    Args:
+        calibration: The model's calibration.
+        projections: Every layer's projections.
+        basis: The basis wanted.
+        tensors: All tensors of the checkpoint or model.
+
+    Returns:
+        The maps.
+    """
+    maps = {}
+    for index, found in projections.items():
+        layer = calibration.layers[index]
+        scale = None
+        if basis == "flat" and found.scales_keys:
+            frame = Frame(layer.key.dim, layer.rope, calibration.metadata.codec.fast_wavelength)
+            shared = found.norms is not None and tensors[found.norms[1]].shape == (layer.key.dim,)
+            scale = key_scale(layer.key, layer.rope, frame, shared)
+        maps[index] = LayerMaps(value_map(layer.value, basis, found.takes_mean), scale)
+    return maps
+
+
+def changed_tensors(
+    projections: Projections, maps: LayerMaps, read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The new tensors of one layer, one after the other.
+
+    Args:
+        projections: Where they are.
+        maps: What they take in.
+        read: Gives a tensor by name.
+
+    Yields:
+        Name and new tensor, with shape and dtype of the old one.
+    """
+
+    def read_both(projection: Projection) -> tuple[Tensor, Tensor | None]:
+        weight = read(projection.weight)
+        weight = (weight.T if projections.transposed else weight).clone()
+        return weight, None if projection.bias is None else read(projection.bias).clone()
+
+    def write_both(projection: Projection, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        yield projection.weight, (weight.T if projections.transposed else weight).contiguous()
+        if projection.bias is not None and bias is not None:
+            yield projection.bias, bias
+
+    scales: dict[str, Tensor] = {}
+    if maps.keys is not None:
+        groups = projections.query.rows.numel() // projections.key.rows.numel()
+        scales = {"query": 1.0 / maps.keys.repeat_interleave(groups, dim=0), "key": maps.keys}
+        if projections.norms is not None:
+            for name, scale in zip(projections.norms, scales.values(), strict=True):
+                weight = read(name)
+                # One weight for all heads, whose scales are equal then, or one for each.
+                factor = scale[0] if weight.shape == scale.shape[1:] else scale.reshape(weight.shape)
+                offset = projections.norm_offset
+                yield name, ((weight.double() + offset) * factor - offset).to(weight.dtype)
+            scales = {}
+    inputs = {"query": projections.query, "key": projections.key, "value": projections.value}
+    changed = {role: p for role, p in inputs.items() if role == "value" or role in scales}
+    for fused in {p.weight: p for p in changed.values()}.values():
+        weight, bias = read_both(fused)
+        for role, projection in changed.items():
+            if projection.weight == fused.weight:
+                if role == "value":
+                    map_rows(weight, bias, projection.rows, maps.values)
+                else:
+                    scale_rows(weight, bias, projection.rows, scales[role].flatten())
+        yield from write_both(fused, weight, bias)
+    weight, bias = read_both(projections.output)
+    yield from write_both(projections.output, *map_output_projection(weight, bias, maps.values))
+
+
+def absorbed_calibration(
+    calibration: Calibration, maps: dict[int, LayerMaps], projections: dict[int, Projections], basis: Basis
+) -> Calibration:
+    """The calibration of the model after absorption.
+
+    Args:
+        calibration: Its calibration before.
+        maps: Every layer's maps.
+        projections: Every layer's projections.
+        basis: The basis the maps were made for.
+
+    Returns:
+        A calibration that codes the same coefficients at the same rate.
+    """
+    layers = {}
+    for index, layer in calibration.layers.items():
+        keys, scale = layer.key, maps[index].keys
+        if scale is not None:
+            keys = absorbed_keys(keys, scale, Frame(keys.dim, layer.rope, calibration.metadata.codec.fast_wavelength))
+        layers[index] = replace(layer, key=keys, value=absorbed_values(layer.value, maps[index].values, basis))
+    mean = "weights" if all(p.takes_mean for p in projections.values()) else "cache"
+    recipe = {**calibration.metadata.recipe, ABSORBED: {"basis": basis, "value_mean": mean}}
+    return Calibration(layers, replace(calibration.metadata, recipe=recipe))
+
+
+@torch.no_grad()
+def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spectral") -> Calibration:
+    """Fold the value basis of a calibration into a model's weights, in place.
+
+    The model's outputs stay what they were up to rounding; what it caches as values changes. Absorb once: the
+    calibration returned replaces the one given.
+
+    Args:
+        model: A decoder-only model with float weights.
+        calibration: Its calibration.
+        basis: ``spectral``, the codec's own coefficients; or ``flat``, in which every coordinate carries the same
+            energy and rotary pairs of keys are scaled too.
+
+    Returns:
+        The calibration of the changed model.
+
+    Raises:
+        CalibrationMismatch: The calibration is for another model.
+        UnsupportedModel: The architecture is unknown, or its weights are quantized or offloaded.
+    """
+    check(model.config, calibration, basis)
+    parameters = dict(model.named_parameters())
+    tensors = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in parameters.items()}
+    projections = find_projections(model.config, calibration, tensors)
+    names = [name for found in projections.values() for name in found.names()]
+    offloaded = next((name for name in names if parameters[name].is_meta), None)
+    if offloaded is not None:
+        raise UnsupportedModel(f"{offloaded} is not in memory: absorb a model that is loaded as a whole")
+    maps = layer_maps(calibration, projections, basis, tensors)
+    for index, found in projections.items():
+        for name, tensor in changed_tensors(found, maps[index], lambda name: parameters[name].detach().cpu()):
+            parameters[name].copy_(tensor)
+    return absorbed_calibration(calibration, maps, projections, basis)

@@ -1,0 +1,246 @@
+"""Recipes and the index of calibrations: what comes with quantcache, and one clear error for every flaw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import PreTrainedModel
+
+from quantcache import data
+from quantcache.artifact import Calibration
+from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
+from quantcache.cli import main
+from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
+from quantcache.index import find_entry, read_index
+from quantcache.recipes import load_recipe, recipe_names
+from tests.builders import llama_config
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FILES = (CONFIG_NAME, TENSORS_NAME)
+
+# ------------------------------------------------------------------ recipes
+
+
+def test_recipes_lie_at_the_top_of_the_checkout() -> None:
+    assert (ROOT / "calibrations").resolve() == data.calibrations_path().resolve()
+    assert {path.stem for path in (ROOT / "calibrations" / "recipes").iterdir()} == set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_that_come_with_quantcache(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.texts() == [data.calibration_text()]
+    assert recipe.model.rpartition("/")[2].lower() == name
+    assert recipe.side_bits("key") == recipe.side_bits("value") == "joint"
+
+
+def test_every_family_has_a_recipe() -> None:
+    models = {load_recipe(name).model for name in recipe_names()}
+    for family in ("Llama-3.", "Qwen2.5", "Qwen3", "Mistral", "phi-4", "gemma-2", "gemma-3"):
+        assert any(family in model for model in models), family
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> dict[str, Any]:
+    """A recipe with a text of its own beside it."""
+    (tmp_path / "text.txt").write_text("Once upon a time.")
+    digest = hashlib.sha256(b"Once upon a time.").hexdigest()
+    settings = yaml.safe_load((data.calibrations_path() / "recipes" / "wiki11m.yaml").read_text())
+    return settings | {"text": {"files": {"text.txt": digest}}, "key_bits": "dense", "value_bits": 2.5}
+
+
+def write(folder: Path, content: Any) -> Path:
+    """Write a recipe."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_recipe_of_ones_own(content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, content))
+    assert recipe.texts() == ["Once upon a time."]
+    assert (recipe.side_bits("key"), recipe.side_bits("value")) == (None, 2.5)
+    (tmp_path / "text.txt").write_text("Once upon a crime.")
+    with pytest.raises(QuantCacheError, match=r"text.txt has SHA-256 [0-9a-f]{64}, the recipe says [0-9a-f]{64}"):
+        recipe.texts()
+    (tmp_path / "text.txt").unlink()
+    with pytest.raises(QuantCacheError, match=r"text.txt: No such file"):
+        recipe.texts()
+
+
+FLAWS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no mapping": (lambda c: [c], "must be a mapping, got list"),
+    "missing key": (lambda c: {k: v for k, v in c.items() if k not in ("seed", "bits")}, "lacks bits, seed"),
+    "unknown key": (lambda c: c | {"bitz": 3}, "has unknown keys bitz"),
+    "no model": (lambda c: c | {"model": None}, "model must be a folder or Hub id, got None"),
+    "revision": (lambda c: c | {"revision": 7}, "revision must be a string or null, got 7"),
+    "tokens": (lambda c: c | {"tokens": 0}, "tokens must be a positive integer, got 0"),
+    "boolean tokens": (lambda c: c | {"tokens": True}, "tokens must be a positive integer, got True"),
+    "length": (lambda c: c | {"seq_len": 2.5}, "seq_len must be a positive integer, got 2.5"),
+    "seed": (lambda c: c | {"seed": -1}, "seed must be an integer of at least 0, got -1"),
+    "metric": (lambda c: c | {"metric": "fish"}, "metric must be one of fisher, query, identity, got 'fish'"),
+    "dtype": (lambda c: c | {"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+    "bits": (lambda c: c | {"bits": 9}, "bits must be a number from min_bits to 8, got 9"),
+    "words for bits": (lambda c: c | {"bits": "joint"}, "bits must be a number from min_bits to 8, got 'joint'"),
+    "least bits": (lambda c: c | {"min_bits": 4}, "bits must be a number from min_bits to 8, got 3"),
+    "key bits": (lambda c: c | {"key_bits": "thin"}, "key_bits must be .* or joint or dense, got 'thin'"),
+    "value bits": (lambda c: c | {"value_bits": 12}, "value_bits must be .* or joint or dense, got 12"),
+    "text": (lambda c: c | {"text": "once"}, "text must be .*, got 'once'"),
+    "no files": (lambda c: c | {"text": {"files": {}}}, "text must be"),
+    "no digest": (lambda c: c | {"text": {"bundled": "wiki_calibration.txt"}}, "text must be"),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_flawed_recipes(content: dict[str, Any], tmp_path: Path, flaw: str) -> None:
+    spoil, message = FLAWS[flaw]
+    with pytest.raises(QuantCacheError, match=message) as caught:
+        load_recipe(write(tmp_path, spoil(content)))
+    assert "\n" not in str(caught.value)
+    assert "recipe.yaml" in str(caught.value)
+
+
+def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(QuantCacheError, match=r"there is no recipe llama-9: give a .yaml file, or one of .*qwen3-8b"):
+        load_recipe("llama-9")
+    with pytest.raises(QuantCacheError, match=r"no.yaml cannot be read: .*No such file"):
+        load_recipe(tmp_path / "no.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(QuantCacheError, match=r"bad.yaml cannot be read: while parsing") as caught:
+        load_recipe(tmp_path / "bad.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_calibrating_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = data.calibration_text()[:6000]
+    (tmp_path / "text.txt").write_text(text, "utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    settings = yaml.safe_load((data.calibrations_path() / "recipes" / "wiki11m.yaml").read_text())
+    settings |= {"text": {"files": {"text.txt": digest}}, "tokens": 256, "seq_len": 128, "bits": 2, "key_bits": 2.5}
+    settings |= {"metric": "identity", "seed": 4}
+    arguments = ["calibrate", "--recipe", str(write(tmp_path, settings)), "-o", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    capsys.readouterr()
+    made = Calibration.from_pretrained(tmp_path / "out").metadata
+    assert {name: made.recipe[name] for name in ("tokens", "seq_len", "seed", "metric")} == {
+        name: settings[name] for name in ("tokens", "seq_len", "seed", "metric")
+    }
+    assert (made.rate.bits, made.rate.key_bits, made.rate.value_bits) == (2, 2.5, "joint")
+    assert made.recipe["text_sha256"] == [digest]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--bits", "4", "--seed", "1", "--text", str(tmp_path / "text.txt")])
+    assert ended.value.code == 1
+    assert "--recipe sets --bits, --seed, --text already" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ the index
+
+
+def test_the_bundled_calibration(demo_model: PreTrainedModel) -> None:
+    for calibration in (Calibration.for_model(demo_model), Calibration.for_model("wiki11m")):
+        calibration.check_compatible(demo_model.config)
+        recipe = load_recipe("wiki11m")
+        made = calibration.metadata.recipe
+        assert (made["tokens"], made["seed"], made["metric"]) == (recipe.tokens, recipe.seed, recipe.metric)
+        assert made["seq_len"] == recipe.seq_len
+        assert recipe.text["sha256"] in made["text_sha256"]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """An index of one artifact beside it."""
+    Calibration.synthetic(llama_config()).save_pretrained(tmp_path / "artifact")
+    sha256 = {name: hashlib.sha256((tmp_path / "artifact" / name).read_bytes()).hexdigest() for name in FILES}
+    entry = {"model": "org/model", "revision": "a" * 40, "artifact": {"path": "artifact", "sha256": sha256}}
+    path = tmp_path / "index.json"
+    content = {"format": "quantcache-calibration-index", "schema_version": "1.0", "calibrations": [entry]}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_finding_an_entry(index: Path) -> None:
+    assert Calibration.for_model("org/model", index=index).bits == 3
+    assert Calibration.for_model("org/model", revision="a" * 40, index=index).bits == 3
+    with pytest.raises(ArtifactError, match=f"no calibration of org/model at revision bbbb; it has {'a' * 40}"):
+        Calibration.for_model("org/model", revision="bbbb", index=index)
+    with pytest.raises(ArtifactError, match="no calibration of org/other; it has org/model"):
+        Calibration.for_model("org/other", index=index)
+    with pytest.raises(ArtifactError, match="no calibration of org/other; it has nothing"):
+        find_entry([], "org/other", None)
+
+
+def test_a_loaded_model_is_found_by_id_and_commit(index: Path, demo_model: PreTrainedModel) -> None:
+    model = deepcopy(demo_model)
+    model.config._name_or_path, model.config._commit_hash = "org/model", "c" * 40
+    with pytest.raises(ArtifactError, match="no calibration of org/model at revision cccc"):
+        Calibration.for_model(model, index=index)
+    model.config._commit_hash = "a" * 40
+    with pytest.raises(CalibrationMismatch, match="calibration has"):
+        Calibration.for_model(model, index=index)
+
+
+def test_a_file_that_is_not_the_published_one(index: Path) -> None:
+    path = index.parent / "artifact" / CONFIG_NAME
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(ArtifactError, match=r"calibration_config.json of .* has SHA-256 \w{64}, the index says \w{64}"):
+        Calibration.for_model("org/model", index=index)
+
+
+INDEX_FLAWS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "format": (lambda c: c | {"format": "x"}, "is no calibration index"),
+    "list": (lambda c: [c], "is no calibration index"),
+    "version": (lambda c: c | {"schema_version": "2.0"}, "has schema version 2.0, this quantcache reads 1.0"),
+    "entries": (lambda c: c | {"calibrations": {}}, "calibrations must be a list, got dict"),
+    "model": (lambda c: c | {"calibrations": [{"artifact": {}}]}, "entry 0 must have a model and an artifact"),
+    "nowhere": (
+        lambda c: c | {"calibrations": [{"model": "m", "artifact": {"sha256": {}}}]},
+        "either the repo or the path",
+    ),
+    "digests": (
+        lambda c: c | {"calibrations": [{"model": "m", "artifact": {"path": "x", "sha256": {}}}]},
+        "a sha256 of each of calibration_config.json, calibration.safetensors",
+    ),
+    "digest": (
+        lambda c: (
+            c | {"calibrations": [{"model": "m", "artifact": {"path": "x", "sha256": dict.fromkeys(FILES, "z")}}]}
+        ),
+        "must be 64 hexadecimal digits, got 'z'",
+    ),
+    "branch": (
+        lambda c: (
+            c
+            | {
+                "calibrations": [
+                    {
+                        "model": "m",
+                        "revision": "main",
+                        "artifact": {"repo": "o/r", "revision": "f" * 40, "sha256": dict.fromkeys(FILES, "0" * 64)},
+                    }
+                ]
+            }
+        ),
+        "commits of 40 hexadecimal digits, got 'main'",
+    ),
+}
+
+
+@pytest.mark.parametrize("flaw", INDEX_FLAWS)
+def test_flawed_indices(index: Path, flaw: str) -> None:
+    spoil, message = INDEX_FLAWS[flaw]
+    index.write_text(json.dumps(spoil(json.loads(index.read_text()))))
+    with pytest.raises(ArtifactError, match=message):
+        read_index(index, FILES)
+
+
+def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_index(tmp_path / "no.json", FILES)
