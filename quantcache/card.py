@@ -47,7 +47,7 @@ def render_card(config: dict[str, Any], bits: float, total: float, metrics: list
     }
     if model:
         header["base_model"] = model
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in config["recipe"].items())
+    recipe = "\n".join(f"| {key} | {value} |" for key, value in config["recipe"].items() if key != "passages")
     table = ""
     if metrics:
         columns = list(metrics[0])

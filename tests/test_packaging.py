@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "quantcache"
 
 TIERS = (
-    ("errors", "packing", "rope", "spectral", "codebook", "data"),
+    ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
     ("schema", "store"),
-    ("allocation", "compat", "card"),
+    ("allocation", "compat", "card", "passages"),
     ("artifact_files", "accounting"),
     ("artifact",),
     ("codec",),
