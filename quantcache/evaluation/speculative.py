@@ -6,6 +6,7 @@ What is measured goes through transformers' own assisted generation, with the me
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,9 +19,9 @@ from quantcache import compat
 from quantcache.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
-from quantcache.evaluation.feeding import check_lengths, feed
+from quantcache.evaluation.feeding import check_lengths
 from quantcache.evaluation.methods import Method
-from quantcache.evaluation.speed import PREFILL_CHUNK, timed
+from quantcache.evaluation.speed import wait
 
 SUITE = "speculative"
 
@@ -35,7 +36,8 @@ class SpeculativeEntry:
         status: ``ok``, or what went wrong.
         acceptance: Share of the draft's tokens that the target took, with a 95 % Wilson interval.
         tokens_per_call: New tokens for each forward pass of the target.
-        ratio: Time of assisted over plain greedy decoding with the same cache, prompt by prompt; below 1 is faster.
+        ratio: Time of a token in assisted over plain greedy decoding with the same cache, the prompt's reading apart;
+            quantiles are over prompts, below 1 is faster.
             None for simulated rivals.
         same_text: Prompts whose text was that of plain greedy decoding with the same cache.
     """
@@ -144,6 +146,8 @@ def measure_speculative(
     cells = cells or Cells()
     for one in (model, draft):
         check_lengths(one, [context + new_tokens], "prompt and continuation together,")
+    if draft is model:
+        raise QuantCacheError("the draft model is the target itself")
     sizes = [one.config.get_text_config(decoder=True).vocab_size for one in (model, draft)]
     if sizes[0] != sizes[1]:
         raise QuantCacheError(f"the draft model has {sizes[1]} tokens in its vocabulary, the target {sizes[0]}")
@@ -165,35 +169,50 @@ def measure_speculative(
     return SpeculativeResult(settings, entries)
 
 
+class _Calls:
+    """Watches the target's forward passes: tokens of each, and when the first, which reads the prompt, was over.
+
+    Args:
+        model: The target.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.widths: list[int] = []
+        self.first_end = 0.0
+        self.hook = model.register_forward_hook(self._seen, with_kwargs=True)
+
+    def _seen(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.widths.append(kwargs["input_ids"].shape[1])
+        if len(self.widths) == 1:
+            wait(kwargs["input_ids"].device)
+            self.first_end = time.perf_counter()
+
+
 @torch.inference_mode()
 def _decode(
     model: Any, draft: Any, method: Method, prompt: Tensor, new_tokens: int, proposals: int
 ) -> dict[str, Any]:
-    """Figures of one prompt ``[1, T]``: the second of two runs each, plain and assisted."""
+    """Figures of one prompt ``[1, T]``."""
     prompt = prompt.to(compat.input_device(model))
-    outputs: dict[str, Tensor] = {}
-    times: dict[str, float] = {}
-    widths: list[int] = []
 
-    def run(name: str, **more: Any) -> None:
-        cache = method.make_cache()
-        feed(model, cache, prompt[:, :-1], PREFILL_CHUNK)
-        widths.clear()
-
-        def generate() -> None:
-            outputs[name] = model.generate(
+    def run(**more: Any) -> tuple[Tensor, list[int], float]:
+        """New tokens, tokens of every call, and seconds for each new token behind the first call's."""
+        # Assisted generation hands the whole prompt to the target, so the cache must be empty.
+        calls = _Calls(model)
+        try:
+            output = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=cache,
+                past_key_values=method.make_cache(),
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 **more,
             )[0, prompt.shape[1] :]
-
-        times[name] = timed(prompt.device, generate)
-
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        widths.append(kwargs["input_ids"].shape[1])
+        finally:
+            calls.hook.remove()
+        wait(prompt.device)
+        seconds = time.perf_counter() - calls.first_end
+        return output, calls.widths, seconds / max(1, len(output) - 1)
 
     config = draft.generation_config
     draft.generation_config = copy.deepcopy(config)
@@ -202,24 +221,20 @@ def _decode(
     draft.generation_config.assistant_confidence_threshold = 0.0
     try:
         for _ in range(1 if method.simulated else 2):  # the first of each warms up
-            run("plain")
-            hook = model.register_forward_pre_hook(count, with_kwargs=True)
-            try:
-                run("assisted", assistant_model=draft)
-            finally:
-                hook.remove()
+            plain, _, plain_time = run()
+            assisted, widths, assisted_time = run(assistant_model=draft)
     finally:
         draft.generation_config = config
-    # Each call of the target reads one token of its own and the draft's, and gives one token more than it accepts.
-    proposed = sum(width - 1 for width in widths)
-    accepted = max(0, len(outputs["assisted"]) - len(widths))
+    # Each call of the target reads one token of its own, the first the whole prompt, and the draft's; it gives one token
+    # more than it accepts.
+    proposed = sum(widths) - (prompt.shape[1] - 1) - len(widths)
     return {
         "proposed": proposed,
-        "accepted": min(accepted, proposed),
+        "accepted": min(max(0, len(assisted) - len(widths)), proposed),
         "calls": len(widths),
-        "tokens": len(outputs["assisted"]),
-        "ratio": None if method.simulated else times["assisted"] / times["plain"],
-        "same_text": bool(torch.equal(outputs["assisted"], outputs["plain"])),
+        "tokens": len(assisted),
+        "ratio": None if method.simulated else assisted_time / plain_time,
+        "same_text": bool(torch.equal(assisted, plain)),
     }
 
 

@@ -202,13 +202,18 @@ def timed(device: torch.device, work: Callable[[], object]) -> float:
     Returns:
         Milliseconds.
     """
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     work()
-    _wait(device)
+    wait(device)
     return 1e3 * (time.perf_counter() - started)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until a device has done what it was told.
+
+    Args:
+        device: The device.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
