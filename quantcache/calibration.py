@@ -186,7 +186,7 @@ def _sequences(
         digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
         tokens = _tokenize(joined, tokenizer, max_tokens)
         batches += list(tokens[:max_tokens].unsqueeze(0).split(length, dim=1))
-        passages = sketch(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True))
+        passages = sketch(str(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True)))
     kept: list[Tensor] = []
     room = max_tokens
     for batch in batches:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.errors import QuantCacheError
 from quantcache.jsonfile import finite
 
 Key = tuple[str, str, str]
@@ -203,6 +203,6 @@ def describe_failure(error: Exception) -> str:
     memory = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error).lower() for words in memory):
         return "out of memory"
-    if isinstance(error, UnsupportedModel | NotImplementedError | ImportError):
+    if isinstance(error, QuantCacheError | NotImplementedError | ImportError):
         return f"unsupported: {message}"
     return f"failed: {type(error).__name__}: {message}"

@@ -44,9 +44,9 @@ class MemoryRung:
         bits_per_element_total: Bits of everything held per cached element.
         times_smaller: Bytes of the same elements in bfloat16 over ``bytes``.
         constants: Bytes of constants that all caches of a model share.
-        peak_bytes: Highest memory of the process (on a CUDA device: of the device) while the cache was filled, over that
-            before. None where the system does not tell, where the figure is below the bytes held and therefore wrong
-            (memory that the process had freed was used again), and for simulated rivals.
+        peak_bytes: Highest memory of the process (on a CUDA device: of the device) while the cache was filled, over
+            that before. None where the system does not tell, where the figure is below the bytes held and therefore
+            wrong (memory that the process had freed was used again), and for simulated rivals.
     """
 
     status: str
@@ -128,7 +128,9 @@ def measure_memory(
             def work(method: Method = method, length: int = length) -> dict[str, Any]:
                 return _measure_rung(model, method, length, batch)
 
-            rungs[str(length)] = MemoryRung(**{"tokens": length, **cells.measure(SUITE, method.name, f"{length}", work)})
+            rungs[str(length)] = MemoryRung(
+                **{"tokens": length, **cells.measure(SUITE, method.name, f"{length}", work)}
+            )
         bad = next((rung.status for rung in rungs.values() if rung.status != "ok"), "ok")
         entries[method.name] = MemoryEntry(method.family, method.simulated, bad, rungs)
     settings = {
@@ -247,4 +249,3 @@ def _status(name: str) -> int | None:
     except (OSError, ValueError):
         pass
     return None
-

@@ -104,13 +104,14 @@ def code_sha256() -> str:
     return found.hexdigest()
 
 
-def check_overlap(calibration: Calibration, text: str, name: str) -> dict[str, Any]:
+def check_overlap(calibration: Calibration, text: str, name: str, used: str | None = None) -> dict[str, Any]:
     """Refuse to evaluate on what was calibrated on.
 
     Args:
         calibration: The calibration.
         text: The evaluation text.
         name: What the error calls it.
+        used: The part of it that is evaluated on; all of it if None.
 
     Returns:
         What was found: ``text`` (``"differs"``) and ``passages`` (share of the sampled passages of the calibration text
@@ -126,7 +127,7 @@ def check_overlap(calibration: Calibration, text: str, name: str) -> dict[str, A
     passages = recipe.get("passages")
     if not passages:
         return {"text": "differs" if digests else "not recorded", "passages": None}
-    hits, size = shared(passages, text)
+    hits, size = shared(passages, text if used is None else used)
     if hits > MOST_SHARED * size:
         raise QuantCacheError(
             f"{name} holds {hits} of {size} sampled passages that were calibrated on, "

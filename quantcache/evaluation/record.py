@@ -185,7 +185,7 @@ def _summary_flaw(value: dict[str, Any], path: str) -> str | None:
     orders = (("p20", "median", "p80"), ("low", "share", "high"))
     for order in orders:
         if order[0] in value and order[2] in value:
-            numbers = [value.get(name) for name in order]
+            numbers: list[Any] = [value.get(name) for name in order]
             if not all(_is_number(number) for number in numbers):
                 return f"{path} must have the numbers {', '.join(order)}"
             if not numbers[0] <= numbers[1] <= numbers[2]:

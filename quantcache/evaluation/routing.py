@@ -151,7 +151,12 @@ def _measure_window(
     results: dict[str, dict[str, Any]] = {name: {"status": "ok"} for name in methods}
     caches: dict[str, Cache] = {}
     for name, method in methods.items():
-        results[name] = attempt(lambda method=method, name=name: caches.update({name: method.make_cache()}) or {})
+
+        def make(name: str = name, method: Method = method) -> dict[str, Any]:
+            caches[name] = method.make_cache()
+            return {}
+
+        results[name] = attempt(make)
     sums: dict[str, dict[int, Tensor]] = {name: {} for name in methods}
     seen: set[int] = set()
     started = False
@@ -270,5 +275,12 @@ def _entry(method: Method, windows: int, cells: Cells) -> RoutingEntry:
         )
         for name in names
     }
-    figures = (over_layers(figure) for figure in ("flips", "cosine", "relative_error"))
-    return RoutingEntry(method.family, method.simulated, "ok", *figures, layers)
+    return RoutingEntry(
+        method.family,
+        method.simulated,
+        "ok",
+        over_layers("flips"),
+        over_layers("cosine"),
+        over_layers("relative_error"),
+        layers,
+    )

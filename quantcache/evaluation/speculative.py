@@ -189,9 +189,7 @@ class _Calls:
 
 
 @torch.inference_mode()
-def _decode(
-    model: Any, draft: Any, method: Method, prompt: Tensor, new_tokens: int, proposals: int
-) -> dict[str, Any]:
+def _decode(model: Any, draft: Any, method: Method, prompt: Tensor, new_tokens: int, proposals: int) -> dict[str, Any]:
     """Figures of one prompt ``[1, T]``."""
     prompt = prompt.to(compat.input_device(model))
 
@@ -225,8 +223,8 @@ def _decode(
             assisted, widths, assisted_time = run(assistant_model=draft)
     finally:
         draft.generation_config = config
-    # Each call of the target reads one token of its own, the first the whole prompt, and the draft's; it gives one token
-    # more than it accepts.
+    # Each call of the target reads one token of its own, the first the whole prompt, and the draft's; it gives one
+    # token more than it accepts.
     proposed = sum(widths) - (prompt.shape[1] - 1) - len(widths)
     return {
         "proposed": proposed,

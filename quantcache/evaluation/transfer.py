@@ -157,7 +157,12 @@ def measure_transfer(
         if not any(missing.values()):
             continue
         made: list[Calibration] = []
-        failure = attempt(lambda source=source, made=made: made.append(source.make()) or {})
+
+        def make(source: Source = source, made: list[Calibration] = made) -> dict[str, Any]:
+            made.append(source.make())
+            return {}
+
+        failure = attempt(make)
         for text, names in missing.items():
             cell = f"{source.name} -> {text}"
             if not made:

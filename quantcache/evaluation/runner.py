@@ -1,0 +1,426 @@
+"""Several suites on one model and text: sizes, order, and the cells that let an interrupted run go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache.artifact import Calibration
+from quantcache.errors import QuantCacheError
+from quantcache.evaluation import memory, needle, qa, routing, speculative, speed, transfer
+from quantcache.evaluation.cells import Cells, attempt
+from quantcache.evaluation.feeding import CHUNK, check_lengths, context_limit
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH
+
+SUITES = ("fidelity", "needle", "routing", "transfer", "qa", "memory", "speed")
+"""What can be measured. ``speed`` includes speculative decoding."""
+
+GROUP = 4
+"""Methods that share one dense pass in the fidelity suite: what an interruption can cost."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much each suite does.
+
+    Attributes:
+        needle_depths: Depths of needles.
+        needle_seeds: Trials of each length and depth.
+        routing_windows: Windows of the routing suite.
+        transfer_tokens: Tokens calibrated on, for each calibration.
+        transfer_windows: Windows of every text that calibrations are compared on.
+        questions: Questions asked.
+        answer_tokens: Tokens of an answer at most.
+        ladder: Lengths of the memory suite.
+        speed_batches: Rows of the speed suite.
+        speed_context: Tokens of its prompts at most.
+        steps: Decoding steps timed.
+        prefills: Prefills timed.
+        draft_tokens: Tokens generated with a draft model.
+    """
+
+    needle_depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    needle_seeds: int = 4
+    routing_windows: int = 2
+    transfer_tokens: int = 4096
+    transfer_windows: int = 2
+    questions: int = 12
+    answer_tokens: int = 16
+    ladder: tuple[int, ...] = memory.LADDER
+    speed_batches: tuple[int, ...] = (1, 4)
+    speed_context: int = 1024
+    steps: int = 24
+    prefills: int = 2
+    draft_tokens: int = 32
+
+
+QUICK = Sizes((0.5,), 2, 1, 1024, 1, 2, 8, memory.LADDER[:5], (1,), 256, 8, 1, 12)
+"""Sizes that give an impression in little time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        suites: Names out of ``SUITES``.
+        methods: Names of methods.
+        contexts: Tokens in a window; fidelity is measured at each, the other suites use the last.
+        tokens: Tokens of text to use at most.
+        residuals: Recent tokens that every method keeps; fidelity is measured at each, the other suites use the first.
+        sinks: First tokens that every method keeps.
+        chunk: Tokens fed at once.
+        sizes: How much each suite does.
+        needle_form: How needles are stated and asked for.
+        chat: Put prompts into the tokenizer's chat template.
+        text_name: What results call the text.
+    """
+
+    suites: tuple[str, ...]
+    methods: tuple[str, ...]
+    contexts: tuple[int, ...]
+    tokens: int
+    residuals: tuple[int, ...] = (RESIDUAL_LENGTH,)
+    sinks: int = SINK_LENGTH
+    chunk: int = CHUNK
+    sizes: Sizes = field(default_factory=Sizes)
+    needle_form: needle.NeedleFormat = field(default_factory=needle.NeedleFormat)
+    chat: bool = False
+    text_name: str = "text"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What to measure it on.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        text: The evaluation text.
+        calibration: The model's calibration, for methods that need one.
+        questions: For the ``qa`` suite.
+        domains: Further texts by name, for the ``transfer`` suite: calibrated on in their first half, evaluated on in
+            their second.
+        length_text: A text to calibrate on at several lengths, for the ``transfer`` suite.
+        draft: Draft model for speculative decoding; the model's first half if None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    calibration: Calibration | None = None
+    questions: Sequence[qa.Question] | None = None
+    domains: Mapping[str, str] = field(default_factory=dict)
+    length_text: str | None = None
+    draft: PreTrainedModel | None = None
+
+
+def used_tokens(material: Material, plan: Plan) -> Tensor:
+    """The tokens of the text that a plan uses, ``[N]``.
+
+    Args:
+        material: Model and text.
+        plan: What to measure.
+
+    Returns:
+        At most ``plan.tokens`` tokens.
+
+    Raises:
+        QuantCacheError: They are fewer than one window.
+    """
+    # Four bytes and more of text make a token; 64 leave room for any tokenizer without reading all of a long file.
+    text = material.text[: 64 * plan.tokens]
+    ids: Tensor = material.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][: plan.tokens]
+    if len(ids) < max(plan.contexts):
+        raise QuantCacheError(f"the text has {len(ids)} tokens, one window needs {max(plan.contexts)}")
+    return ids
+
+
+def run(material: Material, plan: Plan, cells: Cells | None = None) -> dict[str, Any]:
+    """Measure every suite of a plan.
+
+    Args:
+        material: What to measure it on.
+        plan: What to measure.
+        cells: Where finished cells are kept.
+
+    Returns:
+        Results by suite, ready for JSON: ``fidelity`` is a list with one entry for each context and residual, the
+        others are what their ``to_dict()`` gives; a suite that could not be run is ``{"status": why}``.
+
+    Raises:
+        QuantCacheError: A name is unknown, the text is too short, or a suite lacks what it works on.
+    """
+    cells = cells or Cells()
+    unknown = [name for name in plan.suites if name not in SUITES]
+    if unknown:
+        raise QuantCacheError(f"unknown suite {unknown[0]!r}: known are {', '.join(SUITES)}, all")
+    check_lengths(material.model, plan.contexts, "context")
+    tokens = used_tokens(material, plan)
+    methods = {residual: make_methods(material, plan, residual) for residual in plan.residuals}
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+        "fidelity": lambda: {"fidelity": _fidelity(material, plan, tokens, methods, cells)},
+        "needle": lambda: {"needle": _needle(material, plan, methods[plan.residuals[0]], cells)},
+        "routing": lambda: {"routing": _routing(material, plan, tokens, methods[plan.residuals[0]], cells)},
+        "transfer": lambda: {"transfer": _transfer(material, plan, methods[plan.residuals[0]], cells)},
+        "qa": lambda: {"qa": _qa(material, plan, methods[plan.residuals[0]], cells)},
+        "memory": lambda: {
+            "memory": memory.measure_memory(
+                material.model, methods[plan.residuals[0]], lengths=plan.sizes.ladder, cells=cells
+            ).to_dict()
+        },
+        "speed": lambda: _speed(material, plan, tokens, methods[plan.residuals[0]], cells),
+    }
+    results: dict[str, Any] = {}
+    for suite in SUITES:
+        if suite in plan.suites:
+            results.update(steps[suite]())
+    return results
+
+
+def make_methods(material: Material, plan: Plan, residual: int) -> list[Method]:
+    """The plan's methods.
+
+    Args:
+        material: Model and calibration.
+        plan: What to measure.
+        residual: Recent tokens that every method keeps.
+
+    Returns:
+        The methods.
+
+    Raises:
+        QuantCacheError: A name is unknown, or a method needs a calibration.
+    """
+    return parse_methods(plan.methods, material.model.config, material.calibration, plan.sinks, residual)
+
+
+def _fidelity(
+    material: Material, plan: Plan, tokens: Tensor, methods: dict[int, list[Method]], cells: Cells
+) -> list[dict[str, Any]]:
+    first = next(iter(methods.values()))
+    cells.plan("fidelity", len(plan.contexts) * len(methods) * len(first))
+    found = []
+    for context in plan.contexts:
+        for residual, all_methods in methods.items():
+            cell = f"context {context} residual {residual}"
+            by_name = {method.name: method for method in all_methods}
+            missing = cells.missing("fidelity", by_name, cell)
+            for start in range(0, len(missing), GROUP):
+                group = [by_name[name] for name in missing[start : start + GROUP]]
+                for name, result in _fidelity_group(material.model, tokens, group, plan, context).items():
+                    cells.put("fidelity", name, cell, result)
+            results = {name: cells.get("fidelity", name, cell) for name in by_name}
+            found.append({"context": context, "residual": residual, "methods": results})
+    return found
+
+
+def _fidelity_group(
+    model: PreTrainedModel, tokens: Tensor, methods: list[Method], plan: Plan, context: int
+) -> dict[str, dict[str, Any]]:
+    """Figures of a few methods from one dense pass; each by itself where that fails."""
+
+    def work(few: list[Method]) -> dict[str, Any]:
+        how: dict[str, Any] = {"context": context, "chunk": plan.chunk, "sink_length": plan.sinks}
+        return {name: r.to_dict() for name, r in measure_fidelity(model, tokens, few, **how).items()}
+
+    together = attempt(lambda: {"results": work(methods)})
+    if "results" in together:
+        results: dict[str, dict[str, Any]] = together["results"]
+        return results
+    if len(methods) > 1:
+        return {
+            name: r for method in methods for name, r in _fidelity_group(model, tokens, [method], plan, context).items()
+        }
+    (method,) = methods
+    return {method.name: {"family": method.family, "simulated": method.simulated, **together}}
+
+
+def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
+    longest = plan.contexts[-1]
+    lengths = [longest // 2, longest] if longest > 512 else [longest]
+    if plan.sizes is QUICK:
+        lengths = [min(longest, 512)]
+    form = needle.NeedleFormat(plan.needle_form.fact, plan.needle_form.question, plan.needle_form.digits, plan.chat)
+    return needle.measure_needle(
+        material.model,
+        material.tokenizer,
+        material.text,
+        methods,
+        lengths=lengths,
+        depths=plan.sizes.needle_depths,
+        seeds=plan.sizes.needle_seeds,
+        form=form,
+        cells=cells,
+    ).to_dict()
+
+
+def _routing(material: Material, plan: Plan, tokens: Tensor, methods: list[Method], cells: Cells) -> dict[str, Any]:
+    context = min(plan.contexts[-1], 512) if plan.sizes is QUICK else plan.contexts[-1]
+    return routing.measure_routing(
+        material.model,
+        tokens,
+        methods,
+        context=context,
+        windows=plan.sizes.routing_windows,
+        chunk=min(plan.chunk, max(1, (context - plan.sinks) // 2)),
+        sink_length=plan.sinks,
+        cells=cells,
+    ).to_dict()
+
+
+def _transfer(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
+    model, tokenizer, sizes = material.model, material.tokenizer, plan.sizes
+    names = [method.name for method in methods if transfer.needs_calibration(method.name, model)]
+    if not names:
+        return {"status": "skipped: no method needs a calibration"}
+    if sizes is QUICK:
+        names = names[len(names) // 2 :][:1]
+    context = plan.contexts[-1]
+    halves = {name: transfer.split_domain(text) for name, text in material.domains.items()}
+    sources = transfer.domain_sources(
+        model,
+        tokenizer,
+        {name: half[0] for name, half in halves.items()},
+        tokens=sizes.transfer_tokens,
+        seq_len=context,
+    )
+    calibration = material.calibration
+    if calibration is not None:
+        sources.insert(0, transfer.Source("given", lambda: calibration))
+    if material.length_text is not None and context > 256:
+        sources += transfer.length_sources(
+            model,
+            tokenizer,
+            material.length_text,
+            plan.text_name,
+            tokens=sizes.transfer_tokens,
+            lengths=(256, context),
+        )
+    if not sources:
+        return {"status": "skipped: there is no calibration and no text to calibrate on"}
+    return transfer.measure_transfer(
+        model,
+        tokenizer,
+        sources,
+        {plan.text_name: material.text, **{name: half[1] for name, half in halves.items()}},
+        names,
+        context=context,
+        tokens=context * sizes.transfer_windows,
+        chunk=plan.chunk,
+        sink_length=plan.sinks,
+        residual_length=plan.residuals[0],
+        cells=cells,
+    ).to_dict()
+
+
+def _qa(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
+    if material.questions is None:
+        return {"status": "skipped: no questions were given"}
+    return qa.measure_qa(
+        material.model,
+        material.tokenizer,
+        material.questions,
+        methods,
+        count=plan.sizes.questions,
+        new_tokens=plan.sizes.answer_tokens,
+        chat=plan.chat,
+        cells=cells,
+    ).to_dict()
+
+
+def _speed(
+    material: Material, plan: Plan, tokens: Tensor, methods: list[Method], cells: Cells
+) -> dict[str, dict[str, Any]]:
+    sizes, warmup = plan.sizes, 4
+    limit = context_limit(material.model)
+    room = max(sizes.steps + warmup, sizes.draft_tokens)
+    context = min(plan.contexts[-1], sizes.speed_context, *(() if limit is None else (limit - room,)))
+    timed = speed.measure_speed(
+        material.model,
+        tokens,
+        methods,
+        context=context,
+        batches=sizes.speed_batches,
+        steps=sizes.steps,
+        warmup=warmup,
+        prefills=sizes.prefills,
+        cells=cells,
+    )
+    try:
+        draft = material.draft or speculative.early_exit_draft(material.model)
+    except QuantCacheError as error:
+        return {"speed": timed.to_dict(), "speculative": {"status": f"skipped: {error}"}}
+    assisted = speculative.measure_speculative(
+        material.model,
+        tokens,
+        methods,
+        draft,
+        context=min(context, 512),
+        prompts=1,
+        new_tokens=sizes.draft_tokens,
+        cells=cells,
+    ).to_dict()
+    own = "the model's first layers" if material.draft is None else "given"
+    assisted["settings"]["draft"] = own
+    return {"speed": timed.to_dict(), "speculative": assisted}
+
+
+def failures(results: Mapping[str, Any]) -> list[str]:
+    """What could not be measured, apart from what was left out on purpose.
+
+    Args:
+        results: What :func:`run` returned.
+
+    Returns:
+        One line for each method that failed in a suite.
+    """
+    found = []
+    for suite, result in results.items():
+        for part in result if isinstance(result, list) else [result]:
+            found += [f"{suite} {name}: {entry['status']}" for name, entry in part.get("methods", {}).items()]
+            found += [
+                f"{suite} {e['method']} {e['calibrated_on']} -> {e['evaluated_on']}: {e['status']}"
+                for e in part.get("entries", [])
+            ]
+    return [line for line in found if not line.endswith(": ok") and ": skipped: " not in line]
+
+
+def measured(results: Mapping[str, Any]) -> bool:
+    """Whether anything at all was measured.
+
+    Args:
+        results: What :func:`run` returned.
+
+    Returns:
+        Whether some method is ``ok`` in some suite.
+    """
+    for result in results.values():
+        for part in result if isinstance(result, list) else [result]:
+            entries = [*part.get("methods", {}).values(), *part.get("entries", [])]
+            if any(entry["status"] == "ok" for entry in entries):
+                return True
+    return False
+
+
+def seeds_used(plan: Plan) -> list[int]:
+    """Every seed that a plan draws with.
+
+    Args:
+        plan: What is measured.
+
+    Returns:
+        The seeds, ascending.
+    """
+    trials = plan.sizes.needle_seeds if "needle" in plan.suites else 1
+    return list(range(trials))
