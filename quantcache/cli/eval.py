@@ -24,6 +24,7 @@ from quantcache.cli.session import (
     position_limit,
     progress_bar,
     read_text,
+    report_error,
     session,
 )
 from quantcache.errors import QuantCacheError
@@ -102,6 +103,10 @@ def evaluate(
         from quantcache.evaluation import qa as questions
         from quantcache.evaluation import runner
         from quantcache.evaluation.needle import NeedleFormat
+        from quantcache.evaluation.provenance import check_overlap
+
+        if constants is not None:
+            check_overlap(constants, content, str(text), used="")  # the whole text first, before a model is loaded
 
         suites = _suites(suite, runner.SUITES, qa)
         asked = None if qa is None else questions.load_questions(qa)
@@ -154,7 +159,12 @@ def evaluate(
             cells = _cells(output, _fingerprint(plan, inputs, loaded), restart, bar)
             if cells.reused:
                 print(f"going on with {cells.reused} finished cells of {cells.path}", file=sys.stderr)
-            results = runner.run(material, plan, cells)
+            try:
+                results = runner.run(material, plan, cells)
+            except KeyboardInterrupt:
+                kept = "" if cells.path is None else f"; the same command goes on with what is in {cells.path}"
+                report_error(f"interrupted{kept}")
+                raise
         failures = runner.failures(results)
         if not runner.measured(results):
             raise QuantCacheError(f"no method could be measured; {failures[0]}")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import quantcache
 from quantcache.artifact import Calibration
 from quantcache.artifact_files import to_files
 from quantcache.errors import QuantCacheError
@@ -97,7 +96,7 @@ def code_sha256() -> str:
     Returns:
         SHA-256 in hexadecimal.
     """
-    root = Path(quantcache.__file__).parent
+    root = Path(__file__).resolve().parent.parent
     found = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

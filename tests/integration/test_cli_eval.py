@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, ViTConfig
 
 from quantcache import calibrate, data
 from quantcache.cli import main
+from quantcache.cli.eval_tables import tables
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.record import read_record
 
@@ -79,14 +82,15 @@ def test_several_suites_make_one_record(run: Run, folder: Path) -> None:
     assert places == [(128, 0), (128, 64), (192, 0), (192, 64)]
     assert found["methods"] == record.metrics["fidelity"][0]["methods"]
     assert record.inputs["text"] == found["text"]["sha256"]
-    assert record.inputs["model"] and record.inputs["calibration"] and record.inputs["questions"]
+    assert None not in (record.inputs["model"], record.inputs["calibration"], record.inputs["questions"])
     assert record.gates["text"] == {"text": "differs", "passages": 0.0}
     assert record.settings["methods"] == ["dense", "spectral-3"]
     assert not (folder / "result.json.cells").exists()
-    status, out, _ = run(*arguments)
-    assert status == 0
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*tables(found))
+    shown = console.export_text()
     for title in ("residual 64", "Routing", "Question answering", "Bytes held"):
-        assert title in out
+        assert title in shown
 
 
 def test_an_interrupted_run_goes_on(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +108,7 @@ def test_an_interrupted_run_goes_on(run: Run, folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(Cells, "put", put)
     status, out, err = run(*arguments, "--json")
     assert (status, out) == (130, "")
-    assert err.splitlines() == ["error: interrupted"]
+    assert err.splitlines() == ["error: interrupted; the same command goes on with what is in again.json.cells"]
     state = folder / "again.json.cells"
     assert len(state.read_text("utf-8").splitlines()) == 3  # what the run is, and two cells
     assert not (folder / "again.json").exists()
