@@ -255,10 +255,11 @@ def _inputs(material: Material) -> dict[str, str | None]:
 
 def _fingerprint(plan: Plan, inputs: dict[str, str | None], model: PreTrainedModel) -> dict[str, Any]:
     """What decides a cell's figures: more methods or suites may be asked for later, nothing else may change."""
-    from quantcache import compat
+    from quantcache.env import environment
 
     settings = {key: value for key, value in plan.to_dict().items() if key not in ("methods", "suites")}
-    where = {"device": str(model.device), "dtype": str(model.dtype), "versions": compat.versions()}
+    machine = {key: value for key, value in environment().items() if key in ("versions", "cpu", "gpus")}
+    where = {"device": str(model.device), "dtype": str(model.dtype), **machine}
     return {**{f"{name} hash": digest for name, digest in inputs.items()}, **settings, **where}
 
 

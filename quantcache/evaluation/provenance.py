@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,18 @@ def calibration_sha256(calibration: Calibration) -> str:
 
 
 def code_sha256() -> str:
-    """Hash of the package's own source, so that figures of two versions are never mixed.
+    """Hash of the package's own source and compiled kernels, so that figures of two versions are never mixed.
 
     Returns:
         SHA-256 in hexadecimal.
     """
-    root = Path(__file__).resolve().parent.parent
+    kernels = find_spec("quantcache_kernels")
+    places = list((kernels and kernels.submodule_search_locations) or [])
     found = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for root in (Path(__file__).resolve().parent.parent, *map(Path, places)):
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".so", ".pyd"):
+                found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
 

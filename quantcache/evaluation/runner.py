@@ -43,6 +43,9 @@ class Sizes:
         steps: Decoding steps timed.
         prefills: Prefills timed.
         draft_tokens: Tokens generated with a draft model.
+        longest: Tokens of a needle's prompt and of a routing window at most. Needles are planted in prompts of half the
+            context as well where it is None.
+        transfer_methods: Methods of the transfer suite at most.
     """
 
     needle_depths: tuple[float, ...] = (0.1, 0.5, 0.9)
@@ -58,9 +61,11 @@ class Sizes:
     steps: int = 24
     prefills: int = 2
     draft_tokens: int = 32
+    longest: int | None = None
+    transfer_methods: int | None = None
 
 
-QUICK = Sizes((0.5,), 2, 1, 1024, 1, 2, 8, memory.LADDER[:5], (1,), 256, 8, 1, 12)
+QUICK = Sizes((0.5,), 2, 1, 1024, 1, 2, 8, memory.LADDER[:5], (1,), 256, 8, 1, 12, 512, 1)
 """Sizes that give an impression in little time."""
 
 
@@ -247,10 +252,9 @@ def _fidelity_group(
 
 
 def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
-    longest = plan.contexts[-1]
-    lengths = [longest // 2, longest] if longest > 512 else [longest]
-    if plan.sizes is QUICK:
-        lengths = [min(longest, 512)]
+    lengths = [min(plan.contexts[-1], plan.sizes.longest or plan.contexts[-1])]
+    if plan.sizes.longest is None and lengths[0] > 512:
+        lengths.insert(0, lengths[0] // 2)
     form = needle.NeedleFormat(plan.needle_form.fact, plan.needle_form.question, plan.needle_form.digits, plan.chat)
     return needle.measure_needle(
         material.model,
@@ -266,7 +270,7 @@ def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells)
 
 
 def _routing(material: Material, plan: Plan, tokens: Tensor, methods: list[Method], cells: Cells) -> dict[str, Any]:
-    context = min(plan.contexts[-1], 512) if plan.sizes is QUICK else plan.contexts[-1]
+    context = min(plan.contexts[-1], plan.sizes.longest or plan.contexts[-1])
     return routing.measure_routing(
         material.model,
         tokens,
@@ -284,8 +288,8 @@ def _transfer(material: Material, plan: Plan, methods: list[Method], cells: Cell
     names = [method.name for method in methods if transfer.needs_calibration(method.name, model)]
     if not names:
         return {"status": "skipped: no method needs a calibration"}
-    if sizes is QUICK:
-        names = names[len(names) // 2 :][:1]
+    if sizes.transfer_methods is not None:
+        names = names[len(names) // 2 :][: sizes.transfer_methods]  # those in the middle of a ladder of rates
     context = plan.contexts[-1]
     halves = {name: transfer.split_domain(text) for name, text in material.domains.items()}
     sources = transfer.domain_sources(

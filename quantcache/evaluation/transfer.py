@@ -143,10 +143,11 @@ def measure_transfer(
         cells: Where finished cells are kept.
 
     Returns:
-        Figures of every method, calibration and text.
+        Figures of every method, calibration and text. What fails keeps its place, with the error as its status; so does
+        a calibration on a text that it shares passages with.
 
     Raises:
-        QuantCacheError: A text is shorter than one window, or was calibrated on.
+        QuantCacheError: A text is shorter than one window.
     """
     cells = cells or Cells()
     check_lengths(model, [context], "context")
@@ -169,11 +170,14 @@ def measure_transfer(
                 for name in names:
                     cells.put(SUITE, name, cell, failure)
                 continue
-            check_overlap(made[0], str(tokenizer.decode(ids[text], skip_special_tokens=True)), text)
+            used = str(tokenizer.decode(ids[text], skip_special_tokens=True))
             for name in names:
                 parsed = parse_methods([name], model.config, made[0], sink_length, residual_length)
 
-                def work(parsed: list[Method] = parsed, text: str = text) -> dict[str, Any]:
+                def work(
+                    parsed: list[Method] = parsed, made: Calibration = made[0], text: str = text, used: str = used
+                ) -> dict[str, Any]:
+                    check_overlap(made, texts[text], text, used)
                     how: dict[str, Any] = {"context": context, "chunk": chunk, "sink_length": sink_length}
                     (result,) = measure_fidelity(model, ids[text], parsed, **how).values()
                     data = result.to_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -271,10 +272,12 @@ def test_transfer_refuses_a_text_that_was_calibrated_on(
 ) -> None:
     text = data.evaluation_text()[:6000]
     sources = transfer.domain_sources(tiny, demo_tokenizer, {"one": text}, tokens=512, seq_len=256)
-    with pytest.raises(QuantCacheError, match="sampled passages that were calibrated on"):
-        transfer.measure_transfer(
-            tiny, demo_tokenizer, sources, {"one": text + "more"}, ["spectral-3"], context=256, tokens=512
-        )
+    texts = {"one": text + "more", "two": data.calibration_text()[:3000]}
+    result = transfer.measure_transfer(tiny, demo_tokenizer, sources, texts, ["spectral-3"], context=256, tokens=512)
+    same, other = result.entries
+    assert "sampled passages that were calibrated on" in same.status
+    assert same.ratio is None
+    assert other.status == "ok"
     first, second = transfer.split_domain(text)
     assert first + second == text
     assert first.endswith("\n")
@@ -567,3 +570,25 @@ def test_a_models_hash_follows_its_weights(tiny: PreTrainedModel) -> None:
         changed = model_sha256(tiny)
         weight[0] -= 1e-3
     assert changed != before
+
+
+def test_the_documented_calls_work(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, capsys: Any
+) -> None:
+    page = (Path(__file__).resolve().parent.parent.parent / "docs" / "evaluation.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {
+        "model": tiny,
+        "tokenizer": demo_tokenizer,
+        "calibration": Calibration.synthetic(tiny.config),
+        "text": data.evaluation_text()[:8000],
+        "tokens": tokens.repeat(2),
+        "MyCache": DynamicCache,
+    }
+    for block in blocks:
+        exec(block.replace("seeds=4", "seeds=1"), names)
+    assert names["needles"].methods["spectral-3"].status == "ok"
+    result = memory.measure_memory(tiny, [names["mine"]], lengths=[128])
+    assert result.methods["mine"].status == "ok"
+    assert "'n': 6" in capsys.readouterr().out
