@@ -49,7 +49,7 @@ class Sizes:
     """
 
     needle_depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    needle_seeds: int = 4
+    needle_seeds: int = 3
     routing_windows: int = 2
     transfer_tokens: int = 4096
     transfer_windows: int = 2
@@ -65,7 +65,23 @@ class Sizes:
     transfer_methods: int | None = None
 
 
-QUICK = Sizes((0.5,), 2, 1, 1024, 1, 2, 8, memory.LADDER[:5], (1,), 256, 8, 1, 12, 512, 1)
+QUICK = Sizes(
+    needle_depths=(0.5,),
+    needle_seeds=2,
+    routing_windows=1,
+    transfer_tokens=1024,
+    transfer_windows=1,
+    questions=2,
+    answer_tokens=8,
+    ladder=(128, 1024),
+    speed_batches=(1,),
+    speed_context=256,
+    steps=8,
+    prefills=1,
+    draft_tokens=12,
+    longest=512,
+    transfer_methods=1,
+)
 """Sizes that give an impression in little time."""
 
 
