@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from quantcache.artifact import Calibration
     from quantcache.evaluation.cells import Cells
-    from quantcache.evaluation.runner import Material, Plan
+    from quantcache.evaluation.plan import Material, Plan
 
 METHODS = "dense,spectral-2,spectral-3,spectral-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4"
 CONTEXT = 2048
@@ -103,12 +103,13 @@ def evaluate(
         from quantcache.evaluation import qa as questions
         from quantcache.evaluation import runner
         from quantcache.evaluation.needle import NeedleFormat
+        from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
         from quantcache.evaluation.provenance import check_overlap
 
         if constants is not None:
             check_overlap(constants, content, str(text), used="")  # the whole text first, before a model is loaded
 
-        suites = _suites(suite, runner.SUITES, qa)
+        suites = _suites(suite, SUITES, qa)
         asked = None if qa is None else questions.load_questions(qa)
         domains = {path.stem: read_text(path) for path in domain or ()}
         if len(domains) != len(domain or ()):
@@ -127,7 +128,7 @@ def evaluate(
                 f"{wanted} tokens are less than one window of {max(contexts)}: raise --tokens or lower --context"
             )
         form = NeedleFormat()
-        plan = runner.Plan(
+        plan = Plan(
             suites=suites,
             methods=tuple(names),
             contexts=contexts,
@@ -135,12 +136,12 @@ def evaluate(
             residuals=residuals,
             sinks=sinks,
             chunk=chunk,
-            sizes=runner.QUICK if quick else runner.Sizes(),
+            sizes=QUICK if quick else Sizes(),
             needle_form=NeedleFormat(needle_fact or form.fact, needle_question or form.question),
             chat=chat,
             text_name=text.stem,
         )
-        material = runner.Material(
+        material = Material(
             model=loaded,
             tokenizer=tokenizer,
             text=content,
@@ -291,7 +292,6 @@ def _record(
     """The record of the run, written where it was asked for."""
     from quantcache.env import environment
     from quantcache.evaluation.record import Record, write_record
-    from quantcache.evaluation.runner import seeds_used
 
     surroundings = environment()
     git = surroundings.pop("git") or {"commit": None, "dirty": True}
@@ -306,7 +306,7 @@ def _record(
         settings=plan.to_dict(),
         metrics=results,
         inputs=inputs,
-        seeds=seeds_used(plan),
+        seeds=plan.seeds,
         gates=gates,
     )
     if output is None:

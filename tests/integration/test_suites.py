@@ -19,6 +19,7 @@ from quantcache.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import memory, needle, qa, routing, runner, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan
 from quantcache.evaluation.provenance import model_sha256
 from quantcache.evaluation.record import check
 from tests.builders import held_bytes, llama_config
@@ -474,14 +475,14 @@ def test_a_run_goes_on_where_it_was(
     tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted at every cell in turn, a run ends with what it would have given, and measures no cell twice."""
-    material = runner.Material(tiny, demo_tokenizer, data.evaluation_text()[:4000], Calibration.synthetic(tiny.config))
-    plan = runner.Plan(
+    material = Material(tiny, demo_tokenizer, data.evaluation_text()[:4000], Calibration.synthetic(tiny.config))
+    plan = Plan(
         ("fidelity", "memory", "routing"),
         ("dense", "spectral-2", "turboquant-mse-2"),
         (192,),
         384,
         (0, 64),
-        sizes=replace(runner.QUICK, ladder=(128, 256)),
+        sizes=replace(QUICK, ladder=(128, 256)),
     )
     whole = runner.run(material, plan)
     measured: list[tuple[str, str, str]] = []
@@ -517,14 +518,14 @@ def test_a_run_goes_on_where_it_was(
 def test_one_method_that_fails_leaves_the_others(
     tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    material = runner.Material(tiny, demo_tokenizer, data.evaluation_text()[:3000])
+    material = Material(tiny, demo_tokenizer, data.evaluation_text()[:3000])
 
     def refuse() -> Cache:
         raise ImportError("optimum-quanto is not installed")
 
     methods = [dense(tiny), Method("absent", "rival", False, refuse), broken(tiny)]
     monkeypatch.setattr(runner, "parse_methods", lambda *_: methods)
-    results = runner.run(material, runner.Plan(("fidelity",), ("any",), (128,), 256))
+    results = runner.run(material, Plan(("fidelity",), ("any",), (128,), 256))
     (part,) = results["fidelity"]
     statuses = {name: entry["status"] for name, entry in part["methods"].items()}
     assert statuses["dense"] == "ok"
@@ -532,15 +533,15 @@ def test_one_method_that_fails_leaves_the_others(
     assert "memory" in statuses["broken"]
     assert len(runner.failures(results)) == 2
     with pytest.raises(QuantCacheError, match="unknown suite 'luck'"):
-        runner.run(material, runner.Plan(("luck",), ("dense",), (128,), 256))
+        runner.run(material, Plan(("luck",), ("dense",), (128,), 256))
 
 
 def test_every_suite_gives_a_sound_record(tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     text = data.evaluation_text()
     questions = [qa.Question("q", text[:300], "What is it?", ("nothing",))]
-    material = runner.Material(tiny, demo_tokenizer, text[:6000], Calibration.synthetic(tiny.config), questions)
-    sizes = replace(runner.QUICK, ladder=(128,), steps=2, draft_tokens=4, speed_context=96)
-    plan = runner.Plan(runner.SUITES, ("dense", "spectral-3"), (256,), 256, sizes=sizes)
+    material = Material(tiny, demo_tokenizer, text[:6000], Calibration.synthetic(tiny.config), questions)
+    sizes = replace(QUICK, ladder=(128,), steps=2, draft_tokens=4, speed_context=96)
+    plan = Plan(SUITES, ("dense", "spectral-3"), (256,), 256, sizes=sizes)
     results = runner.run(material, plan)
     assert list(results) == ["fidelity", "needle", "routing", "transfer", "qa", "memory", "speed", "speculative"]
     assert runner.failures(results) == []
