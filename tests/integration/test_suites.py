@@ -478,7 +478,7 @@ def test_a_run_goes_on_where_it_was(
     material = Material(tiny, demo_tokenizer, data.evaluation_text()[:4000], Calibration.synthetic(tiny.config))
     plan = Plan(
         ("fidelity", "memory", "routing"),
-        ("dense", "spectral-2", "turboquant-mse-2"),
+        ("dense", "spectral-2"),
         (192,),
         384,
         (0, 64),
@@ -505,7 +505,7 @@ def test_a_run_goes_on_where_it_was(
                 break
             except KeyboardInterrupt:
                 continue
-    assert len(measured) == len(set(measured)) == attempts - 1 == 2 * 3 + 3 * 2 + 3 * 1
+    assert len(measured) == len(set(measured)) == attempts - 1 == 2 * 2 + 2 * 2 + 2 * 1
     for results in (whole, found):  # memory of the process is the one figure that differs
         for entry in results["memory"]["methods"].values():
             for rung in entry["rungs"].values():
