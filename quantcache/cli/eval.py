@@ -168,7 +168,7 @@ def evaluate(
                 raise
         failures = runner.failures(results)
         if not runner.measured(results):
-            raise QuantCacheError(f"no method could be measured; {failures[0]}")
+            raise QuantCacheError(f"no method could be measured; {(failures or runner.skipped(results))[0]}")
         data = {
             "model": model,
             "calibration": calibration,

@@ -290,6 +290,24 @@ def failures(results: Mapping[str, Any]) -> list[str]:
     return [line for line in found if not line.endswith(": ok") and ": skipped: " not in line]
 
 
+def skipped(results: Mapping[str, Any]) -> list[str]:
+    """What was left out on purpose.
+
+    Args:
+        results: What :func:`run` returned.
+
+    Returns:
+        One line for each suite or method, with the reason.
+    """
+    found = []
+    for suite, result in results.items():
+        for part in result if isinstance(result, list) else [result]:
+            if "status" in part:
+                found.append(f"{suite}: {part['status']}")
+            found += [f"{suite} {name}: {entry['status']}" for name, entry in part.get("methods", {}).items()]
+    return [line for line in found if ": skipped: " in line]
+
+
 def measured(results: Mapping[str, Any]) -> bool:
     """Whether anything at all was measured.
 

@@ -153,6 +153,8 @@ BAD_INPUT = {
     "context of one": ((*EVAL, "--context", "1"), "--context must be at least 2"),
     "needle template": ((*EVAL, "--suite", "needle", "--needle-fact", "no place"), "lacks {name}"),
     "chat without template": ((*EVAL, "--suite", "needle", "--chat"), "has no chat template"),
+    "nothing left": ((*EVAL, "--suite", "transfer", "--methods", "dense"), "transfer: skipped: no method needs"),
+    "simulated only": ((*EVAL, "--suite", "speed", "--methods", "turboquant-mse-2"), "skipped: simulated"),
     "domain missing": ((*EVAL, "--suite", "transfer", "--domain", "no.txt"), "no.txt: No such file"),
     "domain twice": ((*EVAL, "--domain", "mixed.txt", "--domain", "mixed.txt"), "must differ in name"),
 }
