@@ -524,7 +524,7 @@ def test_one_method_that_fails_leaves_the_others(
         raise ImportError("optimum-quanto is not installed")
 
     methods = [dense(tiny), Method("absent", "rival", False, refuse), broken(tiny)]
-    monkeypatch.setattr(runner, "parse_methods", lambda *_: methods)
+    monkeypatch.setattr(runner, "parse_methods", lambda *_, **__: methods)
     results = runner.run(material, Plan(("fidelity",), ("any",), (128,), 256))
     (part,) = results["fidelity"]
     statuses = {name: entry["status"] for name, entry in part["methods"].items()}
