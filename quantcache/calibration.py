@@ -25,6 +25,7 @@ from quantcache.artifact import (
     SideBits,
 )
 from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.passages import sketch
 from quantcache.probe import RecordingCache, detect_ropes, recorded_queries, run
 from quantcache.rope import Rope
 from quantcache.spectral import METRIC_SHRINKAGE
@@ -91,7 +92,7 @@ def calibrate(
     layers = compat.full_attention_layers(model.config)
     if not layers:
         raise UnsupportedModel(f"{type(model).__name__} has no full-attention layer, so its cache does not grow")
-    sequences, digests = _sequences(model, data, tokenizer, seq_len, max_tokens)
+    sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -133,6 +134,7 @@ def calibrate(
             "covariance_shrinkage": COVARIANCE_SHRINKAGE,
             "dtype": str(model.dtype).removeprefix("torch."),
             "text_sha256": digests,
+            "passages": passages,
         },
         codec=settings,
         joint=metric == "fisher",
@@ -155,10 +157,10 @@ def _sequences(
     tokenizer: PreTrainedTokenizerBase | None,
     seq_len: int | None,
     max_tokens: int,
-) -> tuple[list[Tensor], list[str]]:
-    """Token batches ``[B, T]`` of at most ``max_tokens`` tokens, and the SHA-256 of every text or batch given."""
+) -> tuple[list[Tensor], list[str], str]:
+    """Token batches ``[B, T]`` of at most ``max_tokens`` tokens, SHA-256 of every text or batch given, and a sketch."""
     digests: list[str] = []
-    given = 0
+    given, passages = 0, ""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
     length = min(seq_len or 2048, limit)
     if seq_len is not None and seq_len > limit:
@@ -184,6 +186,7 @@ def _sequences(
         digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
         tokens = _tokenize(joined, tokenizer, max_tokens)
         batches += list(tokens[:max_tokens].unsqueeze(0).split(length, dim=1))
+        passages = sketch(str(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True)))
     kept: list[Tensor] = []
     room = max_tokens
     for batch in batches:
@@ -199,7 +202,7 @@ def _sequences(
         raise QuantCacheError(
             f"calibration needs sequences of more than {4 * SINK_LENGTH} tokens, the longest given has {found}"
         )
-    return kept, digests
+    return kept, digests, passages
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tensor:

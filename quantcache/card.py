@@ -55,7 +55,7 @@ def render_card(
     }
     if is_repo_id(model):
         header["base_model"] = model
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in config["recipe"].items())
+    recipe = "\n".join(f"| {key} | {value} |" for key, value in config["recipe"].items() if key != "passages")
     body = _BODY.format(
         model=model or "your-model",
         here=repo_id or "path-or-hub-id",

@@ -78,6 +78,26 @@ def recorded_queries(
             on_output(index, result[0])
         return result
 
+    with replaced_attention(model, attention):
+        yield
+    if not seen:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not call attention through transformers' attention interface, so its queries "
+            "cannot be seen: use metric='fisher'"
+        )
+
+
+@contextlib.contextmanager
+def replaced_attention(model: PreTrainedModel, attention: Callable[..., Any]) -> Iterator[None]:
+    """Have a model call another attention function, inside the context.
+
+    Args:
+        model: The model; its attention implementation is restored afterwards.
+        attention: Called as transformers' attention interface does, with masks as ``sdpa`` gets them.
+
+    Yields:
+        Nothing.
+    """
     name = "quantcache_recording"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -89,11 +109,6 @@ def recorded_queries(
         yield
     finally:
         model.set_attn_implementation(previous)
-    if not seen:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not call attention through transformers' attention interface, so its queries "
-            "cannot be seen: use metric='fisher'"
-        )
 
 
 def run(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, position_ids: Tensor | None = None) -> Any:

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "quantcache"
 
 TIERS = (
-    ("errors", "packing", "rope", "spectral", "codebook", "data"),
+    ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
     ("schema", "store", "index"),
-    ("allocation", "compat", "card", "hub"),
+    ("allocation", "compat", "card", "passages", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
     ("codec",),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from quantcache.errors import HubError, QuantCacheError, UnsupportedModel
+from quantcache.jsonfile import to_json
+from quantcache.jsonfile import write_json as write_json  # verbs and benchmarks find it here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,49 +126,6 @@ def report_error(message: str) -> None:
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     print("warning:", " ".join(str(message).split()), file=sys.stderr)
-
-
-def to_json(data: Any) -> str:
-    """Serialize a result; numbers that JSON cannot hold (infinite, not a number) become null.
-
-    Args:
-        data: The result.
-
-    Returns:
-        Indented JSON.
-    """
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a result, complete or not at all.
-
-    Args:
-        path: The file; its folder must exist.
-        data: The result.
-    """
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(to_json(data) + "\n")
-            file.close()
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # temporary files are made readable by their owner only
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def progress_bar() -> Progress:

@@ -1,0 +1,206 @@
+"""What ``quantcache eval`` shows people: one table for each suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+Row = Callable[[dict[str, Any]], list[str]]
+
+
+def tables(data: dict[str, Any]) -> list[Table | str]:
+    """Tables of a result.
+
+    Args:
+        data: The result, as ``--json`` prints it.
+
+    Returns:
+        One for each suite, or a line that says why there is none.
+    """
+    shown: list[Table | str] = []
+    for suite, result in data["metrics"].items():
+        for part in result if isinstance(result, list) else [result]:
+            if "status" in part:
+                shown.append(f"{suite}: {part['status']}")
+            else:
+                shown.append(_TABLES[suite](part, data))
+    return shown
+
+
+def _table(title: str, entries: dict[str, dict[str, Any]], columns: list[str], row: Row) -> Table:
+    """One row for each method; its status in place of figures where it failed."""
+    table = Table("method", *columns, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, entry in entries.items():
+        label = f"{name} (simulated)" if entry.get("simulated") else name
+        cells = row(entry)
+        table.add_row(label, *(cells if any(cells) else [entry["status"]]))
+    return table
+
+
+def _fidelity(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    title = (
+        f"{data['model']}: {data['tokens']:,} tokens in windows of {part['context']:,}, "
+        f"residual {part['residual']}, sinks {data['sinks']}, {data['dtype']}"
+    )
+    columns = ["bits/elt", "bits in all", "KL mean", "KL p99", "top-1 agreement", "perplexity", "cache bytes"]
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        if entry["status"] != "ok":
+            return []
+        return [
+            f"{entry['bits_per_element']:.3f}",
+            f"{entry['bits_per_element_total']:.3f}",
+            f"{entry['kl_mean']:.5f}",
+            f"{entry['kl_p99']:.4f}",
+            f"{entry['top1_agreement']:.2%}",
+            f"{entry['perplexity']:.3f}",
+            f"{entry['cache_bytes']:,}",
+        ]
+
+    return _table(title, part["methods"], columns, row)
+
+
+def _share(summary: dict[str, Any] | None) -> str:
+    """A share with its counts and interval."""
+    if summary is None:
+        return ""
+    return f"{summary['successes']}/{summary['n']} ({summary['low']:.0%} to {summary['high']:.0%})"
+
+
+def _mean(summary: dict[str, Any] | None, form: str = ".4f") -> str:
+    """An average with its standard error."""
+    if summary is None:
+        return ""
+    error = "" if summary["stderr"] is None else f" ± {summary['stderr']:{form}}"
+    return f"{summary['mean']:{form}}{error}"
+
+
+def _times(summary: dict[str, Any] | None, form: str = ".2f") -> str:
+    """A median with the 20th and 80th percentile."""
+    return "" if summary is None else f"{summary['median']:{form}} ({summary['p20']:{form}} to {summary['p80']:{form}})"
+
+
+def _needle(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    lengths = [str(length) for length in part["settings"]["lengths"]]
+    title = f"Needles found (95 % interval): depths {part['settings']['depths']}, {part['settings']['seeds']} seeds"
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        return [_share(entry["found"]), *(_share(entry["by_length"].get(length)) for length in lengths)]
+
+    return _table(title, part["methods"], ["all", *(f"{length} tokens" for length in lengths)], row)
+
+
+def _routing(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    title = f"Routing: {part['settings']['windows']} windows of {part['settings']['context']:,}, mean over layers"
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        if entry["flips"] is None:
+            return []
+        last = list(entry["layers"].values())
+        worst = max(layer["relative_error"] for layer in last)
+        return [
+            _mean(entry["flips"]),
+            _mean(entry["cosine"], ".5f"),
+            _mean(entry["relative_error"]),
+            f"{worst:.4f}",
+        ]
+
+    return _table(title, part["methods"], ["keys flipped", "cosine", "relative error", "... worst layer"], row)
+
+
+def _transfer(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    columns = ("method", "calibrated on", "evaluated on", "KL mean", "over its own")
+    table = Table(*columns, title=f"Transfer: windows of {part['settings']['context']:,}")
+    for entry in part["entries"]:
+        place = (entry["method"], entry["calibrated_on"], entry["evaluated_on"])
+        if entry["status"] != "ok":
+            table.add_row(*place, entry["status"])
+            continue
+        ratio = "" if entry["ratio"] is None else f"{entry['ratio']:.2f}"
+        table.add_row(*place, f"{entry['figures']['kl_mean']:.5f}", ratio)
+    return table
+
+
+def _qa(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    def row(entry: dict[str, Any]) -> list[str]:
+        if entry["f1"] is None:
+            return []
+        return [
+            _mean(entry["f1"], ".3f"),
+            _share(entry["exact"]),
+            _mean(entry["agreement_f1"], ".3f"),
+            _share(entry["agreement_exact"]),
+        ]
+
+    columns = ["F1", "exact", "F1 with dense's answer", "dense's answer"]
+    return _table(f"Question answering: {part['settings']['questions']} questions", part["methods"], columns, row)
+
+
+def _memory(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    lengths = [str(length) for length in part["settings"]["lengths"]]
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        cells = []
+        for length in lengths:
+            rung = entry["rungs"][length]
+            held, formula = rung["bytes"], rung["predicted_bytes"]
+            mark = "" if formula is None or formula == held else f" ({formula:,} predicted)"
+            cells.append("" if held is None else f"{held:,}{mark}")
+        return cells
+
+    return _table("Bytes held at some numbers of tokens", part["methods"], lengths, row)
+
+
+def _speed(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    settings = part["settings"]
+    columns = []
+    for batch in settings["batches"]:
+        columns += [f"prefill ms, batch {batch}", "/ dense", "decode ms", "/ dense", "tokens/s"]
+    title = f"{settings['context']:,} tokens, {settings['threads']} threads: median (20th to 80th percentile)"
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        cells = []
+        for rung in entry["batches"].values():
+            if rung["decode_ms"] is None:
+                cells += [""] * 5
+                continue
+            cells += [
+                _times(rung["prefill_ms"]),
+                f"{rung['prefill_ratio']:.2f}",
+                _times(rung["decode_ms"]),
+                f"{rung['decode_ratio']:.2f}",
+                f"{rung['tokens_per_second']:.1f}",
+            ]
+        return cells
+
+    return _table(title, part["methods"], columns, row)
+
+
+def _speculative(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    settings = part["settings"]
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        if entry["tokens_per_call"] is None:
+            return []
+        cells = [_share(entry["acceptance"]), f"{entry['tokens_per_call']:.2f}", _times(entry["ratio"])]
+        return [*cells, _share(entry["same_text"])]
+
+    title = f"Speculative decoding, draft: {settings['draft']}, {settings['proposals']} tokens at a time"
+    columns = ["accepted", "tokens per call", "time / plain decoding", "same text as plain"]
+    return _table(title, part["methods"], columns, row)
+
+
+_TABLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Table]] = {
+    "fidelity": _fidelity,
+    "needle": _needle,
+    "routing": _routing,
+    "transfer": _transfer,
+    "qa": _qa,
+    "memory": _memory,
+    "speed": _speed,
+    "speculative": _speculative,
+}

@@ -1,0 +1,171 @@
+"""Feeding a model through a cache, and assembling prompts token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache import compat
+from quantcache.errors import QuantCacheError
+from quantcache.evaluation.methods import Method, parse_methods
+
+CHUNK = 64
+"""Tokens fed at once by default: each chunk reads what the earlier ones left in the cache."""
+
+PROMPT_CHUNK = 256
+"""The same for prompts of which only the answer is looked at."""
+
+
+def dense_method(model: PreTrainedModel) -> Method:
+    """The reference: transformers' own cache.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The method.
+    """
+    return parse_methods(["dense"], model.config, None)[0]
+
+
+def pieces(tokens: Tensor, chunk: int, sink_length: int) -> list[Tensor]:
+    """Cut a window into chunks, the first one longer by the sinks.
+
+    With no residual window every later chunk then starts at a block, and reads nothing but codes and sinks.
+
+    Args:
+        tokens: ``[B, T]``.
+        chunk: Tokens in a chunk.
+        sink_length: First tokens kept by every method.
+
+    Returns:
+        The chunks ``[B, t]``.
+    """
+    first, rest = tokens[:, : chunk + sink_length], tokens[:, chunk + sink_length :]
+    return [first, *(rest.split(chunk, dim=1) if rest.shape[1] else ())]
+
+
+@torch.no_grad()
+def feed(model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int = CHUNK) -> None:
+    """Fill a cache.
+
+    Args:
+        model: The model.
+        cache: The cache.
+        tokens: ``[B, T]``.
+        chunk: Tokens fed at once.
+    """
+    for part in tokens.to(compat.input_device(model)).split(chunk, dim=1):
+        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, cache: Cache, tokens: Tensor, count: int) -> Tensor:
+    """The most likely continuation.
+
+    Args:
+        model: The model.
+        cache: A cache of everything before ``tokens``.
+        tokens: Tokens that the cache does not hold yet, ``[B, T]``, T at least 1.
+        count: Tokens to add.
+
+    Returns:
+        ``[B, count]``.
+    """
+    tokens = tokens.to(compat.input_device(model))
+    found = []
+    for _ in range(count):
+        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        tokens = logits[:, -1:].argmax(-1).to(tokens.device)
+        found.append(tokens)
+    return torch.cat(found, dim=1).cpu()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Tokens of a text, without special tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+
+    Returns:
+        ``[T]``.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The special tokens that a tokenizer puts in front of every text.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Returns:
+        ``[T]``, empty for many.
+    """
+    plain = encode(tokenizer, "a").tolist()
+    whole = list(tokenizer("a", verbose=False).input_ids)
+    place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return torch.tensor(whole[:place], dtype=torch.long)
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[Tensor, Tensor]:
+    """What stands before and behind a prompt.
+
+    Args:
+        tokenizer: The tokenizer.
+        chat: Put the prompt into the tokenizer's chat template, as one message of the user.
+
+    Returns:
+        Tokens before ``[T]`` and behind ``[T]``.
+
+    Raises:
+        QuantCacheError: The tokenizer has no chat template.
+    """
+    if not chat:
+        return opening(tokenizer), torch.tensor([], dtype=torch.long)
+    if not getattr(tokenizer, "chat_template", None):
+        raise QuantCacheError(f"{type(tokenizer).__name__} has no chat template: use the plain prompt")
+    mark = "PROMPT-GOES-HERE"
+    message: Any = [{"role": "user", "content": mark}]
+    text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    before, found, behind = text.partition(mark)
+    if not found:
+        raise QuantCacheError("the chat template does not show the user's message as it is: use the plain prompt")
+    return encode(tokenizer, before), encode(tokenizer, behind)
+
+
+def context_limit(model: PreTrainedModel) -> int | None:
+    """How many positions a model was made for.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its limit, None if it declares none.
+    """
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> None:
+    """Refuse contexts beyond a model's limit.
+
+    Args:
+        model: The model.
+        lengths: Tokens of every context.
+        what: What the error calls them.
+
+    Raises:
+        QuantCacheError: A length is below 2 or above the limit.
+    """
+    limit = context_limit(model)
+    for length in lengths:
+        if length < 2:
+            raise QuantCacheError(f"{what} {length} is too short: at least 2 tokens")
+        if limit is not None and length > limit:
+            raise QuantCacheError(f"{what} {length} exceeds the model's limit of {limit} positions")

@@ -1,0 +1,220 @@
+"""Needle retrieval: a fact is planted in a long text, fed through the cache, and asked for.
+
+All tokens but those of the question and answer have passed into the cache in chunks before the question comes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache.errors import QuantCacheError
+from quantcache.evaluation import summaries
+from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, feed, frame_of, greedy
+from quantcache.evaluation.methods import Method
+
+SUITE = "needle"
+
+NAMES = ("Marlow", "Ada", "Victor", "Clara", "Hugo", "Nora", "Oscar", "Ruth", "Simon", "Vera")
+
+
+@dataclass(frozen=True)
+class NeedleFormat:
+    """How a fact is stated and asked for.
+
+    Attributes:
+        fact: Holds ``{name}`` and ``{code}``.
+        question: Holds ``{name}``; the answer follows it.
+        digits: Digits of a code.
+        chat: Put text and question into the tokenizer's chat template.
+    """
+
+    fact: str = "\nThe secret code of {name} is {code}.\n"
+    question: str = "\nQuestion: What is the secret code of {name}? Answer:"
+    digits: int = 5
+    chat: bool = False
+
+    def check(self) -> None:
+        """Refuse templates that lack a place.
+
+        Raises:
+            QuantCacheError: A place is missing, or a template cannot be filled in.
+        """
+        for text, places in ((self.fact, ("name", "code")), (self.question, ("name",))):
+            for place in places:
+                if f"{{{place}}}" not in text:
+                    raise QuantCacheError(f"needle template {text!r} lacks {{{place}}}")
+            try:
+                text.format(name="", code="")
+            except (KeyError, IndexError, ValueError) as error:
+                raise QuantCacheError(f"needle template {text!r} cannot be filled in: {error}") from None
+
+
+@dataclass(frozen=True)
+class NeedleEntry:
+    """What one method retrieved.
+
+    Attributes:
+        family: ``ours``, ``rival`` or ``dense``.
+        simulated: Whether the cache held fake-quantized values instead of codes.
+        status: ``ok``, or what went wrong.
+        found: Trials in which the code was given, with a 95 % Wilson interval.
+        by_length: The same for each length.
+        by_cell: The same for each ``LENGTH@DEPTH``.
+    """
+
+    family: str
+    simulated: bool
+    status: str
+    found: summaries.Summary | None = None
+    by_length: dict[str, summaries.Summary] = field(default_factory=dict)
+    by_cell: dict[str, summaries.Summary] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NeedleResult:
+    """Retrieval of all methods.
+
+    Attributes:
+        settings: Everything that was chosen.
+        methods: One entry for each method.
+    """
+
+    settings: dict[str, Any]
+    methods: dict[str, NeedleEntry]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def measure_needle(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    methods: Sequence[Method],
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float] = (0.1, 0.5, 0.9),
+    seeds: int = 4,
+    form: NeedleFormat | None = None,
+    chunk: int = PROMPT_CHUNK,
+    cells: Cells | None = None,
+) -> NeedleResult:
+    """Plant codes in a text and ask for them.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        text: The haystack; every seed takes another stretch of it where it is long enough.
+        methods: What to measure.
+        lengths: Tokens of a whole prompt, question included.
+        depths: Where the fact stands, as a share of the text before the question.
+        seeds: Trials of each length and depth; each has its own name, code and stretch of text.
+        form: How the fact is stated and asked for; what wiki11m was trained on if None.
+        chunk: Tokens fed at once.
+        cells: Where finished cells are kept.
+
+    Returns:
+        Counts and intervals. A method that fails keeps its place, with the error as its status.
+
+    Raises:
+        QuantCacheError: The text is too short for a length, a length exceeds the model's limit, or a depth or a
+            template makes no sense.
+    """
+    form, cells = form or NeedleFormat(), cells or Cells()
+    form.check()
+    check_lengths(model, lengths, "needle length")
+    if seeds < 1 or not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise QuantCacheError(f"needles need depths from 0 to 1 and at least one seed, got {list(depths)} and {seeds}")
+    # Characters enough for any tokenizer, without reading all of a long text.
+    haystack = encode(tokenizer, text[: 64 * max(lengths) * seeds])
+    if len(haystack) < max(lengths):
+        raise QuantCacheError(f"the text has {len(haystack)} tokens, a needle prompt of {max(lengths)} needs as many")
+    grid = [(length, depth) for length in sorted(lengths) for depth in depths]
+    cells.plan(SUITE, len(grid) * len(methods))
+    for length, depth in grid:
+        prompts, codes = _prompts(tokenizer, haystack, form, length, depth, seeds)
+        for method in methods:
+
+            def work(method: Method = method, prompts: Tensor = prompts, codes: list[str] = codes) -> dict[str, Any]:
+                answers = _answers(model, tokenizer, method, prompts, form, chunk)
+                hits = [code in answer.replace(",", "") for code, answer in zip(codes, answers, strict=True)]
+                return {"found": sum(hits), "n": len(hits), "answers": answers, "codes": codes}
+
+            cells.measure(SUITE, method.name, f"{length}@{depth:g}", work)
+    settings = {
+        "lengths": sorted(lengths),
+        "depths": list(depths),
+        "seeds": seeds,
+        "chunk": chunk,
+        "format": asdict(form),
+    }
+    return NeedleResult(settings, {method.name: _entry(method, grid, cells) for method in methods})
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, haystack: Tensor, form: NeedleFormat, length: int, depth: float, seeds: int
+) -> tuple[Tensor, list[str]]:
+    """Prompts of equal length, ``[seeds, length]``, and the code that each asks for."""
+    before, behind = frame_of(tokenizer, form.chat)
+    rows, codes = [], []
+    for seed in range(seeds):
+        draw = random.Random(f"needle {seed} {length} {depth:g}")
+        name, code = draw.choice(NAMES), "".join(draw.choices("0123456789", k=form.digits))
+        fact = encode(tokenizer, form.fact.format(name=name, code=code))
+        question = encode(tokenizer, form.question.format(name=name))
+        room = length - sum(len(part) for part in (before, fact, question, behind))
+        if room < 0:
+            raise QuantCacheError(f"a needle prompt of {length} tokens is too short for fact and question")
+        first = draw.randrange(len(haystack) - room + 1)
+        hay = haystack[first : first + room]
+        place = round(depth * room)
+        rows.append(torch.cat((before, hay[:place], fact, hay[place:], question, behind)))
+        codes.append(code)
+    return torch.stack(rows), codes
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    prompts: Tensor,
+    form: NeedleFormat,
+    chunk: int,
+) -> list[str]:
+    """What the model says to every prompt ``[B, T]``."""
+    question = len(encode(tokenizer, form.question.format(name=NAMES[0]))) + len(frame_of(tokenizer, form.chat)[1])
+    cache = method.make_cache()
+    held = prompts.shape[1] - question
+    feed(model, cache, prompts[:, :held], chunk)
+    count = len(encode(tokenizer, " " + "0" * form.digits)) + 2
+    found = greedy(model, cache, prompts[:, held:], count)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in found]
+
+
+def _entry(method: Method, grid: list[tuple[int, float]], cells: Cells) -> NeedleEntry:
+    results = {(length, depth): cells.get(SUITE, method.name, f"{length}@{depth:g}") for length, depth in grid}
+    bad = [result["status"] for result in results.values() if result["status"] != "ok"]
+    good = {place: result for place, result in results.items() if result["status"] == "ok"}
+    status = "ok" if not bad else bad[0] if not good else f"{len(bad)} of {len(grid)} cells: {bad[0]}"
+
+    def share(places: list[tuple[int, float]]) -> summaries.Summary:
+        return summaries.share(sum(good[p]["found"] for p in places), sum(good[p]["n"] for p in places))
+
+    lengths = sorted({length for length, _ in good})
+    return NeedleEntry(
+        method.family,
+        method.simulated,
+        status,
+        share(list(good)) if good else None,
+        {str(length): share([place for place in good if place[0] == length]) for length in lengths},
+        {f"{length}@{depth:g}": share([(length, depth)]) for length, depth in good},
+    )

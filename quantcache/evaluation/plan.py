@@ -1,0 +1,146 @@
+"""What to measure, on what, and how much of it: the arguments of :func:`quantcache.evaluation.runner.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache.artifact import Calibration
+from quantcache.evaluation import memory, needle, qa
+from quantcache.evaluation.feeding import CHUNK
+from quantcache.evaluation.methods import RivalStatistics
+from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH
+
+SUITES = ("fidelity", "needle", "routing", "transfer", "qa", "memory", "speed")
+"""What can be measured. ``speed`` includes speculative decoding."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much each suite does.
+
+    Attributes:
+        needle_depths: Depths of needles.
+        needle_seeds: Trials of each length and depth.
+        routing_windows: Windows of the routing suite.
+        transfer_tokens: Tokens calibrated on, for each calibration.
+        transfer_windows: Windows of every text that calibrations are compared on.
+        questions: Questions asked.
+        answer_tokens: Tokens of an answer at most.
+        ladder: Lengths of the memory suite.
+        speed_batches: Rows of the speed suite.
+        speed_context: Tokens of its prompts at most.
+        steps: Decoding steps timed.
+        prefills: Prefills timed.
+        draft_tokens: Tokens generated with a draft model.
+        longest: Tokens of a needle's prompt and of a routing window at most. Needles are planted in prompts of half the
+            context as well where it is None.
+        transfer_methods: Methods of the transfer suite at most.
+    """
+
+    needle_depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    needle_seeds: int = 3
+    routing_windows: int = 2
+    transfer_tokens: int = 4096
+    transfer_windows: int = 2
+    questions: int = 12
+    answer_tokens: int = 16
+    ladder: tuple[int, ...] = memory.LADDER
+    speed_batches: tuple[int, ...] = (1, 4)
+    speed_context: int = 1024
+    steps: int = 24
+    prefills: int = 2
+    draft_tokens: int = 32
+    longest: int | None = None
+    transfer_methods: int | None = None
+
+
+QUICK = Sizes(
+    needle_depths=(0.5,),
+    needle_seeds=2,
+    routing_windows=1,
+    transfer_tokens=1024,
+    transfer_windows=1,
+    questions=2,
+    answer_tokens=8,
+    ladder=(128, 1024),
+    speed_batches=(1,),
+    speed_context=256,
+    steps=8,
+    prefills=1,
+    draft_tokens=12,
+    longest=512,
+    transfer_methods=1,
+)
+"""Sizes that give an impression in little time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        suites: Names out of ``SUITES``.
+        methods: Names of methods.
+        contexts: Tokens in a window; fidelity is measured at each, the other suites use the last.
+        tokens: Tokens of text to use at most.
+        residuals: Recent tokens that every method keeps; fidelity is measured at each, the other suites use the first.
+        sinks: First tokens that every method keeps.
+        chunk: Tokens fed at once.
+        sizes: How much each suite does.
+        needle_form: How needles are stated and asked for.
+        chat: Put prompts into the tokenizer's chat template.
+        text_name: What results call the text.
+    """
+
+    suites: tuple[str, ...]
+    methods: tuple[str, ...]
+    contexts: tuple[int, ...]
+    tokens: int
+    residuals: tuple[int, ...] = (RESIDUAL_LENGTH,)
+    sinks: int = SINK_LENGTH
+    chunk: int = CHUNK
+    sizes: Sizes = field(default_factory=Sizes)
+    needle_form: needle.NeedleFormat = field(default_factory=needle.NeedleFormat)
+    chat: bool = False
+    text_name: str = "text"
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every seed that is drawn with."""
+        return list(range(self.sizes.needle_seeds if "needle" in self.suites else 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What to measure it on.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        text: The evaluation text.
+        calibration: The model's calibration, for methods that need one.
+        questions: For the ``qa`` suite.
+        domains: Further texts by name, for the ``transfer`` suite: calibrated on in their first half, evaluated on in
+            their second.
+        length_text: A text to calibrate on at several lengths, for the ``transfer`` suite.
+        draft: Draft model for speculative decoding; the model's first half if None.
+        statistics: What calibrated rivals are fitted to.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    calibration: Calibration | None = None
+    questions: Sequence[qa.Question] | None = None
+    domains: Mapping[str, str] = field(default_factory=dict)
+    length_text: str | None = None
+    draft: PreTrainedModel | None = None
+    statistics: RivalStatistics | None = None

@@ -1,0 +1,139 @@
+"""What a measurement was taken with: hashes of model, calibration and code, and the check that texts do not overlap."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache.artifact import Calibration
+from quantcache.artifact_files import to_files
+from quantcache.errors import QuantCacheError
+from quantcache.passages import shared
+
+MOST_SHARED = 0.02
+"""Largest share of the calibration's sampled passages that an evaluation text may hold. Two halves of one body of
+source code share 1.2 % (licence headers); plain texts on different subjects share none."""
+
+
+def text_sha256(text: str) -> str:
+    """Hash of a text, as calibrations record it.
+
+    Args:
+        text: The text.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_sha256(model: PreTrainedModel) -> str:
+    """Hash of a model's config and weights.
+
+    Args:
+        model: The model.
+
+    Returns:
+        SHA-256 in hexadecimal; the same wherever the model lies and on whatever device, for one dtype.
+    """
+    config = model.config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "_attn_implementation", "dtype"):
+        config.pop(name, None)
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        _add_tensor(found, name, tensor)
+    return found.hexdigest()
+
+
+def _add_tensor(found: Any, name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "__tensor_flatten__"):  # quantized weights: the tensors they consist of
+        for inner in tensor.__tensor_flatten__()[0]:
+            _add_tensor(found, f"{name}.{inner}", getattr(tensor, inner))
+        return
+    found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    data = tensor.detach().cpu().contiguous()
+    found.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of a tokenizer's vocabulary and chat template.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    parts = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def calibration_sha256(calibration: Calibration) -> str:
+    """Hash of everything that a calibration's artifact holds.
+
+    Args:
+        calibration: The calibration.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    tensors, config = to_files(calibration.layers, calibration.metadata)
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        _add_tensor(found, name, tensor)
+    return found.hexdigest()
+
+
+def code_sha256() -> str:
+    """Hash of the package's own source and compiled kernels, so that figures of two versions are never mixed.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    kernels = find_spec("quantcache_kernels")
+    places = list((kernels and kernels.submodule_search_locations) or [])
+    found = hashlib.sha256()
+    for root in (Path(__file__).resolve().parent.parent, *map(Path, places)):
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".so", ".pyd"):
+                found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def check_overlap(calibration: Calibration, text: str, name: str, used: str | None = None) -> dict[str, Any]:
+    """Refuse to evaluate on what was calibrated on.
+
+    Args:
+        calibration: The calibration.
+        text: The evaluation text.
+        name: What the error calls it.
+        used: The part of it that is evaluated on; all of it if None.
+
+    Returns:
+        What was found: ``text`` (``"differs"``) and ``passages`` (share of the sampled passages of the calibration text
+        that the text holds; None where the calibration has no such sample).
+
+    Raises:
+        QuantCacheError: It is the calibration text, or shares more than ``MOST_SHARED`` of its passages.
+    """
+    recipe = calibration.metadata.recipe
+    digests = recipe.get("text_sha256") or ()
+    if text_sha256(text) in ([digests] if isinstance(digests, str) else digests):
+        raise QuantCacheError(f"{name} is the text that was calibrated on: evaluate on another one")
+    passages = recipe.get("passages")
+    if not passages:
+        return {"text": "differs" if digests else "not recorded", "passages": None}
+    hits, size = shared(passages, text if used is None else used)
+    if hits > MOST_SHARED * size:
+        raise QuantCacheError(
+            f"{name} holds {hits} of {size} sampled passages that were calibrated on, "
+            f"at most {MOST_SHARED:.0%} is allowed: evaluate on another text"
+        )
+    return {"text": "differs" if digests else "not recorded", "passages": hits / size}

@@ -1,0 +1,331 @@
+"""Question answering: exact match and F1 as SQuAD counts them, through ``generate()`` with the method's cache.
+
+The paragraph passes into the cache in chunks first, so that question and answer read what the cache kept of it. A weak
+model answers wrongly whatever its cache; therefore agreement with the dense cache's answers is counted as well.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache import compat
+from quantcache.errors import QuantCacheError
+from quantcache.evaluation import summaries
+from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.feeding import PROMPT_CHUNK, context_limit, dense_method, encode, feed, frame_of
+from quantcache.evaluation.methods import Method
+
+SUITE = "qa"
+
+TEMPLATE = "{context}\nQuestion: {question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one paragraph.
+
+    Attributes:
+        id: Names it in records.
+        context: The paragraph.
+        question: The question.
+        answers: Acceptable answers, one or more.
+    """
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QAEntry:
+    """How one method answered.
+
+    Attributes:
+        family: ``ours``, ``rival`` or ``dense``.
+        simulated: Whether the cache held fake-quantized values instead of codes.
+        status: ``ok``, or what went wrong.
+        f1: Mean F1 over questions, 0 to 1.
+        exact: Share of answers that match exactly once articles, capitals and punctuation are gone.
+        agreement_f1: Mean F1 with the dense cache's answers.
+        agreement_exact: Share of answers that are the dense cache's.
+    """
+
+    family: str
+    simulated: bool
+    status: str
+    f1: summaries.Summary | None = None
+    exact: summaries.Summary | None = None
+    agreement_f1: summaries.Summary | None = None
+    agreement_exact: summaries.Summary | None = None
+
+
+@dataclass(frozen=True)
+class QAResult:
+    """Answers of all methods.
+
+    Attributes:
+        settings: Everything that was chosen.
+        methods: One entry for each method.
+    """
+
+    settings: dict[str, Any]
+    methods: dict[str, QAEntry]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def load_questions(path: Path) -> list[Question]:
+    """Read questions: a SQuAD file, or JSON lines with ``context``, ``question`` and ``answers``.
+
+    Args:
+        path: The file. In JSON lines ``answers`` is a string, a list of strings, or SQuAD's ``{"text": [...]}``.
+
+    Returns:
+        The questions.
+
+    Raises:
+        QuantCacheError: The file is malformed or holds none.
+        OSError: It cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuantCacheError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        whole = None
+    try:
+        if isinstance(whole, dict) and "data" in whole:
+            found = [
+                _question(qa.get("id", f"{number}"), paragraph["context"], qa["question"], qa["answers"])
+                for article in whole["data"]
+                for paragraph in article["paragraphs"]
+                for number, qa in enumerate(paragraph["qas"])
+            ]
+        else:
+            lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+            found = []
+            for number, line in lines:
+                try:
+                    entry = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise QuantCacheError(f"{path}, line {number} is no JSON: {error}") from None
+                answers = entry["answers"] if "answers" in entry else entry["answer"]
+                found.append(_question(entry.get("id", f"{number}"), entry["context"], entry["question"], answers))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        flaw = f"{type(error).__name__}: {error}"
+        raise QuantCacheError(f"{path} is no file of context, question and answers ({flaw})") from None
+    if not found:
+        raise QuantCacheError(f"{path} holds no question")
+    return found
+
+
+def _question(name: Any, context: Any, question: Any, answers: Any) -> Question:
+    if isinstance(answers, str):
+        answers = [answers]
+    elif isinstance(answers, dict):
+        answers = answers["text"]
+    texts = tuple(answer if isinstance(answer, str) else answer["text"] for answer in answers)
+    for value in (context, question, *texts):
+        if not isinstance(value, str):
+            raise TypeError(f"expected a string, got {value!r:.40}")
+    if not texts:
+        raise ValueError(f"question {question!r:.40} has no answer")
+    return Question(str(name), context, question, texts)
+
+
+def normalize(answer: str) -> str:
+    """An answer without capitals, punctuation, articles and superfluous white space.
+
+    Source: the evaluation script of P. Rajpurkar et al., "SQuAD" (2016).
+
+    Args:
+        answer: The answer.
+
+    Returns:
+        Its words, one space between them.
+    """
+    bare = "".join(character for character in answer.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def f1(answer: str, reference: str) -> float:
+    """Harmonic mean of the share of words found and the share of words right.
+
+    Source: as :func:`normalize`.
+
+    Args:
+        answer: The answer.
+        reference: What it is held against.
+
+    Returns:
+        0 to 1; 1 if both are empty once normalized.
+    """
+    found, wanted = normalize(answer).split(), normalize(reference).split()
+    if not found or not wanted:
+        return float(found == wanted)
+    common = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * common / (len(found) + len(wanted))
+
+
+def exact(answer: str, reference: str) -> bool:
+    """Whether two answers are the same once normalized.
+
+    Args:
+        answer: The answer.
+        reference: What it is held against.
+
+    Returns:
+        Whether they match.
+    """
+    return normalize(answer) == normalize(reference)
+
+
+def measure_qa(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    methods: Sequence[Method],
+    *,
+    count: int = 16,
+    seed: int = 0,
+    new_tokens: int = 16,
+    template: str = TEMPLATE,
+    chat: bool = False,
+    chunk: int = PROMPT_CHUNK,
+    cells: Cells | None = None,
+) -> QAResult:
+    """Ask questions about paragraphs.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: The questions.
+        methods: What to measure.
+        count: Questions to ask at most, drawn at random from those that fit into the model's context.
+        seed: Seed of the draw.
+        new_tokens: Tokens of an answer at most; it also ends at a line's end.
+        template: Holds ``{context}`` and ``{question}``.
+        chat: Put the prompt into the tokenizer's chat template.
+        chunk: Tokens fed at once.
+        cells: Where finished cells are kept.
+
+    Returns:
+        Scores of every method, and agreement with the dense cache.
+
+    Raises:
+        QuantCacheError: The template lacks a place, or no question fits.
+    """
+    cells = cells or Cells()
+    for place in ("{context}", "{question}"):
+        if place not in template:
+            raise QuantCacheError(f"question template {template!r} lacks {place}")
+    chosen = _choose(model, tokenizer, questions, count, seed, new_tokens, template, chat)
+    asked = list(methods)
+    if not any(method.family == "dense" for method in methods):
+        asked.insert(0, dense_method(model))
+    cells.plan(SUITE, len(chosen) * len(asked))
+    for number, (_, prompt) in enumerate(chosen):
+        for method in asked:
+
+            def work(method: Method = method, prompt: Tensor = prompt) -> dict[str, Any]:
+                return {"answer": _answer(model, tokenizer, method, prompt, new_tokens, chunk)}
+
+            cells.measure(SUITE, method.name, f"{number} {chosen[number][0].id}", work)
+    reference = next(method.name for method in asked if method.family == "dense")
+    settings = {
+        "questions": len(chosen),
+        "seed": seed,
+        "new_tokens": new_tokens,
+        "template": template,
+        "chat": chat,
+        "chunk": chunk,
+    }
+    return QAResult(settings, {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in methods})
+
+
+def _choose(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    count: int,
+    seed: int,
+    new_tokens: int,
+    template: str,
+    chat: bool,
+) -> list[tuple[Question, Tensor]]:
+    """Questions that fit, with their prompts ``[T]``."""
+    before, behind = frame_of(tokenizer, chat)
+    room = context_limit(model)
+    chosen = []
+    for question in random.Random(seed).sample(list(questions), len(questions)):
+        text = template.replace("{context}", question.context).replace("{question}", question.question)
+        prompt = torch.cat((before, encode(tokenizer, text), behind))
+        if room is None or len(prompt) + new_tokens <= room:
+            chosen.append((question, prompt))
+            if len(chosen) == count:
+                break
+    if not chosen:
+        raise QuantCacheError(f"none of {len(questions)} questions fits into the model's limit of {room} positions")
+    return chosen
+
+
+@torch.no_grad()
+def _answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, method: Method, prompt: Tensor, new_tokens: int, chunk: int
+) -> str:
+    ids = prompt[None].to(compat.input_device(model))
+    cache = method.make_cache()
+    feed(model, cache, ids[:, :-1], chunk)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+    )[0, len(prompt) :]
+    text = str(tokenizer.decode(output, skip_special_tokens=True)).strip()
+    return text.splitlines()[0].strip() if text else ""
+
+
+def _entry(method: Method, reference: str, questions: list[Question], cells: Cells) -> QAEntry:
+    names = [f"{number} {question.id}" for number, question in enumerate(questions)]
+    results = [cells.get(SUITE, method.name, name) for name in names]
+    bad = [result["status"] for result in results if result["status"] != "ok"]
+    if bad:
+        status = bad[0] if len(bad) == len(results) else f"{len(bad)} of {len(results)} questions: {bad[0]}"
+        return QAEntry(method.family, method.simulated, status)
+    answers = [str(result["answer"]) for result in results]
+    dense = [cells.get(SUITE, reference, name).get("answer") for name in names]
+    pairs = list(zip(answers, questions, strict=True))
+    agreement: list[summaries.Summary | None] = [None, None]
+    if all(isinstance(answer, str) for answer in dense):
+        both = [(mine, str(other)) for mine, other in zip(answers, dense, strict=True)]
+        agreement = [
+            summaries.mean([f1(mine, other) for mine, other in both]),
+            summaries.share(sum(exact(mine, other) for mine, other in both), len(both)),
+        ]
+    return QAEntry(
+        method.family,
+        method.simulated,
+        "ok",
+        summaries.mean([max(f1(answer, wanted) for wanted in q.answers) for answer, q in pairs]),
+        summaries.share(sum(any(exact(a, wanted) for wanted in q.answers) for a, q in pairs), len(pairs)),
+        *agreement,
+    )

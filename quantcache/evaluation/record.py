@@ -1,0 +1,263 @@
+"""The record of one run: what ran, on what, and what came out. One JSON file, checked when written and when read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from quantcache.errors import QuantCacheError
+from quantcache.jsonfile import finite, write_json
+
+SCHEMA_VERSION = 1
+
+STATUSES = ("ok", "partial", "failed")
+"""``ok``: every cell was measured. ``partial``: some method ran out of memory, is not supported or failed."""
+
+HASH = re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+
+class RecordError(QuantCacheError):
+    """A file is no record, or a record lacks something or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run.
+
+    Attributes:
+        suite: Name of the benchmark, or ``eval``.
+        status: One of ``STATUSES``.
+        created: When it ended, ISO 8601 with time zone.
+        commit: Commit of the checkout that ran; None if there was none.
+        dirty: Whether files differed from that commit.
+        command: The command line.
+        environment: Versions and hardware (see :func:`quantcache.env.environment`).
+        settings: Everything that was chosen.
+        metrics: Everything that was measured. Averages carry ``n`` and ``stderr``, times ``n``, ``p20``, ``median`` and
+            ``p80``, shares ``n``, ``low`` and ``high``.
+        inputs: SHA-256 of model, tokenizer, calibration and texts, by name.
+        seeds: Every seed that was used.
+        gates: Checks that came before measuring, such as that of overlapping texts: what each found.
+        schema_version: Version of this layout.
+    """
+
+    suite: str
+    status: str
+    created: str
+    commit: str | None
+    dirty: bool
+    command: str
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+    inputs: dict[str, str | None] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    gates: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def clean(self) -> bool:
+        """Whether a commit says exactly what ran."""
+        return self.commit is not None and not self.dirty
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON, the schema's version first."""
+        data = asdict(self)
+        return finite({"schema_version": data.pop("schema_version"), **data})
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "record") -> Record:
+        """Check parsed JSON.
+
+        Args:
+            data: The JSON.
+            where: What errors call it.
+
+        Returns:
+            The record; fields that this version does not know are left out.
+
+        Raises:
+            RecordError: Something is missing, of the wrong kind, or contradicts itself.
+        """
+        check(data, where)
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+
+
+_KINDS: dict[str, tuple[Any, str, bool]] = {
+    "schema_version": (int, "a whole number", True),
+    "suite": (str, "a string", True),
+    "status": (str, "a string", True),
+    "created": (str, "a string", True),
+    "commit": ((str, type(None)), "a string or null", True),
+    "dirty": (bool, "true or false", True),
+    "command": (str, "a string", True),
+    "environment": (dict, "an object", True),
+    "settings": (dict, "an object", True),
+    "metrics": (dict, "an object", True),
+    "inputs": (dict, "an object", False),
+    "seeds": (list, "a list", False),
+    "gates": (dict, "an object", False),
+}
+
+
+def check(data: Any, where: str = "record") -> None:
+    """Check a record's JSON against the schema.
+
+    Args:
+        data: The JSON.
+        where: What the error calls it.
+
+    Raises:
+        RecordError: The first flaw found.
+    """
+
+    def require(holds: bool, flaw: str) -> None:
+        if not holds:
+            raise RecordError(f"{where}: {flaw}")
+
+    require(isinstance(data, dict), f"a record is an object, this is {_kind(data)}")
+    version = data.get("schema_version")
+    require(version is not None, "it is no record: it has no schema_version")
+    known = isinstance(version, int) and not isinstance(version, bool) and version == SCHEMA_VERSION
+    require(known, f"schema version {version!r}, this quantcache reads {SCHEMA_VERSION}")
+    for name, (kind, words, needed) in _KINDS.items():
+        require(name in data or not needed, f"it lacks {name}")
+        if name in data:
+            wrong = not isinstance(data[name], kind) or (kind is int and isinstance(data[name], bool))
+            require(not wrong, f"{name} must be {words}, got {_kind(data[name])}")
+    require(data["status"] in STATUSES, f"status must be one of {', '.join(STATUSES)}, got {data['status']!r}")
+    require(_is_time(data["created"]), f"created must be a time with its zone, got {data['created']!r}")
+    commit = data["commit"]
+    require(commit is None or bool(COMMIT.fullmatch(commit)), f"commit must be a full hash, got {commit!r}")
+    require(commit is not None or data["dirty"], "without a commit dirty must be true")
+    for name, digest in data.get("inputs", {}).items():
+        good = digest is None or (isinstance(digest, str) and bool(HASH.fullmatch(digest)))
+        require(good, f"inputs.{name} must be a SHA-256 in hexadecimal or null, got {digest!r}")
+    for seed in data.get("seeds", []):
+        require(isinstance(seed, int) and not isinstance(seed, bool), f"seeds must be whole numbers, got {seed!r}")
+    for name in ("environment", "settings", "metrics", "gates"):
+        flaw = _flaw(data.get(name, {}), name)
+        require(flaw is None, str(flaw))
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _flaw(value: Any, path: str) -> str | None:
+    """The first thing that is no JSON value, or a summary that contradicts itself."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"{path} has a key that is no string: {key!r}"
+            found = _flaw(item, f"{path}.{key}")
+            if found:
+                return found
+        return _summary_flaw(value, path)
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            found = _flaw(item, f"{path}[{number}]")
+            if found:
+                return found
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path} is {value}, which JSON cannot hold"
+    good = value is None or isinstance(value, str | int | float)
+    return None if good else f"{path} is of type {type(value).__name__}, which JSON cannot hold"
+
+
+def _summary_flaw(value: dict[str, Any], path: str) -> str | None:
+    """What is wrong with a summary: quantiles, an average with its error, or a share with its interval."""
+    orders = (("p20", "median", "p80"), ("low", "share", "high"))
+    for order in orders:
+        if order[0] in value and order[2] in value:
+            numbers: list[Any] = [value.get(name) for name in order]
+            if not all(_is_number(number) for number in numbers):
+                return f"{path} must have the numbers {', '.join(order)}"
+            if not numbers[0] <= numbers[1] <= numbers[2]:
+                return f"{path} has {' <= '.join(order)} out of order: {numbers}"
+    summarizes = "stderr" in value or any(order[0] in value and order[2] in value for order in orders)
+    if not summarizes:
+        return None
+    count = value.get("n")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        return f"{path} summarizes measurements and must say how many: n is {count!r}"
+    stderr = value.get("stderr")
+    if stderr is not None and (not _is_number(stderr) or stderr < 0):
+        return f"{path}.stderr must be a number from 0 up or null, got {stderr!r}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def write_record(path: Path, record: Record, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Check a record and write it, complete or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        record: The record.
+        extra: Further top-level entries, for readers of other layouts.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RecordError: The record is not sound.
+    """
+    data = {**finite(extra or {}), **record.to_dict()}
+    check(data, path.name)
+    write_json(path, data)
+    return data
+
+
+def read_record(path: Path) -> Record:
+    """Read a record.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The record.
+
+    Raises:
+        RecordError: The file cannot be read, is no JSON, or is no sound record.
+    """
+    return Record.from_dict(read_strict_json(path), str(path))
+
+
+def read_strict_json(path: Path) -> Any:
+    """Parse a JSON file, without the extensions that Python's parser allows.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        RecordError: It cannot be read or parsed.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(path.read_text("utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error

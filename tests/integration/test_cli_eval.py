@@ -1,0 +1,171 @@
+"""``quantcache eval`` with several suites: one record, which goes on after an interruption, and refuses bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, ViTConfig
+
+from quantcache import calibrate, data
+from quantcache.cli import main
+from quantcache.cli.eval_tables import tables
+from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.record import read_record
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Run = Callable[..., tuple[int, str, str]]
+
+EVAL = ("eval", "wiki11m", "-c", "calibration", "--text", "held_out.txt", "--context", "128", "--tokens", "256")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> Run:
+    """Run the command line in the folder; gives exit status, stdout and stderr."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """Texts, questions, a small calibration, and configs of models that are no decoders."""
+    folder = tmp_path_factory.mktemp("eval")
+    text, held_out = data.calibration_text()[:3000], data.evaluation_text()[:6000]
+    (folder / "held_out.txt").write_text(held_out, "utf-8")
+    (folder / "mixed.txt").write_text(text[:1500] + held_out, "utf-8")
+    (folder / "calibrated.txt").write_text(text, "utf-8")
+    (folder / "short.txt").write_text("Too short.", "utf-8")
+    (folder / "empty.txt").write_text(" \n", "utf-8")
+    question = {"context": held_out[:300], "question": "What is it?", "answers": ["nothing"]}
+    (folder / "qa.jsonl").write_text(json.dumps(question), "utf-8")
+    (folder / "bad.jsonl").write_text('{"context": ', "utf-8")
+    leaked = {**question, "context": text[:2500]}
+    (folder / "leaked.jsonl").write_text(json.dumps(leaked), "utf-8")
+    calibrate(
+        demo_model, text, demo_tokenizer, metric="identity", max_tokens=512, seq_len=256, progress=False
+    ).save_pretrained(folder / "calibration")
+    for name, config in (("t5", T5Config()), ("vit", ViTConfig())):
+        config.save_pretrained(folder / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(data.demo_model_path() / file, folder / name)
+    return folder
+
+
+def test_several_suites_make_one_record(run: Run, folder: Path) -> None:
+    arguments = (*EVAL, "--quick", "--suite", "fidelity,routing,memory,qa", "--qa", "qa.jsonl")
+    arguments = (*arguments, "--methods", "dense,spectral-3", "--residual", "0,64", "--context", "128,192")
+    status, out, err = run(*arguments, "-o", "result.json", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert json.loads((folder / "result.json").read_text("utf-8")) == found
+    record = read_record(folder / "result.json")
+    assert (record.suite, record.status) == ("eval", "ok")
+    assert list(record.metrics) == ["fidelity", "routing", "qa", "memory"]
+    places = [(part["context"], part["residual"]) for part in record.metrics["fidelity"]]
+    assert places == [(128, 0), (128, 64), (192, 0), (192, 64)]
+    assert found["methods"] == record.metrics["fidelity"][0]["methods"]
+    assert record.inputs["text"] == found["text"]["sha256"]
+    assert None not in (record.inputs["model"], record.inputs["calibration"], record.inputs["questions"])
+    assert record.gates["text"] == {"text": "differs", "passages": 0.0}
+    assert record.settings["methods"] == ["dense", "spectral-3"]
+    assert not (folder / "result.json.cells").exists()
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*tables(found))
+    shown = console.export_text()
+    for title in ("residual 64", "Routing", "Question answering", "Bytes held"):
+        assert title in shown
+
+
+def test_an_interrupted_run_goes_on(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: tuple[str, ...] = (
+        *EVAL,
+        "--suite",
+        "memory",
+        "--quick",
+        "--methods",
+        "dense,spectral-3",
+        "-o",
+        "again.json",
+    )
+    original = Cells.put
+    count = 0
+
+    def put(self: Cells, *key: Any) -> None:
+        nonlocal count
+        original(self, *key)
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cells, "put", put)
+    status, out, err = run(*arguments, "--json")
+    assert (status, out) == (130, "")
+    assert err.splitlines() == ["error: interrupted; the same command goes on with what is in again.json.cells"]
+    state = folder / "again.json.cells"
+    assert len(state.read_text("utf-8").splitlines()) == 3  # what the run is, and two cells
+    assert not (folder / "again.json").exists()
+
+    status, out, err = run(*arguments, "--residual", "0", "--json")
+    assert (status, out) == (1, "")
+    assert "again.json.cells is the state of another run: residuals is [0] now and was [64] then" in err
+    assert len(err.splitlines()) == 1
+
+    status, out, err = run(*arguments, "--json")
+    assert status == 0
+    assert "going on with 2 finished cells" in err
+    assert count == 4  # two methods at the two lengths of --quick
+    assert not state.exists()
+
+
+BAD_INPUT = {
+    "unknown suite": ((*EVAL, "--suite", "fidelity,luck"), "unknown suite 'luck': known are fidelity, needle"),
+    "no suite": ((*EVAL, "--suite", ","), "--suite names no suite"),
+    "unknown method": ((*EVAL, "--suite", "needle", "--methods", "luck-3"), "unknown method 'luck-3'"),
+    "empty text": (("eval", "wiki11m", "--text", "empty.txt"), "empty.txt is empty"),
+    "short text": (("eval", "wiki11m", "-c", "calibration", "--text", "short.txt"), "one window needs"),
+    "encoder-decoder": (("eval", "./t5", "--text", "held_out.txt"), "encoder-decoder"),
+    "no language model": (("eval", "./vit", "--text", "held_out.txt"), "no causal language model"),
+    "calibration text": (("eval", "wiki11m", "-c", "calibration", "--text", "calibrated.txt"), "was calibrated on"),
+    "shared passages": ((*EVAL[:5], "mixed.txt", *EVAL[6:]), "mixed.txt holds"),
+    "qa without questions": ((*EVAL, "--suite", "qa"), "--suite qa needs --qa FILE"),
+    "questions malformed": ((*EVAL, "--suite", "qa", "--qa", "bad.jsonl"), "bad.jsonl, line 1 is no JSON"),
+    "questions missing": ((*EVAL, "--suite", "qa", "--qa", "no.jsonl"), "no.jsonl: No such file"),
+    "questions calibrated on": ((*EVAL, "--suite", "qa", "--qa", "leaked.jsonl"), "the text of the questions holds"),
+    "residual not a number": ((*EVAL, "--residual", "64,many"), "--residual must be whole numbers"),
+    "residual negative": ((*EVAL, "--residual=-1"), "--residual must be at least 0, got -1"),
+    "context of one": ((*EVAL, "--context", "1"), "--context must be at least 2"),
+    "needle template": ((*EVAL, "--suite", "needle", "--needle-fact", "no place"), "lacks {name}"),
+    "chat without template": ((*EVAL, "--suite", "needle", "--chat"), "has no chat template"),
+    "nothing left": ((*EVAL, "--suite", "transfer", "--methods", "dense"), "transfer: skipped: no method needs"),
+    "simulated only": ((*EVAL, "--suite", "speed", "--methods", "turboquant-mse-2"), "skipped: simulated"),
+    "domain missing": ((*EVAL, "--suite", "transfer", "--domain", "no.txt"), "no.txt: No such file"),
+    "domain twice": ((*EVAL, "--domain", "mixed.txt", "--domain", "mixed.txt"), "must differ in name"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line(run: Run, arguments: tuple[str, ...], expected: str) -> None:
+    status, out, err = run(*arguments, "--json")
+    assert status != 0
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]

@@ -1,0 +1,595 @@
+"""The evaluation suites: each measures through a real cache, and what it reports can be found another way."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache import data
+from quantcache.artifact import Calibration
+from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.evaluation import memory, needle, qa, routing, runner, speculative, speed, transfer
+from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan
+from quantcache.evaluation.provenance import model_sha256
+from quantcache.evaluation.record import check
+from tests.builders import held_bytes, llama_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Damaged(DynamicCache):
+    """A dense cache that hands back the past in another state than it was given."""
+
+    def __init__(self, config: Any, damage: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__(config=config)
+        self.damage = damage
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        old = keys.shape[2] - key_states.shape[2]
+        return (
+            torch.cat((self.damage(keys[:, :, :old]), keys[:, :, old:]), dim=2),
+            torch.cat((self.damage(values[:, :, :old]), values[:, :, old:]), dim=2),
+        )
+
+
+class Broken(DynamicCache):
+    """A cache that runs out of memory."""
+
+    def update(self, *args: Any, **kwargs: Any):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def damaged(model: PreTrainedModel, damage: Callable[[torch.Tensor], torch.Tensor], name: str = "damaged") -> Method:
+    return Method(name, "rival", False, lambda: Damaged(model.config, damage))
+
+
+def broken(model: PreTrainedModel) -> Method:
+    return Method("broken", "rival", False, lambda: Broken(config=model.config))
+
+
+def dense(model: PreTrainedModel) -> Method:
+    return parse_methods(["dense"], model.config, None)[0]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> PreTrainedModel:
+    """A Llama with random weights, wide enough that attention is far from uniform."""
+    torch.manual_seed(0)
+    config = llama_config(head_dim=32, layers=3, kv_heads=2, max_position_embeddings=1024)
+    config.vocab_size = 4096
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            torch.nn.init.normal_(projection.weight, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(2, 4096, (600,), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------- needles
+
+
+def test_needles_are_found_in_a_cache_that_keeps_them(
+    demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    methods = [dense(demo_model), damaged(demo_model, torch.zeros_like), broken(demo_model)]
+    result = needle.measure_needle(
+        demo_model,
+        demo_tokenizer,
+        data.evaluation_text(),
+        methods,
+        lengths=[160, 200],
+        depths=[0.2],
+        seeds=3,
+        chunk=100,
+    ).to_dict()
+    entry = result["methods"]["dense"]
+    assert entry["found"]["successes"] >= 5
+    assert entry["found"]["n"] == 6
+    assert [cell["n"] for cell in entry["by_cell"].values()] == [3, 3]
+    assert list(entry["by_cell"]) == ["160@0.2", "200@0.2"]
+    assert result["methods"]["damaged"]["found"]["successes"] == 0
+    assert (result["methods"]["broken"]["status"], result["methods"]["broken"]["found"]) == ("out of memory", None)
+    json.dumps(result, allow_nan=False)
+
+
+def test_needle_prompts_have_the_length_and_depth_asked_for(demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    haystack = torch.tensor(demo_tokenizer(data.evaluation_text()[:9000], verbose=False).input_ids)
+    for depth in (0.0, 0.5, 1.0):
+        prompts, codes = needle._prompts(demo_tokenizer, haystack, needle.NeedleFormat(), 300, depth, 4)
+        assert prompts.shape == (4, 300)
+        assert len(set(codes)) == 4
+        for row, code in zip(prompts, codes, strict=True):
+            text = demo_tokenizer.decode(row)
+            assert text.count(code) == 1
+            assert text.endswith("? Answer:")
+            assert abs(text.index(code) / len(text) - (0.05 + 0.85 * depth)) < 0.12
+
+
+def test_chat_needles_stand_inside_the_template(demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    haystack = torch.tensor(demo_tokenizer(data.evaluation_text()[:3000], verbose=False).input_ids)
+    form = needle.NeedleFormat(chat=True)
+    with pytest.raises(QuantCacheError, match="has no chat template"):
+        needle._prompts(demo_tokenizer, haystack, form, 200, 0.5, 1)
+    try:
+        demo_tokenizer.chat_template = "{% for m in messages %}[USER]{{ m.content }}[/USER]{% endfor %}[REPLY]"
+        prompts, (code,) = needle._prompts(demo_tokenizer, haystack, form, 200, 0.5, 1)
+    finally:
+        demo_tokenizer.chat_template = None
+    text = demo_tokenizer.decode(prompts[0])
+    assert prompts.shape == (1, 200)
+    assert text.startswith("[USER]")
+    assert text.endswith("[/USER][REPLY]")
+    assert code in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lengths": [4096]}, "needle length 4096 exceeds the model's limit of 2048"),
+        ({"lengths": [20]}, "too short for fact and question"),
+        ({"lengths": [1500]}, "a needle prompt of 1500 needs as many"),
+        ({"lengths": [200], "depths": [1.5]}, "depths from 0 to 1"),
+        ({"lengths": [200], "seeds": 0}, "at least one seed"),
+        ({"lengths": [200], "form": needle.NeedleFormat(fact="no place")}, "lacks {name}"),
+        ({"lengths": [200], "form": needle.NeedleFormat(question="{name} {other}")}, "cannot be filled in"),
+    ],
+)
+def test_needles_that_cannot_be_planted_are_refused(
+    demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(QuantCacheError) as raised:
+        needle.measure_needle(demo_model, demo_tokenizer, data.evaluation_text()[:3000], [], **options)
+    assert expected in str(raised.value)
+
+
+# ---------------------------------------------------------------- routing
+
+
+def test_routing_of_a_cache_that_loses_nothing(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    before = tiny.config._attn_implementation
+    result = routing.measure_routing(tiny, tokens, [dense(tiny)], context=128, windows=2, chunk=32)
+    entry = result.methods["dense"]
+    assert (entry.status, entry.flips, entry.relative_error) == (
+        "ok",
+        {"mean": 0.0, "stderr": 0.0, "n": 2},
+        {"mean": 0.0, "stderr": 0.0, "n": 2},
+    )
+    assert entry.cosine is not None
+    assert entry.cosine["mean"] == pytest.approx(1)
+    # 4 query heads; queries behind the first chunk of 32 + 4.
+    assert [layer.n for layer in entry.layers.values()] == [2 * 4 * (128 - 36)] * 3
+    assert tiny.config._attn_implementation == before
+
+
+def test_routing_is_what_eager_attention_says(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Negated keys and values of the past, against attention weights and outputs computed by hand."""
+    context, first = 96, 52
+    method = damaged(tiny, torch.neg)
+    found = routing.measure_routing(tiny, tokens, [method], context=context, windows=1, chunk=48).methods["damaged"]
+    store: dict[int, list[torch.Tensor]] = {}
+
+    class Spy(DynamicCache):
+        def update(self, keys: torch.Tensor, values: torch.Tensor, index: int, *args: Any, **kwargs: Any):
+            store[index] = [keys.double(), values.double()]
+            return super().update(keys, values, index, *args, **kwargs)
+
+    queries: dict[int, torch.Tensor] = {}
+    from quantcache.probe import recorded_queries
+
+    with torch.no_grad(), recorded_queries(tiny, lambda index, query: queries.update({index: query.double()})):
+        tiny(input_ids=tokens[None, :context], past_key_values=Spy(config=tiny.config))
+    for index, (keys, values) in store.items():
+        query = queries[index][0, :, first:]  # [Hq, Tq, D]
+        visible = torch.arange(context)[None] <= torch.arange(first, context)[:, None]
+        outputs, best = [], []
+        for sign in (1.0, -1.0):
+            flip = torch.where(torch.arange(context) < first, sign, 1.0)[:, None]
+            k, v = ((flip * x[0]).repeat_interleave(2, dim=0) for x in (keys, values))
+            scores = (query @ k.transpose(-1, -2) / query.shape[-1] ** 0.5).masked_fill(~visible, float("-inf"))
+            best.append(scores.argmax(-1))
+            outputs.append(scores.softmax(-1) @ v)
+        layer = found.layers[str(index)]
+        assert layer.flips == pytest.approx(float((best[0] != best[1]).double().mean()), abs=2 / layer.n)
+        assert layer.flips > 0.2
+        cosine = torch.nn.functional.cosine_similarity(*outputs, dim=-1).mean()
+        assert layer.cosine == pytest.approx(float(cosine), rel=1e-4)
+        error = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
+        assert layer.relative_error == pytest.approx(float(error), rel=1e-4)
+
+
+def test_routing_orders_rates_and_keeps_failures(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    calibration = Calibration.synthetic(tiny.config)
+    methods = [*parse_methods(["spectral-2", "spectral-8"], tiny.config, calibration, 4, 0), broken(tiny)]
+    result = routing.measure_routing(tiny, tokens, methods, context=256, windows=1)
+    low, high, failed = (result.methods[name] for name in ("spectral-2", "spectral-8", "broken"))
+    assert low.relative_error is not None
+    assert high.relative_error is not None
+    assert 0 < high.relative_error["mean"] < 0.5 * low.relative_error["mean"]
+    assert failed.status == "out of memory"
+    with pytest.raises(QuantCacheError, match="more than one chunk"):
+        routing.measure_routing(tiny, tokens, methods, context=64)
+    with pytest.raises(QuantCacheError, match="600 tokens, one window needs 1000"):
+        routing.measure_routing(tiny, tokens, methods, context=1000)
+
+
+# ---------------------------------------------------------------- transfer
+
+
+def test_transfer_compares_with_the_calibration_of_the_text(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def source(name: str, bits: float, home: str | None) -> transfer.Source:
+        def make() -> Calibration:
+            calls.append(name)
+            if name == "c":
+                raise UnsupportedModel("cannot be calibrated")
+            plain = Calibration.synthetic(tiny.config, bits=bits, seed=int(bits))
+            return Calibration(plain.layers, plain.metadata)
+
+        return transfer.Source(name, make, home)
+
+    text = data.evaluation_text()
+    texts = {"one": text[:3000], "two": text[5000:8000]}
+    sources = [source("a", 3, "one"), source("b", 4, "two"), source("c", 5, None)]
+
+    def run() -> transfer.TransferResult:
+        cells = Cells(tmp_path / "cells", {})
+        names = ["spectral-2", "spectral-3"]
+        how: dict[str, Any] = {"context": 256, "tokens": 512, "residual_length": 0, "cells": cells}
+        return transfer.measure_transfer(tiny, demo_tokenizer, sources, texts, names, **how)
+
+    result = run()
+    assert len(result.entries) == 2 * 2 * 3
+    by_place = {(e.method, e.calibrated_on, e.evaluated_on): e for e in result.entries}
+    for method in ("spectral-2", "spectral-3"):
+        assert by_place[method, "a", "one"].ratio == by_place[method, "b", "two"].ratio == 1
+        away, home = by_place[method, "b", "one"], by_place[method, "a", "one"]
+        assert away.ratio == pytest.approx(away.figures["kl_mean"] / home.figures["kl_mean"])
+        assert by_place[method, "c", "one"].status == "unsupported: cannot be calibrated"
+    assert calls == ["a", "b", "c"]
+    assert run() == result
+    assert calls == ["a", "b", "c"]  # finished cells need no calibration
+
+
+def test_transfer_refuses_a_text_that_was_calibrated_on(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = data.evaluation_text()[:6000]
+    sources = transfer.domain_sources(tiny, demo_tokenizer, {"one": text}, tokens=512, seq_len=256)
+    texts = {"one": text + "more", "two": data.calibration_text()[:3000]}
+    result = transfer.measure_transfer(tiny, demo_tokenizer, sources, texts, ["spectral-3"], context=256, tokens=512)
+    same, other = result.entries
+    assert "sampled passages that were calibrated on" in same.status
+    assert same.ratio is None
+    assert other.status == "ok"
+    first, second = transfer.split_domain(text)
+    assert first + second == text
+    assert first.endswith("\n")
+
+
+def test_length_transfer_calibrates_at_each_length(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = data.calibration_text()[:4000]
+    sources = transfer.length_sources(tiny, demo_tokenizer, text, "home", tokens=512, lengths=(128, 512))
+    assert [source.home for source in sources] == [None, "home"]
+    lengths = [source.make().metadata.recipe["seq_len"] for source in sources]
+    assert lengths == [128, 512]
+    assert transfer.needs_calibration("spectral-3", tiny)
+    assert not transfer.needs_calibration("turboquant-mse-3", tiny)
+
+
+# ---------------------------------------------------------------- question answering
+
+
+def test_squad_scores() -> None:
+    assert qa.normalize("The  Cat, sat!") == "cat sat"
+    assert qa.exact("the Denver Broncos.", "Denver Broncos")
+    assert not qa.exact("Denver", "Denver Broncos")
+    assert qa.f1("Denver", "the Denver Broncos") == pytest.approx(2 / 3)
+    assert qa.f1("a b b c", "b b d") == pytest.approx(2 * 2 / (3 + 3))  # "a" is an article
+    assert qa.f1("", "x") == 0
+    assert qa.f1("the", "a") == 1
+
+
+def test_questions_are_read_from_both_layouts(tmp_path: Path) -> None:
+    squad = {
+        "data": [{"paragraphs": [{"context": "C", "qas": [{"id": "i", "question": "Q", "answers": [{"text": "A"}]}]}]}]
+    }
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(squad), "utf-8")
+    assert qa.load_questions(path) == [qa.Question("i", "C", "Q", ("A",))]
+    lines = [
+        {"context": "C", "question": "Q", "answers": ["A", "B"]},
+        {"id": 7, "context": "C", "question": "Q", "answers": {"text": ["A"]}},
+        {"context": "C", "question": "Q", "answer": "A"},
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n", "utf-8")
+    found = qa.load_questions(path)
+    assert [(question.id, question.answers) for question in found] == [("1", ("A", "B")), ("7", ("A",)), ("3", ("A",))]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "holds no question"),
+        ("not json", "line 1 is no JSON"),
+        ('{"context": "C"}', "no file of context, question and answers"),
+        ('{"context": "C", "question": "Q", "answers": []}', "has no answer"),
+        ('{"context": 3, "question": "Q", "answers": ["A"]}', "expected a string"),
+        ('{"data": [3]}', "no file of context"),
+        ("[1, 2]", "no file of context"),
+        ('{"context": "C", "question": "Q", "answers": ["A"]}\n{"cont', "line 2 is no JSON"),
+    ],
+)
+def test_malformed_questions_are_refused(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "q.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(QuantCacheError) as raised:
+        qa.load_questions(path)
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Questions in the form that the model knows: right from a dense cache, wrong from one that loses the past."""
+    hay = data.evaluation_text()
+    questions = [
+        qa.Question(
+            str(i),
+            f"{hay[400 * i : 400 * i + 250]}\nThe secret code of {name} is {code}.\n{hay[2000:2200]}",
+            f"What is the secret code of {name}?",
+            ("wrong", code),
+        )
+        for i, (name, code) in enumerate((("Marlow", "48291"), ("Ada", "10357"), ("Clara", "77120")))
+    ]
+    methods = [damaged(demo_model, torch.zeros_like), dense(demo_model), broken(demo_model)]
+    result = qa.measure_qa(demo_model, demo_tokenizer, questions, methods, count=3, new_tokens=7, chunk=50)
+    good, bad, failed = (result.methods[name] for name in ("dense", "damaged", "broken"))
+    assert good.exact is not None
+    assert bad.exact is not None
+    assert good.exact["successes"] >= 2
+    assert good.agreement_exact is not None
+    assert good.agreement_exact["successes"] == good.agreement_exact["n"] == 3
+    assert bad.exact["successes"] == 0
+    assert bad.agreement_exact is not None
+    assert bad.agreement_exact["successes"] < 3
+    assert failed.status == "out of memory"
+    with pytest.raises(QuantCacheError, match=r"lacks \{question\}"):
+        qa.measure_qa(demo_model, demo_tokenizer, questions, methods, template="{context}")
+    long = [replace(questions[0], context=hay[:20_000])]
+    with pytest.raises(QuantCacheError, match="none of 1 questions fits"):
+        qa.measure_qa(demo_model, demo_tokenizer, long, methods)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_memory_is_what_the_caches_hold(tiny: PreTrainedModel) -> None:
+    calibration = Calibration.synthetic(tiny.config)
+    methods = parse_methods(["dense", "spectral-3", "turboquant-mse-3"], tiny.config, calibration)
+    result = memory.measure_memory(tiny, [*methods, broken(tiny)], lengths=[128, 700], batch=2)
+    assert result.methods["broken"].status == "out of memory"
+    for length in (128, 700):
+        rung = result.methods["dense"].rungs[str(length)]
+        assert rung.bytes == rung.predicted_bytes == 3 * 2 * 2 * 2 * 32 * length * 4
+        cache: Any = methods[1].make_cache()
+        memory._fill(tiny, cache, length, 2, torch.device("cpu"))
+        rung = result.methods["spectral-3"].rungs[str(length)]
+        assert rung.bytes == rung.predicted_bytes == sum(held_bytes(layer) for layer in cache.layers)
+        assert rung.tokens == length
+    assert result.methods["turboquant-mse-3"].simulated
+    rung = result.methods["turboquant-mse-3"].rungs["700"]
+    assert (rung.predicted_bytes, rung.peak_bytes) == (None, None)
+    with pytest.raises(QuantCacheError, match="at least 1"):
+        memory.measure_memory(tiny, methods, lengths=[0])
+
+
+def test_peak_memory_sees_what_is_allocated() -> None:
+    if not memory.RESET_FILE.exists():
+        pytest.skip("this system does not tell a process's peak memory")
+    with memory.PeakMemory(torch.device("cpu")) as peak:
+        block = torch.ones(64 << 20, dtype=torch.uint8)
+        del block
+    if peak.bytes is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert 60 << 20 < peak.bytes < 200 << 20
+
+
+# ---------------------------------------------------------------- speed
+
+
+def test_speed_counts_what_it_timed(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    methods = parse_methods(["dense", "turboquant-mse-3"], tiny.config, None)
+    options: dict[str, Any] = {"context": 96, "batches": (1, 3), "steps": 5, "warmup": 1, "prefills": 2}
+    result = speed.measure_speed(tiny, tokens, [*methods, broken(tiny)], **options)
+    for rung in result.methods["dense"].batches.values():
+        assert rung.prefill_ms is not None
+        assert rung.decode_ms is not None
+        assert (rung.prefill_ms["n"], rung.decode_ms["n"]) == (2, 5)
+        assert rung.decode_ratio is not None
+        assert rung.decode_ratio > 0
+    three = result.methods["dense"].batches["3"]
+    assert three.decode_ms is not None
+    assert three.tokens_per_second == pytest.approx(3e3 / float(three.decode_ms["median"] or 0))
+    assert result.methods["turboquant-mse-3"].status.startswith("skipped: simulated")
+    assert result.methods["broken"].status == "out of memory"
+    with pytest.raises(QuantCacheError, match="exceeds the model's limit of 1024"):
+        speed.measure_speed(tiny, tokens, methods, **{**options, "context": 1020})
+    with pytest.raises(QuantCacheError, match="600 tokens, a prompt needs 700"):
+        speed.measure_speed(tiny, tokens, methods, **{**options, "context": 700})
+
+
+def test_a_draft_that_is_the_target_is_always_accepted(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    twin = speculative._shallow(tiny)
+    methods = [dense(tiny), broken(tiny)]
+    result = speculative.measure_speculative(tiny, tokens, methods, twin, context=64, prompts=2, new_tokens=13)
+    entry = result.methods["dense"]
+    assert entry.acceptance is not None
+    assert entry.acceptance["share"] == 1
+    assert entry.tokens_per_call is not None
+    assert entry.tokens_per_call > 4
+    assert entry.same_text is not None
+    assert (entry.same_text["successes"], entry.same_text["n"]) == (2, 2)
+    assert result.methods["broken"].status == "out of memory"
+    with pytest.raises(QuantCacheError, match="the target itself"):
+        speculative.measure_speculative(tiny, tokens, methods, tiny, context=64)
+
+
+def test_an_early_exit_draft_is_the_model_cut_short(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    draft = speculative.early_exit_draft(tiny, 2)
+    config = llama_config(head_dim=32, layers=2, kv_heads=2, max_position_embeddings=1024)
+    config.vocab_size = 4096
+    short = LlamaForCausalLM(config).eval()
+    short.load_state_dict({k: v for k, v in tiny.state_dict().items() if "layers.2." not in k})
+    with torch.no_grad():
+        assert torch.equal(draft(tokens[None, :40]).logits, short(tokens[None, :40]).logits)
+        whole = tiny(tokens[None, :40]).logits
+    assert len(tiny.model.layers) == tiny.config.num_hidden_layers == 3
+    assert not torch.equal(whole, short(tokens[None, :40]).logits)
+    with pytest.raises(QuantCacheError, match="a draft of 3 layers of a model of 3"):
+        speculative.early_exit_draft(tiny, 3)
+
+
+# ---------------------------------------------------------------- all together
+
+
+def test_a_run_goes_on_where_it_was(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at every cell in turn, a run ends with what it would have given, and measures no cell twice."""
+    material = Material(tiny, demo_tokenizer, data.evaluation_text()[:4000], Calibration.synthetic(tiny.config))
+    plan = Plan(
+        ("fidelity", "memory", "routing"),
+        ("dense", "spectral-2"),
+        (192,),
+        384,
+        (0, 64),
+        sizes=replace(QUICK, ladder=(128, 256)),
+    )
+    whole = runner.run(material, plan)
+    measured: list[tuple[str, str, str]] = []
+    monkeypatch.setattr(runner, "GROUP", 1)
+    monkeypatch.setattr(routing, "GROUP", 1)
+
+    def put(self: Cells, *key: Any) -> None:
+        original(self, *key)
+        measured.append(key[:3])
+        raise KeyboardInterrupt
+
+    original = Cells.put
+    attempts = 0
+    while True:
+        attempts += 1
+        with monkeypatch.context() as patch:
+            patch.setattr(Cells, "put", put)
+            try:
+                found = runner.run(material, plan, Cells(tmp_path / "cells", {"run": 1}))
+                break
+            except KeyboardInterrupt:
+                continue
+    assert len(measured) == len(set(measured)) == attempts - 1 == 2 * 2 + 2 * 2 + 2 * 1
+    for results in (whole, found):  # memory of the process is the one figure that differs
+        for entry in results["memory"]["methods"].values():
+            for rung in entry["rungs"].values():
+                rung.pop("peak_bytes")
+    assert found == whole
+    assert runner.measured(found)
+    assert runner.failures(found) == []
+
+
+def test_one_method_that_fails_leaves_the_others(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material = Material(tiny, demo_tokenizer, data.evaluation_text()[:3000])
+
+    def refuse() -> Cache:
+        raise ImportError("optimum-quanto is not installed")
+
+    methods = [dense(tiny), Method("absent", "rival", False, refuse), broken(tiny)]
+    monkeypatch.setattr(runner, "parse_methods", lambda *_, **__: methods)
+    results = runner.run(material, Plan(("fidelity",), ("any",), (128,), 256))
+    (part,) = results["fidelity"]
+    statuses = {name: entry["status"] for name, entry in part["methods"].items()}
+    assert statuses["dense"] == "ok"
+    assert statuses["absent"] == "unsupported: optimum-quanto is not installed"
+    assert "memory" in statuses["broken"]
+    assert len(runner.failures(results)) == 2
+    with pytest.raises(QuantCacheError, match="unknown suite 'luck'"):
+        runner.run(material, Plan(("luck",), ("dense",), (128,), 256))
+
+
+def test_every_suite_gives_a_sound_record(tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    text = data.evaluation_text()
+    questions = [qa.Question("q", text[:300], "What is it?", ("nothing",))]
+    material = Material(tiny, demo_tokenizer, text[:6000], Calibration.synthetic(tiny.config), questions)
+    sizes = replace(QUICK, ladder=(128,), steps=2, draft_tokens=4, speed_context=96)
+    plan = Plan(SUITES, ("dense", "spectral-3"), (256,), 256, sizes=sizes)
+    results = runner.run(material, plan)
+    assert list(results) == ["fidelity", "needle", "routing", "transfer", "qa", "memory", "speed", "speculative"]
+    assert runner.failures(results) == []
+    check(
+        {
+            "schema_version": 1,
+            "suite": "eval",
+            "status": "ok",
+            "created": "2026-01-01T00:00:00+00:00",
+            "commit": None,
+            "dirty": True,
+            "command": "",
+            "environment": {},
+            "settings": json.loads(json.dumps(plan.to_dict())),
+            "metrics": json.loads(json.dumps(results, allow_nan=False)),
+            "inputs": {"model": model_sha256(tiny)},
+        }
+    )
+
+
+def test_a_models_hash_follows_its_weights(tiny: PreTrainedModel) -> None:
+    before = model_sha256(tiny)
+    assert model_sha256(tiny) == before
+    weight = tiny.model.norm.weight
+    with torch.no_grad():
+        weight[0] += 1e-3
+        changed = model_sha256(tiny)
+        weight[0] -= 1e-3
+    assert changed != before
+
+
+def test_the_documented_calls_work(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, capsys: Any
+) -> None:
+    page = (Path(__file__).resolve().parent.parent.parent / "docs" / "evaluation.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {
+        "model": tiny,
+        "tokenizer": demo_tokenizer,
+        "calibration": Calibration.synthetic(tiny.config),
+        "text": data.evaluation_text()[:8000],
+        "tokens": tokens.repeat(2),
+        "MyCache": DynamicCache,
+    }
+    for block in blocks:
+        exec(block.replace("seeds=4", "seeds=1"), names)
+    assert names["needles"].methods["spectral-3"].status == "ok"
+    result = memory.measure_memory(tiny, [names["mine"]], lengths=[128])
+    assert result.methods["mine"].status == "ok"
+    assert "'n': 6" in capsys.readouterr().out
