@@ -19,7 +19,7 @@ PACKAGE = ROOT / "quantcache"
 
 TIERS = (
     ("errors", "packing", "rope", "spectral", "codebook", "data"),
-    ("schema", "store"),
+    ("schema", "store", "guards"),
     ("allocation", "compat", "card"),
     ("artifact_files", "accounting"),
     ("artifact",),
@@ -28,6 +28,7 @@ TIERS = (
     ("backends",),
     ("attention",),
     ("layer",),
+    ("cache_files", "calibrated_codecs"),
     ("cache", "probe", "statistics", "self_calibration"),
     ("calibration",),
     ("evaluation", "env"),
