@@ -12,7 +12,7 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality style test-matrix bench-decode bench-fidelity tables build clean distclean
+.PHONY: help venv demo test quality style test-matrix support soak bench-decode bench-fidelity tables build clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ style: $(STAMP) ## Repair lint and format where that can be done automatically
 
 test-matrix: $(FLOOR_STAMP) ## Run the tests against the oldest supported transformers (.venv-floor)
 	$(FLOOR_VENV)/bin/python -m pytest $(ARGS)
+
+support: $(STAMP) ## Run the tests behind docs/support.md and write it from their outcomes
+	$(BIN)/python -m pytest -m support --support-table docs/support.md $(ARGS)
+
+soak: $(STAMP) ## Long forms of the property, fuzz and long-haul tests, recorded (an hour); options in ARGS="..."
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 	$(BIN)/python benchmarks/decode_latency.py $(ARGS)

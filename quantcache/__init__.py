@@ -12,6 +12,7 @@ from quantcache.artifact import Calibration
 from quantcache.attention import register_attention
 from quantcache.cache import SpectralCache, SpectralLayer
 from quantcache.calibration import calibrate
+from quantcache.enabling import disable, enable, enabled
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
 
 register_attention()
@@ -27,5 +28,8 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "calibrate",
+    "disable",
+    "enable",
+    "enabled",
     "register_attention",
 ]

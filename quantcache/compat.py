@@ -165,6 +165,31 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return weight.device
 
 
+def attention_implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Attention implementations of a model and of its parts.
+
+    Args:
+        model: The model.
+
+    Returns:
+        By name of the sub-config, the model's own under ``""``: what :func:`use_attention` takes.
+    """
+    subs = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    own = {"": model.config._attn_implementation}
+    return own | {name: config._attn_implementation for name, config in subs.items() if config is not None}
+
+
+def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) -> None:
+    """Change attention implementations, of a model that lets them be changed.
+
+    Args:
+        model: The model.
+        implementation: One for all parts, or what :func:`attention_implementations` gave.
+    """
+    if model._can_set_attn_implementation() and attention_implementations(model) != implementation:
+        model.set_attn_implementation(implementation)
+
+
 def tokens_to_remove(argument: int, length: int) -> int:
     """Read ``crop``'s argument as the versions in range do.
 

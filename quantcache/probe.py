@@ -73,9 +73,7 @@ def recorded_queries(model: PreTrainedModel, on_query: Callable[[int, Tensor], N
     name = "quantcache_recording"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
-    subs = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
-    previous = {"": model.config._attn_implementation}
-    previous |= {key: config._attn_implementation for key, config in subs.items() if config is not None}
+    previous = compat.attention_implementations(model)
     model.set_attn_implementation(name)
     try:
         yield

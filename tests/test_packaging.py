@@ -30,7 +30,7 @@ TIERS = (
     ("layer",),
     ("cache_files", "calibrated_codecs"),
     ("cache", "probe", "statistics", "self_calibration"),
-    ("calibration",),
+    ("calibration", "enabling"),
     ("evaluation", "env"),
     ("demo",),
     ("cli", "__init__", "__main__"),
