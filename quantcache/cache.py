@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -65,6 +66,7 @@ class BlockCache(DynamicCache):
         """The layers that store blocks."""
         return [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
 
+    @torch.compiler.disable  # see spectral_attention_forward
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
