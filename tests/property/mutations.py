@@ -126,7 +126,8 @@ def rewritten_safetensors(data: bytes, rng: random.Random) -> bytes:
         name, other = rng.choice(names), rng.choice(names)
         entry = header.get(name)
         kind = rng.randrange(8)
-        if not isinstance(entry, dict) or not isinstance(header.get(other), dict):
+        pair = (entry, header.get(other))
+        if not all(isinstance(e, dict) and isinstance(e.get("shape"), list) and len(e) == 3 for e in pair):
             continue
         if kind == 0:
             entry["dtype"] = rng.choice(DTYPES)
