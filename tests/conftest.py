@@ -59,6 +59,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         for row, refused in item.config.stash[COLLECTED].get(item.nodeid, []):
             evidence = item.config.stash[EVIDENCE][row]
             evidence.refused |= refused
+            evidence.works |= not refused
             evidence.tests.add(item.nodeid.partition("[")[0])
             evidence.outcomes[report.outcome] += 1
     return report

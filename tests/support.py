@@ -107,12 +107,14 @@ class Evidence:
     """Tests of one row.
 
     Attributes:
-        refused: Whether they expect an error.
+        refused: Whether some expect an error.
+        works: Whether some expect it to work.
         tests: Test functions, by file and name.
         outcomes: How many of their cases passed, failed or were skipped.
     """
 
     refused: bool = False
+    works: bool = False
     tests: set[str] = field(default_factory=set)
     outcomes: Counter[str] = field(default_factory=Counter)
 
@@ -153,7 +155,9 @@ def render(evidence: dict[str, Evidence]) -> str:
             found = evidence.get(row, Evidence())
             status = "**no test**"
             if found.tests:
-                status = "refused" if found.refused else "yes"
+                status = (
+                    "yes, refused in part" if found.refused and found.works else "refused" if found.refused else "yes"
+                )
             if found.outcomes["failed"]:
                 status = "**fails**"
             tests = "<br>".join(f"`{name}`" for name in sorted(found.tests))

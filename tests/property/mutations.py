@@ -24,6 +24,9 @@ HOSTILE_VALUES: tuple[Any, ...] = (
     *([], {}, [[]], [None], {"": {}}, [1] * 10_000, [0.9, "x"], ["__reduce__"]),
 )
 
+FIELDS = {"dtype", "shape", "data_offsets"}
+"""What safetensors says of a tensor."""
+
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "NOPE")
 
 
@@ -127,7 +130,7 @@ def rewritten_safetensors(data: bytes, rng: random.Random) -> bytes:
         entry = header.get(name)
         kind = rng.randrange(8)
         pair = (entry, header.get(other))
-        if not all(isinstance(e, dict) and isinstance(e.get("shape"), list) and len(e) == 3 for e in pair):
+        if not all(isinstance(e, dict) and e.keys() >= FIELDS and isinstance(e["shape"], list) for e in pair):
             continue
         if kind == 0:
             entry["dtype"] = rng.choice(DTYPES)
@@ -136,7 +139,7 @@ def rewritten_safetensors(data: bytes, rng: random.Random) -> bytes:
         elif kind == 2:
             entry["data_offsets"] = rng.choice(([0, 1 << 60], [8, 4], [0, 0], [-4, 0], header[other]["data_offsets"]))
         elif kind == 3:
-            for field in ("dtype", "shape", "data_offsets"):
+            for field in FIELDS:
                 entry[field], header[other][field] = header[other][field], entry[field]
         elif kind == 4:
             header[rng.choice(HOSTILE_NAMES)] = header.pop(name)
