@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from quantcache import backends, cache_files, compat
 from quantcache.accounting import CacheMemory, measure
@@ -91,11 +92,11 @@ class BlockCache(DynamicCache):
             self._break("two threads use it at once")
         try:
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-            if isinstance(layer, SpectralLayer):
-                self._check_lengths(layer, key_states.shape[2])
-            elif isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.device != key_states.device:
-                layer.device = key_states.device
-                layer.prefetch()
+            if isinstance(layer, DynamicLayer):
+                self._check_lengths(layer, layer_idx, key_states.shape[2])
+                if not isinstance(layer, SpectralLayer) and layer.is_initialized and layer.device != key_states.device:
+                    layer.device = key_states.device
+                    layer.prefetch()
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         finally:
             del self.updating
@@ -105,24 +106,21 @@ class BlockCache(DynamicCache):
         self.broken = f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
         raise QuantCacheError(self.broken)
 
-    def _check_lengths(self, layer: SpectralLayer, count: int) -> None:
+    def _check_lengths(self, layer: DynamicLayer, index: int, count: int) -> None:
         """Refuse an update that finds some layers ahead of others: each forward pass brings every layer its tokens."""
         if self.broken is not None:
             raise QuantCacheError(self.broken)
-        layers = self.spectral_layers
-        first = layers[0]
-        if layer is first:
-            lengths = {each.get_seq_length() for each in layers if each.is_initialized}
-            if len(lengths) > 1:
-                self._break(
-                    f"some layers hold {min(lengths)} tokens and others {max(lengths)}, because a forward pass was "
-                    "interrupted or another thread is in one"
-                )
-        elif first.is_initialized and layer.get_seq_length() + count != first.get_seq_length():
-            self._break(
-                f"layer {layer.index} would hold {layer.get_seq_length() + count} tokens and layer {first.index} holds "
-                f"{first.get_seq_length()}, because a forward pass was interrupted or another thread is in one"
-            )
+        first = next(i for i, each in enumerate(self.layers) if isinstance(each, DynamicLayer))
+        cause = "because a forward pass was interrupted or another thread is in one"
+        if index == first:
+            held = {e.get_seq_length() for e in self.layers if isinstance(e, DynamicLayer) and e.is_initialized}
+            if len(held) > 1:
+                self._break(f"some layers hold {min(held)} tokens and others {max(held)}, {cause}")
+            return
+        leader: Any = self.layers[first]
+        ours, theirs = layer.get_seq_length() + count, leader.get_seq_length() if leader.is_initialized else None
+        if theirs is not None and ours != theirs:
+            self._break(f"layer {index} would hold {ours} tokens and layer {first} holds {theirs}, {cause}")
 
     def rollback(self) -> int:
         """Drop the tokens that an interrupted forward pass has brought to some layers only.
@@ -133,12 +131,15 @@ class BlockCache(DynamicCache):
         Raises:
             QuantCacheError: A layer of transformers' own cannot go back; ``reset()`` is what is left.
         """
-        layers: list[Any] = [layer for layer in self.layers if type(layer).__name__ != "DummyLayer"]
+        layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
         lengths = [layer.get_seq_length() for layer in layers]
         keep = min(lengths)
         if not keep:
             self.reset()
             return 0
+        other = next((each for each in self.layers if isinstance(each, LinearAttentionCacheLayerMixin)), None)
+        if other is not None:
+            raise QuantCacheError(f"a {type(other).__name__} cannot go back: call reset()")
         for layer, length in zip(layers, lengths, strict=True):
             if length > keep and not isinstance(layer, SpectralLayer):
                 raise QuantCacheError(
