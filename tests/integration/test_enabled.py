@@ -264,7 +264,7 @@ STORY = "The river rises in the mountains north of the old town and flows throug
 def test_pipeline(demo_model: PreTrainedModel, talker: PreTrainedTokenizerBase) -> None:
     calibration = Calibration.synthetic(demo_model.config, 2.0)
     speak = pipeline("text-generation", model=demo_model, tokenizer=talker)
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options = {"max_new_tokens": 4, "do_sample": False}
     chat = [{"role": "user", "content": STORY}]
     for prompt in (STORY, chat, [STORY, "Short. " * 40]):
         more = {"batch_size": 2} if isinstance(prompt, list) and isinstance(prompt[0], str) else {}

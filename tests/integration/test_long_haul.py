@@ -25,7 +25,7 @@ from tests.property.effort import SOAK, report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENS = 100_000 if SOAK else 1_500
+TOKENS = 100_000 if SOAK else 1_000
 CYCLES = 10_000 if SOAK else 200
 LAST_STEPS = 40
 
@@ -79,7 +79,7 @@ def test_one_token_at_a_time() -> None:
     ours, theirs = (feed(model, each, tokens[:, -LAST_STEPS:], [1] * LAST_STEPS) for each in (cache, whole))
     layer, other = cache.spectral_layers[0], whole.spectral_layers[0]
     assert layer.spans == other.spans
-    assert len(layer.spans) == num_blocks(TOKENS, 4, 64) > 20
+    assert len(layer.spans) == num_blocks(TOKENS, 4, 64) > 10
     first = first_difference(layer, other)
     share = float((ours == theirs).float().mean())
     # Medians of the first and the last quarter: on a line through nothing seven times as long, noise allowed for.

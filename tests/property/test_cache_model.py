@@ -288,7 +288,7 @@ class LayerMachine(RuleBasedStateMachine):
             other, self.layer = self.layer, other
         self.ruin(other, wreck)
 
-    @precondition(lambda self: self.model.length)
+    @precondition(lambda self: self.model.length > 300)
     @rule()
     def save_and_load(self) -> None:
         """Go on with what comes back from a file."""

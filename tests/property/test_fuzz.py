@@ -120,7 +120,7 @@ def test_calibrations(tmp_path: Path) -> None:
         if list(calibration.layers) == [0]:
             use(SpectralCache(calibration, llama_config(32, layers=1), residual_length=0))
 
-    found = outcomes(examples(400), attempt)
+    found = outcomes(examples(250), attempt)
     assert found["refused"] > found.total() / 4
     assert found["loaded"] > found.total() / 50
     report("calibration files", found)
@@ -155,6 +155,6 @@ def test_saved_caches(tmp_path: Path) -> None:
                 assert torch.equal(ours, theirs), "what a checksum has passed is what was saved"
         use(loaded)
 
-    found = outcomes(examples(300), attempt)
+    found = outcomes(examples(200), attempt)
     assert found["refused"] > found.total() / 2
     report("saved caches", found)
