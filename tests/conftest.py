@@ -60,6 +60,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
             evidence = item.config.stash[EVIDENCE][row]
             evidence.refused |= refused
             evidence.works |= not refused
+            evidence.shown |= not refused and report.outcome == "passed"
             evidence.tests.add(item.nodeid.partition("[")[0])
             evidence.outcomes[report.outcome] += 1
     return report

@@ -109,12 +109,14 @@ class Evidence:
     Attributes:
         refused: Whether some expect an error.
         works: Whether some expect it to work.
+        shown: Whether one of those has passed.
         tests: Test functions, by file and name.
         outcomes: How many of their cases passed, failed or were skipped.
     """
 
     refused: bool = False
     works: bool = False
+    shown: bool = False
     tests: set[str] = field(default_factory=set)
     outcomes: Counter[str] = field(default_factory=Counter)
 
@@ -155,9 +157,9 @@ def render(evidence: dict[str, Evidence]) -> str:
             found = evidence.get(row, Evidence())
             status = "**no test**"
             if found.tests:
-                status = (
-                    "yes, refused in part" if found.refused and found.works else "refused" if found.refused else "yes"
-                )
+                status = "yes" if found.shown else "not run: see cases"
+                if found.refused:
+                    status = f"{status}, refused in part" if found.works else "refused"
             if found.outcomes["failed"]:
                 status = "**fails**"
             tests = "<br>".join(f"`{name}`" for name in sorted(found.tests))

@@ -31,20 +31,23 @@ def test_every_row_holds() -> None:
     assert list(support.listed(text)) == [row for rows in support.ROWS.values() for row in rows]
     for line in text.splitlines():
         if line.startswith("| ") and "`" in line:
-            assert line.split(" | ")[1] in ("yes", "refused", "yes, refused in part"), line
+            status = line.split(" | ")[1]
+            assert status.removesuffix(", refused in part") in ("yes", "refused", "not run: see cases"), line
 
 
 def test_rendering() -> None:
     evidence = {
-        "greedy": support.Evidence(tests={"b.py::x", "a.py::y"}),
+        "greedy": support.Evidence(works=True, shown=True, tests={"b.py::x", "a.py::y"}),
+        "prompt lookup": support.Evidence(works=True, refused=True, tests={"a.py::w"}),
         "sampling": support.Evidence(refused=True, tests={"a.py::y"}),
-        "batches": support.Evidence(tests={"a.py::z"}),
+        "batches": support.Evidence(works=True, shown=True, tests={"a.py::z"}),
     }
     evidence["greedy"].outcomes.update(passed=3, skipped=1)
     evidence["batches"].outcomes.update(passed=3, failed=1)
     text = support.render(evidence)
     assert "| greedy | yes | `a.py::y`<br>`b.py::x` | 3 passed, 1 skipped |" in text
     assert "| sampling | refused | `a.py::y` |" in text
+    assert "| prompt lookup | not run: see cases, refused in part | `a.py::w` |" in text
     assert "| batches | **fails** |" in text
     assert "| beam search | **no test** |" in text
     assert support.listed(text)["greedy"] == {"a.py::y", "b.py::x"}
