@@ -101,6 +101,16 @@ class BlockCache(DynamicCache):
         finally:
             del self.updating
 
+    @torch.compiler.disable  # traced, it would be compiled anew for every block
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """Tokens cached, T; see DynamicCache."""
+        return super().get_seq_length(*args, **kwargs)
+
+    @torch.compiler.disable
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Length and offset of a mask; see DynamicCache."""
+        return super().get_mask_sizes(*args, **kwargs)
+
     def _break(self, reason: str) -> NoReturn:
         """Refuse to go on until somebody has put the cache in order."""
         self.broken = f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
