@@ -30,10 +30,6 @@ settings.register_profile("quantcache", deadline=None, derandomize="CI" in os.en
 settings.load_profile("quantcache")
 
 
-COLLECTED = pytest.StashKey[dict[str, list[tuple[str, bool]]]]()
-EVIDENCE = pytest.StashKey[dict[str, support.Evidence]]()
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--support-table`` writes the table of what is supported from the run's outcomes."""
     parser.addoption("--support-table", type=Path, help="write the support table to this file")
@@ -42,8 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Note the marks of all tests, and skip, with the reason in the summary, what this machine cannot run."""
-    config.stash[COLLECTED] = {item.nodeid: support.marks(item) for item in items}
-    config.stash[EVIDENCE] = defaultdict(support.Evidence)
+    config.stash[support.COLLECTED] = {item.nodeid: support.marks(item) for item in items}
+    config.stash[support.EVIDENCE] = defaultdict(support.Evidence)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -56,8 +52,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Count outcomes by row of the support table."""
     report = yield
     if report.when == "call" or report.outcome != "passed":
-        for row, refused in item.config.stash[COLLECTED].get(item.nodeid, []):
-            evidence = item.config.stash[EVIDENCE][row]
+        for row, refused in item.config.stash[support.COLLECTED].get(item.nodeid, []):
+            evidence = item.config.stash[support.EVIDENCE][row]
             evidence.refused |= refused
             evidence.works |= not refused
             evidence.shown |= not refused and report.outcome == "passed"
@@ -70,7 +66,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the support table, if asked to."""
     path = session.config.getoption("--support-table")
     if path is not None:
-        path.write_text(support.render(session.config.stash[EVIDENCE]), encoding="utf-8")
+        path.write_text(support.render(session.config.stash[support.EVIDENCE]), encoding="utf-8")
 
 
 def _is_local(host: str | bytes | None) -> bool:

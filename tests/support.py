@@ -121,6 +121,13 @@ class Evidence:
     outcomes: Counter[str] = field(default_factory=Counter)
 
 
+COLLECTED = pytest.StashKey[dict[str, list[tuple[str, bool]]]]()
+"""Marks of every test that was collected, by node id."""
+
+EVIDENCE = pytest.StashKey[dict[str, Evidence]]()
+"""What the run has found so far, by row."""
+
+
 def marks(item: pytest.Item) -> list[tuple[str, bool]]:
     """(row, whether it is refused) of a test's marks.
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from tests.conftest import COLLECTED, ROOT
 
+ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "support.md"
 
 
@@ -18,10 +18,10 @@ def test_the_table_is_that_of_the_tests(request: pytest.FixtureRequest) -> None:
     if any("::" in argument for argument in request.config.args):
         pytest.skip("single tests were asked for")
     expected: dict[str, set[str]] = defaultdict(set)
-    for node, marks in request.config.stash[COLLECTED].items():
+    for node, marks in request.config.stash[support.COLLECTED].items():
         for row, _ in marks:
             expected[row].add(node.partition("[")[0])
-    files = {node.partition("::")[0] for node in request.config.stash[COLLECTED]}
+    files = {node.partition("::")[0] for node in request.config.stash[support.COLLECTED]}
     for row, tests in support.listed(TABLE.read_text("utf-8")).items():
         assert {test for test in tests if test.partition("::")[0] in files} == expected[row], row
 
@@ -55,4 +55,4 @@ def test_rendering() -> None:
 
 
 def test_table_is_where_the_readme_says() -> None:
-    assert "docs/support.md" in Path(ROOT / "README.md").read_text("utf-8")
+    assert "docs/support.md" in (ROOT / "README.md").read_text("utf-8")
