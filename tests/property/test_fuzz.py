@@ -89,6 +89,7 @@ def outcomes(cases: int, attempt: Callable[[random.Random], None]) -> Counter[st
             raise AssertionError(f"case {seed}: {type(error).__name__}: {str(error)[:500]}") from error
         else:
             found["loaded"] += 1
+    watching.clear()  # the soak's report is written outside
     assert found.keys() <= {"refused", "loaded"}
     return found
 
