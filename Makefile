@@ -14,7 +14,7 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality style test-matrix asan bench-cpu bench-gpu bench-decode bench-fidelity \
+.PHONY: help venv demo test quality style test-matrix support soak asan bench-cpu bench-gpu bench-decode bench-fidelity \
   bench-ablations bench-findings bench-absorb tables tables-check build clean distclean
 
 help: ## List the targets
@@ -77,6 +77,12 @@ bench-cpu: $(STAMP) ## Time the CPU kernels beside the dense cache (20 minutes);
 
 bench-gpu: $(STAMP) ## Check and time the Triton kernels on a GPU (9 minutes); ARGS=--tiny proves the script without one
 	$(BIN)/python benchmarks/gpu_decode.py $(ARGS)
+
+support: $(STAMP) ## Run the tests behind docs/support.md and write it from their outcomes
+	$(BIN)/python -m pytest -m support --support-table docs/support.md $(ARGS)
+
+soak: $(STAMP) ## Long forms of the property, fuzz and long-haul tests, recorded (an hour); options in ARGS="..."
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 	$(BIN)/python benchmarks/decode_latency.py $(ARGS)

@@ -12,6 +12,7 @@ from quantcache.artifact import Calibration
 from quantcache.attention import register_attention
 from quantcache.cache import SpectralCache, SpectralLayer
 from quantcache.calibration import calibrate
+from quantcache.enabling import disable, enable, enabled
 from quantcache.errors import ArtifactError, CalibrationMismatch, HubError, QuantCacheError, UnsupportedModel
 from quantcache.export import absorb, export_checkpoint
 
@@ -30,6 +31,9 @@ __all__ = [
     "__version__",
     "absorb",
     "calibrate",
+    "disable",
+    "enable",
+    "enabled",
     "export_checkpoint",
     "register_attention",
 ]

@@ -66,6 +66,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         self.metadata = metadata
         # Codecs built from this calibration, by layer, side and device: all caches of a model share its constants.
         self.codecs: dict[tuple[int, str, str], Any] = {}
+        self.shards: dict[tuple[int, int], Calibration] = {}
 
     def __repr__(self) -> str:
         model = self.metadata.base_model.get("id") or self.metadata.base_model.get("model_type") or "unknown model"
@@ -113,6 +114,32 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                 check_rate(own, min_bits)
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
+
+    def shard(self, rank: int, size: int) -> Calibration:
+        """The constants of one process's heads under tensor parallelism, which gives out heads in contiguous runs.
+
+        Args:
+            rank: The process's place among those that share the heads.
+            size: How many share them.
+
+        Returns:
+            A calibration of this one's layers, rate and metadata with 1/size of the heads; made once.
+
+        Raises:
+            CalibrationMismatch: The heads cannot be shared out evenly.
+        """
+        if not 0 <= rank < size:
+            raise ValueError(f"rank must lie between 0 and {size - 1}, got {rank}")
+        if (rank, size) not in self.shards:
+            layers = {}
+            for index, layer in self.layers.items():
+                if layer.key.num_heads % size or layer.value.num_heads % size:
+                    raise CalibrationMismatch(
+                        f"layer {index} has {layer.key.num_heads} key/value heads, which {size} processes cannot share"
+                    )
+                layers[index] = LayerCalibration(layer.rope, layer.key.heads(rank, size), layer.value.heads(rank, size))
+            self.shards[rank, size] = Calibration(layers, self.metadata)
+        return self.shards[rank, size]
 
     # ------------------------------------------------------------- compatibility
 

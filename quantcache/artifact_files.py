@@ -99,7 +99,7 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
     config = _read_config(config_path)
     try:
         with safe_open(tensors_path, framework="pt") as file:
-            reader = _TensorReader(file, tensors_path)
+            reader = TensorReader(file, tensors_path)
             ropes = _read_ropes(config, reader)
             layers = {}
             for entry in config["layers"]:
@@ -209,14 +209,37 @@ def _integer(section: dict[str, Any], name: str, where: str, least: int = 1, mos
     return value
 
 
-class _TensorReader:
-    """Hands out tensors of a safetensors file after checking name, shape, dtype and finiteness."""
+class TensorReader:
+    """Hands out tensors of a safetensors file after checking name, shape, dtype and finiteness.
+
+    Args:
+        file: The open file.
+        path: Its path, for messages.
+
+    Attributes:
+        unread: Names not read yet.
+        found: Tensors read, by name.
+    """
 
     def __init__(self, file: Any, path: Path):
         self.file, self.path = file, path
         self.unread = set(file.keys())
+        self.found: dict[str, Tensor] = {}
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """One tensor.
+
+        Args:
+            name: Its name.
+            shape: The shape it must have; checked before anything is read.
+            dtype: The dtype it must have.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            ArtifactError: It is missing, or not what it must be.
+        """
         if name not in self.unread:
             raise ArtifactError(f"{self.path} lacks the tensor {name}")
         self.unread.discard(name)
@@ -228,14 +251,16 @@ class _TensorReader:
             raise ArtifactError(f"{self.path}: {name} is {tensor.dtype}, expected {dtype}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{self.path}: {name} has NaN or infinite values")
+        self.found[name] = tensor
         return tensor
 
     def warn_unknown(self) -> None:
+        """Name the tensors that nobody has read."""
         if self.unread:
             warnings.warn(f"{self.path}: ignoring unknown tensors {', '.join(sorted(self.unread)[:5])}", stacklevel=4)
 
 
-def _read_ropes(config: dict[str, Any], reader: _TensorReader) -> list[Rope]:
+def _read_ropes(config: dict[str, Any], reader: TensorReader) -> list[Rope]:
     ropes = []
     for i, entry in enumerate(config["rope"]):
         layout = entry.get("layout")
@@ -249,7 +274,7 @@ def _read_ropes(config: dict[str, Any], reader: _TensorReader) -> list[Rope]:
     return ropes
 
 
-def _read_side(reader: _TensorReader, prefix: str, heads: int, dim: int, bits: SideBits) -> SideCalibration:
+def _read_side(reader: TensorReader, prefix: str, heads: int, dim: int, bits: SideBits) -> SideCalibration:
     mean = reader.read(f"{prefix}.mean", (heads, dim), torch.float32)
     analysis = reader.read(f"{prefix}.analysis", (heads, dim, dim), torch.float32)
     spectrum = reader.read(f"{prefix}.spectrum", (heads, dim), torch.float64)

@@ -43,6 +43,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+@torch.compiler.disable  # a compiled model calls it as it is: nothing is gained by tracing it, and much recompiled
 def spectral_attention_forward(
     module: torch.nn.Module,
     query: Tensor,

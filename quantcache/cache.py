@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from quantcache import backends, compat
+from quantcache import backends, cache_files, compat
 from quantcache.accounting import CacheMemory, measure
 from quantcache.artifact import Calibration
 from quantcache.attention import register_attention
 from quantcache.backends import Backend
-from quantcache.codec import DenseCodec, SideCodec, SpectralCodec
-from quantcache.errors import CalibrationMismatch
+from quantcache.calibrated_codecs import calibrated_codecs
+from quantcache.errors import CalibrationMismatch, QuantCacheError
 from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
 from quantcache.lazy import LazyKV
-from quantcache.rope import Rope
-from quantcache.schema import SIDES, SideBits
+from quantcache.schema import SideBits
 
 __all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
 
@@ -57,12 +58,128 @@ class BlockCache(DynamicCache):
         super().__init__(config=config)
         for index, layer in enumerate(self.layers):
             if compat.is_full_attention(layer):
-                self.layers[index] = SpectralLayer(*codecs_of(index), sink_length, residual_length, backend)
+                self.layers[index] = SpectralLayer(*codecs_of(index), sink_length, residual_length, backend, index)
+        self.broken: str | None = None
+        self.updating: int  # the thread inside update(), while there is one
 
     @property
     def spectral_layers(self) -> list[SpectralLayer]:
         """The layers that store blocks."""
         return [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
+
+    @torch.compiler.disable  # see spectral_attention_forward
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values; see :meth:`SpectralLayer.update`.
+
+        Args:
+            key_states: ``[B, Hkv, Tnew, D]``.
+            value_states: ``[B, Hkv, Tnew, Dv]``.
+            layer_idx: The layer.
+            args: Passed on.
+            kwargs: Passed on.
+
+        Returns:
+            Keys and values of all T tokens, lazy from a spectral layer.
+
+        Raises:
+            QuantCacheError: A forward pass was interrupted, two threads use the cache at once, or the tokens do not
+                continue what is cached.
+        """
+        me = threading.get_ident()
+        if vars(self).setdefault("updating", me) != me:  # one call into C: atomic
+            self._break("two threads use it at once")
+        try:
+            layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            if isinstance(layer, DynamicLayer):
+                self._check_lengths(layer, layer_idx, key_states.shape[2])
+                if not isinstance(layer, SpectralLayer) and layer.is_initialized and layer.device != key_states.device:
+                    layer.device = key_states.device
+                    layer.prefetch()
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        finally:
+            del self.updating
+
+    @torch.compiler.disable  # traced, it would be compiled anew for every block
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """Tokens cached, T; see DynamicCache."""
+        return super().get_seq_length(*args, **kwargs)
+
+    @torch.compiler.disable
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Length and offset of a mask; see DynamicCache."""
+        return super().get_mask_sizes(*args, **kwargs)
+
+    def _break(self, reason: str) -> NoReturn:
+        """Refuse to go on until somebody has put the cache in order."""
+        self.broken = f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
+        raise QuantCacheError(self.broken)
+
+    def _check_lengths(self, layer: DynamicLayer, index: int, count: int) -> None:
+        """Refuse an update that finds some layers ahead of others: each forward pass brings every layer its tokens."""
+        if self.broken is not None:
+            raise QuantCacheError(self.broken)
+        first = next(i for i, each in enumerate(self.layers) if isinstance(each, DynamicLayer))
+        cause = "because a forward pass was interrupted or another thread is in one"
+        if index == first:
+            held = {e.get_seq_length() for e in self.layers if isinstance(e, DynamicLayer) and e.is_initialized}
+            if len(held) > 1:
+                self._break(f"some layers hold {min(held)} tokens and others {max(held)}, {cause}")
+            return
+        leader: Any = self.layers[first]
+        ours, theirs = layer.get_seq_length() + count, leader.get_seq_length() if leader.is_initialized else None
+        if theirs is not None and ours != theirs:
+            self._break(f"layer {index} would hold {ours} tokens and layer {first} holds {theirs}, {cause}")
+
+    def rollback(self) -> int:
+        """Drop the tokens that an interrupted forward pass has brought to some layers only.
+
+        Returns:
+            Tokens kept, T.
+
+        Raises:
+            QuantCacheError: A layer of transformers' own cannot go back; ``reset()`` is what is left.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+        lengths = [layer.get_seq_length() for layer in layers]
+        keep = min(lengths)
+        if not keep:
+            self.reset()
+            return 0
+        other = next((each for each in self.layers if isinstance(each, LinearAttentionCacheLayerMixin)), None)
+        if other is not None:
+            raise QuantCacheError(f"a {type(other).__name__} cannot go back: call reset()")
+        for layer, length in zip(layers, lengths, strict=True):
+            if length > keep and not isinstance(layer, SpectralLayer):
+                raise QuantCacheError(
+                    f"a {type(layer).__name__} holds {length} tokens and cannot go back to {keep}: call reset()"
+                )
+        for layer, length in zip(layers, lengths, strict=True):
+            if length > keep:
+                layer.crop(keep - length)
+        self.broken = None
+        return keep
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.broken = None
+
+    def fork(self) -> Self:
+        """A cache of the same tokens that shares the encoded blocks: of one prefix, as many as are wanted.
+
+        Whichever cache encodes a block first copies what it shares, so a fork is free for as long as its own tokens
+        fit into the residual window. Layers of transformers' own are copied at once.
+
+        Returns:
+            The new cache.
+        """
+        new = copy.copy(self)
+        new.layers = [
+            layer.fork() if isinstance(layer, SpectralLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return new
 
     def memory(self) -> CacheMemory:
         """Bytes held, by kind.
@@ -215,6 +332,62 @@ class SpectralCache(BlockCache):
                 layer.finish()
         return new
 
+    def save(self, path: str | Path, model: PreTrainedModel | None = None) -> None:
+        """Write what is cached to one safetensors file: a prefix that need not be computed again.
+
+        Args:
+            path: The file; complete or not at all.
+            model: The model that filled the cache: its weights are then checked when the file is loaded.
+
+        Raises:
+            QuantCacheError: The cache holds something that cannot be written.
+        """
+        if self.calibration is None:
+            raise QuantCacheError("a self-calibrating cache has no calibration to be read with and cannot be saved")
+        cache_files.write_cache(Path(path), self, self.calibration, model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        calibration: Calibration,
+        model: PreTrainedModel | None = None,
+        config: PreTrainedConfig | None = None,
+        backend: Backend = "auto",
+    ) -> SpectralCache:
+        """Read a cache that :meth:`save` has written, at the rate and with the lengths it had.
+
+        It comes back in CPU memory, and each layer follows the model to its device with its next update.
+
+        Args:
+            path: The file.
+            calibration: The calibration it was filled with, at any rate.
+            model: The model that is to read it: weights that differ from those it was saved with are refused.
+            config: The model's config, where there is no model at hand.
+            backend: As for :class:`SpectralCache`.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ArtifactError: The file is missing, damaged or malformed.
+            CalibrationMismatch: It was written with another calibration or model.
+        """
+        path = Path(path)
+        description = cache_files.read_description(path)
+        cache = cls(
+            cache_files.calibration_at(description, calibration, path),
+            config if model is None else model.config,
+            sink_length=description["sink_length"],
+            residual_length=description["residual_length"],
+            backend=backend,
+        )
+        assert cache.calibration is not None
+        if model is not None:
+            cache_files.check_model(description, model, path)
+        cache_files.read_cache(path, description, cache, cache.calibration)
+        return cache
+
     @classmethod
     def self_calibrating(cls, model: Any, bits: float = 3.0, **kwargs: Any) -> SpectralCache:
         """A cache that needs no artifact: it fits itself to the first prompt it sees.
@@ -233,51 +406,3 @@ class SpectralCache(BlockCache):
         from quantcache.self_calibration import self_calibrating_cache
 
         return self_calibrating_cache(cls, model, bits, **kwargs)
-
-
-def calibrated_codecs(calibration: Calibration, index: int) -> tuple[CodecFactory, ShapeCheck]:
-    """How a calibrated layer gets its codecs.
-
-    Args:
-        calibration: The model's calibration.
-        index: Layer index.
-
-    Returns:
-        The factory and the shape check of :class:`SpectralLayer`.
-
-    Raises:
-        CalibrationMismatch: The calibration lacks the layer.
-    """
-    if index not in calibration.layers:
-        raise CalibrationMismatch(
-            f"the model has a full-attention layer {index}, the calibration covers layers {list(calibration.layers)}"
-        )
-    layer = calibration.layers[index]
-
-    def check(keys: Tensor, values: Tensor) -> None:
-        for name, tensor in (("key", keys), ("value", values)):
-            expected = (layer.side(name).num_heads, layer.side(name).dim)
-            found = (tensor.shape[1], tensor.shape[3])
-            if found != expected:
-                raise CalibrationMismatch(
-                    f"layer {index}: the model's {name}s have (heads, dimension) {found}, the calibration's {expected}"
-                )
-
-    def make(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
-        return {side: _shared_codec(calibration, index, side, device) for side in SIDES}
-
-    return make, check
-
-
-def _shared_codec(calibration: Calibration, index: int, name: str, device: torch.device) -> SideCodec:
-    key = (index, name, str(device))
-    if key not in calibration.codecs:
-        layer = calibration.layers[index]
-        side = layer.side(name)
-        rope = layer.rope if name == "key" else Rope()
-        calibration.codecs[key] = (
-            DenseCodec()
-            if side.widths is None
-            else SpectralCodec(side, rope, calibration.metadata.codec, device=device)
-        )
-    return calibration.codecs[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import huggingface_hub
 import torch
 import transformers
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, cache_utils
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from quantcache.data import demo_model_path
-from quantcache.errors import UnsupportedModel
+from quantcache.errors import ArtifactError, UnsupportedModel
 from quantcache.rope import Rope
 
 _CACHE_ATTRIBUTES = (
@@ -284,3 +285,105 @@ def _leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from _leaves(getattr(tensor, name))
+
+
+def attention_implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Attention implementations of a model and of its parts.
+
+    Args:
+        model: The model.
+
+    Returns:
+        By name of the sub-config, the model's own under ``""``: what :func:`use_attention` takes.
+    """
+    subs = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    own = {"": model.config._attn_implementation}
+    return own | {name: config._attn_implementation for name, config in subs.items() if config is not None}
+
+
+def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) -> None:
+    """Change attention implementations, of a model that lets them be changed.
+
+    Args:
+        model: The model.
+        implementation: One for all parts, or what :func:`attention_implementations` gave.
+    """
+    if model._can_set_attn_implementation() and attention_implementations(model) != implementation:
+        model.set_attn_implementation(implementation)
+
+
+@dataclass(frozen=True)
+class StockLayerState:
+    """What a layer of transformers' own holds, ready for a file."""
+
+    tensors: dict[str, torch.Tensor]
+    numbers: dict[str, Any]
+
+
+def stock_layer_state(layer: Any) -> StockLayerState | None:
+    """What a sliding-window or placeholder layer holds.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+
+    Returns:
+        Its state; None for layers of other kinds.
+    """
+    if isinstance(layer, DynamicLayer) and type(layer) is DynamicSlidingWindowLayer:
+        numbers = {"tokens": layer.get_seq_length(), "window": layer.sliding_window, "record": layer.record_past}
+        if layer.keys is None or layer.values is None:
+            return StockLayerState({}, numbers | {"shapes": []})
+        tensors = {"keys": layer.keys, "values": layer.values}
+        shapes = [list(tensor.shape) for tensor in tensors.values()]
+        dtypes = [str(tensor.dtype) for tensor in tensors.values()]
+        return StockLayerState(tensors, numbers | {"shapes": shapes, "dtypes": dtypes})
+    return StockLayerState({}, {}) if type(layer).__name__ == "DummyLayer" else None
+
+
+def stock_layer_shapes(layer: Any, numbers: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a stored layer has.
+
+    Args:
+        layer: The empty layer to be filled.
+        numbers: What :func:`stock_layer_state` said of the stored one.
+        where: What to call it in messages.
+
+    Returns:
+        Shapes by name.
+
+    Raises:
+        ArtifactError: The stored layer does not fit.
+    """
+    if type(layer) is not DynamicSlidingWindowLayer:
+        return {}
+    if numbers.get("window") != layer.sliding_window:
+        raise ArtifactError(f"{where} has a window of {numbers.get('window')!r}, the model's is {layer.sliding_window}")
+    shapes = numbers.get("shapes")
+    if shapes == []:
+        return {}
+    tokens = numbers.get("tokens")
+    if (
+        not isinstance(shapes, list)
+        or len(shapes) != 2
+        or not all(isinstance(shape, list) and len(shape) == 4 for shape in shapes)
+        or not all(type(size) is int and size >= 0 for shape in shapes for size in shape)
+        or type(tokens) is not int
+        or not shapes[0][2] == shapes[1][2] <= tokens
+    ):
+        raise ArtifactError(f"{where} has shapes {shapes!r} for {tokens!r} tokens")
+    return {"keys": tuple(shapes[0]), "values": tuple(shapes[1])}
+
+
+def restore_stock_layer(layer: Any, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+    """Fill an empty layer with what another held.
+
+    Args:
+        layer: The empty layer.
+        tensors: Its tensors.
+        numbers: Its other state.
+    """
+    if not tensors:
+        return
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.keys, layer.values = tensors["keys"], tensors["values"]
+    layer.cumulative_length, layer.record_past = numbers["tokens"], numbers.get("record") is True

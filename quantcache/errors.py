@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+MOST_CHARACTERS = 1000
+"""Length of a message: what is quoted may come from a hostile file."""
+
 
 class QuantCacheError(Exception):
     """Base class of every error that quantcache raises about its input."""
+
+    def __init__(self, message: str = ""):
+        if len(message) > MOST_CHARACTERS:
+            half = MOST_CHARACTERS // 2
+            message = f"{message[:half]} [...] {message[-half:]}"
+        super().__init__(message)
 
 
 class CalibrationMismatch(QuantCacheError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from quantcache import backends, compat
+from quantcache import backends, compat, guards
 from quantcache.backends import Backend
 from quantcache.codec import SideCodec
 from quantcache.errors import QuantCacheError
@@ -46,7 +46,10 @@ class Span:
 
 
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Tensor | None], dict[str, SideCodec]]
-"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and the rows' starts."""
+"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and the rows' starts.
+
+With tails of no tokens it is asked for the same codecs on another device.
+"""
 
 ShapeCheck = Callable[[Tensor, Tensor], None]
 """Raises if a layer's first keys and values do not fit its codecs."""
@@ -59,12 +62,16 @@ class SpectralLayer(DynamicLayer):
     due everything is in the tail. From then on the first ``sink_length`` valid tokens of every row are kept aside, and
     whenever the tail holds ``residual_length + 64`` tokens its oldest 64 become a block, never to be encoded again.
 
+    Whatever changes the layer prepares everything first and puts it in place at once: a failure or an interrupt on the
+    way leaves the layer as it was.
+
     Args:
         make_codecs: Gives the codecs of both sides when the first block is due.
         shape_check: Called with the first keys and values; raises if they do not fit.
         sink_length: Tokens at the start of every row that stay in the model's dtype.
         residual_length: At least this many recent tokens stay in the model's dtype.
         backend: Which implementation attends on codes.
+        index: Which layer of the model this is, for messages.
     """
 
     def __init__(
@@ -74,11 +81,13 @@ class SpectralLayer(DynamicLayer):
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
         backend: Backend = "auto",
+        index: int | None = None,
     ):
         super().__init__()
         self.make_codecs = make_codecs
         self.shape_check = shape_check
         self.sink_length, self.residual_length, self.backend = sink_length, residual_length, backend
+        self.index = index
         self.codecs: dict[str, SideCodec] = {}
         self.reset()
 
@@ -100,13 +109,20 @@ class SpectralLayer(DynamicLayer):
         self.pending = False  # whether new tokens await their reader before they may be encoded
         self.is_initialized = False
 
+    def _commit(self, **state: Any) -> None:
+        """Put a new state in place: one call into C, which no signal handler and no exception can come between."""
+        vars(self).update(state)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
         if self.shape_check is not None:
             self.shape_check(key_states, value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.tails = {"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()}
-        self.is_initialized = True
+        self._commit(
+            dtype=key_states.dtype,
+            device=key_states.device,
+            tails={"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()},
+            is_initialized=True,
+        )
 
     @property
     def encoded_end(self) -> int:
@@ -167,24 +183,41 @@ class SpectralLayer(DynamicLayer):
 
         Returns:
             Lazy keys and values of all T tokens, the new ones exact.
+
+        Raises:
+            QuantCacheError: Batch size, heads, dimension or dtype differ from what is cached, or what is to be encoded
+                is not finite.
         """
-        if not self.is_initialized:
+        if not self.get_seq_length():
             self.lazy_initialization(key_states, value_states)
-        self.finish()
         new = {"key": key_states, "value": value_states}
+        for side, tensor in new.items():
+            guards.require_continuation(self.index, side, self.tails[side], tensor)
+        if key_states.device != self.tails["key"].device:
+            self._follow(key_states.device)
+        self.finish()
         if key_states.requires_grad or value_states.requires_grad:
             return self._update_differentiably(new)
-        self.tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
-        self.pending = True
+        tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
+        self._commit(tails=tails, pending=True)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
+
+    def _follow(self, device: torch.device) -> None:
+        """Go where the model has gone, or come back from an offload."""
+        self.finish()
+        if device != self.device and self.codecs:
+            empty = {side: tail[:, :, :0] for side, tail in self.tails.items()}
+            self.codecs = self.make_codecs(device, empty, None)
+        self._move(device)
+        self.device = device
 
     def _update_differentiably(self, new: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Append under autograd: plain tensors, with gradients to the new keys and values; the past is constant."""
         view = self.snapshot()
         dense = {side: torch.cat((view.dense(side), new[side]), dim=2) for side in SIDES}
-        self.tails = {side: torch.cat((self.tails[side], new[side].detach()), dim=2) for side in SIDES}
-        self.pending = True
+        tails = {side: torch.cat((self.tails[side], new[side].detach()), dim=2) for side in SIDES}
+        self._commit(tails=tails, pending=True)
         return dense["key"], dense["value"]
 
     @torch.no_grad()
@@ -196,7 +229,6 @@ class SpectralLayer(DynamicLayer):
         """
         if not self.pending:
             return
-        self.pending = False
         if mask is None:
             self.settled = self.settled or self.starts is None  # no mask: no padding
         else:
@@ -204,23 +236,34 @@ class SpectralLayer(DynamicLayer):
         lead = 0 if self.spans else self.sink_length
         due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
         if due <= 0:
+            self.pending = False
             return
-        if not self.codecs:
-            self.codecs = self.make_codecs(self.device, self.tails, self.starts)
+        codecs = self.codecs or self.make_codecs(self.device, self.tails, self.starts)
         spans = self._next_spans(lead, due)
         places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32).to(self.device)
+        tails, sinks, stores = {}, {}, {}
         for side in SIDES:
             tail = self.tails[side]
-            if not self.spans:
-                self.sinks[side] = torch.zeros_like(tail[:, :, :lead])
-                self._capture_sinks(side, tail[:, :, :lead], 0)
             encoded = tail[:, :, lead : lead + due * BLOCK]
-            self.stores[side].append(backends.encode(self.codecs[side], encoded, places, self.starts, self.backend))
+            if codecs[side].bits is not None:
+                guards.require_finite(self.index, side, encoded, spans[0].start, self.starts)
+            sinks[side] = self.sinks[side] if self.spans else torch.zeros_like(tail[:, :, :lead])
+            if not self.spans:
+                sinks[side] = self._with_sinks(sinks[side], tail[:, :, :lead], 0)
             if self.starts is not None:
-                self._capture_sinks(side, encoded, lead or self.encoded_end)
-            self.tails[side] = tail[:, :, lead + due * BLOCK :].clone()
-        self.places.append({"places": places})
-        self.spans += spans
+                sinks[side] = self._with_sinks(sinks[side], encoded, spans[0].start)
+            fields = backends.encode(codecs[side], encoded, places, self.starts, self.backend)
+            stores[side] = self.stores[side].appended(fields)
+            tails[side] = tail[:, :, lead + due * BLOCK :].clone()
+        self._commit(
+            codecs=codecs,
+            spans=self.spans + spans,
+            stores=stores,
+            places=self.places.appended({"places": places}),
+            sinks=sinks,
+            tails=tails,
+            pending=False,
+        )
 
     def _next_spans(self, lead: int, count: int) -> list[Span]:
         spans: list[Span] = []
@@ -244,18 +287,16 @@ class SpectralLayer(DynamicLayer):
         self.starts = first.clone() if self.starts is None else torch.where(self.starts < seen, self.starts, first)
         self.settled = bool((self.starts < length).all())
 
-    def _capture_sinks(self, side: str, chunk: Tensor, slot: int) -> None:
-        """Copy those tokens of ``chunk`` (first slot ``slot``) that are sinks of their row."""
-        sinks = self.sinks[side]
+    def _with_sinks(self, sinks: Tensor, chunk: Tensor, slot: int) -> Tensor:
+        """The sinks with those tokens of ``chunk`` (first slot ``slot``) filled in that are sinks of their row."""
         if self.starts is None:
-            sinks[:, :, slot : slot + chunk.shape[2]] = chunk
-            return
-        if not chunk.shape[2]:
-            return
+            return chunk.clone()
+        if not chunk.shape[2] or not sinks.shape[2]:
+            return sinks
         index = self.starts[:, None] + torch.arange(sinks.shape[2], device=sinks.device) - slot  # [B, S]
         inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
         index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
-        self.sinks[side] = torch.where(inside, chunk.gather(2, index), sinks)
+        return torch.where(inside, chunk.gather(2, index), sinks)
 
     # ------------------------------------------------------------------ cache semantics
 
@@ -273,38 +314,36 @@ class SpectralLayer(DynamicLayer):
         self.finish()
         length = self.get_seq_length()
         keep = length - compat.tokens_to_remove(tokens_to_remove, length)
+        state: dict[str, Any] = {} if keep else {"starts": None, "settled": False}
         if keep >= self.encoded_end:
-            self.tails = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
+            state["tails"] = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
         elif keep <= self.sink_length:
             view = self.snapshot()
-            self.tails = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
-            self.spans, self.sinks, self.cut = [], {}, False
-            self.stores, self.places = {side: BlockStore() for side in SIDES}, BlockStore()
+            state["tails"] = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
+            state |= {"spans": [], "sinks": {}, "cut": False, "places": BlockStore()}
+            state["stores"] = {side: BlockStore() for side in SIDES}
         else:
-            self.spans = [span for span in self.spans if span.start < keep]
-            last = self.spans[-1]
-            self.spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            self.cut = any(span.length < BLOCK for span in self.spans)
-            self.places.truncate(len(self.spans))
-            self.places.buffers["places"][len(self.spans) - 1, 1] = self.spans[-1].length
-            for side in SIDES:
-                self.stores[side].truncate(len(self.spans))
-                self.tails[side] = self.tails[side][:, :, :0].clone()
-        if keep == 0:
-            self.starts, self.settled = None, False
+            spans = [span for span in self.spans if span.start < keep]
+            last = spans[-1]
+            spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
+            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32).to(self.device)
+            state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
+            state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
+            state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
+            state["tails"] = {side: tail[:, :, :0].clone() for side, tail in self.tails.items()}
+        self._commit(**state)
 
     def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Apply a function of (tensor, batch dimension) to everything stored."""
         if not self.is_initialized:
             return
         self.finish()
-        for side in SIDES:
-            self.stores[side].map_batch(lambda buffer: function(buffer, 1))
-            self.tails[side] = function(self.tails[side], 0)
-            if side in self.sinks:
-                self.sinks[side] = function(self.sinks[side], 0)
-        if self.starts is not None:
-            self.starts = function(self.starts, 0)
+        self._commit(
+            stores={side: store.mapped(lambda buffer: function(buffer, 1)) for side, store in self.stores.items()},
+            tails={side: function(tail, 0) for side, tail in self.tails.items()},
+            sinks={side: function(sinks, 0) for side, sinks in self.sinks.items()},
+            starts=None if self.starts is None else function(self.starts, 0),
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Gather rows, for beam search.
@@ -333,13 +372,13 @@ class SpectralLayer(DynamicLayer):
 
     def _move(self, device: torch.device | str) -> None:
         self.finish()
-        self.places.to(device)
-        self.starts = None if self.starts is None else self.starts.to(device)
-        for side in SIDES:
-            self.stores[side].to(device)
-            self.tails[side] = self.tails[side].to(device, non_blocking=True)
-            if side in self.sinks:
-                self.sinks[side] = self.sinks[side].to(device, non_blocking=True)
+        self._commit(
+            places=self.places.moved(device),
+            starts=None if self.starts is None else self.starts.to(device),
+            stores={side: store.moved(device) for side, store in self.stores.items()},
+            tails={side: tail.to(device, non_blocking=True) for side, tail in self.tails.items()},
+            sinks={side: sinks.to(device, non_blocking=True) for side, sinks in self.sinks.items()},
+        )
 
     def offload(self) -> None:
         """Move what is stored to CPU memory; the calibration's constants stay."""
@@ -347,9 +386,21 @@ class SpectralLayer(DynamicLayer):
             self._move("cpu")
 
     def prefetch(self) -> None:
-        """Move what is stored back to the layer's device."""
+        """Move what is stored back to the layer's device; the next update does so by itself."""
         if self.is_initialized and self.tails["key"].device != self.device:
             self._move(self.device)
+
+    def fork(self) -> SpectralLayer:
+        """A layer of the same tokens that shares what is stored; whichever of the two changes copies what it changes.
+
+        Returns:
+            The new layer.
+        """
+        self.finish()
+        new = copy.copy(self)
+        new.stores = {side: store.fork() for side, store in self.stores.items()}
+        new.places = self.places.fork()
+        return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
         """Copy what is stored; constants are shared."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from quantcache.layer import SpectralLayer
 
 
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
 @dataclass
 class SideView:
     """One side of a :class:`CacheView`.
@@ -116,7 +119,10 @@ class CacheView:
         out = side.tail.new_zeros(batch, heads, self.length, dim)
         for first, last in self.tiles(16):
             places = self.places[first:last]
-            decoded = side.codec.decode(side.store.slice(first, last), places, self.starts).to(out.dtype)
+            decoded = side.codec.decode(side.store.slice(first, last), places, self.starts)
+            if out.dtype == torch.float16:  # a token near float16's limit may decode to beyond it
+                decoded = decoded.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+            decoded = decoded.to(out.dtype)
             slots = block_slots(places)
             if self.cut:
                 inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK)).nonzero().flatten()

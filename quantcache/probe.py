@@ -101,9 +101,7 @@ def replaced_attention(model: PreTrainedModel, attention: Callable[..., Any]) ->
     name = "quantcache_recording"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
-    subs = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
-    previous = {"": model.config._attn_implementation}
-    previous |= {key: config._attn_implementation for key, config in subs.items() if config is not None}
+    previous = compat.attention_implementations(model)
     model.set_attn_implementation(name)
     try:
         yield

@@ -44,6 +44,13 @@ class SideCalibration:
         """D."""
         return self.mean.shape[1]
 
+    def heads(self, rank: int, size: int) -> SideCalibration:
+        """The rank-th of ``size`` equal runs of heads."""
+        count = self.num_heads // size
+        run = slice(rank * count, (rank + 1) * count)
+        widths = None if self.widths is None else self.widths[run]
+        return SideCalibration(self.mean[run], self.analysis[run], self.spectrum[run], widths)
+
 
 @dataclass(frozen=True)
 class LayerCalibration:

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from quantcache import compat
 from quantcache.artifact import Calibration, CodecSettings, Metadata
-from quantcache.cache import BlockCache, CodecFactory, SpectralCache, calibrated_codecs
+from quantcache.cache import BlockCache, CodecFactory, SpectralCache
+from quantcache.calibrated_codecs import calibrated_codecs
 from quantcache.codec import SideCodec
+from quantcache.errors import QuantCacheError
 from quantcache.probe import detect_ropes
 from quantcache.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
 
@@ -32,6 +34,10 @@ def self_calibrating_cache(
 
     def codecs_of(index: int) -> tuple[CodecFactory, None]:
         def fit(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
+            if not tails["key"].shape[2]:
+                raise QuantCacheError(
+                    f"a self-calibrating cache cannot follow its model to {device}: reset() it, or calibrate"
+                )
             statistics = LayerStatistics(index, ropes[index], tails["key"], tails["value"], settings)
             for row in range(tails["key"].shape[0]):
                 first = 0 if starts is None else int(starts[row])

@@ -14,42 +14,57 @@ GROWTH = 16
 class BlockStore:
     """Growing buffers, one per field of a codec, with the block index first.
 
-    Growing copies the buffer, so that an append costs a constant amortised number of copies of one block.
+    Every operation gives a new store and leaves this one's blocks as they are, so that a layer can prepare several
+    stores and put them in place together. Growing copies the buffer, so that an append costs a constant amortised
+    number of copies of one block.
+
+    Attributes:
+        count: Blocks held.
+        buffers: The fields; those behind ``count`` are unused room.
+        shared: Whether a fork holds the same buffers: they are copied before they are written to.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.buffers: dict[str, Tensor] = {}
+    def __init__(self, count: int = 0, buffers: dict[str, Tensor] | None = None, shared: bool = False) -> None:
+        self.count = count
+        self.buffers: dict[str, Tensor] = buffers or {}
+        self.shared = shared
 
     @property
     def capacity(self) -> int:
         """Blocks that fit without growing."""
         return next(iter(self.buffers.values())).shape[0] if self.buffers else 0
 
-    def append(self, fields: dict[str, Tensor]) -> None:
-        """Add blocks. A first addition, such as a prefill's, is given exactly the room it needs.
+    def appended(self, fields: dict[str, Tensor]) -> BlockStore:
+        """A store with more blocks. A first addition, such as a prefill's, is given exactly the room it needs.
+
+        The new store takes over the unused room of this one: only one of the two may be appended to again.
 
         Args:
             fields: The fields of n blocks, ``[n, ...]`` each.
+
+        Returns:
+            The new store.
         """
-        added = next(iter(fields.values())).shape[0]
+        count = self.count + next(iter(fields.values())).shape[0]
         if not self.buffers:
             # Copies: a view would keep the whole prompt it was cut from alive.
-            self.buffers = {k: v.clone(memory_format=torch.contiguous_format) for k, v in fields.items()}
-            self.count = added
-            return
-        if self.count + added > self.capacity:
-            self._grow(max(self.count + added, self.count + max(1, self.count // GROWTH)))
+            return BlockStore(count, {k: v.clone(memory_format=torch.contiguous_format) for k, v in fields.items()})
+        buffers = self.buffers
+        if count > self.capacity:
+            buffers = self._copied(max(count, self.count + max(1, self.count // GROWTH)))
+        elif self.shared:
+            buffers = self._copied(self.capacity)
         for name, value in fields.items():
-            self.buffers[name][self.count : self.count + added] = value
-        self.count += added
+            buffers[name][self.count : count] = value
+        return BlockStore(count, buffers)
 
-    def _grow(self, capacity: int) -> None:
-        grown = {}
+    def _copied(self, capacity: int) -> dict[str, Tensor]:
+        """The used part in new buffers."""
+        copied = {}
         for name, buffer in self.buffers.items():
-            grown[name] = buffer.new_empty((capacity, *buffer.shape[1:]))
-            grown[name][: self.count] = buffer[: self.count]
-        self.buffers = grown
+            copied[name] = buffer.new_empty((capacity, *buffer.shape[1:]))
+            copied[name][: self.count] = buffer[: self.count]
+        return copied
 
     def slice(self, start: int, stop: int) -> dict[str, Tensor]:
         """Views of some blocks.
@@ -63,32 +78,39 @@ class BlockStore:
         """
         return {name: buffer[start:stop] for name, buffer in self.buffers.items()}
 
-    def truncate(self, count: int) -> None:
-        """Forget all blocks from ``count`` on, and give back what the growth rule would not have allocated.
+    def truncated(self, count: int) -> BlockStore:
+        """A store of the first blocks, without room that the growth rule would not have allocated.
 
         Args:
             count: Blocks to keep.
-        """
-        self.count = min(self.count, count)
-        if not self.count:
-            self.buffers = {}
-        elif self.capacity > self.count + self.count // GROWTH:
-            self.map_batch(torch.clone)
 
-    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every buffer by a function of its used part, batch dimension second.
+        Returns:
+            The new store.
+        """
+        new = BlockStore(min(self.count, count), self.buffers, self.shared)
+        if not new.count:
+            return BlockStore()
+        return new.copy() if new.capacity > new.count + new.count // GROWTH else new
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> BlockStore:
+        """A store whose buffers are a function of this one's used parts, batch dimension second.
 
         Args:
-            function: Maps ``[count, B, ...]`` to ``[count, B', ...]``.
+            function: Maps ``[count, B, ...]`` to a new tensor ``[count, B', ...]``.
+
+        Returns:
+            The new store.
         """
-        self.buffers = {name: function(buffer[: self.count]) for name, buffer in self.buffers.items()}
+        return BlockStore(self.count, {name: function(buffer[: self.count]) for name, buffer in self.buffers.items()})
 
     def copy(self) -> BlockStore:
         """An independent copy of the used part."""
-        new = BlockStore()
-        new.count, new.buffers = self.count, self.buffers
-        new.map_batch(torch.clone)
-        return new
+        return self.mapped(torch.clone)
+
+    def fork(self) -> BlockStore:
+        """A store of the same buffers; whichever of the two is written to first gets its own."""
+        self.shared = bool(self.buffers)
+        return BlockStore(self.count, self.buffers, self.shared)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the used part of every field."""
@@ -98,10 +120,14 @@ class BlockStore:
         """Bytes of a field that are allocated but unused."""
         return self.buffers[name][self.count :].nbytes
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the buffers.
+    def moved(self, device: torch.device | str) -> BlockStore:
+        """A store with its buffers on another device.
 
         Args:
             device: Where to.
+
+        Returns:
+            The new store; on the same device it has the same buffers.
         """
-        self.buffers = {name: buffer.to(device, non_blocking=True) for name, buffer in self.buffers.items()}
+        buffers = {name: buffer.to(device, non_blocking=True) for name, buffer in self.buffers.items()}
+        return BlockStore(self.count, buffers, self.shared)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import support
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,13 +33,43 @@ settings.register_profile("quantcache", deadline=None, derandomize="CI" in os.en
 settings.load_profile("quantcache")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason in the summary, what this machine cannot run."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--support-table`` writes the table of what is supported from the run's outcomes."""
+    parser.addoption("--support-table", type=Path, help="write the support table to this file")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Note the marks of all tests, and skip, with the reason in the summary, what this machine cannot run."""
+    config.stash[support.COLLECTED] = {item.nodeid: support.marks(item) for item in items}
+    config.stash[support.EVIDENCE] = defaultdict(support.Evidence)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("hub") and not HUB_TESTS:
             item.add_marker(pytest.mark.skip(reason="needs the Hub: set QUANTCACHE_HUB_TESTS=1"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Count outcomes by row of the support table."""
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        for row, refused in item.config.stash[support.COLLECTED].get(item.nodeid, []):
+            evidence = item.config.stash[support.EVIDENCE][row]
+            evidence.refused |= refused
+            evidence.works |= not refused
+            evidence.shown |= not refused and report.outcome == "passed"
+            evidence.tests.add(item.nodeid.partition("[")[0])
+            evidence.outcomes[report.outcome] += 1
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the support table, if asked to."""
+    path = session.config.getoption("--support-table")
+    if path is not None:
+        path.write_text(support.render(session.config.stash[support.EVIDENCE]), encoding="utf-8")
 
 
 def _is_local(host: str | bytes | None) -> bool:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "quantcache"
 
 TIERS = (
     ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
-    ("schema", "store", "index"),
+    ("schema", "store", "guards", "index"),
     ("allocation", "compat", "card", "passages", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
@@ -28,8 +28,9 @@ TIERS = (
     ("backends",),
     ("attention",),
     ("layer",),
+    ("cache_files", "calibrated_codecs"),
     ("cache", "probe", "statistics", "self_calibration"),
-    ("calibration",),
+    ("calibration", "enabling"),
     ("export", "recipes"),
     ("evaluation", "env"),
     ("demo",),

@@ -176,6 +176,7 @@ OPERATIONS = st.one_of(
 @given(names, st.lists(OPERATIONS, min_size=1, max_size=12), st.sampled_from([0, 4]), st.sampled_from([0, 20]))
 @example("llama", [("append", 90), ("crop", 40), ("append", 90), ("crop", 60), ("append", 90)], 4, 0)
 @settings(max_examples=60)
+@pytest.mark.support("any order of operations, against a model (property test)")
 def test_operations_do_what_they_do_to_dense_tokens(
     name: str, operations: list[tuple[str, object]], sink_length: int, residual_length: int
 ) -> None:

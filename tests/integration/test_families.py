@@ -24,13 +24,26 @@ from tests.helpers import divergence, error, feed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVERY = FAMILIES + OTHERS
-EACH_WAY = [pytest.param(f, i, id=f"{f}-{i}") for f in EVERY for i in f.implementations]
+ROWS = {
+    "gemma2": "soft cap of scores (Gemma 2)",
+    "gpt-oss": "attention-sink logits (gpt-oss)",
+    "deepseek-v3": "latent attention (MLA)",
+}
+"""Rows of the support table."""
+
+
+def marks_of(family: Family) -> list[pytest.MarkDecorator]:
+    """The mark of the family's row, if it has one."""
+    return [pytest.mark.support(ROWS[family.name])] if family.name in ROWS else []
+
+
+EACH_WAY = [pytest.param(f, i, id=f"{f}-{i}", marks=marks_of(f)) for f in EVERY for i in f.implementations]
 HALF_PRECISION = [pytest.param(f, i, id=f"{f}-{i}") for f in EVERY[:9:8] for i in f.implementations]
 
 STEPS = (170, 1, 1, 5, 1, 20, 1)
 """A prefill, single steps and steps of several tokens; 199 tokens make three blocks where nothing is left dense."""
 
-by_name = pytest.mark.parametrize("family", EVERY, ids=str)
+by_name = pytest.mark.parametrize("family", [pytest.param(f, id=f.name, marks=marks_of(f)) for f in EVERY])
 
 
 @functools.cache
@@ -248,6 +261,7 @@ def alone(model: PreTrainedModel, row: int, cache: DynamicCache) -> Tensor:
     return feed(model, cache, padded_tokens()[row : row + 1, PADDING[row] :], (first - PADDING[row], *rest))[0]
 
 
+@pytest.mark.support("left-padded batches")
 @by_name
 def test_padded_rows_pass_through_as_if_alone(family: Family) -> None:
     model = shared_model(family)
@@ -259,6 +273,7 @@ def test_padded_rows_pass_through_as_if_alone(family: Family) -> None:
         assert error(ours[row, pads:], expected) <= 2 * error(dense[row, pads:], expected) + 1e-6
 
 
+@pytest.mark.support("left-padded batches")
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_padded_rows_are_as_close_to_dense_as_alone(family: Family) -> None:
     model, prefill = shared_model(family), PADDED_STEPS[0]
@@ -281,6 +296,7 @@ def test_padded_rows_are_as_close_to_dense_as_alone(family: Family) -> None:
 # ---------------------------------------------------------------------- refusals
 
 
+@pytest.mark.support("encoder-decoder", refused=True)
 def test_encoder_decoder_is_refused() -> None:
     config = AutoConfig.for_model(
         "t5", vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
@@ -292,6 +308,7 @@ def test_encoder_decoder_is_refused() -> None:
         SpectralCache(calibration_of(FAMILIES[0]), config)
 
 
+@pytest.mark.support("recurrent, without keys and values", refused=True)
 def test_model_without_keys_and_values_is_refused() -> None:
     config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1)
     model = AutoModelForCausalLM.from_config(config)

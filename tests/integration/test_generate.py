@@ -22,10 +22,12 @@ from tests.reference import reference_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODELS = [family for family in FAMILIES if family.name in ("llama", "gpt2", "gemma3")]
-"""Grouped queries with RoPE; no RoPE; sliding and full layers."""
+KINDS = {"llama": "RoPE with grouped queries", "gpt2": "no RoPE", "gemma3": "sliding and full layers"}
+MODELS = [family for family in FAMILIES if family.name in KINDS]
 
-by_model = pytest.mark.parametrize("family", MODELS, ids=str)
+by_model = pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=pytest.mark.support(KINDS[family.name]), id=family.name) for family in MODELS]
+)
 
 PROMPT_LENGTH = 122
 """Ten tokens before the second block is full, so that every generation encodes one on its way."""
@@ -115,7 +117,23 @@ MODES: dict[str, dict[str, Any]] = {
     "padded-beams": {"prompt": random_tokens(3, PROMPT_LENGTH, seed=13), **PADDED, "num_beams": 2},
 }
 
-in_mode = pytest.mark.parametrize("mode", MODES)
+ROWS = {
+    "greedy": "greedy",
+    "sampling": "sampling",
+    "beams": "beam search",
+    "sampled-beams": "beam sampling",
+    "return-sequences": "num_return_sequences",
+    "assisted": "assisted decoding with a draft model",
+    "assisted-sampling": "assisted decoding with a draft model",
+    "prompt-lookup": "prompt lookup",
+    "chunked-prefill": "chunked prefill",
+    "batch": "batches",
+    "padded-batch": "left-padded batches",
+    "padded-beams": "left-padded batches",
+}
+"""Rows of the support table."""
+
+in_mode = pytest.mark.parametrize("mode", [pytest.param(mode, marks=pytest.mark.support(ROWS[mode])) for mode in MODES])
 
 
 def starts_of(mode: str) -> tuple[int, ...]:
@@ -216,6 +234,7 @@ def logits_of(model: PreTrainedModel, cache: DynamicCache, act: Callable[[Dynami
     return torch.cat(logits)
 
 
+@pytest.mark.support("crop, inside an encoded block too")
 @pytest.mark.parametrize("removed", [1, 20, 40, 64, 75, 120])
 @by_model
 def test_crop(family: Family, removed: int) -> None:
@@ -232,6 +251,7 @@ def test_crop(family: Family, removed: int) -> None:
     compare(family, act)
 
 
+@pytest.mark.support("crop, inside an encoded block too")
 @pytest.mark.parametrize("kept", [0, 2, 4, 5])
 def test_crop_to_the_sinks(kept: int) -> None:
     def act(cache: DynamicCache, read: Read) -> None:
@@ -242,6 +262,7 @@ def test_crop_to_the_sinks(kept: int) -> None:
     compare(MODELS[0], act)
 
 
+@pytest.mark.support("reset() and reuse")
 @by_model
 def test_reset_and_reuse(family: Family) -> None:
     model, cache = model_of(family, "spectral"), quantized(family)
@@ -252,6 +273,7 @@ def test_reset_and_reuse(family: Family) -> None:
     assert torch.equal(feed(model, cache, tokens, STEPS), feed(model, quantized(family), tokens, STEPS))
 
 
+@pytest.mark.support("batch_repeat_interleave, batch_select_indices, reorder_cache")
 @by_model
 def test_rows_are_repeated_selected_and_reordered(family: Family) -> None:
     def act(cache: DynamicCache, read: Read) -> None:
@@ -267,6 +289,7 @@ def test_rows_are_repeated_selected_and_reordered(family: Family) -> None:
     compare(family, act)
 
 
+@pytest.mark.support("copy.deepcopy")
 @by_model
 def test_prefix_is_reused_by_deep_copies(family: Family) -> None:
     def act(cache: DynamicCache, read: Read) -> None:
@@ -283,6 +306,7 @@ def test_prefix_is_reused_by_deep_copies(family: Family) -> None:
     compare(family, act)
 
 
+@pytest.mark.support("copy.deepcopy")
 def test_deep_copy_shares_the_constants() -> None:
     cache = quantized(MODELS[0])
     feed(model_of(MODELS[0], "spectral"), cache, random_tokens(1, 140, seed=30), (140,))
@@ -293,6 +317,7 @@ def test_deep_copy_shares_the_constants() -> None:
         assert mine.stores["key"].buffers["codes"].data_ptr() != its.stores["key"].buffers["codes"].data_ptr()
 
 
+@pytest.mark.support("multi-turn chat on one cache")
 @by_model
 def test_chat_continues_on_one_cache(family: Family) -> None:
     conversations = []
@@ -318,6 +343,7 @@ def test_beams_start_from_a_repeated_prefix(family: Family) -> None:
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.support("from a filled DynamicCache")
 @by_model
 def test_dynamic_cache_is_compressed_afterwards(family: Family) -> None:
     model, tokens = model_of(family, "sdpa"), random_tokens(2, 150, seed=39)
@@ -346,6 +372,7 @@ def gradients(model: PreTrainedModel, cache: DynamicCache | None, tokens: Tensor
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.support("gradients through a compressed past")
 @pytest.mark.parametrize("trained", ["all", "queries"])
 @pytest.mark.parametrize("attention", ["spectral", "sdpa", "eager"])
 @by_model
@@ -373,6 +400,7 @@ def test_gradients_through_a_compressed_past(family: Family, attention: str, tra
         assert (ours[name] - gradient).norm() <= ROUNDING * gradient.norm(), name
 
 
+@pytest.mark.support("gradient checkpointing")
 @by_model
 def test_gradient_checkpointing_leaves_the_cache_alone(family: Family) -> None:
     tokens = random_tokens(2, 40, seed=43)

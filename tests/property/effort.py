@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 
 SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 
@@ -17,3 +19,16 @@ def examples(count: int) -> int:
         ``count``, or twenty times as many when soaking.
     """
     return 20 * count if SOAK else count
+
+
+def report(name: str, figures: Mapping[str, object]) -> None:
+    """Hand figures to a soak: one JSON line for each test in the file that QUANTCACHE_SOAK_REPORT names.
+
+    Args:
+        name: What was measured.
+        figures: The figures.
+    """
+    path = os.environ.get("QUANTCACHE_SOAK_REPORT")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, **figures}) + "\n")

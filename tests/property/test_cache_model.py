@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
@@ -15,12 +18,14 @@ from torch import Tensor
 
 from quantcache import backends
 from quantcache.accounting import PLACE_BYTES, measure
+from quantcache.artifact import Calibration
 from quantcache.backends import Backend
+from quantcache.cache_files import read_cache, read_description, write_cache
 from quantcache.codec import DenseCodec, SideCodec, SpectralCodec
 from quantcache.layer import SpectralLayer
 from quantcache.packing import BLOCK
 from quantcache.rope import ANCHOR_LENGTH, Rope
-from quantcache.schema import SIDES, CodecSettings
+from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
 from quantcache.store import GROWTH
 from tests.builders import held_bytes, random_side
 from tests.property.effort import SOAK, examples
@@ -28,6 +33,7 @@ from tests.property.effort import SOAK, examples
 HEADS, KEY_DIM, VALUE_DIM = 2, 32, 16
 DIMS = {"key": KEY_DIM, "value": VALUE_DIM}
 ROPE = Rope("half", tuple(10_000.0 ** (-i / 16) for i in range(16)))
+SETTINGS = CodecSettings(gain_search=(0.8, 1.0))
 MOST_TOKENS = 900
 MOST_ROWS = 6
 MOST_SLACK = 0.12
@@ -39,7 +45,7 @@ def coded(side: str) -> SpectralCodec:
     dim = DIMS[side]
     widths = torch.tensor([4, 3, 2, 0]).repeat_interleave(dim // 8).repeat(2).expand(HEADS, -1)
     constants = random_side(HEADS, dim, widths, (16, dim - 16), seed=len(side))
-    return SpectralCodec(constants, ROPE if side == "key" else Rope(), CodecSettings(gain_search=(0.8, 1.0)))
+    return SpectralCodec(constants, ROPE if side == "key" else Rope(), SETTINGS)
 
 
 @dataclass
@@ -273,11 +279,46 @@ class LayerMachine(RuleBasedStateMachine):
         mask[rows] = True
         self.layer.batch_select_indices(mask if as_mask else rows)
 
+    @rule(wreck=st.sampled_from(["append", "crop", "reorder", "reset"]), keep=st.booleans())
+    def fork(self, wreck: str, keep: bool) -> None:
+        """Go on with a fork or with what it came from, and ruin the other."""
+        other = self.layer.fork()
+        self.model.settle()
+        if not keep:
+            other, self.layer = self.layer, other
+        self.ruin(other, wreck)
+
+    @precondition(lambda self: self.model.length > 300)
+    @rule()
+    def save_and_load(self) -> None:
+        """Go on with what comes back from a file."""
+        self.layer = self.through_a_file(self.layer)
+        self.model.settle()
+
+    def through_a_file(self, layer: SpectralLayer) -> SpectralLayer:
+        """The layer as a process finds it that loads it."""
+        sides = [LayerCalibration(ROPE, *(self.constants(side) for side in SIDES))]
+        calibration = Calibration(dict(enumerate(sides)), Metadata(codec=SETTINGS))
+        found = SpectralLayer(layer.make_codecs, None, layer.sink_length, layer.residual_length, layer.backend)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "layer"
+            write_cache(path, SimpleNamespace(layers=[layer]), calibration, None)
+            read_cache(path, read_description(path), SimpleNamespace(layers=[found]), calibration)
+        return found
+
+    def constants(self, side: str) -> SideCalibration:
+        """What a file says of a side's codec: none has widths that says nothing of its codes."""
+        return SideCalibration(torch.zeros(HEADS, DIMS[side]), torch.zeros(0), torch.zeros(0))
+
     @rule(wreck=st.sampled_from(["append", "crop", "reorder", "overwrite"]))
     def deepcopy(self, wreck: str) -> None:
         """Go on with a copy, and ruin the original."""
         original, self.layer = self.layer, copy.deepcopy(self.layer)
         self.model.settle()
+        self.ruin(original, wreck)
+
+    def ruin(self, original: SpectralLayer, wreck: str) -> None:
+        """Change another layer beyond recognition."""
         if not original.is_initialized:
             return
         if wreck == "append":
@@ -288,6 +329,8 @@ class LayerMachine(RuleBasedStateMachine):
             original.crop(-(self.model.length // 2))
         elif wreck == "reorder":
             original.reorder_cache(torch.zeros(1, dtype=torch.int64))
+        elif wreck == "reset":
+            original.reset()
         else:
             held = [*original.tails.values(), *original.sinks.values(), *original.places.buffers.values()]
             held += [buffer for store in original.stores.values() for buffer in store.buffers.values()]
@@ -380,4 +423,4 @@ LayerMachine.TestCase.settings = settings(
     phases=set(Phase) - {Phase.explain},
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-TestLayer = LayerMachine.TestCase
+TestLayer = pytest.mark.support("any order of operations, against a model (property test)")(LayerMachine.TestCase)

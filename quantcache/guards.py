@@ -1,0 +1,61 @@
+"""What a layer refuses at run time: each check passes quietly or raises one error that says where and what."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantcache.errors import QuantCacheError
+
+
+def require_continuation(index: int | None, side: str, cached: Tensor, new: Tensor) -> None:
+    """Refuse tokens that do not continue what is cached.
+
+    Args:
+        index: The layer.
+        side: ``"key"`` or ``"value"``.
+        cached: Some cached tokens, ``[B, H, t, D]``.
+        new: The new ones, ``[B, H, Tnew, D]``.
+
+    Raises:
+        QuantCacheError: Batch size, number of heads, dimension or dtype differ.
+    """
+    for name, found, expected in (
+        ("batch size", new.shape[0], cached.shape[0]),
+        ("number of heads", new.shape[1], cached.shape[1]),
+        ("dimension", new.shape[3], cached.shape[3]),
+        ("dtype", new.dtype, cached.dtype),
+    ):
+        if found != expected:
+            hint = "repeat or select the cache's rows, or reset() it" if name == "batch size" else "reset() the cache"
+            raise QuantCacheError(
+                f"layer {index}: the cache holds {side}s of {name} {expected}, the new ones have {found}: {hint}"
+            )
+
+
+def require_finite(index: int | None, side: str, tokens: Tensor, start: int, starts: Tensor | None) -> None:
+    """Refuse to encode NaN and infinities, which codes cannot express; padding may hold anything.
+
+    Args:
+        index: The layer.
+        side: ``"key"`` or ``"value"``.
+        tokens: What is to be encoded, ``[B, H, T, D]``.
+        start: Slot of its first token.
+        starts: Left padding of every row, ``[B]``, or None.
+
+    Raises:
+        QuantCacheError: A token is not finite.
+    """
+    if bool(torch.isfinite(tokens).all()):
+        return
+    bad = ~torch.isfinite(tokens).all(-1)  # [B, H, T]
+    if starts is not None:
+        slots = torch.arange(start, start + tokens.shape[2], device=tokens.device)
+        bad &= (slots >= starts[:, None])[:, None]
+    found = bad.nonzero()
+    if len(found):
+        row, head, slot = found[found[:, 2].argmin()].tolist()
+        raise QuantCacheError(
+            f"layer {index}: the model gave {side}s that are not finite, first for token {start + slot} of row {row} "
+            f"(head {head}, {tokens.dtype}), and these cannot be encoded: reset() the cache"
+        )

@@ -1,0 +1,293 @@
+"""Caches for every generate() of a model, without the caller passing one."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+import quantcache
+from quantcache.artifact import Calibration
+from quantcache.cache import SpectralCache
+from quantcache.errors import CalibrationMismatch, UnsupportedModel
+from tests.builders import llama_config
+from tests.families import FAMILIES, random_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LLAMA, GEMMA3, GPT2 = (next(f for f in FAMILIES if f.name == name) for name in ("llama", "gemma3", "gpt2"))
+PROMPT = random_tokens(2, 122, seed=11)
+SHORT = {"residual_length": 0, "bits": 2.0}
+
+enabling = pytest.mark.support("enabled(), enable() and disable()")
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """A model as a user loads it, with stock attention."""
+    return LLAMA.make(attention="sdpa")
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    """Of the right geometry; its codes are coarse, so that no compressed generation equals a dense one."""
+    return Calibration.synthetic(LLAMA.make().config, 2.0)
+
+
+def generate(model: PreTrainedModel, prompt: Tensor = PROMPT, **options: object) -> tuple[Tensor, object]:
+    """Tokens, and the cache that they came from."""
+    options = {"max_new_tokens": 12, "do_sample": False, **options}
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), return_dict_in_generate=True, **options)
+    return output.sequences, output.past_key_values
+
+
+def explicit(model: PreTrainedModel, calibration: Calibration, **options: object) -> Tensor:
+    """Tokens from a cache that the caller passes."""
+    cache = SpectralCache(calibration, model.config, **{**SHORT, **options})
+    return generate(model, past_key_values=cache)[0]
+
+
+@enabling
+@pytest.mark.parametrize("family", [LLAMA, GPT2, GEMMA3], ids=str)
+def test_every_generate_has_a_fresh_cache(family: object) -> None:
+    model = family.make(attention="sdpa")
+    calibration = Calibration.synthetic(model.config, 2.0)
+    dense = generate(model)[0]
+    with quantcache.enabled(model, calibration, **SHORT) as same:
+        assert same is model
+        assert model.config._attn_implementation == "spectral"
+        first, cache = generate(model)
+        second, other = generate(model)
+    assert isinstance(cache, SpectralCache)
+    assert cache is not other
+    assert cache.get_seq_length() == other.get_seq_length() == PROMPT.shape[1] + 11
+    assert all(layer.spans for layer in cache.spectral_layers)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, dense)
+    assert torch.equal(first, explicit(family.make(), calibration))
+    assert cache.spectral_layers[0].codecs["key"] is other.spectral_layers[0].codecs["key"]
+    found, cache = generate(model)
+    assert type(cache) is DynamicCache
+    assert torch.equal(found, dense)
+    assert model.config._attn_implementation == "sdpa"
+    assert not {"generate", "_quantcache_generate"} & vars(model).keys()
+
+
+@enabling
+def test_what_the_caller_asks_for_wins(model: PreTrainedModel, calibration: Calibration) -> None:
+    dense = generate(model)[0]
+    with quantcache.enabled(model, calibration, **SHORT):
+        own = DynamicCache(config=model.config)
+        found, cache = generate(model, past_key_values=own)
+        assert cache is own
+        assert torch.equal(found, dense)
+        for options in (
+            {"use_cache": False},
+            {"generation_config": GenerationConfig(use_cache=False, max_new_tokens=12)},
+        ):
+            found, cache = generate(model, **options)
+            assert cache is None
+            assert torch.equal(found, dense)
+        found, cache = generate(model, cache_implementation="static")
+        assert not isinstance(cache, SpectralCache)
+        assert torch.equal(found, dense)
+        model.generation_config.use_cache = False
+        assert generate(model)[1] is None
+        assert isinstance(generate(model, use_cache=True)[1], SpectralCache)
+
+
+@enabling
+def test_contexts_nest_and_survive_exceptions(model: PreTrainedModel, calibration: Calibration) -> None:
+    coarse, fine = (explicit(LLAMA.make(), calibration, bits=bits) for bits in (1.0, 4.0))
+    assert not torch.equal(coarse, fine)
+
+    def fail_inside() -> None:
+        with quantcache.enabled(model, calibration, residual_length=0, bits=1.0):
+            assert torch.equal(generate(model)[0], coarse)
+            raise ZeroDivisionError
+
+    with quantcache.enabled(model, calibration, residual_length=0, bits=4.0):
+        with pytest.raises(ZeroDivisionError):
+            fail_inside()
+        assert torch.equal(generate(model)[0], fine)
+    assert type(generate(model)[1]) is DynamicCache
+    assert "generate" not in vars(model)
+
+
+@enabling
+def test_enable_until_disable(model: PreTrainedModel, calibration: Calibration, tmp_path: Path) -> None:
+    coarse, fine = (explicit(LLAMA.make(), calibration, bits=bits) for bits in (1.0, 4.0))
+    quantcache.disable(model)  # nothing to undo
+    quantcache.enable(model, calibration, residual_length=0, bits=1.0)
+    assert torch.equal(generate(model)[0], coarse)
+    calibration.save_pretrained(tmp_path)
+    quantcache.enable(model, tmp_path, residual_length=0, bits=4.0)  # replaces the other
+    assert torch.equal(generate(model)[0], fine)
+    with quantcache.enabled(model, calibration, residual_length=0, bits=1.0):
+        quantcache.enable(model, calibration, residual_length=0, bits=4.0)
+        assert torch.equal(generate(model)[0], coarse), "a context of one's own is nearer"
+        quantcache.disable(model)
+        assert torch.equal(generate(model)[0], coarse)
+    assert type(generate(model)[1]) is DynamicCache
+    assert "generate" not in vars(model)
+
+
+@enabling
+def test_without_a_calibration(model: PreTrainedModel) -> None:
+    expected = generate(LLAMA.make(), past_key_values=SpectralCache.self_calibrating(LLAMA.make(), residual_length=0))
+    with quantcache.enabled(model, residual_length=0):
+        found, cache = generate(model)
+        assert torch.equal(found, expected[0])
+        generate(model, random_tokens(1, 130, seed=50))
+        again, other = generate(model)
+    assert torch.equal(again, found), "a request's fit is its own"
+    assert cache.spectral_layers[0].codecs["key"] is not other.spectral_layers[0].codecs["key"]
+
+
+@enabling
+@pytest.mark.parametrize("attention", ["eager", "spectral"])
+def test_other_attention_is_left_alone(attention: str, calibration: Calibration) -> None:
+    model = LLAMA.make(attention=attention)
+    with quantcache.enabled(model, calibration, **SHORT):
+        assert model.config._attn_implementation == attention
+        assert isinstance(generate(model)[1], SpectralCache)
+    assert model.config._attn_implementation == attention
+    model = LLAMA.make(attention="sdpa")
+    with quantcache.enabled(model, calibration, attention=False, **SHORT):
+        assert model.config._attn_implementation == "sdpa"
+        assert isinstance(generate(model)[1], SpectralCache)
+
+
+@enabling
+def test_bad_options_are_refused_at_once(model: PreTrainedModel, calibration: Calibration) -> None:
+    with pytest.raises(ValueError, match="bits"):
+        quantcache.enable(model, calibration, bits=9.0)
+    with pytest.raises(CalibrationMismatch):
+        quantcache.enable(model, Calibration.synthetic(llama_config(32), 2.0))
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.support("encoder-decoder", refused=True)
+def test_encoder_decoder_is_refused(calibration: Calibration) -> None:
+    config = AutoConfig.for_model(
+        "t5", vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    for given in (calibration, None):
+        with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+            quantcache.enable(model, given)
+
+
+@enabling
+def test_copies_and_other_wrappers(model: PreTrainedModel, calibration: Calibration) -> None:
+    calls = []
+    plain = model.generate
+
+    def counted(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    model.generate = counted
+    with quantcache.enabled(model, calibration, **SHORT):
+        copied = copy.deepcopy(model)
+        assert isinstance(generate(model)[1], SpectralCache)
+        assert type(generate(copied)[1]) is DynamicCache
+        with quantcache.enabled(copied, calibration, **SHORT):
+            assert isinstance(generate(copied)[1], SpectralCache)
+    assert model.generate is counted
+    assert len(calls) == 1
+
+
+@pytest.mark.support("enabled(): concurrent requests on one model")
+def test_requests_in_threads(model: PreTrainedModel, calibration: Calibration) -> None:
+    prompts = [random_tokens(1, 100 + 9 * i, seed=60 + i) for i in range(6)]
+    with quantcache.enabled(model, calibration, **SHORT):
+        expected = [generate(model, prompt)[0] for prompt in prompts]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda prompt: generate(model, prompt), prompts))
+    assert all(torch.equal(tokens, wanted) for (tokens, _), wanted in zip(found, expected, strict=True))
+    assert len({id(cache) for _, cache in found}) == len(prompts)
+
+
+@pytest.mark.support("enabled(): concurrent requests on one model")
+def test_a_context_in_each_thread(model: PreTrainedModel, calibration: Calibration) -> None:
+    rates = (1.0, 4.0, 2.0)
+    expected = [explicit(LLAMA.make(), calibration, bits=bits) for bits in rates]
+    meet = threading.Barrier(len(rates))
+
+    def request(bits: float) -> Tensor:
+        with quantcache.enabled(model, calibration, residual_length=0, bits=bits):
+            meet.wait()
+            found = generate(model)[0]
+            meet.wait()
+        return found
+
+    with ThreadPoolExecutor(len(rates)) as pool:
+        found = list(pool.map(request, rates))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "generate" not in vars(model)
+
+
+# ---------------------------------------------------------------------- what calls generate()
+
+
+@pytest.fixture
+def talker(demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The bundled tokenizer with a chat template."""
+    tokenizer = copy.deepcopy(demo_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant:"
+    )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+STORY = "The river rises in the mountains north of the old town and flows through three valleys. " * 8
+
+
+@pytest.mark.support("pipeline and chat template")
+def test_pipeline(demo_model: PreTrainedModel, talker: PreTrainedTokenizerBase) -> None:
+    calibration = Calibration.synthetic(demo_model.config, 2.0)
+    speak = pipeline("text-generation", model=demo_model, tokenizer=talker)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    chat = [{"role": "user", "content": STORY}]
+    for prompt in (STORY, chat, [STORY, "Short. " * 40]):
+        more = {"batch_size": 2} if isinstance(prompt, list) and isinstance(prompt[0], str) else {}
+        dense = speak(prompt, **options, **more)
+        passed = SpectralCache(calibration, demo_model.config, **SHORT)
+        given = None if more else speak(prompt, past_key_values=passed, **options)
+        with quantcache.enabled(demo_model, calibration, **SHORT):
+            found = speak(prompt, **options, **more)
+        assert found != dense
+        assert given is None or found == given
+        assert speak(prompt, **options, **more) == dense
+
+
+@pytest.mark.support("TextIteratorStreamer")
+def test_streamer_in_another_thread(demo_model: PreTrainedModel, talker: PreTrainedTokenizerBase) -> None:
+    calibration = Calibration.synthetic(demo_model.config, 2.0)
+    inputs = talker(STORY, return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False}
+    with quantcache.enabled(demo_model, calibration, **SHORT):
+        expected = demo_model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        streamer = TextIteratorStreamer(talker, skip_prompt=True)
+        thread = threading.Thread(target=demo_model.generate, kwargs={**inputs, **options, "streamer": streamer})
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+    assert text == talker.decode(expected)

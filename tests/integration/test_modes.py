@@ -1,0 +1,254 @@
+"""What else can be asked of generate() and of a model's forward pass, against dense caches."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from quantcache.artifact import Calibration
+from quantcache.cache import SpectralCache
+from tests.families import FAMILIES, Family, random_tokens, shared_model
+from tests.helpers import error, feed
+from tests.reference import reference_cache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODELS = [family for family in FAMILIES if family.name in ("llama", "gpt2", "gemma3")]
+LLAMA, GEMMA3 = MODELS[0], next(family for family in MODELS if family.name == "gemma3")
+by_model = pytest.mark.parametrize("family", MODELS, ids=str)
+
+PROMPT = random_tokens(2, 122, seed=11)
+NEW_TOKENS = 18
+
+ROUNDING = 2e-5
+"""See test_generate.py: two float32 runs of a whole model that read the same codes."""
+
+
+@functools.cache
+def calibration_of(family: Family) -> Calibration:
+    """A stand-in of the family's geometry."""
+    return Calibration.synthetic(shared_model(family).config, 3.0)
+
+
+def quantized(family: Family, **options: Any) -> SpectralCache:
+    """An empty cache that keeps no recent tokens."""
+    return SpectralCache(calibration_of(family), shared_model(family).config, **{"residual_length": 0, **options})
+
+
+def reference(family: Family) -> DynamicCache:
+    """The fake-quantized dense cache that :func:`quantized` must be equal to."""
+    return reference_cache(quantized(family), shared_model(family).config)
+
+
+def generate(model: PreTrainedModel, cache: DynamicCache | None, **options: Any) -> Any:
+    """Greedy tokens and what else was asked for."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, **options}
+    if "inputs_embeds" not in options:
+        options["inputs"] = PROMPT
+    mask = torch.ones(PROMPT.shape, dtype=torch.int64)
+    return model.generate(attention_mask=mask, past_key_values=cache, **options)
+
+
+# ---------------------------------------------------------------------- arguments of generate()
+
+
+@pytest.mark.support("use_cache=False")
+@by_model
+def test_without_a_cache_our_attention_is_the_model_s_own(family: Family) -> None:
+    found = generate(family.make(attention="spectral"), None, use_cache=False)
+    expected = generate(family.make(attention="sdpa"), None, use_cache=False)
+    assert found.past_key_values is None
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.support("return_dict_in_generate, output_scores and output_logits")
+@by_model
+def test_scores_and_logits(family: Family) -> None:
+    more = {"output_scores": True, "output_logits": True, "output_hidden_states": True}
+    cache = quantized(family)
+    found = generate(family.make(attention="spectral"), cache, **more)
+    expected = generate(family.make(attention="sdpa"), reference(family), **more)
+    assert found.past_key_values is cache
+    assert torch.equal(found.sequences, expected.sequences)
+    for name in ("scores", "logits"):
+        ours, theirs = (torch.stack(getattr(output, name)) for output in (found, expected))
+        assert error(ours, theirs) < 100 * ROUNDING * float(theirs.std())
+    assert [states[-1].shape for states in found.hidden_states] == [s[-1].shape for s in expected.hidden_states]
+
+
+@pytest.mark.support("inputs_embeds")
+@by_model
+def test_prompts_of_embeddings(family: Family) -> None:
+    found, expected = (
+        generate(model, cache, inputs_embeds=model.get_input_embeddings()(PROMPT).detach())
+        for model, cache in (
+            (family.make(attention="spectral"), quantized(family)),
+            (family.make(attention="sdpa"), reference(family)),
+        )
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.support("output_attentions")
+@by_model
+def test_eager_attention_gives_its_weights(family: Family) -> None:
+    model = family.make(attention="eager")
+    found = generate(model, quantized(family), output_attentions=True)
+    expected = generate(model, reference(family), output_attentions=True)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.attentions, expected.attentions, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.shape == b.shape
+            assert float((a - b).abs().max()) < 100 * ROUNDING
+
+
+@pytest.mark.support("output_attentions")
+def test_without_eager_attention_there_are_no_weights() -> None:
+    """As with sdpa: transformers gives none, and warns."""
+    found, stock = (
+        generate(LLAMA.make(attention=attention), cache, output_attentions=True, max_new_tokens=2)
+        for attention, cache in (("spectral", quantized(LLAMA)), ("sdpa", DynamicCache(config=LLAMA.make().config)))
+    )
+    assert [len(weights) for weights in found.attentions] == [len(weights) for weights in stock.attentions]
+    assert not any(found.attentions)
+
+
+@pytest.mark.support("cache_implementation= and a cache together", refused=True)
+def test_two_caches_are_refused() -> None:
+    static = {"cache_implementation": "static"}
+    for options in (static, {"generation_config": GenerationConfig(**static)}):
+        with pytest.raises(ValueError, match="cache_implementation"):
+            generate(shared_model(LLAMA), quantized(LLAMA), **options)
+
+
+@pytest.mark.support("iteration over dense keys and values")
+@by_model
+def test_iteration_gives_dense_tensors(family: Family) -> None:
+    model, cache, dense = shared_model(family), quantized(family), reference(family)
+    for each in (cache, dense):
+        feed(model, each, PROMPT, (122,))
+    for layer in dense.layers:
+        if not isinstance(layer, DynamicSlidingWindowLayer):
+            layer.quantize()
+    assert len(cache) == len(dense)
+    for ours, theirs in zip(cache, dense, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert type(a) is type(b)
+            assert a is None or error(a.double(), b.double()) <= ROUNDING * float(b.double().norm())
+
+
+# ---------------------------------------------------------------------- models whose caches are special
+
+_HYBRID = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.12,
+}
+
+HYBRIDS = [
+    Family(
+        "lfm2",
+        "lfm2",
+        _HYBRID | {"layer_types": ["conv", "full_attention", "full_attention"]},
+        {},
+        (32, 2),
+    ),
+    Family(
+        "qwen3-next",
+        "qwen3_next",
+        _HYBRID
+        | {"head_dim": 32, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
+        {},
+        (32, 2),
+    ),
+]
+
+
+@pytest.mark.support("linear and full attention layers")
+@pytest.mark.parametrize("family", HYBRIDS, ids=str)
+def test_recurrent_layers_stay_as_they_are(family: Family) -> None:
+    stock, ours = family.make(attention="sdpa"), family.make(attention="spectral")
+    cache = quantized(family)
+    assert 0 < len(cache.spectral_layers) < len(cache.layers)
+    expected = generate(stock, reference(family)).sequences
+    assert torch.equal(generate(ours, cache).sequences, expected)
+    assert all(layer.spans for layer in cache.spectral_layers)
+    assert torch.equal(generate(stock, quantized(family)).sequences, expected)
+    dense = generate(stock, None).sequences
+    passing = quantized(family, key_bits=None, value_bits=None)
+    assert torch.equal(generate(ours, passing).sequences, dense)
+    fork = passing.fork()
+    tokens = random_tokens(2, 3, seed=3)
+    copied = copy.deepcopy(passing)
+    assert torch.equal(feed(ours, fork, tokens, (1, 1, 1)), feed(ours, copied, tokens, (1, 1, 1)))
+
+
+@pytest.mark.support("longrope, whose model switches caches")
+def test_longrope_goes_on_with_a_cache_of_its_own() -> None:
+    """Past the switch the model starts a dense cache from nothing: right, and no longer compressed."""
+    phi3 = next(family for family in FAMILIES if family.name == "phi3")
+    switch, pairs = 130, 24
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 7.9}
+    rope |= {"short_factor": [1.0] * pairs, "long_factor": [4.0] * pairs, "original_max_position_embeddings": switch}
+    config = phi3.config | {"original_max_position_embeddings": switch, "rope_parameters": rope}
+    family = dataclasses.replace(phi3, name="phi3-longrope", config=config)
+    stock, ours = family.make(attention="sdpa"), family.make(attention="spectral")
+    for new_tokens, kind in ((switch - 122 + 1, SpectralCache), (30, DynamicCache)):
+        options = {"max_new_tokens": new_tokens}
+        passing = generate(ours, quantized(family, key_bits=None, value_bits=None), **options)
+        assert torch.equal(passing.sequences, generate(stock, None, **options).sequences)
+        found = generate(ours, quantized(family), **options)
+        assert torch.equal(found.sequences, generate(stock, reference(family), **options).sequences)
+        assert type(found.past_key_values) is kind
+
+
+# ---------------------------------------------------------------------- torch.compile
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled before or after; pytest would keep and format every event that torch traces."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.support("torch.compile of the decode step")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_decode_step() -> None:
+    family = dataclasses.replace(LLAMA, config=LLAMA.config | {"num_hidden_layers": 1})
+    model, cache = family.make(), quantized(family)
+    tokens = random_tokens(2, 80, seed=5)
+    feed(model, cache, PROMPT, (122,))  # the next block is due in ten tokens
+    expected = feed(model, copy.deepcopy(cache), tokens, [1] * 80)
+    compiled = torch.compile(model, backend="eager")
+    found, graphs = [], []
+    with torch.no_grad():
+        for step in tokens.split(1, dim=1):
+            found.append(compiled(step, past_key_values=cache).logits.double())
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert error(torch.cat(found, dim=1), expected) <= ROUNDING * float(expected.std())
+    assert len(cache.spectral_layers[0].spans) == 3
+    # update(), attention and the cache's lengths are called as they are; transformers itself breaks nowhere.
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
+    assert graphs[2] == graphs[-1], graphs  # whether a step encodes a block or not

@@ -1,0 +1,192 @@
+"""What quantcache promises to support, and the table of it that a test run writes.
+
+Every row is tied to tests by ``@pytest.mark.support("row")``; ``refused=True`` says that the row is one that ends in a
+clear error. ``make support`` runs those tests and writes ``docs/support.md``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+
+ROWS: dict[str, tuple[str, ...]] = {
+    "Generating": (
+        "greedy",
+        "sampling",
+        "beam search",
+        "beam sampling",
+        "num_return_sequences",
+        "assisted decoding with a draft model",
+        "prompt lookup",
+        "chunked prefill",
+        "batches",
+        "left-padded batches",
+        "multi-turn chat on one cache",
+        "pipeline and chat template",
+        "TextIteratorStreamer",
+        "use_cache=False",
+        "output_attentions",
+        "return_dict_in_generate, output_scores and output_logits",
+        "inputs_embeds",
+        "cache_implementation= and a cache together",
+        "enabled(), enable() and disable()",
+        "enabled(): concurrent requests on one model",
+    ),
+    "Operations on a cache": (
+        "crop, inside an encoded block too",
+        "reset() and reuse",
+        "copy.deepcopy",
+        "fork()",
+        "save() and load()",
+        "batch_repeat_interleave, batch_select_indices, reorder_cache",
+        "offloading to CPU and back",
+        "from a filled DynamicCache",
+        "iteration over dense keys and values",
+        "any order of operations, against a model (property test)",
+    ),
+    "Models": (
+        "RoPE with grouped queries",
+        "no RoPE",
+        "sliding and full layers",
+        "soft cap of scores (Gemma 2)",
+        "attention-sink logits (gpt-oss)",
+        "latent attention (MLA)",
+        "linear and full attention layers",
+        "longrope, whose model switches caches",
+        "encoder-decoder",
+        "recurrent, without keys and values",
+    ),
+    "Training and compilation": (
+        "gradients through a compressed past",
+        "gradient checkpointing",
+        "torch.compile of the decode step",
+    ),
+    "Devices": (
+        "layers on several devices",
+        "weights offloaded by accelerate",
+        "tensor parallel (tp_plan)",
+        "data-parallel evaluation",
+        "a model that moves to another device",
+    ),
+    "Faults": (
+        "NaN and infinity in keys or values",
+        "float16 overflow",
+        "zero-length input",
+        "1-token prompts, and prompts shorter than the sinks",
+        "another batch size mid-way",
+        "another dtype mid-way",
+        "contexts beyond max_position_embeddings",
+        "out of memory while a cache grows",
+        "KeyboardInterrupt inside a forward pass",
+        "two threads, two caches, one model",
+        "two threads, one cache",
+        "calibration files: fuzz",
+        "saved caches: fuzz",
+    ),
+    "Long haul": (
+        "memory is the formula's throughout",
+        "time of a step grows linearly",
+        "logits are those of a cache built in one go",
+        "creating and dropping caches leaks nothing",
+    ),
+}
+
+HEADER = """# What is supported
+
+Every row is a way of using a cache and the tests that hold it to its word: against transformers' own cache where
+nothing is lost, else against a dense cache of fake-quantized tokens; "refused" means a clear error. It is written
+by `make support`, from the outcomes of the tests; `make soak` runs the long forms of the property, fuzz and long-haul
+tests.
+"""
+
+
+@dataclass
+class Evidence:
+    """Tests of one row.
+
+    Attributes:
+        refused: Whether some expect an error.
+        works: Whether some expect it to work.
+        shown: Whether one of those has passed.
+        tests: Test functions, by file and name.
+        outcomes: How many of their cases passed, failed or were skipped.
+    """
+
+    refused: bool = False
+    works: bool = False
+    shown: bool = False
+    tests: set[str] = field(default_factory=set)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+
+COLLECTED = pytest.StashKey[dict[str, list[tuple[str, bool]]]]()
+"""Marks of every test that was collected, by node id."""
+
+EVIDENCE = pytest.StashKey[dict[str, Evidence]]()
+"""What the run has found so far, by row."""
+
+
+def marks(item: pytest.Item) -> list[tuple[str, bool]]:
+    """(row, whether it is refused) of a test's marks.
+
+    Args:
+        item: The test.
+
+    Returns:
+        One entry for each mark.
+
+    Raises:
+        pytest.UsageError: A mark names a row that does not exist.
+    """
+    known = {row for rows in ROWS.values() for row in rows}
+    found = [(mark.args[0], mark.kwargs.get("refused", False)) for mark in item.iter_markers("support")]
+    for row, _ in found:
+        if row not in known:
+            raise pytest.UsageError(f"{item.nodeid}: tests/support.py has no row {row!r}")
+    return found
+
+
+def render(evidence: dict[str, Evidence]) -> str:
+    """The table as Markdown.
+
+    Args:
+        evidence: What a run has found, by row.
+
+    Returns:
+        The text of ``docs/support.md``.
+    """
+    lines = [HEADER.rstrip()]
+    for section, rows in ROWS.items():
+        lines += ["", f"## {section}", "", "| | | tests | cases |", "|---|---|---|---|"]
+        for row in rows:
+            found = evidence.get(row, Evidence())
+            status = "**no test**"
+            if found.tests:
+                status = "yes" if found.shown else "not run: see cases"
+                if found.refused:
+                    status = f"{status}, refused in part" if found.works else "refused"
+            if found.outcomes["failed"]:
+                status = "**fails**"
+            tests = "<br>".join(f"`{name}`" for name in sorted(found.tests))
+            cases = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.outcomes.items()))
+            lines.append(f"| {row} | {status} | {tests} | {cases} |")
+    return "\n".join(lines) + "\n"
+
+
+def listed(text: str) -> dict[str, set[str]]:
+    """Tests of every row of a rendered table.
+
+    Args:
+        text: The Markdown.
+
+    Returns:
+        Test names by row.
+    """
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| ") and len(cells) == 4 and cells[0]:
+            found[cells[0]] = {name.strip("`") for name in cells[2].split("<br>") if name}
+    return found
