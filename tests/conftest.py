@@ -23,6 +23,10 @@ HUB_TESTS = os.environ.get("QUANTCACHE_HUB_TESTS") == "1"
 if not HUB_TESTS:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; nothing above imports it
 
+if not torch.cuda.is_available():
+    # Triton's kernels run on the CPU, operation by operation. Triton reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores; threads that wait for each other would take them
 
