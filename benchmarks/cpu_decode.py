@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from records import ROOT, summarize, write_record
+from records import ROOT, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,6 +29,7 @@ import quantcache
 from quantcache import Calibration, SpectralCache, accounting
 from quantcache.attention import spectral_attention
 from quantcache.cache import SpectralLayer
+from quantcache.evaluation.summaries import quantiles
 from quantcache_kernels import cpu
 
 
@@ -170,7 +171,7 @@ def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> dict[str, float]:
         started = time.perf_counter()
         data.sum()
         samples.append(data.nbytes / (time.perf_counter() - started) / 1e9)
-    return summarize(samples[1:])
+    return quantiles(samples[1:])
 
 
 @torch.inference_mode()
@@ -195,7 +196,7 @@ def attention_rung(geometry: Geometry, length: int, options: argparse.Namespace)
             except (ImportError, RuntimeError, ValueError) as error:
                 problems[f"{backend}_4"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     samples = take_turns(steps, options.seconds)
-    times = {name: summarize(values) for name, values in samples.items()}
+    times = {name: quantiles(values) for name, values in samples.items()}
     view = layer.snapshot()
     packed = sum(t[: view.num_blocks].nbytes for s in (view.key, view.value) for t in s.store.buffers.values())
     own = times["spectral"]["median"]
@@ -312,7 +313,7 @@ def encoding_share(options: argparse.Namespace, tokens: int = 4096) -> dict[str,
     started = time.perf_counter()
     model(input_ids=ids, use_cache=True, logits_to_keep=1)
     prefill = 1e3 * (time.perf_counter() - started)
-    encoding = summarize(samples[2:])
+    encoding = quantiles(samples[2:])
     return {
         "tokens": tokens,
         "encoding_milliseconds": encoding,
@@ -357,19 +358,17 @@ def model_run(name: str, tokens: str, kind: str, options: argparse.Namespace) ->
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     generator = torch.Generator().manual_seed(0)
-    for layer in range(config.num_hidden_layers):
-        for first in range(0, length, 4096):
-            shape = (1, config.num_key_value_heads, min(4096, length - first), dim)
+    for first in range(0, length, 4096):
+        shape = (1, config.num_key_value_heads, min(4096, length - first), dim)
+        for layer in range(config.num_hidden_layers):
             cache.update(*(torch.randn(shape, generator=generator) for _ in range(2)), layer)
-            if kind == "spectral":
-                cache.spectral_layers[layer].finish()
     samples, ids = [], torch.full((1, 1), 7)
     for number in range(options.steps + 4):
         started = time.perf_counter()
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if number >= 4:
             samples.append(1e3 * (time.perf_counter() - started))
-    times = summarize(samples)
+    times = quantiles(samples)
     return {
         "milliseconds": times,
         "tokens_per_second": 1e3 / times["median"],

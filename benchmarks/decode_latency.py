@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from records import ROOT, summarize, write_record
+from records import ROOT, write_record
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 import quantcache
 from quantcache import Calibration, SpectralCache
 from quantcache.data import demo_model_path
+from quantcache.evaluation.summaries import quantiles
 
 PREFILL_CHUNK = 512
 
@@ -47,7 +48,7 @@ def main() -> None:
             fill(model, cache, length)
         samples = time_steps(model, filled, options.warmup, options.steps)
         for name, cache in filled.items():
-            metrics[name][str(length)] = {"milliseconds": summarize(samples[name]), "cache_bytes": held(cache)}
+            metrics[name][str(length)] = {"milliseconds": quantiles(samples[name]), "cache_bytes": held(cache)}
     for per_length in metrics.values():
         times = {int(length): entry["milliseconds"]["median"] for length, entry in per_length.items()}
         per_length["exponent"] = exponent(times)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from fidelity import CHUNK, SINKS, read, tokenized
-from records import ROOT, Cells, summarize, write_record
+from records import ROOT, Cells, write_record
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from quantcache.evaluation.methods.base import Setting, SimulatedCodec, hadamard
 from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec
 from quantcache.evaluation.methods.integer import QuarotCodec
 from quantcache.evaluation.methods.statistics import RivalStatistics, eigenbasis
+from quantcache.evaluation.summaries import quantiles
 from quantcache.probe import RecordingCache, recorded_queries, run
 
 BASES = ("none", "random", "Hadamard", "PCA of the vectors", "queries' and outputs' moments")
@@ -178,7 +179,7 @@ def damage_ratios(model: PreTrainedModel, tokens: Tensor) -> dict[str, dict[str,
                     quantized = ((exact - exact.amin(0)) / step).round() * step + exact.amin(0)
                     ratios = deleted / damage(quantized - exact) / (3 * 4**bits)
                     found.setdefault((bits, name), []).extend(ratios.tolist())
-    return {str(bits): {name: summarize(found[bits, name]) for name in ("2 sigma", "range")} for bits in (2, 3, 4)}
+    return {str(bits): {name: quantiles(found[bits, name]) for name in ("2 sigma", "range")} for bits in (2, 3, 4)}
 
 
 def routing_flips(model: PreTrainedModel, tokens: Tensor, statistics: RivalStatistics) -> dict[str, dict[str, float]]:

@@ -21,7 +21,7 @@ if "--tiny" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 import torch
-from records import ROOT, summarize, write_record
+from records import ROOT, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -34,6 +34,7 @@ import quantcache
 from quantcache import Calibration, SpectralCache, accounting
 from quantcache.attention import spectral_attention
 from quantcache.cache import SpectralLayer
+from quantcache.evaluation.summaries import quantiles
 from quantcache_kernels.runtime import unavailable
 
 
@@ -158,7 +159,7 @@ def measure(run: Run, function: Callable[[], object]) -> dict[str, float]:
     if run.device.type != "cuda":
         started = time.perf_counter()
         function()
-        return summarize([1e3 * (time.perf_counter() - started)])
+        return quantiles([1e3 * (time.perf_counter() - started)])
     from triton.testing import do_bench
 
     median, p20, p80 = do_bench(function, warmup=20, rep=80, quantiles=[0.5, 0.2, 0.8])
@@ -334,12 +335,10 @@ def decode_rung(run: Run, model: torch.nn.Module, cache: Cache, batch: int, cont
     """Tokens per second behind ``context`` random cached tokens."""
     config = model.config
     dim = config.hidden_size // config.num_attention_heads
-    for layer in range(config.num_hidden_layers):
-        for first in range(0, context, 4096):
-            count = min(4096, context - first)
+    for first in range(0, context, 4096):
+        count = min(4096, context - first)
+        for layer in range(config.num_hidden_layers):
             cache.update(*(states(run, batch, config.num_key_value_heads, count, dim) for _ in range(2)), layer)
-            if kind == "spectral":
-                cache.spectral_layers[layer].finish()
     ids = torch.full((batch, 1), 7, device=run.device)
     before, samples = reset_peak(run), []
     warmup, steps = (0, 1) if run.tiny else (4, 16)
@@ -350,7 +349,7 @@ def decode_rung(run: Run, model: torch.nn.Module, cache: Cache, batch: int, cont
         synchronize(run)
         if number >= warmup:
             samples.append(1e3 * (time.perf_counter() - started))
-    times = summarize(samples)
+    times = quantiles(samples)
     memory = accounting.measure(cache).total
     per_token = memory / context
     free_bytes = torch.cuda.mem_get_info()[0] + memory if run.device.type == "cuda" else 0
@@ -382,7 +381,7 @@ def prefill_rung(run: Run, model: torch.nn.Module, makers: dict[str, Callable[[]
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             synchronize(run)
             samples.append(1e3 * (time.perf_counter() - started))
-        found[f"{kind}_milliseconds"] = summarize(samples[-3:])
+        found[f"{kind}_milliseconds"] = quantiles(samples[-3:])
         before = reset_peak(run)
         model(input_ids=ids[:, :64], past_key_values=cache, use_cache=True, logits_to_keep=1)
         found[f"{kind}_peak_bytes_of_a_second_chunk"] = peak(run) - before

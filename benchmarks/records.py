@@ -12,50 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantcache.cli.session import to_json, write_json
 from quantcache.env import environment
+from quantcache.evaluation import record as record_schema
+from quantcache.jsonfile import to_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / "benchmarks" / "scratch"
-SCHEMA_VERSION = 1
-
-
-FIELDS: dict[str, tuple[type, ...]] = {
-    "schema_version": (int,),
-    "suite": (str,),
-    "status": (str,),
-    "created": (str,),
-    "commit": (str, type(None)),
-    "dirty": (bool,),
-    "command": (str,),
-    "environment": (dict,),
-    "settings": (dict,),
-    "metrics": (dict,),
-}
-"""What every record holds."""
-
-
-def check_record(record: dict[str, Any]) -> dict[str, Any]:
-    """Refuse what is no record.
-
-    Args:
-        record: What a file holds.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: A field is missing, of another type, or the schema is unknown.
-    """
-    for name, types in FIELDS.items():
-        if name not in record:
-            raise ValueError(f"the record has no field {name!r}")
-        if not isinstance(record[name], types):
-            raise ValueError(f"the record's field {name!r} must be {types[0].__name__}, got {record[name]!r:.60}")
-    if record["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"the record has schema {record['schema_version']}, known is {SCHEMA_VERSION}")
-    return record
 
 
 class Cells:
@@ -102,32 +65,6 @@ class Cells:
         shutil.rmtree(self.folder)
 
 
-def summarize(samples: list[float]) -> dict[str, float]:
-    """Describe repeated measurements of one thing.
-
-    Args:
-        samples: The measurements.
-
-    Returns:
-        ``median``, ``p20``, ``p80``, ``mean`` and ``n``.
-    """
-    ordered = sorted(samples)
-
-    def quantile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return {
-        "median": quantile(0.5),
-        "p20": quantile(0.2),
-        "p80": quantile(0.8),
-        "mean": sum(ordered) / len(ordered),
-        "n": len(ordered),
-    }
-
-
 def machine_name(record: dict[str, Any]) -> str:
     """Folder name of a machine.
 
@@ -167,7 +104,7 @@ def write_record(
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
     record = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": record_schema.SCHEMA_VERSION,
         "suite": suite,
         "status": "ok",
         "created": created.isoformat(timespec="seconds"),
@@ -183,5 +120,6 @@ def write_record(
     folder.mkdir(parents=True, exist_ok=True)
     commit = git["commit"][:10] if clean else "no-commit"
     path = folder / f"{suite}__{commit}__{created:%Y%m%dT%H%M%SZ}.json"
-    write_json(path, check_record(record))
+    record_schema.check(record, path.name)
+    write_json(path, record)
     return path

@@ -6,7 +6,6 @@ A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``. A figure
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from ablation_tables import ablation_table, findings_table
 from absorb_tables import absorb_table
 from cpu_tables import cpu_attention_table, cpu_models_table
 from fidelity_tables import all_table, claim_table, contexts_table, fidelity_table, own_table, weights_table
-from records import check_record
+
+from quantcache.evaluation.record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"
@@ -55,16 +55,13 @@ def newest_record(results: Path, suite: str) -> tuple[Path, dict[str, Any]] | No
         Its file and content; None if there is none.
 
     Raises:
-        ValueError: A file is no record.
+        RecordError: A file is no record.
     """
     found = []
     for path in results.rglob(f"{suite}__*.json"):
-        try:
-            record = check_record(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from error
-        if record["status"] == "ok" and record["commit"] and not record["dirty"]:
-            found.append((record["created"], path, record))
+        record = read_record(path)
+        if record.status == "ok" and record.clean:
+            found.append((record.created, path, record.to_dict()))
     if not found:
         return None
     _, path, record = max(found, key=lambda entry: (entry[0], str(entry[1])))
