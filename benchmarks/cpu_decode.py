@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -355,7 +356,7 @@ def model_run(name: str, tokens: str, kind: str, options: argparse.Namespace) ->
         cache = DynamicCache(config=config)
     else:
         cache = SpectralCache(Calibration.synthetic(config, bits=options.bits), config)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     generator = torch.Generator().manual_seed(0)
     for first in range(0, length, 4096):
@@ -372,10 +373,19 @@ def model_run(name: str, tokens: str, kind: str, options: argparse.Namespace) ->
     return {
         "milliseconds": times,
         "tokens_per_second": 1e3 / times["median"],
-        "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "resident_bytes_before_the_cache": 1024 * before,
+        "peak_resident_bytes": peak_resident_bytes(),
+        "peak_resident_bytes_before_the_cache": before,
         "cache_bytes": accounting.measure(cache).total,
     }
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has had; what getrusage says would begin with the parent's."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
 def tables(metrics: dict[str, Any]) -> list[Table]:
