@@ -135,7 +135,7 @@ class Case:
 BASE = Case()
 
 ATTENTION = {
-    **{f"T{tokens}": replace(BASE, tokens=tokens) for tokens in (1, 63, 64, 65, 68, 69, 127, 131, 132, 196, 1000)},
+    **{f"T{tokens}": replace(BASE, tokens=tokens) for tokens in (68, 69, 127, 131, 132, 196, 1000)},
     "long-T5000": replace(BASE, tokens=5000, widths=2),
     **{f"G{groups}": replace(BASE, groups=groups, heads=2) for groups in (1, 4, 7, 8, 16)},
     **{f"D{dim}": replace(BASE, dim=dim, groups=4) for dim in (40, 80, 96, 100, 128, 256)},

@@ -53,9 +53,6 @@ def attend(filled: Filled, kernel: Kernel, case: Case) -> Tensor:
     query, mask, s_aux = (None if x is None else x.to(kernel.device) for x in (filled.query, filled.mask, filled.s_aux))
     assert query is not None
     output = backends.attend_view(query, view, mask, None, True, case.softcap, s_aux)
-    if not view.num_blocks:  # no codes yet: nothing for a kernel to do
-        assert output is None
-        output = spectral_attention(query, view, mask, softcap=case.softcap, s_aux=s_aux)
     assert output is not None, "the kernel declined the case"
     return output.cpu()
 

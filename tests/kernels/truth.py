@@ -11,8 +11,6 @@ from quantcache.lazy import CacheView, SideView
 
 def decoded(side: SideView, view: CacheView) -> Tensor:
     """Every encoded slot decoded in float64, ``[B, H, n * 64, D]``."""
-    if not view.num_blocks:
-        return side.tail[:, :, :0].double()
     codec = side.codec
     assert isinstance(codec, SpectralCodec)
     fields = side.store.slice(0, view.num_blocks)
@@ -43,12 +41,11 @@ def attention(
     that dtype: what a kernel that works in that dtype is measured by.
     """
     batch, query_heads, count, dim = query.shape
+    assert view.key.sinks is not None
+    assert view.value.sinks is not None
     slots = (view.places[:, :1] + torch.arange(64)).flatten()
     starts = torch.zeros(batch, dtype=torch.int64) if view.starts is None else view.starts
-    key_sinks, value_sinks = (
-        side.tail[:, :, :0] if side.sinks is None else side.sinks for side in (view.key, view.value)
-    )
-    sink_count = key_sinks.shape[2]
+    sink_count = view.key.sinks.shape[2]
     sink_slots = starts[:, None] + torch.arange(sink_count)
     in_blocks = (slots < view.places.sum(1).sub(view.places[:, 2]).repeat_interleave(64)) & (
         slots >= starts[:, None] + sink_count
@@ -57,8 +54,8 @@ def attention(
     where = torch.cat((sink_slots, slots.expand(batch, -1), tail_slots), dim=1)  # [B, N]
     there = torch.cat((sink_slots < view.encoded_end, in_blocks, torch.ones_like(tail_slots, dtype=torch.bool)), dim=1)
     keys, values = (
-        torch.cat((sinks.double(), decoded(side, view), side.tail.double()), dim=2).to(dtype)
-        for side, sinks in ((view.key, key_sinks), (view.value, value_sinks))
+        torch.cat((side.sinks.double(), decoded(side, view), side.tail.double()), dim=2).to(dtype)
+        for side in (view.key, view.value)
     )
     allowed = there[:, None, None] & (where[:, None, None] <= (view.length - count + torch.arange(count))[:, None])
     if mask is not None:
