@@ -117,9 +117,12 @@ def attend_view(
 
 def _native_takes(x: Tensor, backend: Backend) -> bool:
     """Whether the CPU kernels are to work on a tensor, and can."""
-    if backend not in ("auto", "native") or x.device.type != "cpu" or x.dtype not in cpu.DTYPES:
+    if backend not in ("auto", "native"):
         return False
-    if x.requires_grad and torch.is_grad_enabled():
+    if backend == "native" and (x.device.type != "cpu" or not cpu.available()):
+        reason = cpu.reason() if x.device.type == "cpu" else f"the keys and values are on {x.device}"
+        raise QuantCacheError(f'backend="native" cannot be used here: {reason}')
+    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or (x.requires_grad and torch.is_grad_enabled()):
         return False
     if not cpu.available():
         _warn_once(f"attending in plain torch, which is slower: {cpu.reason()}")

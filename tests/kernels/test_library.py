@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
 
+import pytest
+import torch
+
+from quantcache import backends
+from quantcache.errors import QuantCacheError
+from quantcache_kernels import cpu
 from quantcache_kernels.cpu import library
 from quantcache_kernels.cpu.library import Library, find
 
@@ -32,3 +38,19 @@ def test_a_library_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatc
     found, reason = find.__wrapped__()
     assert found is None
     assert "cannot be loaded" in reason
+
+
+def test_without_kernels_auto_says_so_once_and_native_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu, "reason", lambda: "there was no compiler")
+    backends._warn_once.cache_clear()
+    x = torch.randn(1, 1, 64, 64)
+    with caplog.at_level(logging.WARNING, logger="quantcache.backends"):
+        assert [backends._native_takes(x, "auto") for _ in range(2)] == [False, False]
+    assert [record.message for record in caplog.records] == [
+        "attending in plain torch, which is slower: there was no compiler"
+    ]
+    with pytest.raises(QuantCacheError, match=r'backend="native" cannot be used here: there was no compiler'):
+        backends._native_takes(x, "native")
