@@ -120,6 +120,6 @@ def write_record(
     folder.mkdir(parents=True, exist_ok=True)
     commit = git["commit"][:10] if clean else "no-commit"
     path = folder / f"{suite}__{commit}__{created:%Y%m%dT%H%M%SZ}.json"
-    record_schema.check(record, path.name)
+    record_schema.check(json.loads(to_json(record)), path.name)
     write_json(path, record)
     return path
