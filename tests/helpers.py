@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+Run = Callable[..., tuple[int, str, str]]
+"""Runs the command line with some arguments: exit status, stdout and stderr."""
 
 
 @torch.no_grad()

@@ -82,14 +82,12 @@ class PreparedSide:
     """A side's constants for every kernel.
 
     Attributes:
-        dtype: What tensor cores are fed with; float32 is exact and has none.
         encode: For :func:`encode_blocks`.
         keys: For :func:`attend` as keys.
         values: For :func:`attend` as values.
         decode: For :func:`decode_blocks`.
     """
 
-    dtype: torch.dtype
     encode: Prepared
     keys: Prepared
     values: Prepared
@@ -150,7 +148,6 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
         return [t.contiguous().to(device) for t in tensors]
 
     return PreparedSide(
-        dtype,
         Prepared(
             on_device(
                 [

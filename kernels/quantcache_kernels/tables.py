@@ -173,11 +173,6 @@ class CodeTables:
     levels: Tensor
     scale: Tensor
 
-    @property
-    def polynomial(self) -> bool:
-        """Whether levels are computed and not looked up."""
-        return self.meaning.dtype == torch.float16
-
     def tensors(self) -> list[Tensor]:
         """What the kernels read, in the order of their arguments."""
         return [self.words, self.factors, self.flags, self.meaning, self.levels]

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from quantcache.cli import main
+from tests.helpers import Run
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
@@ -19,3 +22,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line; gives exit status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return call

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,21 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, ViTConfig
 
 from quantcache import calibrate, data
-from quantcache.cli import main
 from quantcache.cli.eval_tables import tables
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.record import read_record
+from tests.helpers import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Run = Callable[..., tuple[int, str, str]]
 
 EVAL = ("eval", "wiki11m", "-c", "calibration", "--text", "held_out.txt", "--context", "128", "--tokens", "256")
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> Run:
-    """Run the command line in the folder; gives exit status, stdout and stderr."""
+def run(run: Run, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Run:
+    """Run the command line in the folder."""
     monkeypatch.chdir(folder)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
+    return run
 
 
 @pytest.fixture(scope="module")
