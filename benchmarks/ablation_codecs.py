@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from quantcache import Calibration
 from quantcache.cache import BlockCache
 from quantcache.codebook import lloyd_max
-from quantcache.codec import SideCodec, SpectralCodec, block_positions, join_blocks, split_blocks
+from quantcache.codec import GAIN_STEPS, SideCodec, SpectralCodec, block_positions, join_blocks, split_blocks
 from quantcache.layer import CodecFactory
 from quantcache.packing import BLOCK
 from quantcache.probe import RecordingCache, run
@@ -22,9 +22,6 @@ from quantcache.schema import SIDES
 from quantcache.statistics import SINK_LENGTH
 
 Gain = Literal["none", "plain", "corrected", "searched"]
-
-GAIN_STEPS = {4: 2, 6: 8, 8: 16}
-"""Steps per octave of a gain of so many bits; 16 bits are a float16."""
 
 
 class GainCodec:
@@ -76,8 +73,9 @@ class GainCodec:
             return gain
         if self.gain_bits == 16:
             return gain.half().float()
-        # With 8 bits this is quantcache.codec.quantize_gain; fewer bits have coarser steps around the same 1.0.
-        steps, codes = GAIN_STEPS[self.gain_bits], 1 << self.gain_bits
+        # With 8 bits this is quantcache.codec.quantize_gain; fewer bits have coarser steps over the same octaves.
+        codes = 1 << self.gain_bits
+        steps = GAIN_STEPS * codes / 256
         code = (torch.log2(gain.clamp_min(1e-30)) * steps + codes // 2).round().clamp(0, codes - 1)
         return torch.where(code > 0, torch.exp2((code - codes // 2) / steps), 0.0)
 

@@ -33,7 +33,7 @@ from quantcache.schema import SIDES, LayerCalibration, Rate
 from quantcache.store import BlockStore
 
 FORMAT = "quantcache-cache"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "2.0"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
 

@@ -33,8 +33,8 @@ class DerivedConstants(Protocol):
         ...
 
 
-GAIN_STEPS = 16
-"""Gain steps per octave: neighbouring gains differ by 4.4 %."""
+GAIN_STEPS = 32
+"""Gain steps per octave: neighbouring gains differ by 2.2 %, and all lie between 1/16 and 16."""
 
 GAIN_CENTER = 128
 """Gain code of 1.0; code 0 is the gain zero."""
@@ -70,7 +70,7 @@ def quantize_gain(gain: Tensor) -> Tensor:
         gain: Non-negative gains, any shape.
 
     Returns:
-        uint8 codes; 0 stands for gains below 2^-8.
+        uint8 codes; 0 stands for gains below 1/16.
     """
     exponent = torch.log2(gain.clamp_min(1e-30)) * GAIN_STEPS
     return (exponent + GAIN_CENTER).round().clamp(0, 255).to(torch.uint8)

@@ -10,7 +10,10 @@ Fields: see quantcache/packing.py. Word ``c`` of an f-bit field holds tokens ``c
 
 from __future__ import annotations
 
-from quantcache_kernels.runtime import jit, tl
+from quantcache_kernels.runtime import constant, jit, tl
+
+GAIN_STEPS = constant(32.0)  # gain codes in an octave
+GAIN_CENTER = constant(128.0)  # gain code of 1.0
 
 
 @jit
@@ -24,7 +27,7 @@ def angle(position, turns):
 def gain_of(code):
     """Gains of 8-bit logarithmic codes; see quantcache.codec.dequantize_gain."""
     value = code.to(tl.float32)
-    return tl.where(value > 0, tl.exp2((value - 128.0) * 0.0625), 0.0)
+    return tl.where(value > 0, tl.exp2((value - GAIN_CENTER) * (1.0 / GAIN_STEPS)), 0.0)
 
 
 @jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcache_kernels.codes import angle
+from quantcache_kernels.codes import GAIN_CENTER, GAIN_STEPS, angle
 from quantcache_kernels.runtime import jit, power_of_two, tl
 
 
@@ -96,7 +96,7 @@ def encode_kernel(
         most = tl.where(better, saved, most)
 
     line = block.to(tl.int64) * batch + b
-    exponent = tl.log2(tl.maximum(gain, 1e-30)) * 16.0 + 128.0
+    exponent = tl.log2(tl.maximum(gain, 1e-30)) * GAIN_STEPS + GAIN_CENTER
     exponent = tl.minimum(tl.maximum(tl.floor(exponent + 0.5), 0.0), 255.0)
     tl.store(gains + (line * heads + head) * 64 + token, exponent.to(tl.uint8))
 

@@ -42,6 +42,18 @@ def jit(function: Callable[..., Any]) -> Any:
     return Missing()
 
 
+def constant(value: float) -> Any:
+    """A number that kernels may use as a global, or the number itself without Triton.
+
+    Args:
+        value: The number.
+
+    Returns:
+        A ``tl.constexpr``.
+    """
+    return value if tl is None else tl.constexpr(value)
+
+
 def interpreting() -> bool:
     """Whether ``TRITON_INTERPRET=1`` makes the kernels run on the CPU, operation by operation."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -203,7 +203,7 @@ def edited(data: bytes, edit: Callable[[dict[str, Any], dict[str, Any]], None]) 
 
 FLAWS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
     "another-format": (lambda h, d: d.update(format="x"), "is no saved cache"),
-    "newer": (lambda h, d: d.update(schema_version="2.0"), "schema version 2.0"),
+    "newer": (lambda h, d: d.update(schema_version="3.0"), "schema version 3.0"),
     "bits": (lambda h, d: d["rate"].update(bits="many"), "rate is malformed"),
     "rate": (lambda h, d: d.update(rate=[1]), "rate is malformed"),
     "sinks": (lambda h, d: d.update(sink_length=-1), "sink_length must be a length, got -1"),

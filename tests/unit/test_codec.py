@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantcache.codebook import gaussian_codebook
 from quantcache.codec import (
+    GAIN_STEPS,
     DenseCodec,
     SpectralCodec,
     block_positions,
@@ -168,7 +169,7 @@ def test_payload_is_head_major_and_decodes_by_hand() -> None:
     x = cached_keys(side, places, batch=1)
     fields = codec.encode(x, places, None)
     levels = dequantized_by_hand(codec, side, fields["codes"][0, 0])
-    gain = 2.0 ** ((fields["gains"][0, 0].double() - 128) / 16) * (fields["gains"][0, 0] > 0)
+    gain = 2.0 ** ((fields["gains"][0, 0].double() - 128) / 32) * (fields["gains"][0, 0] > 0)
     coefficients = side.spectrum.sqrt()[..., None] * gain[:, None] * levels
     framed = (torch.linalg.inv(side.analysis.double()) @ coefficients).transpose(-1, -2) + side.mean.double()[:, None]
     positions, anchors = block_positions(places, None)
@@ -190,7 +191,7 @@ def test_gain_is_the_weighted_least_squares_optimum() -> None:
     y = codec.coefficients(x, places, None)[0].double()
     optimum = (weights * y * levels).sum(1) / (weights * levels * levels).sum(1)
     ratio = dequantize_gain(fields["gains"][0, 0]).double() / optimum
-    assert (ratio.log2().abs() <= 1 / 32 + 1e-5).all()
+    assert (ratio.log2().abs() <= 0.5 / GAIN_STEPS + 1e-5).all()
 
 
 def test_gain_search_keeps_the_best_candidate() -> None:
@@ -227,15 +228,15 @@ def test_gain_codes() -> None:
     assert gains[128] == 1
     assert torch.equal(quantize_gain(gains), codes)
     steps = gains[2:].double() / gains[1:-1].double()
-    assert torch.allclose(steps, torch.full_like(steps, 2 ** (1 / 16)), rtol=2.0**-22, atol=0)
+    assert torch.allclose(steps, torch.full_like(steps, 2 ** (1 / GAIN_STEPS)), rtol=2.0**-22, atol=0)
 
 
 def test_gain_rounding_and_saturation() -> None:
-    gains = torch.logspace(-7.9, 7.9, 10_000, base=2.0)
+    gains = torch.logspace(-3.95, 3.95, 10_000, base=2.0)
     ratio = dequantize_gain(quantize_gain(gains)).double() / gains.double()
-    assert (ratio.log2().abs() <= 1 / 32 + 1e-5).all()
-    assert quantize_gain(torch.tensor([0.0, 1e-38, 2.0**-9])).tolist() == [0, 0, 0]
-    assert quantize_gain(torch.tensor([2.0**9, 1e38, math.inf])).tolist() == [255, 255, 255]
+    assert (ratio.log2().abs() <= 0.5 / GAIN_STEPS + 1e-5).all()
+    assert quantize_gain(torch.tensor([0.0, 1e-38, 2.0**-5])).tolist() == [0, 0, 0]
+    assert quantize_gain(torch.tensor([2.0**5, 1e38, math.inf])).tolist() == [255, 255, 255]
 
 
 def test_mean_vectors_decode_exactly_to_the_mean() -> None:

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QUANTCACHE_ABI 3
+#define QUANTCACHE_ABI 4
 
 namespace quantcache {
 
@@ -17,6 +17,9 @@ constexpr int BLOCK = 64;          // tokens of a block
 constexpr int ANCHOR_LENGTH = 128; // tokens that share an anchor
 constexpr int TABLE = 256;         // floats between the tables of neighbouring widths
 constexpr int PAD = 16;            // rows that are read as vectors are padded to a multiple of this
+
+constexpr float GAIN_STEPS = 32.0f;   // gain codes in an octave
+constexpr float GAIN_CENTER = 128.0f; // gain code of 1.0
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 

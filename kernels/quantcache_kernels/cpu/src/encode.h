@@ -115,7 +115,7 @@ template <int WIDTH> QC_INLINE void pack(const Side& side, const float* y, const
 }
 
 inline uint8_t quantize_gain(float gain) {
-    const float exponent = log2f(gain > 1e-30f ? gain : 1e-30f) * 16.0f + 128.0f;
+    const float exponent = log2f(gain > 1e-30f ? gain : 1e-30f) * GAIN_STEPS + GAIN_CENTER;
     const float code = nearbyintf(exponent);
     return static_cast<uint8_t>(code < 0.0f ? 0.0f : code > 255.0f ? 255.0f : code);
 }
