@@ -76,7 +76,7 @@ class CodecSettings:
         gain_search: Multiples of a token's gain that encoding tries; the one with least weighted error is kept.
     """
 
-    group_size: int = 8
+    group_size: int = 2
     profile: Literal["head", "layer"] = "head"
     fast_wavelength: float = FAST_WAVELENGTH
     gain_search: tuple[float, ...] = (0.6, 0.75, 0.9, 1.05, 1.25)

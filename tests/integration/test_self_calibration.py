@@ -20,7 +20,7 @@ def test_more_bits_are_nearer_to_dense(family) -> None:
     for bits in (1, 3, 8):
         cache = SpectralCache.self_calibrating(model, bits, residual_length=0)
         found.append(divergence(dense, feed(model, cache, tokens, STEPS)))
-        # Widths are whole bits of groups of 8 coefficients, so the mean may fall short of what was asked for.
+        # Widths are whole bits of groups of 2 coefficients, so the mean may fall short of what was asked for.
         dim = cache.spectral_layers[0].tails["key"].shape[3]
         assert bits - 0.5 <= cache.memory().bits_per_element - 8 / dim <= bits
     assert found[0] > found[1] > found[2]
