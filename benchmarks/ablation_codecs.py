@@ -7,13 +7,22 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from ablation_statistics import AnchoredFrame
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from quantcache import Calibration
 from quantcache.cache import BlockCache
 from quantcache.codebook import lloyd_max
-from quantcache.codec import GAIN_STEPS, SideCodec, SpectralCodec, block_positions, join_blocks, split_blocks
+from quantcache.codec import (
+    GAIN_CENTER,
+    GAIN_STEPS,
+    SideCodec,
+    SpectralCodec,
+    block_positions,
+    join_blocks,
+    split_blocks,
+)
 from quantcache.layer import CodecFactory
 from quantcache.packing import BLOCK
 from quantcache.probe import RecordingCache, run
@@ -22,6 +31,9 @@ from quantcache.schema import SIDES
 from quantcache.statistics import SINK_LENGTH
 
 Gain = Literal["none", "plain", "corrected", "searched"]
+
+COARSE_STEPS = {4: 2, 6: 8}
+"""Steps per octave of gains of fewer than 8 bits; 16 bits are a float16."""
 
 
 class GainCodec:
@@ -32,10 +44,12 @@ class GainCodec:
         gain: ``none`` leaves the calibrated scale; ``plain`` is the root mean square of the coded coefficients;
             ``corrected`` fits the decoded to the exact coefficients; ``searched`` tries several, as ours does.
         gain_bits: Width of the stored gain.
+        steps: Its steps per octave; None for ours, or :data:`COARSE_STEPS`.
     """
 
-    def __init__(self, codec: SpectralCodec, gain: Gain, gain_bits: int = 8):
+    def __init__(self, codec: SpectralCodec, gain: Gain, gain_bits: int = 8, steps: int | None = None):
         self.codec, self.gain, self.gain_bits = codec, gain, 0 if gain == "none" else gain_bits
+        self.steps = steps or COARSE_STEPS.get(gain_bits, GAIN_STEPS)
         self.factors = codec.gain_search if gain == "searched" else (1.0,)
         self.bits: float | None = codec.bits + (self.gain_bits - 8) / codec.dim
 
@@ -73,11 +87,11 @@ class GainCodec:
             return gain
         if self.gain_bits == 16:
             return gain.half().float()
-        # With 8 bits this is quantcache.codec.quantize_gain; fewer bits have coarser steps over the same octaves.
+        # With 8 bits and our steps this is quantcache.codec.quantize_gain.
         codes = 1 << self.gain_bits
-        steps = GAIN_STEPS * codes / 256
-        code = (torch.log2(gain.clamp_min(1e-30)) * steps + codes // 2).round().clamp(0, codes - 1)
-        return torch.where(code > 0, torch.exp2((code - codes // 2) / steps), 0.0)
+        centre = GAIN_CENTER if self.gain_bits == 8 else codes // 2
+        code = (torch.log2(gain.clamp_min(1e-30)) * self.steps + centre).round().clamp(0, codes - 1)
+        return torch.where(code > 0, torch.exp2((code - centre) / self.steps), 0.0)
 
     def _leave(self, scaled: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
         """From scaled coefficients ``[B, H, D, 64]`` back to vectors ``[B, H, 64, D]``."""
@@ -194,4 +208,19 @@ def with_books(codec: SpectralCodec, books: dict[int, Tensor]) -> SpectralCodec:
         else c
         for c in codec.classes
     )
+    return codec
+
+
+def with_anchors(codec: SpectralCodec, length: int) -> SpectralCodec:
+    """The same codec with anchors of another length; values and keys without RoPE have none.
+
+    Args:
+        codec: Changed in place.
+        length: Tokens that share an anchor.
+
+    Returns:
+        The codec.
+    """
+    if not codec.frame.is_identity:
+        codec.frame = AnchoredFrame(codec.dim, codec.frame.rope, codec.frame.fast_wavelength, length)
     return codec

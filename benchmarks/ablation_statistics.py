@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from records import Cells
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,17 +23,55 @@ from quantcache.artifact import LayerCalibration, SideCalibration
 from quantcache.calibration import sampled_loss
 from quantcache.evaluation.methods.statistics import eigenbasis
 from quantcache.probe import RecordingCache, detect_ropes, recorded_queries, run
-from quantcache.rope import Frame, Rope, anchor_of
+from quantcache.rope import ANCHOR_LENGTH, FAST_WAVELENGTH, Frame, Rope
 from quantcache.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
 from quantcache.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, output_metrics
 
-FRAMES: dict[str, float] = {"post": 0.0, "32": 32.0, "128": 128.0, "1024": 1024.0, "full": 1e30}
+DEFAULT_FRAME = f"{FAST_WAVELENGTH:g}"
+
+WAVELENGTHS: dict[str, float] = {"post": 0.0, "32": 32.0, "128": 128.0, "1024": 1024.0, "full": 1e30}
 """Frames by the wavelength below which pairs are un-rotated fully; ``post`` leaves keys as they are cached.
 
 Fast dimensions are rounded up to a multiple of 16: of wiki11m's 64 these are 0, 16, 32, 48 and 64.
 """
 
+ANCHORS = {length: f"{DEFAULT_FRAME}, anchors of {length}" for length in (32, 64, 256)}
+"""Names of the frames that differ from the default in the tokens of an anchor alone."""
+
+FRAMES = {name: (wavelength, ANCHOR_LENGTH) for name, wavelength in WAVELENGTHS.items()}
+FRAMES |= {DEFAULT_FRAME: (FAST_WAVELENGTH, ANCHOR_LENGTH)}
+FRAMES |= {name: (FAST_WAVELENGTH, length) for length, name in ANCHORS.items()}
+"""Wavelength and tokens of an anchor of every frame."""
+
 SEQUENCE = 2048
+"""Tokens of a calibration sequence, where the model allows."""
+
+
+class AnchoredFrame(Frame):
+    """A frame that finds its anchors itself, so that they may be as long as one likes; rows have no padding.
+
+    Args:
+        head_dim: D.
+        rope: The rotation that vectors carry.
+        wavelength: Pairs with a shorter wavelength (in tokens) are fast.
+        anchor_length: Tokens that share an anchor.
+    """
+
+    def __init__(self, head_dim: int, rope: Rope, wavelength: float, anchor_length: int):
+        super().__init__(head_dim, rope, wavelength)
+        self.anchor_length = anchor_length
+
+    def enter(self, x: Tensor, positions: Tensor, anchors: Tensor | None = None) -> Tensor:
+        """Like :meth:`Frame.enter`, whatever anchors are given."""
+        return super().enter(x, positions, self._anchors(positions))
+
+    def leave(self, framed: Tensor, positions: Tensor, anchors: Tensor | None = None) -> Tensor:
+        """Like :meth:`Frame.leave`, whatever anchors are given."""
+        return super().leave(framed, positions, self._anchors(positions))
+
+    def _anchors(self, positions: Tensor) -> Tensor:
+        stretch = torch.div(positions - SINK_LENGTH, self.anchor_length, rounding_mode="floor")
+        return stretch * self.anchor_length + SINK_LENGTH
 
 
 @dataclass(frozen=True)
@@ -43,13 +80,13 @@ class Choice:
 
     Attributes:
         frame: A name of :data:`FRAMES`.
-        key_metric: ``fisher``, ``query`` or ``identity``.
+        key_metric: ``fisher``, ``identity``, or ``query``, which the default frame alone has.
         value_metric: ``fisher``, ``output`` (projection), ``identity``, or ``gram``: the eigenbasis of VᵀαᵀαV.
         key_shrinkage: Isotropic share of the keys' metric.
         value_shrinkage: That of the values'.
     """
 
-    frame: str = "128"
+    frame: str = DEFAULT_FRAME
     key_metric: str = "fisher"
     value_metric: str = "fisher"
     key_shrinkage: float = METRIC_SHRINKAGE
@@ -70,20 +107,20 @@ class AblationStatistics:
         heads, dim = compat.kv_geometry(model.config.get_text_config(decoder=True))
         self.projections = output_metrics(model, dict.fromkeys(self.layers, (heads, dim)))
         self.frames = {
-            (name, index): Frame(dim, Rope() if name == "post" else self.ropes[index], wavelength)
-            for name, wavelength in FRAMES.items()
+            (name, index): AnchoredFrame(dim, Rope() if name == "post" else self.ropes[index], *how)
+            for name, how in FRAMES.items()
             for index in self.layers
         }
-        kinds = [f"key.{kind}.{name}" for kind in ("vectors", "fisher", "query") for name in FRAMES]
-        kinds += ["value.vectors", "value.fisher", "value.output"]
+        kinds = [f"key.{kind}.{name}" for kind in ("vectors", "fisher") for name in FRAMES]
+        kinds += [f"key.query.{DEFAULT_FRAME}", "value.vectors", "value.fisher", "value.output"]
         self.sums = {f"{index}.{kind}": Moments(heads, dim) for index in self.layers for kind in kinds}
         self.generator = torch.Generator().manual_seed(0)
         self.tokens = 0
 
     def _add_keys(self, index: int, kind: str, x: Tensor, slots: Tensor) -> None:
         """Add key-side vectors ``[B, H, T', D]`` that stand at, or are seen from, some slots."""
-        for name in FRAMES:
-            framed = self.frames[name, index].enter(x.double(), slots, anchor_of(slots, SINK_LENGTH))
+        for name in FRAMES if kind != "query" else (DEFAULT_FRAME,):
+            framed = self.frames[name, index].enter(x.double(), slots)
             self.sums[f"{index}.key.{kind}.{name}"].add(framed.transpose(0, 1).flatten(1, -2))
 
     def add(self, sequence: Tensor) -> None:
@@ -192,27 +229,33 @@ def _rotated(vectors: Moments, gram: Tensor) -> SideCalibration:
 
 
 def gather(
-    model: PreTrainedModel, tokens: Tensor, checkpoints: list[int], cells: Cells, on_progress: Callable[[int], None]
+    model: PreTrainedModel,
+    tokens: Tensor,
+    checkpoints: list[int],
+    folder: Path,
+    on_progress: Callable[[int], None],
+    length: int = SEQUENCE,
 ) -> dict[int, Path]:
     """Statistics after several numbers of tokens, each in a file; an interrupted run goes on at the last one.
 
     Args:
         model: The model.
         tokens: Calibration tokens, ``[N]``.
-        checkpoints: Numbers of tokens, ascending. One below 2,048 is gathered by itself, from a shorter sequence.
-        cells: Where files go.
+        checkpoints: Numbers of tokens, ascending. One below ``length`` is gathered by itself, from a shorter sequence.
+        folder: Where files go.
         on_progress: Called with the tokens of every finished sequence.
+        length: Tokens of a sequence.
 
     Returns:
         The file of each checkpoint.
     """
-    paths = {count: cells.folder / f"statistics-{count}.safetensors" for count in checkpoints}
-    for count in (c for c in checkpoints if c < SEQUENCE):
+    paths = {count: folder / f"statistics-{count}.safetensors" for count in checkpoints}
+    for count in (c for c in checkpoints if c < length):
         if not paths[count].is_file():
             statistics = AblationStatistics(model)
             statistics.add(tokens[:count])
             statistics.save(paths[count])
-    long = [count for count in checkpoints if count >= SEQUENCE]
+    long = [count for count in checkpoints if count >= length]
     missing = [count for count in long if not paths[count].is_file()]
     if missing:
         statistics = AblationStatistics(model)
@@ -220,7 +263,7 @@ def gather(
         if done:
             statistics.load(paths[done[-1]])
             on_progress(statistics.tokens)
-        for sequence in tokens[statistics.tokens : missing[-1]].split(SEQUENCE):
+        for sequence in tokens[statistics.tokens : missing[-1]].split(length):
             statistics.add(sequence)
             on_progress(len(sequence))
             if statistics.tokens in paths:

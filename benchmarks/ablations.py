@@ -1,4 +1,4 @@
-"""What each choice of the codec is worth on wiki11m: every ablation on the same text, at 2, 3 and 4 bits.
+"""What each choice of the codec is worth: every ablation on the same text, at 2, 3 and 4 bits.
 
 Statistics are gathered once, with a checkpoint at every number of calibration tokens; everything else is solved from
 them. An interrupted run goes on at the last checkpoint and behind the last variant measured.
@@ -11,25 +11,33 @@ import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ablation_codecs import GainCodec, codec_cache, fitted_books, with_books
-from ablation_statistics import FRAMES, SEQUENCE, AblationStatistics, Choice, gather
+import torch
+from ablation_codecs import GainCodec, codec_cache, fitted_books, with_anchors, with_books
+from ablation_statistics import ANCHORS, FRAMES, SEQUENCE, WAVELENGTHS, AblationStatistics, Choice, gather
 from fidelity import CHUNK, SINKS, read, tokenized
-from records import ROOT, Cells, write_record
+from records import ROOT, Run, write_record
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from quantcache import Calibration, SpectralCache, compat, data
 from quantcache.allocation import allocate_layers
-from quantcache.artifact import CodecSettings, Metadata, Rate
-from quantcache.cli.session import load_model
+from quantcache.artifact import CodecSettings, LayerCalibration, Metadata, Rate
+from quantcache.cli.session import BUNDLED_MODEL, load_model, position_limit
+from quantcache.codebook import gaussian_codebook
+from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.evaluation import Method, measure_fidelity, parse_methods
+from quantcache.evaluation.provenance import model_sha256
+from quantcache.packing import MAX_WIDTH
+from quantcache.rope import ANCHOR_LENGTH
+from quantcache.schema import SIDES
 
-SEARCHED = CodecSettings().gain_search
 CHECKPOINTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 
 
@@ -43,10 +51,11 @@ class Variant:
         joint: One budget for everything; otherwise one for each side of each layer.
         offsets: Bits that keys and values have more than the rate, each with a budget of its own; None shares one.
         min_bits: Smallest width.
+        key_min_bits: Smallest width of the keys, with the joint budget; that of all if None.
         floor: No layer gets fewer bits than this on the mean, in bits below the rate; None lets them.
         sinks: First tokens kept.
         tokens: Calibration tokens; the default number if None.
-        gain: None for ours; otherwise (kind, bits) of a simulated gain.
+        gain: None for ours; otherwise (kind, bits) of a simulated gain, or (kind, bits, steps per octave).
         books: Whether codebooks are fitted to the calibration text.
     """
 
@@ -55,10 +64,11 @@ class Variant:
     joint: bool = True
     offsets: tuple[float, float] | None = None
     min_bits: int = 0
+    key_min_bits: int | None = None
     floor: float | None = None
     sinks: int = SINKS
     tokens: int | None = None
-    gain: tuple[str, int] | None = None
+    gain: tuple[str, int] | tuple[str, int, int] | None = None
     books: bool = False
 
 
@@ -71,8 +81,10 @@ def ablations() -> dict[str, dict[str, Variant]]:
         return Variant(codec=replace(CodecSettings(), **more))
 
     def frame(name: str) -> Variant:
-        return Variant(choice=Choice(frame=name), codec=CodecSettings(fast_wavelength=FRAMES[name]))
+        return Variant(choice=Choice(frame=name), codec=replace(default.codec, fast_wavelength=FRAMES[name][0]))
 
+    searches = {len(factors): factors for factors in ((0.7, 0.9, 1.1), tuple(0.5 + 0.1 * step for step in range(9)))}
+    searches[len(default.codec.gain_search)] = default.codec.gain_search
     return {
         "metric": {
             "fisher, joint budget": default,
@@ -95,25 +107,32 @@ def ablations() -> dict[str, dict[str, Variant]]:
         },
         "frame": {
             {"post": "as cached", "full": "fully un-rotated"}.get(name, f"split at wavelength {name}"): frame(name)
-            for name in FRAMES
+            for name in WAVELENGTHS
+        },
+        "anchor-length": {
+            str(length): frame(ANCHORS[length]) if length in ANCHORS else default
+            for length in sorted((*ANCHORS, ANCHOR_LENGTH))
         },
         "group-size": {str(size): codec(group_size=size) for size in (1, 2, 4, 8, 16, 32)},
         "profile": {
             f"per {profile}, groups of {size}": codec(profile=profile, group_size=size)
             for profile in ("head", "layer")
-            for size in (4, 8, 16)
+            for size in (2, 4, 8)
         },
         "gain": {
             "none": replace(default, gain=("none", 0)),
             "plain": replace(default, gain=("plain", 8)),
             "corrected": codec(gain_search=(1.0,)),
-            "searched, 3 factors": codec(gain_search=(0.7, 0.9, 1.1)),
-            "searched, 5 factors": default,
-            "searched, 9 factors": codec(gain_search=tuple(0.5 + 0.1 * step for step in range(9))),
+            **{f"searched, {n} factors": codec(gain_search=searches[n]) for n in sorted(searches)},
         },
         "gain-bits": {f"{bits}": replace(default, gain=("searched", bits)) for bits in (4, 6, 8, 16)},
+        "gain-steps": {f"{steps}": replace(default, gain=("searched", 8, steps)) for steps in (4, 8, 16, 32, 64)},
         "codebooks": {"Gaussian": default, "fitted": replace(default, books=True)},
-        "min-width": {f"{bits}": replace(default, min_bits=bits) for bits in (0, 1)},
+        "min-width": {
+            "0": default,
+            "1 for keys": replace(default, key_min_bits=1),
+            "1": replace(default, min_bits=1),
+        },
         "layer-floor": {
             "none": default,
             "half a bit below": replace(default, floor=0.5),
@@ -133,7 +152,12 @@ def ablations() -> dict[str, dict[str, Variant]]:
 def main() -> None:
     """Gather statistics, measure every variant and write a record."""
     options = parse_arguments()
-    model, tokenizer = load_model("wiki11m", device="cpu", dtype="float32")
+    model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
+    name = Path(options.model).name
+    limit = position_limit(model) or options.context or SEQUENCE
+    context = options.context or min(SEQUENCE, limit)
+    if context > limit:
+        sys.exit(f"error: context {context} exceeds the model's limit of {limit} positions")
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
     evaluation_text, evaluation_source = read("wiki_eval.txt", data.evaluation_text)
     if calibration_text == evaluation_text:
@@ -144,19 +168,20 @@ def main() -> None:
         sys.exit(f"error: there is no ablation {', '.join(sorted(unknown))}: known are {', '.join(ablations())}")
     checkpoints = [count for count in CHECKPOINTS if count <= options.max_tokens]
     calibration_tokens = tokenized(tokenizer, calibration_text, checkpoints[-1])
-    tokens = tokenized(tokenizer, evaluation_text, options.windows * options.context)
+    tokens = tokenized(tokenizer, evaluation_text, options.windows * context)
     settings = {
-        "model": "wiki11m",
+        "model": name,
+        "model_sha256": model_sha256(model),
         "dtype": "float32",
         "rates": options.rates,
-        "context": options.context,
+        "context": context,
         "windows": options.windows,
         "chunk": CHUNK,
         "residual": 0,
         "calibration": {
             "source": calibration_source,
             "tokens": min(options.calibration_tokens, checkpoints[-1]),
-            "seq_len": SEQUENCE,
+            "seq_len": min(SEQUENCE, limit),
             "seed": 0,
             "text_sha256": hashlib.sha256(calibration_text.encode()).hexdigest(),
         },
@@ -166,36 +191,39 @@ def main() -> None:
             "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
         },
     }
-    cells = Cells("ablations", {**settings, "max_tokens": options.max_tokens})
-    print(f"finished cells: {cells.folder.relative_to(ROOT)}", file=sys.stderr)
+    suite = "ablations" if name == BUNDLED_MODEL else f"ablations-{name}"
+    run = Run(suite, {**settings, "max_tokens": options.max_tokens})
+    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     out = Console(width=None if sys.stdout.isatty() else 120)
     metrics: dict[str, Any] = {}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("statistics", total=checkpoints[-1])
-        paths = gather(model, calibration_tokens, checkpoints, cells, lambda count: bar.advance(task, count))
+        done = partial(bar.advance, task)
+        paths = gather(model, calibration_tokens, checkpoints, run.folder, done, settings["calibration"]["seq_len"])
         bar.update(task, completed=checkpoints[-1])
-        bench = Bench(model, paths, settings["calibration"]["tokens"], calibration_tokens, tokens, options)
+        bench = Bench(model, paths, settings, calibration_tokens, tokens)
         task = bar.add_task("measuring", total=sum(len(rows) for rows in chosen.values()))
-        for name, rows in chosen.items():
-            metrics[name] = {}
+        for ablation, rows in chosen.items():
+            metrics[ablation] = {}
             for row, variant in rows.items():
                 if variant.tokens is None or variant.tokens in paths:
                     # Named by what it is, so that a variant of several ablations is measured once.
                     key = hashlib.sha256(repr(variant).encode()).hexdigest()[:16]
-                    metrics[name][row] = cells.get(f"variant-{key}", lambda variant=variant: bench.measure(variant))
+                    metrics[ablation][row] = run.cell(f"variant-{key}", partial(bench.measure, variant))
                 bar.advance(task)
-            out.print(table(name, metrics[name], options.rates))
-    path = write_record("ablations", settings, metrics, cells.git)
-    cells.discard()
+            out.print(table(ablation, metrics[ablation], options.rates))
+    path = write_record(suite, settings, metrics, run.git)
+    run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=BUNDLED_MODEL, help="folder or Hub id; the record's suite is named after it")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="ablations to run; all by default")
     parser.add_argument("--rates", type=float, nargs="+", default=[2.0, 3.0, 4.0], help="mean code widths")
-    parser.add_argument("--context", type=int, default=2048, help="tokens in a window")
+    parser.add_argument("--context", type=int, help=f"tokens in a window; by default {SEQUENCE} or the model's limit")
     parser.add_argument("--windows", type=int, default=2, help="windows of the evaluation text")
     parser.add_argument("--calibration-tokens", type=int, default=32_768, help="tokens of all other ablations")
     parser.add_argument("--max-tokens", type=int, default=CHECKPOINTS[-1], help="calibration tokens to gather at most")
@@ -211,53 +239,63 @@ class Bench:
     Args:
         model: The model.
         paths: Statistics by number of tokens.
-        default_tokens: Calibration tokens of a variant that names none.
+        settings: The record's.
         calibration_tokens: The calibration text's tokens, for fitted codebooks.
         tokens: The evaluation text's.
-        options: ``rates``, ``context``.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         paths: dict[int, Path],
-        default_tokens: int,
-        calibration_tokens: Any,
-        tokens: Any,
-        options: argparse.Namespace,
+        settings: dict[str, Any],
+        calibration_tokens: Tensor,
+        tokens: Tensor,
     ):
-        self.model, self.paths, self.default_tokens = model, paths, default_tokens
-        self.calibration_tokens, self.tokens, self.options = calibration_tokens, tokens, options
+        self.model, self.paths, self.settings = model, paths, settings
+        self.calibration_tokens, self.tokens = calibration_tokens, tokens
         self.statistics = AblationStatistics(model)
 
     def measure(self, variant: Variant) -> dict[str, Any]:
         """Fidelity of a variant at every rate, by rate."""
-        if self.statistics.tokens != (wanted := variant.tokens or self.default_tokens):
+        if self.statistics.tokens != (wanted := variant.tokens or self.settings["calibration"]["tokens"]):
             self.statistics.load(self.paths[wanted])
         calibration = Calibration(
             self.statistics.solve(variant.choice),
             Metadata(cache_config=compat.cache_config(self.model.config), codec=variant.codec, joint=variant.joint),
         )
         methods = [
-            Method(f"{rate:g}", "ours", False, self._maker(variant, calibration, rate)) for rate in self.options.rates
+            Method(f"{rate:g}", "ours", False, self._maker(variant, calibration, rate))
+            for rate in self.settings["rates"]
         ]
         methods += parse_methods(["dense"], self.model.config, None)
         results = measure_fidelity(
-            self.model, self.tokens, methods, context=self.options.context, chunk=CHUNK, sink_length=variant.sinks
+            self.model,
+            self.tokens,
+            methods,
+            context=self.settings["context"],
+            chunk=CHUNK,
+            sink_length=variant.sinks,
         )
         return {name: result.to_dict() for name, result in results.items() if name != "dense"}
 
     def _maker(self, variant: Variant, calibration: Calibration, rate: float) -> Callable[[], Cache]:
         allocated = allocate(variant, calibration, rate)
-        if variant.gain is None and not variant.books:
+        if (change := self._change(variant, allocated)) is None:
             return lambda: SpectralCache(allocated, self.model.config, sink_length=variant.sinks, residual_length=0)
+        return codec_cache(allocated, self.model.config, change, variant.sinks, 0)
+
+    def _change(self, variant: Variant, allocated: Calibration) -> Callable[[SpectralCodec], SideCodec] | None:
+        """What a variant's codec has that ours has not."""
         if variant.gain is not None:
-            kind, bits = variant.gain
-            return codec_cache(
-                allocated, self.model.config, lambda codec: GainCodec(codec, kind, bits), variant.sinks, 0
+            return lambda codec: GainCodec(codec, *variant.gain)
+        if variant.books:
+            books = fitted_books(
+                self.model, allocated, self.calibration_tokens[: self.settings["calibration"]["seq_len"]]
             )
-        books = fitted_books(self.model, allocated, self.calibration_tokens[:SEQUENCE])
-        return codec_cache(allocated, self.model.config, lambda codec: with_books(codec, books), variant.sinks, 0)
+            return lambda codec: with_books(codec, books)
+        _, anchor_length = FRAMES[variant.choice.frame]
+        return None if anchor_length == ANCHOR_LENGTH else lambda codec: with_anchors(codec, anchor_length)
 
 
 def allocate(variant: Variant, calibration: Calibration, rate: float) -> Calibration:
@@ -272,6 +310,8 @@ def allocate(variant: Variant, calibration: Calibration, rate: float) -> Calibra
         With widths.
     """
     key_bits, value_bits = ("joint", "joint") if variant.offsets is None else (rate + o for o in variant.offsets)
+    if variant.key_min_bits is not None:
+        return with_key_minimum(calibration, rate, variant.key_min_bits)
     allocated = calibration.with_bits(rate, key_bits=key_bits, value_bits=value_bits, min_bits=variant.min_bits)
     if variant.floor is None:
         return allocated
@@ -291,7 +331,45 @@ def allocate(variant: Variant, calibration: Calibration, rate: float) -> Calibra
         allocated = Calibration(layers, replace(calibration.metadata, rate=Rate(rate)))
 
 
-def mean_width(layer: Any) -> float:
+def with_key_minimum(calibration: Calibration, rate: float, key_min_bits: int) -> Calibration:
+    """The least distortion with a smallest width of the keys' own, found by trying how to share the budget.
+
+    Args:
+        calibration: Without widths; as many key as value elements.
+        rate: Mean width over keys and values together.
+        key_min_bits: Smallest width of the keys; that of the values is 0.
+
+    Returns:
+        With widths.
+    """
+    least, most = float(key_min_bits), min(2 * rate, MAX_WIDTH)
+    for step in (1 / 4, 1 / 32):  # the cost is convex in the share: a fine search around the best of a coarse one
+        count = round((most - least) / step)
+        found = [_shared_out(calibration, rate, least + step * i, key_min_bits) for i in range(count + 1)]
+        _, share, layers = min(found, key=lambda entry: entry[0])
+        least, most = max(least, share - step), min(most, share + step)
+    return Calibration(layers, replace(calibration.metadata, rate=Rate(rate)))
+
+
+def _shared_out(
+    calibration: Calibration, rate: float, key_rate: float, key_min_bits: int
+) -> tuple[float, float, dict[int, LayerCalibration]]:
+    """Cost, mean width of the keys, and layers with widths; values get what the keys leave."""
+    value_rate = min(2 * rate - key_rate, MAX_WIDTH)
+    keys = calibration.with_bits(key_rate, key_bits=key_rate, value_bits=None, min_bits=key_min_bits)
+    values = calibration.with_bits(value_rate, key_bits=None, value_bits=value_rate)
+    layers = {index: replace(layer, value=values.layers[index].value) for index, layer in keys.layers.items()}
+    return distortion(layers), key_rate, layers
+
+
+def distortion(layers: dict[int, LayerCalibration]) -> float:
+    """What the widths cost, in the metric: the sum over coefficients of variance times the width's distortion."""
+    by_width = torch.tensor([gaussian_codebook(width).distortion for width in range(MAX_WIDTH + 1)]).double()
+    sides = [layer.side(side) for layer in layers.values() for side in SIDES]
+    return sum(float((side.spectrum.double() * by_width[side.widths.long()]).sum()) for side in sides)
+
+
+def mean_width(layer: LayerCalibration) -> float:
     """Mean width of a layer's coefficients, keys and values together."""
     widths = [side.widths.double().mean() for side in (layer.key, layer.value)]
     return float(sum(widths)) / len(widths)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from records import ROOT, Cells, write_record
+from records import ROOT, Run, write_record
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -121,11 +121,9 @@ def main() -> None:
         asked["calibration"] = hashlib.sha256(
             (options.calibration / "calibration.safetensors").read_bytes()
         ).hexdigest()
-    cells = Cells(
-        "fidelity", {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()}
-    )
-    print(f"finished cells: {cells.folder.relative_to(ROOT)}", file=sys.stderr)
-    calibration, seconds = calibrated(model, tokenizer, calibration_text, cells, options)
+    run = Run("fidelity", {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
+    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
+    calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     statistics = text_statistics(model, tokenizer, calibration_text, options.calibration_tokens)
     recipe = calibration.metadata.recipe
     settings["calibration"] = {**recipe, "source": calibration_source, "seconds": seconds}
@@ -134,10 +132,10 @@ def main() -> None:
     out = Console(width=None if sys.stdout.isatty() else 120)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         for part in parts:
-            metrics[part.name] = measure_part(part, model, calibration, statistics, cells, bar)
+            metrics[part.name] = measure_part(part, model, calibration, statistics, run, bar)
             out.print(table(part.name, metrics[part.name]))
-    path = write_record("fidelity", settings, metrics, cells.git)
-    cells.discard()
+    path = write_record("fidelity", settings, metrics, run.git)
+    run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
@@ -196,13 +194,13 @@ def calibrated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    cells: Cells,
+    run: Run,
     options: argparse.Namespace,
 ) -> tuple[Calibration, float | None]:
     """The calibration, from a file or an interrupted run if there is one, and the seconds it took."""
     if options.calibration is not None:
         return Calibration.from_pretrained(options.calibration), None
-    folder = cells.folder / "calibration"
+    folder = run.folder / "calibration"
 
     def make() -> float:
         started = time.perf_counter()
@@ -210,7 +208,7 @@ def calibrated(
         made.save_pretrained(folder)
         return time.perf_counter() - started
 
-    seconds = cells.get("calibration-seconds", make)
+    seconds = run.cell("calibration-seconds", make)
     return Calibration.from_pretrained(folder), seconds
 
 
@@ -219,7 +217,7 @@ def measure_part(
     model: PreTrainedModel,
     calibration: Calibration,
     statistics: RivalStatistics,
-    cells: Cells,
+    run: Run,
     bar: Progress,
 ) -> dict[str, Any]:
     """Measure the methods of a part, a few at a time."""
@@ -256,7 +254,7 @@ def measure_part(
             )
             return {name: result.to_dict() for name, result in found.items()}
 
-        results |= cells.get(f"{part.name}-{number}", measure)
+        results |= run.cell(f"{part.name}-{number}", measure)
         bar.update(task, completed=(number + 1) * windows * part.context)
     bar.remove_task(task)
     return results

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from fidelity import CHUNK, SINKS, read, tokenized
-from records import ROOT, Cells, write_record
+from records import ROOT, Run, write_record
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def main() -> None:
             "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
         },
     }
-    cells = Cells("findings", settings)
+    kept = Run("findings", settings)
 
     def fidelity(methods: list[Method]) -> dict[str, Any]:
         found = measure_fidelity(model, tokens, methods, context=options.context, chunk=CHUNK, sink_length=SINKS)
@@ -79,18 +79,18 @@ def main() -> None:
     metrics: dict[str, Any] = {}
     with console.status("storage"):
         methods = parse_methods(names, model.config, None, SINKS, 0, statistics=statistics)
-        metrics["storage"] = cells.get("storage", lambda: fidelity(methods))
+        metrics["storage"] = kept.cell("storage", lambda: fidelity(methods))
     metrics["bases"] = {}
     for bits in (4, 2):
         with console.status(f"bases at {bits} bits"):
             flat = [Method(basis, "rival", True, flat_cache(setting, basis, bits)) for basis in BASES]
-            metrics["bases"][str(bits)] = cells.get(f"bases-{bits}", lambda flat=flat: fidelity(flat))
+            metrics["bases"][str(bits)] = kept.cell(f"bases-{bits}", lambda flat=flat: fidelity(flat))
     with console.status("ratio and routing"):
         window = tokens[: min(len(tokens), 1024)]
-        metrics["ratio"] = cells.get("ratio", lambda: damage_ratios(model, window))
-        metrics["routing"] = cells.get("routing", lambda: routing_flips(model, window, statistics))
-    path = write_record("findings", settings, metrics, cells.git)
-    cells.discard()
+        metrics["ratio"] = kept.cell("ratio", lambda: damage_ratios(model, window))
+        metrics["routing"] = kept.cell("routing", lambda: routing_flips(model, window, statistics))
+    path = write_record("findings", settings, metrics, kept.git)
+    kept.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 

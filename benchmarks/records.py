@@ -14,6 +14,7 @@ from typing import Any
 
 from quantcache.env import environment
 from quantcache.evaluation import record as record_schema
+from quantcache.evaluation.cells import Cells
 from quantcache.jsonfile import to_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +22,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / "benchmarks" / "scratch"
 
 
-class Cells:
-    """Finished cells of a run, each a file, so that an interrupted run goes on where it was.
+class Run:
+    """A run that an interruption does not lose: its finished cells, and a folder for files that go with them.
 
     They are kept apart by settings and by the source code: another choice or another version starts afresh.
 
@@ -32,7 +33,8 @@ class Cells:
 
     Attributes:
         git: Commit and state of the checkout when the run started, for :func:`write_record`.
-        folder: Where the cells are.
+        folder: Where everything is.
+        cells: Its finished cells.
     """
 
     def __init__(self, suite: str, settings: dict[str, Any]):
@@ -41,27 +43,28 @@ class Cells:
             for path in sorted((ROOT / name).rglob("*")):
                 if path.suffix in (".py", ".cpp", ".h"):
                     digest.update(path.read_bytes())
+        self.suite = suite
         self.git: dict[str, Any] | None = environment()["git"]
         self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.cells = Cells(self.folder / "cells.jsonl", {"run": self.folder.name})
 
-    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+    def cell(self, name: str, measure: Callable[[], Any]) -> Any:
         """A cell: measured now, or what was measured before the interruption.
 
         Args:
             name: Name of the cell, unique in the run.
-            measure: Measures it; its result goes to JSON and back.
+            measure: Measures it; its result goes to JSON and back. What it raises ends the run.
 
         Returns:
             The result.
         """
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            write_json(path, measure())
-        return json.loads(path.read_text(encoding="utf-8"))
+        if self.cells.missing(self.suite, ["all"], name):
+            self.cells.put(self.suite, "all", name, json.loads(to_json({"value": measure()})))
+        return self.cells.get(self.suite, "all", name)["value"]
 
     def discard(self) -> None:
-        """Forget the cells, once the record has them."""
+        """Forget everything, once the record has it."""
         shutil.rmtree(self.folder)
 
 
@@ -90,7 +93,7 @@ def write_record(
         suite: Name of the benchmark.
         settings: Everything that was chosen.
         metrics: Everything that was measured.
-        started: The state of git when the run started (:attr:`Cells.git`): where it has changed since, no one commit
+        started: The state of git when the run started (:attr:`Run.git`): where it has changed since, no one commit
             says what was run.
 
     Returns:

@@ -36,6 +36,7 @@ TABLES: dict[str, tuple[str, Render]] = {
     "fidelity-weights": ("fidelity", weights_table),
     "claim": ("fidelity", claim_table),
     "ablations": ("ablations", ablation_table),
+    "ablations-second-model": ("ablations-second-model", ablation_table),
     "findings": ("findings", findings_table),
     "absorb": ("absorb", absorb_table),
     "cpu-attention": ("cpu-decode", cpu_attention_table),

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ablation_statistics
 import ablations
 import findings
 import pytest
 import torch
-from ablation_codecs import GainCodec, _lloyd, fitted_books, side_codecs, with_books
-from ablation_statistics import AblationStatistics, Choice, gather
+from ablation_codecs import GainCodec, _lloyd, fitted_books, side_codecs, with_anchors, with_books
+from ablation_statistics import ANCHORS, AblationStatistics, Choice, gather
 from builders import llama_config
-from records import Cells
+from records import Run
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -20,6 +19,8 @@ import quantcache
 from quantcache import Calibration, calibrate
 from quantcache.artifact import CodecSettings, Metadata
 from quantcache.codebook import lloyd_max
+from quantcache.codec import dequantize_gain, quantize_gain
+from quantcache.rope import ANCHOR_LENGTH
 from quantcache.spectral import METRIC_SHRINKAGE
 
 CONFIG = llama_config(head_dim=32, layers=3, kv_heads=2)
@@ -101,12 +102,12 @@ def test_gram_basis_is_orthogonal_and_keeps_the_variance(model: PreTrainedModel,
 def test_interrupted_statistics_go_on(
     model: PreTrainedModel, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablation_statistics, "SEQUENCE", 200)
     monkeypatch.setattr("records.SCRATCH", tmp_path)
 
     def run(name: str, checkpoints: list[int]) -> tuple[dict[int, Path], list[int]]:
         steps: list[int] = []
-        return gather(model, tokens, checkpoints, Cells("suite", {"name": name}), steps.append), steps
+        folder = Run("suite", {"name": name}).folder
+        return gather(model, tokens, checkpoints, folder, steps.append, length=200), steps
 
     whole, steps = run("whole", [100, 200, 600])
     assert steps == [200, 200, 200]
@@ -166,6 +167,66 @@ def test_gain_sizes(calibration: Calibration, gain: str, bits: int, extra: float
     assert GainCodec(codec, gain, bits).bits == pytest.approx(codec.bits + extra)  # type: ignore[arg-type]
 
 
+def test_gain_steps(calibration: Calibration) -> None:
+    codec = side_codecs(calibration)[0, "key"]
+    gains = torch.linspace(0.8, 1.25, 200)
+    errors = []
+    for steps in (4, 8, 32):
+        gain = GainCodec(codec, "searched", 8, steps)
+        assert gain.bits == codec.bits
+        ratio = gain._stored(gains) / gains
+        errors.append(float(torch.log2(ratio).abs().max()))
+        assert errors[-1] <= 0.5 / steps + 1e-6  # half a step
+    assert errors == sorted(errors, reverse=True)
+    stored = GainCodec(codec, "searched", 8)._stored(gains)
+    assert torch.equal(stored, dequantize_gain(quantize_gain(gains)))
+
+
+def test_anchors_of_the_default_length_change_nothing(calibration: Calibration) -> None:
+    x, place = block()
+    ours = side_codecs(calibration)[0, "key"]
+    found = with_anchors(side_codecs(calibration)[0, "key"], ANCHOR_LENGTH)
+    assert torch.equal(ours.coefficients(x, place, None), found.coefficients(x, place, None))
+    short = with_anchors(side_codecs(calibration)[0, "key"], 32)
+    fields = short.encode(x, place, None)
+    # The first stretch is the same, and every later one is un-rotated further.
+    y, other = ours.coefficients(x, place, None), short.coefficients(x, place, None)
+    assert torch.equal(y[..., :32], other[..., :32])
+    assert not torch.equal(y[..., 32:], other[..., 32:])
+    exact = short.frame.leave(short.frame.enter(x, torch.arange(4, 68)), torch.arange(4, 68))
+    torch.testing.assert_close(exact, x, rtol=0, atol=1e-5)
+    assert short.decode(fields, place, None).shape == x.shape
+
+
+def test_frames_by_anchor_are_those_of_the_rotary_angle(model: PreTrainedModel) -> None:
+    """A slow pair turns by its anchor: keys that only a slow pair's rotation tells apart stay apart within one."""
+    statistics = AblationStatistics(model)
+    slots = torch.arange(4, 260)
+    for length, name in ANCHORS.items():
+        frame = statistics.frames[name, 0]
+        framed = frame.enter(torch.ones(1, 256, 32), slots)[0]
+        stretches = framed[:, : frame.slow_pairs].split(length)
+        slow = [float((s - s[:1]).abs().max()) for s in stretches]
+        assert max(slow) == 0
+        assert len({float(s[0, 0]) for s in stretches}) == len(stretches)
+
+
+@pytest.mark.parametrize("rate", [2.0, 3.0])
+def test_smallest_width_of_the_keys_alone(calibration: Calibration, rate: float) -> None:
+    free = ablations.allocate(ablations.Variant(), calibration, rate)
+    least = ablations.allocate(ablations.Variant(key_min_bits=1), calibration, rate)
+    both = ablations.allocate(ablations.Variant(min_bits=1), calibration, rate)
+    assert min(int(layer.key.widths.min()) for layer in free.layers.values()) == 0
+    assert min(int(layer.key.widths.min()) for layer in least.layers.values()) == 1
+    assert min(int(layer.value.widths.min()) for layer in least.layers.values()) == 0
+    group = 8 / 32 / 4
+    assert rate - 2 * group <= least.bits <= rate
+    # More freedom costs less; the search comes as near as its steps of 1/32 bit let it.
+    costs = [ablations.distortion(found.layers) for found in (free, least, both)]
+    assert costs == sorted(costs)
+    assert ablations.distortion(ablations.with_key_minimum(calibration, rate, 0).layers) <= 1.02 * costs[0]
+
+
 def test_fitted_codebooks() -> None:
     samples = torch.randn(200_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     book = lloyd_max(2)
@@ -215,6 +276,7 @@ def test_every_variant_names_a_default_row() -> None:
         "key-shrinkage",
         "value-shrinkage",
         "frame",
+        "anchor-length",
         "group-size",
         "profile",
         "gain",

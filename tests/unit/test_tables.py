@@ -230,12 +230,19 @@ def test_cells_outlive_an_interruption(tmp_path: Path, monkeypatch: pytest.Monke
         measured.append(1)
         return {"kl": 0.5}
 
-    assert records.Cells("suite", {"a": 1}).get("one", measure) == {"kl": 0.5}
-    assert records.Cells("suite", {"a": 1}).get("one", measure) == {"kl": 0.5}
+    assert records.Run("suite", {"a": 1}).cell("one", measure) == {"kl": 0.5}
+    assert records.Run("suite", {"a": 1}).cell("one", measure) == {"kl": 0.5}
     assert len(measured) == 1
-    other = records.Cells("suite", {"a": 2})  # other settings: nothing is known yet
-    assert other.get("one", measure) == {"kl": 0.5}
+    other = records.Run("suite", {"a": 2})  # other settings: nothing is known yet
+    assert other.cell("one", measure) == {"kl": 0.5}
     assert len(measured) == 2
+
+    def fail() -> None:
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):  # what failed is no finished cell
+        other.cell("two", fail)
+    assert other.cell("two", lambda: [1, 2]) == [1, 2]
     other.discard()
     assert not other.folder.exists()
 
