@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,3 +180,9 @@ def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == {"quantcache", "quantcache_kernels"}
     assert not [name for name in names if "__pycache__" in name]
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_map_of_the_source_is_whole() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing = {module for module, _ in modules() if not module.startswith("__")} - set(re.findall(r"`(\w+)`", page))
+    assert not missing, f"docs/architecture.md does not name {sorted(missing)}"
