@@ -94,7 +94,7 @@ bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes);
 bench-ablations: $(STAMP) ## Measure every choice of the codec (about an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/ablations.py $(ARGS)
 
-second-model: $(STAMP) ## Train a small Qwen3, the second model of the ablations (20 minutes)
+second-model: $(STAMP) ## Make a small Qwen3 of wiki11m, the second model of the ablations (minutes)
 	$(BIN)/python benchmarks/second_model.py $(ARGS)
 
 bench-findings: $(STAMP) ## Measure published findings again (minutes); options in ARGS="..."
