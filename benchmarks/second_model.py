@@ -2,9 +2,9 @@
 
 A model that is trained from scratch in the minutes that a CPU has does not use its context yet, and then any cache will
 do. So it starts from wiki11m's weights; every query and key is then normalized per head, with weights that keep their
-mean size, and the whole is trained on. Keys of one length are another thing to code than wiki11m's. The recipe is fixed:
-seed, text, batches, steps and one thread. Another processor or version of torch may round otherwise; then the figures
-come out alike, but not the hash.
+mean size, and the whole is trained on. Keys of one length are another thing to code than wiki11m's. The recipe is
+fixed: seed, text, batches, steps and one thread. Another processor or version of torch may round otherwise; then the
+figures come out alike, but not the hash.
 """
 
 from __future__ import annotations

@@ -77,6 +77,7 @@ def _with_quanto(model: PreTrainedModel, kind: str, kept: list[str]) -> None:
 def _with_torchao(model: PreTrainedModel, kind: str, kept: list[str]) -> None:
     from torchao import quantization
 
+    int4 = getattr(torch, "int4")  # noqa: B009 - torch's type stubs lack it
     done = set(kept)
 
     def linear(size: int) -> list[str]:
@@ -92,7 +93,7 @@ def _with_torchao(model: PreTrainedModel, kind: str, kept: list[str]) -> None:
         config = (
             quantization.Int8WeightOnlyConfig()
             if kind == "int8"
-            else quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+            else quantization.IntxWeightOnlyConfig(weight_dtype=int4, granularity=granularity)
         )
         quantization.quantize_(model, config, filter_fn=lambda _, path, paths=paths: path in paths)
         done.update(paths)
