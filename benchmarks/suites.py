@@ -18,12 +18,11 @@ from rich.console import Console
 
 from quantcache import Calibration, data
 from quantcache.cli.eval_tables import tables
-from quantcache.cli.session import BUNDLED_MODEL, load_model, progress_bar
+from quantcache.cli.session import BUNDLED_MODEL, load_model, progress_bar, show_cells
 from quantcache.evaluation import runner
-from quantcache.evaluation.cells import Key
 from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
-from quantcache.evaluation.provenance import calibration_sha256, check_overlap, model_sha256, text_sha256
-from quantcache.evaluation.qa import Question, load_questions
+from quantcache.evaluation.provenance import calibration_sha256, check_material, model_sha256, text_sha256
+from quantcache.evaluation.qa import load_questions
 
 METHODS = "dense,spectral-2,spectral-3,spectral-4,quanto-4,turboquant-mse-3,kivi-4"
 MEASURED = tuple(name for name in SUITES if name != "fidelity")
@@ -68,7 +67,6 @@ def main() -> None:
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     settings["calibration"] = {**calibration.metadata.recipe, "source": calibration_source, "seconds": seconds}
-    settings["gates"] = gates(calibration, text, questions)
     material = Material(
         model=model,
         tokenizer=tokenizer,
@@ -78,7 +76,10 @@ def main() -> None:
         domains=domains,
         length_text=calibration_text,
     )
-    metrics = measured(material, plan, run)
+    settings["gates"] = check_material(calibration, material, "the evaluation text", text)
+    with progress_bar() as bar:
+        show_cells(run.cells, bar)
+        metrics = runner.run(material, plan, run.cells)
     out = Console(width=None if sys.stdout.isatty() else 160)
     for shown in tables({"metrics": metrics, "model": BUNDLED_MODEL, "sinks": SINKS, "dtype": "float32"}):
         out.print(shown)
@@ -102,31 +103,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
     parser.add_argument("--quick", action="store_true", help="small suites, to see that everything runs")
     return parser.parse_args()
-
-
-def gates(calibration: Calibration, text: str, questions: list[Question] | None) -> dict[str, Any]:
-    """Refuse texts that were calibrated on; say what was compared."""
-    found = {"text": check_overlap(calibration, text, "the evaluation text")}
-    if questions is not None:
-        paragraphs = "\n".join(dict.fromkeys(question.context for question in questions))
-        found["qa"] = check_overlap(calibration, paragraphs, "the text of the questions")
-    return found
-
-
-def measured(material: Material, plan: Plan, run: Run) -> dict[str, Any]:
-    """Results of every suite, with progress on stderr."""
-    with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def on_plan(suite: str, count: int) -> None:
-            tasks[suite] = bar.add_task(suite, total=count)
-
-        def on_done(key: Key) -> None:
-            if key[0] in tasks:  # the calibration is a cell as well
-                bar.update(tasks[key[0]], advance=1, description=f"{key[0]} {key[1]}")
-
-        run.cells.on_plan, run.cells.on_done = on_plan, on_done
-        return runner.run(material, plan, run.cells)
 
 
 if __name__ == "__main__":

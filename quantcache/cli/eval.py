@@ -26,14 +26,14 @@ from quantcache.cli.session import (
     read_text,
     report_error,
     session,
+    show_cells,
 )
 from quantcache.errors import QuantCacheError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
     from transformers import PreTrainedModel
 
-    from quantcache.artifact import Calibration
     from quantcache.evaluation.cells import Cells
     from quantcache.evaluation.plan import Material, Plan
 
@@ -111,7 +111,7 @@ def evaluate(
         from quantcache.evaluation.fidelity import check_stride
         from quantcache.evaluation.needle import NeedleFormat
         from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
-        from quantcache.evaluation.provenance import check_overlap, text_sha256
+        from quantcache.evaluation.provenance import check_material, check_overlap, text_sha256
         from quantcache.evaluation.weights import quantize_weights, weights_library
 
         if weights is not None:
@@ -171,7 +171,8 @@ def evaluate(
         for residual_length in residuals:
             runner.make_methods(material, plan, residual_length)  # a wrong name is told before anything is hashed
         ids = runner.used_tokens(material, plan)
-        gates = _gates(constants, content, str(tokenizer.decode(ids, skip_special_tokens=True)), text, material)
+        used = str(tokenizer.decode(ids, skip_special_tokens=True))
+        gates = {} if constants is None else check_material(constants, material, str(text), used)
         inputs = _inputs(material)
         with progress_bar() as bar:
             cells = _cells(output, _fingerprint(plan, inputs, loaded), restart, bar)
@@ -244,19 +245,6 @@ def _length_text() -> str:
     return calibration_text()
 
 
-def _gates(calibration: Calibration | None, content: str, used: str, text: Path, material: Material) -> dict[str, Any]:
-    """Refuse texts that were calibrated on; say what was compared."""
-    from quantcache.evaluation.provenance import check_overlap
-
-    if calibration is None:
-        return {}
-    gates = {"text": check_overlap(calibration, content, str(text), used)}
-    if material.questions is not None:
-        paragraphs = "\n".join(dict.fromkeys(question.context for question in material.questions))
-        gates["qa"] = check_overlap(calibration, paragraphs, "the text of the questions")
-    return gates
-
-
 def _inputs(material: Material) -> dict[str, str | None]:
     """SHA-256 of everything that is measured with."""
     from quantcache.evaluation import provenance
@@ -286,18 +274,12 @@ def _fingerprint(plan: Plan, inputs: dict[str, str | None], model: PreTrainedMod
 
 def _cells(output: Path | None, fingerprint: dict[str, Any], restart: bool, bar: Progress) -> Cells:
     """Cells that are kept beside the output and shown on a progress bar."""
-    from quantcache.evaluation.cells import Cells, Key
-
-    tasks: dict[str, TaskID] = {}
-
-    def plan(suite: str, count: int) -> None:
-        tasks[suite] = bar.add_task(suite, total=count)
-
-    def done(key: Key) -> None:
-        bar.update(tasks[key[0]], advance=1, description=f"{key[0]} {key[1]}")
+    from quantcache.evaluation.cells import Cells
 
     path = None if output is None else output.with_name(f"{output.name}.cells")
-    return Cells(path, fingerprint, restart, plan, done)
+    cells = Cells(path, fingerprint, restart)
+    show_cells(cells, bar)
+    return cells
 
 
 def _record(
