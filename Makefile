@@ -15,7 +15,8 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test quality style test-matrix support soak asan bench-cpu bench-gpu bench-decode bench-fidelity \
-  bench-ablations bench-findings bench-absorb second-model tables tables-check build clean distclean
+  bench-ablations bench-findings bench-absorb bench-suites second-model \
+  tables tables-check build clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,11 +94,14 @@ bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes);
 bench-ablations: $(STAMP) ## Measure every choice of the codec (about an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/ablations.py $(ARGS)
 
-second-model: $(STAMP) ## Train a small Qwen3, the second model of the ablations (20 minutes)
+second-model: $(STAMP) ## Make a small Qwen3 of wiki11m, the second model of the ablations (minutes)
 	$(BIN)/python benchmarks/second_model.py $(ARGS)
 
 bench-findings: $(STAMP) ## Measure published findings again (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/findings.py $(ARGS)
+
+bench-suites: $(STAMP) ## Measure retrieval, routing, transfer, memory and speed (15 minutes); options in ARGS="..."
+	$(BIN)/python benchmarks/suites.py $(ARGS)
 
 bench-absorb: $(STAMP) ## Measure absorbed checkpoints on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/absorb.py $(ARGS)

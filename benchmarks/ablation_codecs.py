@@ -36,7 +36,47 @@ COARSE_STEPS = {4: 2, 6: 8}
 """Steps per octave of gains of fewer than 8 bits; 16 bits are a float16."""
 
 
-class GainCodec:
+class SimulatedCodec:
+    """Blocks kept as what they decode to.
+
+    Args:
+        codec: Ours, whose constants are used.
+    """
+
+    bits: float | None
+
+    def __init__(self, codec: SpectralCodec):
+        self.codec, self.bits = codec, codec.bits
+
+    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+        """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
+        return join_blocks(fields["simulated"])
+
+    def tensors(self) -> list[Tensor]:
+        """The constants."""
+        return self.codec.tensors()
+
+
+class AnchorCodec(SimulatedCodec):
+    """Our codec with anchors of another length, which attention on codes could not read: it takes them from blocks.
+
+    Args:
+        codec: Ours; its frame is changed in place. Values, and keys without RoPE, have no anchors.
+        length: Tokens that share an anchor.
+    """
+
+    def __init__(self, codec: SpectralCodec, length: int):
+        super().__init__(codec)
+        if not codec.frame.is_identity:
+            codec.frame = AnchoredFrame(codec.dim, codec.frame.rope, codec.frame.fast_wavelength, length)
+
+    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+        """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
+        decoded = self.codec.decode(self.codec.encode(x, places, starts), places, starts)
+        return {"simulated": split_blocks(decoded.to(x.dtype))}
+
+
+class GainCodec(SimulatedCodec):
     """Our codec with another gain.
 
     Args:
@@ -48,10 +88,11 @@ class GainCodec:
     """
 
     def __init__(self, codec: SpectralCodec, gain: Gain, gain_bits: int = 8, steps: int | None = None):
-        self.codec, self.gain, self.gain_bits = codec, gain, 0 if gain == "none" else gain_bits
+        super().__init__(codec)
+        self.gain, self.gain_bits = gain, 0 if gain == "none" else gain_bits
         self.steps = steps or COARSE_STEPS.get(gain_bits, GAIN_STEPS)
         self.factors = codec.gain_search if gain == "searched" else (1.0,)
-        self.bits: float | None = codec.bits + (self.gain_bits - 8) / codec.dim
+        self.bits = codec.bits + (self.gain_bits - 8) / codec.dim
 
     def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
         """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
@@ -100,14 +141,6 @@ class GainCodec:
             return framed
         positions, anchors = block_positions(place, starts)
         return self.codec.frame.leave(framed, positions[:, None], anchors[:, None])
-
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
-        """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
-        return join_blocks(fields["simulated"])
-
-    def tensors(self) -> list[Tensor]:
-        """The constants."""
-        return self.codec.tensors()
 
 
 def codec_cache(
@@ -208,19 +241,4 @@ def with_books(codec: SpectralCodec, books: dict[int, Tensor]) -> SpectralCodec:
         else c
         for c in codec.classes
     )
-    return codec
-
-
-def with_anchors(codec: SpectralCodec, length: int) -> SpectralCodec:
-    """The same codec with anchors of another length; values and keys without RoPE have none.
-
-    Args:
-        codec: Changed in place.
-        length: Tokens that share an anchor.
-
-    Returns:
-        The codec.
-    """
-    if not codec.frame.is_identity:
-        codec.frame = AnchoredFrame(codec.dim, codec.frame.rope, codec.frame.fast_wavelength, length)
     return codec

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_codecs import GainCodec, codec_cache, fitted_books, with_anchors, with_books
+from ablation_codecs import AnchorCodec, GainCodec, codec_cache, fitted_books, with_books
 from ablation_statistics import ANCHORS, FRAMES, SEQUENCE, WAVELENGTHS, AblationStatistics, Choice, gather
 from fidelity import CHUNK, SINKS, read, tokenized
 from records import ROOT, Run, write_record
@@ -295,7 +295,7 @@ class Bench:
             )
             return lambda codec: with_books(codec, books)
         _, anchor_length = FRAMES[variant.choice.frame]
-        return None if anchor_length == ANCHOR_LENGTH else lambda codec: with_anchors(codec, anchor_length)
+        return None if anchor_length == ANCHOR_LENGTH else lambda codec: AnchorCodec(codec, anchor_length)
 
 
 def allocate(variant: Variant, calibration: Calibration, rate: float) -> Calibration:

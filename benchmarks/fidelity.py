@@ -27,10 +27,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import Calibration, calibrate, compat, data
+from quantcache import Calibration, calibrate, data
 from quantcache.cli.session import load_model, position_limit
 from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
 from quantcache.evaluation.methods import RECIPES, RivalStatistics
+from quantcache.evaluation.weights import KINDS, quantize_weights, weights_library
 
 BITS = 3.0
 SINKS = 4
@@ -62,8 +63,8 @@ class Part:
         context: Tokens in a window.
         residual: Recent tokens kept; None for what each method's authors recommend.
         stride: Tokens by which windows slide, None if they do not overlap.
-        weights: ``int8`` or ``int4`` for a model whose weights optimum-quanto has quantized; the dense cache of that
-            model is then the reference, the calibration that of the unquantized one.
+        weights: What the model's weights are quantized to (:func:`quantcache.evaluation.weights.quantize_weights`); the
+            dense cache of that model is then the reference, the calibration that of the unquantized one.
     """
 
     name: str
@@ -147,7 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths")
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 1024], help="other contexts")
-    parser.add_argument("--weights", nargs="*", default=["int8", "int4"], choices=("int8", "int4"))
+    parser.add_argument("--weights", nargs="*", default=[f"quanto-{kind}" for kind in KINDS], help="quantized weights")
     parser.add_argument("--windows", type=int, default=4, help="windows of the evaluation text")
     parser.add_argument("--stride", type=int, default=512, help=f"of WikiText-2's windows of {WIKITEXT_WINDOW}")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
@@ -231,10 +232,11 @@ def measure_part(
         own_lengths=part.residual is None,
     )
     if part.weights is not None:
-        if missing := compat.missing_quantizer("quanto"):
+        if missing := weights_library(part.weights)[2]:
             status = f"unsupported: {missing}"
             return {m.name: FidelityResult(m.family, m.simulated, status).to_dict() for m in methods}
-        model = with_quantized_weights(part.weights)
+        model, _ = load_model("wiki11m", device="cpu", dtype="float32")
+        quantize_weights(model, part.weights)
     batches = [methods[i : i + BATCH] for i in range(0, len(methods), BATCH)]
     windows = len(part.tokens.unfold(0, part.context, part.stride or part.context))
     task = bar.add_task(part.name, total=len(batches) * windows * part.context)
@@ -258,23 +260,6 @@ def measure_part(
         bar.update(task, completed=(number + 1) * windows * part.context)
     bar.remove_task(task)
     return results
-
-
-def with_quantized_weights(kind: str) -> PreTrainedModel:
-    """wiki11m with the weights of its layers quantized by optimum-quanto.
-
-    Args:
-        kind: ``int8`` or ``int4``.
-
-    Returns:
-        The model; embeddings and output head are left alone.
-    """
-    from optimum import quanto
-
-    model, _ = load_model("wiki11m", device="cpu", dtype="float32")
-    quanto.quantize(model, weights={"int8": quanto.qint8, "int4": quanto.qint4}[kind], exclude="lm_head")
-    quanto.freeze(model)
-    return model
 
 
 def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:

@@ -215,7 +215,7 @@ def contexts_table(path: Path, record: Record, page: Path) -> str:
 def weights_table(path: Path, record: Record, page: Path) -> str:
     """Ours on models with quantized weights."""
     metrics = record["metrics"]
-    kinds = {key.removeprefix("weights_"): key for key in metrics if key.startswith("weights_")}
+    kinds = {key.removeprefix("weights_").removeprefix("quanto-"): key for key in metrics if key.startswith("weights_")}
     if not kinds:
         return "Not in the newest record."
     names = list(metrics[next(iter(kinds.values()))])
@@ -231,7 +231,8 @@ def weights_table(path: Path, record: Record, page: Path) -> str:
             )
         rows.append(row)
     caption = (
-        "Mean KL to the dense cache of the same model, and perplexity. Weights by optimum-quanto; one calibration, of "
+        "Mean KL to the dense cache of the same model, and perplexity. Weights by optimum-quanto unless it says "
+        "otherwise; one calibration, of "
         f"the unquantized model, residual 64. {about(record)}. {origin(path, record, page)}"
     )
     return markdown(["method", *columns], rows) + f"\n\n{caption}"

@@ -17,6 +17,7 @@ from ablation_tables import ablation_table, findings_table
 from absorb_tables import absorb_table
 from cpu_tables import cpu_attention_table, cpu_models_table
 from fidelity_tables import all_table, claim_table, contexts_table, fidelity_table, own_table, weights_table
+from suite_tables import SUITE_TABLES
 
 from quantcache.evaluation.record import read_record
 
@@ -24,7 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"
 NO_RECORD = "No record yet."
 MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-PAGES = ("README.md", "docs/fidelity.md", "docs/ablations.md", "docs/absorbed-checkpoints.md", "docs/speed.md")
+PAGES = (
+    "README.md",
+    "docs/fidelity.md",
+    "docs/ablations.md",
+    "docs/suites.md",
+    "docs/absorbed-checkpoints.md",
+    "docs/speed.md",
+)
 
 Render = Callable[[Path, dict[str, Any], Path], str]
 
@@ -41,6 +49,7 @@ TABLES: dict[str, tuple[str, Render]] = {
     "absorb": ("absorb", absorb_table),
     "cpu-attention": ("cpu-decode", cpu_attention_table),
     "cpu-models": ("cpu-decode", cpu_models_table),
+    **SUITE_TABLES,
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""
 

@@ -15,7 +15,7 @@ import transformers
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import is_hqq_available, is_optimum_quanto_available
+from transformers.utils import is_hqq_available, is_optimum_quanto_available, is_torchao_available
 
 from quantcache.data import demo_model_path
 from quantcache.errors import ArtifactError, UnsupportedModel
@@ -217,10 +217,10 @@ HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
 
 
 def missing_quantizer(backend: str) -> str | None:
-    """What is missing to run a back end of transformers' QuantizedCache.
+    """What is missing to quantize with a library that transformers can use.
 
     Args:
-        backend: ``quanto`` or ``hqq``.
+        backend: ``quanto``, ``hqq`` or ``torchao``.
 
     Returns:
         A clause, None if nothing is.
@@ -228,6 +228,7 @@ def missing_quantizer(backend: str) -> str | None:
     package, available = {
         "quanto": ("optimum-quanto", is_optimum_quanto_available),
         "hqq": ("hqq", is_hqq_available),
+        "torchao": ("torchao", is_torchao_available),
     }[backend]
     return None if available() else f"needs {package}"
 

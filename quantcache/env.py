@@ -14,7 +14,7 @@ import torch
 
 from quantcache import compat
 
-_MORE_PACKAGES = ("safetensors", "scipy", "numpy", "triton", "optimum-quanto", "hqq")
+_MORE_PACKAGES = ("safetensors", "scipy", "numpy", "triton", "optimum-quanto", "hqq", "torchao")
 
 
 def environment() -> dict[str, Any]:

@@ -26,14 +26,14 @@ from quantcache.cli.session import (
     read_text,
     report_error,
     session,
+    show_cells,
 )
 from quantcache.errors import QuantCacheError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
     from transformers import PreTrainedModel
 
-    from quantcache.artifact import Calibration
     from quantcache.evaluation.cells import Cells
     from quantcache.evaluation.plan import Material, Plan
 
@@ -59,6 +59,12 @@ def evaluate(
     residual: Annotated[str, typer.Option(help="Recent tokens that every method keeps; several for fidelity.")] = "64",
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that every method keeps.")] = 4,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at once.")] = 64,
+    stride: Annotated[
+        int | None, typer.Option(help="Fidelity: windows slide by so many tokens instead of lying side by side.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Quantize the model's weights first: int8 or int4, with quanto- or torchao-.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"Small suites, {QUICK_TOKENS} tokens at most.")] = False,
     qa: Annotated[
         Path | None, typer.Option(metavar="FILE", help="SQuAD JSON, or JSON lines of context, question and answers.")
@@ -102,10 +108,14 @@ def evaluate(
 
         from quantcache.evaluation import needs_statistics, runner, text_statistics
         from quantcache.evaluation import qa as questions
+        from quantcache.evaluation.fidelity import check_stride
         from quantcache.evaluation.needle import NeedleFormat
         from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
-        from quantcache.evaluation.provenance import check_overlap, text_sha256
+        from quantcache.evaluation.provenance import check_material, check_overlap, text_sha256
+        from quantcache.evaluation.weights import quantize_weights, weights_library
 
+        if weights is not None:
+            weights_library(weights)  # a wrong name is told before a model is loaded
         if constants is not None:
             check_overlap(constants, content, str(text), used="")  # the whole text first, before a model is loaded
 
@@ -118,10 +128,13 @@ def evaluate(
         loaded, tokenizer = load_model(model, revision=revision, **loading)
         if constants is not None:
             constants.check_compatible(loaded.config)
+        quantized = None if weights is None else quantize_weights(loaded, weights)
         limit = position_limit(loaded)
         contexts = contexts or (min(CONTEXT, limit or CONTEXT),)
         if limit is not None and max(contexts) > limit:
             raise ValueError(f"--context {max(contexts)} exceeds the model's limit of {limit} positions")
+        if stride is not None:
+            check_stride(stride, min(contexts))
         wanted = min(tokens, QUICK_TOKENS) if quick else tokens
         if wanted < max(contexts):
             raise ValueError(
@@ -136,6 +149,7 @@ def evaluate(
             residuals=residuals,
             sinks=sinks,
             chunk=chunk,
+            stride=stride,
             sizes=QUICK if quick else Sizes(),
             needle_form=NeedleFormat(needle_fact or form.fact, needle_question or form.question),
             chat=chat,
@@ -157,7 +171,8 @@ def evaluate(
         for residual_length in residuals:
             runner.make_methods(material, plan, residual_length)  # a wrong name is told before anything is hashed
         ids = runner.used_tokens(material, plan)
-        gates = _gates(constants, content, str(tokenizer.decode(ids, skip_special_tokens=True)), text, material)
+        used = str(tokenizer.decode(ids, skip_special_tokens=True))
+        gates = {} if constants is None else check_material(constants, material, str(text), used)
         inputs = _inputs(material)
         with progress_bar() as bar:
             cells = _cells(output, _fingerprint(plan, inputs, loaded), restart, bar)
@@ -170,13 +185,16 @@ def evaluate(
                 report_error(f"interrupted{kept}")
                 raise
         failures = runner.failures(results)
+        step = stride or contexts[0]
         if not runner.measured(results):
             raise QuantCacheError(f"no method could be measured; {(failures or runner.skipped(results))[0]}")
         data = {
             "model": model,
             "calibration": calibration,
             "context": contexts[0],
-            "tokens": len(ids) // contexts[0] * contexts[0],
+            "tokens": (len(ids.unfold(0, contexts[0], step)) - 1) * step + contexts[0],
+            "stride": stride,
+            "weights": quantized,
             "residual": residuals[0],
             "sinks": sinks,
             "chunk": chunk,
@@ -227,19 +245,6 @@ def _length_text() -> str:
     return calibration_text()
 
 
-def _gates(calibration: Calibration | None, content: str, used: str, text: Path, material: Material) -> dict[str, Any]:
-    """Refuse texts that were calibrated on; say what was compared."""
-    from quantcache.evaluation.provenance import check_overlap
-
-    if calibration is None:
-        return {}
-    gates = {"text": check_overlap(calibration, content, str(text), used)}
-    if material.questions is not None:
-        paragraphs = "\n".join(dict.fromkeys(question.context for question in material.questions))
-        gates["qa"] = check_overlap(calibration, paragraphs, "the text of the questions")
-    return gates
-
-
 def _inputs(material: Material) -> dict[str, str | None]:
     """SHA-256 of everything that is measured with."""
     from quantcache.evaluation import provenance
@@ -269,18 +274,12 @@ def _fingerprint(plan: Plan, inputs: dict[str, str | None], model: PreTrainedMod
 
 def _cells(output: Path | None, fingerprint: dict[str, Any], restart: bool, bar: Progress) -> Cells:
     """Cells that are kept beside the output and shown on a progress bar."""
-    from quantcache.evaluation.cells import Cells, Key
-
-    tasks: dict[str, TaskID] = {}
-
-    def plan(suite: str, count: int) -> None:
-        tasks[suite] = bar.add_task(suite, total=count)
-
-    def done(key: Key) -> None:
-        bar.update(tasks[key[0]], advance=1, description=f"{key[0]} {key[1]}")
+    from quantcache.evaluation.cells import Cells
 
     path = None if output is None else output.with_name(f"{output.name}.cells")
-    return Cells(path, fingerprint, restart, plan, done)
+    cells = Cells(path, fingerprint, restart)
+    show_cells(cells, bar)
+    return cells
 
 
 def _record(

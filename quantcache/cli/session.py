@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from quantcache.errors import HubError, QuantCacheError, UnsupportedModel
 from quantcache.jsonfile import to_json
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quantcache.artifact import Calibration
+    from quantcache.evaluation.cells import Cells, Key
 
 BUNDLED_MODEL = "wiki11m"
 
@@ -126,6 +127,25 @@ def report_error(message: str) -> None:
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def show_cells(cells: Cells, bar: Progress) -> None:
+    """Show a run's cells on a progress bar, a line for each suite.
+
+    Args:
+        cells: Its callbacks are set.
+        bar: The progress bar.
+    """
+    tasks: dict[str, TaskID] = {}
+
+    def plan(suite: str, count: int) -> None:
+        tasks[suite] = bar.add_task(suite, total=count)
+
+    def done(key: Key) -> None:
+        if key[0] in tasks:
+            bar.update(tasks[key[0]], advance=1, description=f"{key[0]} {key[1]}")
+
+    cells.on_plan, cells.on_done = plan, done
 
 
 def progress_bar() -> Progress:

@@ -127,6 +127,20 @@ def chunk_edges(context: int, chunk: int, sink_length: int) -> list[tuple[int, i
     return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
 
+def check_stride(stride: int, context: int) -> None:
+    """Refuse windows that do not overlap, or that do not move.
+
+    Args:
+        stride: Tokens by which windows slide.
+        context: Tokens in a window.
+
+    Raises:
+        QuantCacheError: The stride is not below the window, or not above 0.
+    """
+    if not 0 < stride < context:
+        raise QuantCacheError(f"the stride must lie between 1 and {context - 1}, the window less one, got {stride}")
+
+
 @torch.no_grad()
 def measure_fidelity(
     model: PreTrainedModel,
@@ -160,8 +174,8 @@ def measure_fidelity(
     """
     if len(tokens) < context:
         raise QuantCacheError(f"the text has {len(tokens)} tokens, one window needs {context}")
-    if stride is not None and not 0 < stride < context:
-        raise QuantCacheError(f"the stride must lie between 1 and {context - 1}, the window less one, got {stride}")
+    if stride is not None:
+        check_stride(stride, context)
     device = compat.input_device(model)
     tallies = {method.name: _Tally() for method in methods}
     failed = {method.name: f"unsupported: {method.unsupported}" for method in methods if method.unsupported}

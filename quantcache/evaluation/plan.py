@@ -90,6 +90,7 @@ class Plan:
         residuals: Recent tokens that every method keeps; fidelity is measured at each, the other suites use the first.
         sinks: First tokens that every method keeps.
         chunk: Tokens fed at once.
+        stride: Tokens by which windows of the fidelity suite slide; None if they do not overlap.
         sizes: How much each suite does.
         needle_form: How needles are stated and asked for.
         chat: Put prompts into the tokenizer's chat template.
@@ -103,6 +104,7 @@ class Plan:
     residuals: tuple[int, ...] = (RESIDUAL_LENGTH,)
     sinks: int = SINK_LENGTH
     chunk: int = CHUNK
+    stride: int | None = None
     sizes: Sizes = field(default_factory=Sizes)
     needle_form: needle.NeedleFormat = field(default_factory=needle.NeedleFormat)
     chat: bool = False

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache.artifact import Calibration
 from quantcache.artifact_files import to_files
 from quantcache.errors import QuantCacheError
+from quantcache.evaluation.plan import Material
 from quantcache.passages import shared
 
 MOST_SHARED = 0.02
@@ -137,3 +138,25 @@ def check_overlap(calibration: Calibration, text: str, name: str, used: str | No
             f"at most {MOST_SHARED:.0%} is allowed: evaluate on another text"
         )
     return {"text": "differs" if digests else "not recorded", "passages": hits / size}
+
+
+def check_material(calibration: Calibration, material: Material, name: str, used: str) -> dict[str, Any]:
+    """Refuse to evaluate on texts or questions that were calibrated on.
+
+    Args:
+        calibration: The calibration.
+        material: What is evaluated on.
+        name: What the error calls its text.
+        used: The part of the text that is evaluated on.
+
+    Returns:
+        What :func:`check_overlap` found, for ``text`` and, where there are questions, ``qa``.
+
+    Raises:
+        QuantCacheError: Something was calibrated on.
+    """
+    found = {"text": check_overlap(calibration, material.text, name, used)}
+    if material.questions is not None:
+        paragraphs = "\n".join(dict.fromkeys(question.context for question in material.questions))
+        found["qa"] = check_overlap(calibration, paragraphs, "the text of the questions")
+    return found

@@ -12,7 +12,7 @@ from quantcache.errors import QuantCacheError
 from quantcache.evaluation import memory, needle, qa, routing, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths, context_limit
-from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.fidelity import check_stride, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.plan import SUITES, Material, Plan
 
@@ -61,6 +61,8 @@ def run(material: Material, plan: Plan, cells: Cells | None = None) -> dict[str,
     if unknown:
         raise QuantCacheError(f"unknown suite {unknown[0]!r}: known are {', '.join(SUITES)}, all")
     check_lengths(material.model, plan.contexts, "context")
+    if plan.stride is not None:
+        check_stride(plan.stride, min(plan.contexts))
     tokens = used_tokens(material, plan)
     methods = {residual: make_methods(material, plan, residual) for residual in plan.residuals}
     steps: dict[str, Callable[[], dict[str, Any]]] = {
@@ -123,7 +125,7 @@ def _fidelity(
                 for name, result in _fidelity_group(material.model, tokens, group, plan, context).items():
                     cells.put("fidelity", name, cell, result)
             results = {name: cells.get("fidelity", name, cell) for name in by_name}
-            found.append({"context": context, "residual": residual, "methods": results})
+            found.append({"context": context, "residual": residual, "stride": plan.stride, "methods": results})
     return found
 
 
@@ -133,7 +135,12 @@ def _fidelity_group(
     """Figures of a few methods from one dense pass; each by itself where that fails."""
 
     def work(few: list[Method]) -> dict[str, Any]:
-        how: dict[str, Any] = {"context": context, "chunk": plan.chunk, "sink_length": plan.sinks}
+        how: dict[str, Any] = {
+            "context": context,
+            "chunk": plan.chunk,
+            "sink_length": plan.sinks,
+            "stride": plan.stride,
+        }
         return {name: r.to_dict() for name, r in measure_fidelity(model, tokens, few, **how).items()}
 
     together = attempt(lambda: {"results": work(methods)})

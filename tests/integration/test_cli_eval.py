@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, ViTConfig
 
-from quantcache import calibrate, data
+from quantcache import calibrate, compat, data
 from quantcache.cli.eval_tables import tables
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.record import read_record
@@ -123,6 +123,43 @@ def test_an_interrupted_run_goes_on(run: Run, folder: Path, monkeypatch: pytest.
     assert not state.exists()
 
 
+def test_windows_that_slide(run: Run, folder: Path) -> None:
+    arguments = (*EVAL, "--methods", "dense,spectral-3", "--json")
+    found = {stride: json.loads(run(*arguments, "--stride", str(stride))[1]) for stride in (32, 100)}
+    for stride, result in found.items():
+        count = (256 - 128) // stride + 1
+        assert result["stride"] == result["metrics"]["fidelity"][0]["stride"] == stride
+        assert result["tokens"] == 128 + (count - 1) * stride
+        # Every token behind the first is predicted once.
+        assert result["methods"]["spectral-3"]["tokens"] == 128 + (count - 1) * stride - 1
+    apart = json.loads(run(*arguments)[1])
+    assert (apart["stride"], apart["tokens"]) == (None, 256)
+    # A longer past predicts better than a window that starts afresh.
+    assert found[32]["methods"]["dense"]["perplexity"] < apart["methods"]["dense"]["perplexity"]
+
+
+@pytest.mark.parametrize("library", ["quanto", "torchao"])
+def test_quantized_weights(run: Run, folder: Path, library: str) -> None:
+    if missing := compat.missing_quantizer(library):
+        pytest.skip(missing)
+    arguments = (*EVAL, "--quick", "--methods", "dense,spectral-3", "--json")
+    found = {name: json.loads(run(*arguments, "--weights", f"{library}-{name}")[1]) for name in ("int8", "int4")}
+    exact = json.loads(run(*arguments)[1])
+    assert [exact["weights"], *(result["weights"] for result in found.values())] == [
+        None,
+        f"{library}-int8",
+        f"{library}-int4",
+    ]
+    assert len({result["inputs"]["model"] for result in (exact, *found.values())}) == 3
+    for result in found.values():
+        assert result["methods"]["dense"]["kl_mean"] == 0  # the reference is the quantized model's own dense cache
+        assert result["methods"]["spectral-3"]["status"] == "ok"
+    moved = [
+        abs(r["methods"]["dense"]["perplexity"] / exact["methods"]["dense"]["perplexity"] - 1) for r in found.values()
+    ]
+    assert 0 < moved[0] < moved[1]
+
+
 BAD_INPUT = {
     "unknown suite": ((*EVAL, "--suite", "fidelity,luck"), "unknown suite 'luck': known are fidelity, needle"),
     "no suite": ((*EVAL, "--suite", ","), "--suite names no suite"),
@@ -144,6 +181,9 @@ BAD_INPUT = {
     "chat without template": ((*EVAL, "--suite", "needle", "--chat"), "has no chat template"),
     "nothing left": ((*EVAL, "--suite", "transfer", "--methods", "dense"), "transfer: skipped: no method needs"),
     "simulated only": ((*EVAL, "--suite", "speed", "--methods", "turboquant-mse-2"), "skipped: simulated"),
+    "stride of none": ((*EVAL, "--stride", "0"), "the stride must lie between 1 and 127, the window less one, got 0"),
+    "stride of a window": ((*EVAL, "--stride", "128"), "the stride must lie between 1 and 127"),
+    "unknown weights": ((*EVAL, "--weights", "int3"), "unknown weights 'int3': known are int8, int4, quanto-int8"),
     "domain missing": ((*EVAL, "--suite", "transfer", "--domain", "no.txt"), "no.txt: No such file"),
     "domain twice": ((*EVAL, "--domain", "mixed.txt", "--domain", "mixed.txt"), "must differ in name"),
 }

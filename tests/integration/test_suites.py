@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from suite_tables import SUITE_TABLES
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import data
@@ -545,21 +546,31 @@ def test_every_suite_gives_a_sound_record(tiny: PreTrainedModel, demo_tokenizer:
     results = runner.run(material, plan)
     assert list(results) == ["fidelity", "needle", "routing", "transfer", "qa", "memory", "speed", "speculative"]
     assert runner.failures(results) == []
-    check(
-        {
-            "schema_version": 1,
-            "suite": "eval",
-            "status": "ok",
-            "created": "2026-01-01T00:00:00+00:00",
-            "commit": None,
-            "dirty": True,
-            "command": "",
-            "environment": {},
-            "settings": json.loads(json.dumps(plan.to_dict())),
-            "metrics": json.loads(json.dumps(results, allow_nan=False)),
-            "inputs": {"model": model_sha256(tiny)},
-        }
-    )
+    record: dict[str, Any] = {
+        "schema_version": 1,
+        "suite": "eval",
+        "status": "ok",
+        "created": "2026-01-01T00:00:00+00:00",
+        "commit": "f" * 40,
+        "dirty": True,
+        "command": "",
+        "environment": {"cpu": {"name": "Abacus 9", "cores": 2}, "gpus": []},
+        "settings": {"model": "tiny", "dtype": "float32", **json.loads(json.dumps(plan.to_dict()))},
+        "metrics": json.loads(json.dumps(results, allow_nan=False)),
+        "inputs": {"model": model_sha256(tiny)},
+    }
+    check(record)
+    assert set(SUITE_TABLES) == {f"suite-{name}" for name in results if name != "fidelity"}
+    for name, (_, render) in SUITE_TABLES.items():
+        head, rule, *rows = (
+            render(Path("benchmarks/results/x.json"), record, Path("docs/suites.md")).split("\n\n")[0].split("\n")
+        )
+        assert {row.count("|") for row in (head, rule, *rows)} == {head.count("|")}, name  # every row is as wide
+        assert any(row.startswith("| spectral-3 | ") for row in rows), name
+    less = {**record, "metrics": {"qa": {"status": "skipped: no questions were given"}}}
+    shown = [SUITE_TABLES[f"suite-{name}"][1](Path("x.json"), less, Path("README.md")) for name in ("qa", "needle")]
+    assert shown[0].startswith("qa: skipped: no questions were given. tiny in float32, 4 sinks, residual 64.")
+    assert shown[1] == "Not in the newest record."
 
 
 def test_a_models_hash_follows_its_weights(tiny: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ import ablations
 import findings
 import pytest
 import torch
-from ablation_codecs import GainCodec, _lloyd, fitted_books, side_codecs, with_anchors, with_books
+from ablation_codecs import AnchorCodec, GainCodec, _lloyd, fitted_books, side_codecs, with_books
 from ablation_statistics import ANCHORS, AblationStatistics, Choice, gather
 from builders import llama_config
 from records import Run
@@ -19,7 +19,7 @@ import quantcache
 from quantcache import Calibration, calibrate
 from quantcache.artifact import CodecSettings, Metadata
 from quantcache.codebook import lloyd_max
-from quantcache.codec import dequantize_gain, quantize_gain
+from quantcache.codec import SpectralCodec, dequantize_gain, quantize_gain
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.spectral import METRIC_SHRINKAGE
 
@@ -184,18 +184,23 @@ def test_gain_steps(calibration: Calibration) -> None:
 
 def test_anchors_of_the_default_length_change_nothing(calibration: Calibration) -> None:
     x, place = block()
-    ours = side_codecs(calibration)[0, "key"]
-    found = with_anchors(side_codecs(calibration)[0, "key"], ANCHOR_LENGTH)
-    assert torch.equal(ours.coefficients(x, place, None), found.coefficients(x, place, None))
-    short = with_anchors(side_codecs(calibration)[0, "key"], 32)
-    fields = short.encode(x, place, None)
-    # The first stretch is the same, and every later one is un-rotated further.
-    y, other = ours.coefficients(x, place, None), short.coefficients(x, place, None)
-    assert torch.equal(y[..., :32], other[..., :32])
-    assert not torch.equal(y[..., 32:], other[..., 32:])
-    exact = short.frame.leave(short.frame.enter(x, torch.arange(4, 68)), torch.arange(4, 68))
-    torch.testing.assert_close(exact, x, rtol=0, atol=1e-5)
-    assert short.decode(fields, place, None).shape == x.shape
+    for (_, side), codec in side_codecs(calibration).items():
+        expected = codec.decode(codec.encode(x, place, None), place, None)
+        anchored = AnchorCodec(codec, ANCHOR_LENGTH)
+        found = anchored.decode(anchored.encode(x, place, None), place, None)
+        assert torch.equal(found, expected), side
+        assert anchored.bits == codec.bits
+        assert not isinstance(anchored, SpectralCodec)  # attention on codes would take anchors from the blocks
+
+
+def test_every_stretch_has_its_anchor(calibration: Calibration) -> None:
+    x, place = block()
+    ours, short = side_codecs(calibration)[0, "key"], AnchorCodec(side_codecs(calibration)[0, "key"], 32)
+    for first in (0, 32):
+        own = place + torch.tensor([[0, 0, first]], dtype=torch.int32)  # the anchor where the stretch starts
+        expected = ours.decode(ours.encode(x, own, None), own, None)[:, :, first : first + 32]
+        found = short.encode(x, place, None)["simulated"][0][:, :, first : first + 32]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_frames_by_anchor_are_those_of_the_rotary_angle(model: PreTrainedModel) -> None:

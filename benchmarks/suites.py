@@ -1,0 +1,109 @@
+"""What a compressed cache costs and saves beside its predictions: every suite of ``quantcache eval`` on wiki11m.
+
+Needle retrieval, routing, transfer between domains and lengths, question answering, memory, speed and speculative
+decoding, in one record. An interrupted run goes on behind the last finished cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from fidelity import SHARED, SINKS, calibrated, read
+from records import ROOT, Run, write_record
+from rich.console import Console
+
+from quantcache import Calibration, data
+from quantcache.cli.eval_tables import tables
+from quantcache.cli.session import BUNDLED_MODEL, load_model, progress_bar, show_cells
+from quantcache.evaluation import runner
+from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
+from quantcache.evaluation.provenance import calibration_sha256, check_material, model_sha256, text_sha256
+from quantcache.evaluation.qa import load_questions
+
+METHODS = "dense,spectral-2,spectral-3,spectral-4,quanto-4,turboquant-mse-3,kivi-4"
+MEASURED = tuple(name for name in SUITES if name != "fidelity")
+"""Fidelity has a record of its own."""
+
+DOMAINS = ("novel_treasure_island.txt", "dialogue_shakespeare.txt", "python_code.txt")
+QUESTIONS = "xquad_en.json"
+
+
+def main() -> None:
+    """Measure, print the tables and write a record."""
+    options = parse_arguments()
+    model, tokenizer = load_model(BUNDLED_MODEL, device="cpu", dtype="float32")
+    calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
+    text, source = read("wiki_eval.txt", data.evaluation_text)
+    plan = Plan(
+        suites=tuple(options.suites),
+        methods=tuple(options.methods.split(",")),
+        contexts=(options.context,),
+        tokens=options.windows * options.context,
+        residuals=(options.residual,),
+        sinks=SINKS,
+        sizes=QUICK if options.quick else Sizes(),
+        text_name="wikipedia",
+    )
+    domains = {path.stem: path.read_text(encoding="utf-8") for name in DOMAINS if (path := SHARED / name).is_file()}
+    questions = load_questions(SHARED / QUESTIONS) if (SHARED / QUESTIONS).is_file() else None
+    settings: dict[str, Any] = {
+        "model": BUNDLED_MODEL,
+        "model_sha256": model_sha256(model),
+        "dtype": "float32",
+        **{name: value for name, value in plan.to_dict().items() if name != "needle_form"},
+        "evaluation": {"source": source, "text_sha256": text_sha256(text)},
+        "domains": {name: text_sha256(content) for name, content in domains.items()},
+        "questions": None if questions is None else text_sha256(repr(questions)),
+    }
+    given = (
+        None if options.calibration is None else calibration_sha256(Calibration.from_pretrained(options.calibration))
+    )
+    decides = {"calibration": given, "calibration_tokens": options.calibration_tokens, "metric": options.metric}
+    run = Run("suites", {**settings, **decides, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
+    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
+    calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
+    settings["calibration"] = {**calibration.metadata.recipe, "source": calibration_source, "seconds": seconds}
+    material = Material(
+        model=model,
+        tokenizer=tokenizer,
+        text=text,
+        calibration=calibration,
+        questions=questions,
+        domains=domains,
+        length_text=calibration_text,
+    )
+    settings["gates"] = check_material(calibration, material, "the evaluation text", text)
+    with progress_bar() as bar:
+        show_cells(run.cells, bar)
+        metrics = runner.run(material, plan, run.cells)
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    for shown in tables({"metrics": metrics, "model": BUNDLED_MODEL, "sinks": SINKS, "dtype": "float32"}):
+        out.print(shown)
+    path = write_record("suites", settings, metrics, run.git)
+    run.discard()
+    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--suites", nargs="+", default=list(MEASURED), choices=MEASURED)
+    parser.add_argument("--methods", default=METHODS, help="comma-separated")
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens in a window, and of the longest needle prompt"
+    )
+    parser.add_argument("--windows", type=int, default=4, help="windows of the evaluation text")
+    parser.add_argument("--residual", type=int, default=64, help="recent tokens that every method keeps")
+    parser.add_argument("--calibration-tokens", type=int, default=32_768)
+    parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
+    parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
+    parser.add_argument("--quick", action="store_true", help="small suites, to see that everything runs")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
