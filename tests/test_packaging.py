@@ -33,6 +33,7 @@ TIERS = (
     ("calibration", "enabling"),
     ("export", "recipes"),
     ("evaluation", "env"),
+    ("planning",),
     ("demo",),
     ("cli", "__init__", "__main__"),
 )
