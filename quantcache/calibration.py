@@ -30,6 +30,7 @@ from quantcache.probe import RecordingCache, detect_ropes, recorded_queries, run
 from quantcache.rope import Rope
 from quantcache.spectral import METRIC_SHRINKAGE
 from quantcache.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, LayerStatistics, output_metrics
+from quantcache.yardstick import measure_yardstick
 
 Metric = Literal["fisher", "query", "identity"]
 
@@ -140,9 +141,11 @@ def calibrate(
         joint=metric == "fisher",
         environment=compat.versions(),
     )
-    return Calibration(solved, metadata).with_bits(
-        bits_per_element, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits
-    )
+    calibration = Calibration(solved, metadata)
+    yardstick = measure_yardstick(model, sequences, calibration)
+    if yardstick is not None:
+        metadata.recipe["yardstick"] = yardstick
+    return calibration.with_bits(bits_per_element, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
 
 
 def _public_name(model: PreTrainedModel) -> str | None:

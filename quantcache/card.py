@@ -55,7 +55,8 @@ def render_card(
     }
     if is_repo_id(model):
         header["base_model"] = model
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in config["recipe"].items() if key != "passages")
+    shown = {key: value for key, value in config["recipe"].items() if key not in ("passages", "yardstick")}
+    recipe = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
     body = _BODY.format(
         model=model or "your-model",
         here=repo_id or "path-or-hub-id",

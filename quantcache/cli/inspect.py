@@ -9,6 +9,8 @@ from rich.table import Table
 
 from quantcache.cli.session import DebugFlag, JsonFlag, load_calibration, session
 
+_UNSHOWN = ("text_sha256", "passages", "yardstick")
+
 TOKENS = 8192
 """Context length that sizes are given for."""
 
@@ -84,9 +86,7 @@ def _summary(data: dict[str, Any]) -> Table:
     base, rate, recipe = data["base_model"], data["rate"], data["recipe"]
     revision = f" at {base['revision'][:12]}" if base.get("revision") else ""
     table.add_row("base model", f"{base.get('id') or 'unknown'}{revision} ({base.get('model_type')})")
-    table.add_row(
-        "recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if key not in ("text_sha256", "passages"))
-    )
+    table.add_row("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if key not in _UNSHOWN))
     sides = [f"{side}s {rate[f'{side}_bits']}" for side in ("key", "value") if rate[f"{side}_bits"] != "joint"]
     table.add_row("rate", ", ".join([f"{rate['bits']:g} bits", *sides, f"at least {rate['min_bits']}"]))
     table.add_row("bits per element", f"{data['bits_per_element']:.3f} (codes {data['bits']:.3f}, the rest gains)")

@@ -1,0 +1,69 @@
+"""The divergence that a calibration is expected to cause, without running the model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from quantcache.artifact import Calibration
+from quantcache.distortion import expected_cost
+
+UNAVAILABLE = "not available: the calibration was made without a measured yardstick; calibrate again"
+"""What to say where :func:`predict_kl` gives None."""
+
+
+def predict_kl(calibration: Calibration) -> float | None:
+    """Mean KL divergence between the dense cache and the compressed one, predicted at a calibration's present rate.
+
+    The Fisher rate-distortion model gives the cost Σ ½ λ D(b) of the allocated widths. Short runs through the real
+    cache at two rates, made while calibrating, tie it to divergences: between and beyond them the divergence goes with
+    a power of the cost. It holds for contexts as long as the calibration's sequences, with the default sinks and
+    residual window, and for text like the calibration's: texts of one kind differ by up to a factor of two.
+
+    Args:
+        calibration: A calibration.
+
+    Returns:
+        Nats per token; None if the calibration was made without these runs (before they existed, without a text, or on
+        sequences that are too short).
+    """
+    points = _points(calibration.metadata.recipe.get("yardstick"))
+    if points is None:
+        return None
+    cost = expected_cost(calibration.layers)
+    if cost <= 0:
+        return 0.0
+    (low_cost, low_kl), (high_cost, high_kl) = points
+    power = math.log(high_kl / low_kl) / math.log(high_cost / low_cost)
+    return high_kl * math.exp(power * math.log(cost / high_cost))
+
+
+def predict_kl_at(calibration: Calibration, bits: float) -> float | None:
+    """:func:`predict_kl` at another rate.
+
+    Args:
+        calibration: A calibration, at any rate.
+        bits: Mean code width in bits, 0 to 8.
+
+    Returns:
+        Nats per token, or None.
+
+    Raises:
+        ValueError: ``bits`` is out of range.
+    """
+    return predict_kl(calibration.with_bits(bits))
+
+
+def _points(yardstick: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The cheapest and the dearest measured (cost, KL), None if a recipe holds no two sound ones."""
+    entries = yardstick.get("points") if isinstance(yardstick, dict) else None
+    if not isinstance(entries, list):
+        return None
+    found: list[tuple[float, float]] = []
+    for entry in entries:
+        cost, kl = (entry.get("cost"), entry.get("kl")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(cost, float) or not isinstance(kl, float) or not (0 < cost < math.inf and 0 < kl < math.inf):
+            return None
+        found.append((cost, kl))
+    found.sort()
+    return (found[0], found[-1]) if len(found) > 1 and found[0][0] < found[-1][0] else None

@@ -1,0 +1,66 @@
+"""What a calibration's codes should cost by its own model of the loss, before any measurement.
+
+The spectra of a Fisher calibration are in nats: to second order the Kullback-Leibler divergence that quantization
+causes is half the expected squared error in every coefficient, summed. That sum follows the rate well, but is several
+times too large: in calibration all later tokens see an error, while a cache keeps the most recent tokens exact; errors
+of neighbouring tokens are not independent either. Short runs through the real cache tie it to divergences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantcache.codebook import gaussian_codebook
+from quantcache.codec import GAIN_STEPS
+from quantcache.packing import MAX_WIDTH
+from quantcache.schema import LayerCalibration, SideCalibration
+
+GAIN_NOISE = (math.log(2) / GAIN_STEPS) ** 2 / 12
+"""Mean squared relative error of a gain: rounding is uniform over a step, and a step is this share of the gain."""
+
+
+def coefficient_distortion(widths: Tensor) -> Tensor:
+    """Mean squared error of unit-variance Gaussian coefficients of given widths, the rounded gain included.
+
+    Args:
+        widths: Code widths, any shape.
+
+    Returns:
+        float64 of the same shape; 1 where the width is 0.
+    """
+    table = torch.tensor([gaussian_codebook(width).distortion for width in range(MAX_WIDTH + 1)], dtype=torch.float64)
+    own = table[widths.long()]
+    return own + torch.where(widths > 0, GAIN_NOISE * (1 - own), 0.0)
+
+
+def side_cost(side: SideCalibration) -> float:
+    """Half the expected squared error of one side's coefficients, Σ ½ λ D(b), over all heads and dimensions.
+
+    Args:
+        side: The side's constants.
+
+    Returns:
+        Nats per token under the Fisher metric; 0 for a dense side.
+    """
+    if side.widths is None:
+        return 0.0
+    return 0.5 * float((side.spectrum * coefficient_distortion(side.widths)).sum())
+
+
+def expected_cost(layers: Mapping[int, LayerCalibration]) -> float:
+    """:func:`side_cost` of all layers and sides.
+
+    Source: reverse water-filling's objective (Cover and Thomas, "Elements of Information Theory", section 10.3) with
+    the codec's distortions, in the Fisher metric (Amari, "Natural gradient works efficiently in learning", 1998).
+
+    Args:
+        layers: A calibration's layers, with widths.
+
+    Returns:
+        Nats per token under the Fisher metric.
+    """
+    return sum(side_cost(side) for layer in layers.values() for side in (layer.key, layer.value))

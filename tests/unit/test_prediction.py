@@ -1,0 +1,120 @@
+"""Predicted divergence: the model's shape, its scale from the yardstick, and calibrations that have none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantcache.analysis.prediction import predict_kl, predict_kl_at
+from quantcache.artifact import Calibration
+from quantcache.calibration import calibrate
+from quantcache.codebook import gaussian_codebook
+from quantcache.codec import SpectralCodec
+from quantcache.distortion import coefficient_distortion, expected_cost, side_cost
+from quantcache.rope import Rope
+from quantcache.schema import CodecSettings, LayerCalibration, SideCalibration
+from tests.builders import gaussian_vectors, llama_config, random_side
+from tests.families import FAMILIES, random_tokens, shared_model
+
+POINTS = [{"bits": 2.0, "cost": 0.02, "kl": 0.008}, {"bits": 4.0, "cost": 0.002, "kl": 0.0004}]
+
+
+def with_yardstick(calibration: Calibration, yardstick: object) -> Calibration:
+    recipe = {**calibration.metadata.recipe, "yardstick": yardstick}
+    return Calibration(calibration.layers, replace(calibration.metadata, recipe=recipe))
+
+
+def encoding_error(side: SideCalibration, settings: CodecSettings) -> float:
+    """Half the squared error of encoded vectors with the statistics that the constants describe, in coefficients."""
+    codec = SpectralCodec(side, Rope(), settings)
+    vectors = gaussian_vectors(side, 1, 640)
+    places = torch.tensor([[first, 64, first] for first in range(0, 640, 64)], dtype=torch.int32)
+    decoded = codec.decode(codec.encode(vectors.float(), places, None), places, None).double()
+    error = (decoded - vectors) @ side.analysis.double().transpose(-1, -2)
+    return 0.5 * float(error.pow(2).mean((0, 2)).sum())
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_cost_is_what_encoding_costs(width: int) -> None:
+    """Between the codebook's own error less what a corrected gain saves, 1/D, and that with the gain's rounding."""
+    side = random_side(2, 64, width, decay=1.0)
+    plain = encoding_error(side, CodecSettings(gain_search=(1.0,)))
+    bare = 0.5 * float(side.spectrum.sum()) * gaussian_codebook(width).distortion
+    assert (1 - 2 / 64) * bare <= plain <= side_cost(side)
+    assert encoding_error(side, CodecSettings()) <= plain  # searching gains, which the cost leaves out, only helps
+
+
+def test_distortion_falls_with_the_width() -> None:
+    found = coefficient_distortion(torch.arange(9))
+    assert found[0] == 1.0
+    assert (found.diff() < 0).all()
+
+
+def test_dense_sides_cost_nothing() -> None:
+    calibration = Calibration.synthetic(llama_config())
+    dense = calibration.with_bits(3, key_bits=None, value_bits=None)
+    assert expected_cost(dense.layers) == 0.0
+    keys = expected_cost({0: LayerCalibration(Rope(), random_side(1, 64, 3), random_side(1, 64, None))})
+    assert keys == side_cost(random_side(1, 64, 3))
+    assert predict_kl(with_yardstick(dense, {"points": POINTS})) == 0.0
+
+
+def test_prediction_goes_through_the_measured_points() -> None:
+    calibration = Calibration.synthetic(llama_config())
+    costs = [expected_cost(calibration.with_bits(bits).layers) for bits in (2, 3, 4)]
+    points = [{"bits": 2.0, "cost": costs[0], "kl": 0.01}, {"bits": 4.0, "cost": costs[2], "kl": 0.001}]
+    measured = with_yardstick(calibration, {"points": points})
+    assert predict_kl_at(measured, 2) == pytest.approx(0.01)
+    assert predict_kl_at(measured, 4) == pytest.approx(0.001)
+    between = predict_kl_at(measured, 3)
+    assert between is not None
+    assert 0.001 < between < 0.01
+    found = [predict_kl_at(measured, bits) for bits in (1, 2, 3, 4, 5, 6, 8)]
+    assert found == sorted(found, reverse=True)
+    assert predict_kl(measured.with_bits(2)) == predict_kl_at(measured, 2)
+
+
+@pytest.mark.parametrize(
+    "yardstick",
+    [
+        None,
+        3,
+        {},
+        {"points": None},
+        {"points": []},
+        {"points": POINTS[:1]},
+        {"points": [POINTS[0], POINTS[0]]},
+        {"points": [POINTS[0], 7]},
+        {"points": [POINTS[0], {**POINTS[1], "kl": "0.1"}]},
+        {"points": [POINTS[0], {**POINTS[1], "kl": 0.0}]},
+        {"points": [POINTS[0], {**POINTS[1], "cost": float("inf")}]},
+    ],
+)
+def test_no_sound_yardstick_no_prediction(yardstick: object) -> None:
+    assert predict_kl(with_yardstick(Calibration.synthetic(llama_config()), yardstick)) is None
+
+
+def test_calibrations_without_one_have_no_prediction() -> None:
+    assert predict_kl(Calibration.synthetic(llama_config())) is None
+
+
+def test_calibrate_measures_a_yardstick(tmp_path) -> None:
+    """It travels with the artifact, says what the real cache does, and leaves the model as it was."""
+    model = shared_model(FAMILIES[0])
+    calibration = calibrate(model, random_tokens(2, 400), progress=False)
+    yardstick = calibration.metadata.recipe["yardstick"]
+    assert [point["bits"] for point in yardstick["points"]] == [2.0, 4.0]
+    assert yardstick["tokens"] == 2 * 400
+    calibration.save_pretrained(tmp_path)
+    loaded = Calibration.from_pretrained(tmp_path)
+    for point in yardstick["points"]:
+        assert predict_kl_at(loaded, point["bits"]) == pytest.approx(point["kl"])
+    assert not any(module.training for module in model.modules())
+    assert "yardstick" not in (tmp_path / "README.md").read_text()
+
+
+def test_short_sequences_have_no_yardstick() -> None:
+    calibration = calibrate(shared_model(FAMILIES[0]), random_tokens(2, 100), progress=False)
+    assert "yardstick" not in calibration.metadata.recipe
