@@ -129,7 +129,8 @@ def bits_per_element(form: Format, geometry: Geometry) -> float:
     return bits / elements if elements else 16.0
 
 
-def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> list[LayerSize]:
+@functools.lru_cache(maxsize=32)
+def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> tuple[LayerSize, ...]:
     """The layers of a cache that stores blocks in a format.
 
     Args:
@@ -142,15 +143,15 @@ def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | No
         All layers, those that are not compressed as they are.
     """
     if form.kind == "simulated":
-        return [
+        return tuple(
             replace(layer, key=_simulated(form, "key", layer.key), value=_simulated(form, "value", layer.value))
             if layer.blocks
             else layer
             for layer in geometry.layers
-        ]
+        )
     stock = [layer for layer in geometry.layers if not layer.blocks]
     if calibration is not None:
-        return stock + calibrated_sizes(calibration.with_bits(form.bits))
+        return (*stock, *calibrated_sizes(calibration.with_bits(form.bits)))
     group = CodecSettings().group_size
     left = int(round(form.bits * geometry.elements, 6) // group) * group
     elements, layers = geometry.elements, []
@@ -162,7 +163,7 @@ def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | No
                 left, elements = left - share, elements - side.elements
                 sides.append(SideSize(side.heads, side.dim, share, side.heads))
             layers.append(LayerSize(sides[0], sides[1]))
-    return stock + layers
+    return (*stock, *layers)
 
 
 def require_full_attention(form: Format, geometry: Geometry) -> None:

@@ -268,7 +268,7 @@ def estimate_activations(
         reading = 2 * batch * tokens * larger
     else:
         share = both / geometry.elements if geometry.elements else 0.0
-        reading = round(share * cache_memory(form, geometry, tokens, batch).total) + 8 * batch * chunk * queries
+        reading = round(share * largest_cache(form, geometry, tokens, batch)) + 8 * batch * chunk * queries
     return Activations(layer, 6 * batch * text.vocab_size, reading, windows)
 
 

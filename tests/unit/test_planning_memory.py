@@ -60,9 +60,7 @@ def test_dense_cache_of_every_family(family: Family) -> None:
     assert geometry.read_geometry(model.config).basis == "traced"
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "phi3", "gpt-neox", "gemma2", "gemma3", "deepseek-v3", "falcon-mqa"]
-)
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt-neox", "gemma2", "gemma3", "deepseek-v3", "falcon-mqa"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_spectral_cache_of_families(name: str, batch: int) -> None:
     family = BY_NAME[name]
