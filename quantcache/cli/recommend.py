@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -77,7 +77,7 @@ def recommend(
         require_folder(model)
         measurements = load_measurements(records)
         found = planning.recommend(
-            load_config(model, revision, trust_remote_code),
+            planning.model_sizes(load_config(model, revision, trust_remote_code)),
             demand,
             measurements,
             model=model,
@@ -132,7 +132,9 @@ def _shown(found: Recommendation, unit: str) -> list[Table | str]:
 
 
 def _fidelity(best: Candidate) -> str:
-    quality: Any = best.quality
+    quality = best.quality
     kl = NOT_MEASURED if quality.kl is None else f"KL {quality.kl:.5f} nats per token"
     agreement = "" if quality.agreement is None else f", same most likely token at {quality.agreement:.2%}"
-    return f"{kl}{agreement}"
+    predicted = quality.predicted_kl
+    also = "" if predicted in (None, quality.kl) else f"; its calibration predicts KL {predicted:.5f}"
+    return f"{kl}{agreement}{also}"

@@ -206,34 +206,37 @@ def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration |
 
 @dataclass(frozen=True)
 class Activations:
-    """What a forward pass needs beside weights and cache, estimated.
+    """What a forward pass needs beside weights and cache, estimated for 16 bits.
 
     Attributes:
         layer: Hidden states of one layer for one chunk of the prompt: 2·B·C·(3·hidden + max(2·Hq·D + new keys and
             values, 3·width of the MLP)).
         logits: Of the last token, in 16 bits and in float32: 6·B·vocabulary.
-        reading: What reading the cache makes for a moment. Dense: one side of the largest layer once more, because
-            appending copies it. transformers' quantized caches: the largest layer in 16 bits twice (fp8: in float32
-            twice and in 16 bits). Ours: the blocks of the largest layer once more, because stores grow by copying, and
-            queries and outputs in float32.
+        mask: Of a chunk that is not the first: B·C·T.
+        reading: What reading the cache of the largest layer makes for a moment. Dense: keys or values once more while
+            a step is appended, or both for every query head while a chunk is read under a mask, whichever is more.
+            transformers' quantized caches: keys and values in 16 bits twice, or once and for every query head; fp8
+            keeps two copies of one side in float32 besides. Ours: its blocks once more, because stores grow by
+            copying, and a chunk's queries and outputs in float32.
         windows: Tokens behind the window that sliding layers still hold until the next step: at most a chunk.
     """
 
     layer: int
     logits: int
+    mask: int
     reading: int
     windows: int
 
     @property
     def total(self) -> int:
         """Bytes."""
-        return self.layer + self.logits + self.reading + self.windows
+        return self.layer + self.logits + self.mask + self.reading + self.windows
 
 
 def estimate_activations(
     config: PreTrainedConfig, form: Format, geometry: Geometry, tokens: int, batch: int, chunk: int = PREFILL_CHUNK
 ) -> Activations:
-    """Estimate what a forward pass needs beside weights and cache, in 16 bits, with attention that keeps no scores.
+    """Estimate what a forward pass needs beside weights and cache, with attention that keeps no scores.
 
     Args:
         config: The model's config.
@@ -247,29 +250,41 @@ def estimate_activations(
         The estimate; its fields state the formulas.
     """
     text = config.get_text_config(decoder=True)
-    hidden, heads = text.hidden_size, text.num_attention_heads
+    masked = tokens > chunk
     chunk = min(chunk, tokens)
-    layers = geometry.layers
-    widest = max((layer.elements for layer in layers), default=0)
-    queries = heads * max((layer.key.dim for layer in layers), default=0)
-    layer = 2 * batch * chunk * (3 * hidden + max(2 * queries + widest, 3 * _mlp_width(text)))
+    widest = max(geometry.layers, key=lambda layer: layer.elements, default=None)
+    queries = text.num_attention_heads * (0 if widest is None else widest.key.dim)
+    new = 0 if widest is None else widest.elements
     windows = sum(
         2 * batch * each.elements * (min(tokens, each.window - 1 + chunk) - each.kept(tokens))
-        for each in layers
+        for each in geometry.layers
         if each.window is not None
     )
-    growing = [each for each in layers if each.blocks]
-    sides = [(each.key.elements, each.value.elements) for each in growing]
-    larger = max((max(pair) for pair in sides), default=0)
-    both = max((sum(pair) for pair in sides), default=0)
-    if form.kind == "quantized":
-        reading = batch * tokens * (4 * both if form.bits else 8 * larger + 2 * both)
-    elif form.kind == "dense":
-        reading = 2 * batch * tokens * larger
-    else:
-        share = both / geometry.elements if geometry.elements else 0.0
-        reading = round(share * largest_cache(form, geometry, tokens, batch)) + 8 * batch * chunk * queries
-    return Activations(layer, 6 * batch * text.vocab_size, reading, windows)
+    return Activations(
+        layer=2 * batch * chunk * (3 * text.hidden_size + max(2 * queries + new, 3 * _mlp_width(text))),
+        logits=6 * batch * text.vocab_size,
+        mask=batch * chunk * tokens if masked else 0,
+        reading=_reading(form, geometry, tokens, batch, text.num_attention_heads if masked else 0)
+        + (8 * batch * chunk * queries if form.kind in ("spectral", "simulated") else 0),
+        windows=windows,
+    )
+
+
+def _reading(form: Format, geometry: Geometry, tokens: int, batch: int, heads: int) -> int:
+    """Bytes that reading the largest layer that grows with the context makes; ``heads`` read it under a mask."""
+    layer = max((each for each in geometry.layers if each.blocks), key=lambda each: each.elements, default=None)
+    if layer is None:
+        return 0
+    if form.kind in ("spectral", "simulated"):
+        share = layer.elements / geometry.elements
+        return round(share * largest_cache(form, geometry, tokens, batch))
+    larger = max(layer.key.elements, layer.value.elements)
+    grouped = heads > layer.key.heads
+    repeated = 2 * heads * (layer.key.dim + layer.value.dim) if grouped else 0
+    if form.kind == "dense":
+        return batch * tokens * max(2 * larger, repeated)
+    floats = 0 if form.bits else 8 * larger
+    return batch * tokens * (2 * layer.elements + max(2 * layer.elements, repeated) + floats)
 
 
 def _mlp_width(text: PreTrainedConfig) -> int:

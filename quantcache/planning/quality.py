@@ -30,6 +30,7 @@ class Quality:
             ``medium``: measured on this model at a shorter context, or predicted from its calibration. ``high``: the
             worst of what was measured on other models. ``unknown``: nothing is known.
         source: What was measured where, in a line.
+        predicted_kl: What the model's calibration predicts, whatever the basis; None where it predicts nothing.
     """
 
     kl: float | None
@@ -37,6 +38,7 @@ class Quality:
     basis: Basis
     risk: Risk
     source: str
+    predicted_kl: float | None = None
 
 
 def expected_quality(
@@ -61,22 +63,23 @@ def expected_quality(
     if form.kind == "dense":
         return Quality(0.0, 1.0, "reference", "none", "what the others are compared with")
     names = list(names)
+    predicted = predict_kl_at(calibration, form.bits) if form.kind == "spectral" and calibration is not None else None
     own = [figure for name in names if (figure := measurements.fidelity_of(form.method, name, RESIDUAL_LENGTH))]
     if own:
         figure = max(own, key=lambda found: (found.context, found.origin.created))
         risk: Risk = "low" if figure.context >= context else "medium"
-        return Quality(figure.kl_mean, figure.top1_agreement, "measured on this model", risk, describe(figure))
+        return Quality(
+            figure.kl_mean, figure.top1_agreement, "measured on this model", risk, describe(figure), predicted
+        )
     others = [
         figure
         for name in measurements.models()
         if (figure := measurements.fidelity_of(form.method, name, RESIDUAL_LENGTH)) is not None
     ]
     agreement = min((figure.top1_agreement for figure in others), default=None)
-    if form.kind == "spectral" and calibration is not None:
-        predicted = predict_kl_at(calibration, form.bits)
-        if predicted is not None:
-            source = "Fisher cost of its widths, tied to short runs made while calibrating"
-            return Quality(predicted, agreement, "predicted from its calibration", "medium", source)
+    if predicted is not None:
+        source = "Fisher cost of its widths, tied to short runs made while calibrating"
+        return Quality(predicted, agreement, "predicted from its calibration", "medium", source, predicted)
     if others:
         worst = max(others, key=lambda found: found.kl_mean)
         return Quality(worst.kl_mean, agreement, "measured on other models", "high", f"worst: {describe(worst)}")

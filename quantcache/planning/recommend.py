@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from quantcache.artifact import Calibration
+from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.errors import QuantCacheError, UnsupportedModel
 from quantcache.planning import usage
 from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package
@@ -24,10 +25,40 @@ from quantcache.planning.memory import (
 from quantcache.planning.quality import Quality, expected_quality
 from quantcache.planning.records import Measurements
 from quantcache.planning.units import show_bytes
-from quantcache.planning.weights import WEIGHTS_FORMATS, list_weights, weights_bytes
+from quantcache.planning.weights import WEIGHTS_FORMATS, Weight, list_weights, weights_bytes
 
-LONGEST = 1 << 40
+LONGEST = 1 << 32
 """Contexts are looked for up to here."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What decides how much memory a model takes.
+
+    Attributes:
+        config: Its config.
+        geometry: Its cache.
+        weights: Its weights.
+    """
+
+    config: PreTrainedConfig
+    geometry: Geometry
+    weights: list[Weight]
+
+
+def model_sizes(config: PreTrainedConfig) -> ModelSizes:
+    """The sizes of a model, from its config alone.
+
+    Args:
+        config: The config.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        UnsupportedModel: The model cannot be built from its config, or its cache not be foretold.
+    """
+    return ModelSizes(config, read_geometry(config), list_weights(empty_model(config)))
 
 
 @dataclass(frozen=True)
@@ -154,7 +185,7 @@ class Recommendation:
 
 
 def recommend(
-    config: PreTrainedConfig,
+    sizes: ModelSizes,
     demand: Demand,
     measurements: Measurements,
     *,
@@ -166,7 +197,7 @@ def recommend(
     """Choose a format.
 
     Args:
-        config: The model's config.
+        sizes: The model's sizes.
         demand: What has to fit.
         measurements: Figures to go by.
         model: What the model is called.
@@ -178,14 +209,14 @@ def recommend(
         The choice. Where nothing fits, ``best`` is None and ``reason`` says what would.
 
     Raises:
-        QuantCacheError: The demand makes no sense, or the model's cache cannot be foretold.
+        QuantCacheError: The demand makes no sense.
         CalibrationMismatch: The calibration is another model's.
     """
     demand.check()
+    config, geometry = sizes.config, sizes.geometry
     if calibration is not None:
         calibration.check_compatible(config)
-    geometry = read_geometry(config)
-    weights = weights_bytes(list_weights(empty_model(config)), demand.weights)
+    weights = weights_bytes(sizes.weights, demand.weights)
     names = [model, str(getattr(config, "_name_or_path", "") or model)]
     candidates = []
     for form in list_formats():
@@ -342,8 +373,9 @@ def _notes(config: PreTrainedConfig, demand: Demand, geometry: Geometry, limit: 
     weights = WEIGHTS_FORMATS[demand.weights]
     notes = [
         f"Weights in {weights.name}: {weights.layout}. In transformers: {weights.use}.",
-        "Cache: the most it may hold on its way to the context, to the byte, with 4 sinks and 64 recent tokens in 16 "
-        "bits. Not counted: the runtime's own memory, fragmentation, tables that kernels keep.",
+        f"Cache: the most it may hold on its way to the context, by the formulas of its layout, with {SINK_LENGTH} "
+        f"sinks and {RESIDUAL_LENGTH} recent tokens in 16 bits. Not counted: the runtime's own memory, fragmentation, "
+        "tables that kernels keep.",
         f"Activations are estimated for prompts fed {demand.chunk:,} tokens at a time "
         "(generate's prefill_chunk_size) and attention that keeps no scores.",
     ]

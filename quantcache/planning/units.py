@@ -79,7 +79,9 @@ def show_bytes(count: float, like: str = "GB") -> str:
     Returns:
         Such as ``3.21 GB`` or ``2.99 GiB``.
     """
-    base, units = (1024, ("B", "KiB", "MiB", "GiB", "TiB")) if "IB" in like.upper() else (1000, ("B", "kB", "MB", "GB"))
+    base, units = (
+        (1024, ("B", "KiB", "MiB", "GiB", "TiB")) if "IB" in like.upper() else (1000, ("B", "kB", "MB", "GB", "TB"))
+    )
     power = 0
     while abs(count) >= base and power < len(units) - 1:
         count /= base
