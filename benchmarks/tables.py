@@ -22,11 +22,12 @@ from fidelity_tables import all_table, claim_table, contexts_table, fidelity_tab
 
 from quantcache.evaluation.record import read_record
 from quantcache.jsonfile import to_json, write_json
-from quantcache.planning.records import SUITES, Measurements, measurements_of, to_digest
+from quantcache.planning.records import Measurements, measurements_of, to_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"
 DIGEST = Path("quantcache") / "data" / "measurements.json"
+DIGEST_SUITES = ("fidelity", "cpu-decode")
 NO_RECORD = "No record yet."
 MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PAGES = ("README.md", "docs/fidelity.md", "docs/ablations.md", "docs/absorbed-checkpoints.md", "docs/speed.md")
@@ -128,7 +129,7 @@ def digest(root: Path) -> dict[str, Any]:
         RecordError: A file is no record.
     """
     found = Measurements()
-    for suite in SUITES:
+    for suite in DIGEST_SUITES:
         newest = newest_record(root / "benchmarks" / "results", suite)
         if newest is not None:
             found += measurements_of(newest[1], newest[0])

@@ -163,6 +163,7 @@ def test_wheel_holds_both_packages_and_the_data(wheel: zipfile.ZipFile) -> None:
         "quantcache/data/wiki11m/model.safetensors",
         "quantcache/data/wiki11m/tokenizer.json",
         "quantcache/data/wiki11m/README.md",
+        "quantcache/data/measurements.json",
         "quantcache/data/calibrations/index.json",
         "quantcache/data/calibrations/recipes/wiki11m.yaml",
         "quantcache/data/calibrations/wiki11m/calibration.safetensors",

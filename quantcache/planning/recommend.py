@@ -218,13 +218,13 @@ def recommend(
         calibration.check_compatible(config)
     weights = weights_bytes(sizes.weights, demand.weights)
     names = [model, str(getattr(config, "_name_or_path", "") or model)]
-    candidates = []
+    candidates, refused = [], {}
     for form in list_formats():
         quality = expected_quality(form, names, demand.context, measurements, calibration)
         try:
             candidates.append(_candidate(form, config, geometry, weights, demand, quality, calibration))
-        except UnsupportedModel:
-            continue  # this kind of cache does not take this model
+        except UnsupportedModel as error:
+            refused[form.name] = str(error)  # this kind of cache does not take this model
     fitting = [each for each in candidates if each.fits and each.usable]
     eligible = [each for each in fitting if each.meets]
     best = min(eligible, key=_preference, default=None)
@@ -247,7 +247,7 @@ def recommend(
             model,
             calibration_name,
         ),
-        notes=_notes(config, demand, geometry, limit),
+        notes=[*_notes(config, demand, geometry, limit), *(f"Left out: {reason}." for reason in refused.values())],
         candidates=candidates,
     )
 

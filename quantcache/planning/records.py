@@ -234,7 +234,7 @@ def measurements_of(content: Any, path: Path) -> Measurements:
             if entry["status"] == "ok"
         ]
         speed = _eval_speed(record, model, origin) if record.suite == "eval" else []
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise RecordError(f"{path} is not what the suite {record.suite!r} writes: {reason}") from error
     return Measurements(fidelity, speed)

@@ -27,7 +27,7 @@ from tests.unit.test_planning_records import eval_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RECOMMEND = ("recommend", "wiki11m", "--memory", "33MB", "--context", "4K")
+RECOMMEND = ("recommend", "wiki11m", "--memory", "34.5MB", "--context", "4K")
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +121,19 @@ def test_recommend_as_json(run: Run) -> None:
     assert (status, err) == (0, "")
     found = json.loads(out)
     assert found["best"] == "spectral-3"
-    assert found["demand"]["memory"] == 33_000_000
+    assert found["demand"]["memory"] == 34_500_000
     assert found["demand"]["context"] == 4096
     best = next(each for each in found["candidates"] if each["format"] == "spectral-3")
     assert best["quality"]["basis"] == "measured on this model"
-    status, out, _ = run("recommend", "wiki11m", "--memory", "33MiB", "--context", "4096", "--json")
-    assert json.loads(out)["demand"]["memory"] == 33 * 1024**2
+    status, out, _ = run("recommend", "wiki11m", "--memory", "34MiB", "--context", "4096", "--json")
+    assert json.loads(out)["demand"]["memory"] == 34 * 1024**2
     assert json.loads(out)["best"] == "spectral-4"
 
 
 @pytest.mark.parametrize("model", ["bare", "bare/config.json"])
 def test_recommend_from_a_config_alone(run: Run, model: str) -> None:
     """Nothing was measured on it: the worst of other models, and a high risk."""
-    status, out, _ = run("recommend", model, "--memory", "33MB", "--context", "4K", "--batch", "1")
+    status, out, _ = run("recommend", model, "--memory", "34.5MB", "--context", "4K", "--batch", "1")
     assert status == 0
     lines = out.splitlines()
     assert any(line.startswith("take ") and "spectral-3" in line for line in lines)
@@ -149,7 +149,7 @@ def test_recommend_with_a_calibration(
         demo_model, data.calibration_text()[:24_000], demo_tokenizer, max_tokens=4096, seq_len=1024, progress=False
     )
     made.save_pretrained(folder / "calibration")
-    status, out, _ = run("recommend", "bare", "-c", "calibration", "--memory", "33MB", "--context", "4K", "--json")
+    status, out, _ = run("recommend", "bare", "-c", "calibration", "--memory", "34.5MB", "--context", "4K", "--json")
     assert status == 0
     found = json.loads(out)
     best = next(each for each in found["candidates"] if each["format"] == found["best"])
@@ -158,7 +158,7 @@ def test_recommend_with_a_calibration(
     assert best["quality"]["kl"] == predict_kl_at(stored, float(found["best"].rpartition("-")[2]))
 
 
-@pytest.mark.parametrize("memory", ["33MB", "60MB"])
+@pytest.mark.parametrize("memory", ["34.5MB", "60MB"])
 def test_lines_and_commands_run(
     run: Run, memory: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path
 ) -> None:

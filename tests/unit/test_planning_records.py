@@ -227,10 +227,14 @@ def test_missing_records(tmp_path: Path) -> None:
 
 def test_tables_check_notices_a_digest_of_other_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "quantcache" / "data").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "results" / "here").mkdir(parents=True)
+    results = tmp_path / "benchmarks" / "results" / "here"
+    results.mkdir(parents=True)
     assert tables.main([], tmp_path) == 0
     assert tables.main(["--check"], tmp_path) == 0
-    (tmp_path / "benchmarks" / "results" / "here" / "eval__1.json").write_text(json.dumps(eval_record()), "utf-8")
+    entries = eval_record()["metrics"]["fidelity"][0]["methods"]
+    settings = {"model": "my/model", "dtype": "bfloat16", "context": 512}
+    content = eval_record(suite="fidelity", settings=settings, metrics={"residual_64": entries})
+    (results / "fidelity__1.json").write_text(json.dumps(content), "utf-8")
     assert tables.main(["--check"], tmp_path) == 1
     assert "quantcache/data/measurements.json" in capsys.readouterr().err
     assert tables.main([], tmp_path) == 0
