@@ -21,6 +21,7 @@ from quantcache.accounting import (
     predict_quantized,
 )
 from quantcache.artifact import Calibration
+from quantcache.attention import QUERY_CHUNK, TILE_BLOCKS
 from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.errors import QuantCacheError
 from quantcache.packing import BLOCK
@@ -217,7 +218,8 @@ class Activations:
             a step is appended, or both for every query head while a chunk is read under a mask, whichever is more.
             transformers' quantized caches: keys and values in 16 bits twice, or once and for every query head; fp8
             keeps two copies of one side in float32 besides. Ours: its blocks once more, because stores grow by
-            copying, and a chunk's queries and outputs in float32.
+            copying, a chunk's queries and outputs in float32, and the scores of a tile (at most 256 queries of every
+            head against 512 keys) in float32 four times.
         windows: Tokens behind the window that sliding layers still hold until the next step: at most a chunk.
     """
 
@@ -255,6 +257,7 @@ def estimate_activations(
     widest = max(geometry.layers, key=lambda layer: layer.elements, default=None)
     queries = text.num_attention_heads * (0 if widest is None else widest.key.dim)
     new = 0 if widest is None else widest.elements
+    tile = batch * text.num_attention_heads * min(chunk, QUERY_CHUNK) * min(tokens, TILE_BLOCKS * BLOCK)
     windows = sum(
         2 * batch * each.elements * (min(tokens, each.window - 1 + chunk) - each.kept(tokens))
         for each in geometry.layers
@@ -265,7 +268,7 @@ def estimate_activations(
         logits=6 * batch * text.vocab_size,
         mask=batch * chunk * tokens if masked else 0,
         reading=_reading(form, geometry, tokens, batch, text.num_attention_heads if masked else 0)
-        + (8 * batch * chunk * queries if form.kind in ("spectral", "simulated") else 0),
+        + (8 * batch * chunk * queries + 16 * tile if form.kind in ("spectral", "simulated") else 0),
         windows=windows,
     )
 

@@ -344,14 +344,12 @@ def _reason(
         return f"{total}; of all that fit it has the least expected KL, {kl:.5f} nats per token"
     if fitting:
         closest = min(fitting, key=_preference)
-        kl, agreement = closest.quality.kl, closest.quality.agreement
-        asked = [f"KL of at most {demand.max_kl:g}"] * (demand.max_kl is not None)
-        asked += [f"agreement of at least {demand.min_agreement:g}"] * (demand.min_agreement is not None)
-        known = ", ".join(
-            [f"KL {kl:.5f}"] * (kl is not None) + [f"agreement {agreement:.4f}"] * (agreement is not None)
-        )
+        figures = {"KL": closest.quality.kl, "agreement": closest.quality.agreement}
+        limits = {"KL of at most": demand.max_kl, "agreement of at least": demand.min_agreement}
+        known = ", ".join(f"{name} {value:.5f}" for name, value in figures.items() if value is not None)
+        asked = " and ".join(f"{words} {value:g}" for words, value in limits.items() if value is not None)
         return (
-            f"nothing that fits {show(demand.memory)} with {wanted} is known to have a {' and '.join(asked)}: "
+            f"nothing that fits {show(demand.memory)} with {wanted} is known to have a {asked}: "
             f"the closest is {closest.format} with {known or 'no figures'}"
         )
     usable = [each for each in candidates if each.usable]

@@ -24,6 +24,7 @@ from tests.builders import llama_config
 from tests.unit.test_planning_records import eval_record
 
 BUNDLED = bundled_measurements()
+CONTEXT = 32_768
 
 
 def eight_billion() -> LlamaConfig:
@@ -50,6 +51,13 @@ def plan(demand: Demand, model: str = "wiki11m", **more: Any) -> Recommendation:
     return recommend(sizes(model), demand, BUNDLED, model=model, **more)
 
 
+@functools.cache
+def totals() -> dict[str, int]:
+    """What every format that can be used takes in all at the context of these tests."""
+    found = plan(Demand(1, CONTEXT))
+    return {each.format: each.total_bytes for each in found.candidates if each.usable}
+
+
 def test_weights_and_cache_of_eight_billion_parameters() -> None:
     """Sizes that everybody knows: 8.03 billion parameters, and 128 KiB of cache a token in 16 bits."""
     found = plan(Demand(10**12, 131_072, 4), "llama")
@@ -70,8 +78,8 @@ def test_weights_and_cache_of_eight_billion_parameters() -> None:
 def test_more_memory_never_gives_a_worse_divergence() -> None:
     last = float("inf")
     seen = set()
-    for memory in (30, 33.3, 33.4, 33.6, 33.9, 34.2, 34.4, 35, 35.3, 40, 47.3, 47.4, 60):
-        found = plan(Demand(int(memory * 1e6), 4096, 1))
+    for memory in sorted(total + step for total in totals().values() for step in (-1, 0)):
+        found = plan(Demand(memory, CONTEXT))
         if found.best is None:
             assert last == float("inf")
             continue
@@ -86,8 +94,8 @@ def test_more_memory_never_gives_a_worse_divergence() -> None:
 
 @pytest.mark.parametrize("name", [DENSE, "quanto-4", "kivi-3", "spectral-3"])
 def test_the_longest_context_is_the_longest(name: str) -> None:
-    memory = 36_000_000
-    reach = plan(Demand(memory, 4096)).candidate(name).max_context
+    memory = 60_000_000
+    reach = plan(Demand(memory, CONTEXT)).candidate(name).max_context
     assert reach
     assert plan(Demand(memory, reach)).candidate(name).fits
     assert not plan(Demand(memory, reach + 1)).candidate(name).fits
@@ -113,32 +121,34 @@ def test_activations_never_decrease(name: str) -> None:
 
 
 def test_constraints() -> None:
-    demand = Demand(35_500_000, 4096)
-    assert plan(demand).best == "spectral-4"
-    assert plan(replace(demand, memory=34_500_000)).best == "spectral-3"
-    assert plan(replace(demand, memory=34_500_000, max_kl=0.002, min_agreement=0.97)).best == "spectral-3"
-    found = plan(replace(demand, memory=34_500_000, max_kl=0.0005))
-    assert found.best is None
-    assert found.commands == []
-    assert (
-        "nothing that fits 34.50 MB with 4,096 tokens in 1 row is known to have a KL of at most 0.0005" in found.reason
-    )
-    assert "the closest is spectral-3 with KL 0.00107, agreement 0.9810" in found.reason
-    found = plan(replace(demand, min_agreement=0.999))
-    assert found.best is None
-    assert "agreement of at least 0.999" in found.reason
+    demand = Demand(totals()["spectral-3"], CONTEXT)
+    assert plan(replace(demand, memory=totals()["spectral-4"])).best == "spectral-4"
+    assert plan(demand).best == "spectral-3"
+    figure = BUNDLED.fidelity_of("spectral-3", "wiki11m", 64)
+    kl, agreement = figure.kl_mean, figure.top1_agreement
+    assert plan(replace(demand, max_kl=kl, min_agreement=agreement)).best == "spectral-3"
+    closest = f"the closest is spectral-3 with KL {kl:.5f}, agreement {agreement:.5f}"
+    for limits, asked in (
+        ({"max_kl": kl / 2}, f"KL of at most {kl / 2:g}"),
+        ({"min_agreement": 0.999}, "agreement of at least 0.999"),
+        ({"max_kl": 1e-5, "min_agreement": 0.999}, "KL of at most 1e-05 and agreement of at least 0.999"),
+    ):
+        found = plan(replace(demand, **limits))
+        assert (found.best, found.commands, found.python) == (None, [], "")
+        assert found.reason.endswith(f"with 32,768 tokens in 1 row is known to have a {asked}: {closest}")
 
 
 def test_nothing_fits() -> None:
-    found = plan(Demand(32_000_000, 100_000, 2), unit="MiB")
+    memory = 64 * 1024**2
+    found = plan(Demand(memory, 1 << 20, 2), unit="MiB")
     assert found.best is None
     assert found.reason.startswith(
-        "nothing fits 30.52 MiB with 100,000 tokens in 2 rows: the smallest, spectral-2, takes"
+        "nothing fits 64.00 MiB with 1,048,576 tokens in 2 rows: the smallest, spectral-2, takes"
     )
     reach = max(each.max_context for each in found.candidates if each.usable)
     assert f"the largest context that fits is {reach:,} tokens, with " in found.reason
-    assert plan(Demand(32_000_000, reach, 2)).best is not None
-    assert plan(Demand(32_000_000, reach + 1, 2)).best is None
+    assert plan(Demand(memory, reach, 2)).best is not None
+    assert plan(Demand(memory, reach + 1, 2)).best is None
     tiny = plan(Demand(1_000_000, 10))
     assert tiny.reason.endswith("weights in bf16; no context fits at batch 1")
 
