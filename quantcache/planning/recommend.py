@@ -218,7 +218,8 @@ def recommend(
         calibration.check_compatible(config)
     weights = weights_bytes(sizes.weights, demand.weights)
     names = [model, str(getattr(config, "_name_or_path", "") or model)]
-    candidates, refused = [], {}
+    candidates: list[Candidate] = []
+    refused: dict[str, str] = {}
     for form in list_formats():
         quality = expected_quality(form, names, demand.context, measurements, calibration)
         try:
