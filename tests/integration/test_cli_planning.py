@@ -24,8 +24,8 @@ from quantcache.planning.formats import FORMAT_NAMES
 from quantcache.planning.geometry import load_config
 from quantcache.planning.recommend import Demand, model_sizes, recommend
 from quantcache.planning.records import bundled_measurements
+from tests.builders import eval_record
 from tests.helpers import Run
-from tests.unit.test_planning_records import eval_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,8 +20,7 @@ from quantcache.planning.memory import estimate_activations, estimate_memory
 from quantcache.planning.recommend import Demand, ModelSizes, Recommendation, longest, model_sizes, recommend
 from quantcache.planning.records import Measurements, bundled_measurements, measurements_of
 from quantcache.planning.units import parse_bytes, parse_tokens, show_bytes
-from tests.builders import llama_config
-from tests.unit.test_planning_records import eval_record
+from tests.builders import eval_record, llama_config
 
 BUNDLED = bundled_measurements()
 CONTEXT = 32_768
