@@ -1,5 +1,7 @@
 """Write the tables and figures of the README and the documentation from committed records, or check them.
 
+So is ``quantcache/data/measurements.json``, the figures that an installed package goes by.
+
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``. A figure is drawn where a page shows it.
 """
 
@@ -20,9 +22,13 @@ from fidelity_tables import all_table, claim_table, contexts_table, fidelity_tab
 from suite_tables import SUITE_TABLES
 
 from quantcache.evaluation.record import read_record
+from quantcache.jsonfile import to_json, write_json
+from quantcache.planning.records import Measurements, measurements_of, to_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"
+DIGEST = Path("quantcache") / "data" / "measurements.json"
+DIGEST_SUITES = ("fidelity", "cpu-decode")
 NO_RECORD = "No record yet."
 MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PAGES = (
@@ -120,6 +126,26 @@ def outdated_figures(root: Path, text: str) -> list[tuple[Path, str, figures.Lin
     return outdated
 
 
+def digest(root: Path) -> dict[str, Any]:
+    """The figures of the newest records that ``quantcache formats`` and ``recommend`` go by.
+
+    Args:
+        root: The checkout.
+
+    Returns:
+        The content of :data:`DIGEST`.
+
+    Raises:
+        RecordError: A file is no record.
+    """
+    found = Measurements()
+    for suite in DIGEST_SUITES:
+        newest = newest_record(root / "benchmarks" / "results", suite)
+        if newest is not None:
+            found += measurements_of(newest[1], newest[0])
+    return to_digest(found)
+
+
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """Regenerate or check the pages and their figures.
 
@@ -145,6 +171,13 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             (root / page).write_text(wanted, encoding="utf-8")
         for due in figures_due:
             figures.draw(*due)
+    summary = root / DIGEST
+    if summary.parent.is_dir():
+        content = digest(root)
+        if not summary.is_file() or summary.read_text(encoding="utf-8") != to_json(content) + "\n":
+            stale.append(str(summary.relative_to(root)))
+            if not options.check:
+                write_json(summary, content)
     if options.check and stale:
         print(f"error: {', '.join(stale)} differ from the newest records: run benchmarks/tables.py", file=sys.stderr)
         return 1

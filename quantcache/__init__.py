@@ -5,6 +5,8 @@ Importing the package registers the attention implementation ``"spectral"`` with
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
 from quantcache.accounting import CacheMemory
@@ -15,6 +17,9 @@ from quantcache.calibration import calibrate
 from quantcache.enabling import disable, enable, enabled
 from quantcache.errors import ArtifactError, CalibrationMismatch, HubError, QuantCacheError, UnsupportedModel
 from quantcache.export import absorb, export_checkpoint
+
+if TYPE_CHECKING:
+    from quantcache.planning import estimate_memory
 
 register_attention()
 
@@ -34,6 +39,16 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "estimate_memory",
     "export_checkpoint",
     "register_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is not needed for running a cache when it is asked for."""
+    if name == "estimate_memory":
+        from quantcache.planning import estimate_memory
+
+        return estimate_memory
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,84 @@ def capacity(blocks: int, prefilled: int) -> int:
     return room
 
 
+@dataclass(frozen=True)
+class SideSize:
+    """What decides the bytes of the keys or the values of one layer.
+
+    Attributes:
+        heads: Hkv.
+        dim: D.
+        code_bits: Bits of codes for each token, all heads together; None leaves the side dense.
+        gain_bytes: Bytes of gains for each token, all heads together.
+    """
+
+    heads: int
+    dim: int
+    code_bits: float | None = None
+    gain_bytes: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Elements of one token."""
+        return self.heads * self.dim
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What decides the bytes of one layer.
+
+    Attributes:
+        key: The keys.
+        value: The values.
+        blocks: Whether the layer stores blocks; transformers' own layers keep all their tokens as they are.
+        window: Sliding window of a layer of transformers' own: it keeps one token less.
+    """
+
+    key: SideSize
+    value: SideSize
+    blocks: bool = True
+    window: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """Elements of one token."""
+        return self.key.elements + self.value.elements
+
+    def kept(self, tokens: int) -> int:
+        """Tokens that a layer of transformers' own keeps of T."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
+
+
+def calibrated_sizes(calibration: Calibration) -> list[LayerSize]:
+    """The sizes of the layers that a calibration compresses.
+
+    Args:
+        calibration: The calibration, at its rate.
+
+    Returns:
+        One entry for each layer.
+    """
+    return [LayerSize(_side_size(layer.key), _side_size(layer.value)) for layer in calibration.layers.values()]
+
+
+def _side_size(side: SideCalibration) -> SideSize:
+    if side.widths is None:
+        return SideSize(side.num_heads, side.dim)
+    return SideSize(side.num_heads, side.dim, int(side.widths.sum()), side.num_heads)
+
+
+def largest_capacity(blocks: int) -> int:
+    """Blocks that a store may have room for at most, however its blocks arrived.
+
+    Args:
+        blocks: Blocks stored.
+
+    Returns:
+        The largest value of :func:`capacity`.
+    """
+    return max(blocks, blocks - 1 + max(1, (blocks - 1) // GROWTH)) if blocks else 0
+
+
 def predict(
     calibration: Calibration,
     tokens: int,
@@ -175,31 +253,108 @@ def predict(
         The sizes, ``constants`` zero.
     """
     blocks = num_blocks(tokens, sink_length, residual_length)
-    room = capacity(blocks, num_blocks(tokens if prefill is None else prefill, sink_length, residual_length))
+    return predict_layers(
+        calibrated_sizes(calibration),
+        tokens,
+        batch=batch,
+        sink_length=sink_length,
+        residual_length=residual_length,
+        element_bytes=element_bytes,
+        room=capacity(blocks, num_blocks(tokens if prefill is None else prefill, sink_length, residual_length)),
+    )
+
+
+def predict_layers(
+    layers: Iterable[LayerSize],
+    tokens: int,
+    *,
+    batch: int = 1,
+    sink_length: int = 4,
+    residual_length: int = 64,
+    element_bytes: int = 2,
+    room: int | None = None,
+) -> CacheMemory:
+    """Bytes that a cache will hold, by formula, stock layers included.
+
+    Args:
+        layers: Its layers; those that hold nothing may be left out.
+        tokens: T (rows without left padding).
+        batch: B.
+        sink_length: First tokens kept aside.
+        residual_length: Recent tokens kept.
+        element_bytes: Bytes per element of the model's dtype.
+        room: Blocks that the stores have room for (see :func:`capacity`); as many as they hold if None.
+
+    Returns:
+        The sizes, ``constants`` zero.
+    """
+    blocks = num_blocks(tokens, sink_length, residual_length)
+    room = blocks if room is None else room
     kinds = ("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack", "encoded_elements", "elements")
     sizes = dict.fromkeys(kinds, 0)
     kept = sink_length if blocks else 0
-    for layer in calibration.layers.values():
+    for layer in layers:
+        if not layer.blocks:
+            sizes["dense"] += batch * layer.kept(tokens) * layer.elements * element_bytes
+            sizes["elements"] += batch * layer.kept(tokens) * layer.elements
+            continue
         sizes["bookkeeping"] += room * PLACE_BYTES
         for side in (layer.key, layer.value):
-            token_elements = batch * side.num_heads * side.dim
-            codes, gains, dense = _block_bytes(side, batch, element_bytes)
-            sizes["codes"] += blocks * codes
-            sizes["gains"] += blocks * gains
-            sizes["dense"] += blocks * dense
-            sizes["slack"] += (room - blocks) * (codes + gains + dense)
+            token_elements = batch * side.elements
+            stored = BLOCK * batch * blocks
+            if side.code_bits is None:
+                sizes["dense"] += stored * side.elements * element_bytes
+                block_bytes: float = BLOCK * token_elements * element_bytes
+            else:
+                sizes["codes"] += round(stored * side.code_bits / 8)
+                sizes["gains"] += stored * side.gain_bytes
+                sizes["encoded_elements"] += stored * side.elements
+                block_bytes = BLOCK * batch * (side.code_bits / 8 + side.gain_bytes)
+            sizes["slack"] += round((room - blocks) * block_bytes)
             sizes["sinks"] += kept * token_elements * element_bytes
             sizes["residual"] += (tokens - kept - blocks * BLOCK) * token_elements * element_bytes
-            sizes["encoded_elements"] += 0 if dense else blocks * BLOCK * token_elements
             sizes["elements"] += tokens * token_elements
     return CacheMemory(tokens=tokens, **sizes)
 
 
-def _block_bytes(side: SideCalibration, batch: int, element_bytes: int) -> tuple[int, int, int]:
-    """Bytes of codes, gains and dense tokens of one block of one side."""
-    if side.widths is None:
-        return 0, 0, batch * side.num_heads * BLOCK * side.dim * element_bytes
-    return batch * 8 * int(side.widths.sum()), batch * side.num_heads * BLOCK, 0
+def predict_quantized(
+    layers: Iterable[LayerSize],
+    tokens: int,
+    *,
+    bits: int,
+    group: int | None,
+    batch: int = 1,
+    recent: int = 0,
+    element_bytes: int = 2,
+) -> CacheMemory:
+    """Bytes that transformers' quantized cache will hold, by formula.
+
+    Args:
+        layers: Its layers.
+        tokens: T.
+        bits: Width of every code.
+        group: Codes that share a 16-bit scale and zero point; None for one float32 scale for each side of a layer.
+        batch: B.
+        recent: Tokens that it still keeps as they are.
+        element_bytes: Bytes per element of the model's dtype.
+
+    Returns:
+        The sizes, counted as :func:`measure` does.
+    """
+    sizes = dict.fromkeys(("codes", "gains", "residual", "slack", "encoded_elements", "elements"), 0)
+    for side in (side for layer in layers for side in (layer.key, layer.value)):
+        coded = batch * (tokens - recent) * side.elements
+        sizes["codes"] += coded * bits // 8
+        if group is None:
+            sizes["gains"] += DENSE_BITS // 8
+            sizes["slack"] += 4 - DENSE_BITS // 8
+        else:
+            sizes["gains"] += coded // group * 2 * DENSE_BITS // 8
+            sizes["slack"] += coded // group * 2 * (element_bytes - DENSE_BITS // 8)
+        sizes["residual"] += batch * recent * side.elements * element_bytes
+        sizes["encoded_elements"] += coded
+        sizes["elements"] += batch * tokens * side.elements
+    return CacheMemory(tokens=tokens, **sizes)
 
 
 def measure(cache: Cache) -> CacheMemory:

@@ -147,3 +147,43 @@ def live_storages() -> set[tuple[int, int]]:
     """(address, bytes) of the storages of all tensors that Python holds."""
     gc.collect()
     return storages(t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter))
+
+
+def eval_record(**more: Any) -> dict[str, Any]:
+    """What ``quantcache eval --suite fidelity,speed -o`` writes, as far as planning reads it.
+
+    Args:
+        more: Entries to replace.
+
+    Returns:
+        The record's JSON.
+    """
+    figures = {
+        "kl_mean": 0.002,
+        "kl_stderr": 1e-5,
+        "top1_agreement": 0.97,
+        "perplexity": 9.5,
+        "bits_per_element": 3.125,
+    }
+    entry = {"status": "ok", "simulated": False, "family": "ours", "tokens": 512, "residual_length": 64, **figures}
+    timed = {"status": "ok", "decode_ms": {"p20": 1.0, "median": 2.0, "p80": 3.0, "n": 5}, "decode_ratio": 0.5}
+    return {
+        "schema_version": 1,
+        "suite": "eval",
+        "status": "ok",
+        "created": "2026-11-20T10:00:00+00:00",
+        "commit": "0123456789abcdef" + 24 * "0",
+        "dirty": False,
+        "command": "quantcache eval my/model",
+        "environment": {"cpu": {"name": "Abacus 9", "cores": 2}, "gpus": []},
+        "settings": {},
+        "model": "my/model",
+        "dtype": "bfloat16",
+        "metrics": {
+            "fidelity": [
+                {"context": 512, "residual": 64, "methods": {"spectral-3": entry, "fp8": {"status": "out of memory"}}}
+            ],
+            "speed": {"settings": {"context": 1024}, "methods": {"spectral-3": {"batches": {"4": timed}}}},
+        },
+        **more,
+    }

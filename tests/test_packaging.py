@@ -36,6 +36,7 @@ TIERS = (
     ("export", "recipes"),
     ("evaluation", "env"),
     ("analysis",),
+    ("planning",),
     ("demo",),
     ("cli", "__init__", "__main__"),
 )
@@ -163,6 +164,7 @@ def test_wheel_holds_both_packages_and_the_data(wheel: zipfile.ZipFile) -> None:
         "quantcache/data/wiki11m/model.safetensors",
         "quantcache/data/wiki11m/tokenizer.json",
         "quantcache/data/wiki11m/README.md",
+        "quantcache/data/measurements.json",
         "quantcache/data/calibrations/index.json",
         "quantcache/data/calibrations/recipes/wiki11m.yaml",
         "quantcache/data/calibrations/wiki11m/calibration.safetensors",

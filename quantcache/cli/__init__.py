@@ -17,8 +17,10 @@ from quantcache.cli.demo import demo
 from quantcache.cli.env import env
 from quantcache.cli.eval import evaluate
 from quantcache.cli.export import export
+from quantcache.cli.formats import formats
 from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
+from quantcache.cli.recommend import recommend
 from quantcache.cli.session import report_error
 
 app = typer.Typer(
@@ -32,6 +34,8 @@ app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
 app.command("export")(export)
+app.command("formats")(formats)
+app.command("recommend")(recommend)
 app.command("env")(env)
 app.command("demo")(demo)
 

@@ -37,6 +37,18 @@ def calibrations_path() -> Path:
     return _resource("calibrations", "index.json").parent
 
 
+def measurements_path() -> Path:
+    """The figures of the newest benchmark records, made from them by ``benchmarks/tables.py``.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: The installation lacks it.
+    """
+    return _resource("measurements.json")
+
+
 def text_path(name: str) -> Path:
     """A bundled text.
 

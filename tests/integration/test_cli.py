@@ -144,7 +144,7 @@ def test_env(run: Run) -> None:
 def test_help(run: Run) -> None:
     status, out, _ = run()
     assert status == 0
-    for verb in ("calibrate", "inspect", "generate", "eval", "env", "demo"):
+    for verb in ("calibrate", "inspect", "generate", "eval", "formats", "recommend", "env", "demo"):
         assert verb in out
         status, text, _ = run(verb, "--help")
         assert status == 0

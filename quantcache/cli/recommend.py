@@ -1,0 +1,140 @@
+"""``quantcache recommend``."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from quantcache.cli.formats import NOT_MEASURED, RecordsOption, compact_table, load_measurements
+from quantcache.cli.session import (
+    DebugFlag,
+    JsonFlag,
+    RevisionOption,
+    TrustOption,
+    load_calibration,
+    require_folder,
+    session,
+)
+from quantcache.errors import QuantCacheError
+
+if TYPE_CHECKING:
+    from quantcache.planning.recommend import Candidate, Recommendation
+
+
+def recommend(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder, config.json or Hub id of a decoder-only model; a config is enough."
+        ),
+    ],
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="24GB (1000³ bytes) or 24GiB (1024³ bytes).")],
+    context: Annotated[str, typer.Option(metavar="TOKENS", help="Cached tokens of each row; 128K is 131,072.")],
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL accepted, nats per token.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Smallest top-1 agreement accepted, such as 0.98.")
+    ] = None,
+    weights_format: Annotated[
+        str, typer.Option(help="bf16, int8, int4-g128, gptq, awq, gguf-q4_0, gguf-q5_1 or nf4.")
+    ] = "bf16",
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", "-c", metavar="ARTIFACT", help="The model's calibration, to predict from."),
+    ] = None,
+    records: RecordsOption = None,
+    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens that go through the model at once.")] = 512,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Say what fits into a memory, and which format to take.
+
+    Example: quantcache recommend Qwen/Qwen3-0.6B --memory 24GB --context 128K --batch 4 --max-kl 0.01
+    """
+    with session(json, debug) as run:
+        from quantcache.planning import recommend as planning
+        from quantcache.planning.geometry import load_config
+        from quantcache.planning.units import parse_bytes, parse_tokens
+
+        for name, value in (("--max-kl", max_kl), ("--min-agreement", min_agreement)):
+            if value is not None and math.isnan(value):
+                raise ValueError(f"{name} must be a number, got {value}")
+        demand = planning.Demand(
+            memory=parse_bytes(memory, "--memory"),
+            context=parse_tokens(context, "--context"),
+            batch=batch,
+            max_kl=max_kl,
+            min_agreement=min_agreement,
+            weights=weights_format,
+            chunk=prefill_chunk,
+        )
+        demand.check()
+        require_folder(model)
+        measurements = load_measurements(records)
+        found = planning.recommend(
+            planning.model_sizes(load_config(model, revision, trust_remote_code)),
+            demand,
+            measurements,
+            model=model,
+            calibration=None if calibration is None else load_calibration(calibration),
+            calibration_name=calibration,
+            unit=memory,
+        )
+        if found.best is None:
+            raise QuantCacheError(found.reason)
+        run.finish(found.to_dict(), *_shown(found, memory))
+
+
+def _shown(found: Recommendation, unit: str) -> list[Table | str]:
+    from quantcache.planning.units import show_bytes
+
+    demand = found.demand
+    assert found.best is not None
+    best = found.candidate(found.best)
+    summary = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    summary.add_row("take", f"{best.format}: {found.reason}")
+    summary.add_row("weights", f"{show_bytes(found.weights_bytes, unit)} in {demand.weights}")
+    largest = show_bytes(best.cache_bytes_largest, unit)
+    summary.add_row("cache", f"{show_bytes(best.cache_bytes, unit)} after one prompt, at most {largest}")
+    beside = show_bytes(best.constants_bytes + best.activation_bytes, unit)
+    summary.add_row("beside", f"{beside}: activations (estimate) and the calibration's constants")
+    summary.add_row("fidelity", _fidelity(best))
+    summary.add_row("risk", f"{best.quality.risk}: {best.quality.basis} ({best.quality.source})")
+    title = (
+        f"{found.model}: {show_bytes(demand.memory, unit)}, context {demand.context:,}, batch {demand.batch}, "
+        f"weights in {demand.weights}"
+    )
+    table = compact_table("format", "cache", "total", "fits", "max context", "KL", "risk", title=title)
+    for each in found.candidates:
+        quality = each.quality
+        table.add_row(
+            each.format + "*" * (each.obstacle is not None),
+            show_bytes(each.cache_bytes_largest, unit),
+            show_bytes(each.total_bytes, unit),
+            "yes" if each.fits else "no",
+            "no limit" if each.max_context is None else f"{each.max_context:,}",
+            NOT_MEASURED if quality.kl is None else f"{quality.kl:.5f}",
+            quality.risk,
+        )
+    obstacles: dict[str, list[str]] = {}
+    for each in found.candidates:
+        if each.obstacle is not None:
+            obstacles.setdefault(each.obstacle, []).append(each.format)
+    lines = [f"* {obstacle}: {', '.join(names)}" for obstacle, names in obstacles.items()]
+    use = ["", *(f"$ {command}" for command in found.commands), *([""] if found.commands else []), found.python]
+    bases = dict.fromkeys(f"risk {e.quality.risk}: {e.quality.basis}" for e in found.candidates)
+    return [summary, "", table, *lines, *bases, "", *found.notes, *use]
+
+
+def _fidelity(best: Candidate) -> str:
+    quality = best.quality
+    kl = NOT_MEASURED if quality.kl is None else f"KL {quality.kl:.5f} nats per token"
+    agreement = "" if quality.agreement is None else f", same most likely token at {quality.agreement:.2%}"
+    predicted = quality.predicted_kl
+    also = "" if predicted in (None, quality.kl) else f"; its calibration predicts KL {predicted:.5f}"
+    return f"{kl}{agreement}{also}"

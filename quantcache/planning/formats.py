@@ -1,0 +1,220 @@
+"""Every KV format that is known, and what an element costs in it, scales and gains included."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from quantcache import compat
+from quantcache.accounting import LayerSize, SideSize, calibrated_sizes
+from quantcache.artifact import Calibration
+from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.evaluation.methods import RECIPES, Recipe
+from quantcache.evaluation.methods.base import SimulatedCodec, hadamard
+from quantcache.evaluation.methods.installed import Fp8Codec
+from quantcache.evaluation.methods.integer import QUAROT_CLIP, KiviCodec, QuarotCodec, TokenInt8Codec
+from quantcache.evaluation.methods.turboquant import TurboQuantCodec, TurboQuantQJLCodec
+from quantcache.planning.geometry import Geometry
+from quantcache.schema import CodecSettings
+
+DENSE = "bf16"
+"""What is called ``dense`` where methods are measured: keys and values as the model makes them."""
+
+FORMAT_NAMES = (
+    DENSE,
+    "fp8",
+    "int8-token",
+    *("quanto-4", "quanto-2", "hqq-4", "hqq-2"),
+    *(f"{stem}-{bits}" for stem in ("kivi", "quarot", "turboquant-mse", "turboquant-qjl") for bits in (4, 3, 2)),
+    *("spectral-4", "spectral-3", "spectral-2.5", "spectral-2"),
+)
+"""The formats that tables list. Other numbers of bits can be named where a family takes them."""
+
+GROUP = 64
+"""Elements that share a scale and a zero point in transformers' quantized caches (its default)."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way of keeping keys and values.
+
+    Attributes:
+        name: Its name, that of the method in measurements except for ``bf16``.
+        stem: The family's name.
+        bits: Its number of bits; 0 where the family has one setting only.
+        recipe: What is known of the family.
+    """
+
+    name: str
+    stem: str
+    bits: float
+    recipe: Recipe
+
+    @property
+    def method(self) -> str:
+        """Its name in measurements."""
+        return "dense" if self.name == DENSE else self.name
+
+    @property
+    def kind(self) -> str:
+        """How caches of this format store: ``dense``, ``spectral``, ``quantized`` (by transformers), ``simulated``."""
+        if self.recipe.simulated:
+            return "simulated"
+        return {"dense": "dense", "spectral": "spectral"}.get(self.stem, "quantized")
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a cache that stores it packed, once its packages are installed."""
+        return not self.recipe.simulated
+
+
+def parse_format(name: str) -> Format:
+    """Find a format.
+
+    Args:
+        name: Its name, such as ``spectral-3`` or ``bf16``.
+
+    Returns:
+        The format.
+
+    Raises:
+        QuantCacheError: There is none of that name.
+    """
+    stem, _, number = name.rpartition("-")
+    plain = "dense" if name == DENSE else name
+    if plain in RECIPES and not RECIPES[plain].parameter and name != "dense":
+        return Format(name, plain, 0.0, RECIPES[plain])
+    recipe = RECIPES.get(stem)
+    try:
+        bits = float(number)
+    except ValueError:
+        recipe = None
+    if recipe is None or recipe.parameter != "B" or recipe.needs == "statistics":
+        raise QuantCacheError(f"unknown format {name!r}: known are {', '.join(FORMAT_NAMES)}")
+    low, high = recipe.limits
+    if not (low <= bits <= high if recipe.numbers is None else bits in recipe.numbers):
+        allowed = f"{low} to {high}" if recipe.numbers is None else ", ".join(map(str, recipe.numbers))
+        raise QuantCacheError(f"format {name}: bits must be {allowed}, got {number}")
+    return Format(name, stem, bits, recipe)
+
+
+def list_formats() -> list[Format]:
+    """The formats of :data:`FORMAT_NAMES`."""
+    return [parse_format(name) for name in FORMAT_NAMES]
+
+
+def bits_per_element(form: Format, geometry: Geometry) -> float:
+    """Bits of an encoded element with everything that comes with its codes.
+
+    Sinks, recent tokens, and layers that are not compressed are not in it.
+
+    Args:
+        form: The format.
+        geometry: The model's cache.
+
+    Returns:
+        The mean over all layers that grow with the context.
+
+    Raises:
+        UnsupportedModel: The format cannot hold this model's cache.
+    """
+    if form.kind == "dense":
+        return 16.0
+    if form.kind == "quantized":
+        require_full_attention(form, geometry)
+        return form.bits + 32 / GROUP if form.bits else 8.0
+    sides = [side for layer in coded_layers(form, geometry) if layer.blocks for side in (layer.key, layer.value)]
+    elements = sum(side.elements for side in sides)
+    bits = sum((side.code_bits or 0) + 8 * side.gain_bytes for side in sides)
+    return bits / elements if elements else 16.0
+
+
+@functools.lru_cache(maxsize=32)
+def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> tuple[LayerSize, ...]:
+    """The layers of a cache that stores blocks in a format.
+
+    Args:
+        form: A format of the kinds ``spectral`` and ``simulated``.
+        geometry: The model's cache.
+        calibration: For ours: the model's calibration, whose allocation then says what codes take. Without it, codes
+            take what a joint budget leaves after rounding to whole groups of coefficients.
+
+    Returns:
+        All layers, those that are not compressed as they are.
+    """
+    if form.kind == "simulated":
+        return tuple(
+            replace(layer, key=_simulated(form, "key", layer.key), value=_simulated(form, "value", layer.value))
+            if layer.blocks
+            else layer
+            for layer in geometry.layers
+        )
+    stock = [layer for layer in geometry.layers if not layer.blocks]
+    if calibration is not None:
+        return (*stock, *calibrated_sizes(calibration.with_bits(form.bits)))
+    group = CodecSettings().group_size
+    left = int(round(form.bits * geometry.elements, 6) // group) * group
+    elements, layers = geometry.elements, []
+    for layer in geometry.layers:
+        if layer.blocks:
+            sides = []
+            for side in (layer.key, layer.value):
+                share = left * side.elements // elements  # only the sum matters: which side gets what is not known
+                left, elements = left - share, elements - side.elements
+                sides.append(SideSize(side.heads, side.dim, share, side.heads))
+            layers.append(LayerSize(sides[0], sides[1]))
+    return (*stock, *layers)
+
+
+def require_full_attention(form: Format, geometry: Geometry) -> None:
+    """Refuse models that transformers' quantized cache does not take.
+
+    Args:
+        form: A format of the kind ``quantized``.
+        geometry: The model's cache.
+
+    Raises:
+        UnsupportedModel: It has layers that are not plain full attention.
+    """
+    if geometry.state_bytes or not all(layer.blocks for layer in geometry.layers):
+        raise UnsupportedModel(f"{form.name}: transformers' quantized cache takes models of full attention only")
+
+
+def missing_package(form: Format) -> str | None:
+    """Why a cache of this format cannot be made here.
+
+    Args:
+        form: The format.
+
+    Returns:
+        A clause; None if it can.
+    """
+    if form.kind == "simulated":
+        return "no packed implementation"
+    return compat.missing_quantizer(form.stem) if form.stem in ("quanto", "hqq") else None
+
+
+def _simulated(form: Format, side: str, size: SideSize) -> SideSize:
+    return replace(size, code_bits=size.elements * _simulated_bits(form.stem, form.bits, side, size.dim))
+
+
+@functools.cache
+def _simulated_bits(stem: str, bits: float, side: str, dim: int) -> float:
+    """Bits of an element of one side, as the method itself counts them where it is measured."""
+    width = int(bits)
+    codec: SimulatedCodec
+    match stem:
+        case "fp8":
+            codec = Fp8Codec()
+        case "int8-token":
+            codec = TokenInt8Codec(dim)
+        case "kivi":
+            codec = KiviCodec(side, dim, width)
+        case "quarot":
+            codec = QuarotCodec(hadamard(dim), width, QUAROT_CLIP)
+        case "turboquant-qjl" if side == "key":
+            codec = TurboQuantQJLCodec(dim, width, seed=0)
+        case _:
+            codec = TurboQuantCodec(dim, width, seed=0)
+    assert codec.bits is not None
+    return codec.bits

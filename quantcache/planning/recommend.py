@@ -1,0 +1,391 @@
+"""Which format to take for a model, a memory, a context and a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from quantcache.artifact import Calibration
+from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.planning import usage
+from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package
+from quantcache.planning.geometry import Geometry, empty_model, read_geometry
+from quantcache.planning.memory import (
+    PREFILL_CHUNK,
+    cache_memory,
+    constants_bytes,
+    estimate_activations,
+    largest_cache,
+)
+from quantcache.planning.quality import Quality, expected_quality
+from quantcache.planning.records import Measurements
+from quantcache.planning.units import show_bytes
+from quantcache.planning.weights import WEIGHTS_FORMATS, Weight, list_weights, weights_bytes
+
+LONGEST = 1 << 32
+"""Contexts are looked for up to here."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What decides how much memory a model takes.
+
+    Attributes:
+        config: Its config.
+        geometry: Its cache.
+        weights: Its weights.
+    """
+
+    config: PreTrainedConfig
+    geometry: Geometry
+    weights: list[Weight]
+
+
+def model_sizes(config: PreTrainedConfig) -> ModelSizes:
+    """The sizes of a model, from its config alone.
+
+    Args:
+        config: The config.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        UnsupportedModel: The model cannot be built from its config, or its cache not be foretold.
+    """
+    return ModelSizes(config, read_geometry(config), list_weights(empty_model(config)))
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What has to fit.
+
+    Attributes:
+        memory: Bytes.
+        context: Tokens cached in each row.
+        batch: Rows.
+        max_kl: Largest mean KL divergence accepted, nats per token.
+        min_agreement: Smallest share of positions with the same most likely token accepted.
+        weights: Format of the weights.
+        chunk: Prompt tokens that go through the model at once.
+    """
+
+    memory: int
+    context: int
+    batch: int = 1
+    max_kl: float | None = None
+    min_agreement: float | None = None
+    weights: str = "bf16"
+    chunk: int = PREFILL_CHUNK
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            QuantCacheError: A number is out of range, or the weights' format is unknown.
+        """
+        for name in ("memory", "context", "batch", "chunk"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise QuantCacheError(f"{name} must be a whole number from 1 up, got {value!r}")
+        if self.max_kl is not None and not 0 <= self.max_kl < float("inf"):
+            raise QuantCacheError(f"max_kl must be a number from 0 up, got {self.max_kl}")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise QuantCacheError(f"min_agreement must lie between 0 and 1, got {self.min_agreement}")
+        if self.weights not in WEIGHTS_FORMATS:
+            known = ", ".join(WEIGHTS_FORMATS)
+            raise QuantCacheError(f"unknown weights format {self.weights!r}: known are {known}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One format under a demand.
+
+    Attributes:
+        format: Its name.
+        bits_per_element: Bits of an encoded element, scales and gains included.
+        cache_bytes: Bytes of the cache after one prompt of the whole context, exact (see ``estimate_memory``).
+        cache_bytes_largest: Bytes that it may take on the way there, in whatever steps; this is what must fit.
+        constants_bytes: Bytes of what all caches of the model share.
+        activation_bytes: Estimate of what a forward pass needs beside.
+        total_bytes: Weights, largest cache, constants and activations.
+        fits: Whether that is within the memory.
+        max_context: Longest context that fits; None where the cache does not grow.
+        usable: Whether there is a cache that stores it packed, here.
+        obstacle: Why not.
+        meets: Whether its expected fidelity meets the constraint.
+        quality: Its expected fidelity.
+    """
+
+    format: str
+    bits_per_element: float
+    cache_bytes: int
+    cache_bytes_largest: int
+    constants_bytes: int
+    activation_bytes: int
+    total_bytes: int
+    fits: bool
+    max_context: int | None
+    usable: bool
+    obstacle: str | None
+    meets: bool
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to take.
+
+    Attributes:
+        model: The model, as it was named.
+        demand: What was asked for.
+        weights_bytes: Bytes of the weights.
+        geometry: Where heads and dimensions are from: ``traced`` or ``declared``.
+        position_limit: Positions that the model was made for; None if it declares none.
+        best: The format with the least expected KL of those that fit, can be used and meet the constraint; None if
+            there is none.
+        reason: Why, or why none, in a sentence.
+        commands: Shell commands that use it.
+        python: Lines of Python that use it.
+        notes: What else to know.
+        candidates: All formats.
+    """
+
+    model: str
+    demand: Demand
+    weights_bytes: int
+    geometry: str
+    position_limit: int | None
+    best: str | None
+    reason: str
+    commands: list[str]
+    python: str
+    notes: list[str]
+    candidates: list[Candidate]
+
+    def candidate(self, name: str) -> Candidate:
+        """The entry of a format.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The entry.
+        """
+        return next(each for each in self.candidates if each.format == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def recommend(
+    sizes: ModelSizes,
+    demand: Demand,
+    measurements: Measurements,
+    *,
+    model: str,
+    calibration: Calibration | None = None,
+    calibration_name: str | None = None,
+    unit: str = "GB",
+) -> Recommendation:
+    """Choose a format.
+
+    Args:
+        sizes: The model's sizes.
+        demand: What has to fit.
+        measurements: Figures to go by.
+        model: What the model is called.
+        calibration: Its calibration: sizes and predictions of ours then rest on it.
+        calibration_name: Where that is, for the lines that use it.
+        unit: A size in whose kind of units messages show bytes.
+
+    Returns:
+        The choice. Where nothing fits, ``best`` is None and ``reason`` says what would.
+
+    Raises:
+        QuantCacheError: The demand makes no sense.
+        CalibrationMismatch: The calibration is another model's.
+    """
+    demand.check()
+    config, geometry = sizes.config, sizes.geometry
+    if calibration is not None:
+        calibration.check_compatible(config)
+    weights = weights_bytes(sizes.weights, demand.weights)
+    names = [model, str(getattr(config, "_name_or_path", "") or model)]
+    candidates: list[Candidate] = []
+    refused: dict[str, str] = {}
+    for form in list_formats():
+        quality = expected_quality(form, names, demand.context, measurements, calibration)
+        try:
+            candidates.append(_candidate(form, config, geometry, weights, demand, quality, calibration))
+        except UnsupportedModel as error:
+            refused[form.name] = str(error)  # this kind of cache does not take this model
+    fitting = [each for each in candidates if each.fits and each.usable]
+    eligible = [each for each in fitting if each.meets]
+    best = min(eligible, key=_preference, default=None)
+    reason = _reason(best, fitting, candidates, demand, weights, functools.partial(show_bytes, like=unit))
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return Recommendation(
+        model=model,
+        demand=demand,
+        weights_bytes=weights,
+        geometry=geometry.basis,
+        position_limit=limit,
+        best=None if best is None else best.format,
+        reason=reason,
+        commands=[] if best is None else _use(best, usage.commands, model, calibration_name),
+        python=""
+        if best is None
+        else _use(
+            best,
+            functools.partial(usage.python_lines, batch=demand.batch, chunk=demand.chunk, weights=demand.weights),
+            model,
+            calibration_name,
+        ),
+        notes=[*_notes(config, demand, geometry, limit), *(f"Left out: {reason}." for reason in refused.values())],
+        candidates=candidates,
+    )
+
+
+def _use(best: Candidate, write: Callable[..., Any], model: str, calibration: str | None) -> Any:
+    form = next(form for form in list_formats() if form.name == best.format)
+    return write(form, model, calibration)
+
+
+def _candidate(
+    form: Format,
+    config: PreTrainedConfig,
+    geometry: Geometry,
+    weights: int,
+    demand: Demand,
+    quality: Quality,
+    calibration: Calibration | None,
+) -> Candidate:
+    constants = constants_bytes(form, geometry, calibration)
+
+    def needed(tokens: int) -> tuple[int, int]:
+        cache = largest_cache(form, geometry, tokens, demand.batch, calibration)
+        return cache, estimate_activations(config, form, geometry, tokens, demand.batch, demand.chunk).total
+
+    def total(tokens: int) -> int:
+        return weights + constants + sum(needed(tokens))
+
+    cache, activations = needed(demand.context)
+    obstacle = missing_package(form)
+    return Candidate(
+        format=form.name,
+        bits_per_element=bits_per_element(form, geometry),
+        cache_bytes=cache_memory(form, geometry, demand.context, demand.batch, calibration=calibration).total
+        + demand.batch * geometry.state_bytes,
+        cache_bytes_largest=cache,
+        constants_bytes=constants,
+        activation_bytes=activations,
+        total_bytes=weights + constants + cache + activations,
+        fits=weights + constants + cache + activations <= demand.memory,
+        max_context=longest(lambda tokens: total(tokens) <= demand.memory),
+        usable=obstacle is None,
+        obstacle=obstacle,
+        meets=_meets(quality, demand),
+        quality=quality,
+    )
+
+
+def longest(fits: Callable[[int], bool]) -> int | None:
+    """The largest number of tokens that fits, by bisection.
+
+    Args:
+        fits: Whether some tokens fit; once they do not, more do not either.
+
+    Returns:
+        The number; 0 if nothing fits, None if everything does.
+    """
+    if fits(LONGEST):
+        return None
+    low, high = 0, LONGEST
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _meets(quality: Quality, demand: Demand) -> bool:
+    if demand.max_kl is not None and (quality.kl is None or quality.kl > demand.max_kl):
+        return False
+    return demand.min_agreement is None or (quality.agreement is not None and quality.agreement >= demand.min_agreement)
+
+
+def _preference(candidate: Candidate) -> tuple[bool, float, int]:
+    """Least expected KL first; formats of which nothing is known last; the smaller cache of two alike."""
+    kl = candidate.quality.kl
+    return kl is None, 0.0 if kl is None else kl, candidate.cache_bytes_largest
+
+
+def _reason(
+    best: Candidate | None,
+    fitting: list[Candidate],
+    candidates: list[Candidate],
+    demand: Demand,
+    weights: int,
+    show: Callable[[float], str],
+) -> str:
+    wanted = f"{demand.context:,} tokens in {demand.batch} row{'s' * (demand.batch > 1)}"
+    if best is not None:
+        total = f"weights, cache and activations take {show(best.total_bytes)} of {show(demand.memory)} for {wanted}"
+        if best.format == "bf16":
+            return f"nothing needs compressing: {total}"
+        kl = best.quality.kl
+        if kl is None:
+            return f"{total}; nothing is known of its fidelity: measure it with 'quantcache eval'"
+        return f"{total}; of all that fit it has the least expected KL, {kl:.5f} nats per token"
+    if fitting:
+        closest = min(fitting, key=_preference)
+        figures = {"KL": closest.quality.kl, "agreement": closest.quality.agreement}
+        limits = {"KL of at most": demand.max_kl, "agreement of at least": demand.min_agreement}
+        known = ", ".join(f"{name} {value:.5f}" for name, value in figures.items() if value is not None)
+        asked = " and ".join(f"{words} {value:g}" for words, value in limits.items() if value is not None)
+        return (
+            f"nothing that fits {show(demand.memory)} with {wanted} is known to have a {asked}: "
+            f"the closest is {closest.format} with {known or 'no figures'}"
+        )
+    usable = [each for each in candidates if each.usable]
+    smallest = min(usable, key=lambda each: each.total_bytes)
+    reach = max(usable, key=lambda each: each.max_context or 0)
+    message = (
+        f"nothing fits {show(demand.memory)} with {wanted}: the smallest, {smallest.format}, takes "
+        f"{show(smallest.total_bytes)}, {show(weights)} of it weights in {demand.weights}"
+    )
+    if not reach.max_context:
+        return f"{message}; no context fits at batch {demand.batch}"
+    return (
+        f"{message}; the largest context that fits is {reach.max_context:,} tokens, with {reach.format} at batch "
+        f"{demand.batch}"
+    )
+
+
+def _notes(config: PreTrainedConfig, demand: Demand, geometry: Geometry, limit: int | None) -> list[str]:
+    weights = WEIGHTS_FORMATS[demand.weights]
+    notes = [
+        f"Weights in {weights.name}: {weights.layout}. In transformers: {weights.use}.",
+        f"Cache: the most it may hold on its way to the context, by the formulas of its layout, with {SINK_LENGTH} "
+        f"sinks and {RESIDUAL_LENGTH} recent tokens in 16 bits. Not counted: the runtime's own memory, fragmentation, "
+        "tables that kernels keep.",
+        f"Activations are estimated for prompts fed {demand.chunk:,} tokens at a time "
+        "(generate's prefill_chunk_size) and attention that keeps no scores.",
+    ]
+    if geometry.basis == "declared":
+        notes.append(
+            "Heads and dimensions are those that the config declares: the model cannot be run without weights."
+        )
+    if limit is not None and demand.context > limit:
+        notes.append(f"The model was made for {limit:,} positions, {demand.context:,} were asked for.")
+    if demand.weights.startswith("gguf"):
+        notes.append("With transformers, and so with quantcache, such weights take what bf16 takes.")
+    if not any(layer.blocks for layer in geometry.layers):
+        notes.append("No layer of this model grows with the whole context: there is nothing to compress.")
+    return notes

@@ -1,0 +1,375 @@
+"""Measured figures, read from records: those that come with quantcache, and the user's own.
+
+A record is what ``quantcache eval -o`` and the benchmarks write (:mod:`quantcache.evaluation.record`). An installed
+package has no benchmark records; their figures come with it as one digest, made by ``benchmarks/tables.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quantcache import data
+from quantcache.evaluation.record import Record, RecordError, check, read_strict_json
+
+DIGEST_FORMAT = "quantcache-measurements"
+DIGEST_VERSION = 1
+
+SUITES = ("eval", "fidelity", "cpu-decode")
+"""Suites whose records have figures of fidelity or speed on whole models."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a figure is from.
+
+    Attributes:
+        file: The record's file name.
+        created: When it was measured.
+        commit: Commit of quantcache that was measured; None if not known.
+        dirty: Whether files differed from that commit.
+        hardware: What it was measured on.
+    """
+
+    file: str
+    created: str
+    commit: str | None
+    dirty: bool
+    hardware: str
+
+    def __str__(self) -> str:
+        commit = "no commit" if self.commit is None else f"commit {self.commit[:10]}{' with changes' * self.dirty}"
+        return f"{self.hardware}, {commit}, {self.file}"
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far one method moved one model's predictions.
+
+    Attributes:
+        method: The method.
+        model: The model, as the record names it.
+        dtype: The model's dtype.
+        context: Tokens in a window.
+        residual: Recent tokens kept as they are; None where the method decides for itself.
+        tokens: Positions measured.
+        kl_mean: Mean KL divergence from the dense cache's predictions, nats per token.
+        kl_stderr: Its standard error over tokens; None if not recorded.
+        top1_agreement: Share of positions with the same most likely token.
+        perplexity: Perplexity of the text.
+        bits_per_element: Codes and scales over encoded elements.
+        origin: Where it is from.
+    """
+
+    method: str
+    model: str
+    dtype: str
+    context: int
+    residual: int | None
+    tokens: int
+    kl_mean: float
+    kl_stderr: float | None
+    top1_agreement: float
+    perplexity: float
+    bits_per_element: float
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one model decoded with one method.
+
+    Attributes:
+        method: The method.
+        model: The model, as the record names it.
+        context: Cached tokens.
+        batch: Rows.
+        decode_ms: Median time of a decoding step.
+        speedup: Time of the dense cache, measured beside it, over that time.
+        origin: Where it is from.
+    """
+
+    method: str
+    model: str
+    context: int
+    batch: int
+    decode_ms: float
+    speedup: float
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Figures of fidelity and speed."""
+
+    fidelity: list[Fidelity] = field(default_factory=list)
+    speed: list[Speed] = field(default_factory=list)
+
+    def __add__(self, other: Measurements) -> Measurements:
+        return Measurements(self.fidelity + other.fidelity, self.speed + other.speed)
+
+    def models(self) -> list[str]:
+        """Models with figures of fidelity."""
+        return list(dict.fromkeys(figure.model for figure in self.fidelity))
+
+    def fidelity_of(self, method: str, model: str, residual: int | None = None) -> Fidelity | None:
+        """The figure to go by: at the wanted residual if there is one, at the longest context, the newest.
+
+        Args:
+            method: The method.
+            model: The model.
+            residual: Recent tokens that the cache will keep.
+
+        Returns:
+            The figure; None if there is none.
+        """
+        found = [f for f in self.fidelity if f.method == method and same_model(f.model, model)]
+        return max(found, key=lambda f: (f.residual in (residual, None), f.context, f.origin.created), default=None)
+
+    def speed_of(self, method: str, model: str) -> Speed | None:
+        """The figure to go by: at batch 1, at the longest context, the newest.
+
+        Args:
+            method: The method.
+            model: The model.
+
+        Returns:
+            The figure; None if there is none.
+        """
+        found = [s for s in self.speed if s.method == method and same_model(s.model, model)]
+        return max(found, key=lambda s: (-s.batch, s.context, s.origin.created), default=None)
+
+
+def same_model(recorded: str, wanted: str) -> bool:
+    """Whether two names mean one model: the same name, or one folder.
+
+    Args:
+        recorded: The name in a record.
+        wanted: The name asked for.
+
+    Returns:
+        True if they do.
+    """
+    if recorded == wanted:
+        return True
+    paths = [Path(name) for name in (recorded, wanted)]
+    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
+
+
+def bundled_measurements() -> Measurements:
+    """The figures that come with quantcache.
+
+    Returns:
+        Those of the newest committed benchmark records.
+
+    Raises:
+        RecordError: The installation's digest is damaged.
+    """
+    path = data.measurements_path()
+    return from_digest(read_strict_json(path), str(path))
+
+
+def read_measurements(paths: Iterable[Path]) -> Measurements:
+    """Read records.
+
+    Args:
+        paths: Files, or folders whose records are all read. JSON in a folder that is no record is left out.
+
+    Returns:
+        Their figures.
+
+    Raises:
+        RecordError: A file is missing, damaged, or no record.
+    """
+    found = Measurements()
+    for path in paths:
+        if not path.exists():
+            raise RecordError(f"there are no records at {path}")
+        if path.is_file():
+            found += measurements_of(read_strict_json(path), path)
+            continue
+        for file in sorted(path.rglob("*.json")):
+            content = read_strict_json(file)
+            if isinstance(content, dict) and content.get("suite") in SUITES:
+                found += measurements_of(content, file)
+    return found
+
+
+def measurements_of(content: Any, path: Path) -> Measurements:
+    """The figures of one record.
+
+    Args:
+        content: Its JSON.
+        path: Its file, for messages and for saying where figures are from.
+
+    Returns:
+        Its figures; methods that could not be measured are left out.
+
+    Raises:
+        RecordError: It is no record, or its figures are not as its suite writes them.
+    """
+    check(content, str(path))
+    if content["suite"] not in SUITES:
+        known = ", ".join(SUITES)
+        raise RecordError(f"{path}: a record of suite {content['suite']!r} has no such figures: read are {known}")
+    record = Record.from_dict(content, str(path))
+    try:
+        origin = Origin(path.name, record.created, record.commit, record.dirty, _hardware(record.environment))
+        match record.suite:
+            case "cpu-decode":
+                return Measurements(speed=_cpu_speed(record, origin))
+            case "fidelity":
+                model, dtype = record.settings["model"], record.settings["dtype"]
+                parts = list(_benchmark_parts(record))
+            case _:
+                model, dtype = content["model"], content["dtype"]
+                parts = [(part["context"], part["methods"]) for part in record.metrics.get("fidelity", [])]
+        fidelity = [
+            _fidelity(name, entry, model, dtype, context, origin)
+            for context, entries in parts
+            for name, entry in entries.items()
+            if entry["status"] == "ok"
+        ]
+        speed = _eval_speed(record, model, origin) if record.suite == "eval" else []
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise RecordError(f"{path} is not what the suite {record.suite!r} writes: {reason}") from error
+    return Measurements(fidelity, speed)
+
+
+def _hardware(environment: dict[str, Any]) -> str:
+    cpu, gpus = environment["cpu"], environment["gpus"]
+    return str(gpus[0]["name"]) if gpus else f"{cpu['name']} ({cpu['cores']} cores)"
+
+
+def _benchmark_parts(record: Record) -> Iterable[tuple[int, dict[str, Any]]]:
+    """(context, methods) of the parts of a benchmark record that differ in nothing but context and residual."""
+    described = record.settings.get("parts", {})
+    for name, entries in record.metrics.items():
+        part = described.get(name, {"context": record.settings["context"], "residual": 0})
+        plain = part.get("stride") is None and part.get("weights") is None and part["residual"] is not None
+        if plain and name.startswith(("residual_", "context_")):
+            yield part["context"], entries
+
+
+def _fidelity(name: str, entry: dict[str, Any], model: str, dtype: str, context: int, origin: Origin) -> Fidelity:
+    return _checked(
+        Fidelity(
+            method=name,
+            model=model,
+            dtype=dtype,
+            context=context,
+            residual=entry.get("residual_length"),
+            tokens=entry.get("tokens", 0),
+            kl_mean=entry["kl_mean"],
+            kl_stderr=entry.get("kl_stderr"),
+            top1_agreement=entry["top1_agreement"],
+            perplexity=entry["perplexity"],
+            bits_per_element=entry["bits_per_element"],
+            origin=origin,
+        )
+    )
+
+
+def _eval_speed(record: Record, model: str, origin: Origin) -> list[Speed]:
+    suite = record.metrics.get("speed", {})
+    context = suite.get("settings", {}).get("context", 0)
+    return [
+        _checked(
+            Speed(
+                name, model, context, int(batch), rung["decode_ms"]["median"], 1 / float(rung["decode_ratio"]), origin
+            )
+        )
+        for name, entry in suite.get("methods", {}).items()
+        for batch, rung in entry["batches"].items()
+        if rung["status"] == "ok"
+    ]
+
+
+def _cpu_speed(record: Record, origin: Origin) -> list[Speed]:
+    ours = f"spectral-{record.settings['bits']:g}"
+    found = []
+    for key, pair in record.metrics["models"].items():
+        model, _, context = key.rpartition("_")
+        if all(pair[kind]["status"] == "ok" for kind in ("dense", "spectral")):
+            times = {kind: pair[kind]["milliseconds"]["median"] for kind in ("dense", "spectral")}
+            for method, kind in (("dense", "dense"), (ours, "spectral")):
+                ratio = times["dense"] / times[kind]
+                found.append(_checked(Speed(method, model, int(context), 1, times[kind], ratio, origin)))
+    return found
+
+
+Figure = TypeVar("Figure", Fidelity, Speed)
+
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "None": (type(None),)}
+
+
+def _checked(figure: Figure) -> Figure:
+    """Refuse figures of the wrong kind: they come from files."""
+    for name, value in vars(figure).items():
+        if name == "origin":
+            continue
+        wanted = str(type(figure).__annotations__[name])
+        kinds = tuple(kind for part in wanted.split(" | ") for kind in _KINDS[part])
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{name} of {figure.method} must be of type {wanted}, got {value!r}")
+        if isinstance(value, int | float) and not math.isfinite(value):
+            raise ValueError(f"{name} of {figure.method} must be finite, got {value!r}")
+    return figure
+
+
+# ------------------------------------------------------------------ the digest
+
+
+def to_digest(measurements: Measurements) -> dict[str, Any]:
+    """Figures as one JSON object, each origin once.
+
+    Args:
+        measurements: The figures.
+
+    Returns:
+        What :func:`from_digest` reads.
+    """
+    figures: Sequence[Fidelity | Speed] = [*measurements.fidelity, *measurements.speed]
+    origins = list(dict.fromkeys(figure.origin for figure in figures))
+    tables: dict[str, list[dict[str, Any]]] = {"fidelity": [], "speed": []}
+    for figure in figures:
+        row = {**asdict(figure), "origin": origins.index(figure.origin)}
+        tables["fidelity" if isinstance(figure, Fidelity) else "speed"].append(row)
+    return {
+        "format": DIGEST_FORMAT,
+        "schema_version": DIGEST_VERSION,
+        "origins": [asdict(origin) for origin in origins],
+        **tables,
+    }
+
+
+def from_digest(content: Any, where: str) -> Measurements:
+    """Read what :func:`to_digest` made.
+
+    Args:
+        content: The JSON.
+        where: What errors call it.
+
+    Returns:
+        The figures.
+
+    Raises:
+        RecordError: It is no digest, or of another version.
+    """
+    if not isinstance(content, dict) or content.get("format") != DIGEST_FORMAT:
+        raise RecordError(f"{where} is no digest of measurements: its format must be {DIGEST_FORMAT!r}")
+    if content.get("schema_version") != DIGEST_VERSION:
+        raise RecordError(
+            f"{where} has schema version {content.get('schema_version')!r}, this quantcache reads {DIGEST_VERSION}"
+        )
+    try:
+        origins = [Origin(**origin) for origin in content["origins"]]
+        fidelity = [_checked(Fidelity(**{**row, "origin": origins[row["origin"]]})) for row in content["fidelity"]]
+        speed = [_checked(Speed(**{**row, "origin": origins[row["origin"]]})) for row in content["speed"]]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RecordError(f"{where} is a damaged digest of measurements: {error}") from error
+    return Measurements(fidelity, speed)
