@@ -118,7 +118,7 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
     lengths = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)]
     if len(set(lengths)) > 1:
         raise QuantCacheError(
-            f"some layers hold {min(lengths)} tokens and others {max(lengths)}: call rollback() or reset() before saving"
+            f"some layers hold {min(lengths)} tokens and others {max(lengths)}: call rollback() or reset() first"
         )
     tensors: dict[str, Tensor] = {}
     layers = []

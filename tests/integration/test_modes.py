@@ -239,8 +239,9 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 COMPILERS = ("eager", "inductor") if SOAK else ("eager",)
 """Tracing is the same for both; inductor, torch's default, takes minutes more."""
 
-BREAKS = {"get_seq_length": 7, "get_mask_sizes": 2, "update": 3, "spectral_attention_forward": 1}
-"""Graph breaks while a Llama of one layer is traced, by the function called. A dense cache has none."""
+BREAKS = {"get_seq_length": 7, "get_mask_sizes": 2, "update": 5, "spectral_attention_forward": 2}
+"""Graph breaks at most while a Llama of one layer is traced, by the function called: as many with transformers 5.17, 13
+in all with 5.23. A dense cache has none."""
 
 
 def graph_breaks() -> Counter[str]:
