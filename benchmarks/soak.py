@@ -15,7 +15,14 @@ from pathlib import Path
 
 from records import ROOT, write_record
 
-TESTS = ("tests/property", "tests/integration/test_long_haul.py")
+TESTS = (
+    "tests/property",
+    "tests/integration/test_long_haul.py",
+    "tests/integration/test_modes.py::test_compiled_decode_step",
+)
+
+OPTIONS = ("-n", "2", "--dist", "worksteal", "--timeout=14400", "--durations=20")
+"""Two processes: the state machine, the first of the tests, takes about as long as all others together."""
 
 
 def main() -> int:
@@ -25,7 +32,7 @@ def main() -> int:
         report = Path(folder) / "report.jsonl"
         environment = {**os.environ, "HYPOTHESIS_PROFILE": "soak", "QUANTCACHE_SOAK_REPORT": str(report)}
         tests = () if any(argument.startswith("tests/") for argument in arguments) else TESTS
-        command = [sys.executable, "-m", "pytest", "--timeout=14400", "--durations=0", *tests, *arguments]
+        command = [sys.executable, "-m", "pytest", *OPTIONS, *tests, *arguments]
         started = time.monotonic()
         status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         lines = report.read_text("utf-8").splitlines() if report.exists() else []

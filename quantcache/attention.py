@@ -129,17 +129,18 @@ def dense_attention(
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
     outputs = []
+    keys, values = key.float(), value.float()
     for first in range(0, query.shape[2], QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
         rows = QueryRows(part, key.shape[1], key.shape[2], mask, scaling, causal, softcap, (first, query.shape[2]))
-        scores = rows.scores(rows.query @ key.float().transpose(-1, -2), 0, key.shape[2])
+        scores = rows.scores(rows.query @ keys.transpose(-1, -2), 0, key.shape[2])
         if s_aux is not None:
             scores = torch.cat((scores, rows.sink_scores(s_aux)), dim=-1)
         # A query that may look nowhere (left padding) looks everywhere: finite, and nobody reads its output.
         dead = scores.amax(-1, keepdim=True) == float("-inf")
         weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1)[..., : key.shape[2]]
         weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
-        outputs.append(rows.to_output(weights @ value.float(), query.dtype))
+        outputs.append(rows.to_output(weights @ values, query.dtype))
     return torch.cat(outputs, dim=1)
 
 

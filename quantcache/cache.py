@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -195,6 +195,15 @@ class BlockCache(DynamicCache):
             if isinstance(keys, LazyKV) and isinstance(values, LazyKV):
                 keys, values = keys.materialize(), values.materialize()
             yield keys, values, window
+
+    def __copy__(self) -> Self:
+        """Another cache of the same layers."""
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise QuantCacheError(f"a {type(self).__name__} cannot be pickled: use save() and load()")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy what is stored; the calibration and its constants are shared."""

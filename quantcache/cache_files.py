@@ -113,8 +113,13 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
         model: The model that filled it.
 
     Raises:
-        QuantCacheError: The cache holds something that cannot be written.
+        QuantCacheError: The cache holds something that cannot be written, or a forward pass was interrupted.
     """
+    lengths = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)]
+    if len(set(lengths)) > 1:
+        raise QuantCacheError(
+            f"some layers hold {min(lengths)} tokens and others {max(lengths)}: call rollback() or reset() first"
+        )
     tensors: dict[str, Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):

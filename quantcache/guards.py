@@ -20,17 +20,16 @@ def require_continuation(index: int | None, side: str, cached: Tensor, new: Tens
     Raises:
         QuantCacheError: Batch size, number of heads, dimension or dtype differ.
     """
-    for name, found, expected in (
-        ("batch size", new.shape[0], cached.shape[0]),
-        ("number of heads", new.shape[1], cached.shape[1]),
-        ("dimension", new.shape[3], cached.shape[3]),
-        ("dtype", new.dtype, cached.dtype),
-    ):
-        if found != expected:
-            hint = "repeat or select the cache's rows, or reset() it" if name == "batch size" else "reset() the cache"
-            raise QuantCacheError(
-                f"layer {index}: the cache holds {side}s of {name} {expected}, the new ones have {found}: {hint}"
-            )
+    found = (new.shape[0], new.shape[1], new.shape[3], new.dtype)
+    expected = (cached.shape[0], cached.shape[1], cached.shape[3], cached.dtype)
+    if found == expected:
+        return
+    names = ("batch size", "number of heads", "dimension", "dtype")
+    name, ours, theirs = next(each for each in zip(names, expected, found, strict=True) if each[1] != each[2])
+    hint = "repeat or select the cache's rows, or reset() it" if name == "batch size" else "reset() the cache"
+    raise QuantCacheError(
+        f"layer {index}: the cache holds {side}s of {name} {ours}, the new ones have {theirs}: {hint}"
+    )
 
 
 def require_finite(index: int | None, side: str, tokens: Tensor, start: int, starts: Tensor | None) -> None:

@@ -74,6 +74,16 @@ class SpectralLayer(DynamicLayer):
         index: Which layer of the model this is, for messages.
     """
 
+    spans: list[Span]
+    stores: dict[str, BlockStore]
+    places: BlockStore  # the spans once more, as a tensor for attention to read
+    sinks: dict[str, Tensor]
+    tails: dict[str, Tensor]
+    starts: Tensor | None
+    settled: bool  # whether every row has shown a valid token
+    cut: bool  # whether a crop has left some block less than full
+    pending: bool  # whether new tokens await their reader before they may be encoded
+
     def __init__(
         self,
         make_codecs: CodecFactory,
@@ -98,16 +108,18 @@ class SpectralLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.spans: list[Span] = []
-        self.stores: dict[str, BlockStore] = {side: BlockStore() for side in SIDES}
-        self.places = BlockStore()  # the spans once more, as a tensor for attention to read
-        self.sinks: dict[str, Tensor] = {}
-        self.tails: dict[str, Tensor] = {}
-        self.starts: Tensor | None = None
-        self.settled = False  # whether every row has shown a valid token
-        self.cut = False  # whether a crop has left some block less than full
-        self.pending = False  # whether new tokens await their reader before they may be encoded
-        self.is_initialized = False
+        self._commit(
+            spans=[],
+            stores={side: BlockStore() for side in SIDES},
+            places=BlockStore(),
+            sinks={},
+            tails={},
+            starts=None,
+            settled=False,
+            cut=False,
+            pending=False,
+            is_initialized=False,
+        )
 
     def _commit(self, **state: Any) -> None:
         """Put a new state in place: one call into C, which no signal handler and no exception can come between."""
@@ -165,8 +177,9 @@ class SpectralLayer(DynamicLayer):
             side: SideView(self.codecs.get(side), self.stores[side], self.sinks.get(side), self.tails[side])
             for side in SIDES
         }
-        places = self.places.slice(0, self.places.count).get("places")
-        if places is None:
+        if self.spans:
+            places = self.places.buffers["places"][: self.places.count]
+        else:
             places = torch.zeros(0, 3, dtype=torch.int32, device=self.device)
         return CacheView(self, sides["key"], sides["value"], places, self.encoded_end, self.cut, self.starts)
 
@@ -220,7 +233,6 @@ class SpectralLayer(DynamicLayer):
         self._commit(tails=tails, pending=True)
         return dense["key"], dense["value"]
 
-    @torch.no_grad()
     def finish(self, mask: Tensor | None = None) -> None:
         """Encode what is due, once the newest tokens have been read.
 
@@ -231,13 +243,23 @@ class SpectralLayer(DynamicLayer):
             return
         if mask is None:
             self.settled = self.settled or self.starts is None  # no mask: no padding
-        else:
+        elif not self.settled:
             self._settle_starts(mask)
         lead = 0 if self.spans else self.sink_length
         due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
-        if due <= 0:
+        if due > 0:
+            self._encode(lead, due)
+        else:
             self.pending = False
-            return
+
+    @torch.no_grad()
+    def _encode(self, lead: int, due: int) -> None:
+        """Make blocks of the tail's oldest tokens.
+
+        Args:
+            lead: Tokens before them, which become sinks.
+            due: How many blocks.
+        """
         codecs = self.codecs or self.make_codecs(self.device, self.tails, self.starts)
         spans = self._next_spans(lead, due)
         places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32).to(self.device)
@@ -275,10 +297,11 @@ class SpectralLayer(DynamicLayer):
             spans.append(previous)
         return spans
 
+    @torch.no_grad()
     def _settle_starts(self, mask: Tensor) -> None:
         """Learn how much left padding each row has; a row that has shown a valid token is settled for good."""
         length, seen = mask.shape[-1], self.get_seq_length() - mask.shape[-2]
-        if self.settled or length != self.get_seq_length():
+        if length != self.get_seq_length():
             return
         last = mask[:, 0, -1]
         valid = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2

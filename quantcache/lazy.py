@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-@dataclass
+@dataclass(slots=True)
 class SideView:
     """One side of a :class:`CacheView`.
 
@@ -44,7 +44,7 @@ class SideView:
     tail: Tensor
 
 
-@dataclass
+@dataclass(slots=True)
 class CacheView:
     """What the queries of one call may read: a snapshot of one layer, valid until the layer's next update.
 

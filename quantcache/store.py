@@ -52,11 +52,15 @@ class BlockStore:
         buffers = self.buffers
         if count > self.capacity:
             buffers = self._copied(max(count, self.count + max(1, self.count // GROWTH)))
-        elif self.shared:
+        elif self.shared or self._read_only():
             buffers = self._copied(self.capacity)
         for name, value in fields.items():
             buffers[name][self.count : count] = value
         return BlockStore(count, buffers)
+
+    def _read_only(self) -> bool:
+        """Whether the buffers are of torch's inference mode, which is over: torch refuses to write to them."""
+        return not torch.is_inference_mode_enabled() and any(buffer.is_inference() for buffer in self.buffers.values())
 
     def _copied(self, capacity: int) -> dict[str, Tensor]:
         """The used part in new buffers."""

@@ -76,7 +76,7 @@ for argument in sys.argv[1:]:
     with torch.no_grad():
         logits = model(input_ids=tokens).logits.float().contiguous()
         mask = torch.ones_like(tokens)
-        generated = model.generate(tokens, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=2)
+        generated = model.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=2)
     save_file({"logits": logits, "generated": generated.contiguous()}, folder + ".outputs")
 """
 
@@ -88,7 +88,7 @@ def run_without_quantcache(folders: Sequence[tuple[str, Path]]) -> list[dict[str
         folders: Attention implementation and folder of each model.
 
     Returns:
-        ``logits`` ``[2, 40, V]`` and ``generated`` ``[2, 52]`` of each.
+        ``logits`` ``[2, 40, V]`` and ``generated`` ``[2, 45]`` of each.
     """
     arguments = [f"{attention}:{folder}" for attention, folder in folders]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -44,6 +44,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "offloading to CPU and back",
         "from a filled DynamicCache",
         "iteration over dense keys and values",
+        "layers one by one, early_initialization, properties",
+        "pickle, torch.nn.DataParallel",
         "any order of operations, against a model (property test)",
     ),
     "Models": (
@@ -52,6 +54,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "sliding and full layers",
         "soft cap of scores (Gemma 2)",
         "attention-sink logits (gpt-oss)",
+        "RoPE of interleaved pairs (GPT-J)",
         "latent attention (MLA)",
         "linear and full attention layers",
         "longrope, whose model switches caches",
@@ -61,10 +64,13 @@ ROWS: dict[str, tuple[str, ...]] = {
     "Training and compilation": (
         "gradients through a compressed past",
         "gradient checkpointing",
+        "torch.inference_mode",
         "torch.compile of the decode step",
+        "torch.export",
     ),
     "Devices": (
         "layers on several devices",
+        'device_map="auto"',
         "weights offloaded by accelerate",
         "tensor parallel (tp_plan)",
         "data-parallel evaluation",
@@ -93,12 +99,41 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+UPSTREAM: dict[str, str] = {
+    "test_dynamic_cache, test_static_cache_mha_mqa_gqa": "layers one by one, early_initialization, properties",
+    "test_hybrid_cache, test_hybrid_chunked_cache, test_sliding_window_cache": "sliding and full layers",
+    "test_reorder_cache_retrocompatibility": "batch_repeat_interleave, batch_select_indices, reorder_cache",
+    "test_cache_batched": "left-padded batches",
+    "test_cache_beam_search": "beam search",
+    "test_cache_extra_left_padding": "left-padded batches",
+    "test_static_cache_greedy_decoding_pad_left": "left-padded batches",
+    "test_quantized_cache_generation": "greedy",
+    "test_dynamic_cache_hard": "return_dict_in_generate, output_scores and output_logits",
+    "test_cache_copy": "copy.deepcopy",
+    "test_offloaded_cache_uses_less_memory_than_dynamic_cache": "offloading to CPU and back",
+    "test_static_cache_multi_accelerator": "layers on several devices",
+    "test_cache_gptj_model": "RoPE of interleaved pairs (GPT-J)",
+    "test_data_parallel_dynamic_cache": "pickle, torch.nn.DataParallel",
+    "test_dynamic_cache_exportability, ..._multiple_run, test_hybrid_cache_exportability": "torch.export",
+}
+"""Tests in transformers' ``tests/utils/test_cache_utils.py``, and the row that holds the same scenario.
+
+Left out are those of static caches alone (out of bounds, exportability, CUDA graphs) and of the old tuple format.
+"""
+
 HEADER = """# What is supported
 
 Every row is a way of using a cache and the tests that hold it to its word: against transformers' own cache where
 nothing is lost, else against a dense cache of fake-quantized tokens; "refused" means a clear error. It is written
 by `make support`, from the outcomes of the tests; `make soak` runs the long forms of the property, fuzz and long-haul
 tests.
+"""
+
+
+CHECKLIST = """
+## The scenarios of transformers' own tests
+
+Of `tests/utils/test_cache_utils.py` in transformers, without what concerns only static caches and the old tuple format.
 """
 
 
@@ -172,6 +207,8 @@ def render(evidence: dict[str, Evidence]) -> str:
             tests = "<br>".join(f"`{name}`" for name in sorted(found.tests))
             cases = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.outcomes.items()))
             lines.append(f"| {row} | {status} | {tests} | {cases} |")
+    lines += ["", *CHECKLIST.strip().splitlines(), "", "| there | row here |", "|---|---|"]
+    lines += [f"| {tests} | {row} |" for tests, row in UPSTREAM.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -35,6 +35,10 @@ def test_every_row_holds() -> None:
             assert status.removesuffix(", refused in part") in ("yes", "refused", "not run: see cases"), line
 
 
+def test_every_scenario_of_transformers_has_a_row() -> None:
+    assert set(support.UPSTREAM.values()) <= {row for rows in support.ROWS.values() for row in rows}
+
+
 def test_rendering() -> None:
     evidence = {
         "greedy": support.Evidence(works=True, shown=True, tests={"b.py::x", "a.py::y"}),

@@ -10,7 +10,7 @@ import pytest
 from quantcache import demo
 from quantcache.cli import main
 
-SMALL = demo.DemoSettings(calibration_tokens=4096, context=1024, windows=1, new_tokens=6)
+SMALL = demo.DemoSettings(calibration_tokens=1536, context=768, recall_context=1300, windows=1, new_tokens=6)
 
 
 @pytest.mark.slow
@@ -35,5 +35,5 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert result["perplexity_spectral"] == pytest.approx(result["perplexity_dense"], rel=0.02)
     assert result["text_dense"]
     assert result["text_spectral"]
-    assert (result["context"], result["evaluated_tokens"]) == (1024, 1024)
+    assert (result["context"], result["evaluated_tokens"]) == (768, 768)
     assert result["seconds"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -76,6 +77,27 @@ def test_dispatched_layers(calibration: Calibration, tmp_path: Path) -> None:
     assert hasattr(model.model.layers[0], "_hf_hook")
     cache = SpectralCache(calibration, model.config, residual_length=0)
     assert torch.equal(feed(model, cache, TOKENS, STEPS), expected_logits(calibration))
+
+
+@pytest.mark.support('device_map="auto"')
+def test_layers_that_transformers_has_placed(tmp_path: Path) -> None:
+    """Memory for two of four layers: the others go to disk, as they would to a second device."""
+    whole = dataclasses.replace(LLAMA, config=LLAMA.config | {"num_hidden_layers": 4}).make()
+    whole.save_pretrained(tmp_path / "model")
+    model = type(whole).from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": sum(parameter.nbytes for parameter in whole.parameters()) * 3 // 4},
+        offload_folder=tmp_path / "weights",
+        attn_implementation="spectral",
+        dtype=torch.float32,
+    )
+    assert {str(place) for name, place in model.hf_device_map.items() if ".layers." in name} == {"cpu", "disk"}
+    calibration = Calibration.synthetic(whole.config, 3.0)
+    found, expected = (
+        feed(each, SpectralCache(calibration, each.config, residual_length=0), TOKENS, STEPS) for each in (model, whole)
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.support("layers on several devices")

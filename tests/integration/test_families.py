@@ -18,6 +18,7 @@ from quantcache.cache import SpectralCache, SpectralLayer
 from quantcache.calibration import calibrate
 from quantcache.errors import UnsupportedModel
 from quantcache.probe import detect_ropes
+from quantcache.rope import ANCHOR_LENGTH
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import divergence, error, feed
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = FAMILIES + OTHERS
 ROWS = {
     "gemma2": "soft cap of scores (Gemma 2)",
+    "gptj": "RoPE of interleaved pairs (GPT-J)",
     "gpt-oss": "attention-sink logits (gpt-oss)",
     "deepseek-v3": "latent attention (MLA)",
 }
@@ -39,6 +41,9 @@ def marks_of(family: Family) -> list[pytest.MarkDecorator]:
 
 EACH_WAY = [pytest.param(f, i, id=f"{f}-{i}", marks=marks_of(f)) for f in EVERY for i in f.implementations]
 HALF_PRECISION = [pytest.param(f, i, id=f"{f}-{i}") for f in EVERY[:9:8] for i in f.implementations]
+
+ROUNDING = 2e-5
+"""See test_generate.py: two float32 runs of a whole model that read the same codes."""
 
 STEPS = (170, 1, 1, 5, 1, 20, 1)
 """A prefill, single steps and steps of several tokens; 199 tokens make three blocks where nothing is left dense."""
@@ -291,6 +296,24 @@ def test_padded_rows_are_as_close_to_dense_as_alone(family: Family) -> None:
                 scale = theirs.sinks[side].norm()
                 assert (ours.sinks[side][row] - theirs.sinks[side][0]).norm() < 1e-4 * scale
     assert found < 2 * noise  # the grid of blocks lies elsewhere, so the codes differ
+
+
+@pytest.mark.support("left-padded batches")
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_rows_padded_by_one_anchor_length_have_the_codes_they_have_alone(family: Family) -> None:
+    """Such padding moves the grid of blocks by whole anchors, so that nothing of the row's own changes."""
+    model, tokens = shared_model(family), random_tokens(2, 219, seed=8)
+    first, *rest = (200, 1, 1, 5, 12)
+    calibration = Calibration.synthetic(model.config, 3.0)
+    padded, single = (SpectralCache(calibration, model.config, residual_length=0) for _ in range(2))
+    found = feed(model, padded, tokens, (first, *rest), (ANCHOR_LENGTH, 0))[0, ANCHOR_LENGTH:]
+    expected = feed(model, single, tokens[:1, ANCHOR_LENGTH:], (first - ANCHOR_LENGTH, *rest))[0]
+    assert error(found, expected) <= ROUNDING * float(expected.std())
+    for ours, theirs in zip(padded.spectral_layers, single.spectral_layers, strict=True):
+        assert len(theirs.spans) == 1
+        for side in SIDES:
+            gains = (layer.stores[side].buffers["gains"] for layer in (ours, theirs))
+            assert torch.equal(*(gain[index, 0] for gain, index in zip(gains, (2, 0), strict=True)))
 
 
 # ---------------------------------------------------------------------- refusals

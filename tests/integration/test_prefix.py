@@ -174,6 +174,16 @@ def test_files_know_their_model_and_calibration(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["prefix"]
 
 
+def test_a_cache_whose_layers_differ_is_not_saved(tmp_path: Path) -> None:
+    cache = filled(MODELS[0])
+    keys, values = (torch.zeros(1, 2, 1, 64) for _ in SIDES)
+    cache.update(keys, values, 0)  # as an interrupted forward pass leaves it
+    with pytest.raises(QuantCacheError, match=r"some layers hold 150 tokens and others 151: call rollback\(\)"):
+        cache.save(tmp_path / "cache")
+    cache.rollback()
+    cache.save(tmp_path / "cache")
+
+
 @saving
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "prefix"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -193,12 +194,14 @@ class Filled:
 
     Attributes:
         layer: The layer, encoded by plain torch.
+        given: The keys and values that it was filled with first.
         query: ``[B, Hq, Tq, D]``.
         mask: ``[B or 1, 1, Tq, T]`` bool, or None.
         s_aux: ``[Hq]``, or None.
     """
 
     layer: SpectralLayer
+    given: dict[str, Tensor]
     query: Tensor
     mask: Tensor | None
     s_aux: Tensor | None
@@ -289,7 +292,14 @@ def fill(case: Case, backend: Backend = "torch") -> Filled:
         holes = torch.rand(mask.shape, generator=generator) < 0.5
         holes[0, :, 0] = False  # a query that may look at nothing
         mask = mask & holes
-    return Filled(layer, query, mask, torch.randn(query_heads, generator=generator) if case.sinks else None)
+    s_aux = torch.randn(query_heads, generator=generator) if case.sinks else None
+    return Filled(layer, given, query, mask, s_aux)
+
+
+@functools.cache
+def shared(case: Case) -> Filled:
+    """A case put together once for all kernels: leave it as you found it."""
+    return fill(case)
 
 
 def on_device(layer: SpectralLayer, kernel: Kernel) -> SpectralLayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from quantcache import backends
 from quantcache.attention import spectral_attention
 from quantcache.codec import SpectralCodec
 from quantcache.packing import BLOCK
+from quantcache.schema import SIDES
 from tests.kernels import encoding, truth
 from tests.kernels.cases import (
     ATTENTION,
@@ -25,6 +27,7 @@ from tests.kernels.cases import (
     fill,
     on_device,
     select,
+    shared,
     vectors,
 )
 
@@ -57,50 +60,67 @@ def attend(filled: Filled, kernel: Kernel, case: Case) -> Tensor:
     return output.cpu()
 
 
-def reference(filled: Filled, case: Case, half: bool = False) -> Tensor:
-    """Attention in plain torch, in float32 or in the case's own precision."""
+@functools.cache
+def truth_of(case: Case) -> Tensor:
+    """Attention in float64."""
+    filled = shared(case)
+    return truth.attention(filled.query, filled.layer.snapshot(), filled.mask, softcap=case.softcap, s_aux=filled.s_aux)
+
+
+@functools.cache
+def own_error(case: Case, half: bool) -> float:
+    """Error of plain torch, in float32 or in the case's own precision."""
+    filled = shared(case)
     view, more = filled.layer.snapshot(), {"softcap": case.softcap, "s_aux": filled.s_aux}
     if half and case.dtype != torch.float32:
-        return truth.attention(filled.query, view, filled.mask, **more, dtype=case.dtype)
-    return spectral_attention(filled.query, view, filled.mask, **more)
+        output = truth.attention(filled.query, view, filled.mask, **more, dtype=case.dtype)
+    else:
+        output = spectral_attention(filled.query, view, filled.mask, **more)
+    return float((output.double() - truth_of(case)).norm())
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in ATTENTION.items()])
 def test_attention(kernel: Kernel, case: Case) -> None:
     if kernel.leaves(case):
         pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
-    filled = fill(case)
-    expected = truth.attention(
-        filled.query, filled.layer.snapshot(), filled.mask, softcap=case.softcap, s_aux=filled.s_aux
-    )
+    filled = shared(case)
+    expected, own = truth_of(case), own_error(case, kernel.half)
     found = attend(filled, kernel, case)
     assert found.dtype == filled.query.dtype
     assert found.shape == expected.shape
-    own, theirs = (
-        float((output.double() - expected).norm()) for output in (reference(filled, case, kernel.half), found)
-    )
+    theirs = float((found.double() - expected).norm())
     assert theirs <= 2 * own + 1e-6 * float(expected.norm()), (theirs, own)
+
+
+Given = tuple[Tensor, Tensor, Tensor | None]
+
+
+@functools.cache
+def encoded_by_torch(case: Case, side: str) -> tuple[SpectralCodec, Given, dict[str, Tensor]]:
+    """Codec, what is to be encoded (tokens, places, starts), and plain torch's codes and gains, found to be right."""
+    filled = shared(case)
+    view = filled.layer.snapshot()
+    count = (case.tokens - case.sink_length) // BLOCK
+    places = view.places[:count].clone()
+    places[:, 1] = BLOCK
+    codec = view.side(side).codec
+    assert isinstance(codec, SpectralCodec)
+    given = (filled.given[side][:, :, case.sink_length : case.sink_length + count * BLOCK], places, view.starts)
+    fields = codec.encode(*given)
+    assert encoding.wrong(codec, *given, fields) == 0
+    return codec, given, fields
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CODES.items()])
 def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, object], None]) -> None:
     if kernel.leaves(case):
         pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
-    filled = fill(case)
-    view = filled.layer.snapshot()
-    whole = vectors(case, case.tokens)
-    count = (case.tokens - case.sink_length) // BLOCK
-    places = view.places[:count].clone()
-    places[:, 1] = BLOCK
-    theirs = on_device(filled.layer, kernel)
-    for side, codec in (("key", view.key.codec), ("value", view.value.codec)):
-        assert isinstance(codec, SpectralCodec)
-        x = whole[side][:, :, case.sink_length : case.sink_length + count * BLOCK]
-        given = (x, places, view.starts)
+    theirs = on_device(shared(case).layer, kernel)
+    for side in SIDES:
+        codec, given, expected = encoded_by_torch(case, side)
         moved = (None if t is None else t.to(kernel.device) for t in given)
         fields = backends.encode(theirs.codecs[side], *moved, kernel.backend)
         found = {name: field.cpu() for name, field in fields.items()}
-        expected = codec.encode(*given)
         assert {name: (field.shape, field.dtype) for name, field in found.items()} == {
             name: (field.shape, field.dtype) for name, field in expected.items()
         }
@@ -127,10 +147,10 @@ def test_threads_change_nothing(kernel: Kernel, threads: int) -> None:
     if kernel.backend != "native":
         pytest.skip("only the CPU kernels have threads")
     case = Case(tokens=3000, pads=(0, 9), widths=3)
-    filled, before = fill(case), torch.get_num_threads()
+    filled, before = shared(case), torch.get_num_threads()
     view = on_device(filled.layer, kernel).snapshot()
     assert view.key.codec is not None
-    x = vectors(case, 260)["key"][:, :, 4:]
+    x = filled.given["key"][:, :, 4:260]
     results = []
     try:
         for count in (1, threads):

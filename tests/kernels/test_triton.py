@@ -20,7 +20,7 @@ from quantcache.attention import spectral_attention
 from quantcache.errors import QuantCacheError
 from quantcache_kernels import ops
 from tests.kernels import truth
-from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device
+from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device, shared
 
 pytestmark = pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}")
 
@@ -82,7 +82,7 @@ def test_triton_decoding(name: str) -> None:
     case = ATTENTION[name]
     if TRITON.leaves(case):
         case = replace(case, value_dim=80)
-    view = fill(case).layer.snapshot()
+    view = shared(case).layer.snapshot()
     moved = on_device(view.layer, TRITON).snapshot()
     for side, other in ((view.key, moved.key), (view.value, moved.value)):
         assert side.codec is not None

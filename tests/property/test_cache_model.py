@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ from quantcache.rope import ANCHOR_LENGTH, Rope
 from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
 from quantcache.store import GROWTH
 from tests.builders import held_bytes, random_side
-from tests.property.effort import SOAK, examples
+from tests.property.effort import SOAK, examples, report
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 32, 16
 DIMS = {"key": KEY_DIM, "value": VALUE_DIM}
@@ -170,6 +172,17 @@ def rounding_of(codec: SideCodec, fields: dict[str, Tensor], dtype: torch.dtype)
 readers = st.sampled_from(["ours", "stock", "none"])
 
 
+tried: Counter[str] = Counter()
+"""Sequences and operations so far."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counted() -> Iterator[None]:
+    """Report how much was tried."""
+    yield
+    report("operations on a layer", tried)
+
+
 class LayerMachine(RuleBasedStateMachine):
     """Drives a layer and the oracle in step."""
 
@@ -193,6 +206,7 @@ class LayerMachine(RuleBasedStateMachine):
         seed: int,
     ) -> None:
         """Make an empty layer."""
+        tried["sequences"] += 1
         self.generator = torch.Generator().manual_seed(seed)
         codecs: dict[str, SideCodec] = {side: DenseCodec() if side in dense else coded(side) for side in SIDES}
         self.layer = SpectralLayer(lambda *_: codecs, None, sinks, residual, backend)
@@ -358,6 +372,7 @@ class LayerMachine(RuleBasedStateMachine):
     @invariant()
     def tokens_and_blocks(self) -> None:
         """Lengths, spans and places agree with the oracle."""
+        tried["operations"] += 1
         model, layer = self.model, self.layer
         assert layer.get_seq_length() == model.length
         assert layer.encoded_end == model.encoded_end
@@ -419,7 +434,7 @@ class LayerMachine(RuleBasedStateMachine):
 
 LayerMachine.TestCase.settings = settings(
     max_examples=examples(60),
-    stateful_step_count=80 if SOAK else 30,
+    stateful_step_count=50 if SOAK else 30,
     phases=set(Phase) - {Phase.explain},
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -201,3 +201,14 @@ def test_an_append_that_fails_leaves_the_store_as_it_was(monkeypatch: pytest.Mon
             store.appended(block(32))
     assert_holds(store, 32)
     assert_holds(store.appended(block(32)), 33)
+
+
+def test_stores_of_inference_mode_go_on_outside() -> None:
+    """torch refuses to write to its tensors once inference mode is over."""
+    with torch.inference_mode():
+        store = BlockStore().appended(block(0, 64)).appended(block(64))
+    assert store.capacity > store.count + 1
+    for index in (65, 66):
+        store = store.appended(block(index))
+    assert_holds(store, 67)
+    assert not any(buffer.is_inference() for buffer in store.buffers.values())

@@ -1,0 +1,126 @@
+"""What transformers' own tests of its caches ask of a cache and no other file here does, beside a dense cache."""
+
+from __future__ import annotations
+
+import copy
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from quantcache.artifact import Calibration
+from quantcache.cache import SpectralCache
+from quantcache.errors import QuantCacheError
+from tests.families import FAMILIES, Family, random_tokens, shared_model
+from tests.helpers import feed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LLAMA, GEMMA3, GPT2 = (next(f for f in FAMILIES if f.name == name) for name in ("llama", "gemma3", "gpt2"))
+by_model = pytest.mark.parametrize("family", [LLAMA, GPT2, GEMMA3], ids=str)
+
+growing = pytest.mark.support("layers one by one, early_initialization, properties")
+
+
+def empty(family: Family) -> SpectralCache:
+    """An empty cache that keeps no recent tokens."""
+    config = shared_model(family).config
+    return SpectralCache(Calibration.synthetic(config, 3.0), config, residual_length=0)
+
+
+def dense(family: Family) -> DynamicCache:
+    """An empty cache of transformers' own."""
+    return DynamicCache(config=shared_model(family).config)
+
+
+def counted(family: Family, first: int, last: int, sign: int = 1) -> Tensor:
+    """Keys or values that tell their slots, ``[1, H, last - first, D]``."""
+    dim, heads = family.cached
+    return sign * torch.arange(first, last, dtype=torch.float32)[None, None, :, None].expand(1, heads, -1, dim)
+
+
+def slots(tensor: Tensor) -> list[float]:
+    """What :func:`counted` has written."""
+    return [float(x) for x in tensor[0, 0, :, 0]]
+
+
+@growing
+@by_model
+def test_layers_grow_one_by_one(family: Family) -> None:
+    """A prompt longer than the window of Gemma 3, then steps of one and of several tokens, layer after layer."""
+    cache, expected = empty(family), dense(family)
+    for first, last in ((0, 60), (60, 61), (61, 64)):
+        for index in range(len(cache)):
+            given = counted(family, first, last), counted(family, first, last, sign=-1)
+            ours, theirs = (each.update(*given, index) for each in (cache, expected))
+            for a, b in zip(ours, theirs, strict=True):
+                assert slots(a) == slots(b)
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        assert slots(ours.keys) == slots(theirs.keys)
+        assert slots(ours.values) == slots(theirs.values)
+
+
+@growing
+@by_model
+def test_properties_are_those_of_a_dense_cache(family: Family) -> None:
+    caches = empty(family), dense(family)
+    dim, heads = family.cached
+
+    def seen(cache: DynamicCache) -> list[object]:
+        layers = range(len(cache))
+        return [
+            *(len(cache), cache.is_initialized, cache.is_sliding, cache.is_compileable, cache.get_seq_length()),
+            *([cache.get_max_length(i) for i in layers], [cache.get_seq_length(i) for i in layers]),
+            [cache.get_mask_sizes(count, i) for count in (1, 7) for i in layers],
+        ]
+
+    found = [[seen(cache)] for cache in caches]
+    for cache, states in zip(caches, found, strict=True):
+        cache.early_initialization(2, heads, dim, torch.float32, torch.device("cpu"))
+        states.append(seen(cache))
+        feed(shared_model(family), cache, random_tokens(2, 150), (150,))
+        states.append(seen(cache))
+    assert found[0] == found[1]
+    assert found[0][1][1]
+
+
+@pytest.mark.support("torch.inference_mode")
+@by_model
+def test_a_prompt_read_in_inference_mode(family: Family) -> None:
+    model, prompt, more = shared_model(family), random_tokens(1, 150, seed=1), random_tokens(1, 80, seed=2)
+    cache, expected = empty(family), empty(family)
+    feed(model, expected, prompt, (150,))
+    with torch.inference_mode():
+        model(prompt, past_key_values=cache)
+    fork, copied = cache.fork(), copy.deepcopy(cache)
+    logits = feed(model, expected, more, (1, 79))
+    assert all(torch.equal(feed(model, each, more, (1, 79)), logits) for each in (cache, fork, copied))
+
+
+@pytest.mark.support("pickle, torch.nn.DataParallel", refused=True)
+def test_pickling_names_what_to_use_instead() -> None:
+    cache = empty(LLAMA)
+    feed(shared_model(LLAMA), cache, random_tokens(1, 80), (80,))
+    with pytest.raises(QuantCacheError, match=r"cannot be pickled: use save\(\) and load\(\)"):
+        ForkingPickler.dumps(cache)
+    shallow = copy.copy(cache)
+    assert shallow.layers is cache.layers
+    assert type(shallow) is SpectralCache
+
+
+@pytest.mark.support("pickle, torch.nn.DataParallel", refused=True)
+def test_rebuilding_from_dense_tensors_is_refused() -> None:
+    """As DataParallel gathers the caches of its replicas: what it gives has lost codes and calibration."""
+    cache = empty(LLAMA)
+    with pytest.raises(TypeError, match="SpectralCache needs a Calibration, got generator"):
+        type(cache)(iter(cache))
+
+
+@pytest.mark.support("torch.export", refused=True)
+def test_export_is_refused() -> None:
+    """By torch: a cache is no container that it knows."""
+    inputs = {"input_ids": random_tokens(1, 8), "past_key_values": empty(LLAMA), "use_cache": True}
+    with pytest.raises(ValueError, match=r"Unsupported input type .*SpectralCache"):
+        torch.export.export(shared_model(LLAMA), (), inputs, strict=False)
