@@ -174,6 +174,29 @@ def shannon_floor(spectrum: Floats, bits: float) -> float:
     return geometric_mean(spectrum) * 2.0 ** (-2.0 * bits)
 
 
+def water_filling(spectrum: Floats, bits: float) -> float:
+    """Least mean squared error of any code of independent Gaussians at a mean rate, exact at every rate.
+
+    Source: Cover and Thomas, "Elements of Information Theory", theorem 10.3.3.
+
+    Args:
+        spectrum: Their variances in any order, ``[N]``.
+        bits: Mean rate over all of them.
+
+    Returns:
+        The sum of their errors.
+    """
+    descending = np.sort(spectrum[spectrum > 0])[::-1]
+    if not descending.size:
+        return 0.0
+    # With the k largest above the water, log2 θ = mean log2 λ − 2 R N / k; the right k is the largest that leaves the
+    # k-th above it.
+    counts = np.arange(1, descending.size + 1)
+    levels = np.cumsum(np.log2(descending)) / counts - 2 * bits * spectrum.size / counts
+    active = int(np.nonzero(np.log2(descending) >= levels)[0][-1]) + 1
+    return float(active * 2.0 ** levels[active - 1] + descending[active:].sum())
+
+
 def coding_gain_bits(spectrum: Floats) -> float:
     """Bits per dimension that the best transform saves over coding every dimension alike.
 
