@@ -76,6 +76,7 @@ def prefer(chrome: Chrome, scheme: str) -> None:
 
 
 def requests(chrome: Chrome) -> list[str]:
-    """Addresses of all requests since the last call."""
+    """Addresses of all requests since the last call, those of the browser's own pages left out."""
     events: list[dict[str, Any]] = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
-    return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [each["request"]["url"] for each in sent if not each["documentURL"].startswith("chrome://")]

@@ -11,28 +11,27 @@ from quantcache.analysis.tables import LABELS, mean
 
 @dataclass(frozen=True)
 class Series:
-    """One line: name of its target, label, points, and a band around it where there is one."""
+    """One line: name of its target, label, points."""
 
     name: str
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart; ``whole`` marks an axis of whole numbers."""
+    """One chart: name, title, axes and what kind they are, lines, and whether their points are marked."""
 
     name: str
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    log_x: bool = False
+    percent_x: bool = False
     log_y: bool = False
     percent: bool = False
+    dots: bool = True
 
 
 def charts(report: Report) -> list[Chart]:
@@ -57,29 +56,19 @@ def _groups(report: Report) -> dict[str, list[Target]]:
 
 
 def _spectra(report: Report) -> Chart:
+    """Geometric mean of the spectra of every name, component by component."""
     series = []
     for name, targets in _groups(report).items():
-        common = set.intersection(*(set(t.points) for t in targets))
-        points = sorted(common)
-        columns = [
-            sorted(t.spectrum[t.points.index(point)] for t in targets if t.spectrum[t.points.index(point)] > 0)
-            for point in points
-        ]
-        kept = [(point / targets[0].dim, column) for point, column in zip(points, columns, strict=True) if column]
-        if len(kept) > 1:
-            series.append(
-                Series(
-                    name,
-                    LABELS.get(name, name),
-                    tuple(x for x, _ in kept),
-                    tuple(math.exp(sum(map(math.log, c)) / len(c)) for _, c in kept),
-                    tuple(c[0] for _, c in kept),
-                    tuple(c[-1] for _, c in kept),
-                )
-            )
-    return Chart(
-        "spectra", "Spectra", "component, share of all", "eigenvalue over mean", tuple(series), log_x=True, log_y=True
-    )
+        by_target = [dict(zip(t.points, t.spectrum, strict=True)) for t in targets]
+        found = []
+        for point in sorted(set.intersection(*map(set, by_target))):
+            values = [spectrum[point] for spectrum in by_target]
+            if min(values) > 0:
+                found.append((point / targets[0].dim, math.exp(sum(map(math.log, values)) / len(values))))
+        if len(found) > 1:
+            series.append(Series(name, LABELS.get(name, name), tuple(x for x, _ in found), tuple(y for _, y in found)))
+    axes = ("component, share of all", "eigenvalue over mean")
+    return Chart("spectra", "Spectra", *axes, tuple(series), percent_x=True, log_y=True, dots=False)
 
 
 def _over_depth(report: Report, figure: str) -> tuple[Series, ...]:

@@ -16,8 +16,8 @@ from quantcache.spectral import Moments
 OUTLIER_ENERGY = 36.0
 """A channel whose energy is above that many times the median channel's is an outlier: 6 times in amplitude."""
 
-POINTS = 48
-"""Eigenvalues of a spectrum that a report keeps at most, evenly spread over the logarithm of their number."""
+POINTS = 24
+"""Eigenvalues of a spectrum that a report keeps evenly spread over their number, and again over its logarithm."""
 
 RELIABLE = 4
 """Samples for every dimension from which the small eigenvalues can be trusted."""
@@ -89,7 +89,8 @@ def _figures(
     values = sp.eigenvalues(covariance)[: max(1, min(mean.size, samples - 1))]
     variance = float(values.mean())
     fit = sp.fit_decay(values)
-    points = np.unique(np.geomspace(1, values.size, POINTS).round().astype(int))
+    spread = (np.geomspace(1, values.size, POINTS), np.linspace(1, values.size, POINTS))
+    points = np.unique(np.concatenate(spread).round().astype(int))
     scale = variance if variance > 0 else 1.0
     return Target(
         layer,

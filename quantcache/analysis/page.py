@@ -21,9 +21,10 @@ main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 56px; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 8px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; line-height: 1.3; margin: 0; letter-spacing: -0.005em; }
 p { margin: 0; }
-header p, section > p, details > p { color: var(--soft); max-width: 74ch; }
+header p, section > p, details > p { color: var(--soft); max-width: 80ch; text-wrap: pretty; }
 header { margin-bottom: 28px; }
 section, details { margin-top: 36px; }
+section > h2 { margin-bottom: 2px; }
 .notes { list-style: none; margin: 0 0 24px; padding: 12px 16px; background: var(--note); border-radius: 8px; }
 .notes li { max-width: 92ch; }
 .notes li + li { margin-top: 6px; }
@@ -43,7 +44,6 @@ svg { display: block; width: 100%; height: auto; font: inherit; }
 .axis { stroke: var(--soft); stroke-width: 1; }
 .tick, .label { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.band { fill: currentColor; opacity: 0.1; }
 .dot { fill: currentColor; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0 0; padding: 0;
   font-size: 13px; color: var(--soft); }
@@ -58,7 +58,8 @@ svg { display: block; width: 100%; height: auto; font: inherit; }
 .c-down { color: var(--down); }
 .scroll { overflow-x: auto; margin-top: 12px; border: 1px solid var(--line); border-radius: 8px;
   background: var(--panel); }
-#layers, #heads { font-size: 13px; }
+#overview, #layers, #heads { font-size: 13px; }
+#overview :is(td, th button), #layers :is(td, th button), #heads :is(td, th button) { padding-inline: 9px; }
 .scroll:has(#layers), .scroll:has(#heads) { max-height: 70vh; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { position: sticky; top: 0; background: var(--shade); padding: 0; text-align: right; vertical-align: bottom; }
@@ -70,8 +71,10 @@ th[aria-sort="descending"] button::after { content: "\\2193"; opacity: 1; }
 th[aria-sort="ascending"] button, th[aria-sort="descending"] button, th button:hover { color: var(--text); }
 td { padding: 6px 12px; border-top: 1px solid var(--line); white-space: nowrap; }
 td.n { text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-tbody tr:hover { background: var(--shade); }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; }
+th:first-child { z-index: 1; }
+td:first-child { background: var(--panel); }
+tbody tr:hover, tbody tr:hover td:first-child { background: var(--shade); }
 summary { cursor: pointer; padding: 4px 0; }
 summary h2 { display: inline; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
@@ -84,7 +87,7 @@ code { font-size: 12px; overflow-wrap: anywhere; }
   h1 { font-size: 25px; }
   .cards { grid-template-columns: 1fr 1fr; }
   figure { padding: 12px 10px 10px; }
-  .tick, .label { font-size: 14px; }
+  .tick, .label { font-size: 15.5px; }
 }
 @media print { details > :not(summary) { display: block; } .scroll { overflow: visible; max-height: none; } }
 """

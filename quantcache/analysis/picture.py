@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Any
 
 from quantcache.analysis.charts import Chart, charts
@@ -38,7 +39,7 @@ def draw(report: Report) -> bytes:
     figure = Figure(figsize=(12, 8.4), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2).flatten()
-    figure.subplots_adjust(left=0.065, right=0.98, top=0.84, bottom=0.075, hspace=0.32, wspace=0.17)
+    figure.subplots_adjust(left=0.065, right=0.98, top=0.815, bottom=0.075, hspace=0.32, wspace=0.17)
     figure.text(0.065, 0.945, title(report), fontsize=20, fontweight="bold", color=TEXT)
     figure.text(0.065, 0.912, provenance(report), fontsize=10, color=SOFT)
     by_name = {chart.name: chart for chart in charts(report)}
@@ -50,10 +51,15 @@ def draw(report: Report) -> bytes:
             axis.axis("off")
     _summary(axes[3], report)
     if handles:
-        figure.legend(
-            handles.values(), handles, loc="upper left", bbox_to_anchor=(0.058, 0.9), ncols=len(handles), frameon=False,
-            fontsize=10, labelcolor=SOFT, handlelength=1.2, columnspacing=1.6,
-        )  # fmt: skip
+        style: dict[str, Any] = {
+            "frameon": False,
+            "fontsize": 10,
+            "labelcolor": SOFT,
+            "handlelength": 1.2,
+            "columnspacing": 1.6,
+        }
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.055, 0.902), "ncols": len(handles)}
+        figure.legend(list(handles.values()), list(handles), **place, **style)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -66,15 +72,10 @@ def _chart(axis: Any, chart: Chart) -> dict[str, Any]:
     handles = {}
     for series in chart.series:
         color = COLORS.get(series.name, TEXT)
-        marker = "" if chart.log_x else "o"
-        (handles[series.label],) = axis.plot(
-            series.x, series.y, color=color, linewidth=1.8, marker=marker, markersize=4
-        )
-        if series.low:
-            axis.fill_between(series.x, series.low, series.high, color=color, alpha=0.08, linewidth=0)
-    if chart.log_x:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=None))
+        style = {"color": color, "linewidth": 1.8, "marker": "o" if chart.dots else "", "markersize": 4}
+        (handles[series.label],) = axis.plot(series.x, series.y, **style)
+    if chart.percent_x:
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     else:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if chart.log_y:
@@ -104,4 +105,5 @@ def _summary(axis: Any, report: Report) -> None:
         axis.text(
             x, y - 0.06, card.value, fontsize=21, fontweight="bold", color=TEXT, va="top", transform=axis.transAxes
         )
-        axis.text(x, y - 0.175, card.detail, fontsize=8.5, color=SOFT, va="top", transform=axis.transAxes)
+        detail = textwrap.fill(card.detail, 32)
+        axis.text(x, y - 0.18, detail, fontsize=9.5, color=SOFT, va="top", transform=axis.transAxes)

@@ -23,6 +23,7 @@ FLOOR = 1e-12
 """Eigenvalues below this share of the largest are rounding errors of their computation, and count as this."""
 
 _EXPONENTS = np.linspace(0.05, 3.0, 60)
+"""γ looked at. At the least one the spectrum is, for all practical purposes, a power law."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def fit_decay(spectrum: Floats) -> DecayFit:
 
     best = min(_EXPONENTS, key=lambda gamma: solve(gamma)[1])
     step = _EXPONENTS[1] - _EXPONENTS[0]
-    low, high, ratio = best - step, best + step, (math.sqrt(5) - 1) / 2
+    low, high, ratio = max(best - step, _EXPONENTS[0]), best + step, (math.sqrt(5) - 1) / 2
     for _ in range(60):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if solve(left)[1] < solve(right)[1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from html import escape
 
 from quantcache.analysis.charts import Chart, Series
@@ -21,18 +22,19 @@ def draw(chart: Chart) -> str:
         An ``<svg>`` element; lines have the classes ``line`` and ``c-NAME``.
     """
     xs = [x for series in chart.series for x in series.x]
-    ys = [y for series in chart.series for y in (*series.y, *series.low, *series.high)]
-    x_ticks, (x_low, x_high) = _ticks(min(xs), max(xs), chart.log_x)
+    ys = [y for series in chart.series for y in series.y]
     y_ticks, (y_low, y_high) = _ticks(min(ys), max(ys), chart.log_y)
-    if not chart.log_x:
+    if chart.percent_x:
+        x_ticks, (x_low, x_high) = [0, 0.25, 0.5, 0.75, 1], (0, 1)
+    else:
         x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-        x_ticks = [tick for tick in x_ticks if x_low <= tick <= x_high and tick == int(tick)]
+        x_ticks = [tick for tick in _ticks(x_low, x_high, False)[0] if x_low <= tick <= x_high and tick == int(tick)]
 
     def place(value: float, low: float, high: float, log: bool) -> float:
         return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
 
     def x_of(value: float) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * place(value, x_low, x_high, chart.log_x)
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * place(value, x_low, x_high, False)
 
     def y_of(value: float) -> float:
         return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * place(value, y_low, y_high, chart.log_y)
@@ -42,10 +44,7 @@ def draw(chart: Chart) -> str:
 
     def lines(series: Series) -> list[str]:
         own = [f'<polyline class="line c-{_class(series)}" points="{line(series.x, series.y)}"/>']
-        if series.low and len(chart.series) < 9:
-            band = f"{line(series.x, series.low)} {line(series.x[::-1], series.high[::-1])}"
-            own.insert(0, f'<polygon class="band c-{_class(series)}" points="{band}"/>')
-        if len(series.x) <= 40 and not chart.log_x:
+        if chart.dots:
             own += [
                 f'<circle class="dot c-{_class(series)}" cx="{x_of(a):.1f}" cy="{y_of(b):.1f}" r="3">'
                 f"<title>{escape(series.label)}, {chart.x_label} {a:g}: {b:.3g}</title></circle>"
@@ -62,7 +61,7 @@ def draw(chart: Chart) -> str:
         text = label(tick, chart.log_y, chart.percent)
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for tick in x_ticks:
-        text = label(tick, chart.log_x, chart.log_x)
+        text = label(tick, False, chart.percent_x)
         anchor = "end" if x_of(tick) > right - 8 else "middle"
         parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{bottom + 18}" text-anchor="{anchor}">{text}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
@@ -74,7 +73,7 @@ def draw(chart: Chart) -> str:
 
 
 def _class(series: Series) -> str:
-    return series.name.replace(" ", "-").replace("_", "-")
+    return re.sub("[^a-z0-9]", "-", series.name)  # names come from a file
 
 
 def legend(chart: Chart) -> str:
@@ -101,8 +100,8 @@ def _ticks(low: float, high: float, log: bool) -> tuple[list[float], tuple[float
     if log:
         first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
         last = max(last, first + 1)
-        step = -(-(last - first) // 6)
-        return [10.0**power for power in range(first, last + 1, step)], (10.0**first, 10.0**last)
+        powers = range(first, last + 1, -(-(last - first) // 6))
+        return [10.0**power for power in powers], (10.0**first, 10.0**last)
     spread = high - low or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(spread / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if spread / (factor * step) <= 5)

@@ -111,16 +111,14 @@ def cards(report: Report) -> list[Card]:
         if own:
             gain, tier = mean([t.coding_gain for t in own]), mean([t.budgets[1] for t in own if t.budgets])
             rank = mean([t.participation for t in own])
-            detail = f"bits of coding gain; effective rank {number(rank, 1)} of {own[0].dim}"
-            found.append(Card(LABELS[name].capitalize(), number(gain), detail))
-            found.append(Card(f"Bits for {LABELS[name]}", number(tier), "Shannon floor within 3 % of the variance"))
+            detail = f"bits; effective rank {number(rank, 1)} of {own[0].dim}"
+            found.append(Card(f"Coding gain of {LABELS[name]}", number(gain), detail))
+            found.append(Card(f"Bits for {LABELS[name]}", number(tier), "for a Shannon floor of 3 % of the variance"))
     if not found:
         for name in ("qkv", "down"):
             own = [t for t in report.targets if t.name == name]
             if own:
-                found.append(
-                    Card(LABELS[name].capitalize(), number(mean([t.coding_gain for t in own])), "bits of coding gain")
-                )
+                found.append(Card(f"Coding gain of {LABELS[name]}", number(mean([t.coding_gain for t in own])), "bits"))
     return found
 
 
@@ -223,9 +221,13 @@ def _at(values: tuple[float, ...], place: int) -> float | None:
 _FIGURE_COLUMNS = tuple((name, meaning) for name, meaning, _, _ in _FIGURES)
 
 
-def _figures(targets: Sequence[Target]) -> tuple[Cell, ...]:
+_FINE = ("fit error", "floor 2 b", "floor 3 b", "floor 4 b")
+"""Figures that the overview leaves out."""
+
+
+def _figures(targets: Sequence[Target], leave: Sequence[str] = ()) -> tuple[Cell, ...]:
     """Cells of one target, or of the mean of several."""
-    values = [(mean([get(target) for target in targets]), show) for _, _, get, show in _FIGURES]
+    values = [(mean([get(t) for t in targets]), show) for name, _, get, show in _FIGURES if name not in leave]
     return tuple(Cell(show(value), value) for value, show in values)
 
 
@@ -239,13 +241,13 @@ def _overview(report: Report) -> Table:
         ("target", "What was looked at"),
         ("rows", "Heads or inputs averaged"),
         ("size", "Dimensions"),
-        *_FIGURE_COLUMNS,
+        *(column for column in _FIGURE_COLUMNS if column[0] not in _FINE),
     )
     rows = []
     for name in dict.fromkeys(target.name for target in report.targets):
         own = [target for target in report.targets if target.name == name]
         dim = mean([target.dim for target in own])
-        rows.append((_name(own), Cell(count(len(own)), len(own)), Cell(count(dim), dim), *_figures(own)))
+        rows.append((_name(own), Cell(count(len(own)), len(own)), Cell(count(dim), dim), *_figures(own, _FINE)))
     caption = "Means over layers and heads. Keys are before rotation; keys as cached carry it."
     return Table("overview", "Targets", caption, columns, tuple(rows))
 
