@@ -85,7 +85,7 @@ def _over_depth(report: Report, figure: str) -> tuple[Series, ...]:
 
 
 def _gamma(report: Report) -> Chart:
-    return Chart("gamma", "Decay γ over depth", "layer", "γ", _over_depth(report, "gamma"))
+    return Chart("gamma", "Decay over depth", "layer", "γ", _over_depth(report, "gamma"))
 
 
 def _k95(report: Report) -> Chart:

@@ -17,7 +17,7 @@ STYLE = """
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--text);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 56px; }
+main { max-width: 1200px; margin: 0 auto; padding: 40px 24px 56px; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 8px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; line-height: 1.3; margin: 0; letter-spacing: -0.005em; }
 p { margin: 0; }
@@ -59,7 +59,7 @@ svg { display: block; width: 100%; height: auto; font: inherit; }
 .scroll { overflow-x: auto; margin-top: 12px; border: 1px solid var(--line); border-radius: 8px;
   background: var(--panel); }
 #overview, #layers, #heads { font-size: 13px; }
-#overview :is(td, th button), #layers :is(td, th button), #heads :is(td, th button) { padding-inline: 9px; }
+#overview :is(td, th button), #layers :is(td, th button), #heads :is(td, th button) { padding-inline: 8px; }
 .scroll:has(#layers), .scroll:has(#heads) { max-height: 70vh; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { position: sticky; top: 0; background: var(--shade); padding: 0; text-align: right; vertical-align: bottom; }

@@ -103,7 +103,7 @@ def _summary(axis: Any, report: Report) -> None:
         x, y = (place % 2) * 0.52, 0.96 - (place // 2) * 0.34
         axis.text(x, y, card.label, fontsize=10, color=SOFT, va="top", transform=axis.transAxes)
         axis.text(
-            x, y - 0.06, card.value, fontsize=21, fontweight="bold", color=TEXT, va="top", transform=axis.transAxes
+            x, y - 0.07, card.value, fontsize=21, fontweight="bold", color=TEXT, va="top", transform=axis.transAxes
         )
         detail = textwrap.fill(card.detail, 32)
-        axis.text(x, y - 0.18, detail, fontsize=9.5, color=SOFT, va="top", transform=axis.transAxes)
+        axis.text(x, y - 0.19, detail, fontsize=9.5, color=SOFT, va="top", transform=axis.transAxes)

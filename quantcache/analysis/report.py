@@ -199,7 +199,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON, format and schema version first."""
-        return finite({"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)})
+        data: dict[str, Any] = finite({"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)})
+        return data
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON.

@@ -172,7 +172,7 @@ def shannon_floor(spectrum: Floats, bits: float) -> float:
     Returns:
         The error per dimension, in units of the eigenvalues.
     """
-    return geometric_mean(spectrum) * 2.0 ** (-2.0 * bits)
+    return geometric_mean(spectrum) * float(2.0 ** (-2.0 * bits))
 
 
 def water_filling(spectrum: Floats, bits: float) -> float:
@@ -195,7 +195,7 @@ def water_filling(spectrum: Floats, bits: float) -> float:
     counts = np.arange(1, descending.size + 1)
     levels = np.cumsum(np.log2(descending)) / counts - 2 * bits * spectrum.size / counts
     active = int(np.nonzero(np.log2(descending) >= levels)[0][-1]) + 1
-    return float(active * 2.0 ** levels[active - 1] + descending[active:].sum())
+    return active * float(2.0 ** levels[active - 1]) + float(descending[active:].sum())
 
 
 def coding_gain_bits(spectrum: Floats) -> float:

@@ -24,9 +24,9 @@ def draw(chart: Chart) -> str:
     xs = [x for series in chart.series for x in series.x]
     ys = [y for series in chart.series for y in series.y]
     y_ticks, (y_low, y_high) = _ticks(min(ys), max(ys), chart.log_y)
-    if chart.percent_x:
-        x_ticks, (x_low, x_high) = [0, 0.25, 0.5, 0.75, 1], (0, 1)
-    else:
+    x_low, x_high = 0.0, 1.0
+    x_ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    if not chart.percent_x:
         x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
         x_ticks = [tick for tick in _ticks(x_low, x_high, False)[0] if x_low <= tick <= x_high and tick == int(tick)]
 

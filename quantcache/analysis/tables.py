@@ -99,26 +99,25 @@ def cards(report: Report) -> list[Card]:
     found = []
     at3 = next((d for d in report.divergences if d.bits == 3), None)
     if at3 is not None and at3.predicted is not None:
-        measured = MISSING if at3.measured is None else f"{nats(at3.measured)} measured"
-        detail = "nats per token" if at3.measured is None else f"nats per token; {measured}"
-        found.append(Card("Predicted KL at 3 bits", nats(at3.predicted), detail))
+        measured = "" if at3.measured is None else f"; {nats(at3.measured)} measured"
+        found.append(Card("Predicted KL", nats(at3.predicted), f"at 3 bits, nats per token{measured}"))
     grade = next((g for g in report.grades if g.bits == 3 and g.side == "all"), None)
     if grade is not None:
-        detail = f"{number(grade.realised)} of {number(grade.possible)} bits of gain realised"
-        found.append(Card("Grade at 3 bits", percent(grade.share), detail))
+        detail = f"at 3 bits: {number(grade.realised)} of {number(grade.possible)} bits of gain"
+        found.append(Card("Grade", percent(grade.share), detail))
     for name in ("key", "value"):
         own = [t for t in report.targets if t.name == name]
         if own:
             gain, tier = mean([t.coding_gain for t in own]), mean([t.budgets[1] for t in own if t.budgets])
             rank = mean([t.participation for t in own])
             detail = f"bits; effective rank {number(rank, 1)} of {own[0].dim}"
-            found.append(Card(f"Coding gain of {LABELS[name]}", number(gain), detail))
+            found.append(Card(f"Coding gain, {LABELS[name]}", number(gain), detail))
             found.append(Card(f"Bits for {LABELS[name]}", number(tier), "for a Shannon floor of 3 % of the variance"))
     if not found:
         for name in ("qkv", "down"):
             own = [t for t in report.targets if t.name == name]
             if own:
-                found.append(Card(f"Coding gain of {LABELS[name]}", number(mean([t.coding_gain for t in own])), "bits"))
+                found.append(Card(f"Coding gain, {LABELS[name]}", number(mean([t.coding_gain for t in own])), "bits"))
     return found
 
 

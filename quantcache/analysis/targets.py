@@ -102,8 +102,8 @@ def find_inputs(model: PreTrainedModel, run: Callable[[], Any]) -> list[InputTar
         layer, rest = place
         if _is_experts(module):
             kind: str | None = "gate_up"
-            weight: Tensor = module.down_proj  # type: ignore[assignment]
-            gate_up: Tensor = module.gate_up_proj  # type: ignore[assignment]
+            weight: Tensor = module.down_proj
+            gate_up: Tensor = module.gate_up_proj
             dim = next(size for size in weight.shape[1:] if 2 * size in gate_up.shape[1:])
             experts.append(InputTarget(layer, "down", name, (f"{rest}.down_proj",), dim, experts=True))
             rest = f"{rest}.gate_up_proj"
