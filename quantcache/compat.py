@@ -315,6 +315,18 @@ def attention_implementations(model: PreTrainedModel) -> dict[str, str]:
     return own | {name: config._attn_implementation for name, config in subs.items() if config is not None}
 
 
+def can_change_attention(model: PreTrainedModel) -> bool:
+    """Whether a model goes through transformers' attention interface, so that its attention can be replaced.
+
+    Args:
+        model: The model.
+
+    Returns:
+        False for models with an attention of their own.
+    """
+    return bool(model._can_set_attn_implementation())
+
+
 def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) -> None:
     """Change attention implementations, of a model that lets them be changed.
 
@@ -322,7 +334,7 @@ def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) 
         model: The model.
         implementation: One for all parts, or what :func:`attention_implementations` gave.
     """
-    if model._can_set_attn_implementation() and attention_implementations(model) != implementation:
+    if can_change_attention(model) and attention_implementations(model) != implementation:
         model.set_attn_implementation(implementation)
 
 

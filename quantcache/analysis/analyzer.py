@@ -106,6 +106,8 @@ def analyze(
         source = None
         if layers:
             source = "given"
+            if calibration is not None and "tokens" in calibration.metadata.recipe:
+                source = f"given, made from {calibration.metadata.recipe['tokens']:,} tokens of another text"
             if calibration is None:
                 calibration = calibrate(model, sequences[:-1], progress=progress)
                 source = "made from the text, without its last sequence"
@@ -219,7 +221,7 @@ def _notes(
             notes.append("The model's attention cannot be looked into, so sink tokens were not searched for.")
         elif not gathered.sinks:
             notes.append(f"No token draws {SINK_SHARE:.0%} of a layer's attention from afar: there are no sink tokens.")
-    if not any(target.name in INPUTS for target in targets):
+    if all(target.name not in INPUTS for target in targets):
         notes.append("No projection was recognised by its name, so no input of weights is shown.")
     wide = {target.dim for target in targets if target.gamma is None}
     if wide:

@@ -212,7 +212,7 @@ class _Sinks:
                 self._shares(index, number, sequence, query, key, kwargs)
             return spectral_attention_forward(module, query, key, *args, **kwargs)
 
-        if not model._can_set_attn_implementation():
+        if not compat.can_change_attention(model):
             return
         with replaced_attention(model, attention):
             forward(sequence)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -277,14 +276,32 @@ class Report:
             found = data.get("schema_version")
             raise ReportError(f"{where} has schema version {found!r}, this quantcache reads {SCHEMA_VERSION}")
         report: Report = _read(cls, data, where)
-        for number, target in enumerate(report.targets):
-            if len(target.points) != len(target.spectrum):
-                raise ReportError(
-                    f"{where}.targets[{number}] has {len(target.points)} points for {len(target.spectrum)} eigenvalues"
-                )
-            if target.gamma is not None and (len(target.floors), len(target.budgets)) != (len(RATES), 3):
-                raise ReportError(f"{where}.targets[{number}] must have {len(RATES)} floors and 3 budgets")
+        flaw = _contradiction(report)
+        if flaw:
+            raise ReportError(f"{where}.{flaw}")
         return report
+
+
+def _contradiction(report: Report) -> str | None:
+    """The first thing that no analysis can have found."""
+    for number, target in enumerate(report.targets):
+        here = f"targets[{number}]"
+        if target.dim < 1 or target.layer < 0:
+            return f"{here} has dim {target.dim} in layer {target.layer}"
+        if len(target.points) != len(target.spectrum):
+            return f"{here} has {len(target.points)} points for {len(target.spectrum)} eigenvalues"
+        if target.gamma is not None and (len(target.floors), len(target.budgets)) != (len(RATES), 3):
+            return f"{here} must have {len(RATES)} floors and 3 budgets"
+    for number, each in enumerate(report.divergences):
+        for name in ("predicted", "measured"):
+            value = getattr(each, name)
+            if value is not None and value < 0:
+                return f"divergences[{number}].{name} must not be negative, got {value}"
+    return None
+
+
+LARGEST = 1e300
+"""Numbers beyond this are none that an analysis finds, and sums of them would overflow."""
 
 
 def _refuse(constant: str) -> Any:
@@ -321,12 +338,6 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ReportError(f"{where} must be {words}, got {value!r:.60}")
-    if kind is float:
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise ReportError(f"{where} must be a finite number, got {value!r:.60}")
-        return number
-    return value
+    if kind in (int, float) and not abs(value) < LARGEST:
+        raise ReportError(f"{where} must be a number below {LARGEST:g}, got {value!r:.60}")
+    return float(value) if kind is float else value

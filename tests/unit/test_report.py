@@ -86,9 +86,14 @@ def test_later_fields_are_left_out(report: Report) -> None:
         (lambda d: d.update(versions=[]), "versions must be an object"),
         (lambda d: d["targets"].__setitem__(1, None), r"targets\[1\] must be an object"),
         (lambda d: d["targets"][0].update(gamma="x"), r"targets\[0\].gamma must be a number"),
-        (lambda d: d["targets"][0].update(variance=10**400), r"targets\[0\].variance must be a finite number"),
+        (lambda d: d["targets"][0].update(variance=10**400), r"targets\[0\].variance must be a number below 1e\+300"),
         (lambda d: d["targets"][0].update(points=[1]), r"targets\[0\] has 1 points for \d+ eigenvalues"),
         (lambda d: d["targets"][0].update(budgets=[1.0]), r"targets\[0\] must have 3 floors and 3 budgets"),
+        (lambda d: d["targets"][0].update(dim=0), r"targets\[0\] has dim 0 in layer 0"),
+        (
+            lambda d: d["divergences"][0].update(measured=-1.0),
+            r"divergences\[0\].measured must not be negative, got -1",
+        ),
         (lambda d: d["grades"][0].pop("share"), r"grades\[0\] lacks share"),
     ],
 )
@@ -133,6 +138,37 @@ def test_truncated_and_fuzzed_files_give_one_error() -> None:
             found.to_html()
             found.summary()
     assert min(outcomes.values()) > 10, outcomes
+
+
+def numbers(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where in a report's JSON the numbers are."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    found = [path] if isinstance(data, int | float) and not isinstance(data, bool) else []
+    return found + [each for key, value in items for each in numbers(value, (*path, key))]
+
+
+def test_absurd_numbers_render_or_are_refused(tmp_path: Path) -> None:
+    text = make_report(layers=2, heads=1, dim=4).to_json()
+    places = numbers(json.loads(text))
+    generator = random.Random(1)
+    rendered = 0
+    for trial in range(150):
+        data = json.loads(text)
+        *path, last = generator.choice(places)
+        inner = data
+        for key in path:
+            inner = inner[key]
+        inner[last] = generator.choice([0, -1, 1, 10**25, 1e299, -1e299, 1e-310, 0.5])
+        try:
+            report = Report.from_json(json.dumps(data))
+        except ReportError:
+            continue
+        assert "<h1>" in report.to_html()
+        assert report.summary()
+        if not trial % 15:
+            report.to_png(tmp_path / "report.png")
+        rendered += 1
+    assert rendered > 75
 
 
 def test_outputs_agree_to_the_printed_digit(report: Report) -> None:
