@@ -87,6 +87,7 @@ code { font-size: 12px; overflow-wrap: anywhere; }
   h1 { font-size: 25px; }
   .cards { grid-template-columns: 1fr 1fr; }
   figure { padding: 12px 10px 10px; }
+  td, th button { padding-inline: 8px; }
   .tick, .label { font-size: 15.5px; }
 }
 @media print { details > :not(summary) { display: block; } .scroll { overflow: visible; max-height: none; } }
