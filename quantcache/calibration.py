@@ -119,7 +119,7 @@ def calibrate(
     solved = {index: statistics[index].solve(outputs.get(index)) for index in layers}
     metadata = Metadata(
         base_model={
-            "id": _public_name(model),
+            "id": public_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
             "model_type": model.config.model_type,
         },
@@ -148,8 +148,15 @@ def calibrate(
     return calibration.with_bits(bits_per_element, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
 
 
-def _public_name(model: PreTrainedModel) -> str | None:
-    """A model's Hub id; of a local folder only the name, so that no path of this machine gets into the artifact."""
+def public_name(model: PreTrainedModel) -> str | None:
+    """A model's Hub id; of a local folder only the name, so that no path of this machine gets into the artifact.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The name, None if the model has none.
+    """
     name = getattr(model.config, "_name_or_path", "") or None
     return Path(name).name if name and os.path.isdir(name) else name
 
@@ -187,7 +194,7 @@ def _sequences(
             raise QuantCacheError("texts need a tokenizer: pass tokenizer=, or batches of token ids")
         joined = "\n\n".join(texts)
         digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
-        tokens = _tokenize(joined, tokenizer, max_tokens)
+        tokens = tokenize(joined, tokenizer, max_tokens)
         batches += list(tokens[:max_tokens].unsqueeze(0).split(length, dim=1))
         passages = sketch(str(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True)))
     kept: list[Tensor] = []
@@ -208,8 +215,17 @@ def _sequences(
     return kept, digests, passages
 
 
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tensor:
-    """Tokens of the start of a text, without tokenizing megabytes that are not needed."""
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tensor:
+    """Tokens of the start of a text, without tokenizing megabytes that are not needed.
+
+    Args:
+        text: The text.
+        tokenizer: The model's tokenizer.
+        max_tokens: Tokens that are wanted.
+
+    Returns:
+        ``[N]``, at least ``max_tokens`` if the text has so many.
+    """
     size = max_tokens * 16
     while True:
         tokens = tokenizer(text[:size], return_tensors="pt", verbose=False).input_ids[0]

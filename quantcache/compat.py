@@ -15,6 +15,7 @@ import transformers
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_hqq_available, is_optimum_quanto_available, is_torchao_available
 
 from quantcache.data import demo_model_path
@@ -126,6 +127,19 @@ def require_decoder(config: PreTrainedConfig) -> None:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder model; SpectralCache serves decoder-only models"
         )
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a model reads text in both directions and has no cache.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        True for what transformers trains as masked language models, unless the config makes a decoder of it.
+    """
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False)
 
 
 def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
@@ -302,6 +316,18 @@ def attention_implementations(model: PreTrainedModel) -> dict[str, str]:
     return own | {name: config._attn_implementation for name, config in subs.items() if config is not None}
 
 
+def can_change_attention(model: PreTrainedModel) -> bool:
+    """Whether a model goes through transformers' attention interface, so that its attention can be replaced.
+
+    Args:
+        model: The model.
+
+    Returns:
+        False for models with an attention of their own.
+    """
+    return bool(model._can_set_attn_implementation())
+
+
 def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) -> None:
     """Change attention implementations, of a model that lets them be changed.
 
@@ -309,7 +335,7 @@ def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) 
         model: The model.
         implementation: One for all parts, or what :func:`attention_implementations` gave.
     """
-    if model._can_set_attn_implementation() and attention_implementations(model) != implementation:
+    if can_change_attention(model) and attention_implementations(model) != implementation:
         model.set_attn_implementation(implementation)
 
 

@@ -45,12 +45,20 @@ def write_json(path: Path, data: Any) -> None:
         path: The file; its folder must exist.
         data: The result.
     """
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
+    write_file(path, (to_json(data) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, complete or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        content: What is to be in it.
+    """
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         temporary = Path(file.name)
         try:
-            file.write(to_json(data) + "\n")
+            file.write(content)
             file.close()
             umask = os.umask(0)
             os.umask(umask)

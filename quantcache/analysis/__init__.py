@@ -1,1 +1,9 @@
-"""What a model's activations and cache allow: spectra, rate-distortion bounds, and predicted cost."""
+"""What a model's activations and cache allow, what quantcache makes of it, and a report of both."""
+
+from __future__ import annotations
+
+from quantcache.analysis.analyzer import analyze
+from quantcache.analysis.prediction import predict_kl, predict_kl_at
+from quantcache.analysis.report import Report, ReportError
+
+__all__ = ["Report", "ReportError", "analyze", "predict_kl", "predict_kl_at"]

@@ -23,6 +23,7 @@ FLOOR = 1e-12
 """Eigenvalues below this share of the largest are rounding errors of their computation, and count as this."""
 
 _EXPONENTS = np.linspace(0.05, 3.0, 60)
+"""γ looked at. At the least one the spectrum is, for all practical purposes, a power law."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def fit_decay(spectrum: Floats) -> DecayFit:
 
     best = min(_EXPONENTS, key=lambda gamma: solve(gamma)[1])
     step = _EXPONENTS[1] - _EXPONENTS[0]
-    low, high, ratio = best - step, best + step, (math.sqrt(5) - 1) / 2
+    low, high, ratio = max(best - step, _EXPONENTS[0]), best + step, (math.sqrt(5) - 1) / 2
     for _ in range(60):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if solve(left)[1] < solve(right)[1]:
@@ -171,7 +172,30 @@ def shannon_floor(spectrum: Floats, bits: float) -> float:
     Returns:
         The error per dimension, in units of the eigenvalues.
     """
-    return geometric_mean(spectrum) * 2.0 ** (-2.0 * bits)
+    return geometric_mean(spectrum) * float(2.0 ** (-2.0 * bits))
+
+
+def water_filling(spectrum: Floats, bits: float) -> float:
+    """Least mean squared error of any code of independent Gaussians at a mean rate, exact at every rate.
+
+    Source: Cover and Thomas, "Elements of Information Theory", theorem 10.3.3.
+
+    Args:
+        spectrum: Their variances in any order, ``[N]``.
+        bits: Mean rate over all of them.
+
+    Returns:
+        The sum of their errors.
+    """
+    descending = np.sort(spectrum[spectrum > 0])[::-1]
+    if not descending.size:
+        return 0.0
+    # With the k largest above the water, log2 θ = mean log2 λ − 2 R N / k; the right k is the largest that leaves the
+    # k-th above it.
+    counts = np.arange(1, descending.size + 1)
+    levels = np.cumsum(np.log2(descending)) / counts - 2 * bits * spectrum.size / counts
+    active = int(np.nonzero(np.log2(descending) >= levels)[0][-1]) + 1
+    return active * float(2.0 ** levels[active - 1]) + float(descending[active:].sum())
 
 
 def coding_gain_bits(spectrum: Floats) -> float:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import typer
 
+from quantcache.cli.analyze import analyze
 from quantcache.cli.calibrate import calibrate
 from quantcache.cli.demo import demo
 from quantcache.cli.env import env
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command("calibrate")(calibrate)
 app.command("inspect")(inspect)
+app.command("analyze")(analyze)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
 app.command("export")(export)

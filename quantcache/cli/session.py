@@ -210,6 +210,7 @@ def load_model(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    encoders: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
@@ -220,6 +221,7 @@ def load_model(
         dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
         revision: Hub revision.
         trust_remote_code: Allow model code from the Hub.
+        encoders: Also load models without a cache, with transformers' choice of attention.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -230,7 +232,7 @@ def load_model(
         ValueError: An argument makes no sense.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     import quantcache  # registers the attention
     from quantcache import compat
@@ -256,12 +258,13 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **more)
         compat.require_decoder(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **more)
+        encoder = encoders and compat.is_encoder(config)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
-                attn_implementation=attention,
+                attn_implementation=None if encoder else attention,
                 device_map=device,
                 **more,
             )

@@ -101,3 +101,13 @@ def test_depth_law() -> None:
     assert (line.slope, line.intercept, line.r_squared) == pytest.approx((0.1, 0.5, 1.0), abs=1e-12)
     assert sp.fit_line(x[:1], x[:1]) is None
     assert sp.fit_line(x, np.ones(6)).r_squared == 0.0
+
+
+def test_water_filling_by_hand() -> None:
+    """Above the water it is the Shannon floor; below, weak dimensions get nothing and keep their variance."""
+    spectrum = np.array([16.0, 4.0, 1.0, 0.25])
+    assert sp.water_filling(spectrum, 3.0) == pytest.approx(4 * sp.shannon_floor(spectrum, 3.0), rel=1e-12)
+    assert sp.water_filling(spectrum, 0.0) == pytest.approx(spectrum.sum(), rel=1e-12)
+    # Three bits in all: the first gets 2 and the second 1, which leaves both with the error 1; the others get none.
+    assert sp.water_filling(spectrum, 0.75) == pytest.approx(1 + 1 + 1 + 0.25, rel=1e-12)
+    assert sp.water_filling(np.array([5.0, 0.0]), 1.0) == pytest.approx(5 / 16, rel=1e-12)

@@ -1,0 +1,264 @@
+"""From a model and a text to a report."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache import compat
+from quantcache.accounting import bits_per_encoded_element
+from quantcache.analysis.figures import cache_figures, depth_laws, input_figures
+from quantcache.analysis.gathering import MAX_DIM, SINK_SHARE, Gathered, gather
+from quantcache.analysis.grade import collect_samples, grade
+from quantcache.analysis.prediction import UNAVAILABLE, predict_kl
+from quantcache.analysis.report import RATES, Divergence, Grade, Report, SinkToken, Target
+from quantcache.analysis.targets import INPUTS
+from quantcache.artifact import Calibration
+from quantcache.calibration import calibrate, public_name, tokenize
+from quantcache.errors import QuantCacheError
+from quantcache.evaluation import measure_fidelity, parse_methods
+from quantcache.evaluation.provenance import check_overlap
+from quantcache.probe import detect_ropes
+from quantcache.yardstick import evaluating
+
+MIN_SEQUENCE = 256
+"""Shortest sequences that say anything about a cache that leaves its last tokens alone."""
+
+ORDER = ("key", "rotated key", "value", *INPUTS)
+"""Targets in the order of a report."""
+
+
+@torch.inference_mode(False)
+def analyze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    text_name: str = "text",
+    max_tokens: int = 8192,
+    seq_len: int | None = None,
+    calibration: Calibration | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Look at what a model's activations and cache allow, and at what quantcache makes of it.
+
+    The text is cut into sequences of one length. All of them are looked at; the last one is kept out of the
+    calibration, and grades and measured divergences come from it alone.
+
+    Args:
+        model: A decoder-only model, or an encoder, of which only the weights' inputs are looked at.
+        tokenizer: Its tokenizer.
+        text: The text.
+        text_name: What the report calls it.
+        max_tokens: Tokens to use at most.
+        seq_len: Tokens of a sequence; by default 2,048 or the model's limit.
+        calibration: The model's calibration, made on another text; made here from the text if None.
+        verify: Also measure the divergences that are predicted.
+        progress: Show progress bars on stderr.
+
+    Returns:
+        The report.
+
+    Raises:
+        QuantCacheError: The text is too short, is what was calibrated on, or the calibration is another model's.
+        UnsupportedModel: The model is an encoder-decoder.
+    """
+    compat.require_decoder(model.config)
+    encoder = compat.is_encoder(model.config)
+    if calibration is not None and encoder:
+        raise QuantCacheError(
+            f"{model.config.model_type} is an encoder: it has no cache that a calibration could serve"
+        )
+    if calibration is not None:
+        calibration.check_compatible(model.config)
+        check_overlap(calibration, text, text_name)
+    sequences = _sequences(model, tokenizer, text, max_tokens, seq_len)
+    notes: list[str] = []
+    layers = [] if encoder else compat.full_attention_layers(model.config)
+    targets: list[Target] = []
+    with evaluating(model):
+        ropes = detect_ropes(model, layers) if layers else {}
+        with _bar(progress) as bar:
+            task = bar.add_task("looking at activations", total=None)
+            gathered = gather(
+                model,
+                sequences,
+                ropes,
+                lambda target, moments: targets.append(input_figures(target, moments)),
+                on_progress=lambda tokens: bar.advance(task, tokens),
+                on_plan=lambda tokens: bar.update(task, total=tokens),
+            )
+        for (index, name), moments in gathered.cache.items():
+            targets += cache_figures(index, name, moments)
+        targets.sort(key=lambda t: (ORDER.index(t.name), t.layer, t.head or 0))
+        grades: list[Grade] = []
+        divergences: list[Divergence] = []
+        source = None
+        if layers:
+            source = "given"
+            if calibration is not None and "tokens" in calibration.metadata.recipe:
+                source = f"given, made from {calibration.metadata.recipe['tokens']:,} tokens of another text"
+            if calibration is None:
+                calibration = calibrate(model, sequences[:-1], progress=progress)
+                source = "made from the text, without its last sequence"
+            with _bar(progress) as bar:
+                samples, places = collect_samples(model, sequences[-1], layers)
+                task = bar.add_task("encoding samples", total=len(RATES) * len(samples))
+                grades = grade(calibration, samples, places, RATES, lambda: bar.advance(task))
+                divergences = _divergences(model, calibration, sequences[-1][0] if verify else None, bar)
+    notes += _notes(model, encoder, layers, targets, gathered, divergences)
+    text_config = model.config.get_text_config(decoder=True)
+    return Report(
+        model=public_name(model),
+        model_type=model.config.model_type,
+        layers=int(getattr(text_config, "num_hidden_layers", 0)),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        text=text_name,
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        tokens=sum(s.numel() for s in sequences),
+        seq_len=sequences[0].shape[1],
+        held_out=sequences[-1].shape[1] if layers else 0,
+        dtype=str(model.dtype).removeprefix("torch."),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        calibration=source,
+        versions=compat.versions(),
+        notes=tuple(notes),
+        targets=tuple(targets),
+        depth=tuple(depth_laws(targets)),
+        grades=tuple(grades),
+        divergences=tuple(divergences),
+        sinks=_sinks(gathered, tokenizer),
+    )
+
+
+def _sequences(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, seq_len: int | None
+) -> list[Tensor]:
+    """At least two sequences of one length, each ``[1, T]``."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    ids = tokenize(text, tokenizer, max_tokens)[:max_tokens]
+    length = min(seq_len or 2048, limit, len(ids) // 2)
+    if length < min(MIN_SEQUENCE, limit):
+        raise QuantCacheError(
+            f"analysis needs two sequences of at least {min(MIN_SEQUENCE, limit)} tokens: the text gives {len(ids)} "
+            f"tokens, which are cut into sequences of {length}"
+        )
+    return [s[None] for s in ids.split(length) if len(s) == length]
+
+
+def _divergences(
+    model: PreTrainedModel, calibration: Calibration, held_out: Tensor | None, bar: Progress
+) -> list[Divergence]:
+    """Predicted divergence at every rate, and the measured one if there is a text ``[T]`` to measure on."""
+    names = [f"spectral-{bits:g}" for bits in RATES]
+    measured: dict[str, Any] = {}
+    if held_out is not None:
+        task = bar.add_task("measuring divergence", total=len(held_out))
+        before = compat.attention_implementations(model)
+        compat.use_attention(model, "spectral")
+        try:
+            measured = measure_fidelity(
+                model,
+                held_out,
+                parse_methods(names, model.config, calibration),
+                context=len(held_out),
+                on_progress=lambda tokens: bar.advance(task, tokens),
+            )
+        finally:
+            compat.use_attention(model, before)
+    found = []
+    for bits, name in zip(RATES, names, strict=True):
+        at_rate = calibration.with_bits(bits)
+        result = measured.get(name)
+        good = result is not None and result.status == "ok"
+        found.append(
+            Divergence(
+                bits,
+                bits_per_encoded_element(at_rate.layers),
+                predict_kl(at_rate),
+                result.kl_mean if good and result else None,
+                result.kl_stderr if good and result else None,
+            )
+        )
+    return found
+
+
+def _notes(
+    model: PreTrainedModel,
+    encoder: bool,
+    layers: list[int],
+    targets: list[Target],
+    gathered: Gathered,
+    divergences: list[Divergence],
+) -> list[str]:
+    """What a reader must know."""
+    notes = []
+    if encoder:
+        notes.append(
+            f"{model.config.model_type} is an encoder: it keeps no key/value cache, so only the inputs of its weights "
+            "are shown, and there is nothing to compress, grade or predict."
+        )
+    elif not layers:
+        notes.append("No layer has a cache that grows with the context, so there is nothing to compress or grade.")
+    else:
+        count = int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(layers)))
+        if count > len(layers):
+            notes.append(
+                f"{count - len(layers)} of {count} layers have a bounded cache (sliding windows or states): they stay "
+                "uncompressed, and only the inputs of their weights are shown."
+            )
+        if gathered.sinks is None:
+            notes.append("The model's attention cannot be looked into, so sink tokens were not searched for.")
+        elif not gathered.sinks:
+            notes.append(f"No token draws {SINK_SHARE:.0%} of a layer's attention from afar: there are no sink tokens.")
+    if all(target.name not in INPUTS for target in targets):
+        notes.append("No projection was recognised by its name, so no input of weights is shown.")
+    wide = {target.dim for target in targets if target.gamma is None}
+    if wide:
+        notes.append(f"Inputs of {', '.join(map(str, sorted(wide)))} channels have no spectrum: above {MAX_DIM}.")
+    if any(not target.reliable and target.gamma is not None for target in targets):
+        notes.append(
+            "Rows marked ~ have fewer than four samples for each dimension: their smallest eigenvalues, and so the "
+            "coding gain, γ and the budgets, are rough. More tokens help."
+        )
+    if any(".experts." in f".{name}" for target in targets for name in target.projections):
+        notes.append("Inputs of experts are taken over all experts together.")
+    if divergences and divergences[0].predicted is None:
+        notes.append(f"Predicted divergence: {UNAVAILABLE}.")
+    for each in divergences:
+        if each.predicted and each.measured and not 0.5 <= each.predicted / each.measured <= 2:
+            notes.append(
+                f"At {each.bits:g} bits the prediction is {each.predicted / each.measured:.2f} times the measured one: "
+                "it is tied to runs on the calibration's text; the held-out text is another one, and at low rates a "
+                "second-order model is far from the whole."
+            )
+    return notes
+
+
+def _sinks(gathered: Gathered, tokenizer: PreTrainedTokenizerBase) -> tuple[SinkToken, ...] | None:
+    """Sink tokens, the strongest first."""
+    if gathered.sinks is None:
+        return None
+    found = [
+        SinkToken(position, str(tokenizer.decode([token])), sink.share, len(sink.layers), len(sink.seen))
+        for (position, token), sink in gathered.sinks.items()
+    ]
+    return tuple(sorted(found, key=lambda sink: (-sink.share, sink.position)))
+
+
+@contextlib.contextmanager
+def _bar(progress: bool) -> Iterator[Progress]:
+    """A progress bar on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
+        yield bar

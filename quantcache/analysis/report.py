@@ -1,0 +1,343 @@
+"""The report of an analysis: its data, and JSON that is checked when it is read. Rendering it never needs the model."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from quantcache.errors import QuantCacheError
+from quantcache.jsonfile import finite, to_json, write_file
+
+FORMAT = "quantcache-analysis"
+SCHEMA_VERSION = 1
+
+RATES = (2.0, 3.0, 4.0)
+"""Bits at which floors, grades and divergences are given."""
+
+
+class ReportError(QuantCacheError):
+    """A file is no report, or a report lacks something or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One input of weights, or the keys or values of one head.
+
+    Attributes:
+        layer: Layer index.
+        name: ``key``, ``rotated key``, ``value``, ``qkv``, ``o``, ``gate_up`` or ``down``.
+        head: Key/value head; None for inputs of weights.
+        projections: Weights that read it; empty for the cache.
+        dim: D.
+        samples: Vectors seen.
+        variance: Mean eigenvalue of the covariance.
+        points: Numbers of the components in ``spectrum``, from 1.
+        spectrum: Their eigenvalues over the mean eigenvalue.
+        gamma: γ of λ_i ≈ exp(c − β i^γ); None, like all that follow, where there is no spectrum.
+        beta: β.
+        fit_error: Root mean square error of the fit in log λ.
+        knee: Component at which log λ is farthest below its chord.
+        k95: Components that hold 95 % of the variance.
+        participation: Participation ratio (Σλ)²/Σλ².
+        coding_gain: ½ log2 of arithmetic over geometric mean, in bits.
+        floors: Shannon floor at ``RATES`` bits, over the mean eigenvalue.
+        budgets: Bits at which the floor is within 10 %, 3 % and 1 % of the mean eigenvalue.
+        outliers: Channels whose energy is far above the median channel's.
+        mean_share: Share of the energy that is the mean's.
+        reliable: Whether the samples are at least four times the dimensions.
+    """
+
+    layer: int
+    name: str
+    head: int | None
+    projections: tuple[str, ...]
+    dim: int
+    samples: int
+    variance: float
+    points: tuple[int, ...]
+    spectrum: tuple[float, ...]
+    gamma: float | None
+    beta: float | None
+    fit_error: float | None
+    knee: int | None
+    k95: int | None
+    participation: float | None
+    coding_gain: float | None
+    floors: tuple[float, ...]
+    budgets: tuple[float, ...]
+    outliers: tuple[int, ...]
+    mean_share: float
+    reliable: bool
+
+
+@dataclass(frozen=True)
+class DepthLaw:
+    """A line through γ, averaged over heads, by layer.
+
+    Attributes:
+        name: The targets' name.
+        layers: How many layers.
+        slope: Change of γ per layer.
+        intercept: γ at layer 0.
+        r_squared: Share of γ's variance that the line explains.
+    """
+
+    name: str
+    layers: int
+    slope: float
+    intercept: float
+    r_squared: float
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What quantcache's own codes realise of what coding theory allows, on samples that were really encoded.
+
+    Attributes:
+        side: ``all``, ``key`` or ``value``.
+        bits: Mean code width.
+        possible: Bits that the Shannon bound is below codebooks of equal width.
+        realised: Bits that the codes are below them.
+        share: Realised over possible.
+    """
+
+    side: str
+    bits: float
+    possible: float
+    realised: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL divergence of the compressed cache from the dense one, nats per token.
+
+    Attributes:
+        bits: Mean code width.
+        bits_per_element: With gains.
+        predicted: By the rate-distortion model; None where the calibration has no yardstick.
+        measured: Through the real cache on held-out text; None if it was not.
+        stderr: Standard error of ``measured``.
+    """
+
+    bits: float
+    bits_per_element: float
+    predicted: float | None
+    measured: float | None
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class SinkToken:
+    """A token that draws a large share of the attention.
+
+    Attributes:
+        position: Its place in the sequence.
+        token: Its text.
+        share: Largest share of a layer's attention.
+        layers: Layers in which it is a sink.
+        sequences: Sequences in which it is one.
+    """
+
+    position: int
+    token: str
+    share: float
+    layers: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A model's fingerprint.
+
+    Attributes:
+        model: Name or Hub id, None if it has none.
+        model_type: transformers' name of the architecture.
+        layers: Number of layers.
+        parameters: Number of parameters.
+        text: What the text is called.
+        text_sha256: SHA-256 of the text.
+        tokens: Tokens looked at.
+        seq_len: Tokens of a sequence.
+        held_out: Tokens of the end of the text that were graded and verified on, and not calibrated on.
+        dtype: The model's dtype.
+        created: When, ISO 8601 with time zone.
+        calibration: Where the calibration came from; None for encoders.
+        versions: Versions of what it was made with.
+        notes: What a reader must know, one sentence each.
+        targets: Inputs of weights and cached vectors.
+        depth: Laws over depth.
+        grades: Realised gains.
+        divergences: Predicted and measured divergences.
+        sinks: Sink tokens, the strongest first; None where attention cannot be seen.
+    """
+
+    model: str | None
+    model_type: str
+    layers: int
+    parameters: int
+    text: str
+    text_sha256: str
+    tokens: int
+    seq_len: int
+    held_out: int
+    dtype: str
+    created: str
+    calibration: str | None
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+    targets: tuple[Target, ...]
+    depth: tuple[DepthLaw, ...]
+    grades: tuple[Grade, ...]
+    divergences: tuple[Divergence, ...]
+    sinks: tuple[SinkToken, ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON, format and schema version first."""
+        data: dict[str, Any] = finite({"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)})
+        return data
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON.
+
+        Args:
+            path: Also write it here, complete or not at all.
+
+        Returns:
+            The JSON.
+        """
+        text = to_json(self.to_dict())
+        if path is not None:
+            write_file(Path(path), (text + "\n").encode())
+        return text
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The report as one page that needs nothing else.
+
+        Args:
+            path: Also write it here, complete or not at all.
+
+        Returns:
+            The HTML.
+        """
+        from quantcache.analysis.html import render
+
+        text = render(self)
+        if path is not None:
+            write_file(Path(path), text.encode())
+        return text
+
+    def to_png(self, path: str | Path) -> None:
+        """Draw the report as a picture of four panels.
+
+        Args:
+            path: The file, written complete or not at all.
+        """
+        from quantcache.analysis.picture import draw
+
+        write_file(Path(path), draw(self))
+
+    def summary(self) -> str:
+        """The report in some lines of plain text."""
+        from quantcache.analysis.tables import summary
+
+        return summary(self)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Report:
+        """Read a report.
+
+        Args:
+            source: JSON text (it starts with ``{``), or the file that holds it.
+
+        Returns:
+            The report; what a later version added is left out.
+
+        Raises:
+            ReportError: It cannot be read, or is no sound report.
+        """
+        where = "report"
+        text = source if isinstance(source, str) and source.lstrip().startswith("{") else None
+        try:
+            if text is None:
+                where = str(source)
+                text = Path(source).read_text("utf-8")
+            data = json.loads(text, parse_constant=_refuse)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ReportError(f"{where} cannot be read as JSON: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ReportError(f"{where} has format {found!r}, expected {FORMAT!r}")
+        if data.get("schema_version") != SCHEMA_VERSION or isinstance(data["schema_version"], bool):
+            found = data.get("schema_version")
+            raise ReportError(f"{where} has schema version {found!r}, this quantcache reads {SCHEMA_VERSION}")
+        report: Report = _read(cls, data, where)
+        flaw = _contradiction(report)
+        if flaw:
+            raise ReportError(f"{where}.{flaw}")
+        return report
+
+
+def _contradiction(report: Report) -> str | None:
+    """The first thing that no analysis can have found."""
+    for number, target in enumerate(report.targets):
+        here = f"targets[{number}]"
+        if target.dim < 1 or target.layer < 0:
+            return f"{here} has dim {target.dim} in layer {target.layer}"
+        if len(target.points) != len(target.spectrum):
+            return f"{here} has {len(target.points)} points for {len(target.spectrum)} eigenvalues"
+        if target.gamma is not None and (len(target.floors), len(target.budgets)) != (len(RATES), 3):
+            return f"{here} must have {len(RATES)} floors and 3 budgets"
+    for number, each in enumerate(report.divergences):
+        for name in ("predicted", "measured"):
+            value = getattr(each, name)
+            if value is not None and value < 0:
+                return f"divergences[{number}].{name} must not be negative, got {value}"
+    return None
+
+
+LARGEST = 1e300
+"""Numbers beyond this are none that an analysis finds, and sums of them would overflow."""
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A value of a field's type from JSON, every part checked."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _read(next(each for each in arguments if each is not type(None)), value, where)
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ReportError(f"{where} must be an object, got {value!r:.60}")
+        hints = typing.get_type_hints(kind)
+        missing = [field.name for field in fields(kind) if field.name not in value]
+        if missing:
+            raise ReportError(f"{where} lacks {', '.join(missing)}")
+        read = {
+            field.name: _read(hints[field.name], value[field.name], f"{where}.{field.name}") for field in fields(kind)
+        }
+        return kind(**read)  # type: ignore[operator]
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ReportError(f"{where} must be a list, got {value!r:.60}")
+        return tuple(_read(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ReportError(f"{where} must be an object, got {value!r:.60}")
+        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    words = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ReportError(f"{where} must be {words}, got {value!r:.60}")
+    if kind in (int, float) and not abs(value) < LARGEST:
+        raise ReportError(f"{where} must be a number below {LARGEST:g}, got {value!r:.60}")
+    return float(value) if kind is float else value

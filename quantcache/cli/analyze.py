@@ -1,0 +1,104 @@
+"""``quantcache analyze``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantcache.cli.session import (
+    DebugFlag,
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    ModelArgument,
+    RevisionOption,
+    TrustOption,
+    load_calibration,
+    load_model,
+    read_text,
+    session,
+)
+
+FILES = ("report.json", "report.html", "report.png")
+"""What a run writes."""
+
+
+def analyze(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")],
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to look at. Default: a bundled Wikipedia text.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to use at most.")] = 8192,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a sequence. Default: 2048 or the limit.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration", "-c", metavar="ARTIFACT", help="The model's calibration. Default: one made from the text."
+        ),
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Measure the divergences that are predicted.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Report how far a model's cache can be compressed: spectra, bounds, and what quantcache makes of them.
+
+    Writes report.json, report.html (one page that needs nothing else) and report.png.
+
+    Example: quantcache analyze wiki11m -o report/ --verify
+    """
+    with session(json, debug) as run:
+        started = time.perf_counter()
+        constants = None if calibration is None else load_calibration(calibration)
+        content, name = _text(text, constants is not None)
+
+        from quantcache.analysis import analyze as analyze_model
+
+        loaded, tokenizer = load_model(
+            model,
+            attention=None,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            encoders=True,
+        )
+        output.mkdir(parents=True, exist_ok=True)  # what cannot be written to should fail before the work is done
+        report = analyze_model(
+            loaded,
+            tokenizer,
+            content,
+            text_name=name,
+            max_tokens=tokens,
+            seq_len=seq_len,
+            calibration=constants,
+            verify=verify,
+        )
+        paths = [output / file for file in FILES]
+        report.to_json(paths[0])
+        report.to_html(paths[1])
+        report.to_png(paths[2])
+        seconds = time.perf_counter() - started
+        files = ", ".join(str(path) for path in paths)
+        data = {**report.to_dict(), "files": [str(path) for path in paths], "seconds": seconds}
+        run.finish(data, report.summary(), f"\n{files} ({seconds:.0f} s)")
+
+
+def _text(path: Path | None, calibrated: bool) -> tuple[str, str]:
+    """The text and what to call it: of the bundled ones, the one that the bundled calibration was not made on."""
+    if path is not None:
+        return read_text(path), path.name
+    from quantcache import data
+
+    if calibrated:
+        return data.evaluation_text(), "bundled Wikipedia articles (evaluation)"
+    return data.calibration_text(), "bundled Wikipedia articles (calibration)"
