@@ -31,7 +31,7 @@ from tests.families import FAMILIES, random_tokens
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA, GEMMA3, GPT2 = (next(f for f in FAMILIES if f.name == name) for name in ("llama", "gemma3", "gpt2"))
-PROMPT = random_tokens(2, 122, seed=11)
+PROMPT = random_tokens(2, 122, seed=12)
 SHORT = {"residual_length": 0, "bits": 2.0}
 
 enabling = pytest.mark.support("enabled(), enable() and disable()")
