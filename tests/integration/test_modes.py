@@ -229,10 +229,10 @@ def test_longrope_goes_on_with_a_cache_of_its_own() -> None:
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing compiled before or after; pytest would keep and format every event that torch traces."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
     torch._dynamo.reset()
 
 
