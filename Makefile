@@ -82,7 +82,7 @@ bench-gpu: $(STAMP) ## Check and time the Triton kernels on a GPU (9 minutes); A
 support: $(STAMP) ## Run the tests behind docs/support.md and write it from their outcomes
 	$(BIN)/python -m pytest -m support --support-table docs/support.md $(ARGS)
 
-soak: $(STAMP) ## Long forms of the property, fuzz and long-haul tests, recorded (half an hour); options in ARGS="..."
+soak: $(STAMP) ## Long forms of the property, fuzz and long-haul tests, recorded (a quarter of an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
