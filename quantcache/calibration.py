@@ -26,7 +26,7 @@ from quantcache.artifact import (
 )
 from quantcache.errors import QuantCacheError, UnsupportedModel
 from quantcache.passages import sketch
-from quantcache.probe import RecordingCache, detect_ropes, recorded_queries, run
+from quantcache.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.rope import Rope
 from quantcache.spectral import METRIC_SHRINKAGE
 from quantcache.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, LayerStatistics, output_metrics
@@ -95,16 +95,15 @@ def calibrate(
         raise UnsupportedModel(f"{type(model).__name__} has no full-attention layer, so its cache does not grow")
     sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
-    modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        ropes = detect_ropes(model, layers)
         statistics: dict[int, LayerStatistics] = {}
         console = Console(stderr=True)
-        with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
+        bar = Progress(console=console, disable=not (progress and console.is_terminal), transient=True)
+        with evaluating(model), bar:
+            ropes = detect_ropes(model, layers)
             task = bar.add_task("calibrating", total=sum(s.numel() for s in sequences))
             for sequence in sequences:
                 _gather(model, sequence, metric, ropes, statistics, settings, generator)
@@ -112,8 +111,6 @@ def calibrate(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
 
     outputs = output_metrics(model, {i: s.kv_shape for i, s in statistics.items()}) if metric == "query" else {}
     solved = {index: statistics[index].solve(outputs.get(index)) for index in layers}

@@ -48,6 +48,25 @@ class RecordingCache(DynamicCache):
 
 
 @contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, inside the context.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def recorded_queries(
     model: PreTrainedModel,
     on_query: Callable[[int, Tensor], None],

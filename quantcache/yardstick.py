@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from quantcache.artifact import Calibration
 from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH, SpectralCache
 from quantcache.distortion import expected_cost
 from quantcache.packing import BLOCK
-from quantcache.probe import run
+from quantcache.probe import evaluating, run
 
 YARDSTICK_BITS = (2.0, 4.0)
 """The rates measured; between them lies most of what is used."""
@@ -65,22 +64,3 @@ def measure_yardstick(
     if not all(math.isfinite(point["kl"]) and point["kl"] > 0 and point["cost"] > 0 for point in points):
         return None
     return {"tokens": count, "points": points}
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into evaluation mode, inside the context.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -27,8 +27,7 @@ from quantcache.calibration import calibrate, public_name, tokenize
 from quantcache.errors import QuantCacheError
 from quantcache.evaluation import measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import check_overlap
-from quantcache.probe import detect_ropes
-from quantcache.yardstick import evaluating
+from quantcache.probe import detect_ropes, evaluating
 
 MIN_SEQUENCE = 256
 """Shortest sequences that say anything about a cache that leaves its last tokens alone."""
