@@ -24,8 +24,7 @@ from quantcache.errors import UnsupportedModel
 from quantcache.lazy import CacheView, LazyKV
 from quantcache.online_softmax import OnlineSoftmax, QueryRows
 from quantcache.packing import BLOCK
-
-ATTENTION_NAME = "spectral"
+from quantcache.registration import ATTENTION_NAME
 
 TILE_BLOCKS = 8
 """Blocks worked on at once: bounds the extra memory of attention, whatever the context length."""
