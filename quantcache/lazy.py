@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from quantcache.ambient import without_autocast
 from quantcache.codec import SideCodec, block_slots
 from quantcache.packing import BLOCK
 from quantcache.store import BlockStore
@@ -86,7 +87,7 @@ class CacheView:
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""
         assert self.key.sinks is not None
-        offsets = torch.arange(self.key.sinks.shape[2], device=self.key.sinks.device)
+        offsets = torch.arange(self.key.sinks.shape[2], dtype=torch.int64, device=self.key.sinks.device)
         return offsets[None] if self.starts is None else self.starts[:, None] + offsets
 
     def tiles(self, blocks_per_tile: int) -> list[tuple[int, int]]:
@@ -101,6 +102,7 @@ class CacheView:
         edges = range(0, self.num_blocks, blocks_per_tile)
         return [(i, min(i + blocks_per_tile, self.num_blocks)) for i in edges]
 
+    @without_autocast
     def dense(self, name: str) -> Tensor:
         """Keys or values of all slots, in the model's dtype.
 

@@ -205,7 +205,14 @@ def _logits(folder: Path, count: int) -> tuple[Tensor, torch.dtype]:
     count = min(count, getattr(text_config, "max_position_embeddings", None) or count)
     ids = _text_tokens(folder, count)
     if ids.shape[1] < count or int(ids.max()) >= text_config.vocab_size:
-        ids = torch.randint(0, text_config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            0,
+            text_config.vocab_size,
+            (1, count),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.int64,
+            device="cpu",
+        )
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits[0].double(), model.dtype
 
@@ -216,9 +223,9 @@ def _text_tokens(folder: Path, count: int) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever is wrong with it, it is copied as it is and matters for this comparison only
         logger.info("comparing on random tokens: %s has no tokenizer (%s)", folder, error)
-        return torch.empty(1, 0, dtype=torch.int64)
+        return torch.empty(1, 0, dtype=torch.int64, device="cpu")
     text = data.evaluation_text()[: 64 * count]
-    return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64)
+    return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64, device="cpu")
 
 
 def _require_free(output: Path) -> None:
