@@ -149,7 +149,7 @@ class SpectralLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """Dense keys of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "key") if self.is_initialized else None
+        return LazyKV(self.snapshot(), "key", guarded=True) if self.is_initialized else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -158,7 +158,7 @@ class SpectralLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """Dense values of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "value") if self.is_initialized else None
+        return LazyKV(self.snapshot(), "value", guarded=True) if self.is_initialized else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
