@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,6 +86,11 @@ def _is_reduced(device: str) -> bool:
     return False
 
 
+def default_device() -> AbstractContextManager[Any]:
+    """A context in which tensors of code that states no device are on the CPU, as where nobody has changed that."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 @contextlib.contextmanager
 def standard_settings() -> Iterator[None]:
     """Run a model with torch's settings as they are when nobody has changed them, inside the context.
@@ -97,8 +103,7 @@ def standard_settings() -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_autocast())
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(default_device())
         dtype = torch.get_default_dtype()
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
@@ -107,5 +112,12 @@ def standard_settings() -> Iterator[None]:
             precision = backend.fp32_precision
             if precision not in FULL_PRECISION:
                 backend.fp32_precision = "ieee"
-                stack.callback(setattr, backend, "fp32_precision", precision)
+                stack.callback(_restore_precision, backend, precision)
         yield
+
+
+def _restore_precision(backend: Any, precision: str) -> None:
+    """Give a backend its precision back, inherited from torch's common setting if that is where it was from."""
+    backend.fp32_precision = "none"
+    if backend.fp32_precision != precision:
+        backend.fp32_precision = precision

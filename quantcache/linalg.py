@@ -156,7 +156,8 @@ def condition(matrices: Tensor, name: str = "condition number") -> Tensor:
     size = matrices.norm(dim=(-2, -1))
     off = (values.norm(dim=-1) - size).abs() / size.clamp_min(torch.finfo(matrices.dtype).tiny)
     _require(off, matrices.dtype, name, "Σ s² = ‖A‖²")
-    return values[..., 0] / values[..., -1]
+    ratio: Tensor = values[..., 0] / values[..., -1]
+    return torch.where(values[..., -1] > 0, ratio, torch.full_like(ratio, float("inf")))
 
 
 def _skew(vectors: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from quantcache import compat, data, hub
+from quantcache.ambient import standard_settings
 from quantcache.artifact import SUBFOLDER, Calibration
 from quantcache.errors import QuantCacheError
 from quantcache.export.absorption import Basis
@@ -80,6 +81,7 @@ class ExportReport:
     calibration: Calibration
 
 
+@standard_settings()
 def export_checkpoint(
     model: str | Path,
     calibration: Calibration,
