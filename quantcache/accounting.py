@@ -422,4 +422,4 @@ def measure(cache: Cache) -> CacheMemory:
 
 def dtype_bytes(dtype: torch.dtype) -> int:
     """Bytes per element of a dtype."""
-    return torch.empty((), dtype=dtype).element_size()
+    return dtype.itemsize

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache import compat, hub
+from quantcache import compat, hub, linalg
 from quantcache.accounting import bits_per_encoded_element
 from quantcache.allocation import allocate_layers, check_rate
 from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME, from_files, to_files
@@ -384,12 +384,12 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
 
 def _random_side(heads: int, dim: int, parts: tuple[int, ...], generator: torch.Generator) -> SideCalibration:
-    analysis = torch.zeros(heads, dim, dim)
+    analysis = torch.zeros(heads, dim, dim, dtype=torch.float32, device="cpu")
     offset = 0
     for size in parts:
         if size:
-            noise = torch.randn(heads, size, size, generator=generator)
-            analysis[:, offset : offset + size, offset : offset + size] = torch.linalg.qr(noise).Q
+            noise = torch.randn(heads, size, size, generator=generator, dtype=torch.float32, device="cpu")
+            analysis[:, offset : offset + size, offset : offset + size] = linalg.qr(noise)[0]
         offset += size
-    spectrum = torch.cat([0.9 ** torch.arange(size, dtype=torch.float64) for size in parts])
-    return SideCalibration(torch.zeros(heads, dim), analysis, spectrum.expand(heads, dim).contiguous())
+    spectrum = torch.cat([0.9 ** torch.arange(size, dtype=torch.float64, device="cpu") for size in parts])
+    return SideCalibration(torch.zeros_like(analysis[..., 0]), analysis, spectrum.expand(heads, dim).contiguous())

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantcache import linalg
 from quantcache.errors import ArtifactError
 from quantcache.packing import BLOCK, MAX_WIDTH
 from quantcache.rope import ANCHOR_LENGTH, Rope
@@ -30,7 +31,9 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
     for index, layer in layers_by_index.items():
         if layer.rope not in ropes:
             ropes.append(layer.rope)
-            tensors[f"rope.{len(ropes) - 1}.inv_freq"] = torch.tensor(layer.rope.inv_freq, dtype=torch.float64)
+            tensors[f"rope.{len(ropes) - 1}.inv_freq"] = torch.tensor(
+                layer.rope.inv_freq, dtype=torch.float64, device="cpu"
+            )
         for name in SIDES:
             side = layer.side(name)
             prefix = f"layers.{index}.{name}"
@@ -280,7 +283,7 @@ def _read_side(reader: TensorReader, prefix: str, heads: int, dim: int, bits: Si
     spectrum = reader.read(f"{prefix}.spectrum", (heads, dim), torch.float64)
     if bool((spectrum < 0).any()):
         raise ArtifactError(f"{reader.path}: {prefix}.spectrum has negative values")
-    condition = torch.linalg.cond(analysis.double())
+    condition = linalg.condition(analysis.double(), f"{reader.path}: {prefix}.analysis")
     if not bool((condition < 1e7).all()):
         worst = float(condition.max())
         raise ArtifactError(f"{reader.path}: {prefix}.analysis is not invertible (condition number {worst:.1e})")

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from quantcache import backends
+from quantcache.ambient import matmul, without_autocast
 from quantcache.codec import SpectralCodec, block_slots
 from quantcache.errors import UnsupportedModel
 from quantcache.lazy import CacheView, LazyKV
@@ -87,7 +88,7 @@ def spectral_attention_forward(
         # Nothing is encoded yet, or the layer is not ours (sliding window, no cache): plain tensors.
         if view is not None:
             key, value = view.dense("key"), view.dense("value")
-        if softcap is None and s_aux is None:
+        if softcap is None and s_aux is None and _fused_takes(query, key, value):
             output, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal
             )
@@ -100,6 +101,12 @@ def spectral_attention_forward(
     return output, None
 
 
+def _fused_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch's fused attention takes these dtypes: one, or any that autocast makes one."""
+    return query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type)
+
+
+@without_autocast
 def dense_attention(
     query: Tensor,
     key: Tensor,
@@ -132,17 +139,18 @@ def dense_attention(
     for first in range(0, query.shape[2], QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
         rows = QueryRows(part, key.shape[1], key.shape[2], mask, scaling, causal, softcap, (first, query.shape[2]))
-        scores = rows.scores(rows.query @ keys.transpose(-1, -2), 0, key.shape[2])
+        scores = rows.scores(matmul(rows.query, keys.transpose(-1, -2)), 0, key.shape[2])
         if s_aux is not None:
             scores = torch.cat((scores, rows.sink_scores(s_aux)), dim=-1)
         # A query that may look nowhere (left padding) looks everywhere: finite, and nobody reads its output.
         dead = scores.amax(-1, keepdim=True) == float("-inf")
         weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1)[..., : key.shape[2]]
         weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
-        outputs.append(rows.to_output(weights @ values, query.dtype))
+        outputs.append(rows.to_output(matmul(weights, values), query.dtype))
     return torch.cat(outputs, dim=1)
 
 
+@without_autocast
 def spectral_attention(
     query: Tensor,
     view: CacheView,
@@ -204,8 +212,8 @@ def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> N
         return
     slots = view.sink_slots()
     valid = None if view.starts is None else slots < view.encoded_end
-    raw = rows.query @ keys.float().transpose(-1, -2)
-    softmax.accumulate(softmax.add(rows.scores_at(raw, slots, valid)) @ values.float())
+    raw = matmul(rows.query, keys.float().transpose(-1, -2))
+    softmax.accumulate(matmul(softmax.add(rows.scores_at(raw, slots, valid)), values.float()))
 
 
 def _attend_tail(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
@@ -213,9 +221,9 @@ def _attend_tail(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> No
     step = TILE_BLOCKS * BLOCK
     for first in range(0, keys.shape[2], step):
         last = min(first + step, keys.shape[2])
-        raw = rows.query @ keys[:, :, first:last].float().transpose(-1, -2)
+        raw = matmul(rows.query, keys[:, :, first:last].float().transpose(-1, -2))
         scores = rows.scores(raw, view.encoded_end + first, view.encoded_end + last)
-        softmax.accumulate(softmax.add(scores) @ values[:, :, first:last].float())
+        softmax.accumulate(matmul(softmax.add(scores), values[:, :, first:last].float()))
 
 
 def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) -> Tensor:
@@ -239,10 +247,10 @@ def _attend_decoded(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) ->
     for first, last in view.tiles(TILE_BLOCKS):
         places = view.places[first:last]
         keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.starts, backend)
-        scores = _tile_scores(rows, view, places, rows.query @ keys.transpose(-1, -2))
+        scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
         weights = softmax.add(scores)
         values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.starts, backend)
-        softmax.accumulate(weights @ values)
+        softmax.accumulate(matmul(weights, values))
 
 
 def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
@@ -256,7 +264,7 @@ def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> N
         weights = softmax.add(_tile_scores(rows, view, places, raw))
         coefficients = values.dequantize(view.value.store.slice(first, last))  # [n, B, H, D, 64]
         per_block = weights.unflatten(-1, (last - first, BLOCK)).permute(3, 0, 1, 2, 4)  # [n, B, H, R, 64]
-        softmax.accumulate((per_block @ coefficients.transpose(-1, -2)).sum(0), "codes")
+        softmax.accumulate(matmul(per_block, coefficients.transpose(-1, -2)).sum(0), "codes")
         softmax.accumulate(weights.sum(-1, keepdim=True), "mass")
     in_codes, mass = softmax.sums.pop("codes"), softmax.sums.pop("mass")
     softmax.accumulate(values.synthesize(in_codes) + mass * values.mean[:, None])
@@ -287,13 +295,14 @@ def code_scores(
         framed = frame.enter(query[None], anchors[:, :, None, None], anchors[:, :, None, None])  # [n, B, H, R, D]
     mean = codec.mean[:, :, None]  # [H, D, 1]
     slow_query = framed[..., :slow]
-    scores = (slow_query @ codec.decoder[:, :slow, :slow]) @ coefficients[..., :slow, :] + slow_query @ mean[:, :slow]
+    scores = matmul(matmul(slow_query, codec.decoder[:, :slow, :slow]), coefficients[..., :slow, :])
+    scores = scores + matmul(slow_query, mean[:, :slow])
     if frame.num_fast:
-        keys = codec.decoder[:, slow:, slow:] @ coefficients[..., slow:, :] + mean[:, slow:]  # [n, B, H, Df, 64]
+        keys = matmul(codec.decoder[:, slow:, slow:], coefficients[..., slow:, :]) + mean[:, slow:]  # [n, B, H, Df, 64]
         first, second = keys.unflatten(-2, (2, -1)).unbind(-3)
-        offsets = (places[:, :1] - places[:, 2:]) + torch.arange(BLOCK, device=query.device)
+        offsets = (places[:, :1] - places[:, 2:]) + torch.arange(BLOCK, dtype=torch.int64, device=query.device)
         angles = offsets.to(torch.float64)[:, None] * frame.frequencies[frame.slow_pairs :, None]  # [n, pairs, 64]
         cos, sin = angles.cos().float()[:, None, None], angles.sin().float()[:, None, None]
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-2)
-        scores = scores + framed[..., slow:] @ rotated
+        scores = scores + matmul(framed[..., slow:], rotated)
     return scores.permute(1, 2, 3, 0, 4).flatten(3)

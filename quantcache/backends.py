@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from quantcache.ambient import without_autocast
 from quantcache.codebook import POLYNOMIALS, gaussian_codebook
 from quantcache.codec import SideCodec, SpectralCodec, dequantize_gain
 from quantcache.errors import QuantCacheError
@@ -30,6 +31,7 @@ BACKENDS: tuple[str, ...] = ("auto", "native", "triton", "torch")
 logger = logging.getLogger(__name__)
 
 
+@without_autocast
 def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, backend: Backend) -> dict[str, Tensor]:
     """Encode n blocks.
 
@@ -51,6 +53,7 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
     return codec.encode(x, places, starts)
 
 
+@without_autocast
 def decode(
     codec: SideCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None, backend: Backend
 ) -> Tensor:
@@ -97,12 +100,15 @@ def attend_view(
     keys, values = view.key, view.value
     if not isinstance(keys.codec, SpectralCodec) or not isinstance(values.codec, SpectralCodec):
         return None
-    dense = (keys.sinks, values.sinks, keys.tail, values.tail)
+    assert keys.sinks is not None
+    assert values.sinks is not None
+    dense: tuple[Tensor, ...] = (keys.sinks, values.sinks, keys.tail, values.tail)
+    if keys.tail.dtype != values.tail.dtype:  # autocast gives some models such
+        wide = torch.promote_types(keys.tail.dtype, values.tail.dtype)
+        dense = tuple(x.to(wide) for x in dense)
     problem = None
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[-1] < view.length):
         problem = "the mask is not boolean, differs between heads or does not cover the cache"
-    elif any(x is None for x in dense):
-        return None
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = causal and mask is None and query.shape[2] > 1
     if problem is None and all(x.dtype in cpu.DTYPES for x in dense) and _native_takes(query, view.layer.backend):
@@ -185,7 +191,7 @@ def _native_constants(codec: SpectralCodec) -> cpu.Constants:
                 fast_pairs=codec.frame.fast_pairs,
                 levels={c.width: c.levels for c in codec.classes},
                 boundaries={c.width: c.boundaries for c in codec.classes},
-                gains=dequantize_gain(torch.arange(256)),
+                gains=dequantize_gain(torch.arange(256, dtype=torch.int64, device="cpu")),
                 factors=codec.gain_search,
                 words=codec.num_words,
             )

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from quantcache import backends, cache_files, compat
 from quantcache.accounting import CacheMemory, measure
+from quantcache.ambient import default_device
 from quantcache.artifact import Calibration
 from quantcache.attention import register_attention
 from quantcache.backends import Backend
@@ -55,7 +56,8 @@ class BlockCache(DynamicCache):
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
         register_attention()
-        super().__init__(config=config)
+        with default_device():  # a sliding-window layer of transformers states none
+            super().__init__(config=config)
         for index, layer in enumerate(self.layers):
             if compat.is_full_attention(layer):
                 self.layers[index] = SpectralLayer(*codecs_of(index), sink_length, residual_length, backend, index)

@@ -340,7 +340,10 @@ def _read_spectral(
     rows, blocks, tail = (_size(reader, entry, name) for name in ("rows", "blocks", "tail"))
     prefix = f"layers.{index}"
     sizes = {side: (constants.side(side).num_heads, constants.side(side).dim) for side in SIDES}
-    empty = {side: torch.zeros(rows, heads, 0, dim) for side, (heads, dim) in sizes.items()}
+    empty = {
+        side: torch.zeros(rows, heads, 0, dim, dtype=torch.float32, device="cpu")
+        for side, (heads, dim) in sizes.items()
+    }
     codecs = layer.make_codecs(torch.device("cpu"), empty, None)
     state: dict[str, Any] = {"starts": None, "settled": entry.get("settled") is True, "tails": {}, "sinks": {}}
     if entry.get("padded") is True:

@@ -77,6 +77,6 @@ def _shared_codec(calibration: Calibration, index: int, name: str, device: torch
         calibration.codecs[key] = (
             DenseCodec()
             if side.widths is None
-            else SpectralCodec(side, rope, calibration.metadata.codec, device=device)
+            else SpectralCodec(side, rope, calibration.metadata.codec, device, f"layer {index}, {name}s")
         )
     return calibration.codecs[key]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import compat
 from quantcache.allocation import check_rate
+from quantcache.ambient import standard_settings
 from quantcache.artifact import (
     SIDES,
     Calibration,
@@ -36,6 +37,7 @@ Metric = Literal["fisher", "query", "identity"]
 
 
 @torch.inference_mode(False)
+@standard_settings()
 def calibrate(
     model: PreTrainedModel,
     data: str | Sequence[str] | Iterable[Tensor],
@@ -180,7 +182,7 @@ def _sequences(
         if isinstance(item, str):
             texts.append(item)
         else:
-            batch = torch.as_tensor(item).cpu()
+            batch = torch.as_tensor(item, device="cpu")
             batches.append(batch[None] if batch.ndim == 1 else batch)
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
             given += batch.numel()

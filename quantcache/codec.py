@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantcache import linalg
+from quantcache.ambient import matmul, without_autocast
 from quantcache.artifact import CodecSettings, SideCalibration
 from quantcache.codebook import gaussian_codebook
 from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
@@ -116,7 +118,7 @@ def is_diagonal(matrices: Tensor) -> bool:
 def _width_class(widths: Tensor, offsets: Tensor, width: int, device: torch.device | str) -> WidthClass:
     """All coefficients of one width of a side with these ``[H, D]`` widths and word offsets."""
     columns = (widths.flatten() == width).nonzero().flatten()
-    words = offsets.flatten()[columns].unsqueeze(-1) + torch.arange(2 * width)
+    words = offsets.flatten()[columns].unsqueeze(-1) + torch.arange(2 * width, dtype=torch.int64, device=offsets.device)
     book = gaussian_codebook(width)
     return WidthClass(
         width,
@@ -139,14 +141,21 @@ class SpectralCodec:
         rope: The rotation of the vectors; ``Rope()`` for values.
         settings: Codec choices of the artifact.
         device: Where the constants live.
+        name: What the vectors are, for messages.
+
+    Raises:
+        QuantCacheError: The decoder on the device is not the inverse of the transform.
     """
 
+    @torch.inference_mode(False)  # the constants outlive it, and what reads them may be differentiated
+    @without_autocast
     def __init__(
         self,
         side: SideCalibration,
         rope: Rope,
         settings: CodecSettings,
         device: torch.device | str = "cpu",
+        name: str = "decoder",
     ):
         if side.widths is None:
             raise ValueError("the side is dense: it has no widths")
@@ -158,9 +167,12 @@ class SpectralCodec:
         # A coefficient that never varied would be divided by nothing; the floor is far below any coded one.
         sigma = spectrum.clamp_min(1e-12 * float(spectrum.max().clamp_min(1e-30))).sqrt()
         analysis = side.analysis.double()
-        self.mean = side.mean.float().to(device)
+        self.mean = side.mean.float().clone().to(device)
         self.encoder = (analysis / sigma.unsqueeze(-1)).float().to(device)  # E [H, D, D]
-        self.decoder = (torch.linalg.inv(analysis) * sigma.unsqueeze(-2)).float().to(device)  # F [H, D, D]
+        self.decoder = (linalg.inverse(analysis, name) * sigma.unsqueeze(-2)).float().to(device)  # F [H, D, D]
+        linalg.require_product(
+            analysis, self.decoder, sigma, f"{name}: with A the transform and F its decoder, A F = σ"
+        )
         self.is_diagonal = is_diagonal(analysis)
         coded = widths > 0
         self.weights = torch.where(coded, spectrum, 0.0).float().to(device)  # [H, D]
@@ -187,6 +199,7 @@ class SpectralCodec:
 
     # ------------------------------------------------------------------ encode
 
+    @without_autocast
     def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
         """Encode whole blocks.
 
@@ -227,7 +240,7 @@ class SpectralCodec:
         if self.is_diagonal:
             coefficients = centred * self.encoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         else:
-            coefficients = self.encoder @ centred
+            coefficients = matmul(self.encoder, centred)
         return coefficients
 
     def synthesize(self, coefficients: Tensor) -> Tensor:
@@ -243,7 +256,7 @@ class SpectralCodec:
         if self.is_diagonal:
             vectors = coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
         else:
-            vectors = coefficients @ self.decoder.transpose(-1, -2)
+            vectors = matmul(coefficients, self.decoder.transpose(-1, -2))
         return vectors
 
     def encode_block(self, x: Tensor, place: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -312,13 +325,14 @@ class SpectralCodec:
         """
         codes, gains = fields["codes"], dequantize_gain(fields["gains"])
         n, batch = codes.shape[:2]
-        flat = torch.zeros(n, batch, self.num_heads * self.dim, BLOCK, device=codes.device)
+        flat = torch.zeros(n, batch, self.num_heads * self.dim, BLOCK, dtype=torch.float32, device=codes.device)
         for c in self.classes:
             words = codes[..., c.words].unflatten(-1, (-1, 2 * c.width))
             flat[:, :, c.columns] = c.levels[unpack(words, c.width)]
         scaled: Tensor = flat.unflatten(2, (self.num_heads, self.dim)) * gains.unsqueeze(-2)
         return scaled
 
+    @without_autocast
     def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
         """Decode blocks to the vectors the model cached.
 
@@ -376,7 +390,7 @@ def block_slots(places: Tensor) -> Tensor:
     Returns:
         int64, ``[n * 64]``.
     """
-    return (places[:, :1] + torch.arange(BLOCK, device=places.device)).flatten()
+    return (places[:, :1] + torch.arange(BLOCK, dtype=torch.int64, device=places.device)).flatten()
 
 
 def block_positions(places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:

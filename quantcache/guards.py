@@ -49,7 +49,7 @@ def require_finite(index: int | None, side: str, tokens: Tensor, start: int, sta
         return
     bad = ~torch.isfinite(tokens).all(-1)  # [B, H, T]
     if starts is not None:
-        slots = torch.arange(start, start + tokens.shape[2], device=tokens.device)
+        slots = torch.arange(start, start + tokens.shape[2], dtype=torch.int64, device=tokens.device)
         bad &= (slots >= starts[:, None])[:, None]
     found = bad.nonzero()
     if len(found):

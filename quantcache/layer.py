@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from quantcache import backends, compat, guards
+from quantcache.ambient import without_autocast
 from quantcache.backends import Backend
 from quantcache.codec import SideCodec
 from quantcache.errors import QuantCacheError
@@ -148,7 +149,7 @@ class SpectralLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """Dense keys of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "key") if self.is_initialized else None
+        return LazyKV(self.snapshot(), "key", guarded=True) if self.is_initialized else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -157,7 +158,7 @@ class SpectralLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """Dense values of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "value") if self.is_initialized else None
+        return LazyKV(self.snapshot(), "value", guarded=True) if self.is_initialized else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -209,12 +210,19 @@ class SpectralLayer(DynamicLayer):
         if key_states.device != self.tails["key"].device:
             self._follow(key_states.device)
         self.finish()
+        self._leave_inference_mode()
         if key_states.requires_grad or value_states.requires_grad:
             return self._update_differentiably(new)
         tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
         self._commit(tails=tails, pending=True)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what torch's inference mode has made, once it is over: autograd refuses to keep such tensors."""
+        held = (*self.sinks.values(), *(buffer for store in self.stores.values() for buffer in store.buffers.values()))
+        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in held):
+            self._map_batch(lambda tensor, dim: tensor.clone())
 
     def _follow(self, device: torch.device) -> None:
         """Go where the model has gone, or come back from an offload."""
@@ -233,6 +241,7 @@ class SpectralLayer(DynamicLayer):
         self._commit(tails=tails, pending=True)
         return dense["key"], dense["value"]
 
+    @without_autocast
     def finish(self, mask: Tensor | None = None) -> None:
         """Encode what is due, once the newest tokens have been read.
 
@@ -262,7 +271,7 @@ class SpectralLayer(DynamicLayer):
         """
         codecs = self.codecs or self.make_codecs(self.device, self.tails, self.starts)
         spans = self._next_spans(lead, due)
-        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32).to(self.device)
+        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32, device=self.device)
         tails, sinks, stores = {}, {}, {}
         for side in SIDES:
             tail = self.tails[side]
@@ -316,7 +325,9 @@ class SpectralLayer(DynamicLayer):
             return chunk.clone()
         if not chunk.shape[2] or not sinks.shape[2]:
             return sinks
-        index = self.starts[:, None] + torch.arange(sinks.shape[2], device=sinks.device) - slot  # [B, S]
+        index = (
+            self.starts[:, None] + torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device) - slot
+        )  # [B, S]
         inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
         index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
         return torch.where(inside, chunk.gather(2, index), sinks)
@@ -349,7 +360,7 @@ class SpectralLayer(DynamicLayer):
             spans = [span for span in self.spans if span.start < keep]
             last = spans[-1]
             spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32).to(self.device)
+            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32, device=self.device)
             state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
             state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
             state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}

@@ -88,7 +88,7 @@ class QueryRows:
         scale = dim**-0.5 if scaling is None else scaling
         self.query = query.float().mul(scale).reshape(batch, heads, self.groups * count, dim)  # [B, H, R, D]
         self.softcap = softcap
-        self.own_slots = length - place[1] + place[0] + torch.arange(count, device=query.device)
+        self.own_slots = length - place[1] + place[0] + torch.arange(count, dtype=torch.int64, device=query.device)
         self.causal = causal and mask is None and place[1] > 1
         self.mask = None
         if mask is not None:
@@ -107,7 +107,9 @@ class QueryRows:
             Scores of the same shape.
         """
         mask = None if self.mask is None else self.mask[..., first:last]
-        return self._finish(raw, mask, torch.arange(first, last, device=raw.device) if self.causal else None)
+        return self._finish(
+            raw, mask, None if not self.causal else torch.arange(first, last, dtype=torch.int64, device=raw.device)
+        )
 
     def scores_at(self, raw: Tensor, slots: Tensor, valid: Tensor | None) -> Tensor:
         """Cap and mask the scores against given slots.

@@ -185,7 +185,7 @@ def _probes(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
         keys[index] = (key.transpose(0, 2) if key.shape[2] == 1 else key)[0].double()
 
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or PROBE_LENGTH
-    positions = torch.arange(min(PROBE_LENGTH, limit))[:, None]
+    positions = torch.arange(min(PROBE_LENGTH, limit), dtype=torch.int64, device="cpu")[:, None]
     tokens = torch.full_like(positions, _some_token(model))
     if "position_ids" in inspect.signature(model.forward).parameters:
         run(model, tokens, RecordingCache(model.config, record), position_ids=positions)
@@ -225,7 +225,7 @@ def _plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _best_rope(keys: Tensor, candidates: list[Rope]) -> Rope:
     """The candidate that makes the keys ``[H, T, D]`` of one repeated token equal at all positions."""
-    positions = torch.arange(keys.shape[1], device=keys.device)
+    positions = torch.arange(keys.shape[1], dtype=torch.int64, device=keys.device)
     errors = {Rope(): _spread(keys)}
     for rope in candidates:
         if rope.rotary_dim <= keys.shape[-1]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache import compat
+from quantcache.ambient import standard_settings
 from quantcache.artifact import Calibration, CodecSettings, Metadata
 from quantcache.cache import BlockCache, CodecFactory, SpectralCache
 from quantcache.calibrated_codecs import calibrated_codecs
@@ -28,7 +29,8 @@ def self_calibrating_cache(
     compat.require_decoder(model.config)
     settings = CodecSettings()
     layers = compat.full_attention_layers(model.config)
-    ropes = detect_ropes(model, layers)
+    with standard_settings():
+        ropes = detect_ropes(model, layers)
     heads, dim = compat.kv_geometry(model.config.get_text_config(decoder=True))
     outputs = output_metrics(model, dict.fromkeys(layers, (heads, dim)))
 

@@ -44,7 +44,7 @@ class LayerStatistics:
     def _framed(self, side: str, x: Tensor) -> Tensor:
         """Framed vectors of sequences after their sinks: ``[B, H, T, D]`` to ``[H, B * T', D]``."""
         frame = self.frames[side]
-        slots = torch.arange(SINK_LENGTH, x.shape[2], device=frame.order.device)
+        slots = torch.arange(SINK_LENGTH, x.shape[2], dtype=torch.int64, device=frame.order.device)
         x = x.detach()[:, :, SINK_LENGTH:].to(frame.order.device).double()
         return frame.enter(x, slots, anchor_of(slots, SINK_LENGTH)).transpose(0, 1).flatten(1, 2)
 
@@ -66,8 +66,10 @@ class LayerStatistics:
                 "cannot weigh the keys: use metric='fisher'"
             )
         device = frame.order.device
-        positions = torch.arange(SINK_LENGTH, length)
-        drawn = torch.rand(len(positions), generator=generator) * (positions - SINK_LENGTH + 1)
+        positions = torch.arange(SINK_LENGTH, length, dtype=torch.int64, device="cpu")
+        drawn = torch.rand(len(positions), generator=generator, dtype=torch.float32, device="cpu") * (
+            positions - SINK_LENGTH + 1
+        )
         keys = (drawn.long() + SINK_LENGTH).to(device)
         framed = frame.enter(query.detach()[:, :, SINK_LENGTH:].to(device).double(), keys, anchor_of(keys, SINK_LENGTH))
         kv_heads = self.moments["key"].sum.shape[0]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import compat
 from quantcache.accounting import bits_per_encoded_element
+from quantcache.ambient import standard_settings
 from quantcache.analysis.figures import cache_figures, depth_laws, input_figures
 from quantcache.analysis.gathering import MAX_DIM, SINK_SHARE, Gathered, gather
 from quantcache.analysis.grade import collect_samples, grade
@@ -37,6 +38,7 @@ ORDER = ("key", "rotated key", "value", *INPUTS)
 
 
 @torch.inference_mode(False)
+@standard_settings()
 def analyze(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

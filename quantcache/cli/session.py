@@ -245,7 +245,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "auto":
         try:
-            torch.empty(0, device=device)
+            torch.empty(0, dtype=torch.float32, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     if dtype is None:

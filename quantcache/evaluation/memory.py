@@ -168,7 +168,10 @@ def _fill(model: PreTrainedModel, cache: Cache, length: int, batch: int, device:
     generator = torch.Generator(device).manual_seed(length)
     for index in range(len(DynamicCache(config=model.config).layers)):
         keys, values = (
-            torch.randn(batch, heads, length, dim, generator=generator, device=device).to(model.dtype) for _ in range(2)
+            torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float32, device=device).to(
+                model.dtype
+            )
+            for _ in range(2)
         )
         cache.update(keys, values, index)
         layer: Any = cache.layers[index]

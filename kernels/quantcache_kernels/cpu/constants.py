@@ -169,31 +169,31 @@ def make(source: Source) -> Constants:
     """
     heads, dim = source.mean.shape
     slow = dim - 2 * source.fast_pairs
-    coded = torch.zeros(heads, dim, 4, dtype=torch.int32)
-    counts = torch.zeros(heads, 2, dtype=torch.int32)
+    coded = torch.zeros(heads, dim, 4, dtype=torch.int32, device="cpu")
+    counts = torch.zeros(heads, 2, dtype=torch.int32, device="cpu")
     fast = dim - slow
-    fast_map = torch.zeros(heads, fast // 4, fast, 4)
+    fast_map = torch.zeros(heads, fast // 4, fast, 4, dtype=torch.float32, device="cpu")
     for head in range(heads):
         widths = source.widths[head].tolist()
         order = sorted((i for i in range(dim) if widths[i]), key=lambda i: (i >= slow, widths[i], i))
-        listed = torch.tensor(order, dtype=torch.int64)
+        listed = torch.tensor(order, dtype=torch.int64, device="cpu")
         num_slow = sum(i < slow for i in order)
         coded[head, : len(order)] = torch.stack(
             (
                 source.offsets[head][listed],
                 source.widths[head][listed],
                 listed,
-                torch.tensor(_runs([(i >= slow, widths[i]) for i in order]), dtype=torch.int64),
+                torch.tensor(_runs([(i >= slow, widths[i]) for i in order]), dtype=torch.int64, device="cpu"),
             ),
             dim=-1,
         ).to(torch.int32)
         counts[head, 0], counts[head, 1] = num_slow, len(order) - num_slow
         columns = source.decoder[head, slow:][:, listed[num_slow:]]  # [fast, coded]
         fast_map[head, :, : columns.shape[1]] = columns[_in_fours(source.fast_pairs)].transpose(1, 2)
-    offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64)
+    offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
     angles = source.frequencies[source.slow_pairs :, None] * offsets  # [pairs, offsets]
-    levels, trees = torch.zeros(MAX_WIDTH + 1, TABLE), torch.zeros(MAX_WIDTH + 1, TABLE)
-    planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8)
+    levels, trees = (torch.zeros(MAX_WIDTH + 1, TABLE, dtype=torch.float32, device="cpu") for _ in range(2))
+    planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8, device="cpu")
     for width, book in source.levels.items():
         levels[width, : 1 << width] = book
         if width >= 4:
@@ -215,7 +215,7 @@ def make(source: Source) -> Constants:
         "encoder": source.encoder,
         "weights": source.weights,
         "trees": trees,
-        "factors": torch.tensor(source.factors, dtype=torch.float32),
+        "factors": torch.tensor(source.factors, dtype=torch.float32, device="cpu"),
     }
     sizes = (heads, dim, slow, source.slow_pairs, source.fast_pairs, source.words, len(source.factors))
     return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
@@ -231,7 +231,7 @@ def _runs(keys: list[tuple[bool, int]]) -> list[int]:
 
 def _in_fours(pairs: int) -> Tensor:
     """The fast dimensions in fours, ``[pairs / 2, 4]``: two first halves of pairs, then their second halves."""
-    first = torch.arange(pairs).view(-1, 2)
+    first = torch.arange(pairs, dtype=torch.int64, device="cpu").view(-1, 2)
     return torch.cat((first, first + pairs), dim=1)
 
 
@@ -249,7 +249,7 @@ def _map(constants: Constants, role: Role) -> Tensor:
     """The part of the decoder that attention uses: ``[H, slow, C]`` for keys, ``[H, C, D]`` for values; rows padded."""
     heads, dim, slow = constants.sizes[:3]
     rows, columns = (slow, dim) if role == "key" else (dim, dim)
-    table = torch.zeros(heads, rows, -(-columns // PAD) * PAD)
+    table = torch.zeros(heads, rows, -(-columns // PAD) * PAD, dtype=torch.float32, device="cpu")
     for head in range(heads):
         count = int(constants.tensors["counts"][head, 0])
         listed = constants.tensors["coded"][head, :count, 2].long()

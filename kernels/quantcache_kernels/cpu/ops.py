@@ -102,8 +102,8 @@ def _encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | No
         )
     blocks = tokens // BLOCK
     x, places = _readable(x), _require(places, torch.int32, blocks, 3)
-    codes = torch.empty(blocks, batch, constants.words, dtype=torch.int32)
-    gains = torch.empty(blocks, batch, heads, BLOCK, dtype=torch.uint8)
+    codes = torch.empty(blocks, batch, constants.words, dtype=torch.int32, device="cpu")
+    gains = torch.empty(blocks, batch, heads, BLOCK, dtype=torch.uint8, device="cpu")
     call = Encode(
         pointer(constants.structure("encode")),
         batch,
@@ -200,7 +200,7 @@ def _attend(
     for x, side, like in zip(dense, (key, value, key, value), (dense[0], dense[0], dense[2], dense[2]), strict=True):
         if x.dtype != dtype or x.shape != (batch, heads, like.shape[2], side.dim):
             raise ValueError(f"sinks or tail have shape {list(x.shape)} and dtype {x.dtype}")
-    output = torch.empty(batch, queries, query_heads, value.dim, dtype=query.dtype)
+    output = torch.empty(batch, queries, query_heads, value.dim, dtype=query.dtype, device="cpu")
     call = Attend(
         pointer(key.structure("key")),
         pointer(value.structure("value")),

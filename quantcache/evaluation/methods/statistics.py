@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import compat, data
+from quantcache import compat, data, linalg
 from quantcache.errors import QuantCacheError
 from quantcache.probe import RecordingCache, recorded_queries, run
 from quantcache.spectral import Moments
@@ -152,5 +152,5 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Values ``[H, D]``, not negative, and vectors as columns ``[H, D, D]``.
     """
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = linalg.eigh(matrix)
     return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
