@@ -183,7 +183,7 @@ class SpectralCodec:
         own = [self.mean, self.encoder, self.decoder, self.weights, self.coded, self.widths, self.offsets]
         own += [self.frame.order, self.frame.inverse_order, self.frame.frequencies]
         own += [t for c in self.classes for t in (c.columns, c.words, c.levels, c.boundaries)]
-        return own + [t for constants in self.derived.values() for t in constants.held()]
+        return own + [t for constants in list(self.derived.values()) for t in constants.held()]
 
     # ------------------------------------------------------------------ encode
 
