@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 
 import torch
 from torch import Tensor
 
 from quantcache.errors import QuantCacheError, TokensNotFinite
+
+logger = logging.getLogger(__name__)
 
 
 def require_continuation(index: int | None, side: str, cached: Tensor, new: Tensor) -> None:
@@ -61,6 +65,28 @@ def require_finite(index: int | None, side: str, tokens: Tensor, start: int, sta
             f"(head {head}, {tokens.dtype}), and these cannot be encoded: select the other rows, crop() or reset() the "
             f"cache"
         )
+
+
+def warn_of_saturation(index: int | None, side: str, above: int, below: int, count: int) -> None:
+    """Say so, once for each side of a layer, where gains do not fit their range.
+
+    Args:
+        index: The layer.
+        side: ``"key"`` or ``"value"``.
+        above: Gains at the largest code.
+        below: Gains of zero.
+        count: All gains.
+    """
+    advice = "the calibration does not fit this model or text; SpectralCache.memory() counts such tokens"
+    if above:
+        _warn_once(f"layer {index}: some {side}s are 16 times as large as calibrated, or more, and lose size: {advice}")
+    if below and below == count:
+        _warn_once(f"layer {index}: {side}s are 16 times as small as calibrated, or less, and are lost: {advice}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def require_query(query: Tensor, tail: Tensor) -> None:
@@ -128,7 +154,7 @@ def fitting_sink_logits(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
         query: ``[B, Hq, Tq, D]``.
 
     Returns:
-        ``[Hq]``; None for None.
+        ``[Hq]``, contiguous; None for None.
 
     Raises:
         QuantCacheError: There are more or fewer, or they are on another device.
@@ -140,7 +166,7 @@ def fitting_sink_logits(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
             f"the attention-sink logits have shape {list(s_aux.shape)} in {s_aux.dtype} on {s_aux.device}, "
             f"{query.shape[1]} query heads on {query.device} need one each"
         )
-    return s_aux.reshape(-1)
+    return s_aux.reshape(-1).contiguous()
 
 
 def fitting_softcap(softcap: float | None) -> float | None:
