@@ -48,6 +48,9 @@ class CacheMemory:
         constants: The calibration's constants on the layers' devices, shared by all caches of the model.
         encoded_elements: Elements that codes and gains stand for.
         elements: All cached elements.
+        gains_above: Of the gains, those at the largest code: such a token's norm is 16 times what the calibration
+            knows, or more, and what is beyond is cut off.
+        gains_below: Those at zero: such a token is within 1/16 of a usual distance of the mean, and is stored as it.
     """
 
     tokens: int
@@ -61,6 +64,8 @@ class CacheMemory:
     constants: int = 0
     encoded_elements: int = 0
     elements: int = 0
+    gains_above: int = 0
+    gains_below: int = 0
 
     @property
     def total(self) -> int:
@@ -369,6 +374,7 @@ def measure(cache: Cache) -> CacheMemory:
     """
     sizes = dict.fromkeys(("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack"), 0)
     encoded_elements, elements, tokens = 0, 0, 0
+    gains_above, gains_below = 0, 0
     constants: dict[int, Tensor] = {}
     layer: Any
     for layer in cache.layers:
@@ -407,6 +413,8 @@ def measure(cache: Cache) -> CacheMemory:
                 sizes["sinks"] += layer.sinks[side].untyped_storage().nbytes()
             if side in layer.codecs:
                 constants.update({t.data_ptr(): t for t in layer.codecs[side].tensors() if t.numel()})
+        above, below = layer.saturated_gains()
+        gains_above, gains_below = gains_above + above, gains_below + below
         places = layer.places
         sizes["bookkeeping"] += sum(places.nbytes().values()) + sum(places.slack(name) for name in places.buffers)
         if layer.starts is not None:
@@ -417,6 +425,8 @@ def measure(cache: Cache) -> CacheMemory:
         constants=sum(t.untyped_storage().nbytes() for t in constants.values()),
         encoded_elements=encoded_elements,
         elements=elements,
+        gains_above=gains_above,
+        gains_below=gains_below,
     )
 
 

@@ -138,7 +138,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                         f"layer {index} has {layer.key.num_heads} key/value heads, which {size} processes cannot share"
                     )
                 layers[index] = LayerCalibration(layer.rope, layer.key.heads(rank, size), layer.value.heads(rank, size))
-            self.shards[rank, size] = Calibration(layers, self.metadata)
+            self.shards.setdefault((rank, size), Calibration(layers, self.metadata))
         return self.shards[rank, size]
 
     # ------------------------------------------------------------- compatibility

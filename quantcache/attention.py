@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from quantcache import backends
+from quantcache import backends, guards
 from quantcache.ambient import matmul, without_autocast
 from quantcache.codec import SpectralCodec, block_slots
 from quantcache.errors import UnsupportedModel
@@ -64,7 +64,7 @@ def spectral_attention_forward(
         query: ``[B, Hq, Tq, D]``.
         key: ``[B, H, T, D]``, lazy from a spectral layer, plain from any other.
         value: ``[B, H, T, Dv]``, likewise.
-        attention_mask: ``[B or 1, 1 or Hq, Tq, T]``, boolean (True: attend) or additive; None is causal.
+        attention_mask: Broadcasts to ``[B, Hq, Tq, T]``, boolean (True: attend) or additive; None is causal.
         scaling: Factor of the scores; D^-½ if None.
         dropout: Dropout probability (plain tensors only).
         is_causal: Whether a missing mask means causal; the module's own setting if None.
@@ -77,13 +77,18 @@ def spectral_attention_forward(
 
     Raises:
         UnsupportedModel: The model adds a position bias to the scores.
+        QuantCacheError: Queries, mask, sink logits or soft cap do not fit what is cached.
     """
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModel(
             f"{type(module).__name__} adds a position bias, which spectral attention does not support"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    softcap = guards.fitting_softcap(softcap)
     view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
+    if view is not None:
+        guards.require_query(query, view.key.tail)
+        attention_mask = guards.fitting_mask(attention_mask, query, view.length)
     if view is None or not view.num_blocks or dropout:
         # Nothing is encoded yet, or the layer is not ours (sliding window, no cache): plain tensors.
         if view is not None:
@@ -134,9 +139,12 @@ def dense_attention(
     Returns:
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
+    guards.require_query(query, key)
+    mask, s_aux = guards.fitting_mask(mask, query, key.shape[2]), guards.fitting_sink_logits(s_aux, query)
+    scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
     outputs = []
     keys, values = key.float(), value.float()
-    for first in range(0, query.shape[2], QUERY_CHUNK):
+    for first in range(0, max(query.shape[2], 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
         rows = QueryRows(part, key.shape[1], key.shape[2], mask, scaling, causal, softcap, (first, query.shape[2]))
         scores = rows.scores(matmul(rows.query, keys.transpose(-1, -2)), 0, key.shape[2])
@@ -176,6 +184,9 @@ def spectral_attention(
     """
     assert view.key.sinks is not None
     assert view.value.sinks is not None
+    guards.require_query(query, view.key.tail)
+    mask, s_aux = guards.fitting_mask(mask, query, view.length), guards.fitting_sink_logits(s_aux, query)
+    scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
     outputs = []
     total = query.shape[2]
     on_codes = (
@@ -187,7 +198,7 @@ def spectral_attention(
         output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux)
         if output is not None:
             return output
-    for first in range(0, total, QUERY_CHUNK):
+    for first in range(0, max(total, 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
         heads = view.key.tail.shape[1]
         rows = QueryRows(part, heads, view.length, mask, scaling, causal, softcap, (first, total))

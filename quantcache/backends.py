@@ -107,8 +107,12 @@ def attend_view(
         wide = torch.promote_types(keys.tail.dtype, values.tail.dtype)
         dense = tuple(x.to(wide) for x in dense)
     problem = None
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[-1] < view.length):
+    if mask is not None and not _is_plain(mask, query, view.length):
         problem = "the mask is not boolean, differs between heads or does not cover the cache"
+    elif s_aux is not None and s_aux.requires_grad and torch.is_grad_enabled():
+        problem = "gradients are wanted"
+    if problem is None and mask is not None:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = causal and mask is None and query.shape[2] > 1
     if problem is None and all(x.dtype in cpu.DTYPES for x in dense) and _native_takes(query, view.layer.backend):
@@ -116,6 +120,20 @@ def attend_view(
     if _triton_takes(query, view.layer.backend, keys.codec, values.codec, problem=problem):
         return _triton_attend(query, view, dense, mask, s_aux, scaling, causal, softcap)
     return None
+
+
+def _is_plain(mask: Tensor, query: Tensor, length: int) -> bool:
+    """Whether kernels take a mask: boolean, ``[B or 1, 1, Tq or 1, T or more]``, beside the queries."""
+    batch, _, count, _ = query.shape
+    return (
+        mask.dtype == torch.bool
+        and mask.device == query.device
+        and mask.dim() == 4
+        and mask.shape[0] in (1, batch)
+        and mask.shape[1] == 1
+        and mask.shape[2] in (1, count)
+        and mask.shape[3] >= length
+    )
 
 
 # ---------------------------------------------------------------------- CPU kernels
@@ -177,7 +195,7 @@ def _native_constants(codec: SpectralCodec) -> cpu.Constants:
     """A codec's constants in the form of the CPU kernels, made once."""
     found = codec.derived.get("native")
     if not isinstance(found, cpu.Constants):
-        found = codec.derived["native"] = cpu.make(
+        made = cpu.make(
             cpu.Source(
                 mean=codec.mean,
                 encoder=codec.encoder,
@@ -196,6 +214,9 @@ def _native_constants(codec: SpectralCodec) -> cpu.Constants:
                 words=codec.num_words,
             )
         )
+        # What another thread has made in the meantime stays: its kernels may be reading it.
+        found = codec.derived.setdefault("native", made)
+        assert isinstance(found, cpu.Constants)
     return found
 
 
@@ -258,7 +279,8 @@ def _triton_constants(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
             else Frame(frame.order.cpu(), frame.frequencies.cpu(), frame.slow_pairs, frame.num_slow),
             gain_search=codec.gain_search,
         )
-        found = codec.derived[name] = prepare(constants, dtype, codec.mean.device)
+        found = codec.derived.setdefault(name, prepare(constants, dtype, codec.mean.device))
+        assert isinstance(found, PreparedSide)
     return found
 
 

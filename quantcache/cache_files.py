@@ -162,7 +162,7 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
 
 def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -> dict[str, Tensor]:
     """What a layer stores, by name in the file."""
-    layer.finish()
+    layer.finish_if_finite()
     heads, whole = layer.tails["key"].shape[1], calibration.layers[index].key.num_heads
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")

@@ -41,6 +41,8 @@ GAIN_STEPS = 32
 GAIN_CENTER = 128
 """Gain code of 1.0; code 0 is the gain zero."""
 
+LARGEST_GAIN_CODE = 255
+
 
 class SideCodec(Protocol):
     """What a cache layer needs of a codec.
@@ -75,7 +77,7 @@ def quantize_gain(gain: Tensor) -> Tensor:
         uint8 codes; 0 stands for gains below 1/16.
     """
     exponent = torch.log2(gain.clamp_min(1e-30)) * GAIN_STEPS
-    return (exponent + GAIN_CENTER).round().clamp(0, 255).to(torch.uint8)
+    return (exponent + GAIN_CENTER).round().clamp(0, LARGEST_GAIN_CODE).to(torch.uint8)
 
 
 def dequantize_gain(code: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ class SpectralCodec:
         own = [self.mean, self.encoder, self.decoder, self.weights, self.coded, self.widths, self.offsets]
         own += [self.frame.order, self.frame.inverse_order, self.frame.frequencies]
         own += [t for c in self.classes for t in (c.columns, c.words, c.levels, c.boundaries)]
-        return own + [t for constants in self.derived.values() for t in constants.held()]
+        return own + [t for constants in list(self.derived.values()) for t in constants.held()]
 
     # ------------------------------------------------------------------ encode
 
@@ -311,6 +313,26 @@ class SpectralCodec:
         for c in self.classes:
             payload[:, c.words] = pack(flat[:, c.columns], c.width).flatten(1)
         return payload
+
+    def saturated(self, gains: Tensor, places: Tensor, first: Tensor | None) -> tuple[int, int, int]:
+        """How many gains lie at the ends of what 8 bits can say, among the tokens that are read.
+
+        Args:
+            gains: ``[n, B, H, 64]`` uint8.
+            places: The blocks' places, ``[n, 3]``.
+            first: First slot of every row that is read from blocks, ``[B]``, or None.
+
+        Returns:
+            Gains of the largest code, which may have been larger, gains of zero, and all gains, in heads that have
+            codes at all.
+        """
+        tokens = torch.arange(BLOCK, device=gains.device)
+        counted = (tokens < places[:, 1:2])[:, None, None] & self.coded.any(-1).to(gains.device)[:, None]
+        if first is not None:
+            counted = counted & (places[:, :1] + tokens >= first[:, None, None]).transpose(0, 1)[:, :, None]
+        ends = [((gains == code) & counted).sum() for code in (LARGEST_GAIN_CODE, 0)]
+        above, below, count = torch.stack((*ends, counted.expand_as(gains).sum())).tolist()
+        return above, below, count
 
     # ------------------------------------------------------------------ decode
 

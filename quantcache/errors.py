@@ -20,6 +20,10 @@ class CalibrationMismatch(QuantCacheError):
     """A calibration and a model (or a tensor) disagree about geometry."""
 
 
+class TokensNotFinite(QuantCacheError):
+    """Tokens that are to be encoded hold NaN or infinity."""
+
+
 class ArtifactError(QuantCacheError):
     """A calibration artifact is missing, truncated, malformed or of an unknown schema."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -14,8 +15,8 @@ from transformers.cache_utils import DynamicLayer
 from quantcache import backends, compat, guards
 from quantcache.ambient import without_autocast
 from quantcache.backends import Backend
-from quantcache.codec import SideCodec
-from quantcache.errors import QuantCacheError
+from quantcache.codec import SideCodec, SpectralCodec
+from quantcache.errors import QuantCacheError, TokensNotFinite
 from quantcache.lazy import CacheView, LazyKV, SideView
 from quantcache.packing import BLOCK
 from quantcache.rope import ANCHOR_LENGTH
@@ -261,6 +262,14 @@ class SpectralLayer(DynamicLayer):
         else:
             self.pending = False
 
+    def finish_if_finite(self) -> None:
+        """Encode what is due, unless it is not finite.
+
+        It then stays as it is and can be copied, cut, selected from and saved; the next update tries again.
+        """
+        with contextlib.suppress(TokensNotFinite):
+            self.finish()
+
     @torch.no_grad()
     def _encode(self, lead: int, due: int) -> None:
         """Make blocks of the tail's oldest tokens.
@@ -284,6 +293,9 @@ class SpectralLayer(DynamicLayer):
             if self.starts is not None:
                 sinks[side] = self._with_sinks(sinks[side], encoded, spans[0].start)
             fields = backends.encode(codecs[side], encoded, places, self.starts, self.backend)
+            if isinstance(codec := codecs[side], SpectralCodec):
+                saturated = codec.saturated(fields["gains"], places, self._first_read())
+                guards.warn_of_saturation(self.index, side, *saturated)
             stores[side] = self.stores[side].appended(fields)
             tails[side] = tail[:, :, lead + due * BLOCK :].clone()
         self._commit(
@@ -295,6 +307,25 @@ class SpectralLayer(DynamicLayer):
             tails=tails,
             pending=False,
         )
+
+    def _first_read(self) -> Tensor | None:
+        """First slot of every row that is read from blocks, ``[B]``; None if all are."""
+        return None if self.starts is None else self.starts + self.sink_length
+
+    def saturated_gains(self) -> tuple[int, int]:
+        """How many tokens' gains lie beyond the largest and below the smallest that can be stored, heads counted apart.
+
+        Returns:
+            (above, below): the former are decoded too small, the latter as the mean.
+        """
+        above = below = 0
+        for side, codec in self.codecs.items():
+            if isinstance(codec, SpectralCodec) and self.spans:
+                store, places = self.stores[side], self.places
+                gains, where = store.slice(0, store.count)["gains"], places.slice(0, places.count)["places"]
+                found = codec.saturated(gains, where, self._first_read())
+                above, below = above + found[0], below + found[1]
+        return above, below
 
     def _next_spans(self, lead: int, count: int) -> list[Span]:
         spans: list[Span] = []
@@ -345,10 +376,10 @@ class SpectralLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
-        self.finish()
+        self.finish_if_finite()
         length = self.get_seq_length()
         keep = length - compat.tokens_to_remove(tokens_to_remove, length)
-        state: dict[str, Any] = {} if keep else {"starts": None, "settled": False}
+        state: dict[str, Any] = {} if keep else {"starts": None, "settled": False, "pending": False}
         if keep >= self.encoded_end:
             state["tails"] = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
         elif keep <= self.sink_length:
@@ -371,7 +402,7 @@ class SpectralLayer(DynamicLayer):
         """Apply a function of (tensor, batch dimension) to everything stored."""
         if not self.is_initialized:
             return
-        self.finish()
+        self.finish_if_finite()
         self._commit(
             stores={side: store.mapped(lambda buffer: function(buffer, 1)) for side, store in self.stores.items()},
             tails={side: function(tail, 0) for side, tail in self.tails.items()},
@@ -405,7 +436,7 @@ class SpectralLayer(DynamicLayer):
         self._map_batch(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
 
     def _move(self, device: torch.device | str) -> None:
-        self.finish()
+        self.finish_if_finite()
         self._commit(
             places=self.places.moved(device),
             starts=None if self.starts is None else self.starts.to(device),
@@ -430,7 +461,7 @@ class SpectralLayer(DynamicLayer):
         Returns:
             The new layer.
         """
-        self.finish()
+        self.finish_if_finite()
         new = copy.copy(self)
         new.stores = {side: store.fork() for side, store in self.stores.items()}
         new.places = self.places.fork()
@@ -438,7 +469,7 @@ class SpectralLayer(DynamicLayer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
         """Copy what is stored; constants are shared."""
-        self.finish()
+        self.finish_if_finite()
         new = copy.copy(self)
         memo[id(self)] = new
         new.spans = list(self.spans)

@@ -58,6 +58,11 @@ class OnlineSoftmax:
         return self.sums[""] / torch.where(self.total > 0, self.total, 1.0)
 
 
+def _bias(never: Tensor) -> Tensor:
+    """Minus infinity where a query may not look, 0 elsewhere."""
+    return torch.zeros_like(never, dtype=torch.float32).masked_fill_(never, float("-inf"))
+
+
 class QueryRows:
     """The queries of one call, grouped by key/value head, with their mask.
 
@@ -136,15 +141,16 @@ class QueryRows:
             raw = self.softcap * torch.tanh(raw / self.softcap)
         if mask is None and slots is None:
             return raw
-        scores = raw.unflatten(2, (self.groups, self.count))
         if slots is not None:
-            scores = scores.masked_fill(slots > self.own_slots[:, None], float("-inf"))
+            bias = _bias(slots > self.own_slots[:, None])
         elif mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        elif mask is not None:
+            bias = _bias(~mask)
+        else:
+            assert mask is not None
             # An additive mask of the dtype's minimum means "never", also for a row that has nothing else to look at.
-            never = mask <= torch.finfo(mask.dtype).min / 2
-            scores = (scores + mask).masked_fill(never, float("-inf"))
+            bias = mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+        # Added, not filled in: NaN and infinity of a token that may not be seen do what they do in dense attention.
+        scores = raw.unflatten(2, (self.groups, self.count)) + bias
         rows: Tensor = scores.flatten(2, 3)
         return rows
 

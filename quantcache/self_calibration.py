@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache import compat
+from quantcache import compat, guards
 from quantcache.ambient import standard_settings
 from quantcache.artifact import Calibration, CodecSettings, Metadata
 from quantcache.cache import BlockCache, CodecFactory, SpectralCache
@@ -40,6 +40,8 @@ def self_calibrating_cache(
                 raise QuantCacheError(
                     f"a self-calibrating cache cannot follow its model to {device}: reset() it, or calibrate"
                 )
+            for side, tail in tails.items():
+                guards.require_finite(index, side, tail, 0, starts)
             statistics = LayerStatistics(index, ropes[index], tails["key"], tails["value"], settings)
             for row in range(tails["key"].shape[0]):
                 first = 0 if starts is None else int(starts[row])
