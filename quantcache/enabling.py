@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 from transformers import Cache, PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.artifact import Calibration
 from quantcache.attention import ATTENTION_NAME
 from quantcache.cache import SpectralCache
+from quantcache.errors import NothingToCompress
 
 _lock = threading.Lock()
 
@@ -30,11 +32,11 @@ class _Setting:
     """One ``enabled`` context, or ``enable``.
 
     Attributes:
-        make: Gives an empty cache.
+        make: Gives an empty cache; None where the model's own is left to it.
         thread: The thread that entered the context; None for ``enable``, which is everybody's.
     """
 
-    make: Callable[[], Cache]
+    make: Callable[[], Cache] | None
     thread: int | None = field(default_factory=threading.get_ident)
 
 
@@ -56,7 +58,7 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate."""
         setting = self.current()
-        if setting is not None and self.wants_cache(args, kwargs):
+        if setting is not None and setting.make is not None and self.wants_cache(args, kwargs):
             kwargs = {**kwargs, "past_key_values": setting.make()}
         return self.original(*args, **kwargs)
 
@@ -97,7 +99,8 @@ def enable(
 
     A cache that the caller passes wins, and so do ``use_cache=False`` and ``cache_implementation=``. It works for
     whatever calls ``model.generate``, pipelines included, and in several threads at once: each call has its own cache.
-    Enabling again replaces what was enabled before.
+    Enabling again replaces what was enabled before. A model with nothing to compress keeps its own cache, and a warning
+    says why.
 
     Args:
         model: The model.
@@ -111,7 +114,7 @@ def enable(
     """
     setting = _Setting(_cache_maker(model, calibration, options), thread=None)
     with _lock:
-        hook = _hook(model, attention)
+        hook = _hook(model, attention and setting.make is not None)
         hook.settings = [setting, *(each for each in hook.settings if each.thread is not None)]
 
 
@@ -155,7 +158,7 @@ def enabled(
     """
     setting = _Setting(_cache_maker(model, calibration, options))
     with _lock:
-        hook = _hook(model, attention)
+        hook = _hook(model, attention and setting.make is not None)
         hook.settings = [*hook.settings, setting]
     try:
         yield model
@@ -166,8 +169,13 @@ def enabled(
 
 def _cache_maker(
     model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any]
-) -> Callable[[], Cache]:
+) -> Callable[[], Cache] | None:
     """Makes empty caches that share one allocation; bad options are refused here, not in the first request."""
+    try:
+        cache_layout.compressible_layers(model.config)
+    except NothingToCompress as reason:
+        warnings.warn(f"nothing is enabled: {reason}", stacklevel=4)
+        return None
     if calibration is None:
         return SpectralCache.self_calibrating(model, **options).fork
     if isinstance(calibration, Calibration):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.attention import spectral_attention_forward
 from quantcache.errors import UnsupportedModel
 from quantcache.rope import Frame, Rope
@@ -146,6 +146,26 @@ def run(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, position
 
 
 @torch.no_grad()
+def observed_values(model: PreTrainedModel, layers: list[int]) -> dict[int, tuple[int, int]]:
+    """Heads and dimension of the values that reach the cache, which a config need not tell.
+
+    Args:
+        model: The model.
+        layers: Layers to look at.
+
+    Returns:
+        Hkv and Dv of those layers that were updated.
+    """
+    found: dict[int, tuple[int, int]] = {}
+
+    def record(index: int, key: Tensor, value: Tensor) -> None:
+        found[index] = (value.shape[1], value.shape[3])
+
+    run(model, torch.tensor([[_some_token(model)]]), RecordingCache(model.config, record))
+    return {index: found[index] for index in layers if index in found}
+
+
+@torch.no_grad()
 def detect_ropes(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
     """Measure how each layer's keys are rotated.
 
@@ -210,7 +230,7 @@ def _candidates(model: PreTrainedModel) -> list[Rope]:
             frequencies = tuple(tensor.double().cpu().tolist())
             if frequencies not in found:
                 found.append(frequencies)
-    declared = {compat.rope_from_config(model.config.get_text_config(decoder=True), 0).inv_freq}
+    declared = {cache_layout.rope_from_config(model.config.get_text_config(decoder=True), 0).inv_freq}
     found += [frequencies for frequencies in declared if frequencies and frequencies not in found]
     return [Rope(layout, frequencies) for frequencies in found for layout in ("half", "interleaved")]
 

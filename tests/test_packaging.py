@@ -21,7 +21,7 @@ PACKAGE = ROOT / "quantcache"
 TIERS = (
     ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
     ("schema", "store", "guards", "index"),
-    ("allocation", "compat", "card", "passages", "hub"),
+    ("allocation", "compat", "cache_layout", "card", "passages", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
     ("codec",),
@@ -29,6 +29,7 @@ TIERS = (
     ("backends",),
     ("attention",),
     ("layer",),
+    ("mixed_layers",),
     ("cache_files", "calibrated_codecs"),
     ("cache", "probe", "statistics", "self_calibration"),
     ("yardstick",),
