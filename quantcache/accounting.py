@@ -372,7 +372,7 @@ def measure(cache: Cache) -> CacheMemory:
     constants: dict[int, Tensor] = {}
     layer: Any
     for index, layer in enumerate(cache.layers):
-        if not getattr(layer, "is_initialized", False):
+        if not getattr(layer, "is_initialized", False) or compat.is_placeholder(layer):
             continue
         if index not in getattr(cache, "foreign", ()):
             tokens = max(tokens, layer.get_seq_length())

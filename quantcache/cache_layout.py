@@ -185,6 +185,8 @@ def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
     layer_types = getattr(config, "layer_types", None)
     if layer_types and layer_types[layer] in parameters:
         parameters = parameters[layer_types[layer]]
+        if parameters is None:  # a layer without RoPE among others that have it
+            return Rope()
     _, dim = kv_geometry(text_config, layer)
     rotary = rotary_dim or int(dim * parameters.get("partial_rotary_factor", 1.0)) // 2 * 2
     theta = parameters.get("rope_theta", 10_000.0)

@@ -20,6 +20,7 @@ from quantcache.artifact import Calibration
 from quantcache.attention import ATTENTION_NAME
 from quantcache.cache import SpectralCache
 from quantcache.errors import NothingToCompress
+from quantcache.probe import attends
 
 _lock = threading.Lock()
 
@@ -59,7 +60,10 @@ class _Generate:
         """Generate."""
         setting = self.current()
         if setting is not None and setting.make is not None and self.wants_cache(args, kwargs):
-            kwargs = {**kwargs, "past_key_values": setting.make()}
+            cache = setting.make()
+            if self.drafts(args, kwargs):
+                cache.activate_past_recording()  # as transformers does: rejected tokens must go, from windows too
+            kwargs = {**kwargs, "past_key_values": cache}
         return self.original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -74,12 +78,21 @@ class _Generate:
         own = [setting for setting in settings if setting.thread == me]
         return next(reversed(own or settings), None)
 
-    def wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call leaves it to us which cache is used."""
+    def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+        """What a call says, first what counts most: its arguments, its generation config, the model's."""
         bound = inspect.signature(self.original).bind_partial(*args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
         config = given.get("generation_config")
-        asked = [given, {} if config is None else vars(config), vars(self.model.generation_config)]
+        return [given, {} if config is None else vars(config), vars(self.model.generation_config)]
+
+    def drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call proposes tokens to another model, which may reject them."""
+        return any(options.get("is_assistant") for options in self.asked(args, kwargs))
+
+    def wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call leaves it to us which cache is used."""
+        asked = self.asked(args, kwargs)
+        given = asked[0]
         if given.get("past_key_values") is not None:
             return False
         # transformers itself takes "hybrid", an old default of some models, for no choice at all.
@@ -197,6 +210,8 @@ def _hook(model: PreTrainedModel, attention: bool) -> _Generate:
         vars(model).update({_HOOK: hook, "generate": hook})
     if attention and set(compat.attention_implementations(model).values()) == {"sdpa"}:
         compat.use_attention(model, ATTENTION_NAME)
+        if not attends(model):
+            compat.use_attention(model, hook.attention)
     return hook
 
 

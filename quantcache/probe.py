@@ -146,6 +146,24 @@ def run(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, position
 
 
 @torch.no_grad()
+def attends(model: PreTrainedModel) -> bool:
+    """Whether a model's attention, as it is set, can do all that the model asks of it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        False if its layers ask for something that spectral attention refuses, such as a position bias.
+    """
+    try:
+        with evaluating(model):
+            run(model, torch.tensor([[_some_token(model)]]), DynamicCache(config=model.config))
+    except UnsupportedModel:
+        return False
+    return True
+
+
+@torch.no_grad()
 def observed_values(model: PreTrainedModel, layers: list[int]) -> dict[int, tuple[int, int]]:
     """Heads and dimension of the values that reach the cache, which a config need not tell.
 
