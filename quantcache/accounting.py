@@ -377,10 +377,15 @@ def measure(cache: Cache) -> CacheMemory:
     gains_above, gains_below = 0, 0
     constants: dict[int, Tensor] = {}
     layer: Any
-    for layer in cache.layers:
-        if not getattr(layer, "is_initialized", False):
+    for index, layer in enumerate(cache.layers):
+        if not getattr(layer, "is_initialized", False) or compat.is_placeholder(layer):
             continue
-        tokens = max(tokens, layer.get_seq_length())
+        if index not in getattr(cache, "foreign", ()):
+            tokens = max(tokens, layer.get_seq_length())
+        indexer = getattr(layer, "indexer_keys", None)
+        if indexer is not None:
+            sizes["dense"] += indexer.nbytes
+            elements += indexer.numel()
         if not hasattr(layer, "stores"):
             held = [t for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
             quantized = compat.quantized_parts(layer)

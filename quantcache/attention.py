@@ -70,20 +70,29 @@ def spectral_attention_forward(
         is_causal: Whether a missing mask means causal; the module's own setting if None.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         s_aux: One attention-sink logit for each query head, ``[Hq]``: joins the softmax, carries no value.
-        kwargs: What else the model passes (position_ids, sliding_window, ...): not needed.
+        kwargs: What else the model passes: ``indices`` ``[B, Tq, N]`` are the slots that an indexer lets each query
+            see; position_ids, sliding_window and the like are not needed.
 
     Returns:
         ``[B, Tq, Hq, Dv]``, and None for the attention weights.
 
     Raises:
-        UnsupportedModel: The model adds a position bias to the scores.
+        UnsupportedModel: The model adds a position bias to the scores, or sinks or blocks of its own.
         QuantCacheError: Queries, mask, sink logits or soft cap do not fit what is cached.
     """
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModel(
             f"{type(module).__name__} adds a position bias, which spectral attention does not support"
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    for name in ("block_indices", "sinks"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(f"{type(module).__name__} passes {name}, which spectral attention does not support")
+    # Decoders that know eager attention only may not say that they are causal: what comes from a cache is.
+    cached = isinstance(key, LazyKV)
+    causal = (cached or getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    padding_mask = attention_mask
+    if kwargs.get("indices") is not None:
+        attention_mask = _selected(kwargs["indices"], attention_mask, key.shape[2], causal)
     softcap = guards.fitting_softcap(softcap)
     view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
     if view is not None:
@@ -102,8 +111,32 @@ def spectral_attention_forward(
     else:
         output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
     if view is not None:
-        view.layer.finish(attention_mask)
+        view.layer.finish(padding_mask)
     return output, None
+
+
+def _selected(indices: Tensor, mask: Tensor | None, tokens: int, causal: bool) -> Tensor:
+    """The mask of sparse attention: of the keys that a mask shows, those that an indexer chose.
+
+    Args:
+        indices: Slots chosen for each query, ``[B, Tq, N]``; negative ones choose nothing.
+        mask: ``[B or 1, 1 or Hq, Tq, T]``, boolean or additive, or None.
+        tokens: T.
+        causal: What a missing mask means.
+
+    Returns:
+        A mask of the same kind; boolean where there was none.
+    """
+    batch, queries, _ = indices.shape
+    chosen = torch.zeros(batch, queries, tokens + 1, dtype=torch.bool, device=indices.device)
+    slots = torch.where(indices < 0, tokens, indices).long()  # one more slot takes those that choose nothing
+    chosen = chosen.scatter(-1, slots, True)[:, None, :, :tokens]
+    if mask is None:
+        mask = torch.ones(queries, tokens, dtype=torch.bool, device=indices.device)
+        mask = mask.tril(tokens - queries) if causal else mask
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 def _fused_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:

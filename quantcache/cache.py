@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from quantcache import backends, cache_files, compat
+from quantcache import backends, cache_files, cache_layout, compat
 from quantcache.accounting import CacheMemory, measure
 from quantcache.ambient import default_device
 from quantcache.artifact import Calibration
@@ -23,6 +23,7 @@ from quantcache.calibrated_codecs import calibrated_codecs
 from quantcache.errors import CalibrationMismatch, QuantCacheError
 from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
 from quantcache.lazy import LazyKV
+from quantcache.mixed_layers import copy_beside, spectral_layer
 from quantcache.schema import SideBits
 
 __all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
@@ -58,9 +59,11 @@ class BlockCache(DynamicCache):
         register_attention()
         with default_device():  # a sliding-window layer of transformers states none
             super().__init__(config=config)
+        self.foreign = cache_layout.cross_attention_layers(config)  # layers that hold another input's tokens
         for index, layer in enumerate(self.layers):
-            if compat.is_full_attention(layer):
-                self.layers[index] = SpectralLayer(*codecs_of(index), sink_length, residual_length, backend, index)
+            if compat.is_full_attention(layer) and index not in self.foreign:
+                arguments = (*codecs_of(index), sink_length, residual_length, backend, index)
+                self.layers[index] = spectral_layer(layer, *arguments)
         self.broken: str | None = None
         self.updating: int  # the thread inside update(), while there is one
 
@@ -95,7 +98,8 @@ class BlockCache(DynamicCache):
         try:
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
             if isinstance(layer, DynamicLayer):
-                self._check_lengths(layer, layer_idx, key_states.shape[2])
+                if layer_idx not in self.foreign:
+                    self._check_lengths(layer, layer_idx, key_states.shape[2])
                 if not isinstance(layer, SpectralLayer) and layer.is_initialized and layer.device != key_states.device:
                     layer.device = key_states.device
                     layer.prefetch()
@@ -118,14 +122,19 @@ class BlockCache(DynamicCache):
         self.broken = f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
         raise QuantCacheError(self.broken)
 
+    def _follows_text(self, index: int, layer: Any) -> bool:
+        """Whether a layer gets keys and values of every token of the text."""
+        return isinstance(layer, DynamicLayer) and index not in self.foreign
+
     def _check_lengths(self, layer: DynamicLayer, index: int, count: int) -> None:
         """Refuse an update that finds some layers ahead of others: each forward pass brings every layer its tokens."""
         if self.broken is not None:
             raise QuantCacheError(self.broken)
-        first = next(i for i, each in enumerate(self.layers) if isinstance(each, DynamicLayer))
+        first = next(i for i, each in enumerate(self.layers) if self._follows_text(i, each))
         cause = "because a forward pass was interrupted or another thread is in one"
         if index == first:
-            held = {e.get_seq_length() for e in self.layers if isinstance(e, DynamicLayer) and e.is_initialized}
+            followers: list[Any] = [each for i, each in enumerate(self.layers) if self._follows_text(i, each)]
+            held = {each.get_seq_length() for each in followers if each.is_initialized}
             if len(held) > 1:
                 self._break(f"some layers hold {min(held)} tokens and others {max(held)}, {cause}")
             return
@@ -143,7 +152,7 @@ class BlockCache(DynamicCache):
         Raises:
             QuantCacheError: A layer of transformers' own cannot go back; ``reset()`` is what is left.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+        layers: list[Any] = [layer for i, layer in enumerate(self.layers) if self._follows_text(i, layer)]
         lengths = [layer.get_seq_length() for layer in layers]
         keep = min(lengths)
         if not keep:
@@ -256,12 +265,12 @@ class SpectralCache(BlockCache):
         if not isinstance(calibration, Calibration):
             raise TypeError(f"SpectralCache needs a Calibration, got {type(calibration).__name__}")
         if config is not None:
-            compat.require_decoder(config)
+            cache_layout.compressible_layers(config)
             calibration.check_compatible(config)
         if bits is not None or key_bits != "joint" or value_bits != "joint" or min_bits is not None:
             calibration = calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits or 0)
         super().__init__(
-            config or compat.config_from_cache_config(calibration.metadata.cache_config),
+            config or cache_layout.config_from_cache_config(calibration.metadata.cache_config),
             lambda index: calibrated_codecs(calibration, index),
             sink_length,
             residual_length,
@@ -341,6 +350,7 @@ class SpectralCache(BlockCache):
             elif getattr(old, "is_initialized", False) and old.get_seq_length():
                 layer.update(old.keys.detach(), old.values.detach())
                 layer.finish()
+                copy_beside(layer, old)
         return new
 
     def save(self, path: str | Path, model: PreTrainedModel | None = None) -> None:

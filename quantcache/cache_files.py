@@ -27,6 +27,7 @@ from quantcache.artifact_files import TensorReader
 from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.layer import Span, SpectralLayer
+from quantcache.mixed_layers import MIXED
 from quantcache.packing import BLOCK
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES, LayerCalibration, Rate
@@ -124,12 +125,12 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
     layers = []
     for index, layer in enumerate(cache.layers):
         entry: dict[str, Any] = {"kind": type(layer).__name__}
-        if isinstance(layer, SpectralLayer):
+        if isinstance(layer, SpectralLayer) and not isinstance(layer, MIXED):
             held = layer.get_seq_length() > 0
             tensors |= _layer_tensors(layer, calibration, index) if held else {}
             entry |= _describe(layer) if held else {"tokens": 0}
         else:
-            state = compat.stock_layer_state(layer)
+            state = None if isinstance(layer, MIXED) else compat.stock_layer_state(layer)
             if state is None:
                 raise QuantCacheError(f"layer {index} is a {entry['kind']}, which cannot be written to a file")
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in state.tensors.items()}

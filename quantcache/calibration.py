@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.allocation import check_rate
 from quantcache.ambient import standard_settings
 from quantcache.artifact import (
@@ -25,7 +25,7 @@ from quantcache.artifact import (
     Metadata,
     SideBits,
 )
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.errors import QuantCacheError
 from quantcache.passages import sketch
 from quantcache.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.rope import Rope
@@ -90,11 +90,8 @@ def calibrate(
     for own in (bits_per_element, key_bits, value_bits):
         if own is not None and own != "joint":
             check_rate(own, min_bits)
-    compat.require_decoder(model.config)
     settings = codec or CodecSettings()
-    layers = compat.full_attention_layers(model.config)
-    if not layers:
-        raise UnsupportedModel(f"{type(model).__name__} has no full-attention layer, so its cache does not grow")
+    layers = cache_layout.compressible_layers(model.config)
     sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -122,7 +119,7 @@ def calibrate(
             "revision": getattr(model.config, "_commit_hash", None),
             "model_type": model.config.model_type,
         },
-        cache_config=compat.cache_config(model.config),
+        cache_config=cache_layout.cache_config(model.config),
         recipe={
             "metric": metric,
             "tokens": sum(s.numel() for s in sequences),

@@ -34,3 +34,7 @@ class HubError(ArtifactError):
 
 class UnsupportedModel(QuantCacheError):
     """The model, or a way of using it, is outside what quantcache can compress correctly."""
+
+
+class NothingToCompress(UnsupportedModel):
+    """No layer of the model's cache grows with the text in a way that quantcache can compress."""

@@ -33,7 +33,7 @@ TOP_LEVEL = (
 TIERS = (
     ("ambient", "errors", "registration", "jsonfile", "linalg", "packing", "rope", "spectral", "codebook", "data"),
     ("schema", "store", "guards", "index"),
-    ("allocation", "compat", "card", "passages", "hub"),
+    ("allocation", "compat", "cache_layout", "card", "passages", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
     ("codec",),
@@ -41,6 +41,7 @@ TIERS = (
     ("backends",),
     ("attention",),
     ("layer",),
+    ("mixed_layers",),
     ("cache_files", "calibrated_codecs"),
     ("cache", "probe", "statistics", "self_calibration"),
     ("yardstick",),

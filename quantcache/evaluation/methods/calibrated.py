@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from quantcache import compat
+from quantcache import cache_layout
 from quantcache.allocation import Group, allocate
 from quantcache.codebook import lloyd_max
 from quantcache.evaluation.methods.base import (
@@ -119,13 +119,13 @@ def oscar_codec(layer: LayerMoments, side: str, bits: int, device: torch.device 
 
 def our_rates(config: PreTrainedConfig) -> tuple[float, ...]:
     """Bits per element of ours at its usual rates, gains included: what a method of any rate is compared at."""
-    _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
+    _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
     return tuple(bits + GAIN_BITS / dim for bits in (2, 2.5, 3, 4))
 
 
 def matched_ranks(config: PreTrainedConfig) -> tuple[float, ...]:
     """The smallest ranks that store at least as much as ours."""
-    _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
+    _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
     return tuple(dict.fromkeys(float(math.ceil(dim * bits / 16)) for bits in our_rates(config)))
 
 
