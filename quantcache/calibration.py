@@ -25,6 +25,7 @@ from quantcache.artifact import (
     SideBits,
 )
 from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.identity import FINGERPRINT, fingerprint
 from quantcache.passages import sketch
 from quantcache.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.rope import Rope
@@ -119,6 +120,7 @@ def calibrate(
             "id": public_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
             "model_type": model.config.model_type,
+            FINGERPRINT: fingerprint(model),
         },
         cache_config=compat.cache_config(model.config),
         recipe={

@@ -30,3 +30,7 @@ class HubError(ArtifactError):
 
 class UnsupportedModel(QuantCacheError):
     """The model, or a way of using it, is outside what quantcache can compress correctly."""
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration fits a model's geometry, but was made for another model."""

@@ -89,6 +89,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "two threads, two caches, one model",
         "two threads, one cache",
         "calibration files: fuzz",
+        "calibration files: hostile values",
+        "a calibration of another model",
         "saved caches: fuzz",
     ),
     "Long haul": (

@@ -34,7 +34,7 @@ TIERS = (
     ("errors", "registration", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
     ("schema", "store", "guards", "index"),
     ("allocation", "compat", "card", "passages", "hub"),
-    ("artifact_files", "accounting"),
+    ("artifact_files", "artifact_checks", "accounting", "identity"),
     ("artifact",),
     ("codec",),
     ("lazy", "online_softmax", "distortion"),

@@ -79,7 +79,7 @@ def analyze(
             f"{model.config.model_type} is an encoder: it has no cache that a calibration could serve"
         )
     if calibration is not None:
-        calibration.check_compatible(model.config)
+        calibration.check_compatible(model)
         check_overlap(calibration, text, text_name)
     sequences = _sequences(model, tokenizer, text, max_tokens, seq_len)
     notes: list[str] = []

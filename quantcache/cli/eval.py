@@ -127,7 +127,7 @@ def evaluate(
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded, tokenizer = load_model(model, revision=revision, **loading)
         if constants is not None:
-            constants.check_compatible(loaded.config)
+            constants.check_compatible(loaded)
         quantized = None if weights is None else quantize_weights(loaded, weights)
         limit = position_limit(loaded)
         contexts = contexts or (min(CONTEXT, limit or CONTEXT),)

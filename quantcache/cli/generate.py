@@ -60,7 +60,7 @@ def generate(
         )
         cache = SpectralCache(
             constants,
-            loaded.config,
+            model=loaded,
             bits=bits,
             sink_length=sinks,
             residual_length=residual,
