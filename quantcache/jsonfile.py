@@ -90,9 +90,15 @@ def to_json(data: Any) -> str:
         data: The result.
 
     Returns:
-        Indented JSON.
+        Indented JSON; characters that a terminal would obey, and halves of characters, are escaped.
     """
-    return json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+    return "\n".join("".join(map(_escaped, line)) if not line.isprintable() else line for line in text.split("\n"))
+
+
+def _escaped(char: str) -> str:
+    """A character inside JSON; line feeds of the layout are not among them."""
+    return char if char.isprintable() else json.dumps(char)[1:-1]
 
 
 def finite(data: Any) -> Any:

@@ -31,7 +31,7 @@ TOP_LEVEL = (
 )
 
 TIERS = (
-    ("errors", "registration", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
+    ("errors", "registration", "jsonfile", "plaintext", "packing", "rope", "spectral", "codebook", "data"),
     ("schema", "store", "guards", "index"),
     ("allocation", "compat", "card", "passages", "hub"),
     ("artifact_files", "artifact_checks", "accounting", "identity"),
