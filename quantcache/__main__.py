@@ -20,6 +20,18 @@ def leave_at_once(number: int, frame: Any) -> None:
     os._exit(INTERRUPTED)
 
 
+class Interrupted:
+    """Whether Ctrl-C was pressed: imports that it breaks into raise something else in place of KeyboardInterrupt."""
+
+    seen = False
+
+
+def unwind(number: int, frame: Any) -> NoReturn:
+    """Handle Ctrl-C while there may be something to be cleared away."""
+    Interrupted.seen = True
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Let Ctrl-C unwind the stack inside the context, so that half-written files are cleared away.
@@ -32,7 +44,7 @@ def interruptible() -> Iterator[None]:
         yield
         return
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, unwind)
         yield
     finally:
         signal.signal(signal.SIGINT, leave_at_once)

@@ -91,6 +91,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "calibration files: fuzz",
         "calibration files: hostile values",
         "a calibration of another model",
+        "command line: streams, Ctrl-C, hostile text",
+        "recipes and indexes that are hard to parse",
         "saved caches: fuzz",
     ),
     "Long haul": (

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from quantcache.__main__ import INTERRUPTED
+from quantcache.__main__ import INTERRUPTED, Interrupted
 from quantcache.cli.terminal import Shown, print_result, report, writing_stdout
 from quantcache.cli.terminal import report_error as report_error  # verbs find it here
 from quantcache.errors import HubError, QuantCacheError, UnsupportedModel
@@ -89,6 +89,9 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
         report_error(str(error) or "interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
+        if Interrupted.seen:
+            report_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
         if debug or isinstance(error, typer.Exit):
             raise
         report_error(describe(error))
