@@ -25,6 +25,7 @@ from quantcache.allocation import allocate_layers, check_rate
 from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME, from_files, to_files
 from quantcache.card import render_card
 from quantcache.errors import ArtifactError, CalibrationMismatch
+from quantcache.identity import check_identity
 from quantcache.index import bundled_index, find_entry, read_index
 from quantcache.rope import Frame, Rope
 from quantcache.schema import (
@@ -143,19 +144,21 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
     # ------------------------------------------------------------- compatibility
 
-    def check_compatible(self, config: PreTrainedConfig) -> None:
-        """Refuse a model of another geometry.
+    def check_compatible(self, model: PreTrainedModel | PreTrainedConfig, *, strict: bool = False) -> None:
+        """Refuse a model of another geometry, and warn of one with other weights, another rotation or name.
 
         Args:
-            config: The model's config.
+            model: The model, or its config where no weights can be compared.
+            strict: Refuse whatever would be warned of.
 
         Raises:
             CalibrationMismatch: Number of layers, key/value heads, head dimension or layer types differ.
         """
-        theirs = cache_layout.cache_config(config)
+        theirs = cache_layout.cache_config(model if isinstance(model, PreTrainedConfig) else model.config)
         for name, ours in self.metadata.cache_config.items():
             if name in theirs and theirs[name] != ours:
                 raise CalibrationMismatch(f"calibration has {name} {ours!r}, the model has {theirs[name]!r}")
+        check_identity(self.layers, self.metadata, model, strict)
 
     @classmethod
     def synthetic(cls, config: PreTrainedConfig, bits: float = 3.0, seed: int = 0) -> Calibration:
@@ -381,7 +384,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             entry.check(path)
         calibration = cls(*from_files(*paths))
         if not isinstance(model, str):
-            calibration.check_compatible(model.config)
+            calibration.check_compatible(model)
         return calibration
 
 

@@ -17,6 +17,7 @@ from quantcache import backends, cache_files, cache_layout, compat
 from quantcache.accounting import CacheMemory, measure
 from quantcache.ambient import default_device
 from quantcache.artifact import Calibration
+from quantcache.artifact_checks import stand_in_config
 from quantcache.attention import register_attention
 from quantcache.backends import Backend
 from quantcache.calibrated_codecs import calibrated_codecs
@@ -235,6 +236,8 @@ class SpectralCache(BlockCache):
     Args:
         calibration: The model's calibration.
         config: The model's config; without it the cache's layers follow from the calibration alone.
+        model: The model itself, in place of its config: its weights are compared with those calibrated, too.
+        strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
         bits: Mean code width in bits, if another than the calibration's.
         key_bits: A rate of the keys' own, or None to leave keys dense.
         value_bits: A rate of the values' own, or None to leave values dense.
@@ -261,16 +264,19 @@ class SpectralCache(BlockCache):
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
         backend: Backend = "auto",
+        model: PreTrainedModel | None = None,
+        strict: bool = False,
     ):
         if not isinstance(calibration, Calibration):
             raise TypeError(f"SpectralCache needs a Calibration, got {type(calibration).__name__}")
+        config = config if model is None else model.config
         if config is not None:
             cache_layout.compressible_layers(config)
-            calibration.check_compatible(config)
+            calibration.check_compatible(config if model is None else model, strict=strict)
         if bits is not None or key_bits != "joint" or value_bits != "joint" or min_bits is not None:
             calibration = calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits or 0)
         super().__init__(
-            config or cache_layout.config_from_cache_config(calibration.metadata.cache_config),
+            config or stand_in_config(calibration.metadata.cache_config),
             lambda index: calibrated_codecs(calibration, index),
             sink_length,
             residual_length,
@@ -301,13 +307,14 @@ class SpectralCache(BlockCache):
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
             subfolder: Folder inside the repository.
-            kwargs: Arguments of :class:`SpectralCache`, such as ``bits`` or ``residual_length``.
+            kwargs: Arguments of :class:`SpectralCache`, such as ``model``, ``bits`` or ``residual_length``.
 
         Returns:
             An empty cache.
 
         Raises:
             ArtifactError: The artifact is missing or malformed.
+            CalibrationMismatch: It is for another geometry, or with ``strict`` for another model.
         """
         calibration = Calibration.from_pretrained(
             pretrained_model_name_or_path,
@@ -398,10 +405,11 @@ class SpectralCache(BlockCache):
         description = cache_files.read_description(path)
         cache = cls(
             cache_files.calibration_at(description, calibration, path),
-            config if model is None else model.config,
+            config,
             sink_length=description["sink_length"],
             residual_length=description["residual_length"],
             backend=backend,
+            model=model,
         )
         assert cache.calibration is not None
         if model is not None:

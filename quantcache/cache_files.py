@@ -23,9 +23,11 @@ from transformers import Cache, PreTrainedModel
 
 from quantcache import compat
 from quantcache.artifact import Calibration
+from quantcache.artifact_checks import check_header
 from quantcache.artifact_files import TensorReader
 from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
+from quantcache.jsonfile import parse_json
 from quantcache.layer import Span, SpectralLayer
 from quantcache.mixed_layers import MIXED
 from quantcache.packing import BLOCK
@@ -208,10 +210,11 @@ def read_description(path: Path) -> dict[str, Any]:
         ArtifactError: The file cannot be read, or is something else.
     """
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(DESCRIPTION, "null")
-        description = json.loads(text)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        description = parse_json(text)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ArtifactError(f"{path} is no saved cache: its header has no {FORMAT!r} description")
@@ -349,8 +352,8 @@ def _read_spectral(
     state: dict[str, Any] = {"starts": None, "settled": entry.get("settled") is True, "tails": {}, "sinks": {}}
     if entry.get("padded") is True:
         state["starts"] = reader.read(f"{prefix}.starts", (rows,), torch.int64)
-        if bool((state["starts"] < 0).any()):
-            raise ArtifactError(f"{reader.path}: {prefix}.starts has negative values")
+        if bool(((state["starts"] < 0) | (state["starts"] > entry["tokens"])).any()):
+            raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
     stores = {side: BlockStore() for side in SIDES}
     for place, side in enumerate(SIDES):
         codec, dtype = codecs[side], _dtype(reader, entry, place)

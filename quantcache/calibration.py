@@ -26,6 +26,7 @@ from quantcache.artifact import (
     SideBits,
 )
 from quantcache.errors import QuantCacheError
+from quantcache.identity import FINGERPRINT, fingerprint
 from quantcache.passages import sketch
 from quantcache.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.rope import Rope
@@ -118,6 +119,7 @@ def calibrate(
             "id": public_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
             "model_type": model.config.model_type,
+            FINGERPRINT: fingerprint(model),
         },
         cache_config=cache_layout.cache_config(model.config),
         recipe={
@@ -245,6 +247,8 @@ def _gather(
     def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         if index not in ropes:
             return None
+        for side, tensor in zip(SIDES, (keys, values), strict=True):
+            require_finite(tensor, f"{side}s of layer {index}")
         if index not in statistics:
             statistics[index] = LayerStatistics(index, ropes[index], keys, values, settings)
         added = []
@@ -262,6 +266,7 @@ def _gather(
     if metric == "fisher":
         with torch.enable_grad():
             logits = run(model, sequence, cache).logits
+            require_finite(logits, "logits")
             sampled_loss(logits, generator).backward()
         for (index, side), leaf in leaves.items():
             if leaf.grad is not None:
@@ -273,10 +278,28 @@ def _gather(
                 statistics[index].add_queries(query, generator)
 
         with torch.no_grad(), recorded_queries(model, on_query):
-            run(model, sequence, cache)
+            require_finite(run(model, sequence, cache).logits, "logits")
     else:
         with torch.no_grad():
-            run(model, sequence, cache)
+            require_finite(run(model, sequence, cache).logits, "logits")
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Refuse what nothing can be learnt from.
+
+    Args:
+        tensor: What a model computed, tokens second to last.
+        what: What to call it.
+
+    Raises:
+        QuantCacheError: It has NaN or infinite values.
+    """
+    tensor = tensor.detach()
+    if not bool(torch.isfinite(tensor).all()):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
+        raise QuantCacheError(
+            f"the model cannot be calibrated in {str(tensor.dtype).removeprefix('torch.')}: {what} have {kind} values"
+        )
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -366,7 +366,7 @@ def stock_layer_shapes(layer: Any, numbers: dict[str, Any], where: str) -> dict[
         or not all(isinstance(shape, list) and len(shape) == 4 for shape in shapes)
         or not all(type(size) is int and size >= 0 for shape in shapes for size in shape)
         or type(tokens) is not int
-        or not shapes[0][2] == shapes[1][2] <= tokens
+        or not shapes[0][2] == shapes[1][2] <= tokens < 1 << 40
     ):
         raise ArtifactError(f"{where} has shapes {shapes!r} for {tokens!r} tokens")
     return {"keys": tuple(shapes[0]), "values": tuple(shapes[1])}

@@ -119,7 +119,7 @@ def enable(
         model: The model.
         calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
-        options: Arguments of :class:`SpectralCache`, such as ``bits`` or ``residual_length``.
+        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
 
     Raises:
         CalibrationMismatch: The calibration is for another geometry.
@@ -160,7 +160,7 @@ def enabled(
         model: The model.
         calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
-        options: Arguments of :class:`SpectralCache`, such as ``bits`` or ``residual_length``.
+        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
 
     Yields:
         The model.
@@ -195,8 +195,8 @@ def _cache_maker(
     if calibration is None:
         return SpectralCache.self_calibrating(model, **options).fork
     if isinstance(calibration, Calibration):
-        return SpectralCache(calibration, model.config, **options).fork
-    return SpectralCache.from_pretrained(calibration, config=model.config, **options).fork
+        return SpectralCache(calibration, model=model, **options).fork
+    return SpectralCache.from_pretrained(calibration, model=model, **options).fork
 
 
 def _find(model: PreTrainedModel) -> _Generate | None:

@@ -38,3 +38,7 @@ class UnsupportedModel(QuantCacheError):
 
 class NothingToCompress(UnsupportedModel):
     """No layer of the model's cache grows with the text in a way that quantcache can compress."""
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration fits a model's geometry, but was made for another model."""

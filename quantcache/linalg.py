@@ -139,15 +139,15 @@ def qr(matrices: Tensor, name: str = "QR") -> tuple[Tensor, Tensor]:
     return orthogonal, triangular
 
 
-def condition(matrices: Tensor, name: str = "condition number") -> Tensor:
-    """Ratios of the largest to the smallest singular value; infinite for a singular matrix.
+def singular_values(matrices: Tensor, name: str = "singular values") -> Tensor:
+    """Singular values, descending; the last is zero for a singular matrix.
 
     Args:
         matrices: ``[..., D, D]``.
         name: What they are, for messages.
 
     Returns:
-        ``[...]``.
+        ``[..., D]``.
 
     Raises:
         QuantCacheError: The singular values are wrong.
@@ -156,8 +156,7 @@ def condition(matrices: Tensor, name: str = "condition number") -> Tensor:
     size = matrices.norm(dim=(-2, -1))
     off = (values.norm(dim=-1) - size).abs() / size.clamp_min(torch.finfo(matrices.dtype).tiny)
     _require(off, matrices.dtype, name, "Σ s² = ‖A‖²")
-    ratio: Tensor = values[..., 0] / values[..., -1]
-    return torch.where(values[..., -1] > 0, ratio, torch.full_like(ratio, float("inf")))
+    return values
 
 
 def _skew(vectors: Tensor) -> Tensor:

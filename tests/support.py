@@ -110,6 +110,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         "two threads, one cache",
         "a linear algebra library that returns wrong results",
         "calibration files: fuzz",
+        "calibration files: hostile values",
+        "a calibration of another model",
+        "command line: streams, Ctrl-C, hostile text",
+        "recipes and indexes that are hard to parse",
         "saved caches: fuzz",
     ),
     "Long haul": (

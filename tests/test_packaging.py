@@ -31,10 +31,22 @@ TOP_LEVEL = (
 )
 
 TIERS = (
-    ("ambient", "errors", "registration", "jsonfile", "linalg", "packing", "rope", "spectral", "codebook", "data"),
+    (
+        "ambient",
+        "errors",
+        "registration",
+        "jsonfile",
+        "linalg",
+        "plaintext",
+        "packing",
+        "rope",
+        "spectral",
+        "codebook",
+        "data",
+    ),
     ("schema", "store", "guards", "index"),
     ("allocation", "compat", "cache_layout", "card", "passages", "hub"),
-    ("artifact_files", "accounting"),
+    ("artifact_files", "artifact_checks", "accounting", "identity"),
     ("artifact",),
     ("codec",),
     ("lazy", "online_softmax", "distortion"),

@@ -81,7 +81,7 @@ def analyze(
             f"{model.config.model_type} is an encoder: it has no cache that a calibration could serve"
         )
     if calibration is not None:
-        calibration.check_compatible(model.config)
+        calibration.check_compatible(model)
         check_overlap(calibration, text, text_name)
     sequences = _sequences(model, tokenizer, text, max_tokens, seq_len)
     notes: list[str] = []
@@ -117,6 +117,8 @@ def analyze(
                 task = bar.add_task("encoding samples", total=len(RATES) * len(samples))
                 grades = grade(calibration, samples, places, RATES, lambda: bar.advance(task))
                 divergences = _divergences(model, calibration, sequences[-1][0] if verify else None, bar)
+    if getattr(tokenizer, "chat_template", None):
+        notes.append("The text was read as plain text, without the model's chat template.")
     notes += _notes(model, encoder, layers, targets, gathered, divergences)
     text_config = model.config.get_text_config(decoder=True)
     return Report(

@@ -25,6 +25,7 @@ from quantcache.export.absorption import (
     value_map,
 )
 from quantcache.export.projections import Projection, Projections, TensorInfo, find_projections
+from quantcache.identity import without_projections
 from quantcache.rope import Frame
 
 ABSORBED = "absorbed"
@@ -174,7 +175,8 @@ def absorbed_calibration(
         layers[index] = replace(layer, key=keys, value=absorbed_values(layer.value, maps[index].values, basis))
     mean = "weights" if all(p.takes_mean for p in projections.values()) else "cache"
     recipe = {**calibration.metadata.recipe, ABSORBED: {"basis": basis, "value_mean": mean}}
-    return Calibration(layers, replace(calibration.metadata, recipe=recipe))
+    base_model = without_projections(calibration.metadata.base_model)
+    return Calibration(layers, replace(calibration.metadata, base_model=base_model, recipe=recipe))
 
 
 @torch.no_grad()

@@ -379,6 +379,10 @@ def _notes(config: PreTrainedConfig, demand: Demand, geometry: Geometry, limit: 
         f"Activations are estimated for prompts fed {demand.chunk:,} tokens at a time "
         "(generate's prefill_chunk_size) and attention that keeps no scores.",
     ]
+    notes.append(
+        "Fidelity was measured on plain text unless its record says otherwise; for prompts in a chat template measure "
+        "with quantcache eval --chat."
+    )
     if geometry.basis == "declared":
         notes.append(
             "Heads and dimensions are those that the config declares: the model cannot be run without weights."
