@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "quantcache"
 
 TIERS = (
-    ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
+    ("errors", "jsonfile", "packing", "padding", "rope", "spectral", "codebook", "data"),
     ("schema", "store", "guards", "index"),
     ("allocation", "compat", "card", "passages", "hub"),
     ("artifact_files", "accounting"),
