@@ -43,7 +43,8 @@ class CacheMemory:
         sinks: First tokens in the model's dtype.
         residual: Recent tokens in the model's dtype.
         dense: Layers and sides that are not compressed.
-        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack) and row starts.
+        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack), row starts, and of padded rows
+            what is known of padding and positions.
         slack: Allocated but unused.
         constants: The calibration's constants on the layers' devices, shared by all caches of the model.
         encoded_elements: Elements that codes and gains stand for.
@@ -411,19 +412,21 @@ def measure(cache: Cache) -> CacheMemory:
                 if name == "simulated":  # a fake-quantized rival: counted at the size its codes would take
                     sizes["codes"] += round(store.count * BLOCK * per_token * bits / 8)
                 else:
-                    sizes[name] += size
+                    sizes["bookkeeping" if name == "shifts" else name] += size
                     sizes["slack"] += store.slack(name)
             sizes["residual"] += tail.untyped_storage().nbytes()
             if side in layer.sinks:
                 sizes["sinks"] += layer.sinks[side].untyped_storage().nbytes()
+            if side in layer.leads:
+                sizes["sinks"] += layer.leads[side].untyped_storage().nbytes()
             if side in layer.codecs:
                 constants.update({t.data_ptr(): t for t in layer.codecs[side].tensors() if t.numel()})
         above, below = layer.saturated_gains()
         gains_above, gains_below = gains_above + above, gains_below + below
         places = layer.places
         sizes["bookkeeping"] += sum(places.nbytes().values()) + sum(places.slack(name) for name in places.buffers)
-        if layer.starts is not None:
-            sizes["bookkeeping"] += layer.starts.nbytes
+        told = (layer.starts, layer.origins, layer.trail)
+        sizes["bookkeeping"] += sum(each.untyped_storage().nbytes() for each in told if each is not None)
     return CacheMemory(
         tokens=tokens,
         **sizes,

@@ -90,7 +90,6 @@ def spectral_attention_forward(
     # Decoders that know eager attention only may not say that they are causal: what comes from a cache is.
     cached = isinstance(key, LazyKV)
     causal = (cached or getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    padding_mask = attention_mask
     if kwargs.get("indices") is not None:
         attention_mask = _selected(kwargs["indices"], attention_mask, key.shape[2], causal)
     softcap = guards.fitting_softcap(softcap)
@@ -111,7 +110,7 @@ def spectral_attention_forward(
     else:
         output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
     if view is not None:
-        view.layer.finish(padding_mask)
+        view.layer.finish()
     return output, None
 
 
@@ -226,6 +225,7 @@ def spectral_attention(
         total <= CODE_QUERIES
         and isinstance(view.key.codec, SpectralCodec)
         and isinstance(view.value.codec, SpectralCodec)
+        and not view.shifted
     )
     if on_codes:
         output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux)
@@ -258,6 +258,12 @@ def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> N
     valid = None if view.starts is None else slots < view.encoded_end
     raw = matmul(rows.query, keys.float().transpose(-1, -2))
     softmax.accumulate(matmul(softmax.add(rows.scores_at(raw, slots, valid)), values.float()))
+    if view.key.lead is None or view.value.lead is None or view.starts is None:
+        return
+    slots = torch.arange(keys.shape[2], dtype=torch.int64, device=keys.device)[None]
+    raw = matmul(rows.query, view.key.lead.float().transpose(-1, -2))
+    weights = softmax.add(rows.scores_at(raw, slots, slots < view.starts[:, None]))
+    softmax.accumulate(matmul(weights, view.value.lead.float()))
 
 
 def _attend_tail(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
@@ -276,7 +282,8 @@ def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) 
     valid = None
     if view.starts is not None:
         assert view.key.sinks is not None
-        valid = slots >= view.starts[:, None] + view.key.sinks.shape[2]
+        behind = slots - view.starts[:, None]
+        valid = (behind < 0) | (behind >= view.key.sinks.shape[2])
     if view.cut:
         inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK))[None]
         valid = inside if valid is None else valid & inside
@@ -290,10 +297,10 @@ def _attend_decoded(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) ->
     backend = view.layer.backend
     for first, last in view.tiles(TILE_BLOCKS):
         places = view.places[first:last]
-        keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.starts, backend)
+        keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.frames, backend)
         scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
         weights = softmax.add(scores)
-        values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.starts, backend)
+        values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.frames, backend)
         softmax.accumulate(matmul(weights, values))
 
 
@@ -304,7 +311,7 @@ def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> N
     assert isinstance(values, SpectralCodec)
     for first, last in view.tiles(TILE_BLOCKS):
         places = view.places[first:last]
-        raw = code_scores(rows.query, keys, view.key.store.slice(first, last), places, view.starts)
+        raw = code_scores(rows.query, keys, view.key.store.slice(first, last), places, view.frames)
         weights = softmax.add(_tile_scores(rows, view, places, raw))
         coefficients = values.dequantize(view.value.store.slice(first, last))  # [n, B, H, D, 64]
         per_block = weights.unflatten(-1, (last - first, BLOCK)).permute(3, 0, 1, 2, 4)  # [n, B, H, R, 64]

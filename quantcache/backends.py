@@ -20,6 +20,7 @@ from quantcache.codec import SideCodec, SpectralCodec, dequantize_gain
 from quantcache.errors import QuantCacheError
 from quantcache.lazy import CacheView
 from quantcache.packing import MAX_WIDTH
+from quantcache.padding import shows_padding
 from quantcache_kernels import cpu
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
         codec: The side's codec.
         x: ``[B, H, n * 64, D]``.
         places: The blocks' places, ``[n, 3]``.
-        starts: Left padding of every row, ``[B]``, or None.
+        starts: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ.
         backend: Which implementation is wanted.
 
     Returns:
         The codec's fields, ``[n, B, ...]`` each.
     """
+    if starts is not None and starts.ndim == 2:
+        return codec.encode(x, places, starts)
     if isinstance(codec, SpectralCodec) and _native_takes(x, backend):
         codes, gains = cpu.encode(x, _native_constants(codec), places, starts)
         return {"codes": codes, "gains": gains}
@@ -69,7 +72,7 @@ def decode(
     Returns:
         ``[B, H, n * 64, D]`` float32, slots beyond a block's valid length included.
     """
-    if isinstance(codec, SpectralCodec) and _triton_takes(fields["codes"], backend, codec):
+    if isinstance(codec, SpectralCodec) and "shifts" not in fields and _triton_takes(fields["codes"], backend, codec):
         return _triton_decode(codec, fields, places, starts)
     return codec.decode(fields, places, starts).float()
 
@@ -111,6 +114,10 @@ def attend_view(
         problem = "the mask is not boolean, differs between heads or does not cover the cache"
     elif s_aux is not None and s_aux.requires_grad and torch.is_grad_enabled():
         problem = "gradients are wanted"
+    elif view.shifted or view.origins is not None:
+        problem = "the positions of some row are not its slots behind its padding"
+    elif shows_padding(mask, view.starts, view.length):
+        problem = "some query looks at padding"
     if problem is None and mask is not None:
         mask = mask.expand(-1, -1, query.shape[2], -1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling

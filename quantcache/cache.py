@@ -25,6 +25,7 @@ from quantcache.errors import CalibrationMismatch, QuantCacheError
 from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
 from quantcache.lazy import LazyKV
 from quantcache.mixed_layers import copy_beside, spectral_layer
+from quantcache.padding import Arrivals
 from quantcache.schema import SideBits
 
 __all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
@@ -66,6 +67,8 @@ class BlockCache(DynamicCache):
                 arguments = (*codecs_of(index), sink_length, residual_length, backend, index)
                 self.layers[index] = spectral_layer(layer, *arguments)
         self.broken: str | None = None
+        self.announced: tuple[Tensor | None, Tensor | None] | None = None  # 2D mask and positions of the next pass
+        self.arrivals: tuple[int, int, Arrivals] | None = None  # T and Tnew of this pass, and what those say
         self.updating: int  # the thread inside update(), while there is one
 
     @property
@@ -98,6 +101,8 @@ class BlockCache(DynamicCache):
             self._break("two threads use it at once")
         try:
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            if isinstance(layer, SpectralLayer):
+                kwargs["arrivals"] = self._arrivals(layer, key_states)
             if isinstance(layer, DynamicLayer):
                 if layer_idx not in self.foreign:
                     self._check_lengths(layer, layer_idx, key_states.shape[2])
@@ -115,8 +120,22 @@ class BlockCache(DynamicCache):
 
     @torch.compiler.disable
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Length and offset of a mask; see DynamicCache."""
+        """Length and offset of a mask; see DynamicCache. Whoever asks is about to say which tokens are padding."""
+        told = compat.mask_arguments()
+        if told is not None:
+            self.announced = told
         return super().get_mask_sizes(*args, **kwargs)
+
+    def _arrivals(self, layer: SpectralLayer, keys: Tensor) -> Arrivals | None:
+        """What the present pass says of a layer's new tokens; None where it has said nothing."""
+        sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
+        if self.announced is not None:
+            (mask, positions), self.announced = self.announced, None
+            fits = all(each is None or each.shape[0] in (1, keys.shape[0]) for each in (mask, positions))
+            self.arrivals = (*sizes, Arrivals.of(mask, positions, *sizes)) if fits else None
+        elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
+            self.arrivals = None
+        return self.arrivals[2] if self.arrivals is not None and self.arrivals[:2] == sizes else None
 
     def _break(self, reason: str) -> NoReturn:
         """Refuse to go on until somebody has put the cache in order."""
@@ -176,7 +195,7 @@ class BlockCache(DynamicCache):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.broken = None
+        self.broken = self.announced = self.arrivals = None
 
     def fork(self) -> Self:
         """A cache of the same tokens that shares the encoded blocks: of one prefix, as many as are wanted.
@@ -328,7 +347,13 @@ class SpectralCache(BlockCache):
 
     @classmethod
     def from_dynamic_cache(
-        cls, cache: DynamicCache, calibration: Calibration, config: PreTrainedConfig | None = None, **kwargs: Any
+        cls,
+        cache: DynamicCache,
+        calibration: Calibration,
+        config: PreTrainedConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> SpectralCache:
         """Compress a cache that transformers filled.
 
@@ -336,6 +361,7 @@ class SpectralCache(BlockCache):
             cache: A DynamicCache; it is left as it is.
             calibration: The model's calibration.
             config: The model's config.
+            attention_mask: The mask its tokens came with, ``[B, T]``, where rows are padded: says where they begin.
             kwargs: Arguments of :class:`SpectralCache`.
 
         Returns:
@@ -355,7 +381,9 @@ class SpectralCache(BlockCache):
             if not isinstance(layer, SpectralLayer):
                 new.layers[index] = copy.deepcopy(old)
             elif getattr(old, "is_initialized", False) and old.get_seq_length():
-                layer.update(old.keys.detach(), old.values.detach())
+                length = old.get_seq_length()
+                told = Arrivals.of(attention_mask, None, length, length)
+                layer.update(old.keys.detach(), old.values.detach(), arrivals=told)
                 layer.finish()
                 copy_beside(layer, old)
         return new

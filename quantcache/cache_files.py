@@ -31,12 +31,13 @@ from quantcache.jsonfile import parse_json
 from quantcache.layer import Span, SpectralLayer
 from quantcache.mixed_layers import MIXED
 from quantcache.packing import BLOCK
+from quantcache.padding import Grid
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES, LayerCalibration, Rate
 from quantcache.store import BlockStore
 
 FORMAT = "quantcache-cache"
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
 
@@ -170,13 +171,16 @@ def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")
     prefix = f"layers.{index}"
-    found = {} if layer.starts is None else {f"{prefix}.starts": layer.starts}
+    told = {"starts": layer.starts, "origins": layer.origins, "trail": layer.trail}
+    found = {f"{prefix}.{name}": tensor for name, tensor in told.items() if tensor is not None}
     if layer.spans:
         found[f"{prefix}.places"] = layer.places.buffers["places"][: layer.places.count]
     for side in SIDES:
         found[f"{prefix}.{side}.tail"] = layer.tails[side]
         if layer.spans:
             found[f"{prefix}.{side}.sinks"] = layer.sinks[side]
+            if side in layer.leads:
+                found[f"{prefix}.{side}.lead"] = layer.leads[side]
             fields = layer.stores[side].slice(0, layer.stores[side].count)
             found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in fields.items()}
     return found
@@ -190,7 +194,9 @@ def _describe(layer: SpectralLayer) -> dict[str, Any]:
         "tail": layer.tails["key"].shape[2],
         "dtypes": [str(layer.tails[side].dtype) for side in SIDES],
         "padded": layer.starts is not None,
-        "settled": layer.settled,
+        "displaced": layer.origins is not None,
+        "shifted": "shifts" in layer.stores["key"].buffers,
+        "trail": layer.trail is not None,
     }
 
 
@@ -348,12 +354,16 @@ def _read_spectral(
         side: torch.zeros(rows, heads, 0, dim, dtype=torch.float32, device="cpu")
         for side, (heads, dim) in sizes.items()
     }
-    codecs = layer.make_codecs(torch.device("cpu"), empty, None)
-    state: dict[str, Any] = {"starts": None, "settled": entry.get("settled") is True, "tails": {}, "sinks": {}}
-    if entry.get("padded") is True:
-        state["starts"] = reader.read(f"{prefix}.starts", (rows,), torch.int64)
-        if bool(((state["starts"] < 0) | (state["starts"] > entry["tokens"])).any()):
-            raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
+    codecs = layer.make_codecs(torch.device("cpu"), empty, Grid())
+    state: dict[str, Any] = {"tails": {}, "sinks": {}, "leads": {}}
+    padded = entry.get("padded") is True
+    for name, there in (("starts", padded), ("origins", entry.get("displaced") is True)):
+        state[name] = reader.read(f"{prefix}.{name}", (rows,), torch.int64) if there else None
+    if padded and bool(((state["starts"] < 0) | (state["starts"] > entry["tokens"])).any()):
+        raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
+    state["trail"] = None
+    if entry.get("trail") is True:
+        state["trail"] = reader.read(f"{prefix}.trail", (rows, 2, tail), torch.int32)
     stores = {side: BlockStore() for side in SIDES}
     for place, side in enumerate(SIDES):
         codec, dtype = codecs[side], _dtype(reader, entry, place)
@@ -362,7 +372,11 @@ def _read_spectral(
         if blocks:
             sinks = (rows, heads, layer.sink_length, dim)
             state["sinks"][side] = reader.read(f"{prefix}.{side}.sinks", sinks, dtype)
+            if padded:
+                state["leads"][side] = reader.read(f"{prefix}.{side}.lead", sinks, dtype)
             fields = _field_shapes(codec, (blocks, rows, heads, dim), dtype)
+            if side == "key" and entry.get("shifted") is True:
+                fields["shifts"] = ((blocks, rows, BLOCK), torch.int32)
             stores[side] = BlockStore(
                 blocks, {name: reader.read(f"{prefix}.{side}.{name}", *expected) for name, expected in fields.items()}
             )

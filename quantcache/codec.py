@@ -48,7 +48,8 @@ class SideCodec(Protocol):
     """What a cache layer needs of a codec.
 
     ``places`` says where n blocks lie: ``[n, 3]`` int32, each row the slot of the block's first token, how many of its
-    tokens are valid (64 unless a crop cut it), and the slot of its anchor. Fields have a leading block dimension.
+    tokens are valid (64 unless a crop cut it), and the slot of its anchor. ``starts`` is what is to be taken from a
+    slot for its position, by row ``[B]``. Fields have a leading block dimension.
     """
 
     bits: float | None
@@ -211,14 +212,16 @@ class SpectralCodec:
         Args:
             x: ``[B, H, n * 64, D]`` as the model caches them.
             places: The blocks' places, ``[n, 3]``.
-            starts: Left padding of every row, ``[B]``, or None.
+            starts: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ, to be
+                kept as the field ``shifts``.
 
         Returns:
             ``codes`` ``[n, B, W]`` int32 and ``gains`` ``[n, B, H, 64]`` uint8.
         """
+        shifts = starts.split(BLOCK, dim=1) if starts is not None and starts.ndim == 2 else [starts] * len(places)
         blocks = [
-            self.encode_block(block.contiguous(), place, starts)
-            for block, place in zip(x.split(BLOCK, dim=2), places.split(1), strict=True)
+            self.encode_block(block.contiguous(), place, shift)
+            for block, place, shift in zip(x.split(BLOCK, dim=2), places.split(1), shifts, strict=True)
         ]
         codes, gains = zip(*blocks, strict=True)
         return {"codes": torch.stack(codes), "gains": torch.stack(gains)}
@@ -359,9 +362,9 @@ class SpectralCodec:
         """Decode blocks to the vectors the model cached.
 
         Args:
-            fields: ``codes`` ``[n, B, W]`` and ``gains`` ``[n, B, H, 64]``.
+            fields: ``codes`` ``[n, B, W]``, ``gains`` ``[n, B, H, 64]`` and maybe ``shifts`` ``[n, B, 64]``.
             places: The blocks' places, ``[n, 3]``.
-            starts: Left padding of every row, ``[B]``, or None.
+            starts: Left padding of every row, ``[B]``, or None; not looked at where there are shifts.
 
         Returns:
             ``[B, H, n * 64, D]`` float32 (slots beyond a block's valid length included).
@@ -370,6 +373,8 @@ class SpectralCodec:
         framed = framed.permute(1, 2, 0, 3, 4).flatten(2, 3)
         if self.frame.is_identity:
             return framed
+        if "shifts" in fields:
+            starts = fields["shifts"].transpose(0, 1).flatten(1)
         positions, anchors = block_positions(places, starts)
         return self.frame.leave(framed, positions[:, None], anchors[:, None])
 
@@ -420,11 +425,11 @@ def block_positions(places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tens
 
     Args:
         places: ``[n, 3]``.
-        starts: Left padding of every row, ``[B]``, or None.
+        starts: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ.
 
     Returns:
         Two int64 tensors ``[B or 1, n * 64]``.
     """
     slots, anchors = block_slots(places), places[:, 2].long().repeat_interleave(BLOCK)
-    shift = slots.new_zeros(1, 1) if starts is None else starts[:, None]
+    shift = slots.new_zeros(1, 1) if starts is None else starts if starts.ndim == 2 else starts[:, None]
     return slots - shift, anchors - shift

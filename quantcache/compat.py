@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,28 @@ def model_revision(model: PreTrainedModel) -> str | None:
         The commit; None for a model from a folder.
     """
     return getattr(model.config, "_commit_hash", None)
+
+
+def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """The 2D mask and the positions of the forward pass that is just asking a cache for the sizes of its mask.
+
+    transformers tells a cache how many tokens come, never which of them are padding, and most attention functions see
+    neither that nor positions. But the one function that prepares masks, for every attention implementation, asks the
+    cache first: its arguments are read from the call stack. A custom 4D mask never gets there.
+
+    Returns:
+        ``attention_mask`` ``[B, T]`` and ``position_ids``, either may be None; None if somebody else is asking.
+    """
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame.f_code.co_name == "_preprocess_mask_arguments":
+            mask, positions = (frame.f_locals.get(name) for name in ("attention_mask", "position_ids"))
+            plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
+            return (mask if plain else None, positions) if plain or mask is None else None
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
 
 
 def tokens_to_remove(argument: int, length: int) -> int:

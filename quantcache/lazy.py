@@ -21,6 +21,7 @@ from quantcache.ambient import without_autocast
 from quantcache.codec import SideCodec, block_slots
 from quantcache.errors import QuantCacheError
 from quantcache.packing import BLOCK
+from quantcache.padding import Grid
 from quantcache.store import BlockStore
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ class SideView:
         store: Encoded blocks.
         sinks: First valid tokens of every row, ``[B, H, S, D]``; None before the first block.
         tail: Everything behind the last block, the new tokens last, ``[B, H, t, D]``.
+        lead: Tokens of the slots before the first block, ``[B, H, S, D]``; None where these are the sinks.
     """
 
     codec: SideCodec | None
     store: BlockStore
     sinks: Tensor | None
     tail: Tensor
+    lead: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -60,7 +63,8 @@ class CacheView:
         places: Places of the n encoded blocks, ``[n, 3]`` int32 (see ``SideCodec``).
         encoded_end: Slot behind the last encoded token; 0 before the first block.
         cut: Whether some block is not full.
-        starts: Left padding of every row, ``[B]``, or None.
+        starts: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0. It hides nothing.
+        origins: Slot at which every row's positions count from zero, ``[B]``; None where that is its start.
     """
 
     layer: SpectralLayer
@@ -70,6 +74,7 @@ class CacheView:
     encoded_end: int
     cut: bool
     starts: Tensor | None
+    origins: Tensor | None = None
     touched: set[str] = field(default_factory=set)
 
     def side(self, name: str) -> SideView:
@@ -85,6 +90,16 @@ class CacheView:
     def length(self) -> int:
         """Tokens in the view, T."""
         return self.encoded_end + self.key.tail.shape[2]
+
+    @property
+    def frames(self) -> Tensor | None:
+        """What is to be taken from a slot for its position, ``[B]``; None for zero."""
+        return Grid(self.starts, self.origins).frames
+
+    @property
+    def shifted(self) -> bool:
+        """Whether tokens of one row differ in what is to be taken from their slots for their positions."""
+        return "shifts" in self.key.store.buffers
 
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""
@@ -112,7 +127,7 @@ class CacheView:
             name: ``"key"`` or ``"value"``.
 
         Returns:
-            ``[B, H, T, D]``; slots of left padding hold finite values that mean nothing.
+            ``[B, H, T, D]``.
         """
         side = self.side(name)
         if not self.num_blocks:
@@ -123,7 +138,7 @@ class CacheView:
         out = side.tail.new_zeros(batch, heads, self.length, dim)
         for first, last in self.tiles(16):
             places = self.places[first:last]
-            decoded = side.codec.decode(side.store.slice(first, last), places, self.starts)
+            decoded = side.codec.decode(side.store.slice(first, last), places, self.frames)
             if out.dtype == torch.float16:  # a token near float16's limit may decode to beyond it
                 decoded = decoded.clamp(-FLOAT16_MAX, FLOAT16_MAX)
             decoded = decoded.to(out.dtype)
@@ -132,6 +147,8 @@ class CacheView:
                 inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK)).nonzero().flatten()
                 slots, decoded = slots[inside], decoded[:, :, inside]
             out.index_copy_(2, slots, decoded)
+        if side.lead is not None:
+            out[:, :, : side.lead.shape[2]] = side.lead
         self._place_sinks(out, side.sinks)
         out[:, :, self.encoded_end :] = side.tail
         return out

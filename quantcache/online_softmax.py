@@ -97,7 +97,9 @@ class QueryRows:
         self.causal = causal and mask is None and place[1] > 1
         self.mask = None
         if mask is not None:
-            mask = mask[:, :, place[0] : place[0] + count, :length]
+            if mask.shape[2] > 1:
+                mask = mask[:, :, place[0] : place[0] + count]
+            mask = mask[..., :length] if mask.shape[3] > 1 else mask.expand(-1, -1, -1, length)
             self.mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, self.groups))
 
     def scores(self, raw: Tensor, first: int, last: int) -> Tensor:

@@ -42,16 +42,17 @@ class LayerStatistics:
         heads, dim = self.moments["value"].sum.shape
         return heads, dim
 
-    def _framed(self, side: str, x: Tensor) -> Tensor:
+    def _framed(self, side: str, x: Tensor, position: int = 0) -> Tensor:
         """Framed vectors of sequences after their sinks: ``[B, H, T, D]`` to ``[H, B * T', D]``."""
         frame = self.frames[side]
         slots = torch.arange(SINK_LENGTH, x.shape[2], dtype=torch.int64, device=frame.order.device)
         x = x.detach()[:, :, SINK_LENGTH:].to(frame.order.device).double()
-        return frame.enter(x, slots, anchor_of(slots, SINK_LENGTH)).transpose(0, 1).flatten(1, 2)
+        anchors = anchor_of(slots, SINK_LENGTH)
+        return frame.enter(x, slots + position, anchors + position).transpose(0, 1).flatten(1, 2)
 
-    def add(self, side: str, x: Tensor) -> None:
-        """Add the vectors of one batch of sequences, ``[B, H, T, D]``."""
-        self.moments[side].add(self._framed(side, x))
+    def add(self, side: str, x: Tensor, position: int = 0) -> None:
+        """Add the vectors of one batch of sequences, ``[B, H, T, D]``, whose first tokens stand at a position."""
+        self.moments[side].add(self._framed(side, x, position))
 
     def add_gradient(self, side: str, gradient: Tensor) -> None:
         """Add the loss gradients at the vectors of one batch, ``[B, H, T, D]``."""

@@ -39,6 +39,7 @@ TIERS = (
         "linalg",
         "plaintext",
         "packing",
+        "padding",
         "rope",
         "spectral",
         "codebook",
