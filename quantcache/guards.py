@@ -8,6 +8,40 @@ from torch import Tensor
 from quantcache.errors import QuantCacheError
 
 
+class Look:
+    """Whether tokens are finite: asked on their device at once, answered when the CPU needs to know.
+
+    Args:
+        tokens: Keys, values or both.
+    """
+
+    def __init__(self, tokens: dict[str, Tensor]) -> None:
+        self._flags: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        if not tokens:
+            return
+        with torch.no_grad():
+            flags = torch.stack([torch.isfinite(tensor).all() for tensor in tokens.values()])
+            if flags.device.type == "cuda":
+                self._flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+                self._flags.copy_(flags, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record(torch.cuda.current_stream(flags.device))
+            else:
+                self._flags = flags
+
+    @staticmethod
+    def pays(device: torch.device) -> bool:
+        """Whether asking early spares a wait."""
+        return device.type == "cuda"
+
+    def finite(self) -> bool:
+        """Whether all tokens are finite; waits for the answer where it is still under way."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._flags is None or all(self._flags.tolist())
+
+
 def require_continuation(index: int | None, side: str, cached: Tensor, new: Tensor) -> None:
     """Refuse tokens that do not continue what is cached.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,32 +16,15 @@ from quantcache.codec import SideCodec
 from quantcache.errors import QuantCacheError
 from quantcache.lazy import CacheView, LazyKV, SideView
 from quantcache.packing import BLOCK
-from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES
-from quantcache.store import BlockStore
+from quantcache.spans import Span, next_spans, places_of
+from quantcache.store import BlockStore, moved
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64
 
-
-@dataclass(frozen=True)
-class Span:
-    """Where one block lies.
-
-    Attributes:
-        start: Slot of the block's first token.
-        length: Tokens of the block that are valid, 1 to 64 (less than 64 only after a crop).
-        anchor: Slot of the block's anchor.
-    """
-
-    start: int
-    length: int
-    anchor: int
-
-    @property
-    def end(self) -> int:
-        """Slot behind the last valid token."""
-        return self.start + self.length
+LOOK_AHEAD = 8
+"""Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
 
 
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Tensor | None], dict[str, SideCodec]]
@@ -83,6 +65,7 @@ class SpectralLayer(DynamicLayer):
     settled: bool  # whether every row has shown a valid token
     cut: bool  # whether a crop has left some block less than full
     pending: bool  # whether new tokens await their reader before they may be encoded
+    look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
 
     def __init__(
         self,
@@ -123,7 +106,7 @@ class SpectralLayer(DynamicLayer):
 
     def _commit(self, **state: Any) -> None:
         """Put a new state in place: one call into C, which no signal handler and no exception can come between."""
-        vars(self).update(state)
+        vars(self).update({"look": None, **state})
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -212,7 +195,7 @@ class SpectralLayer(DynamicLayer):
         if key_states.requires_grad or value_states.requires_grad:
             return self._update_differentiably(new)
         tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
-        self._commit(tails=tails, pending=True)
+        self._commit(tails=tails, pending=True, look=self.look)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
 
@@ -250,7 +233,16 @@ class SpectralLayer(DynamicLayer):
         if due > 0:
             self._encode(lead, due)
         else:
-            self.pending = False
+            self._commit(pending=False, look=self._look_ahead(lead))
+
+    def _look_ahead(self, lead: int) -> guards.Look | None:
+        """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
+        length = self.tails["key"].shape[2] - lead
+        if self.look is not None or not guards.Look.pays(self.device) or length < BLOCK:
+            return self.look
+        if length < BLOCK + self.residual_length - LOOK_AHEAD:
+            return None
+        return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
 
     @torch.no_grad()
     def _encode(self, lead: int, due: int) -> None:
@@ -261,14 +253,17 @@ class SpectralLayer(DynamicLayer):
             due: How many blocks.
         """
         codecs = self.codecs or self.make_codecs(self.device, self.tails, self.starts)
-        spans = self._next_spans(lead, due)
-        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32).to(self.device)
+        spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
+        places = places_of(spans, self.device)
+        due_tokens = {side: tail[:, :, lead : lead + due * BLOCK] for side, tail in self.tails.items()}
+        coded = {side: tokens for side, tokens in due_tokens.items() if codecs[side].bits is not None}
+        look = self.look if self.look is not None and due == 1 else guards.Look(coded)
+        if not look.finite():
+            for side, tokens in coded.items():
+                guards.require_finite(self.index, side, tokens, spans[0].start, self.starts)
         tails, sinks, stores = {}, {}, {}
         for side in SIDES:
-            tail = self.tails[side]
-            encoded = tail[:, :, lead : lead + due * BLOCK]
-            if codecs[side].bits is not None:
-                guards.require_finite(self.index, side, encoded, spans[0].start, self.starts)
+            tail, encoded = self.tails[side], due_tokens[side]
             sinks[side] = self.sinks[side] if self.spans else torch.zeros_like(tail[:, :, :lead])
             if not self.spans:
                 sinks[side] = self._with_sinks(sinks[side], tail[:, :, :lead], 0)
@@ -286,16 +281,6 @@ class SpectralLayer(DynamicLayer):
             tails=tails,
             pending=False,
         )
-
-    def _next_spans(self, lead: int, count: int) -> list[Span]:
-        spans: list[Span] = []
-        previous = self.spans[-1] if self.spans else None
-        for _ in range(count):
-            start = previous.end if previous else lead
-            shared = previous is not None and start + BLOCK <= previous.anchor + ANCHOR_LENGTH
-            previous = Span(start, BLOCK, previous.anchor if shared and previous else start)
-            spans.append(previous)
-        return spans
 
     @torch.no_grad()
     def _settle_starts(self, mask: Tensor) -> None:
@@ -349,7 +334,7 @@ class SpectralLayer(DynamicLayer):
             spans = [span for span in self.spans if span.start < keep]
             last = spans[-1]
             spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32).to(self.device)
+            cut = places_of(spans[-1:], self.device)
             state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
             state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
             state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
@@ -397,10 +382,10 @@ class SpectralLayer(DynamicLayer):
         self.finish()
         self._commit(
             places=self.places.moved(device),
-            starts=None if self.starts is None else self.starts.to(device),
+            starts=None if self.starts is None else moved(self.starts, device),
             stores={side: store.moved(device) for side, store in self.stores.items()},
-            tails={side: tail.to(device, non_blocking=True) for side, tail in self.tails.items()},
-            sinks={side: sinks.to(device, non_blocking=True) for side, sinks in self.sinks.items()},
+            tails={side: moved(tail, device) for side, tail in self.tails.items()},
+            sinks={side: moved(sinks, device) for side, sinks in self.sinks.items()},
         )
 
     def offload(self) -> None:

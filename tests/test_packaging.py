@@ -20,7 +20,7 @@ PACKAGE = ROOT / "quantcache"
 
 TIERS = (
     ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
-    ("schema", "store", "guards", "index"),
+    ("schema", "spans", "store", "guards", "index"),
     ("allocation", "compat", "card", "passages", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
