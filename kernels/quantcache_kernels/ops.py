@@ -52,15 +52,19 @@ class Settings:
 
     Attributes:
         stages: Pipeline stages of the attention kernel; 1 leaves the overlap of loads and work to its many programs.
-        programs_per_processor: Programs, of one warp each, that a multiprocessor is given.
+        programs_per_processor: Programs that a multiprocessor is given.
         least_split: Blocks in a split, at least: below that the merge costs more than the parallelism brings.
         narrow: Whether up to eight rows of queries take a tile of eight where the tensor cores have one.
+        warps: Warps of a program of the attention kernel.
+        registers: How many registers its threads may have, on NVIDIA; None for as many as they want.
     """
 
     stages: int = 1
     programs_per_processor: int = 8
     least_split: int = 4
     narrow: bool = True
+    warps: int = 1
+    registers: int | None = None
 
 
 SETTINGS = Settings()
@@ -395,6 +399,7 @@ def attend(
     has_starts, has_mask, has_softcap = starts is not None, mask is not None, softcap is not None
     starts, mask = none if starts is None else starts, none if mask is None else mask
     sharp = dense[2].dtype == torch.float32
+    limits = {"maxnreg": SETTINGS.registers} if SETTINGS.registers and runtime.on_cuda(device) else {}
     with launch_on(device):
         query_rows = power_of_two(min(rows, 16), 1)
         query_anchors = QUERY_ROWS // query_rows
@@ -417,7 +422,8 @@ def attend(
             WIDE=bool(wide_slow or wide_fast or wide_value),
             KEY_POLYNOMIAL=key_code[3].dtype == torch.float16, VALUE_POLYNOMIAL=value_tables[3].dtype == torch.float16,
             PRECISION="ieee", PAIRED=paired, HAS_STARTS=has_starts, HAS_MASK=has_mask, HAS_SOFTCAP=has_softcap,
-            ALL_VISIBLE=paired and not has_starts and not has_mask, ROWS=tile, num_warps=1, num_stages=SETTINGS.stages,
+            ALL_VISIBLE=paired and not has_starts and not has_mask, ROWS=tile,
+            num_warps=SETTINGS.warps, num_stages=SETTINGS.stages, **limits,
         )  # fmt: skip
         dense_kernel[(heads, batch * -(-rows // 16))](
             query, *dense, starts, mask, near, near_stats,

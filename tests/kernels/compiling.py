@@ -4,7 +4,7 @@ Triton compiles without a GPU if it is told which one to compile for. A stub sta
 once the kernel is compiled, and arguments stay on the CPU: everything else, the wrappers' choice of variants and
 Triton's specialisation of arguments included, is what runs on a GPU. It needs a process without ``TRITON_INTERPRET=1``:
 
-    PYTHONPATH=.:kernels python -m tests.kernels.compiling --target 90 --only llama-8b
+    PYTHONPATH=.:kernels:benchmarks python -m tests.kernels.compiling --target 90 --only llama-8b
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from quantcache import backends
+from quantcache import SpectralCache, backends
 from tests.kernels.cases import ATTENTION, BASE, TRITON, Case, fill
 
 HALF = replace(BASE, dtype=torch.bfloat16, widths=3)
@@ -187,6 +188,32 @@ def compile_cases(names: list[str], capability: int, keys: set[tuple[str, str]] 
     return result
 
 
+def variants_while_decoding(steps: int) -> dict[str, int]:
+    """How many variants of every kernel a model's layers ask for while they decode.
+
+    Args:
+        steps: Decoding steps behind a prefill of 100 tokens; every layer attends and, now and then, encodes.
+
+    Returns:
+        Variants by kernel.
+    """
+    from gpu_run import llama_config
+    from realistic import realistic_calibration
+
+    config = llama_config(layers=4, hidden_size=512, num_attention_heads=4, num_key_value_heads=1)
+    cache = SpectralCache(realistic_calibration(config), config, backend="triton")
+    with stopped_launches(90, lambda *variant: False) as found:
+        for index in range(steps + 1):
+            count = 1 if index else 100
+            for layer in cache.spectral_layers:
+                layer.update(*(torch.zeros(1, 1, count, 128, dtype=torch.bfloat16) for _ in range(2)))
+                if layer.spans:
+                    query = torch.zeros(1, 4, count, 128, dtype=torch.bfloat16)
+                    backends.attend_view(query, layer.snapshot(), None, None, True, None, None)
+                layer.finish()
+    return dict(Counter(kernel for kernel, _, _ in found))
+
+
 def tool(name: str) -> str:
     """A program of NVIDIA's that comes with Triton."""
     import triton
@@ -229,7 +256,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression of case names")
     parser.add_argument("--kernel", default="", help="regular expression of kernel names")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="compile nothing: count variants over this many decoding steps")
     options = parser.parse_args()
+    if options.steps:
+        print(json.dumps(variants_while_decoding(options.steps)))
+        return
     names = [name for name in ATTENTION | GEOMETRIES if re.search(options.only, name)]
     failed = False
     for target in options.target:
