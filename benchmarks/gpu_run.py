@@ -169,13 +169,13 @@ def measure(run: Run, function: Callable[[], object], seconds: float = 0.15) -> 
         A summary of what the GPU takes, with its caches cold: it is kept busy until the CPU has launched everything.
         ``call`` is what a call takes when calls follow each other, the CPU's part included.
     """
-    function()
-    run.wait()
     if run.device.type != "cuda":
         started = time.perf_counter()
         function()
         elapsed = 1e3 * (time.perf_counter() - started)
         return {**quantiles([elapsed]), "call": elapsed}
+    function()
+    run.wait()
     started, calls = time.perf_counter(), 0
     while calls < 3 or (time.perf_counter() - started < seconds / 2 and calls < 200):
         function()

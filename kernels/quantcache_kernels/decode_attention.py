@@ -125,20 +125,21 @@ def attend_kernel(
             fast_of_row = tl.load(fast + P, mask=valid_row[None, :], other=0.0)
             turning = tl.dot(turned, fast_of_row, turning, input_precision=PRECISION)
         scores = tl.zeros((64, ROWS), tl.float32)
-        for t in range(SLOW):
-            place = 16 * t + slot
-            flags = tl.load(key_flags + t)
-            now = interleave_tile(four, two, one)
-            if t + 1 < SLOW:
-                four, two, one = load_tile(keys, key_words, place + 16, KS)
-            if flags != 0:
-                x = unpack(*now, flags, key_factors, place, one_half, KS)
-                if WIDE:
-                    x += second_nibble(keys, key_words, key_factors, place, flags, True, KS)
-                tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL)
-                part = query + row[None, :] * Q + place[:, None]
-                part_of_row = tl.load(part, mask=valid_row[None, :], other=0.0)
-                scores = tl.dot(tile, part_of_row, scores, input_precision=PRECISION)
+        if SLOW > 0:
+            for t in range(SLOW):
+                place = 16 * t + slot
+                flags = tl.load(key_flags + t)
+                now = interleave_tile(four, two, one)
+                if t + 1 < SLOW:
+                    four, two, one = load_tile(keys, key_words, place + 16, KS)
+                if flags != 0:
+                    x = unpack(*now, flags, key_factors, place, one_half, KS)
+                    if WIDE:
+                        x += second_nibble(keys, key_words, key_factors, place, flags, True, KS)
+                    tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL)
+                    part = query + row[None, :] * Q + place[:, None]
+                    part_of_row = tl.load(part, mask=valid_row[None, :], other=0.0)
+                    scores = tl.dot(tile, part_of_row, scores, input_precision=PRECISION)
         coming = load_tile(values, value_words + tables, slot, VS)
         unit = tl.load(scales + query_line * 2 * R + row, mask=valid_row, other=0.0)
         offset = tl.load(scales + query_line * 2 * R + R + row, mask=valid_row, other=0.0)
