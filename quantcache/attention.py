@@ -219,8 +219,7 @@ def spectral_attention(
     guards.require_query(query, view.key.tail)
     mask, s_aux = guards.fitting_mask(mask, query, view.length), guards.fitting_sink_logits(s_aux, query)
     scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
-    outputs = []
-    total = query.shape[2]
+    total, heads = query.shape[2], view.key.tail.shape[1]
     on_codes = (
         total <= CODE_QUERIES
         and isinstance(view.key.codec, SpectralCodec)
@@ -231,21 +230,22 @@ def spectral_attention(
         output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux)
         if output is not None:
             return output
+    parts = []
     for first in range(0, max(total, 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
-        heads = view.key.tail.shape[1]
         rows = QueryRows(part, heads, view.length, mask, scaling, causal, softcap, (first, total))
         softmax = OnlineSoftmax(rows.query, view.value.tail.shape[3])
         if s_aux is not None:
             softmax.add(rows.sink_scores(s_aux))
         _attend_sinks(rows, view, softmax)
-        if on_codes:
-            _attend_codes(rows, view, softmax)
-        else:
-            _attend_decoded(rows, view, softmax)
+        parts.append((rows, softmax))
+    if on_codes:
+        _attend_codes(*parts[0], view)
+    else:
+        _attend_decoded(parts, view)
+    for rows, softmax in parts:
         _attend_tail(rows, view, softmax)
-        outputs.append(rows.to_output(softmax.result(), query.dtype))
-    return torch.cat(outputs, dim=1)
+    return torch.cat([rows.to_output(softmax.result(), query.dtype) for rows, softmax in parts], dim=1)
 
 
 def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
@@ -290,21 +290,21 @@ def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) 
     return rows.scores_at(raw, slots[None], valid)
 
 
-def _attend_decoded(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
-    """Attend on the encoded blocks by decoding one tile at a time."""
+def _attend_decoded(parts: list[tuple[QueryRows, OnlineSoftmax]], view: CacheView) -> None:
+    """Attend on the encoded blocks by decoding one tile at a time, once for all queries."""
     assert view.key.codec is not None
     assert view.value.codec is not None
     backend = view.layer.backend
     for first, last in view.tiles(TILE_BLOCKS):
         places = view.places[first:last]
         keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.frames, backend)
-        scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
-        weights = softmax.add(scores)
         values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.frames, backend)
-        softmax.accumulate(matmul(weights, values))
+        for rows, softmax in parts:
+            scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
+            softmax.accumulate(matmul(softmax.add(scores), values))
 
 
-def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
+def _attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView) -> None:
     """Attend on the encoded blocks without decoding them."""
     keys, values = view.key.codec, view.value.codec
     assert isinstance(keys, SpectralCodec)

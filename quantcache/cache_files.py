@@ -28,12 +28,13 @@ from quantcache.artifact_files import TensorReader
 from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.jsonfile import parse_json
-from quantcache.layer import Span, SpectralLayer
+from quantcache.layer import SpectralLayer
 from quantcache.mixed_layers import MIXED
 from quantcache.packing import BLOCK
 from quantcache.padding import Grid
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES, LayerCalibration, Rate
+from quantcache.spans import Span
 from quantcache.store import BlockStore
 
 FORMAT = "quantcache-cache"

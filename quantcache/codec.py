@@ -317,7 +317,7 @@ class SpectralCodec:
             payload[:, c.words] = pack(flat[:, c.columns], c.width).flatten(1)
         return payload
 
-    def saturated(self, gains: Tensor, places: Tensor, first: Tensor | None) -> tuple[int, int, int]:
+    def saturated(self, gains: Tensor, places: Tensor, first: Tensor | None) -> Tensor:
         """How many gains lie at the ends of what 8 bits can say, among the tokens that are read.
 
         Args:
@@ -327,15 +327,14 @@ class SpectralCodec:
 
         Returns:
             Gains of the largest code, which may have been larger, gains of zero, and all gains, in heads that have
-            codes at all.
+            codes at all, ``[3]``.
         """
         tokens = torch.arange(BLOCK, device=gains.device)
         counted = (tokens < places[:, 1:2])[:, None, None] & self.coded.any(-1).to(gains.device)[:, None]
         if first is not None:
             counted = counted & (places[:, :1] + tokens >= first[:, None, None]).transpose(0, 1)[:, :, None]
         ends = [((gains == code) & counted).sum() for code in (LARGEST_GAIN_CODE, 0)]
-        above, below, count = torch.stack((*ends, counted.expand_as(gains).sum())).tolist()
-        return above, below, count
+        return torch.stack((*ends, counted.expand_as(gains).sum()))
 
     # ------------------------------------------------------------------ decode
 

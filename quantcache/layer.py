@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,15 @@ from quantcache.errors import QuantCacheError, TokensNotFinite
 from quantcache.lazy import CacheView, LazyKV, SideView
 from quantcache.packing import BLOCK
 from quantcache.padding import Arrivals, Grid
-from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES
-from quantcache.store import BlockStore
+from quantcache.spans import Span, next_spans, places_of
+from quantcache.store import BlockStore, moved
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64
+
+LOOK_AHEAD = 8
+"""Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
 
 
 def _with_sinks(sinks: Tensor, chunk: Tensor, starts: Tensor, slot: int) -> Tensor:
@@ -36,26 +38,6 @@ def _with_sinks(sinks: Tensor, chunk: Tensor, starts: Tensor, slot: int) -> Tens
     inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
     index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
     return torch.where(inside, chunk.gather(2, index), sinks)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one block lies.
-
-    Attributes:
-        start: Slot of the block's first token.
-        length: Tokens of the block that are valid, 1 to 64 (less than 64 only after a crop).
-        anchor: Slot of the block's anchor.
-    """
-
-    start: int
-    length: int
-    anchor: int
-
-    @property
-    def end(self) -> int:
-        """Slot behind the last valid token."""
-        return self.start + self.length
 
 
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
@@ -100,6 +82,8 @@ class SpectralLayer(DynamicLayer):
     trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
     cut: bool  # whether a crop has left some block less than full
     pending: bool  # whether new tokens await their reader before they may be encoded
+    gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
+    look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
 
     def __init__(
         self,
@@ -132,6 +116,7 @@ class SpectralLayer(DynamicLayer):
             sinks={},
             tails={},
             leads={},
+            gains={},
             starts=None,
             origins=None,
             trail=None,
@@ -142,7 +127,7 @@ class SpectralLayer(DynamicLayer):
 
     def _commit(self, **state: Any) -> None:
         """Put a new state in place: one call into C, which no signal handler and no exception can come between."""
-        vars(self).update(state)
+        vars(self).update({"look": None, **state})
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -251,7 +236,7 @@ class SpectralLayer(DynamicLayer):
         if key_states.requires_grad or value_states.requires_grad:
             return self._update_differentiably(new, trail)
         tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
-        self._commit(tails=tails, trail=trail, pending=True)
+        self._commit(tails=tails, trail=trail, pending=True, look=self.look)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
 
@@ -288,7 +273,16 @@ class SpectralLayer(DynamicLayer):
         if due > 0:
             self._encode(lead, due)
         else:
-            self.pending = False
+            self._commit(pending=False, look=self._look_ahead(lead))
+
+    def _look_ahead(self, lead: int) -> guards.Look | None:
+        """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
+        length = self.tails["key"].shape[2] - lead
+        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK:
+            return self.look
+        if length < BLOCK + self.residual_length - LOOK_AHEAD:
+            return None
+        return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
 
     def finish_if_finite(self) -> None:
         """Encode what is due, unless it is not finite.
@@ -313,14 +307,18 @@ class SpectralLayer(DynamicLayer):
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
         grid = grid if framed else Grid(grid.starts)
         shifts = self._shifts(grid, lead, count) if framed else None
-        spans = self._next_spans(lead, due)
-        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32, device=self.device)
+        spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
+        places = places_of(spans, self.device)
+        coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
+        look = self.look if self.look is not None and due == 1 else guards.Look(coded)
+        if not look.finite():
+            for side, tokens in coded.items():
+                guards.require_finite(self.index, side, tokens, spans[0].start, grid.starts)
         tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
+        gains: dict[str, guards.Later] = {}
         for side in SIDES:
             tail, store = self.tails[side], self.stores[side]
             encoded = tail[:, :, lead:count]
-            if codecs[side].bits is not None:
-                guards.require_finite(self.index, side, encoded, spans[0].start, grid.starts)
             sinks[side] = self.sinks[side] if self.spans else tail[:, :, :lead].clone()
             if grid.starts is not None:
                 if not self.spans:
@@ -337,10 +335,11 @@ class SpectralLayer(DynamicLayer):
             if frames is not None and frames.ndim == 2:
                 fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
             if isinstance(codec := codecs[side], SpectralCodec):
-                saturated = codec.saturated(fields["gains"], places, self._first_read(grid))
-                guards.warn_of_saturation(self.index, side, *saturated)
+                gains[side] = guards.Later(codec.saturated(fields["gains"], places, self._first_read(grid)))
             stores[side] = store.appended(fields)
             tails[side] = tail[:, :, count:].clone()
+        # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
+        guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
         self._commit(
             starts=grid.starts,
             origins=grid.origins,
@@ -352,6 +351,7 @@ class SpectralLayer(DynamicLayer):
             places=self.places.appended({"places": places}),
             sinks=sinks,
             tails=tails,
+            gains=gains,
             pending=False,
         )
 
@@ -370,19 +370,9 @@ class SpectralLayer(DynamicLayer):
             if isinstance(codec, SpectralCodec) and self.spans:
                 store, places = self.stores[side], self.places
                 gains, where = store.slice(0, store.count)["gains"], places.slice(0, places.count)["places"]
-                found = codec.saturated(gains, where, self._first_read(self.grid))
+                found = codec.saturated(gains, where, self._first_read(self.grid)).tolist()
                 above, below = above + found[0], below + found[1]
         return above, below
-
-    def _next_spans(self, lead: int, count: int) -> list[Span]:
-        spans: list[Span] = []
-        previous = self.spans[-1] if self.spans else None
-        for _ in range(count):
-            start = previous.end if previous else lead
-            shared = previous is not None and start + BLOCK <= previous.anchor + ANCHOR_LENGTH
-            previous = Span(start, BLOCK, previous.anchor if shared and previous else start)
-            spans.append(previous)
-        return spans
 
     def _shifts(self, grid: Grid, first: int, last: int) -> Tensor | None:
         """What is to be taken from the slots of some of the tail for their positions, ``[B, last - first]``.
@@ -450,7 +440,7 @@ class SpectralLayer(DynamicLayer):
             spans = [span for span in self.spans if span.start < keep]
             last = spans[-1]
             spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32, device=self.device)
+            cut = places_of(spans[-1:], self.device)
             state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
             state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
             state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
@@ -501,13 +491,13 @@ class SpectralLayer(DynamicLayer):
         self.finish_if_finite()
         self._commit(
             places=self.places.moved(device),
-            starts=None if self.starts is None else self.starts.to(device),
-            origins=None if self.origins is None else self.origins.to(device),
-            trail=None if self.trail is None else self.trail.to(device),
-            leads={side: lead.to(device, non_blocking=True) for side, lead in self.leads.items()},
+            starts=None if self.starts is None else moved(self.starts, device),
+            origins=None if self.origins is None else moved(self.origins, device),
+            trail=None if self.trail is None else moved(self.trail, device),
+            leads={side: moved(lead, device) for side, lead in self.leads.items()},
             stores={side: store.moved(device) for side, store in self.stores.items()},
-            tails={side: tail.to(device, non_blocking=True) for side, tail in self.tails.items()},
-            sinks={side: sinks.to(device, non_blocking=True) for side, sinks in self.sinks.items()},
+            tails={side: moved(tail, device) for side, tail in self.tails.items()},
+            sinks={side: moved(sinks, device) for side, sinks in self.sinks.items()},
         )
 
     def offload(self) -> None:

@@ -45,7 +45,7 @@ TIERS = (
         "codebook",
         "data",
     ),
-    ("schema", "store", "guards", "index"),
+    ("schema", "spans", "store", "guards", "index"),
     ("allocation", "compat", "cache_layout", "card", "passages", "hub"),
     ("artifact_files", "artifact_checks", "accounting", "identity"),
     ("artifact",),
