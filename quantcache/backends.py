@@ -105,7 +105,7 @@ def attend_view(
         problem = "gradients are wanted"
     elif any(x is None for x in dense):
         return None
-    if problem is None and mask is not None:
+    if problem is None and mask is not None and mask.shape[2] != query.shape[2]:
         mask = mask.expand(-1, -1, query.shape[2], -1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = causal and mask is None and query.shape[2] > 1
