@@ -63,15 +63,19 @@ style: $(STAMP) ## Repair lint and format where that can be done automatically
 test-matrix: $(FLOOR_STAMP) ## Run the tests against the oldest supported transformers (.venv-floor)
 	$(FLOOR_VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
 
-# The parity suite on a library with AddressSanitizer and UndefinedBehaviorSanitizer. Python itself has neither: the
-# run-time library is loaded first, and what Python leaves allocated at its end is not looked for.
-asan: $(STAMP) ## Run the CPU kernels' tests on a build with sanitizers
+# The kernels' tests, then random legal calls from several threads, on a library with AddressSanitizer and
+# UndefinedBehaviorSanitizer. Python itself has neither: the run-time library is loaded first, and what Python leaves
+# allocated at its end is not looked for.
+SANITIZE_SECONDS ?= 180
+SANITIZED = QUANTCACHE_CPU_LIBRARY=$$(echo $(CURDIR)/build/asan/quantcache_kernels/cpu/_native*.so) \
+  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python
+asan: $(STAMP) ## Run the CPU kernels' tests and random calls (SANITIZE_SECONDS=180, recorded) on a build with sanitizers
 	@rm -rf build/asan && mkdir -p build/asan
 	QUANTCACHE_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext --force \
 	  --build-lib build/asan --build-temp build/asan/objects
-	QUANTCACHE_CPU_LIBRARY=$$(echo $(CURDIR)/build/asan/quantcache_kernels/cpu/_native*.so) \
-	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests/kernels -k "native or library" $(ARGS)
+	$(SANITIZED) -m pytest -q tests/kernels -k "not triton" $(ARGS)
+	OMP_NUM_THREADS=2 $(SANITIZED) benchmarks/sanitize.py --seconds $(SANITIZE_SECONDS)
 
 bench-cpu: $(STAMP) ## Time the CPU kernels beside the dense cache (20 minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/cpu_decode.py $(ARGS)

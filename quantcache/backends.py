@@ -118,7 +118,7 @@ def attend_view(
         problem = "the positions of some row are not its slots behind its padding"
     elif shows_padding(mask, view.starts, view.length):
         problem = "some query looks at padding"
-    if problem is None and mask is not None:
+    if problem is None and mask is not None and mask.shape[2] != query.shape[2]:
         mask = mask.expand(-1, -1, query.shape[2], -1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = causal and mask is None and query.shape[2] > 1

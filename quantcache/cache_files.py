@@ -297,7 +297,7 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
         raise ArtifactError(f"{path} describes {found} layers, the model has {len(cache.layers)}")
     try:
         with safe_open(path, framework="pt") as file:
-            reader = TensorReader(file, path)
+            reader = TensorReader(file, path, finite=False)  # a model's tokens may hold anything
             for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
                 _read_layer(reader, layer, entry, index, calibration)
             if reader.unread:

@@ -190,6 +190,8 @@ def fitting_mask(mask: Tensor | None, query: Tensor, length: int) -> Tensor | No
     if mask.device != query.device:
         raise QuantCacheError(f"the attention mask is on {mask.device}, the queries are on {query.device}")
     mask = mask.float() if mask.dtype == torch.float64 else mask
+    if mask.shape == shape and shape[2:] == (count, length):
+        return mask
     return mask.reshape(shape)[..., :length].expand(-1, -1, count, length)
 
 
