@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import LlamaConfig
@@ -104,20 +105,20 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     monkeypatch.setattr(ops, "unavailable", lambda device: None)
     monkeypatch.setattr(runtime, "unavailable", lambda device: None)
     found, asked_in = Looks(), {}
-    init, finite = guards.Look.__init__, guards.Look.finite
+    init, tolist = guards.Later.__init__, guards.Later.tolist
 
-    def asked(self: guards.Look, tokens: Any) -> None:
-        init(self, tokens)
+    def asked(self: guards.Later, numbers: Tensor) -> None:
+        init(self, numbers)
         asked_in[self] = found.step
 
-    def answered(self: guards.Look) -> bool:
+    def answered(self: guards.Later) -> list[Any]:
         found.ages.append(found.step - asked_in[self])
         with torch._C.DisableTorchFunction(), _disable_current_modes():
-            return finite(self)
+            return tolist(self)
 
-    monkeypatch.setattr(guards.Look, "pays", staticmethod(lambda device: True))
-    monkeypatch.setattr(guards.Look, "__init__", asked)
-    monkeypatch.setattr(guards.Look, "finite", answered)
+    monkeypatch.setattr(guards.Later, "pays", staticmethod(lambda device: True))
+    monkeypatch.setattr(guards.Later, "__init__", asked)
+    monkeypatch.setattr(guards.Later, "tolist", answered)
     return found
 
 
