@@ -330,7 +330,10 @@ class SpectralCodec:
             codes at all, ``[3]``.
         """
         tokens = torch.arange(BLOCK, device=gains.device)
-        counted = (tokens < places[:, 1:2])[:, None, None] & self.coded.any(-1).to(gains.device)[:, None]
+        coded = self.coded.any(-1)
+        if coded.device != gains.device:  # blocks that are offloaded
+            coded = coded.to(gains.device)
+        counted = (tokens < places[:, 1:2])[:, None, None] & coded[:, None]
         if first is not None:
             counted = counted & (places[:, :1] + tokens >= first[:, None, None]).transpose(0, 1)[:, :, None]
         ends = [((gains == code) & counted).sum() for code in (LARGEST_GAIN_CODE, 0)]
