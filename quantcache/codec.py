@@ -44,8 +44,8 @@ class SideCodec(Protocol):
     """What a cache layer needs of a codec.
 
     ``places`` says where n blocks lie: ``[n, 3]`` int32, each row the slot of the block's first token, how many of its
-    tokens are valid (64 unless a crop cut it), and the slot of its anchor. ``starts`` is what is to be taken from a slot
-    for its position, by row ``[B]``. Fields have a leading block dimension.
+    tokens are valid (64 unless a crop cut it), and the slot of its anchor. ``starts`` is what is to be taken from a
+    slot for its position, by row ``[B]``. Fields have a leading block dimension.
     """
 
     bits: float | None
