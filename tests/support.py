@@ -23,6 +23,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         "chunked prefill",
         "batches",
         "left-padded batches",
+        "left padding with any attention implementation",
+        "holes in the mask: padding between the turns of a batch",
+        "custom 4D masks, boolean and additive",
+        "a mask that hides what another shows",
         "multi-turn chat on one cache",
         "pipeline and chat template",
         "TextIteratorStreamer",
@@ -49,6 +53,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "layers one by one, early_initialization, properties",
         "pickle, torch.nn.DataParallel",
         "any order of operations, against a model (property test)",
+        "padding, holes and custom masks in any order (property test)",
     ),
     "Models": (
         "RoPE with grouped queries",
