@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, astuple
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +27,11 @@ from quantcache.artifact import Calibration
 from quantcache.artifact_files import TensorReader
 from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
-from quantcache.layer import Span, SpectralLayer
+from quantcache.layer import SpectralLayer
 from quantcache.packing import BLOCK
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES, LayerCalibration, Rate
+from quantcache.spans import Span
 from quantcache.store import BlockStore
 
 FORMAT = "quantcache-cache"
@@ -103,7 +105,13 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 # ---------------------------------------------------------------------- writing
 
 
-def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTrainedModel | None) -> None:
+def write_cache(
+    path: Path,
+    cache: Cache,
+    calibration: Calibration,
+    model: PreTrainedModel | None,
+    unchanged: Callable[[], bool] = lambda: True,
+) -> None:
     """Write a cache, complete or not at all.
 
     Args:
@@ -111,9 +119,11 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
         cache: A SpectralCache.
         calibration: Its calibration.
         model: The model that filled it.
+        unchanged: Says, once all is written, whether the cache still holds what was read.
 
     Raises:
-        QuantCacheError: The cache holds something that cannot be written, or a forward pass was interrupted.
+        QuantCacheError: The cache holds something that cannot be written, a forward pass was interrupted, or another
+            thread has changed the cache in the meantime.
     """
     lengths = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)]
     if len(set(lengths)) > 1:
@@ -157,6 +167,8 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # safetensors may write owner-only files
+        if not unchanged():
+            raise QuantCacheError(f"another thread changed the cache while it was being written to {path}")
         os.replace(temporary, path)
 
 

@@ -30,3 +30,7 @@ class HubError(ArtifactError):
 
 class UnsupportedModel(QuantCacheError):
     """The model, or a way of using it, is outside what quantcache can compress correctly."""
+
+
+class RowError(QuantCacheError, IndexError):
+    """A batch has no such rows."""

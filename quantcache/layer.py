@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,32 +17,14 @@ from quantcache.codec import SideCodec
 from quantcache.errors import QuantCacheError
 from quantcache.lazy import CacheView, LazyKV, SideView
 from quantcache.packing import BLOCK
-from quantcache.rope import ANCHOR_LENGTH
+from quantcache.rows import chosen_rows, repeated_rows
 from quantcache.schema import SIDES
+from quantcache.spans import Span, next_spans
 from quantcache.store import BlockStore
+from quantcache.transaction import commit, frozen
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one block lies.
-
-    Attributes:
-        start: Slot of the block's first token.
-        length: Tokens of the block that are valid, 1 to 64 (less than 64 only after a crop).
-        anchor: Slot of the block's anchor.
-    """
-
-    start: int
-    length: int
-    anchor: int
-
-    @property
-    def end(self) -> int:
-        """Slot behind the last valid token."""
-        return self.start + self.length
 
 
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Tensor | None], dict[str, SideCodec]]
@@ -122,8 +104,8 @@ class SpectralLayer(DynamicLayer):
         )
 
     def _commit(self, **state: Any) -> None:
-        """Put a new state in place: one call into C, which no signal handler and no exception can come between."""
-        vars(self).update(state)
+        """Put a new state in place at once."""
+        commit([self], [state])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -143,7 +125,8 @@ class SpectralLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens cached, T."""
-        return self.encoded_end + (self.tails["key"].shape[2] if self.tails else 0)
+        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
+        return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
 
     @property
     def keys(self) -> Tensor | None:
@@ -173,15 +156,16 @@ class SpectralLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
+        now = frozen(self)
         sides = {
-            side: SideView(self.codecs.get(side), self.stores[side], self.sinks.get(side), self.tails[side])
+            side: SideView(now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side])
             for side in SIDES
         }
-        if self.spans:
-            places = self.places.buffers["places"][: self.places.count]
+        if now.spans:
+            places = now.places.buffers["places"][: now.places.count]
         else:
-            places = torch.zeros(0, 3, dtype=torch.int32, device=self.device)
-        return CacheView(self, sides["key"], sides["value"], places, self.encoded_end, self.cut, self.starts)
+            places = torch.zeros(0, 3, dtype=torch.int32, device=now.device)
+        return CacheView(self, sides["key"], sides["value"], places, now.encoded_end, now.cut, now.starts)
 
     # ------------------------------------------------------------------ append and encode
 
@@ -261,7 +245,7 @@ class SpectralLayer(DynamicLayer):
             due: How many blocks.
         """
         codecs = self.codecs or self.make_codecs(self.device, self.tails, self.starts)
-        spans = self._next_spans(lead, due)
+        spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
         places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32).to(self.device)
         tails, sinks, stores = {}, {}, {}
         for side in SIDES:
@@ -286,16 +270,6 @@ class SpectralLayer(DynamicLayer):
             tails=tails,
             pending=False,
         )
-
-    def _next_spans(self, lead: int, count: int) -> list[Span]:
-        spans: list[Span] = []
-        previous = self.spans[-1] if self.spans else None
-        for _ in range(count):
-            start = previous.end if previous else lead
-            shared = previous is not None and start + BLOCK <= previous.anchor + ANCHOR_LENGTH
-            previous = Span(start, BLOCK, previous.anchor if shared and previous else start)
-            spans.append(previous)
-        return spans
 
     @torch.no_grad()
     def _settle_starts(self, mask: Tensor) -> None:
@@ -368,30 +342,41 @@ class SpectralLayer(DynamicLayer):
             starts=None if self.starts is None else function(self.starts, 0),
         )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Gather rows, for beam search.
 
         Args:
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
-        """
-        self._map_batch(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+        Raises:
+            RowError: There is no such row.
+        """
+        if self.is_initialized:
+            rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
+            self._map_batch(lambda tensor, dim: tensor.index_select(dim, rows))
+
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep some rows.
 
         Args:
-            indices: Row indices, or a boolean mask over rows.
-        """
-        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.reorder_cache(rows)
+            indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+        Raises:
+            RowError: There is no such row.
+        """
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
         """Repeat every row in place.
 
         Args:
-            repeats: How often.
+            repeats: How often; or one number for each row.
+
+        Raises:
+            RowError: A number is negative, or there are not as many as rows.
         """
-        self._map_batch(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
+        if self.is_initialized:
+            self.reorder_cache(repeated_rows(repeats, self.tails["key"].shape[0]))
 
     def _move(self, device: torch.device | str) -> None:
         self.finish()
@@ -419,21 +404,18 @@ class SpectralLayer(DynamicLayer):
         Returns:
             The new layer.
         """
-        self.finish()
-        new = copy.copy(self)
-        new.stores = {side: store.fork() for side, store in self.stores.items()}
-        new.places = self.places.fork()
+        new = frozen(self)
+        new.stores = {side: store.fork() for side, store in new.stores.items()}
+        new.places = new.places.fork()
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
         """Copy what is stored; constants are shared."""
-        self.finish()
-        new = copy.copy(self)
+        new = frozen(self)
         memo[id(self)] = new
-        new.spans = list(self.spans)
-        new.stores = {side: store.copy() for side, store in self.stores.items()}
-        new.places = self.places.copy()
-        new.sinks = {side: tensor.clone() for side, tensor in self.sinks.items()}
-        new.tails = {side: tensor.clone() for side, tensor in self.tails.items()}
-        new.starts = None if self.starts is None else self.starts.clone()
+        new.stores = {side: store.copy() for side, store in new.stores.items()}
+        new.places = new.places.copy()
+        new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
+        new.tails = {side: tensor.clone() for side, tensor in new.tails.items()}
+        new.starts = None if new.starts is None else new.starts.clone()
         return new
