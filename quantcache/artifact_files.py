@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantcache.errors import ArtifactError
 from quantcache.packing import BLOCK, MAX_WIDTH
 from quantcache.rope import ANCHOR_LENGTH, Rope
 from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, Rate, SideBits, SideCalibration
+from quantcache.tensor_file import TensorFile, checksum
+from quantcache.writing import TornFiles
 
 TENSORS_NAME = "calibration.safetensors"
 CONFIG_NAME = "calibration_config.json"
 FORMAT = "quantcache-calibration"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+DIGEST = "digest"
+"""Where both files of an artifact carry the digest of what they held together when they were written."""
 
 
 def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,6 +76,7 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
         "recipe": meta.recipe,
         "environment": meta.environment,
     }
+    config[DIGEST] = checksum(tensors, json.dumps(config, sort_keys=True))
     return tensors, config
 
 
@@ -97,27 +101,25 @@ _KNOWN_KEYS = {
 def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCalibration], Metadata]:
     """Read and check an artifact."""
     config = _read_config(config_path)
-    try:
-        with safe_open(tensors_path, framework="pt") as file:
-            reader = TensorReader(file, tensors_path)
-            ropes = _read_ropes(config, reader)
-            layers = {}
-            for entry in config["layers"]:
-                index = _integer(entry, "index", "layer", 0)
-                if index in layers:
-                    raise ArtifactError(f"{config_path}: layer {index} is listed twice")
-                heads = _integer(entry, "num_key_value_heads", f"layer {index}")
-                rope = ropes[_integer(entry, "rope", f"layer {index}", 0, len(ropes) - 1)]
-                key_dim = _integer(entry, "key_dim", f"layer {index}", max(1, rope.rotary_dim))
-                value_dim = _integer(entry, "value_dim", f"layer {index}")
-                layers[index] = LayerCalibration(
-                    rope,
-                    _read_side(reader, f"layers.{index}.key", heads, key_dim, config["rate"]["key_bits"]),
-                    _read_side(reader, f"layers.{index}.value", heads, value_dim, config["rate"]["value_bits"]),
-                )
-            reader.warn_unknown()
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{tensors_path} cannot be read: {error}") from error
+    with TensorFile(tensors_path) as file:
+        _require_pair(config_path, config.get(DIGEST), tensors_path, file.metadata.get(DIGEST))
+        reader = TensorReader(file, tensors_path)
+        ropes = _read_ropes(config, reader)
+        layers = {}
+        for entry in config["layers"]:
+            index = _integer(entry, "index", "layer", 0)
+            if index in layers:
+                raise ArtifactError(f"{config_path}: layer {index} is listed twice")
+            heads = _integer(entry, "num_key_value_heads", f"layer {index}")
+            rope = ropes[_integer(entry, "rope", f"layer {index}", 0, len(ropes) - 1)]
+            key_dim = _integer(entry, "key_dim", f"layer {index}", max(1, rope.rotary_dim))
+            value_dim = _integer(entry, "value_dim", f"layer {index}")
+            layers[index] = LayerCalibration(
+                rope,
+                _read_side(reader, f"layers.{index}.key", heads, key_dim, config["rate"]["key_bits"]),
+                _read_side(reader, f"layers.{index}.value", heads, value_dim, config["rate"]["value_bits"]),
+            )
+        reader.warn_unknown()
     codec, rate = config["codec"], config["rate"]
     return (
         layers,
@@ -133,6 +135,16 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
             environment=config["environment"],
         ),
     )
+
+
+def _require_pair(config_path: Path, ours: Any, tensors_path: Path, theirs: str | None) -> None:
+    """Refuse the config of one artifact with the tensors of another; those of old versions have no digests."""
+    if ours != theirs:
+        told = [str(digest)[:12] if digest is not None else "no digest" for digest in (ours, theirs)]
+        raise TornFiles(
+            f"{config_path} ({told[0]}) and {tensors_path.name} ({told[1]}) were not written together: one of them is "
+            "another calibration's, or its writer was stopped halfway; save the calibration again"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -153,7 +165,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         missing = known - found.keys()
         if missing:
             raise ArtifactError(f"{path}: {section or 'file'} lacks {', '.join(sorted(missing))}")
-        unknown = found.keys() - known
+        unknown = found.keys() - known - {DIGEST}
         if unknown:
             names = ", ".join(sorted(map(str, unknown)))
             warnings.warn(f"{path}: ignoring unknown {section} keys {names}", stacklevel=4)
@@ -221,7 +233,7 @@ class TensorReader:
         found: Tensors read, by name.
     """
 
-    def __init__(self, file: Any, path: Path):
+    def __init__(self, file: TensorFile, path: Path):
         self.file, self.path = file, path
         self.unread = set(file.keys())
         self.found: dict[str, Tensor] = {}
@@ -243,10 +255,10 @@ class TensorReader:
         if name not in self.unread:
             raise ArtifactError(f"{self.path} lacks the tensor {name}")
         self.unread.discard(name)
-        found = tuple(self.file.get_slice(name).get_shape())
+        found = self.file.shape(name)
         if found != shape:
             raise ArtifactError(f"{self.path}: {name} has shape {list(found)}, expected {list(shape)}")
-        tensor: Tensor = self.file.get_tensor(name)
+        tensor = self.file.read(name)
         if tensor.dtype != dtype:
             raise ArtifactError(f"{self.path}: {name} is {tensor.dtype}, expected {dtype}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -22,6 +22,7 @@ from quantcache.errors import CalibrationMismatch, QuantCacheError
 from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
 from quantcache.lazy import LazyKV
 from quantcache.schema import SideBits
+from quantcache.writing import steadily
 
 __all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
 
@@ -230,7 +231,7 @@ class SpectralCache(BlockCache):
         if self.calibration is None:
             raise QuantCacheError("a self-calibrating cache has no calibration to be read with and cannot be saved")
         seen = self.settled()
-        cache_files.write_cache(Path(path), seen, self.calibration, model, lambda: self.holds(seen.layers))
+        cache_files.write_cache(Path(path), seen.glimpse(), self.calibration, model, lambda: self.holds(seen.layers))
 
     @classmethod
     def load(
@@ -260,6 +261,17 @@ class SpectralCache(BlockCache):
             CalibrationMismatch: It was written with another calibration or model.
         """
         path = Path(path)
+        return steadily([path], lambda: cls._read(path, calibration, model, config, backend))
+
+    @classmethod
+    def _read(
+        cls,
+        path: Path,
+        calibration: Calibration,
+        model: PreTrainedModel | None,
+        config: PreTrainedConfig | None,
+        backend: Backend,
+    ) -> SpectralCache:
         description = cache_files.read_description(path)
         cache = cls(
             cache_files.calibration_at(description, calibration, path),

@@ -163,7 +163,7 @@ class ConsistentCache(DynamicCache):
         """Refuse to begin a forward pass on what another one has left unfinished."""
         last = self.forward_pass
         if last is not None and last.thread != threading.get_ident() and last.outcome is Outcome.RUNNING:
-            self._break("another thread is in a forward pass with it")
+            self._break("another thread is in one of its forward passes")
         reason = self._unsettled(self.layers)
         if reason is not None:
             self._break(reason)
@@ -312,12 +312,21 @@ class ConsistentCache(DynamicCache):
     def _taken(self, take: Callable[[Any], Any]) -> Self:
         """A cache whose layers are made of this one's, as they are at one moment."""
         for _ in range(ATTEMPTS):
+            if any(isinstance(layer, SpectralLayer) and layer.pending for layer in self.layers):
+                self._change(self._finish)
             seen = [frozen(layer) for layer in self.layers]
             self._require_settled(seen)
             new = self._of([take(layer) for layer in seen])
             if self.holds(seen):
                 return new
         raise QuantCacheError("another thread keeps changing the cache: wait until it has returned")
+
+    def _finish(self) -> None:
+        """Encode what is due and has waited for nobody."""
+        self._require_settled(self.layers)
+        for layer in self.layers:
+            if isinstance(layer, SpectralLayer):
+                layer.finish()
 
     def _of(self, layers: list[Any]) -> Self:
         """This cache with other layers, which no forward pass has seen yet."""

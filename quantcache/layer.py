@@ -21,7 +21,7 @@ from quantcache.rows import chosen_rows, repeated_rows
 from quantcache.schema import SIDES
 from quantcache.spans import Span, next_spans
 from quantcache.store import BlockStore
-from quantcache.transaction import commit, frozen
+from quantcache.transaction import commit, glimpse
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64
@@ -156,7 +156,7 @@ class SpectralLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
-        now = frozen(self)
+        now = glimpse(self)
         sides = {
             side: SideView(now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side])
             for side in SIDES
@@ -404,14 +404,16 @@ class SpectralLayer(DynamicLayer):
         Returns:
             The new layer.
         """
-        new = frozen(self)
+        self.finish()
+        new = glimpse(self)
         new.stores = {side: store.fork() for side, store in new.stores.items()}
         new.places = new.places.fork()
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
         """Copy what is stored; constants are shared."""
-        new = frozen(self)
+        self.finish()
+        new = glimpse(self)
         memo[id(self)] = new
         new.stores = {side: store.copy() for side, store in new.stores.items()}
         new.places = new.places.copy()

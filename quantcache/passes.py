@@ -85,24 +85,24 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
     Returns:
         The pass; None where no module was given the cache.
     """
-    call = within = None
-    of_model = False
-    inner: FrameType | None = None
-    for frame in stack(threading.get_ident()):
-        if frame.f_code is _CALL and inner is not None:
+    found: dict[str, Any] | None = None
+    within, of_model = sys._getframe(0), False
+    frame = within.f_back
+    while frame is not None:
+        if frame.f_code is _CALL:
             arguments = frame.f_locals
             if any(value is cache for value in (*arguments["args"], *arguments["kwargs"].values())):
                 is_model = isinstance(arguments["self"], PreTrainedModel)
                 if is_model or not of_model:  # the outermost model; else, such as under torch.compile, any module
-                    call, within, of_model = frame, inner, is_model
-        inner = frame
-    if call is None or within is None:
+                    found, callee, of_model = arguments["kwargs"], within, is_model
+        within, frame = frame, frame.f_back
+    if found is None:
         return None
-    found = ForwardPass(start)
-    mark = _Mark(found, within)
-    found._mark = weakref.ref(mark)
-    call.f_locals["kwargs"][f"quantcache pass {id(cache)}"] = mark
-    return found
+    forward_pass = ForwardPass(start)
+    mark = _Mark(forward_pass, callee)
+    forward_pass._mark = weakref.ref(mark)
+    found[f"quantcache pass {id(cache)}"] = mark
+    return forward_pass
 
 
 def stack(thread: int) -> Iterator[FrameType]:

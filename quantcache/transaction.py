@@ -11,18 +11,31 @@ from typing import Any, TypeVar
 _Object = TypeVar("_Object")
 
 
+def glimpse(thing: _Object) -> _Object:
+    """Another object with the attributes that this one has at one moment.
+
+    Args:
+        thing: A layer, which replaces its attributes and does not write to them.
+
+    Returns:
+        The copy.
+    """
+    new = object.__new__(type(thing))
+    vars(new).update(vars(thing))  # one call into C, which no other thread can come between
+    return new
+
+
 def frozen(thing: _Object) -> _Object:
-    """Another object with the attributes that this one has at one moment, to be read or changed by itself.
+    """Like :func:`glimpse`, of a layer that may write to dicts and lists among its attributes.
 
     Args:
         thing: A layer, which replaces its tensors and does not write to them.
 
     Returns:
-        A copy; dicts and lists among the attributes are copied too, what they hold is not.
+        The copy, to be changed by itself.
     """
-    new = object.__new__(type(thing))
-    state = dict(vars(thing))  # one call into C, which no other thread can come between
-    vars(new).update({n: copy.copy(v) if isinstance(v, dict | list) else v for n, v in state.items()})
+    new = glimpse(thing)
+    vars(new).update({n: copy.copy(v) for n, v in vars(new).items() if isinstance(v, dict | list)})
     return new
 
 
