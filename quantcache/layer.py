@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from quantcache.errors import QuantCacheError, TokensNotFinite
 from quantcache.lazy import CacheView, LazyKV, SideView
 from quantcache.packing import BLOCK
 from quantcache.padding import Arrivals, Grid
+from quantcache.rows import chosen_rows, repeated_rows
 from quantcache.schema import SIDES
 from quantcache.spans import Span, next_spans, places_of
 from quantcache.store import BlockStore, moved
+from quantcache.transaction import commit, glimpse
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64
@@ -126,8 +128,8 @@ class SpectralLayer(DynamicLayer):
         )
 
     def _commit(self, **state: Any) -> None:
-        """Put a new state in place: one call into C, which no signal handler and no exception can come between."""
-        vars(self).update({"look": None, **state})
+        """Put a new state in place at once."""
+        commit([self], [{"look": None, **state}])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -147,7 +149,8 @@ class SpectralLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens cached, T."""
-        return self.encoded_end + (self.tails["key"].shape[2] if self.tails else 0)
+        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
+        return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
 
     @property
     def keys(self) -> Tensor | None:
@@ -177,19 +180,18 @@ class SpectralLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
+        now = glimpse(self)
         sides = {
             side: SideView(
-                self.codecs.get(side), self.stores[side], self.sinks.get(side), self.tails[side], self.leads.get(side)
+                now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side], now.leads.get(side)
             )
             for side in SIDES
         }
-        if self.spans:
-            places = self.places.buffers["places"][: self.places.count]
+        if now.spans:
+            places = now.places.buffers["places"][: now.places.count]
         else:
-            places = torch.zeros(0, 3, dtype=torch.int32, device=self.device)
-        return CacheView(
-            self, sides["key"], sides["value"], places, self.encoded_end, self.cut, self.starts, self.origins
-        )
+            places = torch.zeros(0, 3, dtype=torch.int32, device=now.device)
+        return CacheView(self, sides["key"], sides["value"], places, now.encoded_end, now.cut, now.starts, now.origins)
 
     @property
     def grid(self) -> Grid:
@@ -462,30 +464,41 @@ class SpectralLayer(DynamicLayer):
             trail=None if self.trail is None else function(self.trail, 0),
         )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Gather rows, for beam search.
 
         Args:
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
-        """
-        self._map_batch(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+        Raises:
+            RowError: There is no such row.
+        """
+        if self.is_initialized:
+            rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
+            self._map_batch(lambda tensor, dim: tensor.index_select(dim, rows))
+
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep some rows.
 
         Args:
-            indices: Row indices, or a boolean mask over rows.
-        """
-        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.reorder_cache(rows)
+            indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+        Raises:
+            RowError: There is no such row.
+        """
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
         """Repeat every row in place.
 
         Args:
-            repeats: How often.
+            repeats: How often; or one number for each row.
+
+        Raises:
+            RowError: A number is negative, or there are not as many as rows.
         """
-        self._map_batch(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
+        if self.is_initialized:
+            self.reorder_cache(repeated_rows(repeats, self.tails["key"].shape[0]))
 
     def _move(self, device: torch.device | str) -> None:
         self.finish_if_finite()
@@ -517,23 +530,22 @@ class SpectralLayer(DynamicLayer):
             The new layer.
         """
         self.finish_if_finite()
-        new = copy.copy(self)
-        new.stores = {side: store.fork() for side, store in self.stores.items()}
-        new.places = self.places.fork()
+        new = glimpse(self)
+        new.stores = {side: store.fork() for side, store in new.stores.items()}
+        new.places = new.places.fork()
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
         """Copy what is stored; constants are shared."""
         self.finish_if_finite()
-        new = copy.copy(self)
+        new = glimpse(self)
         memo[id(self)] = new
-        new.spans = list(self.spans)
-        new.stores = {side: store.copy() for side, store in self.stores.items()}
-        new.places = self.places.copy()
-        new.sinks = {side: tensor.clone() for side, tensor in self.sinks.items()}
-        new.tails = {side: tensor.clone() for side, tensor in self.tails.items()}
-        new.leads = {side: tensor.clone() for side, tensor in self.leads.items()}
-        new.starts = None if self.starts is None else self.starts.clone()
-        new.origins = None if self.origins is None else self.origins.clone()
-        new.trail = None if self.trail is None else self.trail.clone()
+        new.stores = {side: store.copy() for side, store in new.stores.items()}
+        new.places = new.places.copy()
+        new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
+        new.tails = {side: tensor.clone() for side, tensor in new.tails.items()}
+        new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
+        new.starts = None if new.starts is None else new.starts.clone()
+        new.origins = None if new.origins is None else new.origins.clone()
+        new.trail = None if new.trail is None else new.trail.clone()
         return new
