@@ -32,7 +32,9 @@ MOST_ELEMENTS = 1 << 27
 MOST_HEADER = 8 << 20
 """Bytes of a safetensors header, which is parsed before anything else is known."""
 
-MOST_MEAN = 1e9
+MOST_MEAN = 1e5
+"""Beyond it float32 rounds scores by more than their differences, and results depend on the order of sums."""
+
 MOST_VARIANCE = 1e18
 LEAST_VARIANCE = 1e-30
 """Of the largest coefficient, where it is not 0: smaller ones vanish in float32."""
