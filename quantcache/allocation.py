@@ -133,7 +133,7 @@ def allocate_layers(
                 for dims in width_groups(layer, member[1], codec):
                     groups.append(Group(float(rows[:, dims].sum()), rows[:, dims].numel()))
                     places.append((member, head, dims))
-            widths[member] = torch.zeros(spectrum.shape, dtype=torch.uint8)
+            widths[member] = torch.zeros(spectrum.shape, dtype=torch.uint8, device="cpu")
         for (member, head, dims), width in zip(places, allocate(groups, bits, rate.min_bits), strict=True):
             widths[member][slice(None) if head < 0 else head, dims] = width
     return {

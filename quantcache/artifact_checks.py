@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from quantcache import compat
+from quantcache import cache_layout, linalg
 from quantcache.allocation import budgets, width_groups
 from quantcache.errors import ArtifactError
 from quantcache.identity import FINGERPRINT, is_fingerprint
@@ -158,7 +158,7 @@ def stand_in_config(attributes: dict[str, Any]) -> PreTrainedConfig:
         ArtifactError: transformers makes no cache of it.
     """
     try:
-        config = compat.config_from_cache_config(attributes)
+        config = cache_layout.config_from_cache_config(attributes)
         DynamicCache(config=config)
     except Exception as error:  # whatever transformers says of values that no model has
         message = f"no cache can be made from the calibration's cache_config ({type(error).__name__}: {error})"
@@ -232,7 +232,7 @@ def check_side(where: str, side: SideCalibration, rope: Rope, fast_wavelength: f
             f"{where}.analysis mixes slow and fast dimensions: it must be block-diagonal over {slow} and "
             f"{side.dim - slow}"
         )
-    singular = torch.stack([torch.linalg.svdvals(matrix) for matrix in analysis])
+    singular = linalg.singular_values(analysis, f"{where}.analysis")
     largest, smallest = singular[:, 0], singular[:, -1]
     condition = largest / smallest  # infinite or NaN where it is singular
     if not bool((condition < MOST_CONDITION).all()):

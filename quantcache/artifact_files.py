@@ -42,7 +42,9 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
     for index, layer in layers_by_index.items():
         if layer.rope not in ropes:
             ropes.append(layer.rope)
-            tensors[f"rope.{len(ropes) - 1}.inv_freq"] = torch.tensor(layer.rope.inv_freq, dtype=torch.float64)
+            tensors[f"rope.{len(ropes) - 1}.inv_freq"] = torch.tensor(
+                layer.rope.inv_freq, dtype=torch.float64, device="cpu"
+            )
         for name in SIDES:
             side = layer.side(name)
             prefix = f"layers.{index}.{name}"
@@ -231,14 +233,15 @@ class TensorReader:
     Args:
         file: The open file.
         path: Its path, for messages.
+        finite: Whether NaN and infinity are refused.
 
     Attributes:
         unread: Names not read yet.
         found: Tensors read, by name.
     """
 
-    def __init__(self, file: Any, path: Path):
-        self.file, self.path = file, path
+    def __init__(self, file: Any, path: Path, finite: bool = True):
+        self.file, self.path, self.finite = file, path, finite
         self.unread = set(file.keys())
         self.found: dict[str, Tensor] = {}
 
@@ -265,7 +268,7 @@ class TensorReader:
         tensor: Tensor = self.file.get_tensor(name)
         if tensor.dtype != dtype:
             raise ArtifactError(f"{self.path}: {name} is {tensor.dtype}, expected {dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if self.finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{self.path}: {name} has NaN or infinite values")
         self.found[name] = tensor
         return tensor

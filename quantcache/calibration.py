@@ -15,8 +15,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.allocation import check_rate
+from quantcache.ambient import standard_settings
 from quantcache.artifact import (
     SIDES,
     Calibration,
@@ -24,7 +25,7 @@ from quantcache.artifact import (
     Metadata,
     SideBits,
 )
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.errors import QuantCacheError
 from quantcache.identity import FINGERPRINT, fingerprint
 from quantcache.passages import sketch
 from quantcache.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
@@ -37,6 +38,7 @@ Metric = Literal["fisher", "query", "identity"]
 
 
 @torch.inference_mode(False)
+@standard_settings()
 def calibrate(
     model: PreTrainedModel,
     data: str | Sequence[str] | Iterable[Tensor],
@@ -89,11 +91,8 @@ def calibrate(
     for own in (bits_per_element, key_bits, value_bits):
         if own is not None and own != "joint":
             check_rate(own, min_bits)
-    compat.require_decoder(model.config)
     settings = codec or CodecSettings()
-    layers = compat.full_attention_layers(model.config)
-    if not layers:
-        raise UnsupportedModel(f"{type(model).__name__} has no full-attention layer, so its cache does not grow")
+    layers = cache_layout.compressible_layers(model.config)
     sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -122,7 +121,7 @@ def calibrate(
             "model_type": model.config.model_type,
             FINGERPRINT: fingerprint(model),
         },
-        cache_config=compat.cache_config(model.config),
+        cache_config=cache_layout.cache_config(model.config),
         recipe={
             "metric": metric,
             "tokens": sum(s.numel() for s in sequences),
@@ -182,7 +181,7 @@ def _sequences(
         if isinstance(item, str):
             texts.append(item)
         else:
-            batch = torch.as_tensor(item).cpu()
+            batch = torch.as_tensor(item, device="cpu")
             batches.append(batch[None] if batch.ndim == 1 else batch)
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
             given += batch.numel()

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from quantcache import compat
+from quantcache import cache_layout
 from quantcache.card import is_repo_id
 from quantcache.errors import CalibrationMismatch, CalibrationWarning
 from quantcache.schema import LayerCalibration, Metadata
@@ -220,7 +220,7 @@ def declared_frequencies(text_config: PreTrainedConfig, layer: int) -> tuple[flo
         if kind in ("dynamic", "longrope"):
             return ()
         if kind in ("default", "llama3"):
-            return compat.rope_from_config(text_config, layer).inv_freq
+            return cache_layout.rope_from_config(text_config, layer).inv_freq
         more = {"layer_type": own} if own else {}
         found: Tensor = ROPE_INIT_FUNCTIONS[kind](text_config, torch.device("cpu"), **more)[0]
         return tuple(found.double().tolist())

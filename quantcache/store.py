@@ -107,6 +107,17 @@ class BlockStore:
         """
         return BlockStore(self.count, {name: function(buffer[: self.count]) for name, buffer in self.buffers.items()})
 
+    def mapped_fields(self, fields: dict[str, Tensor]) -> BlockStore:
+        """A store of as many blocks with other fields.
+
+        Args:
+            fields: The fields, ``[count, B, ...]`` each; copied.
+
+        Returns:
+            The new store.
+        """
+        return BlockStore().appended(fields)
+
     def copy(self) -> BlockStore:
         """An independent copy of the used part."""
         return self.mapped(torch.clone)
@@ -133,5 +144,19 @@ class BlockStore:
         Returns:
             The new store; on the same device it has the same buffers.
         """
-        buffers = {name: buffer.to(device, non_blocking=True) for name, buffer in self.buffers.items()}
-        return BlockStore(self.count, buffers, self.shared)
+        return BlockStore(self.count, {name: moved(b, device) for name, b in self.buffers.items()}, self.shared)
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on another device, whole by the time that anybody can read it.
+
+    Work on a GPU waits for a copy to it by itself. The CPU would not wait for a copy to the CPU.
+
+    Args:
+        tensor: The tensor.
+        device: Where to.
+
+    Returns:
+        A copy; on the same device the tensor itself.
+    """
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")

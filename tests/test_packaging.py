@@ -31,9 +31,22 @@ TOP_LEVEL = (
 )
 
 TIERS = (
-    ("errors", "registration", "jsonfile", "plaintext", "packing", "rope", "spectral", "codebook", "data"),
-    ("schema", "store", "guards", "index"),
-    ("allocation", "compat", "card", "passages", "hub"),
+    (
+        "ambient",
+        "errors",
+        "registration",
+        "jsonfile",
+        "linalg",
+        "plaintext",
+        "packing",
+        "padding",
+        "rope",
+        "spectral",
+        "codebook",
+        "data",
+    ),
+    ("schema", "spans", "store", "guards", "index"),
+    ("allocation", "compat", "cache_layout", "card", "passages", "hub"),
     ("artifact_files", "artifact_checks", "accounting", "identity"),
     ("artifact",),
     ("codec",),
@@ -41,6 +54,7 @@ TIERS = (
     ("backends",),
     ("attention",),
     ("layer",),
+    ("mixed_layers",),
     ("cache_files", "calibrated_codecs"),
     ("cache", "probe", "statistics", "self_calibration"),
     ("yardstick",),

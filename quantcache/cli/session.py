@@ -231,7 +231,7 @@ def load_model(
         ValueError: An argument makes no sense.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     import quantcache  # registers the attention
     from quantcache import compat
@@ -245,8 +245,8 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "auto":
         try:
-            kind = torch.empty(0, device=device).to(torch.float32).device.type
-            torch.zeros(1, device=device).item()
+            kind = torch.empty(0, dtype=torch.float32, device=device).device.type
+            torch.zeros(1, dtype=torch.float32, device=device).item()
         except Exception as error:  # torch has a class of its own for every way a device can be missing
             message = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"device {device!r} cannot be used: {message}") from error
@@ -263,7 +263,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **more)
         encoder = encoders and compat.is_encoder(config)
         try:
-            model = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
+            model = (AutoModel if encoder else compat.auto_class(config)).from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,

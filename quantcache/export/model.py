@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.artifact import Calibration
 from quantcache.errors import CalibrationMismatch, QuantCacheError, UnsupportedModel
 from quantcache.export.absorption import (
@@ -49,7 +49,7 @@ def check(config: PreTrainedConfig, calibration: Calibration, basis: str) -> Non
         raise ValueError(f"basis must be one of {', '.join(BASES)}, got {basis!r}")
     compat.require_decoder(config)
     calibration.check_compatible(config)
-    wanted = compat.full_attention_layers(config)
+    wanted = cache_layout.full_attention_layers(config)
     if list(calibration.layers) != wanted:
         raise CalibrationMismatch(
             f"calibration covers layers {list(calibration.layers)}, the model's full-attention layers are {wanted}"

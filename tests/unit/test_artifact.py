@@ -24,7 +24,7 @@ from torch import Tensor
 
 import quantcache
 import quantcache_kernels
-from quantcache import artifact, compat
+from quantcache import artifact, cache_layout
 from quantcache.artifact import Calibration, CodecSettings
 from quantcache.artifact_files import CONFIG_NAME, SCHEMA_VERSION, TENSORS_NAME
 from quantcache.cache import SpectralCache
@@ -609,7 +609,7 @@ def test_model_of_other_layer_types() -> None:
         calibration.metadata, cache_config={**calibration.metadata.cache_config, "layer_types": ["full_attention"] * 2}
     )
     config = llama_config(DIM, LAYERS, HEADS, layer_types=types, sliding_window=16)
-    assert compat.cache_config(config)["layer_types"] == types
+    assert cache_layout.cache_config(config)["layer_types"] == types
     with pytest.raises(CalibrationMismatch, match=r"layer_types \['full.*the model has \['sliding"):
         Calibration(calibration.layers, metadata).check_compatible(config)
 
