@@ -235,3 +235,17 @@ def test_a_model_that_has_absorbed_its_basis(calibration: Calibration, basis: st
         calibration.check_compatible(rewritten, strict=True)
     with pytest.raises(CalibrationMismatch, match=r"embed_tokens.weight has other weights"):
         own.check_compatible(make(seed=1), strict=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_stand_ins_are_of_their_config(family: Family) -> None:
+    config = family.make().config
+    Calibration.synthetic(config).check_compatible(config, strict=True)
+
+
+@pytest.mark.parametrize("parameters", ROPES.values(), ids=ROPES)
+def test_stand_ins_of_other_rotations(parameters: dict[str, object]) -> None:
+    config = llama_config(32, layers=3, rope_parameters=parameters)
+    Calibration.synthetic(config).check_compatible(config, strict=True)
+    with pytest.raises(CalibrationMismatch, match="radians per token"):
+        Calibration.synthetic(config).check_compatible(llama_config(32, layers=3), strict=True)
