@@ -9,7 +9,7 @@ implementation, and economical with ours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +82,12 @@ class CacheView:
     def length(self) -> int:
         """Tokens in the view, T."""
         return self.encoded_end + self.key.tail.shape[2]
+
+    def first_blocks(self, count: int) -> CacheView:
+        """A view of the first blocks, the sinks and the tail, without padding: a small piece of the work at hand."""
+        spans = self.layer.spans[: min(count, self.num_blocks)]
+        starts = None if self.starts is None else torch.zeros_like(self.starts)
+        return replace(self, places=self.places[: len(spans)], encoded_end=spans[-1].end, starts=starts, touched=set())
 
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""
