@@ -39,11 +39,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from quantcache import backends
 from quantcache.attention import spectral_attention
 from quantcache.env import environment
+from quantcache.kernel_check import check_kernels
 from quantcache.layer import SpectralLayer
 from quantcache.packing import BLOCK
 from quantcache_kernels.runtime import unavailable
 
-PARTS = ("parity", "copy", "attention", "encode", "sweep", "models")
+PARTS = ("parity", "copy", "attention", "encode", "models", "sweep", "check")
+"""All but the last two run unless something else is asked for."""
 
 RUNGS = (
     ("llama-8b", 8, 32_768),
@@ -76,6 +78,7 @@ def main() -> None:
     run = Run(device, options.tiny, time.perf_counter() + 60 * options.minutes, log_path("gpu-decode"))
     print(f"figures: {run.log}", file=sys.stderr, flush=True)
     metrics: dict[str, Any] = {"gpu": gpu_state()}
+    backends.UNTRIED.add(device.type)  # kernels are timed even if they are wrong; parity and "difference" tell
     run.keep("environment", {**environment(), "gpu": metrics["gpu"], "settings": vars(options)})
     parts: dict[str, Callable[[], Any]] = {
         "parity": lambda: parity(run, options),
@@ -83,6 +86,7 @@ def main() -> None:
         "attention": lambda: list(attention(run, options)),
         "encode": lambda: list(encode(run, options)),
         "sweep": lambda: sweep(run, options),
+        "check": lambda: run.keep("check", check_kernels()),
         "models": lambda: [model_part(run, name, options) for name in options.models if run.has_time(name, 60)],
     }
     for name in options.parts:
@@ -124,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
     if options.minutes is None:
         options.minutes = 4.0 if options.quick else 8.5
     if options.parts is None:
-        options.parts = ["parity", "attention"] if options.quick else [p for p in PARTS if p != "sweep"]
+        options.parts = ["parity", "attention"] if options.quick else list(PARTS[:-2])
     if options.sweep and "sweep" not in options.parts:
         options.parts.append("sweep")
     if unknown := set(options.parts) - set(PARTS):

@@ -219,17 +219,37 @@ def spectral_attention(
     guards.require_query(query, view.key.tail)
     mask, s_aux = guards.fitting_mask(mask, query, view.length), guards.fitting_sink_logits(s_aux, query)
     scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
-    total, heads = query.shape[2], view.key.tail.shape[1]
     on_codes = (
-        total <= CODE_QUERIES
+        query.shape[2] <= CODE_QUERIES
         and isinstance(view.key.codec, SpectralCodec)
         and isinstance(view.value.codec, SpectralCodec)
         and not view.shifted
     )
     if on_codes:
-        output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux)
+
+        def beside(small: CacheView, small_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            more = (scaling, causal, softcap, s_aux)
+            plain = plain_attention(query.float(), small, small_mask, *more)
+            return plain, own_precision(query, small, small_mask, *more)
+
+        output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux, beside)
         if output is not None:
             return output
+    return plain_attention(query, view, mask, scaling, causal, softcap, s_aux, on_codes)
+
+
+def plain_attention(
+    query: Tensor,
+    view: CacheView,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    on_codes: bool = True,
+) -> Tensor:
+    """:func:`spectral_attention` in plain torch, on codes or on decoded tiles."""
+    total, heads = query.shape[2], view.key.tail.shape[1]
     parts = []
     for first in range(0, max(total, 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
@@ -246,6 +266,26 @@ def spectral_attention(
     for rows, softmax in parts:
         _attend_tail(rows, view, softmax)
     return torch.cat([rows.to_output(softmax.result(), query.dtype) for rows, softmax in parts], dim=1)
+
+
+def own_precision(
+    query: Tensor,
+    view: CacheView,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """The same attention over decoded tokens in the model's dtype throughout: how far off that dtype makes it."""
+    keys, values = view.dense("key"), view.dense("value")
+    rows = QueryRows(query, keys.shape[1], view.length, mask, scaling, causal, softcap, (0, query.shape[2]))
+    raw = rows.query.to(query.dtype) @ keys.transpose(-1, -2)
+    scores = rows.scores(raw, 0, view.length)
+    if s_aux is not None:
+        scores = torch.cat((scores, rows.sink_scores(s_aux).to(scores.dtype)), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : view.length].to(values.dtype)
+    return rows.to_output(weights @ values, query.dtype)
 
 
 def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:

@@ -259,9 +259,9 @@ class SpectralCodec:
         """
         vectors: Tensor
         if self.is_diagonal:
-            vectors = coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+            vectors = coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).to(coefficients.dtype)
         else:
-            vectors = matmul(coefficients, self.decoder.transpose(-1, -2))
+            vectors = matmul(coefficients, self.decoder.transpose(-1, -2).to(coefficients.dtype))
         return vectors
 
     def encode_block(self, x: Tensor, place: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -360,18 +360,26 @@ class SpectralCodec:
         return scaled
 
     @without_autocast
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(
+        self,
+        fields: dict[str, Tensor],
+        places: Tensor,
+        starts: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Decode blocks to the vectors the model cached.
 
         Args:
             fields: ``codes`` ``[n, B, W]``, ``gains`` ``[n, B, H, 64]`` and maybe ``shifts`` ``[n, B, 64]``.
             places: The blocks' places, ``[n, 3]``.
             starts: Left padding of every row, ``[B]``, or None; not looked at where there are shifts.
+            dtype: What to compute in.
 
         Returns:
-            ``[B, H, n * 64, D]`` float32 (slots beyond a block's valid length included).
+            ``[B, H, n * 64, D]`` (slots beyond a block's valid length included).
         """
-        framed = self.synthesize(self.dequantize(fields).transpose(-1, -2)) + self.mean[:, None]  # [n, B, H, 64, D]
+        coefficients = self.dequantize(fields).transpose(-1, -2).to(dtype)
+        framed = self.synthesize(coefficients) + self.mean[:, None]  # [n, B, H, 64, D]
         framed = framed.permute(1, 2, 0, 3, 4).flatten(2, 3)
         if self.frame.is_identity:
             return framed
