@@ -100,9 +100,8 @@ def main() -> None:
     metrics["not_measured"] = run.skipped
     if isinstance(metrics.get("attention"), list):
         Console(width=None if sys.stdout.isatty() else 200).print(table(metrics["attention"]))
-    commit = os.environ.get("QUANTCACHE_COMMIT")  # where the machine has the files but not the repository
     unquoted = {"commit": None} if options.tiny else None  # never among the results
-    path = write_record("gpu-decode", {**vars(options), "commit_given": commit}, metrics, unquoted)
+    path = write_record("gpu-decode", vars(options), metrics, unquoted)
     if out := os.environ.get("OUT"):
         shutil.copy(path, out)
     print(f"record: {path}", file=sys.stderr)
