@@ -66,5 +66,5 @@ def test_an_offloaded_layer_is_whole() -> None:
     layer.finish()
     with Copies() as copies:
         layer.offload()
-    assert len(copies.seen) == 1 + 1 + 4 + 2 + 2  # places, starts, codes and gains, tails, sinks
+    assert len(copies.seen) == 2 + 4 + 2 + 2 + 2 + 1  # places, starts, codes and gains, tails, sinks, leads, trail
     assert not any(waiting for _, waiting in copies.seen)
