@@ -86,7 +86,9 @@ def spectral_attention_forward(
     for name in ("block_indices", "sinks"):
         if kwargs.get(name) is not None:
             raise UnsupportedModel(f"{type(module).__name__} passes {name}, which spectral attention does not support")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # Decoders that know eager attention only may not say that they are causal: what comes from a cache is.
+    cached = isinstance(key, LazyKV)
+    causal = (cached or getattr(module, "is_causal", True)) if is_causal is None else is_causal
     padding_mask = attention_mask
     if kwargs.get("indices") is not None:
         attention_mask = _selected(kwargs["indices"], attention_mask, key.shape[2], causal)

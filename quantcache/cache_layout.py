@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -305,7 +307,8 @@ def empty_model(config: PreTrainedConfig, attention: str | None = None) -> PreTr
     """
     config = copy.deepcopy(config)
     for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
-        part.pad_token_id = None  # some models would look for padding among tokens that have no values here
+        with contextlib.suppress(StrictDataclassError):  # some configs insist on having one
+            part.pad_token_id = None  # some models would look for padding among tokens that have no values here
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -378,7 +381,7 @@ def cached_shapes(config: PreTrainedConfig) -> dict[int, Shape]:
     """
     layers = full_attention_layers(config)
     text = config.get_text_config(decoder=True)
-    plain = not any(declared(text, name) for name in ("kv_lora_rank", "multi_query"))
+    plain = not any(declared(text, name) for name in ("kv_lora_rank", "multi_query", "global_head_dim"))
     if plain and isinstance(declared(text, "num_attention_heads"), int | list):
         return {index: (kv_geometry(text, index),) * 2 for index in layers}
     traced = traced_layers(config) or []

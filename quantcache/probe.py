@@ -230,13 +230,21 @@ def _probes(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
         yield keys
         keys.clear()
     run(model, tokens.T, RecordingCache(model.config, record))
+    if not keys:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not use the cache it is given: with PEFT's prefix tuning, give the base model a "
+            "SpectralCache.from_dynamic_cache() of the prefix"
+        )
     yield keys
 
 
 def _some_token(model: PreTrainedModel) -> int:
     """A token that is no special token, if the vocabulary has one."""
     text_config = model.config.get_text_config(decoder=True)
-    special = {getattr(text_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special: set[Any] = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(text_config, name, None)
+        special.update(value if isinstance(value, list | tuple) else [value])
     return next(i for i in range(text_config.vocab_size // 2, text_config.vocab_size) if i not in special)
 
 

@@ -232,7 +232,7 @@ def load_model(
         ValueError: An argument makes no sense.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     import quantcache  # registers the attention
     from quantcache import compat
@@ -260,7 +260,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **more)
         encoder = encoders and compat.is_encoder(config)
         try:
-            model = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
+            model = (AutoModel if encoder else compat.auto_class(config)).from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
