@@ -125,7 +125,7 @@ def enable(
         CalibrationMismatch: The calibration is for another geometry.
         UnsupportedModel: The model is an encoder-decoder.
     """
-    setting = _Setting(_cache_maker(model, calibration, options), thread=None)
+    setting = _Setting(_cache_maker(model, calibration, options, 3), thread=None)
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [setting, *(each for each in hook.settings if each.thread is not None)]
@@ -169,7 +169,7 @@ def enabled(
         CalibrationMismatch: The calibration is for another geometry.
         UnsupportedModel: The model is an encoder-decoder.
     """
-    setting = _Setting(_cache_maker(model, calibration, options))
+    setting = _Setting(_cache_maker(model, calibration, options, 4))  # contextlib is between
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [*hook.settings, setting]
@@ -181,13 +181,16 @@ def enabled(
 
 
 def _cache_maker(
-    model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any]
+    model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any], frames: int
 ) -> Callable[[], Cache] | None:
-    """Makes empty caches that share one allocation; bad options are refused here, not in the first request."""
+    """Makes empty caches that share one allocation; bad options are refused here, not in the first request.
+
+    A warning points at the caller, so many frames up.
+    """
     try:
         cache_layout.compressible_layers(model.config)
     except NothingToCompress as reason:
-        warnings.warn(f"nothing is enabled: {reason}", stacklevel=4)
+        warnings.warn(f"nothing is enabled: {reason}", stacklevel=frames)
         return None
     if calibration is None:
         return SpectralCache.self_calibrating(model, **options).fork

@@ -229,11 +229,14 @@ def _probes(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
         run(model, tokens, RecordingCache(model.config, record), position_ids=positions)
         yield keys
         keys.clear()
-    run(model, tokens.T, RecordingCache(model.config, record))
+    try:
+        run(model, tokens.T, RecordingCache(model.config, record))
+    except ValueError as error:  # its own words say what cache it wants
+        raise UnsupportedModel(f"{type(model).__name__} cannot run with a DynamicCache: {error}") from error
     if not keys:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not use the cache it is given: with PEFT's prefix tuning, give the base model a "
-            "SpectralCache.from_dynamic_cache() of the prefix"
+            f"{type(model).__name__} does not use the cache it is given, so there is nothing to compress (with PEFT's "
+            "prefix tuning, give the base model a SpectralCache.from_dynamic_cache() of the prefix)"
         )
     yield keys
 

@@ -90,15 +90,15 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
     layers = []
     layer: Any
     for index, layer in enumerate(stock):
-        holder = layer if traced is None else traced[index]
-        shape = None if compat.is_recurrent(layer) else cache_layout.held_shape(holder)
-        if traced is None and not compat.is_placeholder(layer) and not compat.is_recurrent(layer):
-            shape = (cache_layout.kv_geometry(text, index),) * 2
-        if shape is None or index in foreign:
+        if compat.is_placeholder(layer) or compat.is_recurrent(layer) or index in foreign:
             continue
         grows = compat.is_full_attention(layer)
         if not grows and not compat.is_window(layer):
             raise UnsupportedModel(f"layer {index} is a {type(layer).__name__}, whose bytes cannot be foretold")
+        holder = layer if traced is None else traced[index]
+        shape = (cache_layout.kv_geometry(text, index),) * 2 if traced is None else cache_layout.held_shape(holder)
+        if shape is None:
+            continue
         window = None if grows else layer.sliding_window
         layers.append(LayerSize(SideSize(*shape[0]), SideSize(*shape[1]), grows, window))
         indexer = getattr(holder, "indexer_keys", None)
