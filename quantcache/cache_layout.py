@@ -386,6 +386,9 @@ def cached_shapes(config: PreTrainedConfig) -> dict[int, Shape]:
         return {index: (kv_geometry(text, index),) * 2 for index in layers}
     traced = traced_layers(config) or []
     shapes = {index: shape for index in layers if index < len(traced) and (shape := held_shape(traced[index]))}
+    latent, rotated = (declared(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    if not traced and isinstance(latent, int) and isinstance(rotated, int):
+        shapes = dict.fromkeys(layers, ((1, latent), (1, rotated)))
     if len(shapes) < len(layers):
         missing = [index for index in layers if index not in shapes]
         raise UnsupportedModel(f"the shapes that layers {missing} of a {config.model_type} model cache are not known")

@@ -225,20 +225,22 @@ def _probes(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or PROBE_LENGTH
     positions = torch.arange(min(PROBE_LENGTH, limit))[:, None]
     tokens = torch.full_like(positions, _some_token(model))
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        run(model, tokens, RecordingCache(model.config, record), position_ids=positions)
-        yield keys
+    probes = [(tokens, positions)] if "position_ids" in inspect.signature(model.forward).parameters else []
+    seen = False
+    for token_ids, position_ids in [*probes, (tokens.T, None)]:
         keys.clear()
-    try:
-        run(model, tokens.T, RecordingCache(model.config, record))
-    except ValueError as error:  # its own words say what cache it wants
-        raise UnsupportedModel(f"{type(model).__name__} cannot run with a DynamicCache: {error}") from error
-    if not keys:
+        try:
+            run(model, token_ids, RecordingCache(model.config, record), position_ids=position_ids)
+        except ValueError as error:  # its own words say what cache it wants
+            raise UnsupportedModel(f"{type(model).__name__} cannot run with a DynamicCache: {error}") from error
+        if keys:
+            seen = True
+            yield keys
+    if not seen:
         raise UnsupportedModel(
             f"{type(model).__name__} does not use the cache it is given, so there is nothing to compress (with PEFT's "
             "prefix tuning, give the base model a SpectralCache.from_dynamic_cache() of the prefix)"
         )
-    yield keys
 
 
 def _some_token(model: PreTrainedModel) -> int:
