@@ -86,6 +86,18 @@ def is_recurrent(layer: Any) -> bool:
     return type(layer) is LinearAttentionLayer
 
 
+def is_stateful(layer: Any) -> bool:
+    """Whether a stock cache layer holds recurrent states, alone or beside keys and values.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+
+    Returns:
+        True for anything with a recurrence or a convolution.
+    """
+    return isinstance(layer, LinearAttentionLayer)
+
+
 def is_placeholder(layer: Any) -> bool:
     """Whether a stock cache layer never holds anything.
 

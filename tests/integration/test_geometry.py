@@ -409,6 +409,13 @@ def test_a_config_without_a_cache_is_refused_with_transformers_reason() -> None:
 # ---------------------------------------------------------------------- probing
 
 
+@pytest.mark.parametrize(
+    ("name", "rotary_dim"), [("gemma4", 32), ("falcon-h1", 16), ("falcon-multi-query", 16), ("deepseek-v2", 0)]
+)
+def test_rotations_are_those_of_what_is_cached(name: str, rotary_dim: int) -> None:
+    assert {layer.rope.rotary_dim for layer in calibration_of(name).layers.values()} == {rotary_dim}
+
+
 @pytest.mark.parametrize("special", [[1, 128, 129], 128, None])
 def test_probing_takes_any_form_of_special_tokens(special: Any) -> None:
     model = BY_NAME["llama"].make(attention="sdpa")
