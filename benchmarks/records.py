@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -38,11 +39,7 @@ class Run:
     """
 
     def __init__(self, suite: str, settings: dict[str, Any]):
-        digest = hashlib.sha256(to_json(settings).encode())
-        for name in ("quantcache", "kernels", "benchmarks"):
-            for path in sorted((ROOT / name).rglob("*")):
-                if path.suffix in (".py", ".cpp", ".h"):
-                    digest.update(path.read_bytes())
+        digest = hashlib.sha256((to_json(settings) + source_digest()).encode())
         self.suite = suite
         self.git: dict[str, Any] | None = environment()["git"]
         self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
@@ -68,6 +65,22 @@ class Run:
         shutil.rmtree(self.folder)
 
 
+def source_digest() -> str:
+    """SHA-256 of the source code that a run depends on, in hex: two trees of the same code have the same."""
+    digest = hashlib.sha256()
+    for name in ("quantcache", "kernels", "benchmarks"):
+        for path in sorted((ROOT / name).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def given_commit() -> dict[str, Any] | None:
+    """What ``QUANTCACHE_COMMIT`` says was run, where there are the files of a commit but no repository."""
+    commit = os.environ.get("QUANTCACHE_COMMIT")
+    return None if commit is None else {"commit": commit, "dirty": False}
+
+
 def machine_name(record: dict[str, Any]) -> str:
     """Folder name of a machine.
 
@@ -89,6 +102,9 @@ def write_record(
 ) -> Path:
     """Write a record: into ``results/`` if a commit says what was run, else into the git-ignored ``scratch/``.
 
+    On a machine with the files but no repository, ``QUANTCACHE_COMMIT`` names the commit; the digest of the sources, in
+    the settings of every record, shows whether that was so.
+
     Args:
         suite: Name of the benchmark.
         settings: Everything that was chosen.
@@ -100,7 +116,7 @@ def write_record(
         The file, complete.
     """
     surroundings = environment()
-    git = surroundings.pop("git") or {"commit": None, "dirty": True}
+    git = surroundings.pop("git") or given_commit() or {"commit": None, "dirty": True}
     if started is not None and started != git:
         git = {"commit": git["commit"], "dirty": True}
     created = datetime.now(UTC)
@@ -115,7 +131,7 @@ def write_record(
         "dirty": git["dirty"],
         "command": " ".join(["python", name, *sys.argv[1:]]),
         "environment": surroundings,
-        "settings": settings,
+        "settings": settings | {"source_sha256": source_digest()},
         "metrics": metrics,
     }
     clean = git["commit"] is not None and not git["dirty"]

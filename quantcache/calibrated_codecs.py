@@ -71,13 +71,15 @@ def own_heads(calibration: Calibration, index: int, heads: int) -> Calibration:
 
 def _shared_codec(calibration: Calibration, index: int, name: str, device: torch.device) -> SideCodec:
     key = (index, name, str(device))
-    if key not in calibration.codecs:
+    found = calibration.codecs.get(key)
+    if found is None:
         layer = calibration.layers[index]
         side = layer.side(name)
         rope = layer.rope if name == "key" else Rope()
-        calibration.codecs[key] = (
+        made = (
             DenseCodec()
             if side.widths is None
-            else SpectralCodec(side, rope, calibration.metadata.codec, device=device)
+            else SpectralCodec(side, rope, calibration.metadata.codec, device, f"layer {index}, {name}s")
         )
-    return calibration.codecs[key]
+        found = calibration.codecs.setdefault(key, made)  # all threads take the one that was there first
+    return found

@@ -45,7 +45,7 @@ class Arrivals:
         shown = None
         if mask is not None and not bool((mask := mask[:, :length].bool()).all() and mask.shape[1] == length):
             shown = torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
-        slots = torch.arange(length - count, length, device=None if mask is None else mask.device)
+        slots = torch.arange(length - count, length, dtype=torch.int64, device="cpu" if mask is None else mask.device)
         if positions is not None and positions.ndim == 2 and positions.shape[1] == count:
             shifts = slots.to(positions.device) - positions
         elif shown is not None:
@@ -130,7 +130,7 @@ def plain(grid: Grid, rows: int, first: int, last: int, device: torch.device) ->
     Returns:
         ``[B, 2, last - first]`` int32.
     """
-    slots = torch.arange(first, last, device=device)
+    slots = torch.arange(first, last, dtype=torch.int64, device=device)
     shown = torch.ones(rows, last - first, dtype=torch.bool, device=device)
     if grid.starts is not None:
         shown = slots >= grid.starts[:, None]
@@ -157,7 +157,7 @@ def filled(trail: Tensor, grid: Grid) -> Tensor:
     rows, count = shown.shape
     if not count:
         return shifts
-    slots = torch.arange(count, device=trail.device).expand(rows, count)
+    slots = torch.arange(count, dtype=torch.int64, device=trail.device).expand(rows, count)
     last = torch.where(shown, slots, -1).cummax(-1).values
     nearest = torch.where(last < 0, shown.int().argmax(-1, keepdim=True), last)
     return torch.where(shown.any(-1, keepdim=True), shifts.gather(1, nearest), _frames(grid, rows, trail.device))
@@ -220,7 +220,7 @@ def shows_padding(mask: Tensor | None, starts: Tensor | None, length: int) -> bo
     if known is not None and known[0] == key and key[2] is not None:
         return bool(known[1])
     most = min(max(pads), length)
-    before = torch.arange(most, device=mask.device) < starts[:, None, None, None]
+    before = torch.arange(most, dtype=torch.int64, device=mask.device) < starts[:, None, None, None]
     found = bool((mask[..., :most] & before).any())
     _shown[mask] = key, found
     return found

@@ -202,7 +202,7 @@ def hadamard(dim: int) -> Tensor:
         ``[D, D]`` float32; its blocks are as large as the largest power of two that divides D.
     """
     size = dim & -dim
-    block = torch.ones(1, 1, dtype=torch.float64)
+    block = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(block) < size:
         block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
     return torch.block_diag(*[block / math.sqrt(size)] * (dim // size)).float()
