@@ -311,9 +311,9 @@ class LayerMachine(RuleBasedStateMachine):
     def select(self, data: st.DataObject, as_mask: bool) -> None:
         """Keep some rows."""
         kept = data.draw(st.sets(st.integers(0, self.model.rows - 1), min_size=1), label="kept")
-        rows = torch.tensor(sorted(kept))
+        rows, before = torch.tensor(sorted(kept)), self.model.rows
         self.model.take(rows)
-        mask = torch.zeros(max(self.model.rows, int(rows.max()) + 1), dtype=torch.bool)
+        mask = torch.zeros(before, dtype=torch.bool)
         mask[rows] = True
         self.layer.batch_select_indices(mask if as_mask else rows)
 
