@@ -264,7 +264,14 @@ def attention_rung(run: Run, name: str, batch: int, length: int, rates: list[flo
     del key, value
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = query_heads // heads, True
-    time_it("DynamicCache step", lambda: sdpa_attention_forward(module, query, *dense.update(*new), None))
+
+    def dense_step() -> None:
+        sdpa_attention_forward(module, query, *dense.update(*new), None)
+
+    time_it("DynamicCache step", dense_step)
+    if run.device.type == "cuda":  # cuDNN, torch's first choice, makes a plan for every new length
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            time_it("DynamicCache step, flash", dense_step)
     return found
 
 

@@ -330,7 +330,8 @@ class ConsistentCache(DynamicCache):
 
     def _taken(self, take: Callable[[Any], Any]) -> Self:
         """A cache whose layers are made of this one's, as they are at one moment."""
-        self._change(self._drop_refused)
+        if any(isinstance(layer, SpectralLayer) and layer.refused for layer in self.layers):
+            self._change(self._drop_refused)
         for _ in range(ATTEMPTS):
             if any(isinstance(layer, SpectralLayer) and layer.pending for layer in self.layers):
                 self._change(self._finish)
