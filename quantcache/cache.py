@@ -98,7 +98,9 @@ class BlockCache(ConsistentCache):
         sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
         if self.announced is not None:
             (mask, positions), self.announced = self.announced, None
-            fits = all(each is None or each.shape[0] in (1, keys.shape[0]) for each in (mask, positions))
+            fits = mask is None or mask.shape[0] == keys.shape[0]
+            if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, keys.shape[0])):
+                positions = None  # several for every token
             self.arrivals = (*sizes, Arrivals.of(mask, positions, *sizes)) if fits else None
         elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
             self.arrivals = None

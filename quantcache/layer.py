@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from quantcache import backends, compat, guards, padding
+from quantcache import alignment, backends, compat, guards, padding
 from quantcache.ambient import without_autocast
 from quantcache.backends import Backend
 from quantcache.codec import SideCodec, SpectralCodec
@@ -30,17 +30,6 @@ RESIDUAL_LENGTH = 64
 
 LOOK_AHEAD = 8
 """Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
-
-
-def _with_sinks(sinks: Tensor, chunk: Tensor, starts: Tensor, slot: int) -> Tensor:
-    """The sinks with those tokens of ``chunk`` (first slot ``slot``) filled in that are sinks of their row."""
-    if not chunk.shape[2] or not sinks.shape[2]:
-        return sinks
-    index = starts[:, None] + torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device) - slot  # [B, S]
-    inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
-    index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
-    return torch.where(inside, chunk.gather(2, index), sinks)
-
 
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
 """Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
@@ -309,7 +298,7 @@ class SpectralLayer(DynamicLayer):
         codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
         grid = grid if framed else Grid(grid.starts)
-        shifts = self._shifts(grid, lead, count) if framed else None
+        shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
         spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
         places = places_of(spans, self.device)
         coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
@@ -328,13 +317,14 @@ class SpectralLayer(DynamicLayer):
                 if not self.spans:
                     # Padding may hold anything; of NaN no more is kept than codes would.
                     leads[side] = sinks[side] if codecs[side].bits is None else sinks[side].nan_to_num()
-                    sinks[side] = _with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
-                sinks[side] = _with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
+                    sinks[side] = alignment.with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
+                sinks[side] = alignment.with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
             frames = grid.frames
             if framed and side == "key":
-                store = self._moved_to(grid, codecs[side], store)
+                held, grids = self.places.slice(0, self.places.count).get("places", places), (self.grid, grid)
+                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, self.backend)
                 if shifts is not None:
-                    store, frames = self._with_shifts(store, grid), shifts
+                    store, frames = alignment.with_shifts(store, grid, tail.shape[0], tail.device), shifts
             fields = backends.encode(codecs[side], encoded, places, frames, self.backend)
             if frames is not None and frames.ndim == 2:
                 fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
@@ -377,39 +367,6 @@ class SpectralLayer(DynamicLayer):
                 found = codec.saturated(gains, where, self._first_read(self.grid)).tolist()
                 above, below = above + found[0], below + found[1]
         return above, below
-
-    def _shifts(self, grid: Grid, first: int, last: int) -> Tensor | None:
-        """What is to be taken from the slots of some of the tail for their positions, ``[B, last - first]``.
-
-        None where that is the same for all tokens of a row, the encoded ones included.
-        """
-        if self.trail is None:
-            return None
-        shifts = padding.filled(self.trail, grid)[:, first:last]
-        frames = torch.zeros_like(shifts[:, 0]) if grid.frames is None else grid.frames
-        return shifts if "shifts" in self.stores["key"].buffers or bool((shifts != frames[:, None]).any()) else None
-
-    def _moved_to(self, grid: Grid, codec: SideCodec, store: BlockStore) -> BlockStore:
-        """The keys' blocks once more for rows that begin elsewhere than was thought: so far they held padding only."""
-        old, new = self.grid.frames, grid.frames
-        if not self.spans or old is None or new is None or "shifts" in store.buffers:
-            return store
-        rows = (old != new).nonzero().flatten()
-        if not len(rows):
-            return store
-        places, fields = self.places.buffers["places"][: self.places.count], store.slice(0, store.count)
-        held = codec.decode({name: each[:, rows] for name, each in fields.items()}, places, old[rows])
-        again = backends.encode(codec, held.to(self.tails["key"].dtype), places, new[rows], self.backend)
-        return store.mapped_fields({name: each.index_copy(1, rows, again[name]) for name, each in fields.items()})
-
-    def _with_shifts(self, store: BlockStore, grid: Grid) -> BlockStore:
-        """The keys' blocks with a field that says what is to be taken from each token's slot for its position."""
-        if not self.spans or "shifts" in store.buffers:
-            return store
-        rows = self.tails["key"].shape[0]
-        shifts = padding.plain(grid, rows, 0, BLOCK, self.device)[:, 0]
-        fields = store.slice(0, store.count)
-        return store.mapped_fields({**fields, "shifts": shifts.expand(store.count, rows, BLOCK)})
 
     # ------------------------------------------------------------------ cache semantics
 

@@ -55,7 +55,7 @@ TIERS = (
     ("codec",),
     ("lazy", "online_softmax", "distortion", "trials"),
     ("backends",),
-    ("attention",),
+    ("attention", "alignment"),
     ("layer",),
     ("mixed_layers",),
     ("cache_files", "calibrated_codecs", "consistency"),

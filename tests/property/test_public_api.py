@@ -73,7 +73,7 @@ class Trio:
         """Models with their caches."""
         dense = "sdpa" if self.attention == "spectral" else self.attention
         models = [model_of(self.attention, self.dtype), model_of(dense, self.dtype), model_of(dense, torch.float64)]
-        return list(zip(models, self.caches, strict=True))[: 3 if self.attention == "spectral" else 2]
+        return list(zip(models[: len(self.caches)], self.caches, strict=True))
 
 
 class Sequence:
@@ -93,14 +93,15 @@ class Sequence:
             "backend": draw(["auto", "torch"]),
         }
         autocast = dtype == torch.float32 and self.random.random() < 0.2
+        self.count = 3 if attention == "spectral" else 2
         self.trio, self.worst = Trio(attention, dtype, self.empty(), autocast), 0.0
         self.forget()
 
     def empty(self) -> list[DynamicCache]:
-        """Three empty caches."""
+        """Two or three empty caches."""
         config = model_of("sdpa", torch.float32).config
         ours = SpectralCache(calibration(), config, key_bits=None, value_bits=None, **self.options)
-        return [ours, DynamicCache(config=config), DynamicCache(config=config)]
+        return [ours, *(DynamicCache(config=config) for _ in range(self.count - 1))]
 
     def forget(self) -> None:
         """Start a new batch."""
