@@ -131,9 +131,13 @@ def check(
             own = [t.to(dtype) for t in (queries, offsets)]
             results.append(reference.attention(*own, keys, values, decoder.to(dtype), mean.to(dtype), tokens, first))
         errors.append(relative(call.out, results[0][0]))
-    bound = 2 * relative(results[1][0], results[0][0]) * (1 if precise else 4)
+    slack = 2 if precise else 8  # eight-bit queries and weights are coarser than bfloat16
+    bound, lse_bound = (
+        slack * relative(results[1][0], results[0][0]),
+        slack * float((results[1][1] - results[0][1]).abs().max()),
+    )
     lse_error = float((call.lse.double() - results[0][1]).abs().max())
-    passed = max(errors) <= bound and lse_error < 0.1
+    passed = max(errors) <= bound and lse_error <= lse_bound
     record(
         "check", verdict="PASS" if passed else "FAIL", error=errors[-1], first_error=errors[0],
         bfloat16=relative(results[1][0], results[0][0]), lse=lse_error, heads=heads, group=group, dim=dim,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+NVCC = "/usr/local/cuda/bin/nvcc"
 SOURCES = Path(__file__).parent / "src"
 
 
@@ -82,7 +83,7 @@ def _compile_by_nvrtc(text: str, options: tuple[str, ...]) -> bytes:
 
 
 def _compile_by_nvcc(text: str, options: tuple[str, ...]) -> bytes:
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = shutil.which("nvcc") or NVCC
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder) / "attention.cu", Path(folder) / "attention.cubin"
         file.write_text(text, encoding="utf-8")
@@ -118,11 +119,11 @@ def compiled(capability: tuple[int, int], precise: bool, parts: int) -> bytes:
     if path.exists():
         return path.read_bytes()
     try:
-        _nvrtc()
-    except CudaError:
-        binary = _compile_by_nvcc(text, options)
-    else:
         binary = _compile_by_nvrtc(text, options)
+    except CudaError:  # it or a part of it may be missing
+        if shutil.which("nvcc") is None and not Path(NVCC).exists():
+            raise
+        binary = _compile_by_nvcc(text, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
