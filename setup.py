@@ -40,12 +40,16 @@ class BuildKernels(build_ext):
         super().build_extensions()
 
 
+# The sources use the vector types of GCC and Clang, which Windows' own compiler lacks.
+WINDOWS = sys.platform == "win32"
 names = ["runtime", "level_plain", *(LEVEL_FLAGS if X86 else [])]
 sanitize = os.environ.get("QUANTCACHE_SANITIZE")  # see `make asan`
 extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"] if sanitize else []
 
 setup(
-    ext_modules=[
+    ext_modules=[]
+    if WINDOWS
+    else [
         Extension(
             "quantcache_kernels.cpu._native",
             sources=[str(SOURCES / f"{name}.cpp") for name in names],
@@ -60,4 +64,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildKernels},
+    options={} if WINDOWS else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,33 +1,64 @@
 """Run-time KV-cache compression for Hugging Face transformers: packed low-bit keys and values, attended on directly.
 
-Importing the package registers the attention implementation ``"spectral"`` with transformers.
+Importing the package registers the attention implementation ``"spectral"`` with transformers. It costs little more than
+importing transformers itself: torch and the models' code are loaded when something needs them.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from quantcache.registration import register_when_loaded
 
-from quantcache.accounting import CacheMemory
-from quantcache.artifact import Calibration
-from quantcache.attention import register_attention
-from quantcache.cache import SpectralCache, SpectralLayer
-from quantcache.calibration import calibrate
-from quantcache.enabling import disable, enable, enabled
-from quantcache.errors import ArtifactError, CalibrationMismatch, HubError, QuantCacheError, UnsupportedModel
-from quantcache.export import absorb, export_checkpoint
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from quantcache.accounting import CacheMemory
+    from quantcache.artifact import Calibration
+    from quantcache.attention import register_attention
+    from quantcache.cache import SpectralCache, SpectralLayer
+    from quantcache.calibration import calibrate
+    from quantcache.enabling import disable, enable, enabled
+    from quantcache.errors import (
+        ArtifactError,
+        CalibrationMismatch,
+        CalibrationWarning,
+        HubError,
+        QuantCacheError,
+        UnsupportedModel,
+    )
+    from quantcache.export import absorb, export_checkpoint
     from quantcache.planning import estimate_memory
 
-register_attention()
+_HOMES = {
+    "ArtifactError": "errors",
+    "CacheMemory": "accounting",
+    "Calibration": "artifact",
+    "CalibrationMismatch": "errors",
+    "CalibrationWarning": "errors",
+    "HubError": "errors",
+    "QuantCacheError": "errors",
+    "SpectralCache": "cache",
+    "SpectralLayer": "cache",
+    "UnsupportedModel": "errors",
+    "absorb": "export",
+    "calibrate": "calibration",
+    "disable": "enabling",
+    "enable": "enabling",
+    "enabled": "enabling",
+    "estimate_memory": "planning",
+    "export_checkpoint": "export",
+    "register_attention": "attention",
+}
+"""The module that each public name comes from, when it is first asked for."""
 
 __all__ = [
     "ArtifactError",
     "CacheMemory",
     "Calibration",
     "CalibrationMismatch",
+    "CalibrationWarning",
     "HubError",
     "QuantCacheError",
     "SpectralCache",
@@ -44,11 +75,17 @@ __all__ = [
     "register_attention",
 ]
 
+register_when_loaded()
+
 
 def __getattr__(name: str) -> Any:
-    """Import what is not needed for running a cache when it is asked for."""
-    if name == "estimate_memory":
-        from quantcache.planning import estimate_memory
+    """Import a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return estimate_memory
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

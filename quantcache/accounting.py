@@ -9,7 +9,7 @@ apart.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,11 +43,15 @@ class CacheMemory:
         sinks: First tokens in the model's dtype.
         residual: Recent tokens in the model's dtype.
         dense: Layers and sides that are not compressed.
-        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack) and row starts.
+        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack), row starts, and of padded rows
+            what is known of padding and positions.
         slack: Allocated but unused.
         constants: The calibration's constants on the layers' devices, shared by all caches of the model.
         encoded_elements: Elements that codes and gains stand for.
         elements: All cached elements.
+        gains_above: How many gains are at the largest code: such a token is 16 times as far from the mean as the
+            calibration knows, or more, and what is beyond is lost. None where nothing was measured.
+        gains_below: How many are zero: such a token is nearer to the mean than 1/16 of that, and is stored as the mean.
     """
 
     tokens: int
@@ -61,6 +65,8 @@ class CacheMemory:
     constants: int = 0
     encoded_elements: int = 0
     elements: int = 0
+    gains_above: int | None = field(default=None, compare=False)  # not sizes: no formula predicts them
+    gains_below: int | None = field(default=None, compare=False)
 
     @property
     def total(self) -> int:
@@ -84,15 +90,18 @@ class CacheMemory:
         return self.elements * DENSE_BITS // 8
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and derived figures, ready for JSON."""
+        """All fields that are known and derived figures, ready for JSON."""
         derived = {
             name: getattr(self, name)
             for name in ("total", "bits_per_element", "bits_per_element_total", "bfloat16_bytes")
         }
-        return {**asdict(self), **derived}
+        return {**self._known(), **derived}
+
+    def _known(self) -> dict[str, int]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        lines = [f"{name:<22}{value:>14,}" for name, value in asdict(self).items()]
+        lines = [f"{name:<22}{value:>14,}" for name, value in self._known().items()]
         lines.append(f"{'total':<22}{self.total:>14,}")
         lines.append(f"{'bits_per_element':<22}{self.bits_per_element:>14.3f}")
         lines.append(f"{'bits_per_element_total':<22}{self.bits_per_element_total:>14.3f}")
@@ -369,12 +378,18 @@ def measure(cache: Cache) -> CacheMemory:
     """
     sizes = dict.fromkeys(("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack"), 0)
     encoded_elements, elements, tokens = 0, 0, 0
+    gains_above, gains_below = 0, 0
     constants: dict[int, Tensor] = {}
     layer: Any
-    for layer in cache.layers:
-        if not getattr(layer, "is_initialized", False):
+    for index, layer in enumerate(cache.layers):
+        if not getattr(layer, "is_initialized", False) or compat.is_placeholder(layer):
             continue
-        tokens = max(tokens, layer.get_seq_length())
+        if index not in getattr(cache, "foreign", ()):
+            tokens = max(tokens, layer.get_seq_length())
+        indexer = getattr(layer, "indexer_keys", None)
+        if indexer is not None:
+            sizes["dense"] += indexer.nbytes
+            elements += indexer.numel()
         if not hasattr(layer, "stores"):
             held = [t for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
             quantized = compat.quantized_parts(layer)
@@ -400,26 +415,32 @@ def measure(cache: Cache) -> CacheMemory:
                 if name == "simulated":  # a fake-quantized rival: counted at the size its codes would take
                     sizes["codes"] += round(store.count * BLOCK * per_token * bits / 8)
                 else:
-                    sizes[name] += size
+                    sizes["bookkeeping" if name == "shifts" else name] += size
                     sizes["slack"] += store.slack(name)
             sizes["residual"] += tail.untyped_storage().nbytes()
             if side in layer.sinks:
                 sizes["sinks"] += layer.sinks[side].untyped_storage().nbytes()
+            if side in layer.leads:
+                sizes["sinks"] += layer.leads[side].untyped_storage().nbytes()
             if side in layer.codecs:
                 constants.update({t.data_ptr(): t for t in layer.codecs[side].tensors() if t.numel()})
+        above, below = layer.saturated_gains()
+        gains_above, gains_below = gains_above + above, gains_below + below
         places = layer.places
         sizes["bookkeeping"] += sum(places.nbytes().values()) + sum(places.slack(name) for name in places.buffers)
-        if layer.starts is not None:
-            sizes["bookkeeping"] += layer.starts.nbytes
+        told = (layer.starts, layer.origins, layer.trail)
+        sizes["bookkeeping"] += sum(each.untyped_storage().nbytes() for each in told if each is not None)
     return CacheMemory(
         tokens=tokens,
         **sizes,
         constants=sum(t.untyped_storage().nbytes() for t in constants.values()),
         encoded_elements=encoded_elements,
         elements=elements,
+        gains_above=gains_above,
+        gains_below=gains_below,
     )
 
 
 def dtype_bytes(dtype: torch.dtype) -> int:
     """Bytes per element of a dtype."""
-    return torch.empty((), dtype=dtype).element_size()
+    return dtype.itemsize

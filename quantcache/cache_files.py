@@ -9,31 +9,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, astuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from quantcache import compat
 from quantcache.artifact import Calibration
+from quantcache.artifact_checks import check_header
 from quantcache.artifact_files import TensorReader
 from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
-from quantcache.layer import Span, SpectralLayer
+from quantcache.jsonfile import parse_json
+from quantcache.layer import SpectralLayer
+from quantcache.mixed_layers import MIXED
 from quantcache.packing import BLOCK
+from quantcache.padding import Grid
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES, LayerCalibration, Rate
+from quantcache.spans import Span
 from quantcache.store import BlockStore
+from quantcache.tensor_file import TensorFile, checksum, content_bytes
+from quantcache.writing import current_umask, partial_folder
 
 FORMAT = "quantcache-cache"
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
 
@@ -59,7 +65,7 @@ def fingerprint(calibration: Calibration) -> str:
             for name, tensor in sorted(vars(layer.side(side)).items()):
                 digest.update(f"{side}.{name}{None if tensor is None else list(tensor.shape)}".encode())
                 if tensor is not None:
-                    digest.update(_bytes(tensor))
+                    digest.update(content_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -82,28 +88,20 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float()
         digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(_bytes(sample))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """The elements of a tensor in order."""
-    flat = tensor.detach().contiguous().cpu().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(content_bytes(sample))
     return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- writing
 
 
-def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTrainedModel | None) -> None:
+def write_cache(
+    path: Path,
+    cache: Cache,
+    calibration: Calibration,
+    model: PreTrainedModel | None,
+    unchanged: Callable[[], bool] = lambda: True,
+) -> None:
     """Write a cache, complete or not at all.
 
     Args:
@@ -111,9 +109,11 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
         cache: A SpectralCache.
         calibration: Its calibration.
         model: The model that filled it.
+        unchanged: Says, once all is written, whether the cache still holds what was read.
 
     Raises:
-        QuantCacheError: The cache holds something that cannot be written, or a forward pass was interrupted.
+        QuantCacheError: The cache holds something that cannot be written, a forward pass was interrupted, or another
+            thread has changed the cache in the meantime.
     """
     lengths = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)]
     if len(set(lengths)) > 1:
@@ -124,12 +124,12 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
     layers = []
     for index, layer in enumerate(cache.layers):
         entry: dict[str, Any] = {"kind": type(layer).__name__}
-        if isinstance(layer, SpectralLayer):
+        if isinstance(layer, SpectralLayer) and not isinstance(layer, MIXED):
             held = layer.get_seq_length() > 0
             tensors |= _layer_tensors(layer, calibration, index) if held else {}
             entry |= _describe(layer) if held else {"tokens": 0}
         else:
-            state = compat.stock_layer_state(layer)
+            state = None if isinstance(layer, MIXED) else compat.stock_layer_state(layer)
             if state is None:
                 raise QuantCacheError(f"layer {index} is a {entry['kind']}, which cannot be written to a file")
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in state.tensors.items()}
@@ -147,33 +147,36 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
         "calibration": fingerprint(calibration),
         "model": None if model is None else model_fingerprint(model),
         "layers": layers,
-        "sha256": _checksum(tensors),
+        "sha256": checksum(tensors),
         "environment": compat.versions(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantcache-") as folder:
-        temporary = Path(folder) / path.name
+    with partial_folder(path.parent) as folder:
+        temporary = folder / path.name
         save_file(tensors, temporary, metadata={"format": "pt", DESCRIPTION: json.dumps(description)})
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors may write owner-only files
+        os.chmod(temporary, 0o666 & ~current_umask())  # safetensors may write owner-only files
+        if not unchanged():
+            raise QuantCacheError(f"another thread changed the cache while it was being written to {path}")
         os.replace(temporary, path)
 
 
 def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -> dict[str, Tensor]:
     """What a layer stores, by name in the file."""
-    layer.finish()
+    layer.finish_if_finite()
     heads, whole = layer.tails["key"].shape[1], calibration.layers[index].key.num_heads
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")
     prefix = f"layers.{index}"
-    found = {} if layer.starts is None else {f"{prefix}.starts": layer.starts}
+    told = {"starts": layer.starts, "origins": layer.origins, "trail": layer.trail}
+    found = {f"{prefix}.{name}": tensor for name, tensor in told.items() if tensor is not None}
     if layer.spans:
         found[f"{prefix}.places"] = layer.places.buffers["places"][: layer.places.count]
     for side in SIDES:
         found[f"{prefix}.{side}.tail"] = layer.tails[side]
         if layer.spans:
             found[f"{prefix}.{side}.sinks"] = layer.sinks[side]
+            if side in layer.leads:
+                found[f"{prefix}.{side}.lead"] = layer.leads[side]
             fields = layer.stores[side].slice(0, layer.stores[side].count)
             found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in fields.items()}
     return found
@@ -187,7 +190,9 @@ def _describe(layer: SpectralLayer) -> dict[str, Any]:
         "tail": layer.tails["key"].shape[2],
         "dtypes": [str(layer.tails[side].dtype) for side in SIDES],
         "padded": layer.starts is not None,
-        "settled": layer.settled,
+        "displaced": layer.origins is not None,
+        "shifted": "shifts" in layer.stores["key"].buffers,
+        "trail": layer.trail is not None,
     }
 
 
@@ -207,10 +212,10 @@ def read_description(path: Path) -> dict[str, Any]:
         ArtifactError: The file cannot be read, or is something else.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(DESCRIPTION, "null")
-        description = json.loads(text)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        check_header(path)
+        with TensorFile(path) as file:
+            description = parse_json(file.metadata.get(DESCRIPTION, "null"))
+    except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ArtifactError(f"{path} is no saved cache: its header has no {FORMAT!r} description")
@@ -284,19 +289,16 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
     if not isinstance(entries, list) or len(entries) != len(cache.layers):
         found = len(entries) if isinstance(entries, list) else entries
         raise ArtifactError(f"{path} describes {found} layers, the model has {len(cache.layers)}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            reader = TensorReader(file, path)
-            for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
-                _read_layer(reader, layer, entry, index, calibration)
-            if reader.unread:
-                raise ArtifactError(f"{path} has unknown tensors {', '.join(sorted(reader.unread)[:5])}")
-            checksum = _checksum(reader.found)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if checksum != description.get("sha256"):
+    with TensorFile(path) as file:
+        reader = TensorReader(file, path, finite=False)  # a model's tokens may hold anything
+        for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
+            _read_layer(reader, layer, entry, index, calibration)
+        if reader.unread:
+            raise ArtifactError(f"{path} has unknown tensors {', '.join(sorted(reader.unread)[:5])}")
+        found = checksum(reader.found)
+    if found != description.get("sha256"):
         raise ArtifactError(
-            f"{path} is damaged: its tensors have checksum {checksum[:12]}, written were "
+            f"{path} is damaged: its tensors have checksum {found[:12]}, written were "
             f"{str(description.get('sha256'))[:12]}"
         )
     lengths = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)}
@@ -340,13 +342,20 @@ def _read_spectral(
     rows, blocks, tail = (_size(reader, entry, name) for name in ("rows", "blocks", "tail"))
     prefix = f"layers.{index}"
     sizes = {side: (constants.side(side).num_heads, constants.side(side).dim) for side in SIDES}
-    empty = {side: torch.zeros(rows, heads, 0, dim) for side, (heads, dim) in sizes.items()}
-    codecs = layer.make_codecs(torch.device("cpu"), empty, None)
-    state: dict[str, Any] = {"starts": None, "settled": entry.get("settled") is True, "tails": {}, "sinks": {}}
-    if entry.get("padded") is True:
-        state["starts"] = reader.read(f"{prefix}.starts", (rows,), torch.int64)
-        if bool((state["starts"] < 0).any()):
-            raise ArtifactError(f"{reader.path}: {prefix}.starts has negative values")
+    empty = {
+        side: torch.zeros(rows, heads, 0, dim, dtype=torch.float32, device="cpu")
+        for side, (heads, dim) in sizes.items()
+    }
+    codecs = layer.make_codecs(torch.device("cpu"), empty, Grid())
+    state: dict[str, Any] = {"tails": {}, "sinks": {}, "leads": {}}
+    padded = entry.get("padded") is True
+    for name, there in (("starts", padded), ("origins", entry.get("displaced") is True)):
+        state[name] = reader.read(f"{prefix}.{name}", (rows,), torch.int64) if there else None
+    if padded and bool(((state["starts"] < 0) | (state["starts"] > entry["tokens"])).any()):
+        raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
+    state["trail"] = None
+    if entry.get("trail") is True:
+        state["trail"] = reader.read(f"{prefix}.trail", (rows, 2, tail), torch.int32)
     stores = {side: BlockStore() for side in SIDES}
     for place, side in enumerate(SIDES):
         codec, dtype = codecs[side], _dtype(reader, entry, place)
@@ -355,7 +364,11 @@ def _read_spectral(
         if blocks:
             sinks = (rows, heads, layer.sink_length, dim)
             state["sinks"][side] = reader.read(f"{prefix}.{side}.sinks", sinks, dtype)
+            if padded:
+                state["leads"][side] = reader.read(f"{prefix}.{side}.lead", sinks, dtype)
             fields = _field_shapes(codec, (blocks, rows, heads, dim), dtype)
+            if side == "key" and entry.get("shifted") is True:
+                fields["shifts"] = ((blocks, rows, BLOCK), torch.int32)
             stores[side] = BlockStore(
                 blocks, {name: reader.read(f"{prefix}.{side}.{name}", *expected) for name, expected in fields.items()}
             )

@@ -32,7 +32,9 @@ def coefficient_distortion(widths: Tensor) -> Tensor:
     Returns:
         float64 of the same shape; 1 where the width is 0.
     """
-    table = torch.tensor([gaussian_codebook(width).distortion for width in range(MAX_WIDTH + 1)], dtype=torch.float64)
+    table = torch.tensor(
+        [gaussian_codebook(width).distortion for width in range(MAX_WIDTH + 1)], dtype=torch.float64, device="cpu"
+    )
     own = table[widths.long()]
     return own + torch.where(widths > 0, GAIN_NOISE * (1 - own), 0.0)
 

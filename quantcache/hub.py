@@ -7,6 +7,7 @@ Cache, tokens, offline mode and endpoint are huggingface_hub's own (``HF_HOME``,
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from quantcache.errors import ArtifactError, HubError
 
 LIBRARY = "quantcache"
+COMMIT_DIGITS = 40
 
 _Result = TypeVar("_Result")
 
@@ -82,6 +84,21 @@ def download(
         revision,
         what,
     )
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a downloaded file is of.
+
+    Args:
+        path: What :func:`download` returned.
+
+    Returns:
+        The commit, after which the Hub's cache names its folders; None for a file from elsewhere.
+    """
+    for parent, name in pairwise(path.parts):
+        if parent == "snapshots" and len(name) == COMMIT_DIGITS and set(name) <= set("0123456789abcdef"):
+            return name
+    return None
 
 
 def download_model(repo_id: str, *, revision: str | None = None, ignore: list[str], **options: Any) -> Path:
@@ -143,6 +160,28 @@ def push_folder(
         )
 
     return checked(push, repo_id, revision, "the folder")
+
+
+def check_push(repo_id: str, token: str | bool | None = None) -> None:
+    """Refuse a push that cannot succeed, before the work that it is for.
+
+    Args:
+        repo_id: The repository.
+        token: Hub token.
+
+    Raises:
+        ArtifactError: No repository can have that name.
+        HubError: The Hub cannot be reached, nobody is logged in, or the repository is somebody else's.
+    """
+    owner, slash, _ = require_repo_id(repo_id).partition("/")
+
+    def who() -> set[str]:
+        found = HfApi(token=token, library_name=LIBRARY).whoami()
+        return {str(found["name"]), *(str(org["name"]) for org in found.get("orgs") or ())}
+
+    names = checked(who, repo_id, None, "a push")
+    if slash and owner not in names:
+        raise HubError(f"{repo_id} cannot be pushed to: the token is of {', '.join(sorted(names))}, not of {owner}")
 
 
 def checked(action: Callable[[], _Result], repo_id: str, revision: str | None, what: str) -> _Result:

@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from quantcache import backends, compat, guards
+from quantcache import backends, compat, guards, padding
+from quantcache.ambient import without_autocast
 from quantcache.backends import Backend
-from quantcache.codec import SideCodec
-from quantcache.errors import QuantCacheError
+from quantcache.codec import SideCodec, SpectralCodec
+from quantcache.errors import QuantCacheError, TokensNotFinite
 from quantcache.lazy import CacheView, LazyKV, SideView
 from quantcache.packing import BLOCK
-from quantcache.rope import ANCHOR_LENGTH
+from quantcache.padding import Arrivals, Grid
+from quantcache.rows import chosen_rows, repeated_rows
 from quantcache.schema import SIDES
-from quantcache.store import BlockStore
+from quantcache.spans import Span, next_spans, places_of
+from quantcache.store import BlockStore, moved
+from quantcache.transaction import commit, glimpse
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64
 
-
-@dataclass(frozen=True)
-class Span:
-    """Where one block lies.
-
-    Attributes:
-        start: Slot of the block's first token.
-        length: Tokens of the block that are valid, 1 to 64 (less than 64 only after a crop).
-        anchor: Slot of the block's anchor.
-    """
-
-    start: int
-    length: int
-    anchor: int
-
-    @property
-    def end(self) -> int:
-        """Slot behind the last valid token."""
-        return self.start + self.length
+LOOK_AHEAD = 8
+"""Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
 
 
-CodecFactory = Callable[[torch.device, dict[str, Tensor], Tensor | None], dict[str, SideCodec]]
-"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and the rows' starts.
+def _with_sinks(sinks: Tensor, chunk: Tensor, starts: Tensor, slot: int) -> Tensor:
+    """The sinks with those tokens of ``chunk`` (first slot ``slot``) filled in that are sinks of their row."""
+    if not chunk.shape[2] or not sinks.shape[2]:
+        return sinks
+    index = starts[:, None] + torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device) - slot  # [B, S]
+    inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
+    index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
+    return torch.where(inside, chunk.gather(2, index), sinks)
+
+
+CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
+"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
 
 With tails of no tokens it is asked for the same codecs on another device.
 """
@@ -60,7 +57,9 @@ class SpectralLayer(DynamicLayer):
 
     Slots 0 ... T-1 are the layer's tokens in order of arrival, one grid for the whole batch. Until the first block is
     due everything is in the tail. From then on the first ``sink_length`` valid tokens of every row are kept aside, and
-    whenever the tail holds ``residual_length + 64`` tokens its oldest 64 become a block, never to be encoded again.
+    whenever the tail holds ``residual_length + 64`` tokens its oldest 64 become a block, never to be encoded again
+    (but for padding, once the row behind it begins elsewhere than was thought). Padding is a matter of fidelity alone:
+    every slot is kept, and what a query may look at is for its own mask to say.
 
     Whatever changes the layer prepares everything first and puts it in place at once: a failure or an interrupt on the
     way leaves the layer as it was.
@@ -79,10 +78,14 @@ class SpectralLayer(DynamicLayer):
     places: BlockStore  # the spans once more, as a tensor for attention to read
     sinks: dict[str, Tensor]
     tails: dict[str, Tensor]
+    leads: dict[str, Tensor]  # what lies before the first block, where that is not the sinks
     starts: Tensor | None
-    settled: bool  # whether every row has shown a valid token
+    origins: Tensor | None
+    trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
     cut: bool  # whether a crop has left some block less than full
     pending: bool  # whether new tokens await their reader before they may be encoded
+    gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
+    look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
 
     def __init__(
         self,
@@ -114,16 +117,19 @@ class SpectralLayer(DynamicLayer):
             places=BlockStore(),
             sinks={},
             tails={},
+            leads={},
+            gains={},
             starts=None,
-            settled=False,
+            origins=None,
+            trail=None,
             cut=False,
             pending=False,
             is_initialized=False,
         )
 
     def _commit(self, **state: Any) -> None:
-        """Put a new state in place: one call into C, which no signal handler and no exception can come between."""
-        vars(self).update(state)
+        """Put a new state in place at once."""
+        commit([self], [{"look": None, **state}])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -143,12 +149,13 @@ class SpectralLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens cached, T."""
-        return self.encoded_end + (self.tails["key"].shape[2] if self.tails else 0)
+        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
+        return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
 
     @property
     def keys(self) -> Tensor | None:
         """Dense keys of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "key") if self.is_initialized else None
+        return LazyKV(self.snapshot(), "key", guarded=True) if self.is_initialized else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -157,7 +164,7 @@ class SpectralLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """Dense values of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "value") if self.is_initialized else None
+        return LazyKV(self.snapshot(), "value", guarded=True) if self.is_initialized else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -173,25 +180,41 @@ class SpectralLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
+        now = glimpse(self)
         sides = {
-            side: SideView(self.codecs.get(side), self.stores[side], self.sinks.get(side), self.tails[side])
+            side: SideView(
+                now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side], now.leads.get(side)
+            )
             for side in SIDES
         }
-        if self.spans:
-            places = self.places.buffers["places"][: self.places.count]
+        if now.spans:
+            places = now.places.buffers["places"][: now.places.count]
         else:
-            places = torch.zeros(0, 3, dtype=torch.int32, device=self.device)
-        return CacheView(self, sides["key"], sides["value"], places, self.encoded_end, self.cut, self.starts)
+            places = torch.zeros(0, 3, dtype=torch.int32, device=now.device)
+        return CacheView(self, sides["key"], sides["value"], places, now.encoded_end, now.cut, now.starts, now.origins)
+
+    @property
+    def grid(self) -> Grid:
+        """Where the rows lie in the slots."""
+        return Grid(self.starts, self.origins)
 
     # ------------------------------------------------------------------ append and encode
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        arrivals: Arrivals | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
         """Append new keys and values.
 
         Args:
             key_states: ``[B, Hkv, Tnew, D]``, rotated as the model caches them.
             value_states: ``[B, Hkv, Tnew, Dv]``.
             args: Ignored, as by DynamicLayer.
+            arrivals: What the pass says of padding and positions; None where nobody knows.
             kwargs: Ignored, as by DynamicLayer.
 
         Returns:
@@ -209,48 +232,67 @@ class SpectralLayer(DynamicLayer):
         if key_states.device != self.tails["key"].device:
             self._follow(key_states.device)
         self.finish()
+        self._leave_inference_mode()
+        length = self.get_seq_length() + key_states.shape[2]
+        trail = padding.extended(self.trail, arrivals, self.grid, self.encoded_end, length, key_states)
         if key_states.requires_grad or value_states.requires_grad:
-            return self._update_differentiably(new)
+            return self._update_differentiably(new, trail)
         tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
-        self._commit(tails=tails, pending=True)
+        self._commit(tails=tails, trail=trail, pending=True, look=self.look)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what torch's inference mode has made, once it is over: autograd refuses to keep such tensors."""
+        held = (*self.sinks.values(), *(buffer for store in self.stores.values() for buffer in store.buffers.values()))
+        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in held):
+            self._map_batch(lambda tensor, dim: tensor.clone())
 
     def _follow(self, device: torch.device) -> None:
         """Go where the model has gone, or come back from an offload."""
         self.finish()
         if device != self.device and self.codecs:
             empty = {side: tail[:, :, :0] for side, tail in self.tails.items()}
-            self.codecs = self.make_codecs(device, empty, None)
+            self.codecs = self.make_codecs(device, empty, Grid())
         self._move(device)
         self.device = device
 
-    def _update_differentiably(self, new: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _update_differentiably(self, new: dict[str, Tensor], trail: Tensor | None) -> tuple[Tensor, Tensor]:
         """Append under autograd: plain tensors, with gradients to the new keys and values; the past is constant."""
         view = self.snapshot()
         dense = {side: torch.cat((view.dense(side), new[side]), dim=2) for side in SIDES}
         tails = {side: torch.cat((self.tails[side], new[side].detach()), dim=2) for side in SIDES}
-        self._commit(tails=tails, pending=True)
+        self._commit(tails=tails, trail=trail, pending=True)
         return dense["key"], dense["value"]
 
-    def finish(self, mask: Tensor | None = None) -> None:
-        """Encode what is due, once the newest tokens have been read.
-
-        Args:
-            mask: The attention mask their reader saw, ``[B, 1, Tq, T]`` boolean or additive: tells each row's padding.
-        """
+    @without_autocast
+    def finish(self) -> None:
+        """Encode what is due, once the newest tokens have been read."""
         if not self.pending:
             return
-        if mask is None:
-            self.settled = self.settled or self.starts is None  # no mask: no padding
-        elif not self.settled:
-            self._settle_starts(mask)
         lead = 0 if self.spans else self.sink_length
         due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
         if due > 0:
             self._encode(lead, due)
         else:
-            self.pending = False
+            self._commit(pending=False, look=self._look_ahead(lead))
+
+    def _look_ahead(self, lead: int) -> guards.Look | None:
+        """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
+        length = self.tails["key"].shape[2] - lead
+        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK:
+            return self.look
+        if length < BLOCK + self.residual_length - LOOK_AHEAD:
+            return None
+        return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
+
+    def finish_if_finite(self) -> None:
+        """Encode what is due, unless it is not finite.
+
+        It then stays as it is and can be copied, cut, selected from and saved; the next update tries again.
+        """
+        with contextlib.suppress(TokensNotFinite):
+            self.finish()
 
     @torch.no_grad()
     def _encode(self, lead: int, due: int) -> None:
@@ -260,66 +302,112 @@ class SpectralLayer(DynamicLayer):
             lead: Tokens before them, which become sinks.
             due: How many blocks.
         """
-        codecs = self.codecs or self.make_codecs(self.device, self.tails, self.starts)
-        spans = self._next_spans(lead, due)
-        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32).to(self.device)
-        tails, sinks, stores = {}, {}, {}
+        grid, count = self.grid, lead + due * BLOCK
+        if self.trail is not None:
+            grid = padding.settled(self.trail, grid, self.encoded_end)
+        codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
+        framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
+        grid = grid if framed else Grid(grid.starts)
+        shifts = self._shifts(grid, lead, count) if framed else None
+        spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
+        places = places_of(spans, self.device)
+        coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
+        look = self.look if self.look is not None and due == 1 else guards.Look(coded)
+        if not look.finite():
+            for side, tokens in coded.items():
+                guards.require_finite(self.index, side, tokens, spans[0].start, grid.starts)
+        tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
+        gains: dict[str, guards.Later] = {}
         for side in SIDES:
-            tail = self.tails[side]
-            encoded = tail[:, :, lead : lead + due * BLOCK]
-            if codecs[side].bits is not None:
-                guards.require_finite(self.index, side, encoded, spans[0].start, self.starts)
-            sinks[side] = self.sinks[side] if self.spans else torch.zeros_like(tail[:, :, :lead])
-            if not self.spans:
-                sinks[side] = self._with_sinks(sinks[side], tail[:, :, :lead], 0)
-            if self.starts is not None:
-                sinks[side] = self._with_sinks(sinks[side], encoded, spans[0].start)
-            fields = backends.encode(codecs[side], encoded, places, self.starts, self.backend)
-            stores[side] = self.stores[side].appended(fields)
-            tails[side] = tail[:, :, lead + due * BLOCK :].clone()
+            tail, store = self.tails[side], self.stores[side]
+            encoded = tail[:, :, lead:count]
+            sinks[side] = self.sinks[side] if self.spans else tail[:, :, :lead].clone()
+            if grid.starts is not None:
+                if not self.spans:
+                    # Padding may hold anything; of NaN no more is kept than codes would.
+                    leads[side] = sinks[side] if codecs[side].bits is None else sinks[side].nan_to_num()
+                    sinks[side] = _with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
+                sinks[side] = _with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
+            frames = grid.frames
+            if framed and side == "key":
+                store = self._moved_to(grid, codecs[side], store)
+                if shifts is not None:
+                    store, frames = self._with_shifts(store, grid), shifts
+            fields = backends.encode(codecs[side], encoded, places, frames, self.backend)
+            if frames is not None and frames.ndim == 2:
+                fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
+            if isinstance(codec := codecs[side], SpectralCodec):
+                gains[side] = guards.Later(codec.saturated(fields["gains"], places, self._first_read(grid)))
+            stores[side] = store.appended(fields)
+            tails[side] = tail[:, :, count:].clone()
+        # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
+        guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
         self._commit(
+            starts=grid.starts,
+            origins=grid.origins,
+            trail=None if self.trail is None else self.trail[:, :, count:].clone(),
+            leads=leads,
             codecs=codecs,
             spans=self.spans + spans,
             stores=stores,
             places=self.places.appended({"places": places}),
             sinks=sinks,
             tails=tails,
+            gains=gains,
             pending=False,
         )
 
-    def _next_spans(self, lead: int, count: int) -> list[Span]:
-        spans: list[Span] = []
-        previous = self.spans[-1] if self.spans else None
-        for _ in range(count):
-            start = previous.end if previous else lead
-            shared = previous is not None and start + BLOCK <= previous.anchor + ANCHOR_LENGTH
-            previous = Span(start, BLOCK, previous.anchor if shared and previous else start)
-            spans.append(previous)
-        return spans
+    def _first_read(self, grid: Grid) -> Tensor | None:
+        """First slot of every row whose gain counts, ``[B]``: sinks are read elsewhere, padding hardly at all."""
+        return None if grid.starts is None else grid.starts + self.sink_length
 
-    @torch.no_grad()
-    def _settle_starts(self, mask: Tensor) -> None:
-        """Learn how much left padding each row has; a row that has shown a valid token is settled for good."""
-        length, seen = mask.shape[-1], self.get_seq_length() - mask.shape[-2]
-        if length != self.get_seq_length():
-            return
-        last = mask[:, 0, -1]
-        valid = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-        first = torch.where(valid.any(-1), valid.int().argmax(-1), length)  # all padding so far: start not before here
-        first = first.expand(self.tails["key"].shape[0])
-        self.starts = first.clone() if self.starts is None else torch.where(self.starts < seen, self.starts, first)
-        self.settled = bool((self.starts < length).all())
+    def saturated_gains(self) -> tuple[int, int]:
+        """How many tokens' gains lie beyond the largest and below the smallest that can be stored, heads counted apart.
 
-    def _with_sinks(self, sinks: Tensor, chunk: Tensor, slot: int) -> Tensor:
-        """The sinks with those tokens of ``chunk`` (first slot ``slot``) filled in that are sinks of their row."""
-        if self.starts is None:
-            return chunk.clone()
-        if not chunk.shape[2] or not sinks.shape[2]:
-            return sinks
-        index = self.starts[:, None] + torch.arange(sinks.shape[2], device=sinks.device) - slot  # [B, S]
-        inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
-        index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
-        return torch.where(inside, chunk.gather(2, index), sinks)
+        Returns:
+            (above, below): the former are decoded too small, the latter as the mean.
+        """
+        above = below = 0
+        for side, codec in self.codecs.items():
+            if isinstance(codec, SpectralCodec) and self.spans:
+                store, places = self.stores[side], self.places
+                gains, where = store.slice(0, store.count)["gains"], places.slice(0, places.count)["places"]
+                found = codec.saturated(gains, where, self._first_read(self.grid)).tolist()
+                above, below = above + found[0], below + found[1]
+        return above, below
+
+    def _shifts(self, grid: Grid, first: int, last: int) -> Tensor | None:
+        """What is to be taken from the slots of some of the tail for their positions, ``[B, last - first]``.
+
+        None where that is the same for all tokens of a row, the encoded ones included.
+        """
+        if self.trail is None:
+            return None
+        shifts = padding.filled(self.trail, grid)[:, first:last]
+        frames = torch.zeros_like(shifts[:, 0]) if grid.frames is None else grid.frames
+        return shifts if "shifts" in self.stores["key"].buffers or bool((shifts != frames[:, None]).any()) else None
+
+    def _moved_to(self, grid: Grid, codec: SideCodec, store: BlockStore) -> BlockStore:
+        """The keys' blocks once more for rows that begin elsewhere than was thought: so far they held padding only."""
+        old, new = self.grid.frames, grid.frames
+        if not self.spans or old is None or new is None or "shifts" in store.buffers:
+            return store
+        rows = (old != new).nonzero().flatten()
+        if not len(rows):
+            return store
+        places, fields = self.places.buffers["places"][: self.places.count], store.slice(0, store.count)
+        held = codec.decode({name: each[:, rows] for name, each in fields.items()}, places, old[rows])
+        again = backends.encode(codec, held.to(self.tails["key"].dtype), places, new[rows], self.backend)
+        return store.mapped_fields({name: each.index_copy(1, rows, again[name]) for name, each in fields.items()})
+
+    def _with_shifts(self, store: BlockStore, grid: Grid) -> BlockStore:
+        """The keys' blocks with a field that says what is to be taken from each token's slot for its position."""
+        if not self.spans or "shifts" in store.buffers:
+            return store
+        rows = self.tails["key"].shape[0]
+        shifts = padding.plain(grid, rows, 0, BLOCK, self.device)[:, 0]
+        fields = store.slice(0, store.count)
+        return store.mapped_fields({**fields, "shifts": shifts.expand(store.count, rows, BLOCK)})
 
     # ------------------------------------------------------------------ cache semantics
 
@@ -334,22 +422,27 @@ class SpectralLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
-        self.finish()
+        self.finish_if_finite()
         length = self.get_seq_length()
         keep = length - compat.tokens_to_remove(tokens_to_remove, length)
-        state: dict[str, Any] = {} if keep else {"starts": None, "settled": False}
+        state: dict[str, Any] = {} if keep else {"starts": None, "origins": None, "trail": None, "pending": False}
+        if keep and self.trail is not None:
+            state["trail"] = self.trail[:, :, : max(0, keep - self.encoded_end)].clone()
         if keep >= self.encoded_end:
             state["tails"] = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
         elif keep <= self.sink_length:
             view = self.snapshot()
             state["tails"] = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
-            state |= {"spans": [], "sinks": {}, "cut": False, "places": BlockStore()}
+            if keep and self.trail is not None:
+                state["trail"] = padding.plain(self.grid, self.trail.shape[0], 0, keep, self.trail.device)
+            state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "places": BlockStore()}
+            state |= {"starts": None, "origins": None}
             state["stores"] = {side: BlockStore() for side in SIDES}
         else:
             spans = [span for span in self.spans if span.start < keep]
             last = spans[-1]
             spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32).to(self.device)
+            cut = places_of(spans[-1:], self.device)
             state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
             state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
             state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
@@ -360,47 +453,64 @@ class SpectralLayer(DynamicLayer):
         """Apply a function of (tensor, batch dimension) to everything stored."""
         if not self.is_initialized:
             return
-        self.finish()
+        self.finish_if_finite()
         self._commit(
             stores={side: store.mapped(lambda buffer: function(buffer, 1)) for side, store in self.stores.items()},
             tails={side: function(tail, 0) for side, tail in self.tails.items()},
             sinks={side: function(sinks, 0) for side, sinks in self.sinks.items()},
+            leads={side: function(lead, 0) for side, lead in self.leads.items()},
             starts=None if self.starts is None else function(self.starts, 0),
+            origins=None if self.origins is None else function(self.origins, 0),
+            trail=None if self.trail is None else function(self.trail, 0),
         )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Gather rows, for beam search.
 
         Args:
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
-        """
-        self._map_batch(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+        Raises:
+            RowError: There is no such row.
+        """
+        if self.is_initialized:
+            rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
+            self._map_batch(lambda tensor, dim: tensor.index_select(dim, rows))
+
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep some rows.
 
         Args:
-            indices: Row indices, or a boolean mask over rows.
-        """
-        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.reorder_cache(rows)
+            indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+        Raises:
+            RowError: There is no such row.
+        """
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
         """Repeat every row in place.
 
         Args:
-            repeats: How often.
+            repeats: How often; or one number for each row.
+
+        Raises:
+            RowError: A number is negative, or there are not as many as rows.
         """
-        self._map_batch(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
+        if self.is_initialized:
+            self.reorder_cache(repeated_rows(repeats, self.tails["key"].shape[0]))
 
     def _move(self, device: torch.device | str) -> None:
-        self.finish()
+        self.finish_if_finite()
         self._commit(
             places=self.places.moved(device),
-            starts=None if self.starts is None else self.starts.to(device),
+            starts=None if self.starts is None else moved(self.starts, device),
+            origins=None if self.origins is None else moved(self.origins, device),
+            trail=None if self.trail is None else moved(self.trail, device),
+            leads={side: moved(lead, device) for side, lead in self.leads.items()},
             stores={side: store.moved(device) for side, store in self.stores.items()},
-            tails={side: tail.to(device, non_blocking=True) for side, tail in self.tails.items()},
-            sinks={side: sinks.to(device, non_blocking=True) for side, sinks in self.sinks.items()},
+            tails={side: moved(tail, device) for side, tail in self.tails.items()},
+            sinks={side: moved(sinks, device) for side, sinks in self.sinks.items()},
         )
 
     def offload(self) -> None:
@@ -419,21 +529,23 @@ class SpectralLayer(DynamicLayer):
         Returns:
             The new layer.
         """
-        self.finish()
-        new = copy.copy(self)
-        new.stores = {side: store.fork() for side, store in self.stores.items()}
-        new.places = self.places.fork()
+        self.finish_if_finite()
+        new = glimpse(self)
+        new.stores = {side: store.fork() for side, store in new.stores.items()}
+        new.places = new.places.fork()
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
         """Copy what is stored; constants are shared."""
-        self.finish()
-        new = copy.copy(self)
+        self.finish_if_finite()
+        new = glimpse(self)
         memo[id(self)] = new
-        new.spans = list(self.spans)
-        new.stores = {side: store.copy() for side, store in self.stores.items()}
-        new.places = self.places.copy()
-        new.sinks = {side: tensor.clone() for side, tensor in self.sinks.items()}
-        new.tails = {side: tensor.clone() for side, tensor in self.tails.items()}
-        new.starts = None if self.starts is None else self.starts.clone()
+        new.stores = {side: store.copy() for side, store in new.stores.items()}
+        new.places = new.places.copy()
+        new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
+        new.tails = {side: tensor.clone() for side, tensor in new.tails.items()}
+        new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
+        new.starts = None if new.starts is None else new.starts.clone()
+        new.origins = None if new.origins is None else new.origins.clone()
+        new.trail = None if new.trail is None else new.trail.clone()
         return new

@@ -8,33 +8,59 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import quantcache
 from quantcache import data
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "quantcache"
+TOP_LEVEL = (
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "constraints.txt",
+    "constraints-floor.txt",
+)
 
 TIERS = (
-    ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
-    ("schema", "store", "guards", "index"),
-    ("allocation", "compat", "card", "passages", "hub"),
-    ("artifact_files", "accounting"),
+    (
+        "ambient",
+        "errors",
+        "registration",
+        "jsonfile",
+        "linalg",
+        "plaintext",
+        "packing",
+        "padding",
+        "rope",
+        "spectral",
+        "codebook",
+        "data",
+    ),
+    ("schema", "spans", "store", "guards", "index"),
+    ("allocation", "compat", "cache_layout", "card", "passages", "hub"),
+    ("artifact_files", "artifact_checks", "accounting", "identity"),
     ("artifact",),
     ("codec",),
-    ("lazy", "online_softmax", "distortion"),
+    ("lazy", "online_softmax", "distortion", "trials"),
     ("backends",),
     ("attention",),
     ("layer",),
+    ("mixed_layers",),
     ("cache_files", "calibrated_codecs"),
     ("cache", "probe", "statistics", "self_calibration"),
     ("yardstick",),
     ("calibration", "enabling"),
     ("export", "recipes"),
-    ("evaluation", "env"),
+    ("evaluation", "env", "kernel_check"),
     ("analysis",),
     ("planning",),
     ("demo",),
@@ -111,7 +137,34 @@ def test_kernels_folder_does_not_shadow_the_kernels_package() -> None:
 
 
 def test_import_is_light() -> None:
-    assert run_python("import sys, quantcache; print('matplotlib' in sys.modules)") == "False"
+    heavy = ("torch", "transformers.modeling_utils", "matplotlib", "triton")
+    assert run_python(f"import sys, transformers, quantcache; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_help_imports_no_transformers() -> None:
+    code = (
+        "import sys\nfrom quantcache.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    assert run_python(code).endswith("[]")
+
+
+def test_every_public_name_can_be_had() -> None:
+    assert all(getattr(quantcache, name) is not None for name in quantcache.__all__)
+    assert set(quantcache.__all__) <= set(dir(quantcache))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        quantcache.no_such_name  # noqa: B018
+
+
+def test_attention_is_registered_once_the_models_are_loaded() -> None:
+    code = (
+        "import quantcache, inspect\n"
+        "from transformers.models.llama import modeling_llama\n"
+        "from transformers import AttentionInterface, modeling_utils\n"
+        "assert 'def from_pretrained' in inspect.getsource(modeling_utils)\n"
+        "print('spectral' in AttentionInterface())"
+    )
+    assert run_python(code) == "True"
 
 
 def test_import_brings_no_triton_of_its_own() -> None:
@@ -137,19 +190,72 @@ def test_missing_data_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         data.demo_model_path()
 
 
+@dataclass(frozen=True)
+class Build:
+    """What a build leaves.
+
+    Attributes:
+        wheel: The wheel, without the compiled library.
+        sources: Names in the source distribution, below its top folder.
+        output: What setuptools printed.
+    """
+
+    wheel: zipfile.ZipFile
+    sources: set[str]
+    output: str
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel, built from a copy so that nothing stale of an earlier build gets in or is left behind."""
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Wheel and source distribution, built from a copy: nothing stale of an earlier build gets in or is left behind."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", *TOP_LEVEL):
         shutil.copy(ROOT / name, source)
-    for name in ("quantcache", "kernels"):
-        shutil.copytree(ROOT / name, source / name)
-    build = "import setuptools.build_meta as backend; backend.build_wheel('dist')"
-    result = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    (path,) = (source / "dist").glob("*.whl")
-    return zipfile.ZipFile(path)
+    unwanted = shutil.ignore_patterns("*.so", "__pycache__", "results", "scratch")
+    for name in ("quantcache", "kernels", "docs", "examples", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=unwanted)
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # setuptools says that it obeys
+    output = ""
+    for kind in ("wheel", "sdist"):  # the wheel without setup.py: compiling takes a minute and has tests of its own
+        command = f"import setuptools.build_meta as backend; backend.build_{kind}('dist')"
+        result = subprocess.run(
+            [sys.executable, "-c", command], cwd=source, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        output += result.stdout + result.stderr
+        shutil.copy(ROOT / "setup.py", source)
+    (path,), (archive,) = (source / "dist").glob("*.whl"), (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        sources = {name.partition("/")[2] for name in tar.getnames()}
+    return Build(zipfile.ZipFile(path), sources, output)
+
+
+@pytest.fixture(scope="module")
+def wheel(build: Build) -> zipfile.ZipFile:
+    """The wheel."""
+    return build.wheel
+
+
+def test_building_is_silent(build: Build) -> None:
+    told = [line for line in build.output.splitlines() if re.search("warning|deprecat|ignored", line, re.IGNORECASE)]
+    assert not told
+
+
+def test_the_source_distribution_is_complete(build: Build) -> None:
+    wanted = {*TOP_LEVEL, "setup.py", "pyproject.toml", "MANIFEST.in", "kernels/quantcache_kernels/py.typed"}
+    for folder in ("quantcache", "kernels", "docs", "examples", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".h", ".cpp", ".md", ".svg") or "data" in path.relative_to(ROOT).parts[:2]:
+                wanted.add(path.relative_to(ROOT).as_posix())
+    missing = {name for name in wanted if "__pycache__" not in name and not (ROOT / name).is_dir()} - build.sources
+    assert not missing
+
+
+def test_there_is_one_version(build: Build) -> None:
+    assert f"quantcache-{quantcache.__version__}.dist-info/METADATA" in build.wheel.namelist()
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert released[0] == quantcache.__version__
 
 
 def test_wheel_holds_both_packages_and_the_data(wheel: zipfile.ZipFile) -> None:
@@ -188,3 +294,18 @@ def test_the_map_of_the_source_is_whole() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     missing = {module for module, _ in modules() if not module.startswith("__")} - set(re.findall(r"`(\w+)`", page))
     assert not missing, f"docs/architecture.md does not name {sorted(missing)}"
+
+
+def test_attention_runs_where_nothing_of_quantcache_was_used_yet() -> None:
+    code = (
+        "import quantcache, torch\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "config = LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,"
+        " num_key_value_heads=1, vocab_size=16, attn_implementation='spectral')\n"
+        "model = LlamaForCausalLM(config).eval()\n"
+        "ids = torch.ones(1, 3, dtype=torch.long)\n"
+        "ours = model(ids).logits\n"
+        "model.set_attn_implementation('sdpa')\n"
+        "print(torch.equal(ours, model(ids).logits))"
+    )
+    assert run_python(code).splitlines()[-1] == "True"

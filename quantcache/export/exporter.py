@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
 import logging
 import os
-import platform
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from quantcache import compat, data, hub
+from quantcache.ambient import standard_settings
 from quantcache.artifact import SUBFOLDER, Calibration
 from quantcache.errors import QuantCacheError
 from quantcache.export.absorption import Basis
@@ -29,6 +27,7 @@ from quantcache.export.card import LogitDifference, card_header, render_export_c
 from quantcache.export.checkpoint import Checkpoint
 from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps
 from quantcache.export.projections import find_projections
+from quantcache.writing import partial_folder
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +79,7 @@ class ExportReport:
     calibration: Calibration
 
 
+@standard_settings()
 def export_checkpoint(
     model: str | Path,
     calibration: Calibration,
@@ -137,7 +137,7 @@ def export_checkpoint(
     projections = find_projections(config, calibration, checkpoint.tensors)
     maps = layer_maps(calibration, projections, basis, checkpoint.tensors)
 
-    with _partial_folder(output) as partial:
+    with partial_folder(output.absolute().parent, f".{output.name}-partial-") as partial:
         left_out = _copy_others(folder, partial, checkpoint)
         count = 0
         sizes = [(folder / shard).stat().st_size for shard in checkpoint.shards]
@@ -205,7 +205,14 @@ def _logits(folder: Path, count: int) -> tuple[Tensor, torch.dtype]:
     count = min(count, getattr(text_config, "max_position_embeddings", None) or count)
     ids = _text_tokens(folder, count)
     if ids.shape[1] < count or int(ids.max()) >= text_config.vocab_size:
-        ids = torch.randint(0, text_config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            0,
+            text_config.vocab_size,
+            (1, count),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.int64,
+            device="cpu",
+        )
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits[0].double(), model.dtype
 
@@ -216,9 +223,9 @@ def _text_tokens(folder: Path, count: int) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever is wrong with it, it is copied as it is and matters for this comparison only
         logger.info("comparing on random tokens: %s has no tokenizer (%s)", folder, error)
-        return torch.empty(1, 0, dtype=torch.int64)
+        return torch.empty(1, 0, dtype=torch.int64, device="cpu")
     text = data.evaluation_text()[: 64 * count]
-    return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64)
+    return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64, device="cpu")
 
 
 def _require_free(output: Path) -> None:
@@ -341,39 +348,3 @@ def _write_extras(
         metrics=metrics,
     )
     (partial / "README.md").write_text(card, "utf-8")
-
-
-@contextlib.contextmanager
-def _partial_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, gone afterwards; what a killed export left there is cleared away first.
-
-    Args:
-        output: The output.
-
-    Yields:
-        The folder, to be renamed into place.
-    """
-    parent = output.absolute().parent
-    prefix = f".{output.name}-partial-{platform.node()}-"
-    for stale in parent.glob(f"{prefix}*"):
-        owner = stale.name[len(prefix) :].partition("-")[0]
-        if owner.isdigit() and not _is_running(int(owner)):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)  # temporary folders are made for their owner only
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,3 +1,6 @@
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // false alarms in GCC 12's own header
+#endif
 #include "attend.h"
 #include "encode.h"
 
