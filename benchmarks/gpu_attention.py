@@ -187,7 +187,7 @@ def kernel_plans(
     layout: Layout, group: int, tokens: int, batch: int, precise: bool, waves: int = 1, splits: int | None = None
 ) -> tuple[list[Plan], int]:
     """Calls on enough sets of random data, and the bytes that one reads."""
-    heads, dim, anchors = layout.heads, layout.dim, -(-tokens // ANCHOR)
+    heads, dim, anchors = layout.heads, layout.coefficients, -(-tokens // ANCHOR)
     size = anchors * batch * (layout.row_bytes() + heads * layout.query_bytes(group, precise))
     queries = torch.randn(1, batch, heads, group, dim, device="cuda") * 3 / dim**0.5
     offsets = torch.zeros(1, batch, heads, group, device="cuda")

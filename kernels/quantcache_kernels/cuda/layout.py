@@ -13,7 +13,7 @@ either block, the two blocks side by side. These 32 w bits are 32 codes, in regi
 
 Widths above 4 are stored as the level itself, one signed byte.
 
-Shapes: B batch, H key/value heads, D dimension, N anchors, T = 128 N tokens.
+Shapes: B batch, H key/value heads, S coefficients of a head (D rounded up, see convert.py), N anchors, T = 128 N tokens.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Layout:
     """Where everything of a layer lies.
 
     Attributes:
-        key_widths: Widths of the tiles of keys, descending, ``[H, D / 16]``.
+        key_widths: Widths of the tiles of keys, descending, ``[H, S / 16]``.
         value_widths: Widths of the tiles of values.
     """
 
@@ -212,8 +212,8 @@ class Layout:
         return len(self.key_widths)
 
     @property
-    def dim(self) -> int:
-        """D."""
+    def coefficients(self) -> int:
+        """S."""
         return TILE * len(self.key_widths[0])
 
     def table(self) -> Tensor:
@@ -234,13 +234,13 @@ class Layout:
 
     def bits(self) -> float:
         """Stored bits per element, gains included."""
-        return 8 * self.row_bytes() / (2 * self.heads * ANCHOR * self.dim)
+        return 8 * self.row_bytes() / (2 * self.heads * ANCHOR * self.coefficients)
 
     def pack(self, keys: Tensor, key_gains: Tensor, values: Tensor, value_gains: Tensor) -> Tensor:
         """Pack codes in sorted order.
 
         Args:
-            keys: ``[B, H, T, D]`` codes (integer levels where the width is above 4), T a multiple of 128.
+            keys: ``[B, H, T, S]`` codes (integer levels where the width is above 4), T a multiple of 128.
             key_gains: ``[B, H, T]``.
             values: Like ``keys``.
             value_gains: Like ``key_gains``.
@@ -252,7 +252,7 @@ class Layout:
         out = torch.zeros(tokens // ANCHOR, batch, self.row_bytes(), dtype=torch.uint8, device=keys.device)
         for head, row in enumerate(self.table().tolist()):
             for side, codes, gains in ((0, keys, key_gains), (1, values, value_gains)):
-                own = codes[:, head].unflatten(1, (-1, ANCHOR)).transpose(0, 1)  # [N, B, 128, D]
+                own = codes[:, head].unflatten(1, (-1, ANCHOR)).transpose(0, 1)  # [N, B, 128, S]
                 gain = gains[:, head].unflatten(1, (-1, ANCHOR)).transpose(0, 1).half().contiguous()
                 place = row[2 * side]
                 out[..., place : place + GAIN_BYTES] = gain.view(torch.uint8)
@@ -279,7 +279,7 @@ class Layout:
             dtype: Of the result.
 
         Returns:
-            Keys and values in sorted order, ``[B, H, T, D]``.
+            Keys and values in sorted order, ``[B, H, T, S]``.
         """
         scale = steps(levels)
         sides = []
@@ -309,7 +309,7 @@ class Layout:
         """What sums of integer levels of values are multiplied by.
 
         Args:
-            decoder: What sums of levels are multiplied by, ``[H, D (coefficient, sorted), D]``.
+            decoder: What sums of levels are multiplied by, ``[H, S (sorted), D]``.
             levels: Codebooks of every width from 0 to 8.
 
         Returns:
@@ -320,7 +320,7 @@ class Layout:
 
     def query_bytes(self, group: int, precise: bool = True) -> int:
         """Bytes of the queries of one anchor, batch row and head."""
-        return column_tiles(group, precise) * (8 * self.dim + QUERY_EXTRA)
+        return column_tiles(group, precise) * (8 * self.coefficients + QUERY_EXTRA)
 
     def pack_queries(
         self, queries: Tensor, offsets: Tensor, levels: Sequence[Sequence[float]], precise: bool = True
@@ -333,7 +333,7 @@ class Layout:
 
         Args:
             queries: In coded coordinates, sorted, times log2(e) and the softmax scale: a score in base 2 is the gain
-                times the sum of queries times levels, plus the offset. ``[N, B, H, G, D]``, float.
+                times the sum of queries times levels, plus the offset. ``[N, B, H, G, S]``, float.
             offsets: ``[N, B, H, G]``.
             levels: Codebooks of every width from 0 to 8.
             precise: Twice eight bits.
@@ -341,14 +341,14 @@ class Layout:
         Returns:
             ``[N, B, H, query_bytes]`` uint8.
         """
-        group, dim = queries.shape[-2:]
+        group, coefficients = queries.shape[-2:]
         parts = column_tiles(group, precise)
-        widths = torch.tensor(self.key_widths, device=queries.device).repeat_interleave(TILE, dim=1)  # [H, D]
+        widths = torch.tensor(self.key_widths, device=queries.device).repeat_interleave(TILE, dim=1)  # [H, S]
         scaled = queries.float() * steps(levels).float().to(queries.device)[widths].unsqueeze(-2)
         largest = 127 * 128 if precise else 127
         unit = (scaled.abs().amax(-1) / largest).clamp_min(1e-30)  # [N, B, H, G]
         whole = (scaled / unit.unsqueeze(-1)).round().long()
-        columns = torch.zeros(*queries.shape[:-2], 8 * parts, dim, dtype=torch.int64, device=queries.device)
+        columns = torch.zeros(*queries.shape[:-2], 8 * parts, coefficients, dtype=torch.int64, device=queries.device)
         extra = torch.zeros(*queries.shape[:-2], parts, QUERY_EXTRA // 4, dtype=torch.int32, device=queries.device)
         stride = 2 if precise else 1
         where = range(0, stride * group, stride)

@@ -25,8 +25,13 @@ class MergeArguments(ctypes.Structure):
 
     _fields_ = (
         *((name, Pointer) for name in ("partial", "stats", "dense", "dense_lse", "decoder", "mean", "out", "lse")),
-        *((name, ctypes.c_int) for name in ("lines", "num_heads", "group", "dim", "splits")),
+        *((name, ctypes.c_int) for name in ("lines", "num_heads", "group", "dim", "coefficients", "splits")),
     )
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that ``merge`` takes."""
+        return 4 * (20 * self.dim + self.coefficients + 32)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

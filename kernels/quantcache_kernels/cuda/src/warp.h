@@ -22,6 +22,7 @@ struct alignas(16) Words4 {
 #ifdef __CUDACC__
 
 #define KERNEL extern "C" __global__
+#define BOUNDS(threads) __launch_bounds__(threads)
 #define DEVICE static __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
@@ -121,6 +122,7 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 #include <ucontext.h>
 
 #define KERNEL static
+#define BOUNDS(threads)
 #define DEVICE static inline
 #define UNROLL
 #define ROLLED
