@@ -100,9 +100,8 @@ def main() -> None:
     metrics["not_measured"] = run.skipped
     if isinstance(metrics.get("attention"), list):
         Console(width=None if sys.stdout.isatty() else 200).print(table(metrics["attention"]))
-    commit = os.environ.get("QUANTCACHE_COMMIT")  # where the machine has the files but not the repository
     unquoted = {"commit": None} if options.tiny else None  # never among the results
-    path = write_record("gpu-decode", {**vars(options), "commit_given": commit}, metrics, unquoted)
+    path = write_record("gpu-decode", vars(options), metrics, unquoted)
     if out := os.environ.get("OUT"):
         shutil.copy(path, out)
     print(f"record: {path}", file=sys.stderr)
@@ -265,7 +264,14 @@ def attention_rung(run: Run, name: str, batch: int, length: int, rates: list[flo
     del key, value
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = query_heads // heads, True
-    time_it("DynamicCache step", lambda: sdpa_attention_forward(module, query, *dense.update(*new), None))
+
+    def dense_step() -> None:
+        sdpa_attention_forward(module, query, *dense.update(*new), None)
+
+    time_it("DynamicCache step", dense_step)
+    if run.device.type == "cuda":  # cuDNN, torch's first choice, makes a plan for every new length
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            time_it("DynamicCache step, flash", dense_step)
     return found
 
 

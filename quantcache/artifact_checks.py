@@ -73,11 +73,13 @@ def check_header(path: Path) -> None:
         path: The file.
 
     Raises:
-        ArtifactError: The header claims more bytes.
-        OSError: The file cannot be read.
+        ArtifactError: The header claims more bytes, or the file cannot be read.
     """
-    with open(path, "rb") as file:
-        claimed = int.from_bytes(file.read(8), "little")
+    try:
+        with open(path, "rb") as file:
+            claimed = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
     if claimed > MOST_HEADER:
         raise ArtifactError(
             f"{path} cannot be read: its header claims {claimed:,} bytes, at most {MOST_HEADER:,} are read"

@@ -329,7 +329,7 @@ class SpectralCodec:
             Gains of the largest code, which may have been larger, gains of zero, and all gains, in heads that have
             codes at all, ``[3]``.
         """
-        tokens = torch.arange(BLOCK, device=gains.device)
+        tokens = torch.arange(BLOCK, dtype=torch.int64, device=gains.device)
         coded = self.coded.any(-1)
         if coded.device != gains.device:  # blocks that are offloaded
             coded = coded.to(gains.device)

@@ -192,9 +192,16 @@ class ConsistentCache(DynamicCache):
         finally:
             self._leave()
 
+    def _drop_refused(self) -> None:
+        """Roll back a pass that ended because tokens of an earlier one are not finite: they cost no other row."""
+        refused = any(isinstance(layer, SpectralLayer) and layer.refused for layer in self.layers)
+        if refused and self._busy() is None and (self.broken is not None or self._unsettled(self.layers) is not None):
+            self._roll_back()
+
     def _apply(self, operation: Callable[[Any], None], settled: bool = True, **state: Any) -> None:
         """Prepare an operation on copies of all layers, then put all of them in place at once."""
         if settled:
+            self._drop_refused()
             self._require_settled(self.layers)
         prepared = [frozen(layer) for layer in self.layers]
         for layer in prepared:
@@ -323,6 +330,8 @@ class ConsistentCache(DynamicCache):
 
     def _taken(self, take: Callable[[Any], Any]) -> Self:
         """A cache whose layers are made of this one's, as they are at one moment."""
+        if any(isinstance(layer, SpectralLayer) and layer.refused for layer in self.layers):
+            self._change(self._drop_refused)
         for _ in range(ATTEMPTS):
             if any(isinstance(layer, SpectralLayer) and layer.pending for layer in self.layers):
                 self._change(self._finish)

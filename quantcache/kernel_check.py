@@ -115,10 +115,12 @@ def _case(
     new: list[Tensor] = []
     for codec in codecs.values():  # with the statistics that the codec expects
         assert isinstance(codec, SpectralCodec)
-        coefficients = torch.randn(1, 2, tokens, dim, generator=generator).to(device)
+        coefficients = torch.randn(1, 2, tokens, dim, generator=generator, dtype=torch.float32, device="cpu").to(device)
         framed = codec.synthesize(coefficients) + codec.mean[:, None]
         new.append(codec.frame.leave(framed, slots[:, None], anchor_of(slots, layer.sink_length)[:, None]).to(dtype))
-    query = (0.2 * torch.randn(1, 2 * groups, 1, dim, generator=generator)).to(device, dtype)
+    query = (0.2 * torch.randn(1, 2 * groups, 1, dim, generator=generator, dtype=torch.float32, device="cpu")).to(
+        device, dtype
+    )
     layer.update(*new)
     layer.finish()
     return layer, new[0], query

@@ -85,6 +85,7 @@ class SpectralLayer(DynamicLayer):
     cut: bool  # whether a crop has left some block less than full
     pending: bool  # whether new tokens await their reader before they may be encoded
     gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
+    refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
     look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
 
     def __init__(
@@ -129,7 +130,7 @@ class SpectralLayer(DynamicLayer):
 
     def _commit(self, **state: Any) -> None:
         """Put a new state in place at once."""
-        commit([self], [{"look": None, **state}])
+        commit([self], [{"look": None, "refused": False, **state}])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -314,6 +315,7 @@ class SpectralLayer(DynamicLayer):
         coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
         look = self.look if self.look is not None and due == 1 else guards.Look(coded)
         if not look.finite():
+            self._commit(refused=True)
             for side, tokens in coded.items():
                 guards.require_finite(self.index, side, tokens, spans[0].start, grid.starts)
         tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
@@ -353,7 +355,7 @@ class SpectralLayer(DynamicLayer):
             places=self.places.appended({"places": places}),
             sinks=sinks,
             tails=tails,
-            gains=gains,
+            gains=gains if guards.Later.pays(self.device) else {},
             pending=False,
         )
 

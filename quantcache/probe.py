@@ -158,7 +158,11 @@ def attends(model: PreTrainedModel) -> bool:
     """
     try:
         with evaluating(model):
-            run(model, torch.tensor([[_some_token(model)]]), DynamicCache(config=model.config))
+            run(
+                model,
+                torch.tensor([[_some_token(model)]], dtype=torch.int64, device="cpu"),
+                DynamicCache(config=model.config),
+            )
     except UnsupportedModel:
         return False
     return True
@@ -180,7 +184,11 @@ def observed_values(model: PreTrainedModel, layers: list[int]) -> dict[int, tupl
     def record(index: int, key: Tensor, value: Tensor) -> None:
         found[index] = (value.shape[1], value.shape[3])
 
-    run(model, torch.tensor([[_some_token(model)]]), RecordingCache(model.config, record))
+    run(
+        model,
+        torch.tensor([[_some_token(model)]], dtype=torch.int64, device="cpu"),
+        RecordingCache(model.config, record),
+    )
     return {index: found[index] for index in layers if index in found}
 
 

@@ -23,14 +23,13 @@ def chosen_rows(indices: Any, count: int) -> Tensor:
     Raises:
         RowError: There is no such row, or it is not one dimension of indices.
     """
-    if isinstance(indices, Tensor):
-        indices = indices.detach().cpu()
-    elif isinstance(indices, tuple | range):
-        indices = list(indices)  # a tuple would be one index for each dimension
-    if isinstance(indices, list) and not indices:
-        indices = slice(0, 0)
+    index = indices
     try:
-        rows: Tensor = torch.arange(count, device="cpu")[indices]
+        if isinstance(index, Tensor):
+            index = index.detach().cpu()
+        elif isinstance(index, list | tuple | range):  # a tuple itself would be one index for each dimension
+            index = torch.as_tensor(list(index), device="cpu") if index else slice(0, 0)
+        rows: Tensor = torch.arange(count, dtype=torch.int64, device="cpu")[index]
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RowError(f"cannot choose rows {_described(indices)} of a batch of {count}: {error}") from error
     if rows.dim() != 1:
@@ -55,7 +54,7 @@ def repeated_rows(repeats: Any, count: int) -> Tensor:
         numbers = torch.as_tensor(repeats, device="cpu")
         if numbers.is_floating_point() or numbers.dtype == torch.bool:
             raise TypeError(f"repeats are integers, not {numbers.dtype}")
-        return torch.arange(count, device="cpu").repeat_interleave(numbers)
+        return torch.arange(count, dtype=torch.int64, device="cpu").repeat_interleave(numbers)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RowError(f"cannot repeat the rows of a batch of {count} {_described(repeats)} times: {error}") from error
 

@@ -17,6 +17,7 @@ from quantcache import Calibration, SpectralCache
 from quantcache import guards as guards_module
 from quantcache.data import calibrations_path, evaluation_text
 from quantcache.errors import QuantCacheError, TokensNotFinite
+from quantcache.padding import Arrivals
 from quantcache.schema import SIDES
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import Run, feed
@@ -169,13 +170,13 @@ def scaled(scale: float, backend: str = "auto") -> SpectralCache:
     cache = SpectralCache(plain, shared_model(LLAMA).config, residual_length=0, backend=backend)
     generator = torch.Generator().manual_seed(1)
     for layer in cache.spectral_layers:
-        mask = (torch.arange(200) >= torch.tensor([0, 70])[:, None])[:, None, None]
+        told = Arrivals.of(torch.arange(200) >= torch.tensor([0, 70])[:, None], None, 200, 200)
         given = [scale * torch.randn(2, 2, 200, 64, generator=generator) for _ in SIDES]
         for x in given:
             x[1, :, :70] = 1e4  # padding is nobody's loss
             x[0, :, 100] *= 40 if scale == 1.0 else 1
-        layer.update(*given)
-        layer.finish(mask)
+        layer.update(*given, arrivals=told)
+        layer.finish()
     return cache
 
 

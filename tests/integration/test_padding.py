@@ -216,6 +216,19 @@ def hidden_once() -> list[Pass]:
     ]
 
 
+def hidden_in_the_prompt() -> list[Pass]:
+    """The same with the positions of left padding, so that kernels are at work until the padding is shown."""
+    (first, more), *_ = hidden_once()
+    positions, new = torch.arange(-40, 200).expand(2, -1), random_tokens(2, 14, seed=10)
+    hiding = torch.nn.functional.pad(more["attention_mask"], (0, 4), value=1)
+    return [
+        (first, {**more, "position_ids": positions[:, :200].clamp_min(0)}),
+        (new[:, :4], {"attention_mask": hiding, "position_ids": positions[:, 200:204]}),
+        (new[:, 4:], {"position_ids": positions[:, 204:214]}),
+        (new[:, 4:], {"attention_mask": torch.ones(2, 224).long(), "position_ids": positions[:, 214:224]}),
+    ]
+
+
 def hidden_later() -> list[Pass]:
     """The other way round, and back."""
     tokens, mask = random_tokens(2, 240, seed=4), torch.ones(2, 240, dtype=torch.int64)
@@ -281,6 +294,7 @@ SCENES = {
         last_rows_hide_the_start: "custom 4D masks, boolean and additive",
         additive: "custom 4D masks, boolean and additive",
         hidden_once: "a mask that hides what another shows",
+        hidden_in_the_prompt: "a mask that hides what another shows",
         hidden_later: "a mask that hides what another shows",
         never_shown: "a mask that hides what another shows",
         holes: "holes in the mask: padding between the turns of a batch",

@@ -22,6 +22,7 @@ from torch import Tensor
 from quantcache.attention import spectral_attention
 from quantcache.codec import SpectralCodec
 from quantcache.layer import SpectralLayer
+from quantcache.padding import Arrivals
 from quantcache_kernels.cpu.library import find
 from tests.kernels import truth
 from tests.kernels.cases import Case, codecs
@@ -159,19 +160,21 @@ class _Life:
         rows, heads = self.pads.shape[0], self.case.heads
         new = [self.normal(rows, heads, count, self.sizes[side]) for side in ("key", "value")]
         before = len(self.layer.spans)
-        self.layer.update(*new)
-        mask = self.attend(count)
-        self.layer.finish(mask)
+        length = self.layer.get_seq_length() + count
+        shown = torch.arange(length) >= self.pads[:, None]
+        self.layer.update(*new, arrivals=Arrivals.of(shown, None, length, count))
+        self.attend(count)
+        self.layer.finish()
         self.counts["blocks encoded"] += (len(self.layer.spans) - before) * rows
 
-    def attend(self, count: int) -> Tensor | None:
-        """Attention of the newest tokens, at most 16 of which reach the kernel; the mask that tells of padding."""
+    def attend(self, count: int) -> None:
+        """Attention of the newest tokens, at most 16 of which reach the kernel."""
         view, rows = self.layer.snapshot(), self.pads.shape[0]
         slots = torch.arange(view.length)
         causal = slots <= torch.arange(view.length - count, view.length)[:, None]
         whole = (causal & (slots >= self.pads[:, None, None]))[:, None]
         if not view.num_blocks:
-            return whole if self.padded else None
+            return
         queries = min(count, 16)
         query = self.normal(rows, self.case.heads * self.case.groups, queries, self.sizes["key"]) * 0.3
         options: dict[str, Any] = {
@@ -190,7 +193,6 @@ class _Life:
         self.counts["attended"] += 1
         if self.chance.random() < 0.3:
             self.compare(query, mask, found, options)
-        return whole if self.padded else None
 
     def compare(self, query: Tensor, mask: Tensor | None, found: Tensor, options: dict[str, Any]) -> None:
         """The rule of the parity suite, with a floor of one rounding step of the output."""

@@ -208,7 +208,7 @@ class LayerMachine(RuleBasedStateMachine):
         masked: bool,
         seed: int,
     ) -> None:
-        """Make an empty layer; one that codes nothing may be told of padding, holes and positions: nothing changes."""
+        """Make an empty layer; one that codes nothing may be told of padding and positions, which changes nothing."""
         dense = SIDES if masked else dense
         tried["sequences"] += 1
         self.generator = torch.Generator().manual_seed(seed)

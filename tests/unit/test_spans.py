@@ -56,13 +56,15 @@ def test_only_copies_to_a_gpu_may_still_be_under_way() -> None:
 
 def test_an_offloaded_layer_is_whole() -> None:
     from quantcache import Calibration, SpectralCache
+    from quantcache.padding import Arrivals
     from tests.builders import llama_config
 
     config = llama_config()
     layer = SpectralCache(Calibration.synthetic(config), config).spectral_layers[0]
-    layer.update(*(torch.randn(2, 2, 200, 64) for _ in range(2)))
-    layer.finish((torch.arange(200) >= torch.tensor([[7], [0]]))[:, None, None])
+    told = Arrivals.of(torch.arange(200) >= torch.tensor([[7], [0]]), None, 200, 200)
+    layer.update(*(torch.randn(2, 2, 200, 64) for _ in range(2)), arrivals=told)
+    layer.finish()
     with Copies() as copies:
         layer.offload()
-    assert len(copies.seen) == 1 + 1 + 4 + 2 + 2  # places, starts, codes and gains, tails, sinks
+    assert len(copies.seen) == 2 + 4 + 2 + 2 + 2 + 1  # places, starts, codes and gains, tails, sinks, leads, trail
     assert not any(waiting for _, waiting in copies.seen)
