@@ -1,8 +1,8 @@
 """The CUDA attention kernel on a GPU: right first, then its time beside flash attention, cuDNN and a copy.
 
-Needs torch and nothing else of the project's dependencies: ``PYTHONPATH=.:kernels python benchmarks/gpu_attention.py``
-takes under 100 seconds. Every figure is printed and appended to ``$OUT/cuda_attention.jsonl`` as it comes, so a run
-that is cut loses nothing; a shape that fails says so and the next one runs.
+``PYTHONPATH=.:kernels python benchmarks/gpu_attention.py`` takes under a minute. Every figure is printed and appended
+to ``$OUT/cuda_attention.jsonl`` as it comes, so a run that is cut loses nothing; a shape that fails says so and the
+next one runs. At the end comes a record, with a copy in ``$OUT``.
 
 Codes are random and codebooks are quantiles of the Gaussian: neither time nor error depends on what a model would give.
 """
@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import write_record
 from sass import tile_loops
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,11 +48,15 @@ MINIMUM_BYTES = 256 << 20  # of the data that a measurement goes through: severa
 
 OUT = Path(os.environ.get("OUT", "."))
 START = time.perf_counter()
+FIGURES: dict[str, list[dict[str, Any]]] = {}
+"""What was measured, by part: for the record."""
 
 
 def record(part: str, **fields: Any) -> None:
     """Print a figure and append it to the file."""
     fields = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in fields.items()}
+    if part != "sass":  # long, and of interest to who writes the kernel only
+        FIGURES.setdefault(part, []).append(fields)
     print(
         f"[{time.perf_counter() - START:5.1f}s] {part}: " + ", ".join(f"{k}={v}" for k, v in fields.items()), flush=True
     )
@@ -184,7 +190,7 @@ def profile(heads: int, dim: int) -> Layout:
 
 
 def kernel_plans(
-    layout: Layout, group: int, tokens: int, batch: int, precise: bool, waves: int = 1, splits: int | None = None
+    layout: Layout, group: int, tokens: int, batch: int, precise: bool, splits: int | None = None
 ) -> tuple[list[Plan], int]:
     """Calls on enough sets of random data, and the bytes that one reads."""
     heads, dim, anchors = layout.heads, layout.coefficients, -(-tokens // ANCHOR)
@@ -207,7 +213,7 @@ def kernel_plans(
             first = make(132)
             attend = driver.load(0, precise, first.parts)["attend"]
             fit = attend.warps_per_processor(first.shared_bytes)
-            warps = waves * fit * torch.cuda.get_device_properties(0).multi_processor_count
+            warps = fit * torch.cuda.get_device_properties(0).multi_processor_count
         plans.append(make(warps))
     return plans, size
 
@@ -278,22 +284,18 @@ def width_times() -> None:
 
 
 def split_times() -> None:
-    """Splits of the context, in waves of the device."""
+    """How many anchors a warp should have."""
     heads, group, dim = MODELS["llama-8b"]
-    for tokens, batch in ((32768, 1), (32768, 8), (131072, 8)):
-        for waves in (1, 2, 4):
-            plans, _ = kernel_plans(profile(heads, dim), group, tokens, batch, True, waves=waves)
-            attend = microseconds([lambda p=p: launch(p, merge=False) for p in plans])
-            both = microseconds([lambda p=p: launch(p) for p in plans])
+    for tokens, batch in ((32768, 1), (131072, 1), (32768, 8), (131072, 8)):
+        for anchors in (1, 2, 3, 4, 6, 8, 16):
+            splits = -(-tokens // ANCHOR // anchors)
+            plans, _ = kernel_plans(profile(heads, dim), group, tokens, batch, True, splits=splits)
+            attend = microseconds([lambda p=p: launch(p, merge=False) for p in plans], seconds=0.1)
+            both = microseconds([lambda p=p: launch(p) for p in plans], seconds=0.1)
             record(
-                "splits",
-                tokens=tokens,
-                batch=batch,
-                waves=waves,
-                splits=plans[0].splits,
-                attend_us=attend,
+                "splits", tokens=tokens, batch=batch, anchors=anchors, splits=plans[0].splits, attend_us=attend,
                 total_us=both,
-            )
+            )  # fmt: skip
             del plans
             torch.cuda.empty_cache()
 
@@ -338,10 +340,26 @@ CHECKS = (
 )
 
 
+def measure(seconds: float) -> None:
+    """Every time, the most telling first; shapes that would begin after so many seconds are skipped."""
+    attempt("copy", copy_bandwidth)
+    shapes = [(model, tokens, batch, True) for tokens, batch in SHAPES for model in MODELS]
+    shapes += [("qwen2.5-7b", tokens, 8, False) for tokens in (32768, 131072)]
+    for index, (model, tokens, batch, precise) in enumerate(shapes):
+        if index == 4:
+            attempt("width", width_times)
+            attempt("splits", split_times)
+        what = {"model": model, "tokens": tokens, "batch": batch, "precise": precise}
+        if time.perf_counter() - START > seconds:
+            record("skipped", **what)
+            continue
+        attempt("time", lambda what=what: compare(**what), **what)
+
+
 def main() -> None:
     """Run everything that fits."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=90.0, help="skip shapes that would begin later")
+    parser.add_argument("--seconds", type=float, default=45.0, help="skip shapes that would begin later")
     parser.add_argument("--checks-only", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -357,22 +375,15 @@ def main() -> None:
     attempt("compile", compile_all)
     for shape in CHECKS:
         attempt("check", lambda shape=shape: check(*shape), shape=str(shape))
-    if options.checks_only:
-        return
-    attempt("copy", copy_bandwidth)
-    shapes = [(model, tokens, batch) for tokens, batch in SHAPES for model in MODELS]
-    for index, (model, tokens, batch) in enumerate(shapes):
-        if index == 4:
-            attempt("width", width_times)
-            attempt("splits", split_times)
-        if time.perf_counter() - START > options.seconds:
-            record("skipped", model=model, tokens=tokens, batch=batch)
-            continue
-        attempt("time", lambda s=(model, tokens, batch): compare(*s, True), model=model, tokens=tokens, batch=batch)
-    for tokens in (32768, 131072):
-        if time.perf_counter() - START < options.seconds:
-            attempt("time", lambda t=tokens: compare("qwen2.5-7b", t, 8, False), model="qwen2.5-7b", tokens=tokens)
+    if not options.checks_only:
+        measure(options.seconds)
     record("end", seconds=time.perf_counter() - START)
+    path = write_record("gpu-attention", vars(options), FIGURES)
+    if out := os.environ.get("OUT"):
+        shutil.copy(path, out)
+    print(f"record: {path}", file=sys.stderr)
+    if any(figure.get("verdict") != "PASS" for figure in FIGURES["check"]):
+        sys.exit("error: a check failed")
 
 
 if __name__ == "__main__":

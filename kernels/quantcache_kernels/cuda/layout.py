@@ -13,7 +13,7 @@ either block, the two blocks side by side. These 32 w bits are 32 codes, in regi
 
 Widths above 4 are stored as the level itself, one signed byte.
 
-Shapes: B batch, H key/value heads, S coefficients of a head (D rounded up, see convert.py), N anchors, T = 128 N tokens.
+Shapes: B batch, H key/value heads, S coefficients of a head, N anchors, T = 128 N tokens.
 """
 
 from __future__ import annotations
