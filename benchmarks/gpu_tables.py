@@ -69,3 +69,40 @@ def gpu_models_table(path: Path, record: dict[str, Any], page: Path) -> str:
                 )
     caption = f"Random weights, random cached tokens, bfloat16, eager. Prefill: {'; '.join(notes)}. "
     return f"{markdown(header, rows)}\n\n{caption}{origin(path, record, page)}"
+
+
+def gpu_kernel_table(path: Path, record: dict[str, Any], page: Path) -> str:
+    """Times of the CUDA kernel that no cache uses yet.
+
+    Args:
+        path: The record's file, relative to the checkout.
+        record: The record.
+        page: The page, relative to the checkout.
+
+    Returns:
+        Markdown.
+    """
+    header = ["geometry", "batch", "tokens", "CUDA kernel, µs", "best dense, µs", "times faster", "codes read, GB/s"]
+    rows = [
+        [
+            entry["model"],
+            str(entry["batch"]),
+            f"{entry['tokens']:,}",
+            f"{entry['total_us']:.1f}",
+            f"{entry[entry['best_dense']]:.1f} ({entry['best_dense'].split('_')[0]})",
+            f"{entry['ratio']:.2f}×",
+            f"{entry['kernel_gbs']:,.0f}",
+        ]
+        for entry in sorted(record["metrics"]["time"], key=lambda e: (e["model"], e["batch"], e["tokens"]))
+        if entry["precise"]
+    ]
+    worst = max(entry["error"] / entry["bfloat16"] for entry in record["metrics"]["check"] if entry["precise"])
+    checks = record["metrics"]["check"]
+    caption = (
+        f"Random codes of {record['metrics']['time'][0]['bits']:.2f} bits per element in tiles of one width, all in "
+        "the frame of their anchor; queries come transformed, and tokens that are not coded are not in it. Dense is "
+        "the best of flash and cuDNN over bfloat16, with the heads of a group as they are or folded. "
+        f"{sum(e['verdict'] == 'PASS' for e in checks)} of {len(checks)} checks against float64 pass; with queries in "
+        f"twice eight bits the error is at most {worst:.2f} of that of bfloat16 on decoded tokens. "
+    )
+    return f"{markdown(header, rows)}\n\n{caption}{origin(path, record, page)}"

@@ -365,7 +365,10 @@ def _read_spectral(
             sinks = (rows, heads, layer.sink_length, dim)
             state["sinks"][side] = reader.read(f"{prefix}.{side}.sinks", sinks, dtype)
             if padded:
-                state["leads"][side] = reader.read(f"{prefix}.{side}.lead", sinks, dtype)
+                # Files of schema 2.0 lack it: what lay before the first block was padding, which nobody may look at.
+                name, known = f"{prefix}.{side}.lead", f"{prefix}.{side}.lead" in reader.unread
+                lead = reader.read(name, sinks, dtype) if known else torch.zeros(sinks, dtype=dtype, device="cpu")
+                state["leads"][side] = lead
             fields = _field_shapes(codec, (blocks, rows, heads, dim), dtype)
             if side == "key" and entry.get("shifted") is True:
                 fields["shifts"] = ((blocks, rows, BLOCK), torch.int32)

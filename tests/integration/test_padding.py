@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,14 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from quantcache import Calibration, SpectralCache
+from quantcache.cache_files import DESCRIPTION
 from quantcache.data import calibrations_path, text_path
 from quantcache.schema import SIDES
+from quantcache.tensor_file import checksum
 from tests.families import FAMILIES, Family, random_tokens
 from tests.helpers import error
 
@@ -362,6 +367,25 @@ def test_saved_copied_and_forked_caches_keep_what_they_know_of_padding(scene: An
                 mine, its = getattr(ours, name), getattr(theirs, name)
                 assert (mine is None) == (its is None)
                 assert mine is None or torch.equal(mine, its)
+
+
+def test_saved_caches_of_schema_2_0_load(tmp_path: Path) -> None:
+    tokens, last = random_tokens(2, 240, seed=3), random_tokens(2, 1, seed=4)
+    mask = torch.ones(2, 241, dtype=torch.int64)
+    mask[0, :30] = 0
+    cache = empty(residual_length=20)
+    logits_of("spectral", cache, [(tokens, {"attention_mask": mask[:, :240]})])
+    path = tmp_path / "cache"
+    cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()[DESCRIPTION])
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(".lead")}
+    description |= {"schema_version": "2.0", "sha256": checksum(tensors)}
+    save_file(tensors, path, metadata={"format": "pt", DESCRIPTION: json.dumps(description)})
+    loaded = SpectralCache.load(path, cache.calibration, config=model_of("sdpa").config)
+    step = [(last, {"attention_mask": mask})]
+    (expected,), (found,) = (logits_of("spectral", each, step) for each in (cache, loaded))
+    assert torch.equal(found, expected)
 
 
 # ---------------------------------------------------------------------- what a layer learns
