@@ -23,14 +23,13 @@ def chosen_rows(indices: Any, count: int) -> Tensor:
     Raises:
         RowError: There is no such row, or it is not one dimension of indices.
     """
-    if isinstance(indices, Tensor):
-        indices = indices.detach().cpu()
-    elif isinstance(indices, tuple | range):
-        indices = list(indices)  # a tuple would be one index for each dimension
-    if isinstance(indices, list) and not indices:
-        indices = slice(0, 0)
+    index = indices
     try:
-        rows: Tensor = torch.arange(count, device="cpu")[indices]
+        if isinstance(index, Tensor):
+            index = index.detach().cpu()
+        elif isinstance(index, list | tuple | range):  # a tuple itself would be one index for each dimension
+            index = torch.as_tensor(list(index), device="cpu") if index else slice(0, 0)
+        rows: Tensor = torch.arange(count, device="cpu")[index]
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RowError(f"cannot choose rows {_described(indices)} of a batch of {count}: {error}") from error
     if rows.dim() != 1:
@@ -58,6 +57,24 @@ def repeated_rows(repeats: Any, count: int) -> Tensor:
         return torch.arange(count, device="cpu").repeat_interleave(numbers)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RowError(f"cannot repeat the rows of a batch of {count} {_described(repeats)} times: {error}") from error
+
+
+def held_rows(layer: Any) -> int | None:
+    """Batch size of what a cache layer holds.
+
+    Args:
+        layer: A layer of ours or of transformers' own.
+
+    Returns:
+        The size; None if it holds nothing.
+    """
+    tails = getattr(layer, "tails", None)
+    held = tails.values() if tails is not None else (getattr(layer, "keys", None), *_states(layer))
+    return next((tensor.shape[0] for tensor in held if tensor is not None and tensor.dim() > 1), None)
+
+
+def _states(layer: Any) -> list[Tensor | None]:
+    return list(getattr(layer, "conv_states", {}).values())
 
 
 def _described(value: Any) -> str:

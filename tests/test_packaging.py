@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "quantcache"
 
 TIERS = (
-    ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
-    ("schema", "store", "guards", "index"),
+    ("errors", "jsonfile", "packing", "rope", "spectral", "codebook", "data", "passes", "processes", "transaction"),
+    ("schema", "store", "guards", "index", "rows", "spans", "tensor_file", "writing"),
     ("allocation", "compat", "card", "passages", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
@@ -29,7 +29,7 @@ TIERS = (
     ("backends",),
     ("attention",),
     ("layer",),
-    ("cache_files", "calibrated_codecs"),
+    ("cache_files", "calibrated_codecs", "consistency"),
     ("cache", "probe", "statistics", "self_calibration"),
     ("yardstick",),
     ("calibration", "enabling"),
