@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from torch import Tensor
 from quantcache.errors import ArtifactError
 from quantcache.packing import BLOCK, MAX_WIDTH
 from quantcache.rope import ANCHOR_LENGTH, Rope
-from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, Rate, SideBits, SideCalibration
+from quantcache.schema import SIDES, CodecSettings, Coding, LayerCalibration, Metadata, Rate, SideBits, SideCalibration
 
 TENSORS_NAME = "calibration.safetensors"
 CONFIG_NAME = "calibration_config.json"
@@ -62,6 +62,7 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
             "profile": meta.codec.profile,
             "fast_wavelength": meta.codec.fast_wavelength,
             "gain_search": list(meta.codec.gain_search),
+            "coding": meta.codec.coding,
         },
         "rate": {
             "bits": meta.rate.bits,
@@ -89,7 +90,7 @@ _KNOWN_KEYS = {
         "recipe",
         "environment",
     },
-    "codec": {"block", "anchor_length", "group_size", "profile", "fast_wavelength", "gain_search"},
+    "codec": {"block", "anchor_length", "group_size", "profile", "fast_wavelength", "gain_search", "coding"},
     "rate": {"bits", "key_bits", "value_bits", "min_bits", "joint"},
 }
 
@@ -126,7 +127,11 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
             cache_config=config["cache_config"],
             recipe=config["recipe"],
             codec=CodecSettings(
-                codec["group_size"], codec["profile"], codec["fast_wavelength"], tuple(codec["gain_search"])
+                codec["group_size"],
+                codec["profile"],
+                codec["fast_wavelength"],
+                tuple(codec["gain_search"]),
+                codec.get("coding", "scalar"),  # artifacts of schema 1.0 have none
             ),
             rate=Rate(rate["bits"], rate["key_bits"], rate["value_bits"], rate["min_bits"]),
             joint=rate["joint"],
@@ -174,6 +179,8 @@ def _check_codec(path: Path, codec: dict[str, Any]) -> None:
             raise ArtifactError(f"{path}: {name} is {codec[name]!r}, this quantcache reads {expected}")
     if codec["profile"] not in ("head", "layer"):
         raise ArtifactError(f"{path}: profile is {codec['profile']!r}, expected 'head' or 'layer'")
+    if codec.get("coding", "scalar") not in get_args(Coding):
+        raise ArtifactError(f"{path}: coding is {codec['coding']!r}, expected 'scalar' or 'trellis'")
     _integer(codec, "group_size", str(path))
     _number(codec, "fast_wavelength", str(path))
     search = codec["gain_search"]

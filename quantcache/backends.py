@@ -43,7 +43,7 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
     Returns:
         The codec's fields, ``[n, B, ...]`` each.
     """
-    if isinstance(codec, SpectralCodec) and _native_takes(x, backend):
+    if isinstance(codec, SpectralCodec) and codec.coding == "scalar" and _native_takes(x, backend):
         codes, gains = cpu.encode(x, _native_constants(codec), places, starts)
         return {"codes": codes, "gains": gains}
     if isinstance(codec, SpectralCodec) and _triton_takes(x, backend, codec):
@@ -96,6 +96,8 @@ def attend_view(
     """
     keys, values = view.key, view.value
     if not isinstance(keys.codec, SpectralCodec) or not isinstance(values.codec, SpectralCodec):
+        return None
+    if keys.codec.coding != "scalar" or values.codec.coding != "scalar":
         return None
     dense = (keys.sinks, values.sinks, keys.tail, values.tail)
     problem = None
@@ -221,6 +223,8 @@ def _triton_takes(x: Tensor, backend: Backend, *codecs: SpectralCodec, problem: 
 def _triton_lacks(codec: SpectralCodec) -> str | None:
     from quantcache_kernels.ops import unsupported
 
+    if codec.coding != "scalar":
+        return "codes are coded by a trellis"
     return unsupported(codec.dim, codec.frame.num_fast, codec.num_words)
 
 

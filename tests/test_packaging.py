@@ -33,6 +33,7 @@ TOP_LEVEL = (
 TIERS = (
     ("errors", "registration", "jsonfile", "packing", "rope", "spectral", "codebook", "data"),
     ("schema", "store", "guards", "index"),
+    ("trellis",),
     ("allocation", "compat", "card", "passages", "hub"),
     ("artifact_files", "accounting"),
     ("artifact",),
