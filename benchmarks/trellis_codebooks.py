@@ -1,9 +1,9 @@
 """Train the union codebooks of the trellis on a unit Gaussian, and say what they lose.
 
 Lloyd's iteration with the trellis in place of a nearest-level search: encode samples, then fit the levels to what was
-coded with them. Levels are an odd polynomial of their index, fitted by least squares, so that a codebook is a few numbers;
-free levels are trained beside it to see what the polynomial costs. ``python benchmarks/trellis_codebooks.py`` prints the
-constants of ``quantcache/trellis.py``; it takes about ten minutes.
+coded with them. Levels are an odd polynomial of their index, fitted by least squares, so that a codebook is a few
+numbers; free levels are trained beside it to see what the polynomial costs. Running this file prints the constants of
+``quantcache/trellis.py``; it takes some ten minutes.
 """
 
 from __future__ import annotations

@@ -95,6 +95,10 @@ _KNOWN_KEYS = {
 }
 
 
+_DEFAULTS: dict[str, dict[str, Any]] = {"codec": {"coding": "scalar"}}
+"""What artifacts mean that were written before there was a choice."""
+
+
 def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCalibration], Metadata]:
     """Read and check an artifact."""
     config = _read_config(config_path)
@@ -131,7 +135,7 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
                 codec["profile"],
                 codec["fast_wavelength"],
                 tuple(codec["gain_search"]),
-                codec.get("coding", "scalar"),  # artifacts of schema 1.0 have none
+                codec["coding"],
             ),
             rate=Rate(rate["bits"], rate["key_bits"], rate["value_bits"], rate["min_bits"]),
             joint=rate["joint"],
@@ -155,6 +159,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         found = config if not section else config[section]
         if not isinstance(found, dict):
             raise ArtifactError(f"{path}: {section} must be an object, got {type(found).__name__}")
+        for name, value in _DEFAULTS.get(section, {}).items():
+            found.setdefault(name, value)
         missing = known - found.keys()
         if missing:
             raise ArtifactError(f"{path}: {section or 'file'} lacks {', '.join(sorted(missing))}")
@@ -179,7 +185,7 @@ def _check_codec(path: Path, codec: dict[str, Any]) -> None:
             raise ArtifactError(f"{path}: {name} is {codec[name]!r}, this quantcache reads {expected}")
     if codec["profile"] not in ("head", "layer"):
         raise ArtifactError(f"{path}: profile is {codec['profile']!r}, expected 'head' or 'layer'")
-    if codec.get("coding", "scalar") not in get_args(Coding):
+    if codec["coding"] not in get_args(Coding):
         raise ArtifactError(f"{path}: coding is {codec['coding']!r}, expected 'scalar' or 'trellis'")
     _integer(codec, "group_size", str(path))
     _number(codec, "fast_wavelength", str(path))

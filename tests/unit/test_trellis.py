@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
+from quantcache import Calibration, SpectralCache
+from quantcache.artifact import CodecSettings
 from quantcache.packing import BLOCK, pack, unpack
 from quantcache.trellis import (
     CODES,
@@ -71,3 +75,48 @@ def test_the_distortion_is_what_is_recorded(width: int) -> None:
     errors = (values - search(values, torch.ones_like(values), levels).quantized).square().mean(-1)
     deviation = float(errors.std()) / len(errors) ** 0.5
     assert abs(float(errors.mean()) - code_distortions("trellis")[width]) < 5 * deviation
+
+
+def _error(cache: SpectralCache, keys: torch.Tensor, values: torch.Tensor) -> float:
+    layer = cache.spectral_layers[0]
+    layer.update(keys, values)
+    layer.finish()
+    view = layer.snapshot()
+    return float((view.dense("key") - keys).square().mean() + (view.dense("value") - values).square().mean())
+
+
+def test_a_calibration_serves_both_codings(tmp_path: Path) -> None:
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32, hidden_size=64)
+    scalar = Calibration.synthetic(config, 3.0)
+    trellis = scalar.with_coding("trellis")
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 4 + 64 * 4, 32, generator=generator)
+    errors = [_error(SpectralCache(each, config, residual_length=0), keys, values) for each in (scalar, trellis)]
+    assert errors[1] < 0.85 * errors[0]
+    sizes = [
+        sum(int(layer.side(s).widths.sum()) for s in ("key", "value"))
+        for layer in (scalar.layers[0], trellis.layers[0])
+    ]
+    assert sizes[0] == sizes[1]
+    trellis.save_pretrained(tmp_path)
+    assert Calibration.from_pretrained(tmp_path).metadata.codec.coding == "trellis"
+    assert trellis.with_coding("scalar").metadata.codec == CodecSettings()
+    with pytest.raises(ValueError, match="coding must be one of scalar, trellis, got 'turbo'"):
+        scalar.with_coding("turbo")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cuts", [(64, 64, 64), (1, 63, 128), (100, 50, 42), (192,)])
+def test_codes_do_not_depend_on_how_tokens_arrive(cuts: tuple[int, ...]) -> None:
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32, hidden_size=32)
+    calibration = Calibration.synthetic(config, 2.5).with_coding("trellis")
+    keys, values = torch.randn(2, 2, 1, 192, 32, generator=torch.Generator().manual_seed(1))
+    fields = []
+    for sizes in ((192,), cuts):
+        layer = SpectralCache(calibration, config, residual_length=0, sink_length=0).spectral_layers[0]
+        for piece in zip(keys.split(sizes, dim=2), values.split(sizes, dim=2), strict=True):
+            layer.update(*piece)
+            layer.finish()
+        fields.append({side: store.slice(0, store.count) for side, store in layer.stores.items()})
+    for side in ("key", "value"):
+        for name in ("codes", "gains"):
+            assert torch.equal(fields[0][side][name], fields[1][side][name])
