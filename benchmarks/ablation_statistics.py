@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout
 from quantcache.artifact import LayerCalibration, SideCalibration
 from quantcache.calibration import sampled_loss
 from quantcache.evaluation.methods.statistics import eigenbasis
@@ -102,9 +102,9 @@ class AblationStatistics:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.layers = compat.full_attention_layers(model.config)
+        self.layers = cache_layout.full_attention_layers(model.config)
         self.ropes = detect_ropes(model, self.layers)
-        heads, dim = compat.kv_geometry(model.config.get_text_config(decoder=True))
+        heads, dim = cache_layout.kv_geometry(model.config.get_text_config(decoder=True))
         self.projections = output_metrics(model, dict.fromkeys(self.layers, (heads, dim)))
         self.frames = {
             (name, index): AnchoredFrame(dim, Rope() if name == "post" else self.ropes[index], *how)

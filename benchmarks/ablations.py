@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from quantcache import Calibration, SpectralCache, compat, data
+from quantcache import Calibration, SpectralCache, cache_layout, data
 from quantcache.allocation import allocate_layers
 from quantcache.artifact import CodecSettings, LayerCalibration, Metadata, Rate
 from quantcache.cli.session import BUNDLED_MODEL, load_model, position_limit
@@ -262,7 +262,9 @@ class Bench:
             self.statistics.load(self.paths[wanted])
         calibration = Calibration(
             self.statistics.solve(variant.choice),
-            Metadata(cache_config=compat.cache_config(self.model.config), codec=variant.codec, joint=variant.joint),
+            Metadata(
+                cache_config=cache_layout.cache_config(self.model.config), codec=variant.codec, joint=variant.joint
+            ),
         )
         methods = [
             Method(f"{rate:g}", "ours", False, self._maker(variant, calibration, rate))

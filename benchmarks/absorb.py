@@ -33,6 +33,7 @@ from quantcache.export import absorb
 from quantcache.export.model import absorbed_calibration, changed_tensors, layer_maps
 from quantcache.export.projections import TensorInfo, find_projections
 from quantcache.packing import BLOCK
+from quantcache.padding import Grid
 from quantcache.probe import RecordingCache
 from quantcache.rope import Rope
 
@@ -80,7 +81,7 @@ def every_token(model: PreTrainedModel, bits: int) -> Callable[[], Cache]:
 def older_tokens(model: PreTrainedModel, bits: int) -> Callable[[], Cache]:
     """Makes caches that keep sinks and recent tokens, as SpectralCache does."""
 
-    def make(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
+    def make(device: torch.device, tails: dict[str, Tensor], grid: Grid) -> dict[str, SideCodec]:
         return {side: PerTokenCodec(tail.shape[-1], bits) for side, tail in tails.items()}
 
     def codecs_of(index: int) -> tuple[CodecFactory, None]:

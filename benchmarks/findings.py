@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache import data
+from quantcache import data, linalg
 from quantcache.cli.session import load_model
 from quantcache.evaluation import Method, measure_fidelity, parse_methods, text_statistics
 from quantcache.evaluation.methods.base import Setting, SimulatedCodec, hadamard, simulated_cache
@@ -113,7 +113,7 @@ def rotation(statistics: RivalStatistics, index: int, side: str, basis: str) -> 
         return torch.eye(dim)
     if basis == "random":
         generator = torch.Generator().manual_seed(2 * index + (side == "value"))
-        return torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator)).Q
+        return linalg.qr(torch.randn(heads, dim, dim, generator=generator))[0]
     if basis == "Hadamard":
         return hadamard(dim)
     if basis == "PCA of the vectors":
@@ -161,7 +161,7 @@ def damage_ratios(model: PreTrainedModel, tokens: Tensor) -> dict[str, dict[str,
         for query, key in zip(queries, keys, strict=True):
             weights = _scores(query, key).softmax(-1)[:, FIRST_QUERY:].flatten(0, 1)  # [Q, T]
             centred = key - key.mean(0)
-            basis = torch.linalg.eigh(centred.T @ centred).eigenvectors
+            basis = linalg.eigh(centred.T @ centred)[1]
             exact = centred @ basis  # [T, D]
             importance = (query[:, FIRST_QUERY:].flatten(0, 1) @ basis).square()  # [Q, D]
 

@@ -43,11 +43,15 @@ class CacheMemory:
         sinks: First tokens in the model's dtype.
         residual: Recent tokens in the model's dtype.
         dense: Layers and sides that are not compressed.
-        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack) and row starts.
+        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack), row starts, and of padded rows
+            what is known of padding and positions.
         slack: Allocated but unused.
         constants: The calibration's constants on the layers' devices, shared by all caches of the model.
         encoded_elements: Elements that codes and gains stand for.
         elements: All cached elements.
+        gains_above: Of the gains, those at the largest code: such a token's norm is 16 times what the calibration
+            knows, or more, and what is beyond is cut off.
+        gains_below: Those at zero: such a token is within 1/16 of a usual distance of the mean, and is stored as it.
     """
 
     tokens: int
@@ -61,6 +65,8 @@ class CacheMemory:
     constants: int = 0
     encoded_elements: int = 0
     elements: int = 0
+    gains_above: int = 0
+    gains_below: int = 0
 
     @property
     def total(self) -> int:
@@ -369,12 +375,18 @@ def measure(cache: Cache) -> CacheMemory:
     """
     sizes = dict.fromkeys(("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack"), 0)
     encoded_elements, elements, tokens = 0, 0, 0
+    gains_above, gains_below = 0, 0
     constants: dict[int, Tensor] = {}
     layer: Any
-    for layer in cache.layers:
-        if not getattr(layer, "is_initialized", False):
+    for index, layer in enumerate(cache.layers):
+        if not getattr(layer, "is_initialized", False) or compat.is_placeholder(layer):
             continue
-        tokens = max(tokens, layer.get_seq_length())
+        if index not in getattr(cache, "foreign", ()):
+            tokens = max(tokens, layer.get_seq_length())
+        indexer = getattr(layer, "indexer_keys", None)
+        if indexer is not None:
+            sizes["dense"] += indexer.nbytes
+            elements += indexer.numel()
         if not hasattr(layer, "stores"):
             held = [t for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
             quantized = compat.quantized_parts(layer)
@@ -400,26 +412,32 @@ def measure(cache: Cache) -> CacheMemory:
                 if name == "simulated":  # a fake-quantized rival: counted at the size its codes would take
                     sizes["codes"] += round(store.count * BLOCK * per_token * bits / 8)
                 else:
-                    sizes[name] += size
+                    sizes["bookkeeping" if name == "shifts" else name] += size
                     sizes["slack"] += store.slack(name)
             sizes["residual"] += tail.untyped_storage().nbytes()
             if side in layer.sinks:
                 sizes["sinks"] += layer.sinks[side].untyped_storage().nbytes()
+            if side in layer.leads:
+                sizes["sinks"] += layer.leads[side].untyped_storage().nbytes()
             if side in layer.codecs:
                 constants.update({t.data_ptr(): t for t in layer.codecs[side].tensors() if t.numel()})
+        above, below = layer.saturated_gains()
+        gains_above, gains_below = gains_above + above, gains_below + below
         places = layer.places
         sizes["bookkeeping"] += sum(places.nbytes().values()) + sum(places.slack(name) for name in places.buffers)
-        if layer.starts is not None:
-            sizes["bookkeeping"] += layer.starts.nbytes
+        told = (layer.starts, layer.origins, layer.trail)
+        sizes["bookkeeping"] += sum(each.untyped_storage().nbytes() for each in told if each is not None)
     return CacheMemory(
         tokens=tokens,
         **sizes,
         constants=sum(t.untyped_storage().nbytes() for t in constants.values()),
         encoded_elements=encoded_elements,
         elements=elements,
+        gains_above=gains_above,
+        gains_below=gains_below,
     )
 
 
 def dtype_bytes(dtype: torch.dtype) -> int:
     """Bytes per element of a dtype."""
-    return torch.empty((), dtype=dtype).element_size()
+    return dtype.itemsize

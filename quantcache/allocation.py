@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,24 +94,37 @@ def allocate(
     return [int(w) for w in widths]
 
 
-def allocate_layers(
-    layers: dict[int, LayerCalibration], rate: Rate, codec: CodecSettings, joint: bool
-) -> dict[int, LayerCalibration]:
-    """Give every layer and side its widths.
+def budgets(layers: dict[int, LayerCalibration], rate: Rate, joint: bool) -> list[tuple[float, list[tuple[int, str]]]]:
+    """What shares a budget.
 
     One budget serves everything that shares a unit: all layers and both sides under the Fisher metric, one side of one
-    layer otherwise. A side with a budget of its own leaves the common one.
+    layer otherwise. A side with a budget of its own leaves the common one; a dense side has none.
+
+    Args:
+        layers: The layers.
+        rate: The rate.
+        joint: Whether all spectra share one unit.
+
+    Returns:
+        Mean width in bits, and the (layer, side) pairs that share it.
     """
-    budgets: dict[str, list[tuple[int, str]]] = {}
+    found: dict[tuple[Any, ...], tuple[float, list[tuple[int, str]]]] = {}
     for index in layers:
         for side, own in zip(SIDES, (rate.key_bits, rate.value_bits), strict=True):
             if own is not None:
                 pool = "all" if own == "joint" else side
-                budgets.setdefault(pool if joint else f"{index}.{side}.{pool}", []).append((index, side))
+                bits = rate.bits if own == "joint" else float(own)
+                place = (pool,) if joint else (index, side)
+                found.setdefault(place, (bits, []))[1].append((index, side))
+    return list(found.values())
+
+
+def allocate_layers(
+    layers: dict[int, LayerCalibration], rate: Rate, codec: CodecSettings, joint: bool
+) -> dict[int, LayerCalibration]:
+    """Give every layer and side its widths; see :func:`budgets` for what shares one."""
     widths: dict[tuple[int, str], Tensor] = {}
-    for pool, members in budgets.items():
-        own = rate.key_bits if pool.endswith("key") else rate.value_bits if pool.endswith("value") else "joint"
-        bits = rate.bits if own == "joint" or own is None else float(own)
+    for bits, members in budgets(layers, rate, joint):
         groups: list[Group] = []
         places: list[tuple[tuple[int, str], int, slice]] = []  # side, head (-1: all), dimensions
         for member in members:
@@ -122,7 +136,7 @@ def allocate_layers(
                 for dims in width_groups(layer, member[1], codec):
                     groups.append(Group(float(rows[:, dims].sum()), rows[:, dims].numel()))
                     places.append((member, head, dims))
-            widths[member] = torch.zeros(spectrum.shape, dtype=torch.uint8)
+            widths[member] = torch.zeros(spectrum.shape, dtype=torch.uint8, device="cpu")
         for (member, head, dims), width in zip(
             places, allocate(groups, bits, rate.min_bits, coding=codec.coding), strict=True
         ):

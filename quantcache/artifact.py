@@ -19,14 +19,15 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache import compat, hub
+from quantcache import cache_layout, compat, hub, linalg
 from quantcache.accounting import bits_per_encoded_element
 from quantcache.allocation import allocate_layers, check_rate
 from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME, from_files, to_files
 from quantcache.card import render_card
 from quantcache.errors import ArtifactError, CalibrationMismatch
+from quantcache.identity import check_identity
 from quantcache.index import bundled_index, find_entry, read_index
-from quantcache.rope import Frame
+from quantcache.rope import Frame, Rope
 from quantcache.schema import (
     SIDES,
     CodecSettings,
@@ -157,24 +158,26 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                         f"layer {index} has {layer.key.num_heads} key/value heads, which {size} processes cannot share"
                     )
                 layers[index] = LayerCalibration(layer.rope, layer.key.heads(rank, size), layer.value.heads(rank, size))
-            self.shards[rank, size] = Calibration(layers, self.metadata)
+            self.shards.setdefault((rank, size), Calibration(layers, self.metadata))
         return self.shards[rank, size]
 
     # ------------------------------------------------------------- compatibility
 
-    def check_compatible(self, config: PreTrainedConfig) -> None:
-        """Refuse a model of another geometry.
+    def check_compatible(self, model: PreTrainedModel | PreTrainedConfig, *, strict: bool = False) -> None:
+        """Refuse a model of another geometry, and warn of one with other weights, another rotation or name.
 
         Args:
-            config: The model's config.
+            model: The model, or its config where no weights can be compared.
+            strict: Refuse whatever would be warned of.
 
         Raises:
             CalibrationMismatch: Number of layers, key/value heads, head dimension or layer types differ.
         """
-        theirs = compat.cache_config(config)
+        theirs = cache_layout.cache_config(model if isinstance(model, PreTrainedConfig) else model.config)
         for name, ours in self.metadata.cache_config.items():
             if name in theirs and theirs[name] != ours:
                 raise CalibrationMismatch(f"calibration has {name} {ours!r}, the model has {theirs[name]!r}")
+        check_identity(self.layers, self.metadata, model, strict)
 
     @classmethod
     def synthetic(cls, config: PreTrainedConfig, bits: float = 3.0, seed: int = 0) -> Calibration:
@@ -190,20 +193,22 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """
         text_config = config.get_text_config(decoder=True)
         generator = torch.Generator().manual_seed(seed)
-        heads, dim = compat.kv_geometry(text_config)
+        cache_layout.compressible_layers(config)
         codec = CodecSettings()
         layers = {}
-        for index in compat.full_attention_layers(config):
-            rope = compat.rope_from_config(text_config, index)
-            frame = Frame(dim, rope, codec.fast_wavelength)
+        for index, (key, value) in cache_layout.cached_shapes(config).items():
+            rope = cache_layout.rope_from_config(text_config, index)
+            if rope.rotary_dim > key[1] or key != value:
+                rope = Rope()  # what is cached is not the rotated keys
+            frame = Frame(key[1], rope, codec.fast_wavelength)
             layers[index] = LayerCalibration(
                 rope,
-                _random_side(heads, dim, (frame.num_slow, frame.num_fast), generator),
-                _random_side(heads, dim, (dim,), generator),
+                _random_side(*key, (frame.num_slow, frame.num_fast), generator),
+                _random_side(*value, (value[1],), generator),
             )
         metadata = Metadata(
             base_model={"id": None, "revision": None, "model_type": text_config.model_type},
-            cache_config=compat.cache_config(config),
+            cache_config=cache_layout.cache_config(config),
             recipe={"metric": "synthetic", "seed": seed},
             codec=codec,
             environment=compat.versions(),
@@ -398,17 +403,17 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             entry.check(path)
         calibration = cls(*from_files(*paths))
         if not isinstance(model, str):
-            calibration.check_compatible(model.config)
+            calibration.check_compatible(model)
         return calibration
 
 
 def _random_side(heads: int, dim: int, parts: tuple[int, ...], generator: torch.Generator) -> SideCalibration:
-    analysis = torch.zeros(heads, dim, dim)
+    analysis = torch.zeros(heads, dim, dim, dtype=torch.float32, device="cpu")
     offset = 0
     for size in parts:
         if size:
-            noise = torch.randn(heads, size, size, generator=generator)
-            analysis[:, offset : offset + size, offset : offset + size] = torch.linalg.qr(noise).Q
+            noise = torch.randn(heads, size, size, generator=generator, dtype=torch.float32, device="cpu")
+            analysis[:, offset : offset + size, offset : offset + size] = linalg.qr(noise)[0]
         offset += size
-    spectrum = torch.cat([0.9 ** torch.arange(size, dtype=torch.float64) for size in parts])
-    return SideCalibration(torch.zeros(heads, dim), analysis, spectrum.expand(heads, dim).contiguous())
+    spectrum = torch.cat([0.9 ** torch.arange(size, dtype=torch.float64, device="cpu") for size in parts])
+    return SideCalibration(torch.zeros_like(analysis[..., 0]), analysis, spectrum.expand(heads, dim).contiguous())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantcache.artifact_checks import (
+    MOST_LAYERS,
+    check_description,
+    check_header,
+    check_rope,
+    check_side,
+    check_sizes,
+    check_widths,
+)
 from quantcache.errors import ArtifactError
+from quantcache.jsonfile import read_json
 from quantcache.packing import BLOCK, MAX_WIDTH
 from quantcache.rope import ANCHOR_LENGTH, Rope
 from quantcache.schema import SIDES, CodecSettings, Coding, LayerCalibration, Metadata, Rate, SideBits, SideCalibration
@@ -20,6 +29,9 @@ TENSORS_NAME = "calibration.safetensors"
 CONFIG_NAME = "calibration_config.json"
 FORMAT = "quantcache-calibration"
 SCHEMA_VERSION = "1.0"
+
+MOST_GAINS = 64
+"""Gains that encoding may be asked to try."""
 
 
 def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -30,7 +42,9 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
     for index, layer in layers_by_index.items():
         if layer.rope not in ropes:
             ropes.append(layer.rope)
-            tensors[f"rope.{len(ropes) - 1}.inv_freq"] = torch.tensor(layer.rope.inv_freq, dtype=torch.float64)
+            tensors[f"rope.{len(ropes) - 1}.inv_freq"] = torch.tensor(
+                layer.rope.inv_freq, dtype=torch.float64, device="cpu"
+            )
         for name in SIDES:
             side = layer.side(name)
             prefix = f"layers.{index}.{name}"
@@ -102,52 +116,53 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"codec": {"coding": "scalar"}}
 def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCalibration], Metadata]:
     """Read and check an artifact."""
     config = _read_config(config_path)
+    codec, rate = config["codec"], config["rate"]
+    metadata = Metadata(
+        base_model=config["base_model"],
+        cache_config=config["cache_config"],
+        recipe=config["recipe"],
+        codec=CodecSettings(
+            codec["group_size"],
+            codec["profile"],
+            codec["fast_wavelength"],
+            tuple(codec["gain_search"]),
+            codec["coding"],
+        ),
+        rate=Rate(rate["bits"], rate["key_bits"], rate["value_bits"], rate["min_bits"]),
+        joint=rate["joint"],
+        environment=config["environment"],
+    )
     try:
+        check_header(tensors_path)
         with safe_open(tensors_path, framework="pt") as file:
             reader = TensorReader(file, tensors_path)
             ropes = _read_ropes(config, reader)
             layers = {}
             for entry in config["layers"]:
-                index = _integer(entry, "index", "layer", 0)
+                index = _integer(entry, "index", "layer", 0, MOST_LAYERS - 1)
                 if index in layers:
                     raise ArtifactError(f"{config_path}: layer {index} is listed twice")
                 heads = _integer(entry, "num_key_value_heads", f"layer {index}")
                 rope = ropes[_integer(entry, "rope", f"layer {index}", 0, len(ropes) - 1)]
                 key_dim = _integer(entry, "key_dim", f"layer {index}", max(1, rope.rotary_dim))
                 value_dim = _integer(entry, "value_dim", f"layer {index}")
-                layers[index] = LayerCalibration(
-                    rope,
-                    _read_side(reader, f"layers.{index}.key", heads, key_dim, config["rate"]["key_bits"]),
-                    _read_side(reader, f"layers.{index}.value", heads, value_dim, config["rate"]["value_bits"]),
+                wavelength = metadata.codec.fast_wavelength
+                keys = _read_side(reader, f"layers.{index}.key", (heads, key_dim), rate["key_bits"], rope, wavelength)
+                values = _read_side(
+                    reader, f"layers.{index}.value", (heads, value_dim), rate["value_bits"], Rope(), wavelength
                 )
+                layers[index] = LayerCalibration(rope, keys, values)
             reader.warn_unknown()
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{tensors_path} cannot be read: {error}") from error
-    codec, rate = config["codec"], config["rate"]
-    return (
-        layers,
-        Metadata(
-            base_model=config["base_model"],
-            cache_config=config["cache_config"],
-            recipe=config["recipe"],
-            codec=CodecSettings(
-                codec["group_size"],
-                codec["profile"],
-                codec["fast_wavelength"],
-                tuple(codec["gain_search"]),
-                codec["coding"],
-            ),
-            rate=Rate(rate["bits"], rate["key_bits"], rate["value_bits"], rate["min_bits"]),
-            joint=rate["joint"],
-            environment=config["environment"],
-        ),
-    )
+    check_widths(tensors_path, layers, metadata)
+    return layers, metadata
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
@@ -176,6 +191,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ArtifactError(f"{path}: {name} must be a list of objects")
     _check_codec(path, config["codec"])
     _check_rate(path, config["rate"])
+    check_description(path, config)
     return config
 
 
@@ -192,6 +208,8 @@ def _check_codec(path: Path, codec: dict[str, Any]) -> None:
     search = codec["gain_search"]
     if not isinstance(search, list) or not search or not all(_is_number(m) and 0 < m < 16 for m in search):
         raise ArtifactError(f"{path}: gain_search must be a list of numbers between 0 and 16, got {search!r}")
+    if len(search) > MOST_GAINS:
+        raise ArtifactError(f"{path}: gain_search has {len(search)} numbers, at most {MOST_GAINS} are tried")
 
 
 def _check_rate(path: Path, rate: dict[str, Any]) -> None:
@@ -281,25 +299,24 @@ def _read_ropes(config: dict[str, Any], reader: TensorReader) -> list[Rope]:
             raise ArtifactError(f"rope {i}: layout is {layout!r}, expected 'none', 'half' or 'interleaved'")
         pairs = _integer(entry, "num_pairs", f"rope {i}", 0)
         inv_freq = reader.read(f"rope.{i}.inv_freq", (pairs,), torch.float64)
-        if bool((inv_freq < 0).any()):
-            raise ArtifactError(f"rope {i}: inv_freq has negative values")
+        check_rope(f"rope {i}", layout, inv_freq)
         ropes.append(Rope(layout, tuple(inv_freq.tolist())))
     return ropes
 
 
-def _read_side(reader: TensorReader, prefix: str, heads: int, dim: int, bits: SideBits) -> SideCalibration:
-    mean = reader.read(f"{prefix}.mean", (heads, dim), torch.float32)
+def _read_side(
+    reader: TensorReader, prefix: str, size: tuple[int, int], bits: SideBits, rope: Rope, fast_wavelength: float
+) -> SideCalibration:
+    heads, dim = size
+    check_sizes(f"{reader.path}: {prefix}", heads, dim)
+    mean = reader.read(f"{prefix}.mean", size, torch.float32)
     analysis = reader.read(f"{prefix}.analysis", (heads, dim, dim), torch.float32)
-    spectrum = reader.read(f"{prefix}.spectrum", (heads, dim), torch.float64)
-    if bool((spectrum < 0).any()):
-        raise ArtifactError(f"{reader.path}: {prefix}.spectrum has negative values")
-    condition = torch.linalg.cond(analysis.double())
-    if not bool((condition < 1e7).all()):
-        worst = float(condition.max())
-        raise ArtifactError(f"{reader.path}: {prefix}.analysis is not invertible (condition number {worst:.1e})")
+    spectrum = reader.read(f"{prefix}.spectrum", size, torch.float64)
     widths = None
     if bits is not None:
-        widths = reader.read(f"{prefix}.widths", (heads, dim), torch.uint8)
+        widths = reader.read(f"{prefix}.widths", size, torch.uint8)
         if int(widths.max()) > MAX_WIDTH:
             raise ArtifactError(f"{reader.path}: {prefix}.widths has {int(widths.max())} bits, at most {MAX_WIDTH}")
-    return SideCalibration(mean, analysis, spectrum, widths)
+    side = SideCalibration(mean, analysis, spectrum, widths)
+    check_side(f"{reader.path}: {prefix}", side, rope, fast_wavelength)
+    return side

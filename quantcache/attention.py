@@ -18,7 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from quantcache import backends
+from quantcache import backends, guards
+from quantcache.ambient import matmul, without_autocast
 from quantcache.codec import SpectralCodec, block_slots
 from quantcache.errors import UnsupportedModel
 from quantcache.lazy import CacheView, LazyKV
@@ -63,31 +64,44 @@ def spectral_attention_forward(
         query: ``[B, Hq, Tq, D]``.
         key: ``[B, H, T, D]``, lazy from a spectral layer, plain from any other.
         value: ``[B, H, T, Dv]``, likewise.
-        attention_mask: ``[B or 1, 1 or Hq, Tq, T]``, boolean (True: attend) or additive; None is causal.
+        attention_mask: Broadcasts to ``[B, Hq, Tq, T]``, boolean (True: attend) or additive; None is causal.
         scaling: Factor of the scores; D^-½ if None.
         dropout: Dropout probability (plain tensors only).
         is_causal: Whether a missing mask means causal; the module's own setting if None.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         s_aux: One attention-sink logit for each query head, ``[Hq]``: joins the softmax, carries no value.
-        kwargs: What else the model passes (position_ids, sliding_window, ...): not needed.
+        kwargs: What else the model passes: ``indices`` ``[B, Tq, N]`` are the slots that an indexer lets each query
+            see; position_ids, sliding_window and the like are not needed.
 
     Returns:
         ``[B, Tq, Hq, Dv]``, and None for the attention weights.
 
     Raises:
-        UnsupportedModel: The model adds a position bias to the scores.
+        UnsupportedModel: The model adds a position bias to the scores, or sinks or blocks of its own.
+        QuantCacheError: Queries, mask, sink logits or soft cap do not fit what is cached.
     """
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModel(
             f"{type(module).__name__} adds a position bias, which spectral attention does not support"
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    for name in ("block_indices", "sinks"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(f"{type(module).__name__} passes {name}, which spectral attention does not support")
+    # Decoders that know eager attention only may not say that they are causal: what comes from a cache is.
+    cached = isinstance(key, LazyKV)
+    causal = (cached or getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    if kwargs.get("indices") is not None:
+        attention_mask = _selected(kwargs["indices"], attention_mask, key.shape[2], causal)
+    softcap = guards.fitting_softcap(softcap)
     view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
+    if view is not None:
+        guards.require_query(query, view.key.tail)
+        attention_mask = guards.fitting_mask(attention_mask, query, view.length)
     if view is None or not view.num_blocks or dropout:
         # Nothing is encoded yet, or the layer is not ours (sliding window, no cache): plain tensors.
         if view is not None:
             key, value = view.dense("key"), view.dense("value")
-        if softcap is None and s_aux is None:
+        if softcap is None and s_aux is None and _fused_takes(query, key, value):
             output, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal
             )
@@ -96,10 +110,40 @@ def spectral_attention_forward(
     else:
         output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
     if view is not None:
-        view.layer.finish(attention_mask)
+        view.layer.finish()
     return output, None
 
 
+def _selected(indices: Tensor, mask: Tensor | None, tokens: int, causal: bool) -> Tensor:
+    """The mask of sparse attention: of the keys that a mask shows, those that an indexer chose.
+
+    Args:
+        indices: Slots chosen for each query, ``[B, Tq, N]``; negative ones choose nothing.
+        mask: ``[B or 1, 1 or Hq, Tq, T]``, boolean or additive, or None.
+        tokens: T.
+        causal: What a missing mask means.
+
+    Returns:
+        A mask of the same kind; boolean where there was none.
+    """
+    batch, queries, _ = indices.shape
+    chosen = torch.zeros(batch, queries, tokens + 1, dtype=torch.bool, device=indices.device)
+    slots = torch.where(indices < 0, tokens, indices).long()  # one more slot takes those that choose nothing
+    chosen = chosen.scatter(-1, slots, True)[:, None, :, :tokens]
+    if mask is None:
+        mask = torch.ones(queries, tokens, dtype=torch.bool, device=indices.device)
+        mask = mask.tril(tokens - queries) if causal else mask
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
+def _fused_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch's fused attention takes these dtypes: one, or any that autocast makes one."""
+    return query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type)
+
+
+@without_autocast
 def dense_attention(
     query: Tensor,
     key: Tensor,
@@ -127,22 +171,26 @@ def dense_attention(
     Returns:
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
+    guards.require_query(query, key)
+    mask, s_aux = guards.fitting_mask(mask, query, key.shape[2]), guards.fitting_sink_logits(s_aux, query)
+    scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
     outputs = []
     keys, values = key.float(), value.float()
-    for first in range(0, query.shape[2], QUERY_CHUNK):
+    for first in range(0, max(query.shape[2], 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
         rows = QueryRows(part, key.shape[1], key.shape[2], mask, scaling, causal, softcap, (first, query.shape[2]))
-        scores = rows.scores(rows.query @ keys.transpose(-1, -2), 0, key.shape[2])
+        scores = rows.scores(matmul(rows.query, keys.transpose(-1, -2)), 0, key.shape[2])
         if s_aux is not None:
             scores = torch.cat((scores, rows.sink_scores(s_aux)), dim=-1)
         # A query that may look nowhere (left padding) looks everywhere: finite, and nobody reads its output.
         dead = scores.amax(-1, keepdim=True) == float("-inf")
         weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1)[..., : key.shape[2]]
         weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
-        outputs.append(rows.to_output(weights @ values, query.dtype))
+        outputs.append(rows.to_output(matmul(weights, values), query.dtype))
     return torch.cat(outputs, dim=1)
 
 
+@without_autocast
 def spectral_attention(
     query: Tensor,
     view: CacheView,
@@ -168,18 +216,22 @@ def spectral_attention(
     """
     assert view.key.sinks is not None
     assert view.value.sinks is not None
+    guards.require_query(query, view.key.tail)
+    mask, s_aux = guards.fitting_mask(mask, query, view.length), guards.fitting_sink_logits(s_aux, query)
+    scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
     outputs = []
     total = query.shape[2]
     on_codes = (
         total <= CODE_QUERIES
         and isinstance(view.key.codec, SpectralCodec)
         and isinstance(view.value.codec, SpectralCodec)
+        and not view.shifted
     )
     if on_codes:
         output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux)
         if output is not None:
             return output
-    for first in range(0, total, QUERY_CHUNK):
+    for first in range(0, max(total, 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
         heads = view.key.tail.shape[1]
         rows = QueryRows(part, heads, view.length, mask, scaling, causal, softcap, (first, total))
@@ -204,8 +256,14 @@ def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> N
         return
     slots = view.sink_slots()
     valid = None if view.starts is None else slots < view.encoded_end
-    raw = rows.query @ keys.float().transpose(-1, -2)
-    softmax.accumulate(softmax.add(rows.scores_at(raw, slots, valid)) @ values.float())
+    raw = matmul(rows.query, keys.float().transpose(-1, -2))
+    softmax.accumulate(matmul(softmax.add(rows.scores_at(raw, slots, valid)), values.float()))
+    if view.key.lead is None or view.value.lead is None or view.starts is None:
+        return
+    slots = torch.arange(keys.shape[2], dtype=torch.int64, device=keys.device)[None]
+    raw = matmul(rows.query, view.key.lead.float().transpose(-1, -2))
+    weights = softmax.add(rows.scores_at(raw, slots, slots < view.starts[:, None]))
+    softmax.accumulate(matmul(weights, view.value.lead.float()))
 
 
 def _attend_tail(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
@@ -213,9 +271,9 @@ def _attend_tail(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> No
     step = TILE_BLOCKS * BLOCK
     for first in range(0, keys.shape[2], step):
         last = min(first + step, keys.shape[2])
-        raw = rows.query @ keys[:, :, first:last].float().transpose(-1, -2)
+        raw = matmul(rows.query, keys[:, :, first:last].float().transpose(-1, -2))
         scores = rows.scores(raw, view.encoded_end + first, view.encoded_end + last)
-        softmax.accumulate(softmax.add(scores) @ values[:, :, first:last].float())
+        softmax.accumulate(matmul(softmax.add(scores), values[:, :, first:last].float()))
 
 
 def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) -> Tensor:
@@ -224,7 +282,8 @@ def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) 
     valid = None
     if view.starts is not None:
         assert view.key.sinks is not None
-        valid = slots >= view.starts[:, None] + view.key.sinks.shape[2]
+        behind = slots - view.starts[:, None]
+        valid = (behind < 0) | (behind >= view.key.sinks.shape[2])
     if view.cut:
         inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK))[None]
         valid = inside if valid is None else valid & inside
@@ -238,11 +297,11 @@ def _attend_decoded(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) ->
     backend = view.layer.backend
     for first, last in view.tiles(TILE_BLOCKS):
         places = view.places[first:last]
-        keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.starts, backend)
-        scores = _tile_scores(rows, view, places, rows.query @ keys.transpose(-1, -2))
+        keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.frames, backend)
+        scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
         weights = softmax.add(scores)
-        values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.starts, backend)
-        softmax.accumulate(weights @ values)
+        values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.frames, backend)
+        softmax.accumulate(matmul(weights, values))
 
 
 def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
@@ -252,11 +311,11 @@ def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> N
     assert isinstance(values, SpectralCodec)
     for first, last in view.tiles(TILE_BLOCKS):
         places = view.places[first:last]
-        raw = code_scores(rows.query, keys, view.key.store.slice(first, last), places, view.starts)
+        raw = code_scores(rows.query, keys, view.key.store.slice(first, last), places, view.frames)
         weights = softmax.add(_tile_scores(rows, view, places, raw))
         coefficients = values.dequantize(view.value.store.slice(first, last))  # [n, B, H, D, 64]
         per_block = weights.unflatten(-1, (last - first, BLOCK)).permute(3, 0, 1, 2, 4)  # [n, B, H, R, 64]
-        softmax.accumulate((per_block @ coefficients.transpose(-1, -2)).sum(0), "codes")
+        softmax.accumulate(matmul(per_block, coefficients.transpose(-1, -2)).sum(0), "codes")
         softmax.accumulate(weights.sum(-1, keepdim=True), "mass")
     in_codes, mass = softmax.sums.pop("codes"), softmax.sums.pop("mass")
     softmax.accumulate(values.synthesize(in_codes) + mass * values.mean[:, None])
@@ -287,13 +346,14 @@ def code_scores(
         framed = frame.enter(query[None], anchors[:, :, None, None], anchors[:, :, None, None])  # [n, B, H, R, D]
     mean = codec.mean[:, :, None]  # [H, D, 1]
     slow_query = framed[..., :slow]
-    scores = (slow_query @ codec.decoder[:, :slow, :slow]) @ coefficients[..., :slow, :] + slow_query @ mean[:, :slow]
+    scores = matmul(matmul(slow_query, codec.decoder[:, :slow, :slow]), coefficients[..., :slow, :])
+    scores = scores + matmul(slow_query, mean[:, :slow])
     if frame.num_fast:
-        keys = codec.decoder[:, slow:, slow:] @ coefficients[..., slow:, :] + mean[:, slow:]  # [n, B, H, Df, 64]
+        keys = matmul(codec.decoder[:, slow:, slow:], coefficients[..., slow:, :]) + mean[:, slow:]  # [n, B, H, Df, 64]
         first, second = keys.unflatten(-2, (2, -1)).unbind(-3)
-        offsets = (places[:, :1] - places[:, 2:]) + torch.arange(BLOCK, device=query.device)
+        offsets = (places[:, :1] - places[:, 2:]) + torch.arange(BLOCK, dtype=torch.int64, device=query.device)
         angles = offsets.to(torch.float64)[:, None] * frame.frequencies[frame.slow_pairs :, None]  # [n, pairs, 64]
         cos, sin = angles.cos().float()[:, None, None], angles.sin().float()[:, None, None]
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-2)
-        scores = scores + framed[..., slow:] @ rotated
+        scores = scores + matmul(framed[..., slow:], rotated)
     return scores.permute(1, 2, 3, 0, 4).flatten(3)

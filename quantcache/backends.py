@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from quantcache.ambient import without_autocast
 from quantcache.codebook import POLYNOMIALS, gaussian_codebook
 from quantcache.codec import SideCodec, SpectralCodec, dequantize_gain
 from quantcache.errors import QuantCacheError
 from quantcache.lazy import CacheView
 from quantcache.packing import MAX_WIDTH
+from quantcache.padding import shows_padding
 from quantcache_kernels import cpu
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ BACKENDS: tuple[str, ...] = ("auto", "native", "triton", "torch")
 logger = logging.getLogger(__name__)
 
 
+@without_autocast
 def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, backend: Backend) -> dict[str, Tensor]:
     """Encode n blocks.
 
@@ -37,12 +40,14 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
         codec: The side's codec.
         x: ``[B, H, n * 64, D]``.
         places: The blocks' places, ``[n, 3]``.
-        starts: Left padding of every row, ``[B]``, or None.
+        starts: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ.
         backend: Which implementation is wanted.
 
     Returns:
         The codec's fields, ``[n, B, ...]`` each.
     """
+    if starts is not None and starts.ndim == 2:
+        return codec.encode(x, places, starts)
     if isinstance(codec, SpectralCodec) and codec.coding == "scalar" and _native_takes(x, backend):
         codes, gains = cpu.encode(x, _native_constants(codec), places, starts)
         return {"codes": codes, "gains": gains}
@@ -51,6 +56,7 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
     return codec.encode(x, places, starts)
 
 
+@without_autocast
 def decode(
     codec: SideCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None, backend: Backend
 ) -> Tensor:
@@ -66,7 +72,7 @@ def decode(
     Returns:
         ``[B, H, n * 64, D]`` float32, slots beyond a block's valid length included.
     """
-    if isinstance(codec, SpectralCodec) and _triton_takes(fields["codes"], backend, codec):
+    if isinstance(codec, SpectralCodec) and "shifts" not in fields and _triton_takes(fields["codes"], backend, codec):
         return _triton_decode(codec, fields, places, starts)
     return codec.decode(fields, places, starts).float()
 
@@ -99,12 +105,23 @@ def attend_view(
         return None
     if keys.codec.coding != "scalar" or values.codec.coding != "scalar":
         return None
-    dense = (keys.sinks, values.sinks, keys.tail, values.tail)
+    assert keys.sinks is not None
+    assert values.sinks is not None
+    dense: tuple[Tensor, ...] = (keys.sinks, values.sinks, keys.tail, values.tail)
+    if keys.tail.dtype != values.tail.dtype:  # autocast gives some models such
+        wide = torch.promote_types(keys.tail.dtype, values.tail.dtype)
+        dense = tuple(x.to(wide) for x in dense)
     problem = None
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[-1] < view.length):
+    if mask is not None and not _is_plain(mask, query, view.length):
         problem = "the mask is not boolean, differs between heads or does not cover the cache"
-    elif any(x is None for x in dense):
-        return None
+    elif s_aux is not None and s_aux.requires_grad and torch.is_grad_enabled():
+        problem = "gradients are wanted"
+    elif view.shifted or view.origins is not None:
+        problem = "the positions of some row are not its slots behind its padding"
+    elif shows_padding(mask, view.starts, view.length):
+        problem = "some query looks at padding"
+    if problem is None and mask is not None:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = causal and mask is None and query.shape[2] > 1
     if problem is None and all(x.dtype in cpu.DTYPES for x in dense) and _native_takes(query, view.layer.backend):
@@ -112,6 +129,20 @@ def attend_view(
     if _triton_takes(query, view.layer.backend, keys.codec, values.codec, problem=problem):
         return _triton_attend(query, view, dense, mask, s_aux, scaling, causal, softcap)
     return None
+
+
+def _is_plain(mask: Tensor, query: Tensor, length: int) -> bool:
+    """Whether kernels take a mask: boolean, ``[B or 1, 1, Tq or 1, T or more]``, beside the queries."""
+    batch, _, count, _ = query.shape
+    return (
+        mask.dtype == torch.bool
+        and mask.device == query.device
+        and mask.dim() == 4
+        and mask.shape[0] in (1, batch)
+        and mask.shape[1] == 1
+        and mask.shape[2] in (1, count)
+        and mask.shape[3] >= length
+    )
 
 
 # ---------------------------------------------------------------------- CPU kernels
@@ -173,7 +204,7 @@ def _native_constants(codec: SpectralCodec) -> cpu.Constants:
     """A codec's constants in the form of the CPU kernels, made once."""
     found = codec.derived.get("native")
     if not isinstance(found, cpu.Constants):
-        found = codec.derived["native"] = cpu.make(
+        made = cpu.make(
             cpu.Source(
                 mean=codec.mean,
                 encoder=codec.encoder,
@@ -187,11 +218,14 @@ def _native_constants(codec: SpectralCodec) -> cpu.Constants:
                 fast_pairs=codec.frame.fast_pairs,
                 levels={c.width: c.levels for c in codec.classes},
                 boundaries={c.width: c.boundaries for c in codec.classes},
-                gains=dequantize_gain(torch.arange(256)),
+                gains=dequantize_gain(torch.arange(256, dtype=torch.int64, device="cpu")),
                 factors=codec.gain_search,
                 words=codec.num_words,
             )
         )
+        # What another thread has made in the meantime stays: its kernels may be reading it.
+        found = codec.derived.setdefault("native", made)
+        assert isinstance(found, cpu.Constants)
     return found
 
 
@@ -256,7 +290,8 @@ def _triton_constants(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
             else Frame(frame.order.cpu(), frame.frequencies.cpu(), frame.slow_pairs, frame.num_slow),
             gain_search=codec.gain_search,
         )
-        found = codec.derived[name] = prepare(constants, dtype, codec.mean.device)
+        found = codec.derived.setdefault(name, prepare(constants, dtype, codec.mean.device))
+        assert isinstance(found, PreparedSide)
     return found
 
 

@@ -13,15 +13,19 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from quantcache import backends, cache_files, compat
+from quantcache import backends, cache_files, cache_layout, compat
 from quantcache.accounting import CacheMemory, measure
+from quantcache.ambient import default_device
 from quantcache.artifact import Calibration
+from quantcache.artifact_checks import stand_in_config
 from quantcache.attention import register_attention
 from quantcache.backends import Backend
 from quantcache.calibrated_codecs import calibrated_codecs
 from quantcache.errors import CalibrationMismatch, QuantCacheError
 from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
 from quantcache.lazy import LazyKV
+from quantcache.mixed_layers import copy_beside, spectral_layer
+from quantcache.padding import Arrivals
 from quantcache.schema import SideBits
 
 __all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
@@ -55,11 +59,16 @@ class BlockCache(DynamicCache):
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
         register_attention()
-        super().__init__(config=config)
+        with default_device():  # a sliding-window layer of transformers states none
+            super().__init__(config=config)
+        self.foreign = cache_layout.cross_attention_layers(config)  # layers that hold another input's tokens
         for index, layer in enumerate(self.layers):
-            if compat.is_full_attention(layer):
-                self.layers[index] = SpectralLayer(*codecs_of(index), sink_length, residual_length, backend, index)
+            if compat.is_full_attention(layer) and index not in self.foreign:
+                arguments = (*codecs_of(index), sink_length, residual_length, backend, index)
+                self.layers[index] = spectral_layer(layer, *arguments)
         self.broken: str | None = None
+        self.announced: tuple[Tensor | None, Tensor | None] | None = None  # 2D mask and positions of the next pass
+        self.arrivals: tuple[int, int, Arrivals] | None = None  # T and Tnew of this pass, and what those say
         self.updating: int  # the thread inside update(), while there is one
 
     @property
@@ -92,8 +101,11 @@ class BlockCache(DynamicCache):
             self._break("two threads use it at once")
         try:
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            if isinstance(layer, SpectralLayer):
+                kwargs["arrivals"] = self._arrivals(layer, key_states)
             if isinstance(layer, DynamicLayer):
-                self._check_lengths(layer, layer_idx, key_states.shape[2])
+                if layer_idx not in self.foreign:
+                    self._check_lengths(layer, layer_idx, key_states.shape[2])
                 if not isinstance(layer, SpectralLayer) and layer.is_initialized and layer.device != key_states.device:
                     layer.device = key_states.device
                     layer.prefetch()
@@ -108,22 +120,41 @@ class BlockCache(DynamicCache):
 
     @torch.compiler.disable
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Length and offset of a mask; see DynamicCache."""
+        """Length and offset of a mask; see DynamicCache. Whoever asks is about to say which tokens are padding."""
+        told = compat.mask_arguments()
+        if told is not None:
+            self.announced = told
         return super().get_mask_sizes(*args, **kwargs)
+
+    def _arrivals(self, layer: SpectralLayer, keys: Tensor) -> Arrivals | None:
+        """What the present pass says of a layer's new tokens; None where it has said nothing."""
+        sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
+        if self.announced is not None:
+            (mask, positions), self.announced = self.announced, None
+            fits = all(each is None or each.shape[0] in (1, keys.shape[0]) for each in (mask, positions))
+            self.arrivals = (*sizes, Arrivals.of(mask, positions, *sizes)) if fits else None
+        elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
+            self.arrivals = None
+        return self.arrivals[2] if self.arrivals is not None and self.arrivals[:2] == sizes else None
 
     def _break(self, reason: str) -> NoReturn:
         """Refuse to go on until somebody has put the cache in order."""
         self.broken = f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
         raise QuantCacheError(self.broken)
 
+    def _follows_text(self, index: int, layer: Any) -> bool:
+        """Whether a layer gets keys and values of every token of the text."""
+        return isinstance(layer, DynamicLayer) and index not in self.foreign
+
     def _check_lengths(self, layer: DynamicLayer, index: int, count: int) -> None:
         """Refuse an update that finds some layers ahead of others: each forward pass brings every layer its tokens."""
         if self.broken is not None:
             raise QuantCacheError(self.broken)
-        first = next(i for i, each in enumerate(self.layers) if isinstance(each, DynamicLayer))
+        first = next(i for i, each in enumerate(self.layers) if self._follows_text(i, each))
         cause = "because a forward pass was interrupted or another thread is in one"
         if index == first:
-            held = {e.get_seq_length() for e in self.layers if isinstance(e, DynamicLayer) and e.is_initialized}
+            followers: list[Any] = [each for i, each in enumerate(self.layers) if self._follows_text(i, each)]
+            held = {each.get_seq_length() for each in followers if each.is_initialized}
             if len(held) > 1:
                 self._break(f"some layers hold {min(held)} tokens and others {max(held)}, {cause}")
             return
@@ -141,7 +172,7 @@ class BlockCache(DynamicCache):
         Raises:
             QuantCacheError: A layer of transformers' own cannot go back; ``reset()`` is what is left.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+        layers: list[Any] = [layer for i, layer in enumerate(self.layers) if self._follows_text(i, layer)]
         lengths = [layer.get_seq_length() for layer in layers]
         keep = min(lengths)
         if not keep:
@@ -164,7 +195,7 @@ class BlockCache(DynamicCache):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.broken = None
+        self.broken = self.announced = self.arrivals = None
 
     def fork(self) -> Self:
         """A cache of the same tokens that shares the encoded blocks: of one prefix, as many as are wanted.
@@ -224,6 +255,8 @@ class SpectralCache(BlockCache):
     Args:
         calibration: The model's calibration.
         config: The model's config; without it the cache's layers follow from the calibration alone.
+        model: The model itself, in place of its config: its weights are compared with those calibrated, too.
+        strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
         bits: Mean code width in bits, if another than the calibration's.
         key_bits: A rate of the keys' own, or None to leave keys dense.
         value_bits: A rate of the values' own, or None to leave values dense.
@@ -250,16 +283,19 @@ class SpectralCache(BlockCache):
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
         backend: Backend = "auto",
+        model: PreTrainedModel | None = None,
+        strict: bool = False,
     ):
         if not isinstance(calibration, Calibration):
             raise TypeError(f"SpectralCache needs a Calibration, got {type(calibration).__name__}")
+        config = config if model is None else model.config
         if config is not None:
-            compat.require_decoder(config)
-            calibration.check_compatible(config)
+            cache_layout.compressible_layers(config)
+            calibration.check_compatible(config if model is None else model, strict=strict)
         if bits is not None or key_bits != "joint" or value_bits != "joint" or min_bits is not None:
             calibration = calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits or 0)
         super().__init__(
-            config or compat.config_from_cache_config(calibration.metadata.cache_config),
+            config or stand_in_config(calibration.metadata.cache_config),
             lambda index: calibrated_codecs(calibration, index),
             sink_length,
             residual_length,
@@ -290,13 +326,14 @@ class SpectralCache(BlockCache):
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
             subfolder: Folder inside the repository.
-            kwargs: Arguments of :class:`SpectralCache`, such as ``bits`` or ``residual_length``.
+            kwargs: Arguments of :class:`SpectralCache`, such as ``model``, ``bits`` or ``residual_length``.
 
         Returns:
             An empty cache.
 
         Raises:
             ArtifactError: The artifact is missing or malformed.
+            CalibrationMismatch: It is for another geometry, or with ``strict`` for another model.
         """
         calibration = Calibration.from_pretrained(
             pretrained_model_name_or_path,
@@ -310,7 +347,13 @@ class SpectralCache(BlockCache):
 
     @classmethod
     def from_dynamic_cache(
-        cls, cache: DynamicCache, calibration: Calibration, config: PreTrainedConfig | None = None, **kwargs: Any
+        cls,
+        cache: DynamicCache,
+        calibration: Calibration,
+        config: PreTrainedConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> SpectralCache:
         """Compress a cache that transformers filled.
 
@@ -318,6 +361,7 @@ class SpectralCache(BlockCache):
             cache: A DynamicCache; it is left as it is.
             calibration: The model's calibration.
             config: The model's config.
+            attention_mask: The mask its tokens came with, ``[B, T]``, where rows are padded: says where they begin.
             kwargs: Arguments of :class:`SpectralCache`.
 
         Returns:
@@ -337,8 +381,11 @@ class SpectralCache(BlockCache):
             if not isinstance(layer, SpectralLayer):
                 new.layers[index] = copy.deepcopy(old)
             elif getattr(old, "is_initialized", False) and old.get_seq_length():
-                layer.update(old.keys.detach(), old.values.detach())
+                length = old.get_seq_length()
+                told = Arrivals.of(attention_mask, None, length, length)
+                layer.update(old.keys.detach(), old.values.detach(), arrivals=told)
                 layer.finish()
+                copy_beside(layer, old)
         return new
 
     def save(self, path: str | Path, model: PreTrainedModel | None = None) -> None:
@@ -386,10 +433,11 @@ class SpectralCache(BlockCache):
         description = cache_files.read_description(path)
         cache = cls(
             cache_files.calibration_at(description, calibration, path),
-            config if model is None else model.config,
+            config,
             sink_length=description["sink_length"],
             residual_length=description["residual_length"],
             backend=backend,
+            model=model,
         )
         assert cache.calibration is not None
         if model is not None:

@@ -23,17 +23,21 @@ from transformers import Cache, PreTrainedModel
 
 from quantcache import compat
 from quantcache.artifact import Calibration
+from quantcache.artifact_checks import check_header
 from quantcache.artifact_files import TensorReader
 from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
+from quantcache.jsonfile import parse_json
 from quantcache.layer import Span, SpectralLayer
+from quantcache.mixed_layers import MIXED
 from quantcache.packing import BLOCK
+from quantcache.padding import Grid
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES, LayerCalibration, Rate
 from quantcache.store import BlockStore
 
 FORMAT = "quantcache-cache"
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
 
@@ -127,12 +131,12 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
     layers = []
     for index, layer in enumerate(cache.layers):
         entry: dict[str, Any] = {"kind": type(layer).__name__}
-        if isinstance(layer, SpectralLayer):
+        if isinstance(layer, SpectralLayer) and not isinstance(layer, MIXED):
             held = layer.get_seq_length() > 0
             tensors |= _layer_tensors(layer, calibration, index) if held else {}
             entry |= _describe(layer) if held else {"tokens": 0}
         else:
-            state = compat.stock_layer_state(layer)
+            state = None if isinstance(layer, MIXED) else compat.stock_layer_state(layer)
             if state is None:
                 raise QuantCacheError(f"layer {index} is a {entry['kind']}, which cannot be written to a file")
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in state.tensors.items()}
@@ -165,18 +169,21 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
 
 def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -> dict[str, Tensor]:
     """What a layer stores, by name in the file."""
-    layer.finish()
+    layer.finish_if_finite()
     heads, whole = layer.tails["key"].shape[1], calibration.layers[index].key.num_heads
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")
     prefix = f"layers.{index}"
-    found = {} if layer.starts is None else {f"{prefix}.starts": layer.starts}
+    told = {"starts": layer.starts, "origins": layer.origins, "trail": layer.trail}
+    found = {f"{prefix}.{name}": tensor for name, tensor in told.items() if tensor is not None}
     if layer.spans:
         found[f"{prefix}.places"] = layer.places.buffers["places"][: layer.places.count]
     for side in SIDES:
         found[f"{prefix}.{side}.tail"] = layer.tails[side]
         if layer.spans:
             found[f"{prefix}.{side}.sinks"] = layer.sinks[side]
+            if side in layer.leads:
+                found[f"{prefix}.{side}.lead"] = layer.leads[side]
             fields = layer.stores[side].slice(0, layer.stores[side].count)
             found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in fields.items()}
     return found
@@ -190,7 +197,9 @@ def _describe(layer: SpectralLayer) -> dict[str, Any]:
         "tail": layer.tails["key"].shape[2],
         "dtypes": [str(layer.tails[side].dtype) for side in SIDES],
         "padded": layer.starts is not None,
-        "settled": layer.settled,
+        "displaced": layer.origins is not None,
+        "shifted": "shifts" in layer.stores["key"].buffers,
+        "trail": layer.trail is not None,
     }
 
 
@@ -210,10 +219,11 @@ def read_description(path: Path) -> dict[str, Any]:
         ArtifactError: The file cannot be read, or is something else.
     """
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(DESCRIPTION, "null")
-        description = json.loads(text)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        description = parse_json(text)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ArtifactError(f"{path} is no saved cache: its header has no {FORMAT!r} description")
@@ -343,13 +353,20 @@ def _read_spectral(
     rows, blocks, tail = (_size(reader, entry, name) for name in ("rows", "blocks", "tail"))
     prefix = f"layers.{index}"
     sizes = {side: (constants.side(side).num_heads, constants.side(side).dim) for side in SIDES}
-    empty = {side: torch.zeros(rows, heads, 0, dim) for side, (heads, dim) in sizes.items()}
-    codecs = layer.make_codecs(torch.device("cpu"), empty, None)
-    state: dict[str, Any] = {"starts": None, "settled": entry.get("settled") is True, "tails": {}, "sinks": {}}
-    if entry.get("padded") is True:
-        state["starts"] = reader.read(f"{prefix}.starts", (rows,), torch.int64)
-        if bool((state["starts"] < 0).any()):
-            raise ArtifactError(f"{reader.path}: {prefix}.starts has negative values")
+    empty = {
+        side: torch.zeros(rows, heads, 0, dim, dtype=torch.float32, device="cpu")
+        for side, (heads, dim) in sizes.items()
+    }
+    codecs = layer.make_codecs(torch.device("cpu"), empty, Grid())
+    state: dict[str, Any] = {"tails": {}, "sinks": {}, "leads": {}}
+    padded = entry.get("padded") is True
+    for name, there in (("starts", padded), ("origins", entry.get("displaced") is True)):
+        state[name] = reader.read(f"{prefix}.{name}", (rows,), torch.int64) if there else None
+    if padded and bool(((state["starts"] < 0) | (state["starts"] > entry["tokens"])).any()):
+        raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
+    state["trail"] = None
+    if entry.get("trail") is True:
+        state["trail"] = reader.read(f"{prefix}.trail", (rows, 2, tail), torch.int32)
     stores = {side: BlockStore() for side in SIDES}
     for place, side in enumerate(SIDES):
         codec, dtype = codecs[side], _dtype(reader, entry, place)
@@ -358,7 +375,11 @@ def _read_spectral(
         if blocks:
             sinks = (rows, heads, layer.sink_length, dim)
             state["sinks"][side] = reader.read(f"{prefix}.{side}.sinks", sinks, dtype)
+            if padded:
+                state["leads"][side] = reader.read(f"{prefix}.{side}.lead", sinks, dtype)
             fields = _field_shapes(codec, (blocks, rows, heads, dim), dtype)
+            if side == "key" and entry.get("shifted") is True:
+                fields["shifts"] = ((blocks, rows, BLOCK), torch.int32)
             stores[side] = BlockStore(
                 blocks, {name: reader.read(f"{prefix}.{side}.{name}", *expected) for name, expected in fields.items()}
             )

@@ -9,6 +9,7 @@ from quantcache.artifact import Calibration
 from quantcache.codec import DenseCodec, SideCodec, SpectralCodec
 from quantcache.errors import CalibrationMismatch
 from quantcache.layer import CodecFactory, ShapeCheck
+from quantcache.padding import Grid
 from quantcache.rope import Rope
 from quantcache.schema import SIDES
 
@@ -40,7 +41,7 @@ def calibrated_codecs(calibration: Calibration, index: int) -> tuple[CodecFactor
                     f"layer {index}: the model's {name}s have (heads, dimension) {found}, the calibration's {expected}"
                 )
 
-    def make(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
+    def make(device: torch.device, tails: dict[str, Tensor], grid: Grid) -> dict[str, SideCodec]:
         ours = own_heads(calibration, index, tails["key"].shape[1])
         return {side: _shared_codec(ours, index, side, device) for side in SIDES}
 
@@ -70,13 +71,15 @@ def own_heads(calibration: Calibration, index: int, heads: int) -> Calibration:
 
 def _shared_codec(calibration: Calibration, index: int, name: str, device: torch.device) -> SideCodec:
     key = (index, name, str(device))
-    if key not in calibration.codecs:
+    found = calibration.codecs.get(key)
+    if found is None:
         layer = calibration.layers[index]
         side = layer.side(name)
         rope = layer.rope if name == "key" else Rope()
-        calibration.codecs[key] = (
+        made = (
             DenseCodec()
             if side.widths is None
-            else SpectralCodec(side, rope, calibration.metadata.codec, device=device)
+            else SpectralCodec(side, rope, calibration.metadata.codec, device, f"layer {index}, {name}s")
         )
-    return calibration.codecs[key]
+        found = calibration.codecs.setdefault(key, made)  # all threads take the one that was there first
+    return found

@@ -15,8 +15,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.allocation import check_rate
+from quantcache.ambient import standard_settings
 from quantcache.artifact import (
     SIDES,
     Calibration,
@@ -24,7 +25,8 @@ from quantcache.artifact import (
     Metadata,
     SideBits,
 )
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.errors import QuantCacheError
+from quantcache.identity import FINGERPRINT, fingerprint
 from quantcache.passages import sketch
 from quantcache.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.rope import Rope
@@ -36,6 +38,7 @@ Metric = Literal["fisher", "query", "identity"]
 
 
 @torch.inference_mode(False)
+@standard_settings()
 def calibrate(
     model: PreTrainedModel,
     data: str | Sequence[str] | Iterable[Tensor],
@@ -88,11 +91,8 @@ def calibrate(
     for own in (bits_per_element, key_bits, value_bits):
         if own is not None and own != "joint":
             check_rate(own, min_bits)
-    compat.require_decoder(model.config)
     settings = codec or CodecSettings()
-    layers = compat.full_attention_layers(model.config)
-    if not layers:
-        raise UnsupportedModel(f"{type(model).__name__} has no full-attention layer, so its cache does not grow")
+    layers = cache_layout.compressible_layers(model.config)
     sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -119,8 +119,9 @@ def calibrate(
             "id": public_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
             "model_type": model.config.model_type,
+            FINGERPRINT: fingerprint(model),
         },
-        cache_config=compat.cache_config(model.config),
+        cache_config=cache_layout.cache_config(model.config),
         recipe={
             "metric": metric,
             "tokens": sum(s.numel() for s in sequences),
@@ -180,7 +181,7 @@ def _sequences(
         if isinstance(item, str):
             texts.append(item)
         else:
-            batch = torch.as_tensor(item).cpu()
+            batch = torch.as_tensor(item, device="cpu")
             batches.append(batch[None] if batch.ndim == 1 else batch)
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
             given += batch.numel()
@@ -246,6 +247,8 @@ def _gather(
     def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         if index not in ropes:
             return None
+        for side, tensor in zip(SIDES, (keys, values), strict=True):
+            require_finite(tensor, f"{side}s of layer {index}")
         if index not in statistics:
             statistics[index] = LayerStatistics(index, ropes[index], keys, values, settings)
         added = []
@@ -263,6 +266,7 @@ def _gather(
     if metric == "fisher":
         with torch.enable_grad():
             logits = run(model, sequence, cache).logits
+            require_finite(logits, "logits")
             sampled_loss(logits, generator).backward()
         for (index, side), leaf in leaves.items():
             if leaf.grad is not None:
@@ -274,10 +278,28 @@ def _gather(
                 statistics[index].add_queries(query, generator)
 
         with torch.no_grad(), recorded_queries(model, on_query):
-            run(model, sequence, cache)
+            require_finite(run(model, sequence, cache).logits, "logits")
     else:
         with torch.no_grad():
-            run(model, sequence, cache)
+            require_finite(run(model, sequence, cache).logits, "logits")
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Refuse what nothing can be learnt from.
+
+    Args:
+        tensor: What a model computed, tokens second to last.
+        what: What to call it.
+
+    Raises:
+        QuantCacheError: It has NaN or infinite values.
+    """
+    tensor = tensor.detach()
+    if not bool(torch.isfinite(tensor).all()):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
+        raise QuantCacheError(
+            f"the model cannot be calibrated in {str(tensor.dtype).removeprefix('torch.')}: {what} have {kind} values"
+        )
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from quantcache.plaintext import markdown
+
 _BODY = """\
 # KV-cache calibration for {model}
 
@@ -56,10 +58,10 @@ def render_card(
     if is_repo_id(model):
         header["base_model"] = model
     shown = {key: value for key, value in config["recipe"].items() if key not in ("passages", "yardstick")}
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
+    recipe = "\n".join(f"| {markdown(key)} | {markdown(value)} |" for key, value in shown.items())
     body = _BODY.format(
-        model=model or "your-model",
-        here=repo_id or "path-or-hub-id",
+        model=plain_name(model, "your-model"),
+        here=plain_name(repo_id, "path-or-hub-id"),
         bits=bits,
         total=total,
         recipe=recipe,
@@ -70,7 +72,20 @@ def render_card(
 
 def is_repo_id(model: str | None) -> bool:
     """Whether a model's name is one that the Hub can link to: an owner and a name."""
-    return bool(model) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
+    return bool(model) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model), re.ASCII) is not None
+
+
+def plain_name(name: str | None, otherwise: str) -> str:
+    """A model's name where it can stand in code and in text as it is.
+
+    Args:
+        name: The name, as an artifact has it.
+        otherwise: What to write in its place.
+
+    Returns:
+        One of both.
+    """
+    return name if name and re.fullmatch(r"[\w./-]+", name, re.ASCII) else otherwise
 
 
 def metrics_table(metrics: list[dict[str, Any]] | None) -> str:
@@ -85,6 +100,6 @@ def metrics_table(metrics: list[dict[str, Any]] | None) -> str:
     if not metrics:
         return ""
     columns = list(metrics[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in metrics]
+    lines = ["| " + " | ".join(map(markdown, columns)) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(markdown(row.get(column, "")) for column in columns) + " |" for row in metrics]
     return "\nMeasured through the real cache:\n\n" + "\n".join(lines) + "\n"

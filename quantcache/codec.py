@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantcache import trellis
+from quantcache import linalg, trellis
+from quantcache.ambient import matmul, without_autocast
 from quantcache.artifact import CodecSettings, SideCalibration
 from quantcache.codebook import gaussian_codebook
 from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
@@ -41,12 +42,15 @@ GAIN_STEPS = 32
 GAIN_CENTER = 128
 """Gain code of 1.0; code 0 is the gain zero."""
 
+LARGEST_GAIN_CODE = 255
+
 
 class SideCodec(Protocol):
     """What a cache layer needs of a codec.
 
     ``places`` says where n blocks lie: ``[n, 3]`` int32, each row the slot of the block's first token, how many of its
-    tokens are valid (64 unless a crop cut it), and the slot of its anchor. Fields have a leading block dimension.
+    tokens are valid (64 unless a crop cut it), and the slot of its anchor. ``starts`` is what is to be taken from a
+    slot for its position, by row ``[B]``. Fields have a leading block dimension.
     """
 
     bits: float | None
@@ -75,7 +79,7 @@ def quantize_gain(gain: Tensor) -> Tensor:
         uint8 codes; 0 stands for gains below 1/16.
     """
     exponent = torch.log2(gain.clamp_min(1e-30)) * GAIN_STEPS
-    return (exponent + GAIN_CENTER).round().clamp(0, 255).to(torch.uint8)
+    return (exponent + GAIN_CENTER).round().clamp(0, LARGEST_GAIN_CODE).to(torch.uint8)
 
 
 def dequantize_gain(code: Tensor) -> Tensor:
@@ -133,7 +137,7 @@ def is_diagonal(matrices: Tensor) -> bool:
 def _width_class(widths: Tensor, offsets: Tensor, width: int, coding: Coding, device: torch.device | str) -> WidthClass:
     """All coefficients of one width of a side with these ``[H, D]`` widths and word offsets."""
     columns = (widths.flatten() == width).nonzero().flatten()
-    words = offsets.flatten()[columns].unsqueeze(-1) + torch.arange(2 * width)
+    words = offsets.flatten()[columns].unsqueeze(-1) + torch.arange(2 * width, dtype=torch.int64, device=offsets.device)
     book = gaussian_codebook(width)
     return WidthClass(
         width,
@@ -157,14 +161,21 @@ class SpectralCodec:
         rope: The rotation of the vectors; ``Rope()`` for values.
         settings: Codec choices of the artifact.
         device: Where the constants live.
+        name: What the vectors are, for messages.
+
+    Raises:
+        QuantCacheError: The decoder on the device is not the inverse of the transform.
     """
 
+    @torch.inference_mode(False)  # the constants outlive it, and what reads them may be differentiated
+    @without_autocast
     def __init__(
         self,
         side: SideCalibration,
         rope: Rope,
         settings: CodecSettings,
         device: torch.device | str = "cpu",
+        name: str = "decoder",
     ):
         if side.widths is None:
             raise ValueError("the side is dense: it has no widths")
@@ -176,9 +187,12 @@ class SpectralCodec:
         # A coefficient that never varied would be divided by nothing; the floor is far below any coded one.
         sigma = spectrum.clamp_min(1e-12 * float(spectrum.max().clamp_min(1e-30))).sqrt()
         analysis = side.analysis.double()
-        self.mean = side.mean.float().to(device)
+        self.mean = side.mean.float().clone().to(device)
         self.encoder = (analysis / sigma.unsqueeze(-1)).float().to(device)  # E [H, D, D]
-        self.decoder = (torch.linalg.inv(analysis) * sigma.unsqueeze(-2)).float().to(device)  # F [H, D, D]
+        self.decoder = (linalg.inverse(analysis, name) * sigma.unsqueeze(-2)).float().to(device)  # F [H, D, D]
+        linalg.require_product(
+            analysis, self.decoder, sigma, f"{name}: with A the transform and F its decoder, A F = σ"
+        )
         self.is_diagonal = is_diagonal(analysis)
         coded = widths > 0
         self.weights = torch.where(coded, spectrum, 0.0).float().to(device)  # [H, D]
@@ -205,10 +219,11 @@ class SpectralCodec:
         own += [self.frame.order, self.frame.inverse_order, self.frame.frequencies]
         own += [t for c in self.classes for t in (c.columns, c.words, c.levels, c.boundaries)]
         own += [c.union for c in self.classes if c.union is not None]
-        return own + [t for constants in self.derived.values() for t in constants.held()]
+        return own + [t for constants in list(self.derived.values()) for t in constants.held()]
 
     # ------------------------------------------------------------------ encode
 
+    @without_autocast
     def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
         """Encode whole blocks.
 
@@ -218,14 +233,16 @@ class SpectralCodec:
         Args:
             x: ``[B, H, n * 64, D]`` as the model caches them.
             places: The blocks' places, ``[n, 3]``.
-            starts: Left padding of every row, ``[B]``, or None.
+            starts: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ, to be
+                kept as the field ``shifts``.
 
         Returns:
             ``codes`` ``[n, B, W]`` int32 and ``gains`` ``[n, B, H, 64]`` uint8.
         """
+        shifts = starts.split(BLOCK, dim=1) if starts is not None and starts.ndim == 2 else [starts] * len(places)
         blocks = [
-            self.encode_block(block.contiguous(), place, starts)
-            for block, place in zip(x.split(BLOCK, dim=2), places.split(1), strict=True)
+            self.encode_block(block.contiguous(), place, shift)
+            for block, place, shift in zip(x.split(BLOCK, dim=2), places.split(1), shifts, strict=True)
         ]
         codes, gains = zip(*blocks, strict=True)
         return {"codes": torch.stack(codes), "gains": torch.stack(gains)}
@@ -249,7 +266,7 @@ class SpectralCodec:
         if self.is_diagonal:
             coefficients = centred * self.encoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         else:
-            coefficients = self.encoder @ centred
+            coefficients = matmul(self.encoder, centred)
         return coefficients
 
     def synthesize(self, coefficients: Tensor) -> Tensor:
@@ -265,7 +282,7 @@ class SpectralCodec:
         if self.is_diagonal:
             vectors = coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
         else:
-            vectors = coefficients @ self.decoder.transpose(-1, -2)
+            vectors = matmul(coefficients, self.decoder.transpose(-1, -2))
         return vectors
 
     def encode_block(self, x: Tensor, place: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -340,6 +357,26 @@ class SpectralCodec:
             payload[:, c.words] = trellis.pack_path(path, c.width).view(u.shape[0], -1)
         return payload, quantized.view(u.shape)
 
+    def saturated(self, gains: Tensor, places: Tensor, first: Tensor | None) -> tuple[int, int, int]:
+        """How many gains lie at the ends of what 8 bits can say, among the tokens that are read.
+
+        Args:
+            gains: ``[n, B, H, 64]`` uint8.
+            places: The blocks' places, ``[n, 3]``.
+            first: First slot of every row that is read from blocks, ``[B]``, or None.
+
+        Returns:
+            Gains of the largest code, which may have been larger, gains of zero, and all gains, in heads that have
+            codes at all.
+        """
+        tokens = torch.arange(BLOCK, device=gains.device)
+        counted = (tokens < places[:, 1:2])[:, None, None] & self.coded.any(-1).to(gains.device)[:, None]
+        if first is not None:
+            counted = counted & (places[:, :1] + tokens >= first[:, None, None]).transpose(0, 1)[:, :, None]
+        ends = [((gains == code) & counted).sum() for code in (LARGEST_GAIN_CODE, 0)]
+        above, below, count = torch.stack((*ends, counted.expand_as(gains).sum())).tolist()
+        return above, below, count
+
     # ------------------------------------------------------------------ decode
 
     def dequantize(self, fields: dict[str, Tensor]) -> Tensor:
@@ -353,20 +390,21 @@ class SpectralCodec:
         """
         codes, gains = fields["codes"], dequantize_gain(fields["gains"])
         n, batch = codes.shape[:2]
-        flat = torch.zeros(n, batch, self.num_heads * self.dim, BLOCK, device=codes.device)
+        flat = torch.zeros(n, batch, self.num_heads * self.dim, BLOCK, dtype=torch.float32, device=codes.device)
         for c in self.classes:
             words = codes[..., c.words].unflatten(-1, (-1, 2 * c.width))
             flat[:, :, c.columns] = c.dequantize(words)
         scaled: Tensor = flat.unflatten(2, (self.num_heads, self.dim)) * gains.unsqueeze(-2)
         return scaled
 
+    @without_autocast
     def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
         """Decode blocks to the vectors the model cached.
 
         Args:
-            fields: ``codes`` ``[n, B, W]`` and ``gains`` ``[n, B, H, 64]``.
+            fields: ``codes`` ``[n, B, W]``, ``gains`` ``[n, B, H, 64]`` and maybe ``shifts`` ``[n, B, 64]``.
             places: The blocks' places, ``[n, 3]``.
-            starts: Left padding of every row, ``[B]``, or None.
+            starts: Left padding of every row, ``[B]``, or None; not looked at where there are shifts.
 
         Returns:
             ``[B, H, n * 64, D]`` float32 (slots beyond a block's valid length included).
@@ -375,6 +413,8 @@ class SpectralCodec:
         framed = framed.permute(1, 2, 0, 3, 4).flatten(2, 3)
         if self.frame.is_identity:
             return framed
+        if "shifts" in fields:
+            starts = fields["shifts"].transpose(0, 1).flatten(1)
         positions, anchors = block_positions(places, starts)
         return self.frame.leave(framed, positions[:, None], anchors[:, None])
 
@@ -417,7 +457,7 @@ def block_slots(places: Tensor) -> Tensor:
     Returns:
         int64, ``[n * 64]``.
     """
-    return (places[:, :1] + torch.arange(BLOCK, device=places.device)).flatten()
+    return (places[:, :1] + torch.arange(BLOCK, dtype=torch.int64, device=places.device)).flatten()
 
 
 def block_positions(places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -425,11 +465,11 @@ def block_positions(places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tens
 
     Args:
         places: ``[n, 3]``.
-        starts: Left padding of every row, ``[B]``, or None.
+        starts: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ.
 
     Returns:
         Two int64 tensors ``[B or 1, n * 64]``.
     """
     slots, anchors = block_slots(places), places[:, 2].long().repeat_interleave(BLOCK)
-    shift = slots.new_zeros(1, 1) if starts is None else starts[:, None]
+    shift = slots.new_zeros(1, 1) if starts is None else starts if starts.ndim == 2 else starts[:, None]
     return slots - shift, anchors - shift

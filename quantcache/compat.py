@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +13,28 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    QuantizedCache,
+    cache_utils,
+)
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_hqq_available, is_optimum_quanto_available, is_torchao_available
 
 from quantcache.data import demo_model_path
 from quantcache.errors import ArtifactError, UnsupportedModel
-from quantcache.rope import Rope
-
-_CACHE_ATTRIBUTES = (
-    "num_hidden_layers",
-    "layer_types",
-    "sliding_window",
-    "attention_chunk_size",
-    "num_kv_shared_layers",
-    "num_key_value_heads",
-    "head_dim",
-)
-"""Attributes of a text config that decide a cache's layers and geometry."""
 
 
 def versions() -> dict[str, str]:
@@ -47,71 +50,53 @@ def versions() -> dict[str, str]:
     }
 
 
-def cache_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """The attributes of a model's config that decide its cache.
-
-    Args:
-        config: The model's config.
-
-    Returns:
-        JSON-ready attributes, those that the text config has.
-    """
-    text_config = config.get_text_config(decoder=True)
-    found = {name: getattr(text_config, name, None) for name in _CACHE_ATTRIBUTES}
-    found["num_key_value_heads"], found["head_dim"] = kv_geometry(text_config)
-    found["model_type"] = text_config.model_type
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def config_from_cache_config(attributes: dict[str, Any]) -> PreTrainedConfig:
-    """A config that gives the same cache layers as the one :func:`cache_config` was taken from.
-
-    Args:
-        attributes: What :func:`cache_config` returned.
-
-    Returns:
-        A bare config.
-    """
-    wanted = {name: value for name, value in attributes.items() if name in _CACHE_ATTRIBUTES}
-    return PreTrainedConfig(**wanted)
-
-
-def kv_geometry(text_config: PreTrainedConfig) -> tuple[int, int]:
-    """Number of key/value heads and head dimension that a text config declares.
-
-    Args:
-        text_config: A decoder's config.
-
-    Returns:
-        Hkv and D.
-    """
-    heads = text_config.num_attention_heads
-    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    return getattr(text_config, "num_key_value_heads", None) or heads, dim
-
-
 def is_full_attention(layer: Any) -> bool:
-    """Whether a stock cache layer is plain full attention, the kind that quantcache replaces.
+    """Whether a stock cache layer keeps the keys and values of all tokens, the kind that quantcache replaces.
 
     Args:
         layer: A layer of a ``DynamicCache``.
 
     Returns:
-        True for exactly ``DynamicLayer``; sliding, linear and placeholder layers stay as they are.
+        True for plain full attention, with recurrent states or an indexer's keys beside it too; False for the others,
+        which stay as they are.
     """
-    return type(layer) is DynamicLayer
+    return type(layer) in (DynamicLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer)
 
 
-def full_attention_layers(config: PreTrainedConfig) -> list[int]:
-    """Indices of the layers whose cache grows with the whole context.
+def is_window(layer: Any) -> bool:
+    """Whether a stock cache layer keeps a window of tokens, and perhaps recurrent states.
 
     Args:
-        config: The model's config.
+        layer: A layer of a ``DynamicCache``.
 
     Returns:
-        Layer indices.
+        True for sliding windows and chunks; False for kinds that models bring themselves.
     """
-    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if is_full_attention(layer)]
+    return type(layer) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Whether a stock cache layer holds recurrent states and nothing else.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+
+    Returns:
+        True for linear attention, convolutions and state spaces.
+    """
+    return type(layer) is LinearAttentionLayer
+
+
+def is_placeholder(layer: Any) -> bool:
+    """Whether a stock cache layer never holds anything.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+
+    Returns:
+        True for the layers of MLPs, and of attention that reads another layer's keys and values.
+    """
+    return type(layer).__name__ == "DummyLayer"
 
 
 def require_decoder(config: PreTrainedConfig) -> None:
@@ -142,33 +127,20 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     return masked and not getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False)
 
 
-def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
-    """The rotation that a config declares for a layer, without looking at the model.
-
-    Only for stand-ins: calibration measures the layout on the model itself.
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class that loads a model that generates text.
 
     Args:
-        text_config: A decoder's config.
-        layer: Layer index.
+        config: The model's config.
 
     Returns:
-        A half-split rotation; ``Rope()`` if the config has no RoPE parameters.
+        ``AutoModelForCausalLM``, or ``AutoModelForImageTextToText`` for what only that knows.
     """
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    rotary_dim = getattr(text_config, "rotary_dim", None)  # all that GPT-J and CodeGen declare
-    if not parameters and not rotary_dim:
-        return Rope()
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types and layer_types[layer] in parameters:
-        parameters = parameters[layer_types[layer]]
-    _, dim = kv_geometry(text_config)
-    rotary = rotary_dim or int(dim * parameters.get("partial_rotary_factor", 1.0)) // 2 * 2
-    theta = parameters.get("rope_theta", 10_000.0)
-    kind = parameters.get("rope_type", "default")
-    if kind == "llama3":
-        inv_freq = ROPE_INIT_FUNCTIONS["llama3"](text_config, torch.device("cpu"))[0]
-        return Rope("half", tuple(inv_freq.double().tolist()))
-    return Rope("half", tuple(theta ** (-2.0 * i / rotary) for i in range(rotary // 2)))
+    own = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in own or type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    images = "AutoModelForImageTextToText" in own or type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -210,6 +182,28 @@ def model_revision(model: PreTrainedModel) -> str | None:
         The commit; None for a model from a folder.
     """
     return getattr(model.config, "_commit_hash", None)
+
+
+def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """The 2D mask and the positions of the forward pass that is just asking a cache for the sizes of its mask.
+
+    transformers tells a cache how many tokens come, never which of them are padding, and most attention functions see
+    neither that nor positions. But the one function that prepares masks, for every attention implementation, asks the
+    cache first: its arguments are read from the call stack. A custom 4D mask never gets there.
+
+    Returns:
+        ``attention_mask`` ``[B, T]`` and ``position_ids``, either may be None; None if somebody else is asking.
+    """
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame.f_code.co_name == "_preprocess_mask_arguments":
+            mask, positions = (frame.f_locals.get(name) for name in ("attention_mask", "position_ids"))
+            plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
+            return (mask if plain else None, positions) if plain or mask is None else None
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
 
 
 def tokens_to_remove(argument: int, length: int) -> int:
@@ -364,7 +358,7 @@ def stock_layer_state(layer: Any) -> StockLayerState | None:
         shapes = [list(tensor.shape) for tensor in tensors.values()]
         dtypes = [str(tensor.dtype) for tensor in tensors.values()]
         return StockLayerState(tensors, numbers | {"shapes": shapes, "dtypes": dtypes})
-    return StockLayerState({}, {}) if type(layer).__name__ == "DummyLayer" else None
+    return StockLayerState({}, {}) if is_placeholder(layer) else None
 
 
 def stock_layer_shapes(layer: Any, numbers: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
@@ -395,7 +389,7 @@ def stock_layer_shapes(layer: Any, numbers: dict[str, Any], where: str) -> dict[
         or not all(isinstance(shape, list) and len(shape) == 4 for shape in shapes)
         or not all(type(size) is int and size >= 0 for shape in shapes for size in shape)
         or type(tokens) is not int
-        or not shapes[0][2] == shapes[1][2] <= tokens
+        or not shapes[0][2] == shapes[1][2] <= tokens < 1 << 40
     ):
         raise ArtifactError(f"{where} has shapes {shapes!r} for {tokens!r} tokens")
     return {"keys": tuple(shapes[0]), "values": tuple(shapes[1])}

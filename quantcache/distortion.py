@@ -32,7 +32,7 @@ def coefficient_distortion(widths: Tensor, coding: Coding = "scalar") -> Tensor:
     Returns:
         float64 of the same shape; 1 where the width is 0.
     """
-    table = torch.tensor(code_distortions(coding), dtype=torch.float64)
+    table = torch.tensor(code_distortions(coding), dtype=torch.float64, device="cpu")
     own = table[widths.long()]
     return own + torch.where(widths > 0, GAIN_NOISE * (1 - own), 0.0)
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 from transformers import Cache, PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.artifact import Calibration
 from quantcache.attention import ATTENTION_NAME
 from quantcache.cache import SpectralCache
+from quantcache.errors import NothingToCompress
+from quantcache.probe import attends
 
 _lock = threading.Lock()
 
@@ -30,11 +33,11 @@ class _Setting:
     """One ``enabled`` context, or ``enable``.
 
     Attributes:
-        make: Gives an empty cache.
+        make: Gives an empty cache; None where the model's own is left to it.
         thread: The thread that entered the context; None for ``enable``, which is everybody's.
     """
 
-    make: Callable[[], Cache]
+    make: Callable[[], Cache] | None
     thread: int | None = field(default_factory=threading.get_ident)
 
 
@@ -56,8 +59,11 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate."""
         setting = self.current()
-        if setting is not None and self.wants_cache(args, kwargs):
-            kwargs = {**kwargs, "past_key_values": setting.make()}
+        if setting is not None and setting.make is not None and self.wants_cache(args, kwargs):
+            cache = setting.make()
+            if self.drafts(args, kwargs):
+                cache.activate_past_recording()  # as transformers does: rejected tokens must go, from windows too
+            kwargs = {**kwargs, "past_key_values": cache}
         return self.original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -72,12 +78,21 @@ class _Generate:
         own = [setting for setting in settings if setting.thread == me]
         return next(reversed(own or settings), None)
 
-    def wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call leaves it to us which cache is used."""
+    def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+        """What a call says, first what counts most: its arguments, its generation config, the model's."""
         bound = inspect.signature(self.original).bind_partial(*args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
         config = given.get("generation_config")
-        asked = [given, {} if config is None else vars(config), vars(self.model.generation_config)]
+        return [given, {} if config is None else vars(config), vars(self.model.generation_config)]
+
+    def drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call proposes tokens to another model, which may reject them."""
+        return any(options.get("is_assistant") for options in self.asked(args, kwargs))
+
+    def wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call leaves it to us which cache is used."""
+        asked = self.asked(args, kwargs)
+        given = asked[0]
         if given.get("past_key_values") is not None:
             return False
         # transformers itself takes "hybrid", an old default of some models, for no choice at all.
@@ -97,21 +112,22 @@ def enable(
 
     A cache that the caller passes wins, and so do ``use_cache=False`` and ``cache_implementation=``. It works for
     whatever calls ``model.generate``, pipelines included, and in several threads at once: each call has its own cache.
-    Enabling again replaces what was enabled before.
+    Enabling again replaces what was enabled before. A model with nothing to compress keeps its own cache, and a warning
+    says why.
 
     Args:
         model: The model.
         calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
-        options: Arguments of :class:`SpectralCache`, such as ``bits`` or ``residual_length``.
+        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
 
     Raises:
         CalibrationMismatch: The calibration is for another geometry.
         UnsupportedModel: The model is an encoder-decoder.
     """
-    setting = _Setting(_cache_maker(model, calibration, options), thread=None)
+    setting = _Setting(_cache_maker(model, calibration, options, 3), thread=None)
     with _lock:
-        hook = _hook(model, attention)
+        hook = _hook(model, attention and setting.make is not None)
         hook.settings = [setting, *(each for each in hook.settings if each.thread is not None)]
 
 
@@ -144,7 +160,7 @@ def enabled(
         model: The model.
         calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
-        options: Arguments of :class:`SpectralCache`, such as ``bits`` or ``residual_length``.
+        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
 
     Yields:
         The model.
@@ -153,9 +169,9 @@ def enabled(
         CalibrationMismatch: The calibration is for another geometry.
         UnsupportedModel: The model is an encoder-decoder.
     """
-    setting = _Setting(_cache_maker(model, calibration, options))
+    setting = _Setting(_cache_maker(model, calibration, options, 4))  # contextlib is between
     with _lock:
-        hook = _hook(model, attention)
+        hook = _hook(model, attention and setting.make is not None)
         hook.settings = [*hook.settings, setting]
     try:
         yield model
@@ -165,14 +181,22 @@ def enabled(
 
 
 def _cache_maker(
-    model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any]
-) -> Callable[[], Cache]:
-    """Makes empty caches that share one allocation; bad options are refused here, not in the first request."""
+    model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any], frames: int
+) -> Callable[[], Cache] | None:
+    """Makes empty caches that share one allocation; bad options are refused here, not in the first request.
+
+    A warning points at the caller, so many frames up.
+    """
+    try:
+        cache_layout.compressible_layers(model.config)
+    except NothingToCompress as reason:
+        warnings.warn(f"nothing is enabled: {reason}", stacklevel=frames)
+        return None
     if calibration is None:
         return SpectralCache.self_calibrating(model, **options).fork
     if isinstance(calibration, Calibration):
-        return SpectralCache(calibration, model.config, **options).fork
-    return SpectralCache.from_pretrained(calibration, config=model.config, **options).fork
+        return SpectralCache(calibration, model=model, **options).fork
+    return SpectralCache.from_pretrained(calibration, model=model, **options).fork
 
 
 def _find(model: PreTrainedModel) -> _Generate | None:
@@ -189,6 +213,8 @@ def _hook(model: PreTrainedModel, attention: bool) -> _Generate:
         vars(model).update({_HOOK: hook, "generate": hook})
     if attention and set(compat.attention_implementations(model).values()) == {"sdpa"}:
         compat.use_attention(model, ATTENTION_NAME)
+        if not attends(model):
+            compat.use_attention(model, hook.attention)
     return hook
 
 

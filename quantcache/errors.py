@@ -20,6 +20,10 @@ class CalibrationMismatch(QuantCacheError):
     """A calibration and a model (or a tensor) disagree about geometry."""
 
 
+class TokensNotFinite(QuantCacheError):
+    """Tokens that are to be encoded hold NaN or infinity."""
+
+
 class ArtifactError(QuantCacheError):
     """A calibration artifact is missing, truncated, malformed or of an unknown schema."""
 
@@ -30,3 +34,11 @@ class HubError(ArtifactError):
 
 class UnsupportedModel(QuantCacheError):
     """The model, or a way of using it, is outside what quantcache can compress correctly."""
+
+
+class NothingToCompress(UnsupportedModel):
+    """No layer of the model's cache grows with the text in a way that quantcache can compress."""
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration fits a model's geometry, but was made for another model."""

@@ -145,6 +145,28 @@ def push_folder(
     return checked(push, repo_id, revision, "the folder")
 
 
+def check_push(repo_id: str, token: str | bool | None = None) -> None:
+    """Refuse a push that cannot succeed, before the work that it is for.
+
+    Args:
+        repo_id: The repository.
+        token: Hub token.
+
+    Raises:
+        ArtifactError: No repository can have that name.
+        HubError: The Hub cannot be reached, nobody is logged in, or the repository is somebody else's.
+    """
+    owner, slash, _ = require_repo_id(repo_id).partition("/")
+
+    def who() -> set[str]:
+        found = HfApi(token=token, library_name=LIBRARY).whoami()
+        return {str(found["name"]), *(str(org["name"]) for org in found.get("orgs") or ())}
+
+    names = checked(who, repo_id, None, "a push")
+    if slash and owner not in names:
+        raise HubError(f"{repo_id} cannot be pushed to: the token is of {', '.join(sorted(names))}, not of {owner}")
+
+
 def checked(action: Callable[[], _Result], repo_id: str, revision: str | None, what: str) -> _Result:
     """Run something that talks to the Hub, with every way it can fail in one line.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from quantcache import data
 from quantcache.errors import ArtifactError
+from quantcache.jsonfile import read_json
 
 INDEX_NAME = "index.json"
 FORMAT = "quantcache-calibration-index"
@@ -73,7 +73,7 @@ def read_index(path: Path, names: tuple[str, ...]) -> list[IndexEntry]:
         ArtifactError: It is missing or malformed.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

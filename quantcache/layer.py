@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -11,18 +12,30 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from quantcache import backends, compat, guards
+from quantcache import backends, compat, guards, padding
+from quantcache.ambient import without_autocast
 from quantcache.backends import Backend
-from quantcache.codec import SideCodec
-from quantcache.errors import QuantCacheError
+from quantcache.codec import SideCodec, SpectralCodec
+from quantcache.errors import QuantCacheError, TokensNotFinite
 from quantcache.lazy import CacheView, LazyKV, SideView
 from quantcache.packing import BLOCK
+from quantcache.padding import Arrivals, Grid
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES
 from quantcache.store import BlockStore
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64
+
+
+def _with_sinks(sinks: Tensor, chunk: Tensor, starts: Tensor, slot: int) -> Tensor:
+    """The sinks with those tokens of ``chunk`` (first slot ``slot``) filled in that are sinks of their row."""
+    if not chunk.shape[2] or not sinks.shape[2]:
+        return sinks
+    index = starts[:, None] + torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device) - slot  # [B, S]
+    inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
+    index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
+    return torch.where(inside, chunk.gather(2, index), sinks)
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,8 @@ class Span:
         return self.start + self.length
 
 
-CodecFactory = Callable[[torch.device, dict[str, Tensor], Tensor | None], dict[str, SideCodec]]
-"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and the rows' starts.
+CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
+"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
 
 With tails of no tokens it is asked for the same codecs on another device.
 """
@@ -60,7 +73,9 @@ class SpectralLayer(DynamicLayer):
 
     Slots 0 ... T-1 are the layer's tokens in order of arrival, one grid for the whole batch. Until the first block is
     due everything is in the tail. From then on the first ``sink_length`` valid tokens of every row are kept aside, and
-    whenever the tail holds ``residual_length + 64`` tokens its oldest 64 become a block, never to be encoded again.
+    whenever the tail holds ``residual_length + 64`` tokens its oldest 64 become a block, never to be encoded again
+    (but for padding, once the row behind it begins elsewhere than was thought). Padding is a matter of fidelity alone:
+    every slot is kept, and what a query may look at is for its own mask to say.
 
     Whatever changes the layer prepares everything first and puts it in place at once: a failure or an interrupt on the
     way leaves the layer as it was.
@@ -79,8 +94,10 @@ class SpectralLayer(DynamicLayer):
     places: BlockStore  # the spans once more, as a tensor for attention to read
     sinks: dict[str, Tensor]
     tails: dict[str, Tensor]
+    leads: dict[str, Tensor]  # what lies before the first block, where that is not the sinks
     starts: Tensor | None
-    settled: bool  # whether every row has shown a valid token
+    origins: Tensor | None
+    trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
     cut: bool  # whether a crop has left some block less than full
     pending: bool  # whether new tokens await their reader before they may be encoded
 
@@ -114,8 +131,10 @@ class SpectralLayer(DynamicLayer):
             places=BlockStore(),
             sinks={},
             tails={},
+            leads={},
             starts=None,
-            settled=False,
+            origins=None,
+            trail=None,
             cut=False,
             pending=False,
             is_initialized=False,
@@ -148,7 +167,7 @@ class SpectralLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """Dense keys of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "key") if self.is_initialized else None
+        return LazyKV(self.snapshot(), "key", guarded=True) if self.is_initialized else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -157,7 +176,7 @@ class SpectralLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """Dense values of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "value") if self.is_initialized else None
+        return LazyKV(self.snapshot(), "value", guarded=True) if self.is_initialized else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -174,24 +193,41 @@ class SpectralLayer(DynamicLayer):
             A view that stays valid until the next update.
         """
         sides = {
-            side: SideView(self.codecs.get(side), self.stores[side], self.sinks.get(side), self.tails[side])
+            side: SideView(
+                self.codecs.get(side), self.stores[side], self.sinks.get(side), self.tails[side], self.leads.get(side)
+            )
             for side in SIDES
         }
         if self.spans:
             places = self.places.buffers["places"][: self.places.count]
         else:
             places = torch.zeros(0, 3, dtype=torch.int32, device=self.device)
-        return CacheView(self, sides["key"], sides["value"], places, self.encoded_end, self.cut, self.starts)
+        return CacheView(
+            self, sides["key"], sides["value"], places, self.encoded_end, self.cut, self.starts, self.origins
+        )
+
+    @property
+    def grid(self) -> Grid:
+        """Where the rows lie in the slots."""
+        return Grid(self.starts, self.origins)
 
     # ------------------------------------------------------------------ append and encode
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        arrivals: Arrivals | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
         """Append new keys and values.
 
         Args:
             key_states: ``[B, Hkv, Tnew, D]``, rotated as the model caches them.
             value_states: ``[B, Hkv, Tnew, Dv]``.
             args: Ignored, as by DynamicLayer.
+            arrivals: What the pass says of padding and positions; None where nobody knows.
             kwargs: Ignored, as by DynamicLayer.
 
         Returns:
@@ -209,48 +245,58 @@ class SpectralLayer(DynamicLayer):
         if key_states.device != self.tails["key"].device:
             self._follow(key_states.device)
         self.finish()
+        self._leave_inference_mode()
+        length = self.get_seq_length() + key_states.shape[2]
+        trail = padding.extended(self.trail, arrivals, self.grid, self.encoded_end, length, key_states)
         if key_states.requires_grad or value_states.requires_grad:
-            return self._update_differentiably(new)
+            return self._update_differentiably(new, trail)
         tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
-        self._commit(tails=tails, pending=True)
+        self._commit(tails=tails, trail=trail, pending=True)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what torch's inference mode has made, once it is over: autograd refuses to keep such tensors."""
+        held = (*self.sinks.values(), *(buffer for store in self.stores.values() for buffer in store.buffers.values()))
+        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in held):
+            self._map_batch(lambda tensor, dim: tensor.clone())
 
     def _follow(self, device: torch.device) -> None:
         """Go where the model has gone, or come back from an offload."""
         self.finish()
         if device != self.device and self.codecs:
             empty = {side: tail[:, :, :0] for side, tail in self.tails.items()}
-            self.codecs = self.make_codecs(device, empty, None)
+            self.codecs = self.make_codecs(device, empty, Grid())
         self._move(device)
         self.device = device
 
-    def _update_differentiably(self, new: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _update_differentiably(self, new: dict[str, Tensor], trail: Tensor | None) -> tuple[Tensor, Tensor]:
         """Append under autograd: plain tensors, with gradients to the new keys and values; the past is constant."""
         view = self.snapshot()
         dense = {side: torch.cat((view.dense(side), new[side]), dim=2) for side in SIDES}
         tails = {side: torch.cat((self.tails[side], new[side].detach()), dim=2) for side in SIDES}
-        self._commit(tails=tails, pending=True)
+        self._commit(tails=tails, trail=trail, pending=True)
         return dense["key"], dense["value"]
 
-    def finish(self, mask: Tensor | None = None) -> None:
-        """Encode what is due, once the newest tokens have been read.
-
-        Args:
-            mask: The attention mask their reader saw, ``[B, 1, Tq, T]`` boolean or additive: tells each row's padding.
-        """
+    @without_autocast
+    def finish(self) -> None:
+        """Encode what is due, once the newest tokens have been read."""
         if not self.pending:
             return
-        if mask is None:
-            self.settled = self.settled or self.starts is None  # no mask: no padding
-        elif not self.settled:
-            self._settle_starts(mask)
         lead = 0 if self.spans else self.sink_length
         due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
         if due > 0:
             self._encode(lead, due)
         else:
             self.pending = False
+
+    def finish_if_finite(self) -> None:
+        """Encode what is due, unless it is not finite.
+
+        It then stays as it is and can be copied, cut, selected from and saved; the next update tries again.
+        """
+        with contextlib.suppress(TokensNotFinite):
+            self.finish()
 
     @torch.no_grad()
     def _encode(self, lead: int, due: int) -> None:
@@ -260,24 +306,46 @@ class SpectralLayer(DynamicLayer):
             lead: Tokens before them, which become sinks.
             due: How many blocks.
         """
-        codecs = self.codecs or self.make_codecs(self.device, self.tails, self.starts)
+        grid, count = self.grid, lead + due * BLOCK
+        if self.trail is not None:
+            grid = padding.settled(self.trail, grid, self.encoded_end)
+        codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
+        framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
+        grid = grid if framed else Grid(grid.starts)
+        shifts = self._shifts(grid, lead, count) if framed else None
         spans = self._next_spans(lead, due)
-        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32).to(self.device)
-        tails, sinks, stores = {}, {}, {}
+        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32, device=self.device)
+        tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
         for side in SIDES:
-            tail = self.tails[side]
-            encoded = tail[:, :, lead : lead + due * BLOCK]
+            tail, store = self.tails[side], self.stores[side]
+            encoded = tail[:, :, lead:count]
             if codecs[side].bits is not None:
-                guards.require_finite(self.index, side, encoded, spans[0].start, self.starts)
-            sinks[side] = self.sinks[side] if self.spans else torch.zeros_like(tail[:, :, :lead])
-            if not self.spans:
-                sinks[side] = self._with_sinks(sinks[side], tail[:, :, :lead], 0)
-            if self.starts is not None:
-                sinks[side] = self._with_sinks(sinks[side], encoded, spans[0].start)
-            fields = backends.encode(codecs[side], encoded, places, self.starts, self.backend)
-            stores[side] = self.stores[side].appended(fields)
-            tails[side] = tail[:, :, lead + due * BLOCK :].clone()
+                guards.require_finite(self.index, side, encoded, spans[0].start, grid.starts)
+            sinks[side] = self.sinks[side] if self.spans else tail[:, :, :lead].clone()
+            if grid.starts is not None:
+                if not self.spans:
+                    # Padding may hold anything; of NaN no more is kept than codes would.
+                    leads[side] = sinks[side] if codecs[side].bits is None else sinks[side].nan_to_num()
+                    sinks[side] = _with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
+                sinks[side] = _with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
+            frames = grid.frames
+            if framed and side == "key":
+                store = self._moved_to(grid, codecs[side], store)
+                if shifts is not None:
+                    store, frames = self._with_shifts(store, grid), shifts
+            fields = backends.encode(codecs[side], encoded, places, frames, self.backend)
+            if frames is not None and frames.ndim == 2:
+                fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
+            if isinstance(codec := codecs[side], SpectralCodec):
+                saturated = codec.saturated(fields["gains"], places, self._first_read(grid))
+                guards.warn_of_saturation(self.index, side, *saturated)
+            stores[side] = store.appended(fields)
+            tails[side] = tail[:, :, count:].clone()
         self._commit(
+            starts=grid.starts,
+            origins=grid.origins,
+            trail=None if self.trail is None else self.trail[:, :, count:].clone(),
+            leads=leads,
             codecs=codecs,
             spans=self.spans + spans,
             stores=stores,
@@ -286,6 +354,25 @@ class SpectralLayer(DynamicLayer):
             tails=tails,
             pending=False,
         )
+
+    def _first_read(self, grid: Grid) -> Tensor | None:
+        """First slot of every row whose gain counts, ``[B]``: sinks are read elsewhere, padding hardly at all."""
+        return None if grid.starts is None else grid.starts + self.sink_length
+
+    def saturated_gains(self) -> tuple[int, int]:
+        """How many tokens' gains lie beyond the largest and below the smallest that can be stored, heads counted apart.
+
+        Returns:
+            (above, below): the former are decoded too small, the latter as the mean.
+        """
+        above = below = 0
+        for side, codec in self.codecs.items():
+            if isinstance(codec, SpectralCodec) and self.spans:
+                store, places = self.stores[side], self.places
+                gains, where = store.slice(0, store.count)["gains"], places.slice(0, places.count)["places"]
+                found = codec.saturated(gains, where, self._first_read(self.grid))
+                above, below = above + found[0], below + found[1]
+        return above, below
 
     def _next_spans(self, lead: int, count: int) -> list[Span]:
         spans: list[Span] = []
@@ -297,29 +384,38 @@ class SpectralLayer(DynamicLayer):
             spans.append(previous)
         return spans
 
-    @torch.no_grad()
-    def _settle_starts(self, mask: Tensor) -> None:
-        """Learn how much left padding each row has; a row that has shown a valid token is settled for good."""
-        length, seen = mask.shape[-1], self.get_seq_length() - mask.shape[-2]
-        if length != self.get_seq_length():
-            return
-        last = mask[:, 0, -1]
-        valid = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-        first = torch.where(valid.any(-1), valid.int().argmax(-1), length)  # all padding so far: start not before here
-        first = first.expand(self.tails["key"].shape[0])
-        self.starts = first.clone() if self.starts is None else torch.where(self.starts < seen, self.starts, first)
-        self.settled = bool((self.starts < length).all())
+    def _shifts(self, grid: Grid, first: int, last: int) -> Tensor | None:
+        """What is to be taken from the slots of some of the tail for their positions, ``[B, last - first]``.
 
-    def _with_sinks(self, sinks: Tensor, chunk: Tensor, slot: int) -> Tensor:
-        """The sinks with those tokens of ``chunk`` (first slot ``slot``) filled in that are sinks of their row."""
-        if self.starts is None:
-            return chunk.clone()
-        if not chunk.shape[2] or not sinks.shape[2]:
-            return sinks
-        index = self.starts[:, None] + torch.arange(sinks.shape[2], device=sinks.device) - slot  # [B, S]
-        inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
-        index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
-        return torch.where(inside, chunk.gather(2, index), sinks)
+        None where that is the same for all tokens of a row, the encoded ones included.
+        """
+        if self.trail is None:
+            return None
+        shifts = padding.filled(self.trail, grid)[:, first:last]
+        frames = torch.zeros_like(shifts[:, 0]) if grid.frames is None else grid.frames
+        return shifts if "shifts" in self.stores["key"].buffers or bool((shifts != frames[:, None]).any()) else None
+
+    def _moved_to(self, grid: Grid, codec: SideCodec, store: BlockStore) -> BlockStore:
+        """The keys' blocks once more for rows that begin elsewhere than was thought: so far they held padding only."""
+        old, new = self.grid.frames, grid.frames
+        if not self.spans or old is None or new is None or "shifts" in store.buffers:
+            return store
+        rows = (old != new).nonzero().flatten()
+        if not len(rows):
+            return store
+        places, fields = self.places.buffers["places"][: self.places.count], store.slice(0, store.count)
+        held = codec.decode({name: each[:, rows] for name, each in fields.items()}, places, old[rows])
+        again = backends.encode(codec, held.to(self.tails["key"].dtype), places, new[rows], self.backend)
+        return store.mapped_fields({name: each.index_copy(1, rows, again[name]) for name, each in fields.items()})
+
+    def _with_shifts(self, store: BlockStore, grid: Grid) -> BlockStore:
+        """The keys' blocks with a field that says what is to be taken from each token's slot for its position."""
+        if not self.spans or "shifts" in store.buffers:
+            return store
+        rows = self.tails["key"].shape[0]
+        shifts = padding.plain(grid, rows, 0, BLOCK, self.device)[:, 0]
+        fields = store.slice(0, store.count)
+        return store.mapped_fields({**fields, "shifts": shifts.expand(store.count, rows, BLOCK)})
 
     # ------------------------------------------------------------------ cache semantics
 
@@ -334,22 +430,27 @@ class SpectralLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
-        self.finish()
+        self.finish_if_finite()
         length = self.get_seq_length()
         keep = length - compat.tokens_to_remove(tokens_to_remove, length)
-        state: dict[str, Any] = {} if keep else {"starts": None, "settled": False}
+        state: dict[str, Any] = {} if keep else {"starts": None, "origins": None, "trail": None, "pending": False}
+        if keep and self.trail is not None:
+            state["trail"] = self.trail[:, :, : max(0, keep - self.encoded_end)].clone()
         if keep >= self.encoded_end:
             state["tails"] = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
         elif keep <= self.sink_length:
             view = self.snapshot()
             state["tails"] = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
-            state |= {"spans": [], "sinks": {}, "cut": False, "places": BlockStore()}
+            if keep and self.trail is not None:
+                state["trail"] = padding.plain(self.grid, self.trail.shape[0], 0, keep, self.trail.device)
+            state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "places": BlockStore()}
+            state |= {"starts": None, "origins": None}
             state["stores"] = {side: BlockStore() for side in SIDES}
         else:
             spans = [span for span in self.spans if span.start < keep]
             last = spans[-1]
             spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32).to(self.device)
+            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32, device=self.device)
             state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
             state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
             state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
@@ -360,12 +461,15 @@ class SpectralLayer(DynamicLayer):
         """Apply a function of (tensor, batch dimension) to everything stored."""
         if not self.is_initialized:
             return
-        self.finish()
+        self.finish_if_finite()
         self._commit(
             stores={side: store.mapped(lambda buffer: function(buffer, 1)) for side, store in self.stores.items()},
             tails={side: function(tail, 0) for side, tail in self.tails.items()},
             sinks={side: function(sinks, 0) for side, sinks in self.sinks.items()},
+            leads={side: function(lead, 0) for side, lead in self.leads.items()},
             starts=None if self.starts is None else function(self.starts, 0),
+            origins=None if self.origins is None else function(self.origins, 0),
+            trail=None if self.trail is None else function(self.trail, 0),
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -394,10 +498,13 @@ class SpectralLayer(DynamicLayer):
         self._map_batch(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
 
     def _move(self, device: torch.device | str) -> None:
-        self.finish()
+        self.finish_if_finite()
         self._commit(
             places=self.places.moved(device),
             starts=None if self.starts is None else self.starts.to(device),
+            origins=None if self.origins is None else self.origins.to(device),
+            trail=None if self.trail is None else self.trail.to(device),
+            leads={side: lead.to(device, non_blocking=True) for side, lead in self.leads.items()},
             stores={side: store.moved(device) for side, store in self.stores.items()},
             tails={side: tail.to(device, non_blocking=True) for side, tail in self.tails.items()},
             sinks={side: sinks.to(device, non_blocking=True) for side, sinks in self.sinks.items()},
@@ -419,7 +526,7 @@ class SpectralLayer(DynamicLayer):
         Returns:
             The new layer.
         """
-        self.finish()
+        self.finish_if_finite()
         new = copy.copy(self)
         new.stores = {side: store.fork() for side, store in self.stores.items()}
         new.places = self.places.fork()
@@ -427,7 +534,7 @@ class SpectralLayer(DynamicLayer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
         """Copy what is stored; constants are shared."""
-        self.finish()
+        self.finish_if_finite()
         new = copy.copy(self)
         memo[id(self)] = new
         new.spans = list(self.spans)
@@ -435,5 +542,8 @@ class SpectralLayer(DynamicLayer):
         new.places = self.places.copy()
         new.sinks = {side: tensor.clone() for side, tensor in self.sinks.items()}
         new.tails = {side: tensor.clone() for side, tensor in self.tails.items()}
+        new.leads = {side: tensor.clone() for side, tensor in self.leads.items()}
         new.starts = None if self.starts is None else self.starts.clone()
+        new.origins = None if self.origins is None else self.origins.clone()
+        new.trail = None if self.trail is None else self.trail.clone()
         return new

@@ -8,16 +8,20 @@ implementation, and economical with ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from quantcache.ambient import without_autocast
 from quantcache.codec import SideCodec, block_slots
+from quantcache.errors import QuantCacheError
 from quantcache.packing import BLOCK
+from quantcache.padding import Grid
 from quantcache.store import BlockStore
 
 if TYPE_CHECKING:
@@ -36,12 +40,14 @@ class SideView:
         store: Encoded blocks.
         sinks: First valid tokens of every row, ``[B, H, S, D]``; None before the first block.
         tail: Everything behind the last block, the new tokens last, ``[B, H, t, D]``.
+        lead: Tokens of the slots before the first block, ``[B, H, S, D]``; None where these are the sinks.
     """
 
     codec: SideCodec | None
     store: BlockStore
     sinks: Tensor | None
     tail: Tensor
+    lead: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -57,7 +63,8 @@ class CacheView:
         places: Places of the n encoded blocks, ``[n, 3]`` int32 (see ``SideCodec``).
         encoded_end: Slot behind the last encoded token; 0 before the first block.
         cut: Whether some block is not full.
-        starts: Left padding of every row, ``[B]``, or None.
+        starts: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0. It hides nothing.
+        origins: Slot at which every row's positions count from zero, ``[B]``; None where that is its start.
     """
 
     layer: SpectralLayer
@@ -67,6 +74,7 @@ class CacheView:
     encoded_end: int
     cut: bool
     starts: Tensor | None
+    origins: Tensor | None = None
     touched: set[str] = field(default_factory=set)
 
     def side(self, name: str) -> SideView:
@@ -83,10 +91,20 @@ class CacheView:
         """Tokens in the view, T."""
         return self.encoded_end + self.key.tail.shape[2]
 
+    @property
+    def frames(self) -> Tensor | None:
+        """What is to be taken from a slot for its position, ``[B]``; None for zero."""
+        return Grid(self.starts, self.origins).frames
+
+    @property
+    def shifted(self) -> bool:
+        """Whether tokens of one row differ in what is to be taken from their slots for their positions."""
+        return "shifts" in self.key.store.buffers
+
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""
         assert self.key.sinks is not None
-        offsets = torch.arange(self.key.sinks.shape[2], device=self.key.sinks.device)
+        offsets = torch.arange(self.key.sinks.shape[2], dtype=torch.int64, device=self.key.sinks.device)
         return offsets[None] if self.starts is None else self.starts[:, None] + offsets
 
     def tiles(self, blocks_per_tile: int) -> list[tuple[int, int]]:
@@ -101,6 +119,7 @@ class CacheView:
         edges = range(0, self.num_blocks, blocks_per_tile)
         return [(i, min(i + blocks_per_tile, self.num_blocks)) for i in edges]
 
+    @without_autocast
     def dense(self, name: str) -> Tensor:
         """Keys or values of all slots, in the model's dtype.
 
@@ -108,7 +127,7 @@ class CacheView:
             name: ``"key"`` or ``"value"``.
 
         Returns:
-            ``[B, H, T, D]``; slots of left padding hold finite values that mean nothing.
+            ``[B, H, T, D]``.
         """
         side = self.side(name)
         if not self.num_blocks:
@@ -119,7 +138,7 @@ class CacheView:
         out = side.tail.new_zeros(batch, heads, self.length, dim)
         for first, last in self.tiles(16):
             places = self.places[first:last]
-            decoded = side.codec.decode(side.store.slice(first, last), places, self.starts)
+            decoded = side.codec.decode(side.store.slice(first, last), places, self.frames)
             if out.dtype == torch.float16:  # a token near float16's limit may decode to beyond it
                 decoded = decoded.clamp(-FLOAT16_MAX, FLOAT16_MAX)
             decoded = decoded.to(out.dtype)
@@ -128,6 +147,8 @@ class CacheView:
                 inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK)).nonzero().flatten()
                 slots, decoded = slots[inside], decoded[:, :, inside]
             out.index_copy_(2, slots, decoded)
+        if side.lead is not None:
+            out[:, :, : side.lead.shape[2]] = side.lead
         self._place_sinks(out, side.sinks)
         out[:, :, self.encoded_end :] = side.tail
         return out
@@ -144,7 +165,51 @@ class CacheView:
         out.scatter_(2, index, torch.where(inside, sinks, out.gather(2, index)))
 
 
-class LazyKV(torch.Tensor):
+_FROM_MEMORY = frozenset(
+    {"__array__", "__deepcopy__", "__dlpack__", "__dlpack_device__", "__reduce_ex__", "__cuda_array_interface__"}
+    | {"_typed_storage", "data", "data_ptr", "is_shared", "numpy", "storage", "tolist", "untyped_storage"}
+)
+"""What torch takes from a tensor's memory, without an operation that it would dispatch."""
+
+_IN_PLACE = re.compile(
+    r"(?!__)\w*[^_]_|__(i(add|and|div|floordiv|lshift|matmul|mod|mul|or|pow|rshift|sub|xor)|setitem)__"
+)
+"""Names of functions that change their first argument."""
+
+
+class PackedTensor(torch.Tensor):
+    """A tensor of what a layer has packed: it is read like any other, and refuses to be changed."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch.
+
+        A new tensor that it gives is plain, a view refuses to be changed as well: the change would be lost.
+        """
+        kwargs = kwargs or {}
+        name = _refuse_changes(func, args, kwargs)
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, PackedTensor)]
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _FROM_MEMORY:
+                args, kwargs = tree_map(_plain, (args, kwargs))
+            versions = [each._version for each in inputs if type(each) is DenseView and not each.is_inference()]
+            result = func(*args, **kwargs)
+            if isinstance(result, LazyKV) and result.guarded_:  # such as a cast to its own dtype
+                result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+            if versions != [each._version for each in inputs if type(each) is DenseView and not each.is_inference()]:
+                raise _refusal(name)
+            if isinstance(result, Tensor | tuple | list):
+                result = tree_map(lambda each: _handed_out(each, inputs), result)
+        return result
+
+
+class DenseView(PackedTensor):
+    """A view of dense keys or values, made on the fly."""
+
+
+class LazyKV(PackedTensor):
     """Keys or values of a :class:`CacheView`: a tensor of shape ``[B, H, T, D]`` without storage.
 
     Valid until the next update of its layer.
@@ -153,13 +218,22 @@ class LazyKV(torch.Tensor):
     view_: CacheView
     side_: str
     dense_: Tensor | None
+    guarded_: bool
 
     @staticmethod
-    def __new__(cls, view: CacheView, side: str) -> LazyKV:
+    def __new__(cls, view: CacheView, side: str, guarded: bool = False) -> LazyKV:
+        """Make one.
+
+        Args:
+            view: What may be read.
+            side: ``"key"`` or ``"value"``.
+            guarded: Whether views of it must refuse to be changed, and the results of casts be plain: for users, not
+                for a model's attention.
+        """
         tail = view.side(side).tail
         shape = (*tail.shape[:2], view.length, tail.shape[3])
         lazy = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
-        lazy.view_, lazy.side_, lazy.dense_ = view, side, None
+        lazy.view_, lazy.side_, lazy.dense_, lazy.guarded_ = view, side, None, guarded
         return lazy
 
     def materialize(self) -> Tensor:
@@ -169,7 +243,12 @@ class LazyKV(torch.Tensor):
             ``[B, H, T, D]`` in the model's dtype.
         """
         if self.dense_ is None:
-            self.dense_ = self.view_.dense(self.side_)
+            if self.guarded_:
+                with torch.inference_mode(False), torch.no_grad():  # in inference mode nothing counts changes
+                    dense = self.view_.dense(self.side_)
+                    self.dense_ = dense.clone() if dense is self.view_.side(self.side_).tail else dense
+            else:
+                self.dense_ = self.view_.dense(self.side_)
             self.view_.touched.add(self.side_)
             if len(self.view_.touched) == 2:  # a stock consumer now has both: nothing else will tell the layer
                 self.view_.layer.finish()
@@ -180,11 +259,69 @@ class LazyKV(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Serve any operation with the dense tensor."""
-
-        def unwrap(value: Any) -> Any:
-            return value.materialize() if isinstance(value, LazyKV) else value
-
-        return func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        for place, argument in enumerate(schema.arguments if schema is not None and schema.is_mutable else ()):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if written and any(isinstance(each, LazyKV) for each in tree_leaves(value)):
+                raise _refusal(str(func))
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyKV({self.side_}, shape={list(self.shape)}, dtype={self.dtype})"
+
+
+def _refusal(name: str) -> QuantCacheError:
+    return QuantCacheError(
+        f"a spectral layer's keys and values are packed and cannot be changed in place ({name}): change a clone(), or "
+        "DynamicCache(cache), which SpectralCache.from_dynamic_cache() packs again"
+    )
+
+
+def _refuse_changes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Refuse a function that would change a packed tensor; otherwise give its name."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__", "__delete__"):  # of a property such as data or grad
+        owner = getattr(getattr(func, "__self__", None), "__name__", name)
+        name, changes = owner, name != "__get__"
+    elif name == "requires_grad_":
+        changes = isinstance(args[0], LazyKV) and (args[1:] or (kwargs.get("requires_grad", True),))[0]
+    else:
+        changes = _IN_PLACE.fullmatch(name) is not None or kwargs.get("inplace") is True
+    targets = (args[:1] if changes else (), kwargs.get("out"))
+    if any(isinstance(each, PackedTensor) for each in tree_leaves(targets)):
+        raise _refusal(name)
+    return name
+
+
+def _plain(value: Any) -> Any:
+    """A packed tensor's dense one; anything else as it is."""
+    if isinstance(value, LazyKV):
+        return value.materialize()
+    return value.as_subclass(Tensor) if isinstance(value, DenseView) else value
+
+
+def _handed_out(value: Any, inputs: list[PackedTensor]) -> Any:
+    """A result as the caller gets it."""
+    if not isinstance(value, Tensor) or isinstance(value, LazyKV):
+        return value
+    for each in inputs:
+        if isinstance(each, LazyKV):
+            memory = each.dense_ if each.guarded_ else None
+            if value is memory:  # as from a cast to its own dtype: the caller's from now on
+                each.dense_ = None
+                return value
+        else:
+            memory = each
+        if memory is not None and _address(value) == _address(memory) != 0:
+            return value.as_subclass(DenseView)
+    return value
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # on the meta device, or inside a transform such as torch.func.grad
+        return 0

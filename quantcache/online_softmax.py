@@ -58,6 +58,11 @@ class OnlineSoftmax:
         return self.sums[""] / torch.where(self.total > 0, self.total, 1.0)
 
 
+def _bias(never: Tensor) -> Tensor:
+    """Minus infinity where a query may not look, 0 elsewhere."""
+    return torch.zeros_like(never, dtype=torch.float32).masked_fill_(never, float("-inf"))
+
+
 class QueryRows:
     """The queries of one call, grouped by key/value head, with their mask.
 
@@ -88,11 +93,13 @@ class QueryRows:
         scale = dim**-0.5 if scaling is None else scaling
         self.query = query.float().mul(scale).reshape(batch, heads, self.groups * count, dim)  # [B, H, R, D]
         self.softcap = softcap
-        self.own_slots = length - place[1] + place[0] + torch.arange(count, device=query.device)
+        self.own_slots = length - place[1] + place[0] + torch.arange(count, dtype=torch.int64, device=query.device)
         self.causal = causal and mask is None and place[1] > 1
         self.mask = None
         if mask is not None:
-            mask = mask[:, :, place[0] : place[0] + count, :length]
+            if mask.shape[2] > 1:
+                mask = mask[:, :, place[0] : place[0] + count]
+            mask = mask[..., :length] if mask.shape[3] > 1 else mask.expand(-1, -1, -1, length)
             self.mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, self.groups))
 
     def scores(self, raw: Tensor, first: int, last: int) -> Tensor:
@@ -107,7 +114,9 @@ class QueryRows:
             Scores of the same shape.
         """
         mask = None if self.mask is None else self.mask[..., first:last]
-        return self._finish(raw, mask, torch.arange(first, last, device=raw.device) if self.causal else None)
+        return self._finish(
+            raw, mask, None if not self.causal else torch.arange(first, last, dtype=torch.int64, device=raw.device)
+        )
 
     def scores_at(self, raw: Tensor, slots: Tensor, valid: Tensor | None) -> Tensor:
         """Cap and mask the scores against given slots.
@@ -134,15 +143,16 @@ class QueryRows:
             raw = self.softcap * torch.tanh(raw / self.softcap)
         if mask is None and slots is None:
             return raw
-        scores = raw.unflatten(2, (self.groups, self.count))
         if slots is not None:
-            scores = scores.masked_fill(slots > self.own_slots[:, None], float("-inf"))
+            bias = _bias(slots > self.own_slots[:, None])
         elif mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        elif mask is not None:
+            bias = _bias(~mask)
+        else:
+            assert mask is not None
             # An additive mask of the dtype's minimum means "never", also for a row that has nothing else to look at.
-            never = mask <= torch.finfo(mask.dtype).min / 2
-            scores = (scores + mask).masked_fill(never, float("-inf"))
+            bias = mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+        # Added, not filled in: NaN and infinity of a token that may not be seen do what they do in dense attention.
+        scores = raw.unflatten(2, (self.groups, self.count)) + bias
         rows: Tensor = scores.flatten(2, 3)
         return rows
 

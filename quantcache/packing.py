@@ -50,7 +50,7 @@ def pack(codes: Tensor, width: int) -> Tensor:
         shift -= field
         bits = (codes >> shift) & ((1 << field) - 1)
         per_word = bits.unflatten(-1, (32 // field, 2 * field))  # [..., shift step, word]
-        steps = torch.arange(0, 32, field, device=codes.device).unsqueeze(-1)
+        steps = torch.arange(0, 32, field, dtype=torch.int64, device=codes.device).unsqueeze(-1)
         parts.append((per_word << steps).sum(-2))
     if not parts:
         return codes.new_zeros((*codes.shape[:-1], 0), dtype=torch.int32)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.attention import spectral_attention_forward
 from quantcache.errors import UnsupportedModel
 from quantcache.rope import Frame, Rope
@@ -146,6 +146,44 @@ def run(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, position
 
 
 @torch.no_grad()
+def attends(model: PreTrainedModel) -> bool:
+    """Whether a model's attention, as it is set, can do all that the model asks of it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        False if its layers ask for something that spectral attention refuses, such as a position bias.
+    """
+    try:
+        with evaluating(model):
+            run(model, torch.tensor([[_some_token(model)]]), DynamicCache(config=model.config))
+    except UnsupportedModel:
+        return False
+    return True
+
+
+@torch.no_grad()
+def observed_values(model: PreTrainedModel, layers: list[int]) -> dict[int, tuple[int, int]]:
+    """Heads and dimension of the values that reach the cache, which a config need not tell.
+
+    Args:
+        model: The model.
+        layers: Layers to look at.
+
+    Returns:
+        Hkv and Dv of those layers that were updated.
+    """
+    found: dict[int, tuple[int, int]] = {}
+
+    def record(index: int, key: Tensor, value: Tensor) -> None:
+        found[index] = (value.shape[1], value.shape[3])
+
+    run(model, torch.tensor([[_some_token(model)]]), RecordingCache(model.config, record))
+    return {index: found[index] for index in layers if index in found}
+
+
+@torch.no_grad()
 def detect_ropes(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
     """Measure how each layer's keys are rotated.
 
@@ -185,20 +223,31 @@ def _probes(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
         keys[index] = (key.transpose(0, 2) if key.shape[2] == 1 else key)[0].double()
 
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or PROBE_LENGTH
-    positions = torch.arange(min(PROBE_LENGTH, limit))[:, None]
+    positions = torch.arange(min(PROBE_LENGTH, limit), dtype=torch.int64, device="cpu")[:, None]
     tokens = torch.full_like(positions, _some_token(model))
     if "position_ids" in inspect.signature(model.forward).parameters:
         run(model, tokens, RecordingCache(model.config, record), position_ids=positions)
         yield keys
         keys.clear()
-    run(model, tokens.T, RecordingCache(model.config, record))
+    try:
+        run(model, tokens.T, RecordingCache(model.config, record))
+    except ValueError as error:  # its own words say what cache it wants
+        raise UnsupportedModel(f"{type(model).__name__} cannot run with a DynamicCache: {error}") from error
+    if not keys:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not use the cache it is given, so there is nothing to compress (with PEFT's "
+            "prefix tuning, give the base model a SpectralCache.from_dynamic_cache() of the prefix)"
+        )
     yield keys
 
 
 def _some_token(model: PreTrainedModel) -> int:
     """A token that is no special token, if the vocabulary has one."""
     text_config = model.config.get_text_config(decoder=True)
-    special = {getattr(text_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special: set[Any] = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(text_config, name, None)
+        special.update(value if isinstance(value, list | tuple) else [value])
     return next(i for i in range(text_config.vocab_size // 2, text_config.vocab_size) if i not in special)
 
 
@@ -210,7 +259,7 @@ def _candidates(model: PreTrainedModel) -> list[Rope]:
             frequencies = tuple(tensor.double().cpu().tolist())
             if frequencies not in found:
                 found.append(frequencies)
-    declared = {compat.rope_from_config(model.config.get_text_config(decoder=True), 0).inv_freq}
+    declared = {cache_layout.rope_from_config(model.config.get_text_config(decoder=True), 0).inv_freq}
     found += [frequencies for frequencies in declared if frequencies and frequencies not in found]
     return [Rope(layout, frequencies) for frequencies in found for layout in ("half", "interleaved")]
 
@@ -225,7 +274,7 @@ def _plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _best_rope(keys: Tensor, candidates: list[Rope]) -> Rope:
     """The candidate that makes the keys ``[H, T, D]`` of one repeated token equal at all positions."""
-    positions = torch.arange(keys.shape[1], device=keys.device)
+    positions = torch.arange(keys.shape[1], dtype=torch.int64, device=keys.device)
     errors = {Rope(): _spread(keys)}
     for rope in candidates:
         if rope.rotary_dim <= keys.shape[-1]:

@@ -15,7 +15,11 @@ import yaml
 from quantcache import data
 from quantcache.allocation import check_rate
 from quantcache.errors import QuantCacheError
+from quantcache.plaintext import read_utf8
 from quantcache.schema import SideBits
+
+MOST_BYTES = 64 << 10
+"""Size of a recipe that is read; one has some hundred bytes."""
 
 METRICS = ("fisher", "query", "identity")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -77,7 +81,7 @@ class Recipe:
             actual = hashlib.sha256(content).hexdigest()
             if actual != digest:
                 raise QuantCacheError(f"{self.path}: {path} has SHA-256 {actual}, the recipe says {digest}")
-            found.append(content.decode("utf-8"))
+            found.append(read_utf8(content, path))
         return found
 
     def side_bits(self, side: str) -> SideBits:
@@ -112,7 +116,7 @@ def load_recipe(name: str | Path) -> Recipe:
             message = f"there is no recipe {name}: give a .yaml file, or one of {', '.join(recipe_names())}"
             raise QuantCacheError(message)
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = _read_yaml(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise QuantCacheError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -125,10 +129,37 @@ def load_recipe(name: str | Path) -> Recipe:
     return Recipe(**content, path=path)
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML without references: a few of them stand for more than any memory, or for themselves."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse references and repeated keys."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it refers to *{self.peek_event().anchor}: write the value out")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"it says {twice} twice")
+        return node
+
+
+def _read_yaml(path: Path) -> Any:
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    try:
+        return yaml.load(content.decode("utf-8"), _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def _check(path: Path, content: dict[str, Any]) -> None:
     def require(name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise QuantCacheError(f"{path}: {name} must be {expected}, got {content[name]!r}")
+            raise QuantCacheError(f"{path}: {name} must be {expected}, got {content[name]!r:.200}")
 
     def is_number(value: Any, kind: type | tuple[type, ...] = int) -> bool:
         return isinstance(value, kind) and not isinstance(value, bool)
@@ -136,8 +167,8 @@ def _check(path: Path, content: dict[str, Any]) -> None:
     require("model", isinstance(content["model"], str) and bool(content["model"]), "a folder or Hub id")
     require("revision", content["revision"] is None or isinstance(content["revision"], str), "a string or null")
     for name in ("tokens", "seq_len"):
-        require(name, is_number(content[name]) and content[name] > 0, "a positive integer")
-    require("seed", is_number(content["seed"]) and content["seed"] >= 0, "an integer of at least 0")
+        require(name, is_number(content[name]) and 0 < content[name] < 1 << 40, "a positive integer")
+    require("seed", is_number(content["seed"]) and 0 <= content["seed"] < 1 << 63, "an integer from 0 to 2^63 - 1")
     require("min_bits", is_number(content["min_bits"]) and 0 <= content["min_bits"] <= 8, "an integer from 0 to 8")
     require("metric", content["metric"] in METRICS, f"one of {', '.join(METRICS)}")
     require("dtype", content["dtype"] in DTYPES, f"one of {', '.join(DTYPES)}")
@@ -161,5 +192,5 @@ def _check_text(path: Path, text: Any) -> None:
     if isinstance(files, dict) and files and all(isinstance(item, str) for pair in files.items() for item in pair):
         return
     raise QuantCacheError(
-        f"{path}: text must be {{bundled: NAME, sha256: DIGEST}} or {{files: {{PATH: DIGEST, ...}}}}, got {text!r}"
+        f"{path}: text must be {{bundled: NAME, sha256: DIGEST}} or {{files: {{PATH: DIGEST, ...}}}}, got {text!r:.200}"
     )

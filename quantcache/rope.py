@@ -100,7 +100,7 @@ class Frame:
         self.order = torch.tensor(order, dtype=torch.int64, device=device)
         self.inverse_order = torch.argsort(self.order)
         frequencies = [rope.inv_freq[i] for i in slow + fast] if rotary else []
-        self.frequencies = torch.tensor(frequencies, dtype=torch.float64).to(device)
+        self.frequencies = torch.tensor(frequencies, dtype=torch.float64, device="cpu").to(device)
 
     def rotation(self, slow_positions: Tensor, fast_positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotation by given positions.

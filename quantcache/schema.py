@@ -110,7 +110,7 @@ class Metadata:
     """Everything about a calibration that is not a tensor.
 
     Attributes:
-        base_model: ``{"id", "revision", "model_type"}`` of the model calibrated.
+        base_model: ``{"id", "revision", "model_type"}`` of the model calibrated, and a ``fingerprint`` of its weights.
         cache_config: The attributes of the model's text config from which transformers derives its cache layers.
         recipe: How the statistics were gathered (metric, tokens, seq_len, seed, text_sha256, ...).
         codec: What the codes mean.

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout, guards
+from quantcache.ambient import standard_settings
 from quantcache.artifact import Calibration, CodecSettings, Metadata
 from quantcache.cache import BlockCache, CodecFactory, SpectralCache
 from quantcache.calibrated_codecs import calibrated_codecs
 from quantcache.codec import SideCodec
 from quantcache.errors import QuantCacheError
-from quantcache.probe import detect_ropes
-from quantcache.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
+from quantcache.padding import Grid
+from quantcache.probe import detect_ropes, evaluating, observed_values
+from quantcache.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, LayerStatistics, output_metrics
 
 FIT_SHRINKAGE = 0.1
 """Isotropic share of a covariance known from as many tokens as it has dimensions; it falls with more tokens."""
@@ -25,37 +27,38 @@ def self_calibrating_cache(
     cls: type[SpectralCache], model: PreTrainedModel, bits: float = 3.0, **kwargs: Any
 ) -> SpectralCache:
     """See :meth:`quantcache.SpectralCache.self_calibrating`."""
-    compat.require_decoder(model.config)
+    if not 0 <= bits <= 8:
+        raise ValueError(f"bits must lie between 0 and 8, got {bits}")
     settings = CodecSettings()
-    layers = compat.full_attention_layers(model.config)
-    ropes = detect_ropes(model, layers)
-    heads, dim = compat.kv_geometry(model.config.get_text_config(decoder=True))
-    outputs = output_metrics(model, dict.fromkeys(layers, (heads, dim)))
+    layers = cache_layout.compressible_layers(model.config)
+    with evaluating(model), standard_settings():
+        ropes = detect_ropes(model, layers)
+        outputs = output_metrics(model, observed_values(model, layers))
 
     def codecs_of(index: int) -> tuple[CodecFactory, None]:
-        def fit(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
+        def fit(device: torch.device, tails: dict[str, Tensor], grid: Grid) -> dict[str, SideCodec]:
             if not tails["key"].shape[2]:
                 raise QuantCacheError(
                     f"a self-calibrating cache cannot follow its model to {device}: reset() it, or calibrate"
                 )
+            for side, tail in tails.items():
+                guards.require_finite(index, side, tail, 0, grid.starts)
             statistics = LayerStatistics(index, ropes[index], tails["key"], tails["value"], settings)
             for row in range(tails["key"].shape[0]):
-                first = 0 if starts is None else int(starts[row])
-                for side, tail in tails.items():
-                    statistics.add(side, tail[row : row + 1, :, first:])
+                first = 0 if grid.starts is None else int(grid.starts[row])
+                origin = 0 if grid.frames is None else int(grid.frames[row])
+                if tails["key"].shape[2] - first > SINK_LENGTH:
+                    for side, tail in tails.items():
+                        statistics.add(side, tail[row : row + 1, :, first:], first - origin)
             metric = outputs.get(index)
-            if metric is not None and metric.shape[-1] != tails["value"].shape[-1]:
-                metric = None
             count = max(statistics.moments["key"].count, 1)
             share = max(COVARIANCE_SHRINKAGE, FIT_SHRINKAGE * tails["key"].shape[-1] / count)
             layer = statistics.solve(metric, share)
             fitted = Calibration({index: layer}, Metadata(codec=settings, joint=False)).with_bits(bits)
-            return calibrated_codecs(fitted, index)[0](device, tails, starts)
+            return calibrated_codecs(fitted, index)[0](device, tails, grid)
 
         return fit, None
 
-    if not 0 <= bits <= 8:
-        raise ValueError(f"bits must lie between 0 and 8, got {bits}")
     cache = cls.__new__(cls)
     BlockCache.__init__(cache, model.config, codecs_of, **kwargs)
     cache.calibration = None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantcache import linalg
+
 METRIC_SHRINKAGE = 0.02
 """Share of isotropic metric mixed in: a metric of few samples over-concentrates at low rates."""
 
@@ -93,7 +95,7 @@ def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
     Returns:
         ``matrix ** exponent``, symmetric.
     """
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = linalg.eigh(matrix)
     floor = values[..., -1:] * 1e-14
     powers: Tensor = (vectors * values.clamp_min(floor).pow(exponent).unsqueeze(-2)) @ vectors.transpose(-1, -2)
     return powers
@@ -115,7 +117,7 @@ def klt(covariance: Tensor, metric: Tensor, shrinkage: float = METRIC_SHRINKAGE)
         The transform, coefficients in descending order of variance.
     """
     root = matrix_power(shrink(metric, shrinkage), 0.5)
-    values, vectors = torch.linalg.eigh(root @ covariance @ root)
+    values, vectors = linalg.eigh(root @ covariance @ root)
     values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
     # The sign of an eigenvector is arbitrary: fix it, so that equal moments give equal artifacts.
     rows = vectors.transpose(-1, -2)

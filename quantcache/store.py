@@ -107,6 +107,17 @@ class BlockStore:
         """
         return BlockStore(self.count, {name: function(buffer[: self.count]) for name, buffer in self.buffers.items()})
 
+    def mapped_fields(self, fields: dict[str, Tensor]) -> BlockStore:
+        """A store of as many blocks with other fields.
+
+        Args:
+            fields: The fields, ``[count, B, ...]`` each; copied.
+
+        Returns:
+            The new store.
+        """
+        return BlockStore().appended(fields)
+
     def copy(self) -> BlockStore:
         """An independent copy of the used part."""
         return self.mapped(torch.clone)

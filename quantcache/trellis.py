@@ -73,7 +73,9 @@ def branch_subsets(states: int = STATES) -> Tensor:
         ``[S, 2]`` int64: the subset 2 c1 + c0 by state reached and the highest bit of the state before.
     """
     h0, h1 = CODES[states]
-    register = torch.arange(2 * states).view(2, states).T  # the path bits that a branch has seen, the oldest highest
+    register = (
+        torch.arange(2 * states, dtype=torch.int64, device="cpu").view(2, states).T
+    )  # the path bits that a branch has seen, the oldest highest
     return 2 * _parity(register & h0) + _parity(register & h1)
 
 
@@ -205,7 +207,7 @@ def search(values: Tensor, weights: Tensor, levels: Tensor, states: int = STATES
     cost = torch.full((count, states), float("inf"), dtype=values.dtype, device=values.device)
     cost[:, 0] = 0.0
     half = states // 2
-    before = torch.arange(states, device=values.device) >> 1
+    before = torch.arange(states, dtype=torch.int64, device=values.device) >> 1
     choices = torch.empty(tokens, count, states, dtype=torch.bool, device=values.device)
     for token in range(tokens):
         branch = error[:, :, token].T[:, subsets]  # [N, S, 2]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from quantcache import linalg
 from quantcache.schema import SideCalibration
 from quantcache.store import BlockStore
 
@@ -66,8 +67,7 @@ def random_side(
     for size in parts or (dim,):
         part = slice(offset, offset + size)
         left, right = (
-            torch.linalg.qr(torch.randn(heads, size, size, generator=generator, dtype=torch.float64)).Q
-            for _ in range(2)
+            linalg.qr(torch.randn(heads, size, size, generator=generator, dtype=torch.float64))[0] for _ in range(2)
         )
         scales = torch.rand(heads, size, 1, generator=generator, dtype=torch.float64).mul(2).sub(1).exp()
         analysis[:, part, part] = left @ (scales * right)
@@ -98,7 +98,7 @@ def gaussian_vectors(side: SideCalibration, batch: int, tokens: int, seed: int =
     generator = torch.Generator().manual_seed(seed)
     unit = torch.randn(batch, side.num_heads, tokens, side.dim, generator=generator, dtype=torch.float64)
     coefficients = unit * side.spectrum.sqrt()[:, None]
-    synthesis = torch.linalg.inv(side.analysis.double())
+    synthesis = linalg.inverse(side.analysis.double())
     return side.mean.double()[:, None] + coefficients @ synthesis.transpose(-1, -2)
 
 

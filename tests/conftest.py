@@ -40,6 +40,22 @@ settings.load_profile("quantcache")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--support-table`` writes the table of what is supported from the run's outcomes."""
     parser.addoption("--support-table", type=Path, help="write the support table to this file")
+    parser.addoption("--threads", help="run every test at each of these numbers of threads (0: torch's default, first)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Repeat every test for ``--threads``."""
+    counts = metafunc.config.getoption("--threads")
+    if counts is not None:
+        metafunc.parametrize("threads", [int(count) for count in counts.split(",")], indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads(request: pytest.FixtureRequest) -> None:
+    """Set torch's number of threads where ``--threads`` asks for it; once set, nothing gives the default back."""
+    count = getattr(request, "param", 0)
+    if count:
+        torch.set_num_threads(count)
 
 
 @pytest.hookimpl(tryfirst=True)

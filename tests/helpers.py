@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from quantcache.padding import Arrivals
+
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command line with some arguments: exit status, stdout and stderr."""
 
@@ -44,6 +46,21 @@ def feed(
         first += count
     assert first == tokens.shape[1]
     return torch.cat(logits, dim=1)
+
+
+def left_padding(pads: Sequence[int], length: int, count: int) -> Arrivals | None:
+    """What a forward pass over left-padded rows says of its tokens.
+
+    Args:
+        pads: Left padding of every row.
+        length: Tokens cached once the pass is over.
+        count: Tokens that it brings.
+
+    Returns:
+        What a layer's ``update`` is told; None without padding.
+    """
+    mask = torch.arange(length) >= torch.tensor(pads)[:, None]
+    return Arrivals.of(mask, None, length, count) if any(pads) else None
 
 
 def error(found: Tensor, reference: Tensor) -> float:

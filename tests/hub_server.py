@@ -141,6 +141,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = route
 
+    def whoami(self) -> None:
+        if self.token() != TOKEN:
+            self.refuse(401, "", "Invalid user token")
+        else:
+            self.answer(200, {"type": "user", "name": "somebody", "orgs": [{"name": "some-org"}]})
+
     def resolve(self, name: str, revision: str, filename: str) -> None:
         repo = self.repo_or_refuse(name)
         if repo is None:
@@ -274,6 +280,7 @@ _ROUTES = (
     (rf"/api/models/{_NAME}", "info"),
     (rf"/api/models/{_NAME}/revision/(.+)", "info"),
     (rf"/api/models/{_NAME}/tree/([^/]+)", "tree"),
+    (r"/api/whoami-v2", "whoami"),
     (r"/api/repos/create", "create"),
     (rf"/api/models/{_NAME}/preupload/(.+)", "preupload"),
     (rf"/{_NAME}\.git/info/lfs/objects/batch", "lfs_batch"),

@@ -161,7 +161,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                     (width > 0).sum(1, dtype=torch.int32).clamp_min(1),
                     *books,
                     bins,
-                    torch.tensor(constants.gain_search, dtype=torch.float32),
+                    torch.tensor(constants.gain_search, dtype=torch.float32, device="cpu"),
                 ]
             ),
             [
@@ -206,15 +206,16 @@ def _keys(
     slow[:, num_slow:] = 0
     fast = decoder[:, num_slow:, slow_slots:]
     fast_mean = constants.mean[:, num_slow:]
-    norms = torch.ones(heads, 2)
+    norms = torch.ones(heads, 2, dtype=torch.float32, device="cpu")
     norms[:, 0] = slow.norm(dim=1).amax(1) if slow_slots else 0
-    fast_decoder, mean = torch.zeros(heads, fast.shape[2], 2, padded), torch.zeros(heads, 2, padded)
-    rotation = torch.zeros(ANCHOR_LENGTH, 2, padded)
+    fast_decoder = torch.zeros(heads, fast.shape[2], 2, padded, dtype=torch.float32, device="cpu")
+    mean = torch.zeros(heads, 2, padded, dtype=torch.float32, device="cpu")
+    rotation = torch.zeros(ANCHOR_LENGTH, 2, padded, dtype=torch.float32, device="cpu")
     if num_fast and constants.frame is not None:
         norms[:, 1] = power_of_two_above(torch.maximum(fast.abs().amax((1, 2)), fast_mean.abs().amax(1)))
         fast_decoder[..., :half] = fast.unflatten(1, (2, half)).permute(0, 3, 1, 2) / norms[:, 1, None, None, None]
         mean[..., :half] = fast_mean.unflatten(1, (2, half)) / norms[:, 1, None, None]
-        offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64)
+        offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
         turned = offsets[:, None] * constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]
         rotation[:, 0, :half], rotation[:, 1, :half] = turned.cos().float(), turned.sin().float()
     return [slow, constants.mean, norms], [fast_decoder.to(dtype), mean, rotation], padded

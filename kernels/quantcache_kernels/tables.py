@@ -142,9 +142,10 @@ def make_slots(widths: Tensor, num_slow: int) -> Slots:
                 row += dims + [-1] * (len(dims) % 2)
             rows.append(row)
         count = max(-(-(last - first) // TILE), *(-(-len(row) // TILE) for row in rows))
-        parts.append(torch.tensor([row + [-1] * (count * TILE - len(row)) for row in rows]).view(heads, -1))
+        padded = [row + [-1] * (count * TILE - len(row)) for row in rows]
+        parts.append(torch.tensor(padded, dtype=torch.int64, device="cpu").view(heads, -1))
         tiles.append(count)
-    return Slots(torch.cat(parts, dim=1).to(torch.int64), *tiles)
+    return Slots(torch.cat(parts, dim=1), *tiles)
 
 
 LEAST_PAYLOAD = 8
@@ -212,15 +213,18 @@ def make_codes(constants: SideConstants, slots: Slots, dtype: torch.dtype) -> Co
     assert isinstance(flags, Tensor)
 
     if dtype == torch.float16:
-        table = torch.tensor([(2.0 ** -(w + 1) - 1.5, a, b, c) for w, (c, a, b) in enumerate(constants.polynomials)])
+        rows = [(2.0 ** -(w + 1) - 1.5, a, b, c) for w, (c, a, b) in enumerate(constants.polynomials)]
+        table = torch.tensor(rows, dtype=torch.float32, device="cpu")
         table[0, 0], table[0, 3] = -1.0, 1.0
         per_slot = table[width]
         meaning, scale = per_slot[..., :3].transpose(1, 2).half(), per_slot[..., 3].contiguous()
-        levels = torch.zeros(1, dtype=dtype)
+        levels = torch.zeros(1, dtype=dtype, device="cpu")
     else:
         meaning = torch.stack((10 - width, (1 << width) - 2 + (width == 0)), dim=1).to(torch.int32)
-        scale = torch.ones(width.shape)
-        levels = torch.tensor([x for w in range(1, MAX_WIDTH + 1) for x in constants.levels[w]], dtype=dtype)
+        scale = torch.ones(width.shape, dtype=torch.float32, device="cpu")
+        levels = torch.tensor(
+            [x for w in range(1, MAX_WIDTH + 1) for x in constants.levels[w]], dtype=dtype, device="cpu"
+        )
     return CodeTables(
         words.to(torch.int32), factors.to(torch.int32), flags.to(torch.int32), meaning.contiguous(), levels, scale
     )
@@ -258,18 +262,18 @@ def make_frame(frame: Frame | None, dim: int) -> FrameTables:
     Returns:
         The tables.
     """
-    own = torch.arange(dim)
-    partner, sign, pair = own.clone(), torch.zeros(dim), torch.full((dim,), -1)
+    own = torch.arange(dim, dtype=torch.int64, device="cpu")
+    partner, sign, pair = own.clone(), torch.zeros(dim, dtype=torch.float32, device="cpu"), torch.full_like(own, -1)
     if frame is None:
-        return FrameTables(own.int(), partner.int(), sign, torch.zeros(dim, dtype=torch.int64))
+        return FrameTables(own.int(), partner.int(), sign, torch.zeros_like(own))
     fast_pairs = len(frame.frequencies) - frame.slow_pairs
     for first, count, index in ((0, frame.slow_pairs, 0), (frame.num_slow, fast_pairs, frame.slow_pairs)):
         a, b = own[first : first + count], own[first + count : first + 2 * count]
         partner[a], partner[b], sign[a], sign[b] = b, a, 1.0, -1.0
-        pair[a] = pair[b] = torch.arange(index, index + count)
+        pair[a] = pair[b] = torch.arange(index, index + count, dtype=torch.int64, device="cpu")
     units = [round(f / (2 * math.pi) * 2.0**64) % 2**64 for f in frame.frequencies.tolist()]
     units = [u - 2**64 if u >= 2**63 else u for u in units] + [0]
-    turns = torch.tensor(units, dtype=torch.int64)[pair]
+    turns = torch.tensor(units, dtype=torch.int64, device="cpu")[pair]
     return FrameTables(frame.order.cpu().int(), partner.int(), sign, turns)
 
 
@@ -285,23 +289,27 @@ def make_search(levels: Sequence[Sequence[float]]) -> tuple[list[Tensor], Tensor
         Levels and boundaries (one more than there are, the last infinite) of width 1 to 8, one after the other; how
         many boundaries lie below every bin, likewise, int32; and bins per unit and place of zero by width, ``[9, 2]``.
     """
-    places, below, grid = [], [], torch.zeros(MAX_WIDTH + 1, 2, dtype=torch.float64)
+    places: list[Tensor] = []
+    below: list[Tensor] = []
+    grid = torch.zeros(MAX_WIDTH + 1, 2, dtype=torch.float64, device="cpu")
     for width in range(1, MAX_WIDTH + 1):
-        book = torch.tensor(levels[width], dtype=torch.float64)
+        book = torch.tensor(levels[width], dtype=torch.float64, device="cpu")
         edges = ((book[1:] + book[:-1]) / 2).float().double()
         count = 4 << width
         scale = (count - 2) / max(float(edges[-1] - edges[0]), 1.0)
         # Shift the bins so that no boundary is so near an edge that rounding could put it on the other side.
-        shifts = torch.arange(1, 100, dtype=torch.float64) / 100 - float(edges[0]) * scale
+        shifts = torch.arange(1, 100, dtype=torch.float64, device="cpu") / 100 - float(edges[0]) * scale
         position = edges * scale + shifts[:, None]
         best = (position - position.round()).abs().amin(1).argmax()
         inside = position[best].floor()
         assert len(inside.unique()) == len(inside)
-        grid[width] = torch.stack((torch.tensor(scale, dtype=torch.float64), shifts[best]))
-        below.append(torch.searchsorted(inside, torch.arange(count, dtype=torch.float64)))
-        places.append(torch.cat((edges, torch.tensor([float("inf")]))))
-    every = torch.tensor([x for width in range(1, MAX_WIDTH + 1) for x in levels[width]])
-    return [every.float(), torch.cat(places).float()], torch.cat(below).to(torch.int32), grid.float()
+        grid[width] = torch.stack((torch.full_like(shifts[best], scale), shifts[best]))
+        below.append(torch.searchsorted(inside, torch.arange(count, dtype=torch.float64, device="cpu")))
+        places.append(torch.cat((edges, torch.full_like(edges[:1], float("inf")))))
+    every = torch.tensor(
+        [x for width in range(1, MAX_WIDTH + 1) for x in levels[width]], dtype=torch.float32, device="cpu"
+    )
+    return [every, torch.cat(places).float()], torch.cat(below).to(torch.int32), grid.float()
 
 
 def power_of_two_above(values: Tensor) -> Tensor:

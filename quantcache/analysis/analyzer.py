@@ -14,8 +14,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.accounting import bits_per_encoded_element
+from quantcache.ambient import standard_settings
 from quantcache.analysis.figures import cache_figures, depth_laws, input_figures
 from quantcache.analysis.gathering import MAX_DIM, SINK_SHARE, Gathered, gather
 from quantcache.analysis.grade import collect_samples, grade
@@ -37,6 +38,7 @@ ORDER = ("key", "rotated key", "value", *INPUTS)
 
 
 @torch.inference_mode(False)
+@standard_settings()
 def analyze(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,11 +81,11 @@ def analyze(
             f"{model.config.model_type} is an encoder: it has no cache that a calibration could serve"
         )
     if calibration is not None:
-        calibration.check_compatible(model.config)
+        calibration.check_compatible(model)
         check_overlap(calibration, text, text_name)
     sequences = _sequences(model, tokenizer, text, max_tokens, seq_len)
     notes: list[str] = []
-    layers = [] if encoder else compat.full_attention_layers(model.config)
+    layers = [] if encoder else cache_layout.full_attention_layers(model.config)
     targets: list[Target] = []
     with evaluating(model):
         ropes = detect_ropes(model, layers) if layers else {}
@@ -115,6 +117,8 @@ def analyze(
                 task = bar.add_task("encoding samples", total=len(RATES) * len(samples))
                 grades = grade(calibration, samples, places, RATES, lambda: bar.advance(task))
                 divergences = _divergences(model, calibration, sequences[-1][0] if verify else None, bar)
+    if getattr(tokenizer, "chat_template", None):
+        notes.append("The text was read as plain text, without the model's chat template.")
     notes += _notes(model, encoder, layers, targets, gathered, divergences)
     text_config = model.config.get_text_config(decoder=True)
     return Report(

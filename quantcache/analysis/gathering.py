@@ -98,7 +98,7 @@ class CacheMoments:
         device = keys.device if keys.device.type != "mps" else torch.device("cpu")  # MPS has no float64
         keys, values = (x.detach()[:, :, SINK_LENGTH:].to(device).double() for x in (keys, values))
         if rope.rotary_dim:
-            positions = torch.arange(SINK_LENGTH, SINK_LENGTH + keys.shape[2], device=device)
+            positions = torch.arange(SINK_LENGTH, SINK_LENGTH + keys.shape[2], dtype=torch.int64, device=device)
             plain = Frame(keys.shape[-1], rope, device=device).enter(keys, positions, positions)
             self._add((index, "rotated key"), keys)
         else:
@@ -222,14 +222,19 @@ class _Sinks:
     ) -> None:
         self.visible = True
         length = query.shape[2]
-        rows = torch.linspace(length // 2, length - 1, SINK_QUERIES).long().unique().to(query.device)
+        rows = (
+            torch.linspace(length // 2, length - 1, SINK_QUERIES, dtype=torch.float32, device="cpu")
+            .long()
+            .unique()
+            .to(query.device)
+        )
         groups = query.shape[1] // key.shape[1]
         q = query[:1, :, rows].float().unflatten(1, (key.shape[1], groups))
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         scores = torch.einsum("bhgqd,bhkd->bhgqk", q, key[:1].float()) * scaling
         if options.get("softcap") is not None:
             scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-        ahead = torch.arange(length, device=query.device) > rows[:, None]
+        ahead = torch.arange(length, dtype=torch.int64, device=query.device) > rows[:, None]
         shares = scores.masked_fill(ahead, float("-inf")).softmax(-1).mean((0, 1, 2, 3))
         for position in (shares >= SINK_SHARE).nonzero().flatten().tolist():
             sink = self.found.setdefault((position, int(sequence[0, position])), Sink())

@@ -40,9 +40,13 @@ def collect_samples(model: PreTrainedModel, sequence: Tensor, layers: Sequence[i
         The blocks, and their places ``[n, 3]``.
     """
     available = (sequence.shape[1] - SINK_LENGTH) // BLOCK
-    chosen = torch.linspace(0, available - 1, min(SAMPLE_BLOCKS, available)).long().unique()
+    chosen = (
+        torch.linspace(0, available - 1, min(SAMPLE_BLOCKS, available), dtype=torch.float32, device="cpu")
+        .long()
+        .unique()
+    )
     first = SINK_LENGTH + chosen * BLOCK
-    slots = (first[:, None] + torch.arange(BLOCK)).flatten()
+    slots = (first[:, None] + torch.arange(BLOCK, dtype=torch.int64, device="cpu")).flatten()
     samples: Samples = {}
 
     def record(index: int, keys: Tensor, values: Tensor) -> None:
@@ -95,7 +99,7 @@ def grade(
 
 def _errors(codec: SpectralCodec, spectrum: Tensor, x: Tensor, places: Tensor) -> tuple[Floats, float]:
     """The samples' variances, one for each coefficient, and the summed mean squared error of their codes."""
-    energy, error = torch.zeros(spectrum.shape, dtype=torch.float64), torch.zeros(spectrum.shape, dtype=torch.float64)
+    energy, error = (torch.zeros(spectrum.shape, dtype=torch.float64, device="cpu") for _ in range(2))
     for block, place in zip(x.split(BLOCK, dim=2), places.split(1), strict=True):
         exact = codec.coefficients(block.contiguous(), place, None)
         codes, gains = codec.encode_block(block.contiguous(), place, None)

@@ -35,7 +35,10 @@ def predict_kl(calibration: Calibration) -> float | None:
         return 0.0
     (low_cost, low_kl), (high_cost, high_kl) = points
     power = math.log(high_kl / low_kl) / math.log(high_cost / low_cost)
-    return high_kl * math.exp(power * math.log(cost / high_cost))
+    try:
+        return high_kl * math.exp(power * math.log(cost / high_cost))
+    except OverflowError:
+        return None  # no divergence grows like that: the two points were not measured
 
 
 def predict_kl_at(calibration: Calibration, bits: float) -> float | None:

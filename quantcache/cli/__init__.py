@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
+from quantcache.__main__ import INTERRUPTED, interruptible
 from quantcache.cli.analyze import analyze
 from quantcache.cli.calibrate import calibrate
 from quantcache.cli.demo import demo
@@ -22,7 +23,7 @@ from quantcache.cli.formats import formats
 from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
 from quantcache.cli.recommend import recommend
-from quantcache.cli.session import report_error
+from quantcache.cli.terminal import StdoutFailed, prepare_streams, report_error, writing_stdout
 
 app = typer.Typer(
     help="Run-time KV-cache compression for Hugging Face transformers.",
@@ -49,14 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: The arguments; those of the process if None.
 
     Raises:
-        SystemExit: Always: 0 on success, 1 after an error, 2 after wrong usage.
+        SystemExit: Always: 0 on success, 1 after an error, 2 after wrong usage, 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_streams()
+    status: Any = 1
     try:
-        status = app(given or ["--help"], prog_name="quantcache", standalone_mode=False)
-    except typer.Abort:
+        with interruptible(), writing_stdout():
+            status = app(given or ["--help"], prog_name="quantcache", standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
         report_error("interrupted")
-        status = 130
+        status = INTERRUPTED
+    except StdoutFailed as error:
+        if str(error):  # a reader who has seen enough, as head has, is told nothing
+            report_error(str(error))
     except Exception as error:
         # Wrong usage; typer brings its own copy of click, or the real one, depending on its version.
         message = getattr(error, "format_message", None)

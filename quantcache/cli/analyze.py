@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from quantcache.cli.outputs import output_folder
 from quantcache.cli.session import (
     DebugFlag,
     DeviceOption,
@@ -56,7 +57,7 @@ def analyze(
 
     Example: quantcache analyze wiki11m -o report/ --verify
     """
-    with session(json, debug) as run:
+    with session(json, debug) as run, output_folder(output):
         started = time.perf_counter()
         constants = None if calibration is None else load_calibration(calibration)
         content, name = _text(text, constants is not None)
@@ -72,7 +73,6 @@ def analyze(
             trust_remote_code=trust_remote_code,
             encoders=True,
         )
-        output.mkdir(parents=True, exist_ok=True)  # what cannot be written to should fail before the work is done
         report = analyze_model(
             loaded,
             tokenizer,

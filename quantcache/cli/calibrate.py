@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantcache.cli.metrics import MetricsOption, read_metrics
+from quantcache.cli.outputs import output_folder
 from quantcache.cli.session import (
     DebugFlag,
     DeviceOption,
@@ -20,9 +23,10 @@ from quantcache.cli.session import (
     read_text,
     session,
 )
+from quantcache.errors import HubError
 
 if TYPE_CHECKING:
-    from quantcache.artifact import SideBits
+    from quantcache.artifact import Calibration, SideBits
 
 
 def calibrate(
@@ -54,7 +58,7 @@ def calibrate(
     key_bits: Annotated[str, typer.Option(help="A budget of the keys' own, or 'dense'.")] = "joint",
     value_bits: Annotated[str, typer.Option(help="A budget of the values' own, or 'dense'.")] = "joint",
     min_bits: Annotated[int, typer.Option(min=0, max=8, help="Smallest width of any coefficient.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampled labels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the sampled labels.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -67,7 +71,7 @@ def calibrate(
     Example: quantcache calibrate wiki11m --text a.txt b.txt --bits 3 -o calibration/
     Example: quantcache calibrate --recipe qwen3-0.6b -o calibration/
     """
-    with session(json, debug) as run:
+    with session(json, debug) as run, contextlib.ExitStack() as stack:
         if output is None and push_to_hub is None:
             raise ValueError("nowhere to write to: give -o DIR, --push-to-hub REPO, or both")
         rows = None if metrics is None else read_metrics(metrics)
@@ -90,14 +94,18 @@ def calibrate(
         if min_bits > bits:
             raise ValueError(f"--min-bits {min_bits} exceeds --bits {bits:g}")
 
+        stack.enter_context(output_folder(output, _FOLDERS))
+        if push_to_hub is not None:
+            from quantcache import hub
+
+            hub.check_push(push_to_hub)
+
         from quantcache.calibration import calibrate as calibrate_model
 
         started = time.perf_counter()
         loaded, tokenizer = load_model(
             model, attention=None, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)  # what cannot be written to should fail before the work is done
         calibration = calibrate_model(
             loaded,
             texts,
@@ -115,7 +123,7 @@ def calibrate(
         if output is not None:
             calibration.save_pretrained(output, model_card_kwargs={"metrics": rows})
         if push_to_hub is not None:
-            url = str(calibration.push_to_hub(push_to_hub, model_card_kwargs={"metrics": rows}))
+            url = push(calibration, push_to_hub, rows, output)
         data = {
             "model": model,
             "output": None if output is None else str(output),
@@ -133,6 +141,34 @@ def calibrate(
         )
         run.finish(data, line)
 
+
+def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | None, saved: Path | None) -> str:
+    """Push a calibration, and keep it where that fails: it may have taken hours.
+
+    Args:
+        calibration: The calibration.
+        repo_id: The repository.
+        rows: Measurements for its card.
+        saved: Where it has been saved already.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        HubError: The Hub refuses, or cannot be reached; the message says where the calibration is.
+        KeyboardInterrupt: Likewise, after Ctrl-C.
+    """
+    try:
+        return calibration.push_to_hub(repo_id, model_card_kwargs={"metrics": rows})
+    except (HubError, KeyboardInterrupt) as error:
+        kept = saved or Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-", dir="."))
+        if saved is None:
+            calibration.save_pretrained(kept, model_card_kwargs={"metrics": rows})
+        raise type(error)(f"{str(error) or 'interrupted'}; the calibration is kept in {kept}") from error
+
+
+_FOLDERS = ("calibration_config.json", "config.json", "calibration.safetensors")
+"""What tells a folder that a calibration may be written into: an older one, or a model's own."""
 
 _BESIDE_A_RECIPE = {
     "model",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantcache.cli.eval_tables import tables
+from quantcache.cli.outputs import check_output_file
 from quantcache.cli.session import (
     DebugFlag,
     DeviceOption,
@@ -24,10 +25,10 @@ from quantcache.cli.session import (
     position_limit,
     progress_bar,
     read_text,
-    report_error,
     session,
     show_cells,
 )
+from quantcache.cli.terminal import report
 from quantcache.errors import QuantCacheError
 
 if TYPE_CHECKING:
@@ -101,8 +102,8 @@ def evaluate(
         names = _names("--methods", methods, "method")
         contexts = None if context is None else _numbers("--context", context, 2)
         residuals = _numbers("--residual", residual, 0)
-        if output is not None and not output.resolve().parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {output.resolve().parent}")
+        if output is not None:
+            check_output_file(output)
         content = read_text(text)
         constants = None if calibration is None else load_calibration(calibration)
 
@@ -127,7 +128,7 @@ def evaluate(
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded, tokenizer = load_model(model, revision=revision, **loading)
         if constants is not None:
-            constants.check_compatible(loaded.config)
+            constants.check_compatible(loaded)
         quantized = None if weights is None else quantize_weights(loaded, weights)
         limit = position_limit(loaded)
         contexts = contexts or (min(CONTEXT, limit or CONTEXT),)
@@ -177,13 +178,12 @@ def evaluate(
         with progress_bar() as bar:
             cells = _cells(output, _fingerprint(plan, inputs, loaded), restart, bar)
             if cells.reused:
-                print(f"going on with {cells.reused} finished cells of {cells.path}", file=sys.stderr)
+                report("note", f"going on with {cells.reused} finished cells of {cells.path}")
             try:
                 results = runner.run(material, plan, cells)
             except KeyboardInterrupt:
                 kept = "" if cells.path is None else f"; the same command goes on with what is in {cells.path}"
-                report_error(f"interrupted{kept}")
-                raise
+                raise KeyboardInterrupt(f"interrupted{kept}") from None
         failures = runner.failures(results)
         step = stride or contexts[0]
         if not runner.measured(results):

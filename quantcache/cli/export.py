@@ -26,6 +26,7 @@ from quantcache.cli.session import (
     require_folder,
     session,
 )
+from quantcache.errors import HubError
 
 
 def export(
@@ -58,7 +59,7 @@ def export(
         from quantcache.export import export_checkpoint
 
         if push_to_hub is not None:
-            hub.require_repo_id(push_to_hub)
+            hub.check_push(push_to_hub)
         constants = load_calibration(calibration)
         started = time.perf_counter()
         with quiet_unless_watched(), progress_bar() as bar:
@@ -76,7 +77,10 @@ def export(
             )
         url = None
         if push_to_hub is not None:
-            url = hub.push_folder(output, push_to_hub, message=f"Export in {basis} basis", private=private or None)
+            try:
+                url = hub.push_folder(output, push_to_hub, message=f"Export in {basis} basis", private=private or None)
+            except HubError as error:
+                raise HubError(f"{error}; the export is kept in {output}") from error
         result: dict[str, Any] = {
             "model": model,
             "base_model": report.base_model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Annotated, Any, cast
@@ -21,6 +22,9 @@ from quantcache.cli.session import (
     load_model,
     session,
 )
+from quantcache.cli.terminal import report
+from quantcache.errors import QuantCacheError
+from quantcache.plaintext import read_utf8
 
 
 def generate(
@@ -33,7 +37,11 @@ def generate(
     residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = 64,
     backend: Annotated[str, typer.Option(help="auto, native, triton or torch.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of sampling.")] = 0,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Put the prompt into the chat template. Default: if the model has one."),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -46,7 +54,7 @@ def generate(
     Example: quantcache generate wiki11m -c calibration/ --prompt "The city of Leiden"
     """
     with session(json, debug) as run:
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = read_prompt(prompt)
         if not text.strip():
             raise ValueError("the prompt is empty")
         constants = load_calibration(calibration)
@@ -60,13 +68,22 @@ def generate(
         )
         cache = SpectralCache(
             constants,
-            loaded.config,
+            model=loaded,
             bits=bits,
             sink_length=sinks,
             residual_length=residual,
             backend=backend,  # type: ignore[arg-type]
         )
-        inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.get_input_embeddings().weight.device)
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        chat = has_template if chat is None else chat
+        if chat and not has_template:
+            raise QuantCacheError(f"{model} has no chat template: leave --chat out")
+        if chat:
+            message: Any = [{"role": "user", "content": text}]
+            text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        # A template writes the special tokens itself.
+        encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
+        inputs = encoded.to(loaded.get_input_embeddings().weight.device)
         prompt_tokens = inputs.input_ids.shape[1]
         torch.manual_seed(seed)
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -84,15 +101,43 @@ def generate(
         memory = cache.memory()
         data = {
             "model": model,
+            "chat": chat,
             "text": tokenizer.decode(output, skip_special_tokens=True),
             "prompt_tokens": prompt_tokens,
             "new_tokens": len(output),
             "seconds": seconds,
             "memory": memory.to_dict(),
         }
-        print(
+        report(
+            "note",
             f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
             f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} in all",
-            file=sys.stderr,
         )
         run.finish(data, data["text"])
+
+
+def read_prompt(given: str) -> str:
+    """The prompt of the command line.
+
+    Args:
+        given: The option's value; ``-`` stands for stdin.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        QuantCacheError: It is not UTF-8.
+    """
+    if given != "-":
+        # What is not UTF-8 on the command line arrives as halves of characters.
+        return read_utf8(os.fsencode(given) if not _is_text(given) else given.encode(), "--prompt")
+    source = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if source is None else read_utf8(source.read(), "stdin")
+
+
+def _is_text(given: str) -> bool:
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -14,9 +14,13 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from quantcache.__main__ import INTERRUPTED, Interrupted
+from quantcache.cli.terminal import Shown, print_result, report, writing_stdout
+from quantcache.cli.terminal import report_error as report_error  # verbs find it here
 from quantcache.errors import HubError, QuantCacheError, UnsupportedModel
 from quantcache.jsonfile import to_json
 from quantcache.jsonfile import write_json as write_json  # verbs and benchmarks find it here
+from quantcache.plaintext import read_utf8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,14 +78,20 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
         Where the body leaves its result.
 
     Raises:
-        typer.Exit: After an error, with status 1.
+        typer.Exit: After an error, with status 1; after Ctrl-C, with status 130.
     """
     run = Session()
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield run
+    except KeyboardInterrupt as error:
+        report_error(str(error) or "interrupted")
+        raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
+        if Interrupted.seen:
+            report_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
         if debug or isinstance(error, typer.Exit):
             raise
         report_error(describe(error))
@@ -89,13 +99,14 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
     if run.data is None:
         return
     if as_json:
-        print(to_json(run.data))
+        print_result(to_json(run.data))
         return
     # Rich assumes 80 columns where it cannot ask, and would fold tables that go to a file or a pipe.
     # A model's text must come out as it is: no markup, no folding.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-    for item in run.shown:
-        console.print(item, soft_wrap=isinstance(item, str))
+    with writing_stdout():
+        for item in run.shown:
+            console.print(Shown(item), soft_wrap=isinstance(item, str))
 
 
 def describe(error: Exception) -> str:
@@ -116,17 +127,8 @@ def describe(error: Exception) -> str:
     return f"{name}: {message} (--debug shows where)" if message else f"{name} (--debug shows where)"
 
 
-def report_error(message: str) -> None:
-    """Print the one line that an error ends in.
-
-    Args:
-        message: What went wrong.
-    """
-    print("error:", " ".join(message.split()), file=sys.stderr)
-
-
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    report("warning", str(message))
 
 
 def show_cells(cells: Cells, bar: Progress) -> None:
@@ -155,7 +157,7 @@ def progress_bar() -> Progress:
         The bar, to be used as a context manager.
     """
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -172,10 +174,7 @@ def read_text(path: Path) -> str:
         QuantCacheError: The file is empty or not UTF-8.
         OSError: It cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QuantCacheError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    text = read_utf8(path.read_bytes(), path)
     if not text.strip():
         raise QuantCacheError(f"{path} is empty")
     return text
@@ -232,7 +231,7 @@ def load_model(
         ValueError: An argument makes no sense.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     import quantcache  # registers the attention
     from quantcache import compat
@@ -242,12 +241,16 @@ def load_model(
     bundled = name == BUNDLED_MODEL
     if not bundled:
         require_folder(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "auto":
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+            kind = torch.empty(0, dtype=torch.float32, device=device).device.type
+            torch.zeros(1, dtype=torch.float32, device=device).item()
+        except Exception as error:  # torch has a class of its own for every way a device can be missing
+            message = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"device {device!r} cannot be used: {message}") from error
+        device = kind if kind == "cpu" else device
     if dtype is None:
         dtype = "float32" if device.startswith("cpu") else "auto"
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -260,7 +263,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **more)
         encoder = encoders and compat.is_encoder(config)
         try:
-            model = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
+            model = (AutoModel if encoder else compat.auto_class(config)).from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,

@@ -96,7 +96,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
         ``[T]``.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor(ids, dtype=torch.long)
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -111,7 +111,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     plain = encode(tokenizer, "a").tolist()
     whole = list(tokenizer("a", verbose=False).input_ids)
     place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    return torch.tensor(whole[:place], dtype=torch.long)
+    return torch.tensor(whole[:place], dtype=torch.long, device="cpu")
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[Tensor, Te
         QuantCacheError: The tokenizer has no chat template.
     """
     if not chat:
-        return opening(tokenizer), torch.tensor([], dtype=torch.long)
+        return opening(tokenizer), torch.tensor([], dtype=torch.long, device="cpu")
     if not getattr(tokenizer, "chat_template", None):
         raise QuantCacheError(f"{type(tokenizer).__name__} has no chat template: use the plain prompt")
     mark = "PROMPT-GOES-HERE"

@@ -79,7 +79,8 @@ class _Tally:
 
     def add(self, dense: Tensor, own: Tensor, targets: Tensor) -> None:
         """Add the log-probabilities ``[T, vocabulary]`` of one chunk, and the next tokens ``[T or T - 1]``."""
-        kl = (dense.exp() * (dense - own)).sum(-1)
+        # Words that a model never says have no probability under either: 0 times log(0 / 0).
+        kl = torch.where(dense == -torch.inf, 0.0, dense.exp() * (dense - own)).sum(-1)
         self.kl.append(kl.double().cpu())
         self.agree.append((dense.argmax(-1) == own.argmax(-1)).cpu())
         self.nll.append(-own[: len(targets)].gather(-1, targets[:, None]).squeeze(-1).double().cpu())
@@ -88,7 +89,13 @@ class _Tally:
         """The method's figures."""
         kl, nll, agree = torch.cat(self.kl), torch.cat(self.nll), torch.cat(self.agree)
         assert self.sizes is not None
-        perplexity = math.exp(float(nll.mean()))
+        lost = int((~kl.isfinite()).sum())
+        if lost:
+            status = (
+                f"failed: at {lost} of {len(kl)} positions logits are not finite, or rule out what the dense ones say"
+            )
+            return FidelityResult(method.family, method.simulated, status)
+        perplexity = float(nll.mean().exp())
         return FidelityResult(
             family=method.family,
             simulated=method.simulated,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.accounting import dtype_bytes, measure, predict
 from quantcache.cache import SpectralCache
 from quantcache.errors import QuantCacheError
@@ -164,11 +164,18 @@ def _measure_rung(model: PreTrainedModel, method: Method, length: int, batch: in
 
 def _fill(model: PreTrainedModel, cache: Cache, length: int, batch: int, device: torch.device) -> None:
     """One update of every layer of the model's cache."""
-    heads, dim = compat.kv_geometry(model.config.get_text_config(decoder=True))
+    text = model.config.get_text_config(decoder=True)
+    shapes = cache_layout.cached_shapes(model.config)
+    foreign = cache_layout.cross_attention_layers(model.config)
     generator = torch.Generator(device).manual_seed(length)
-    for index in range(len(DynamicCache(config=model.config).layers)):
+    for index, stock in enumerate(cache_layout.stock_layers(model.config)):
+        if compat.is_recurrent(stock) or compat.is_placeholder(stock) or index in foreign:
+            continue
         keys, values = (
-            torch.randn(batch, heads, length, dim, generator=generator, device=device).to(model.dtype) for _ in range(2)
+            torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float32, device=device).to(
+                model.dtype
+            )
+            for heads, dim in shapes.get(index) or (cache_layout.kv_geometry(text, index),) * 2
         )
         cache.update(keys, values, index)
         layer: Any = cache.layers[index]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.attention import spectral_attention_forward
 from quantcache.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import summaries
@@ -147,7 +147,7 @@ def _measure_window(
     model: PreTrainedModel, tokens: Tensor, methods: dict[str, Method], chunk: int, sink_length: int
 ) -> dict[str, dict[str, Any]]:
     """Figures of one window ``[1, T]`` by method: ``layers``, and ``status``."""
-    full = set(compat.full_attention_layers(model.config))
+    full = set(cache_layout.full_attention_layers(model.config))
     results: dict[str, dict[str, Any]] = {name: {"status": "ok"} for name in methods}
     caches: dict[str, Cache] = {}
     for name, method in methods.items():

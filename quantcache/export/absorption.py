@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantcache import linalg
 from quantcache.rope import Frame, Rope
 from quantcache.schema import SideCalibration
 
@@ -63,23 +64,23 @@ def value_map(side: SideCalibration, basis: Basis, absorb_mean: bool) -> ValueMa
     analysis, mean = side.analysis.double(), side.mean.double()
     absorbed = mean if absorb_mean else torch.zeros_like(mean)
     if basis == "spectral":
-        energy = (torch.linalg.inv(analysis).square().sum(-2) * side.spectrum).sum(-1)  # tr Σ, [H]
+        energy = (linalg.inverse(analysis).square().sum(-2) * side.spectrum).sum(-1)  # tr Σ, [H]
         total = side.spectrum.sum(-1)
         exponent = torch.where((energy > 0) & (total > 0), (energy / total).log2() / 2, 0.0).round()
         forward = analysis * torch.exp2(exponent)[:, None, None]
     else:
         left = torch.einsum("hij,hj->hi", analysis, mean - absorbed)
         moment = torch.diag_embed(side.spectrum) + left[:, :, None] * left[:, None, :]  # A S Aᵀ
-        variances, vectors = torch.linalg.eigh(moment)
+        variances, vectors = linalg.eigh(moment)
         variances = variances.clamp_min(1e-12 * variances[:, -1:].clamp_min(1e-30))
         half = variances.pow(-0.25).unsqueeze(-1) * vectors.transpose(-1, -2)
         # The scale is free: about the energy of the values as they were.
-        inverse = torch.linalg.inv(analysis)
+        inverse = linalg.inverse(analysis)
         energy = (inverse @ moment @ inverse.transpose(-1, -2)).diagonal(dim1=-2, dim2=-1).sum(-1)
         scale = (energy / variances.sqrt().sum(-1)).sqrt()[:, None, None]
         rotations = torch.stack([equalizing_rotation(row.sqrt(), head) for head, row in enumerate(variances)])
         forward = scale * rotations @ half @ analysis
-    return ValueMap(forward, torch.linalg.inv(forward), absorbed)
+    return ValueMap(forward, linalg.inverse(forward), absorbed)
 
 
 def key_scale(side: SideCalibration, rope: Rope, frame: Frame, shared: bool) -> Tensor:
@@ -100,7 +101,7 @@ def key_scale(side: SideCalibration, rope: Rope, frame: Frame, shared: bool) -> 
         ``[H, D]`` float64 in the order of cached keys, of geometric mean 1.
     """
     analysis, mean = side.analysis.double(), side.mean.double()
-    inverse = torch.linalg.inv(analysis)
+    inverse = linalg.inverse(analysis)
     energy = torch.einsum("hij,hj->hi", inverse.square(), side.spectrum) + mean.square()
     metric = analysis.square().sum(-2)
     both = torch.stack((energy, metric))[..., frame.inverse_order.cpu()]  # [2, H, D]
@@ -132,8 +133,8 @@ def equalizing_rotation(variances: Tensor, seed: int) -> Tensor:
     """
     dim = variances.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-    orthogonal, triangular = torch.linalg.qr(gaussian)
+    gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
+    orthogonal, triangular = linalg.qr(gaussian)
     rotation: Tensor = orthogonal * triangular.diagonal().sign()
     mean = float(variances.mean())
     for _ in range(dim - 1):
@@ -219,7 +220,7 @@ def absorbed_values(side: SideCalibration, values: ValueMap, basis: Basis) -> Si
         # forward is the analysis times a power of two for each head: what is left is its inverse, without rounding.
         scale = (values.forward.square().sum((-1, -2)) / side.analysis.double().square().sum((-1, -2))).sqrt()
         left = torch.exp2(-scale.log2().round())[:, None, None]
-        analysis = left * torch.eye(side.dim, dtype=torch.float64)
+        analysis = left * torch.eye(side.dim, dtype=torch.float64, device="cpu")
     else:
         analysis = side.analysis.double() @ values.inverse
     mean = torch.einsum("hij,hj->hi", values.forward, side.mean.double() - values.mean)

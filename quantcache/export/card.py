@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from quantcache.card import is_repo_id, metrics_table
+from quantcache.card import is_repo_id, metrics_table, plain_name
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -123,14 +123,14 @@ def render_export_card(
     header |= {name: inherited[name] for name in _INHERITED if name in inherited}
     header["tags"] = ["kv-cache", "quantization", "quantcache", "transformers", f"{bits:g}-bit"]
     revision = base_model.get("revision")
-    title = repo_id or f"{(model or 'model').rpartition('/')[2]}, {basis} basis"
+    title = repo_id or f"{plain_name(model, 'model').rpartition('/')[2]}, {basis} basis"
     body = _BODY.format(
         title=title,
-        model=model or "the base model",
-        revision=f" at `{revision}`" if revision else "",
+        model=plain_name(model, "the base model"),
+        revision=f" at `{plain_name(revision, 'a commit')}`" if revision else "",
         basis=basis,
         meaning=_BASES[basis],
-        here=repo_id or "path-or-hub-id",
+        here=plain_name(repo_id, "path-or-hub-id"),
         mean="in the biases" if mean_in_weights else "kept by the cache (the projections have no bias for it)",
         difference=difference or "not compared with the base model's",
         bits=bits,

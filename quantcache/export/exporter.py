@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from quantcache import compat, data, hub
+from quantcache.ambient import standard_settings
 from quantcache.artifact import SUBFOLDER, Calibration
 from quantcache.errors import QuantCacheError
 from quantcache.export.absorption import Basis
@@ -80,6 +81,7 @@ class ExportReport:
     calibration: Calibration
 
 
+@standard_settings()
 def export_checkpoint(
     model: str | Path,
     calibration: Calibration,
@@ -205,7 +207,14 @@ def _logits(folder: Path, count: int) -> tuple[Tensor, torch.dtype]:
     count = min(count, getattr(text_config, "max_position_embeddings", None) or count)
     ids = _text_tokens(folder, count)
     if ids.shape[1] < count or int(ids.max()) >= text_config.vocab_size:
-        ids = torch.randint(0, text_config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            0,
+            text_config.vocab_size,
+            (1, count),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.int64,
+            device="cpu",
+        )
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits[0].double(), model.dtype
 
@@ -216,9 +225,9 @@ def _text_tokens(folder: Path, count: int) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever is wrong with it, it is copied as it is and matters for this comparison only
         logger.info("comparing on random tokens: %s has no tokenizer (%s)", folder, error)
-        return torch.empty(1, 0, dtype=torch.int64)
+        return torch.empty(1, 0, dtype=torch.int64, device="cpu")
     text = data.evaluation_text()[: 64 * count]
-    return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64)
+    return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64, device="cpu")
 
 
 def _require_free(output: Path) -> None:

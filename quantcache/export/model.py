@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.artifact import Calibration
 from quantcache.errors import CalibrationMismatch, QuantCacheError, UnsupportedModel
 from quantcache.export.absorption import (
@@ -25,6 +25,7 @@ from quantcache.export.absorption import (
     value_map,
 )
 from quantcache.export.projections import Projection, Projections, TensorInfo, find_projections
+from quantcache.identity import without_projections
 from quantcache.rope import Frame
 
 ABSORBED = "absorbed"
@@ -48,7 +49,7 @@ def check(config: PreTrainedConfig, calibration: Calibration, basis: str) -> Non
         raise ValueError(f"basis must be one of {', '.join(BASES)}, got {basis!r}")
     compat.require_decoder(config)
     calibration.check_compatible(config)
-    wanted = compat.full_attention_layers(config)
+    wanted = cache_layout.full_attention_layers(config)
     if list(calibration.layers) != wanted:
         raise CalibrationMismatch(
             f"calibration covers layers {list(calibration.layers)}, the model's full-attention layers are {wanted}"
@@ -174,7 +175,8 @@ def absorbed_calibration(
         layers[index] = replace(layer, key=keys, value=absorbed_values(layer.value, maps[index].values, basis))
     mean = "weights" if all(p.takes_mean for p in projections.values()) else "cache"
     recipe = {**calibration.metadata.recipe, ABSORBED: {"basis": basis, "value_mean": mean}}
-    return Calibration(layers, replace(calibration.metadata, recipe=recipe))
+    base_model = without_projections(calibration.metadata.base_model)
+    return Calibration(layers, replace(calibration.metadata, base_model=base_model, recipe=recipe))
 
 
 @torch.no_grad()

@@ -141,13 +141,17 @@ def input_rows(layout: Layout, heads: int, groups: int, dim: int) -> tuple[Tenso
     Returns:
         Indices, head by head: ``[H * G * D]``, ``[H * D]`` and ``[H * D]``.
     """
-    queries, own = torch.arange(heads * groups * dim), torch.arange(heads * dim)
+    queries, own = _range(heads * groups * dim), _range(heads * dim)
     if layout == "separate":
         return queries, own, own
     if layout == "concatenated":
         return queries, own + queries.numel(), own + queries.numel() + own.numel()
-    grouped = torch.arange(heads * (groups + 2) * dim).view(heads, groups + 2, dim)
+    grouped = _range(heads * (groups + 2) * dim).view(heads, groups + 2, dim)
     return grouped[:, :groups].flatten(), grouped[:, groups].flatten(), grouped[:, groups + 1].flatten()
+
+
+def _range(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int64, device="cpu")
 
 
 def find_projections(
@@ -184,7 +188,7 @@ def find_projections(
             _projection(prefix + name, own, tensors)
             for name, own in zip(architecture.inputs * (3 // len(architecture.inputs)), rows, strict=True)
         ]
-        output = _projection(prefix + architecture.output, torch.empty(0, dtype=torch.int64), tensors)
+        output = _projection(prefix + architecture.output, _range(0), tensors)
         norms = (f"{prefix}q_norm.weight", f"{prefix}k_norm.weight")
         normed = norms[1] in tensors
         projections = Projections(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import AutoConfig, PreTrainedConfig
 
-from quantcache import compat
+from quantcache import cache_layout, compat
 from quantcache.accounting import LayerSize, SideSize
 from quantcache.data import demo_model_path
 from quantcache.errors import QuantCacheError, UnsupportedModel
@@ -74,36 +71,6 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
     return config
 
 
-def empty_model(config: PreTrainedConfig, attention: str | None = None) -> PreTrainedModel:
-    """A model without weights, in bfloat16 on the meta device.
-
-    Args:
-        config: Its config.
-        attention: Attention implementation; transformers' choice if None.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        UnsupportedModel: transformers has no causal language model of this kind.
-    """
-    config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
-        part.pad_token_id = None  # some models would look for padding among tokens that have no values here
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if "Unrecognized configuration class" in reason:
-            reason = "transformers has no causal language model of this kind"
-        raise UnsupportedModel(f"a {config.model_type} model cannot be built from its config: {reason}") from error
-    return model.eval()
-
-
 def read_geometry(config: PreTrainedConfig) -> Geometry:
     """The layers of a model's cache.
 
@@ -116,56 +83,29 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
     Raises:
         UnsupportedModel: It has layers whose bytes are not known, or cannot be built from its config.
     """
-    compat.require_decoder(config)
-    stock = DynamicCache(config=config).layers
-    traced = _traced(config)
-    if traced is None:
-        heads, dim = compat.kv_geometry(config.get_text_config(decoder=True))
-        shapes: Sequence[Shape | None] = [((heads, dim), (heads, dim))] * len(stock)
-    else:
-        shapes = [_shape(layer) for layer in traced]
+    stock = cache_layout.stock_layers(config)
+    traced = cache_layout.traced_layers(config)
+    text = config.get_text_config(decoder=True)
+    foreign = cache_layout.cross_attention_layers(config)  # as long as the image, which nobody has told
     layers = []
     layer: Any
-    for index, (layer, shape) in enumerate(zip(stock, shapes, strict=True)):
-        if shape is None or type(layer).__name__ == "DummyLayer":
+    for index, layer in enumerate(stock):
+        if compat.is_placeholder(layer) or compat.is_recurrent(layer) or index in foreign:
             continue
         grows = compat.is_full_attention(layer)
-        if not grows and type(layer) is not DynamicSlidingWindowLayer:
+        if not grows and not compat.is_window(layer):
             raise UnsupportedModel(f"layer {index} is a {type(layer).__name__}, whose bytes cannot be foretold")
+        holder = layer if traced is None else traced[index]
+        shape = (cache_layout.kv_geometry(text, index),) * 2 if traced is None else cache_layout.held_shape(holder)
+        if shape is None:
+            continue
         window = None if grows else layer.sliding_window
         layers.append(LayerSize(SideSize(*shape[0]), SideSize(*shape[1]), grows, window))
+        indexer = getattr(holder, "indexer_keys", None)
+        if indexer is not None:
+            layers.append(LayerSize(SideSize(1, indexer.shape[-1]), SideSize(0, 0), blocks=False))
     states = sum(_state_bytes(layer) for layer in traced or ())
     return Geometry(tuple(layers), states, "declared" if traced is None else "traced")
-
-
-Shape = tuple[tuple[int, int], tuple[int, int]]
-
-
-def _traced(config: PreTrainedConfig) -> list[Any] | None:
-    """The cache's layers after a forward pass of one token without weights; None if the model cannot do one."""
-    for attention in (None, "eager"):
-        try:
-            model = empty_model(config, attention)
-            if model._can_set_experts_implementation():
-                model.set_experts_implementation("batched_mm")  # the others choose experts by looking at values
-            cache = DynamicCache(config=config)
-            token = torch.zeros(1, 1, dtype=torch.long, device="meta")
-            with torch.no_grad():
-                model(input_ids=token, past_key_values=cache, use_cache=True)
-        except UnsupportedModel:
-            raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):
-            continue  # it branches on values somewhere
-        return list(cache.layers)
-    return None
-
-
-def _shape(layer: Any) -> Shape | None:
-    """(Hkv, D) of the keys and the values that a layer holds."""
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or values is None:
-        return None
-    return (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
 
 
 def _state_bytes(layer: Any) -> int:

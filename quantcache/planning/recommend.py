@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from quantcache import cache_layout
 from quantcache.artifact import Calibration
 from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.errors import QuantCacheError, UnsupportedModel
 from quantcache.planning import usage
 from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package
-from quantcache.planning.geometry import Geometry, empty_model, read_geometry
+from quantcache.planning.geometry import Geometry, read_geometry
 from quantcache.planning.memory import (
     PREFILL_CHUNK,
     cache_memory,
@@ -58,7 +59,7 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     Raises:
         UnsupportedModel: The model cannot be built from its config, or its cache not be foretold.
     """
-    return ModelSizes(config, read_geometry(config), list_weights(empty_model(config)))
+    return ModelSizes(config, read_geometry(config), list_weights(cache_layout.empty_model(config)))
 
 
 @dataclass(frozen=True)
@@ -378,6 +379,10 @@ def _notes(config: PreTrainedConfig, demand: Demand, geometry: Geometry, limit: 
         f"Activations are estimated for prompts fed {demand.chunk:,} tokens at a time "
         "(generate's prefill_chunk_size) and attention that keeps no scores.",
     ]
+    notes.append(
+        "Fidelity was measured on plain text unless its record says otherwise; for prompts in a chat template measure "
+        "with quantcache eval --chat."
+    )
     if geometry.basis == "declared":
         notes.append(
             "Heads and dimensions are those that the config declares: the model cannot be run without weights."

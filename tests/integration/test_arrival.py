@@ -19,6 +19,7 @@ from quantcache.cache import SpectralCache, SpectralLayer
 from quantcache.calibration import calibrate
 from quantcache.packing import BLOCK
 from tests.families import FAMILIES, random_tokens, shared_model
+from tests.helpers import left_padding
 from tests.reference import ReferenceLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,13 +59,9 @@ def empty_layer(name: str, sink_length: int, residual_length: int, backend: Back
 
 def append(layer: SpectralLayer, tokens: dict[str, Tensor], first: int, last: int, pads: Sequence[int] = ()) -> None:
     """Give a layer some tokens, as a model whose attention is ours does."""
-    layer.update(tokens["key"][:, :, first:last], tokens["value"][:, :, first:last])
-    mask = None
-    if pads:
-        slots = torch.arange(last)
-        mask = (slots <= torch.arange(first, last)[:, None]) & (slots >= torch.tensor(pads)[:, None, None])
-        mask = mask[:, None]
-    layer.finish(mask)
+    new = (tokens[side][:, :, first:last] for side in SIDES)
+    layer.update(*new, arrivals=left_padding(pads, last, last - first))
+    layer.finish()
 
 
 def stored(layer: SpectralLayer, pads: Sequence[int] = ()) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel
 
-from quantcache import compat
+from quantcache import cache_layout
 from quantcache.artifact import SIDES, Calibration
 from quantcache.cache import SpectralCache, SpectralLayer
 from quantcache.calibration import calibrate
@@ -75,7 +75,7 @@ def stock(family: Family, dtype: torch.dtype) -> PreTrainedModel:
 @by_name
 def test_rotation_is_detected(family: Family) -> None:
     model = shared_model(family)
-    layers = compat.full_attention_layers(model.config)
+    layers = cache_layout.full_attention_layers(model.config)
     assert layers == list(family.ropes)
     ropes = detect_ropes(model, layers)
     assert {index: (rope.layout, rope.rotary_dim) for index, rope in ropes.items()} == family.ropes

@@ -18,10 +18,11 @@ from quantcache import backends
 from quantcache.artifact import SIDES, Calibration
 from quantcache.cache import SpectralCache, SpectralLayer
 from quantcache.errors import QuantCacheError
+from quantcache.padding import Arrivals
 from quantcache.store import BlockStore
 from tests.builders import held_bytes
 from tests.families import FAMILIES, MAX_POSITIONS, Family, random_tokens, shared_model
-from tests.helpers import error, feed
+from tests.helpers import error, feed, left_padding
 from tests.reference import reference_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,10 +64,10 @@ def kv(tokens: int, rows: int = 1, dtype: torch.dtype = torch.float32, seed: int
     return {side: torch.randn(rows, 2, tokens, 64, generator=generator).to(dtype) for side in SIDES}
 
 
-def give(layer: SpectralLayer, new: dict[str, Tensor], mask: Tensor | None = None) -> None:
+def give(layer: SpectralLayer, new: dict[str, Tensor], arrivals: Arrivals | None = None) -> None:
     """Append to a layer as a model whose attention is ours does."""
-    layer.update(new["key"], new["value"])
-    layer.finish(mask)
+    layer.update(new["key"], new["value"], arrivals=arrivals)
+    layer.finish()
 
 
 # ---------------------------------------------------------------------- what cannot be encoded
@@ -109,12 +110,12 @@ def test_until_then_they_do_what_they_do_to_dense_attention() -> None:
 def test_padding_and_dense_sides_may_hold_anything() -> None:
     layer, clean = (empty().spectral_layers[0] for _ in range(2))
     tokens = kv(100, rows=2)
-    mask = (torch.arange(100) >= torch.tensor([30, 0])[:, None])[:, None, None]
-    give(clean, tokens, mask)
+    padded = left_padding((30, 0), 100, 100)
+    give(clean, tokens, padded)
     dirty = {side: tensor.clone() for side, tensor in tokens.items()}
     for tensor in dirty.values():
         tensor[0, :, :30] = float("nan")
-    give(layer, dirty, mask)
+    give(layer, dirty, padded)
     for side in SIDES:
         ours, theirs = (each.snapshot().dense(side) for each in (layer, clean))
         assert torch.equal(ours[0, :, 30:], theirs[0, :, 30:])
@@ -340,7 +341,6 @@ def test_a_layer_changes_at_once_or_not_at_all(
     layer.finish()
     give(twin, kv(64, seed=1))
     assert layer.spans == twin.spans
-    assert layer.settled == twin.settled
     for side in SIDES:
         assert torch.equal(layer.snapshot().dense(side), twin.snapshot().dense(side))
         for field, buffer in twin.stores[side].slice(0, 4).items():

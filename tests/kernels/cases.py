@@ -18,6 +18,7 @@ from quantcache.schema import CodecSettings
 from quantcache_kernels import runtime
 from quantcache_kernels.cpu.library import find
 from tests.builders import gaussian_vectors, random_side
+from tests.helpers import left_padding
 
 CPU = torch.device("cpu")
 
@@ -269,8 +270,8 @@ def fill(case: Case, backend: Backend = "torch") -> Filled:
     layer = SpectralLayer(lambda device, *_: codecs(case, device), None, case.sink_length, 0, backend)
     given = vectors(case, case.tokens)
     padded = any(case.pads)
-    layer.update(given["key"], given["value"])
-    layer.finish(causal_mask(case.tokens, case.tokens, case.pads) if padded else None)
+    layer.update(given["key"], given["value"], arrivals=left_padding(case.pads, case.tokens, case.tokens))
+    layer.finish()
     length = case.tokens
     if case.cut:
         layer.crop(-(case.tokens % 64) - 20)

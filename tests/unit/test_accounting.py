@@ -25,6 +25,7 @@ from quantcache.artifact import Calibration
 from quantcache.backends import Backend
 from quantcache.cache import SpectralCache
 from tests.builders import held_bytes, layer_storages, live_storages, llama_config, new_objects_only, storages
+from tests.helpers import left_padding
 
 MOST_SLACK = 0.12
 LEAST_COMPRESSION = 4.3
@@ -121,12 +122,12 @@ def test_row_starts_are_counted() -> None:
     cache = SpectralCache(synthetic())
     constants = synthetic().layers[0].key
     keys = torch.randn(2, constants.num_heads, 200, constants.dim)
-    cache.layers[0].update(keys, keys)
-    mask = torch.ones(2, 1, 200, 200, dtype=torch.bool)
-    mask[1, :, :, :30] = False
-    cache.layers[0].finish(mask)
+    cache.layers[0].update(keys, keys, arrivals=left_padding((0, 30), 200, 200))
+    cache.layers[0].finish()
     assert cache.layers[0].starts.tolist() == [0, 30]
-    assert assert_counts_what_is_held(cache).bookkeeping == 2 * 12 + 2 * 8
+    memory = assert_counts_what_is_held(cache)
+    assert memory.bookkeeping == 2 * 12 + 2 * 8 + 2 * 2 * 4 * (200 - 132)  # places, starts, what is known of the tail
+    assert memory.sinks == 2 * 2 * 2 * 4 * keys[0, :, 0].nbytes  # sinks and what lies before the first block
 
 
 def test_constants_are_shared_and_listed_apart() -> None:

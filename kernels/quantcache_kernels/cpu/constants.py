@@ -80,15 +80,57 @@ class Source:
     words: int
 
 
+def in_memory(name: str, x: Tensor) -> Tensor:
+    """The same values where C may read them.
+
+    Args:
+        name: What it is, for messages.
+        x: Any tensor.
+
+    Returns:
+        A plain strided tensor: a copy where ``x`` is lazily negated.
+
+    Raises:
+        ValueError: It is not in the CPU's memory.
+    """
+    x = x.resolve_neg()
+    if x.device.type != "cpu" or x.layout != torch.strided or (x.numel() and not x.data_ptr()):
+        raise ValueError(f"expected {name} in the CPU's memory, got a {type(x).__name__} on {x.device} ({x.layout})")
+    return x
+
+
+def require(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Refuse what a kernel would read wrongly.
+
+    Args:
+        name: What it is, for messages.
+        x: The tensor.
+        dtype: What its dtype must be.
+        shape: What its shape must be.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: It is something else, not contiguous, or not in the CPU's memory.
+    """
+    if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
+        raise ValueError(
+            f"expected {name} as a contiguous tensor {list(shape)} of {dtype}, got {list(x.shape)} of {x.dtype}"
+        )
+    return in_memory(name, x)
+
+
 @dataclass
 class Constants:
-    """The constants of one side of a layer.
+    """The constants of one side of a layer. Any number of threads may use them at once.
 
     Attributes:
         sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors.
         tensors: The arrays of :class:`Side`, by name.
         decoder: ``[H, D, D]``, of which attention takes the part it needs.
-        structures: The C structures made so far, with the tensor that each one's ``map`` points to.
+        structures: The C structures made so far, with the tensor that each one's ``map`` points to. An entry is never
+            replaced: a call into C may be reading it.
     """
 
     sizes: tuple[int, ...]
@@ -120,7 +162,9 @@ class Constants:
         Returns:
             The structure.
         """
-        if role not in self.structures:
+        found = self.structures.get(role)
+        if found is None:
+            self._check()
             table = None if role == "encode" else _map(self, role)
             _, dim, slow, slow_pairs, fast_pairs, words, num_factors = self.sizes
             side = Side(dim, slow, slow_pairs, fast_pairs, words, 0, num_factors)
@@ -128,12 +172,41 @@ class Constants:
                 setattr(side, name, tensor.data_ptr())
             if table is not None:
                 side.map, side.map_columns = table.data_ptr(), table.shape[-1]
-            self.structures[role] = side, table
-        return self.structures[role][0]
+            # Where another thread was faster, everybody takes what it made: one call into C, so one of them is first.
+            found = self.structures.setdefault(role, (side, table))
+        return found[0]
+
+    def _check(self) -> None:
+        """Refuse arrays of other sizes than ``sizes`` says."""
+        heads, dim, slow, slow_pairs, fast_pairs, _, num_factors = self.sizes
+        fast, pairs = dim - slow, slow_pairs + fast_pairs
+        if fast != 2 * fast_pairs or fast % 4 or not 0 <= 2 * slow_pairs <= slow <= dim:
+            raise ValueError(
+                f"{slow} slow of {dim} dimensions do not fit {slow_pairs} slow and {fast_pairs} fast pairs"
+            )
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "counts": (torch.int32, (heads, 2)),
+            "coded": (torch.int32, (heads, dim, 4)),
+            "order": (torch.int32, (dim,)),
+            "frequencies": (torch.float64, (pairs,)),
+            "mean": (torch.float32, (heads, dim)),
+            "fast_map": (torch.float32, (heads, fast // 4, fast, 4)),
+            "offset_cos": (torch.float32, (fast_pairs, ANCHOR_LENGTH)),
+            "offset_sin": (torch.float32, (fast_pairs, ANCHOR_LENGTH)),
+            "levels": (torch.float32, (MAX_WIDTH + 1, TABLE)),
+            "planes": (torch.uint8, (MAX_WIDTH + 1, 4 * TABLE)),
+            "gains": (torch.float32, (TABLE,)),
+            "encoder": (torch.float32, (heads, dim, dim)),
+            "weights": (torch.float32, (heads, dim)),
+            "trees": (torch.float32, (MAX_WIDTH + 1, TABLE)),
+            "factors": (torch.float32, (num_factors,)),
+        }
+        for name, (dtype, shape) in shapes.items():
+            require(name, self.tensors[name], dtype, *shape)
 
     def held(self) -> list[Tensor]:
         """Every tensor that these constants keep alive."""
-        maps = [table for _, table in self.structures.values() if table is not None]
+        maps = [table for _, table in list(self.structures.values()) if table is not None]
         return [*self.tensors.values(), self.decoder, *maps]
 
     def flatten(self) -> tuple[list[Tensor], list[int]]:
@@ -169,31 +242,31 @@ def make(source: Source) -> Constants:
     """
     heads, dim = source.mean.shape
     slow = dim - 2 * source.fast_pairs
-    coded = torch.zeros(heads, dim, 4, dtype=torch.int32)
-    counts = torch.zeros(heads, 2, dtype=torch.int32)
+    coded = torch.zeros(heads, dim, 4, dtype=torch.int32, device="cpu")
+    counts = torch.zeros(heads, 2, dtype=torch.int32, device="cpu")
     fast = dim - slow
-    fast_map = torch.zeros(heads, fast // 4, fast, 4)
+    fast_map = torch.zeros(heads, fast // 4, fast, 4, dtype=torch.float32, device="cpu")
     for head in range(heads):
         widths = source.widths[head].tolist()
         order = sorted((i for i in range(dim) if widths[i]), key=lambda i: (i >= slow, widths[i], i))
-        listed = torch.tensor(order, dtype=torch.int64)
+        listed = torch.tensor(order, dtype=torch.int64, device="cpu")
         num_slow = sum(i < slow for i in order)
         coded[head, : len(order)] = torch.stack(
             (
                 source.offsets[head][listed],
                 source.widths[head][listed],
                 listed,
-                torch.tensor(_runs([(i >= slow, widths[i]) for i in order]), dtype=torch.int64),
+                torch.tensor(_runs([(i >= slow, widths[i]) for i in order]), dtype=torch.int64, device="cpu"),
             ),
             dim=-1,
         ).to(torch.int32)
         counts[head, 0], counts[head, 1] = num_slow, len(order) - num_slow
         columns = source.decoder[head, slow:][:, listed[num_slow:]]  # [fast, coded]
         fast_map[head, :, : columns.shape[1]] = columns[_in_fours(source.fast_pairs)].transpose(1, 2)
-    offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64)
+    offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
     angles = source.frequencies[source.slow_pairs :, None] * offsets  # [pairs, offsets]
-    levels, trees = torch.zeros(MAX_WIDTH + 1, TABLE), torch.zeros(MAX_WIDTH + 1, TABLE)
-    planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8)
+    levels, trees = (torch.zeros(MAX_WIDTH + 1, TABLE, dtype=torch.float32, device="cpu") for _ in range(2))
+    planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8, device="cpu")
     for width, book in source.levels.items():
         levels[width, : 1 << width] = book
         if width >= 4:
@@ -215,7 +288,7 @@ def make(source: Source) -> Constants:
         "encoder": source.encoder,
         "weights": source.weights,
         "trees": trees,
-        "factors": torch.tensor(source.factors, dtype=torch.float32),
+        "factors": torch.tensor(source.factors, dtype=torch.float32, device="cpu"),
     }
     sizes = (heads, dim, slow, source.slow_pairs, source.fast_pairs, source.words, len(source.factors))
     return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
@@ -231,7 +304,7 @@ def _runs(keys: list[tuple[bool, int]]) -> list[int]:
 
 def _in_fours(pairs: int) -> Tensor:
     """The fast dimensions in fours, ``[pairs / 2, 4]``: two first halves of pairs, then their second halves."""
-    first = torch.arange(pairs).view(-1, 2)
+    first = torch.arange(pairs, dtype=torch.int64, device="cpu").view(-1, 2)
     return torch.cat((first, first + pairs), dim=1)
 
 
@@ -249,7 +322,7 @@ def _map(constants: Constants, role: Role) -> Tensor:
     """The part of the decoder that attention uses: ``[H, slow, C]`` for keys, ``[H, C, D]`` for values; rows padded."""
     heads, dim, slow = constants.sizes[:3]
     rows, columns = (slow, dim) if role == "key" else (dim, dim)
-    table = torch.zeros(heads, rows, -(-columns // PAD) * PAD)
+    table = torch.zeros(heads, rows, -(-columns // PAD) * PAD, dtype=torch.float32, device="cpu")
     for head in range(heads):
         count = int(constants.tensors["counts"][head, 0])
         listed = constants.tensors["coded"][head, :count, 2].long()

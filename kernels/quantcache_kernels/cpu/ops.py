@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cpu.constants import Constants
+from quantcache_kernels.cpu.constants import Constants, in_memory, require
 from quantcache_kernels.cpu.library import Library, find
 from quantcache_kernels.cpu.structures import Attend, Dense, Encode
 
@@ -20,7 +20,11 @@ BLOCK = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of queries, sinks and tails, with their codes in ``abi.h``."""
 
-_ERRORS = {1: "out of memory", 2: "a block begins more than 64 tokens behind its anchor"}
+_ERRORS = {
+    1: "out of memory",
+    2: "a block begins more than 64 tokens behind its anchor, or a block, a row's start or the sinks lie outside of "
+    "what is cached",
+}
 
 
 @dataclass
@@ -58,22 +62,52 @@ def _check(status: int) -> None:
         raise RuntimeError(f"CPU kernel failed: {_ERRORS.get(status, status)}")
 
 
-def _require(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-        raise ValueError(
-            f"expected a contiguous tensor {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype}"
-        )
-    return tensor
-
-
 def _dense(x: Tensor) -> Dense:
     batch, head, token, _ = x.stride()
     return Dense(x.data_ptr(), batch, head, token)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """The same values with a dense last dimension."""
+def _readable(name: str, x: Tensor, *shape: int) -> Tensor:
+    """The same values as C can read them, ``[B, H, tokens, D]`` of any strides with a dense last dimension.
+
+    Args:
+        name: What it is, for messages.
+        x: The tensor.
+        shape: What its shape must be.
+
+    Returns:
+        The tensor, or a copy where it is stored otherwise: lazily negated, or with gaps in the last dimension.
+
+    Raises:
+        ValueError: It has another shape or dtype, or is not in the CPU's memory.
+    """
+    if x.shape != shape or x.dtype not in DTYPES:
+        raise ValueError(
+            f"expected {name} of shape {list(shape)} in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, "
+            f"got {list(x.shape)} in {x.dtype}"
+        )
+    x = in_memory(name, x)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dimensions(name: str, x: Tensor) -> torch.Size:
+    if x.dim() != 4:
+        raise ValueError(f"expected {name} of 4 dimensions, got shape {list(x.shape)}")
+    return x.shape
+
+
+def _readable_mask(mask: Tensor, batch: int, queries: int, slots: int) -> Tensor:
+    """A mask over ``slots`` or more, of every row and query: what it broadcasts over gets a stride of zero."""
+    shape = list(mask.shape)
+    fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] == 1 and shape[2] in (1, queries)
+    if mask.dtype != torch.bool or not fits or shape[3] < slots:
+        raise ValueError(
+            f"expected a mask of shape [1 or {batch}, 1, 1 or {queries}, {slots} or more] in torch.bool, "
+            f"got {shape} in {mask.dtype}"
+        )
+    mask = in_memory("mask", mask)
+    mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    return mask.expand(batch, 1, queries, shape[3])
 
 
 def encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -95,15 +129,16 @@ def encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | Non
 
 def _encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     library = _library()
-    batch, heads, tokens, dim = x.shape
+    batch, heads, tokens, dim = _dimensions("tokens", x)
     if (heads, dim) != (constants.num_heads, constants.dim):
         raise ValueError(
             f"expected {constants.num_heads} heads of dimension {constants.dim}, got {heads} of dimension {dim}"
         )
     blocks = tokens // BLOCK
-    x, places = _readable(x), _require(places, torch.int32, blocks, 3)
-    codes = torch.empty(blocks, batch, constants.words, dtype=torch.int32)
-    gains = torch.empty(blocks, batch, heads, BLOCK, dtype=torch.uint8)
+    x = _readable("tokens", x, batch, heads, blocks * BLOCK, dim)
+    places = require("places", places, torch.int32, blocks, 3)
+    codes = torch.empty(blocks, batch, constants.words, dtype=torch.int32, device="cpu")
+    gains = torch.empty(blocks, batch, heads, BLOCK, dtype=torch.uint8, device="cpu")
     call = Encode(
         pointer(constants.structure("encode")),
         batch,
@@ -112,7 +147,7 @@ def _encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | No
         DTYPES[x.dtype],
         _dense(x),
         places.data_ptr(),
-        None if starts is None else _require(starts, torch.int64, batch).data_ptr(),
+        None if starts is None else require("starts", starts, torch.int64, batch).data_ptr(),
         codes.data_ptr(),
         gains.data_ptr(),
         torch.get_num_threads(),
@@ -143,7 +178,7 @@ def attend(
         value: The values' constants.
         blocks: The encoded blocks.
         dense: Keys and values of the sinks ``[B, H, S, D]``, ``[B, H, S, Dv]``, then of the tail, all of one dtype.
-        mask: Whether a query may look at a slot, ``[B or 1, 1, Tq, slots]`` bool, or None.
+        mask: Whether a query may look at a slot, ``[B or 1, 1, Tq or 1, slots]`` bool, or None.
         sink_logits: One logit of each query head that joins the softmax, ``[Hq]``, or None.
         scaling: Factor of the scores.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0 leaves them.
@@ -187,20 +222,24 @@ def _attend(
     causal: bool,
 ) -> Tensor:
     library = _library()
-    query = _readable(query)
-    batch, query_heads, queries, dim = query.shape
+    batch, query_heads, queries, dim = _dimensions("queries", query)
+    query = _readable("queries", query, batch, query_heads, queries, dim)
     heads, count = key.num_heads, blocks.places.shape[0]
     if dim != key.dim or heads != value.num_heads or query_heads % heads:
         raise ValueError(
             f"{query_heads} queries of dimension {dim} do not fit {heads} keys of dimension {key.dim} "
             f"and {value.num_heads} values"
         )
-    dense = [_readable(x) for x in dense]
+    sinks, tail = (_dimensions(name, x)[2] for name, x in zip(("sinks", "tail"), dense[::2], strict=True))
+    expected = (("sinks", sinks, key), ("sinks", sinks, value), ("tail", tail, key), ("tail", tail, value))
+    dense = [
+        _readable(name, x, batch, heads, tokens, side.dim)
+        for x, (name, tokens, side) in zip(dense, expected, strict=True)
+    ]
     dtype = dense[0].dtype
-    for x, side, like in zip(dense, (key, value, key, value), (dense[0], dense[0], dense[2], dense[2]), strict=True):
-        if x.dtype != dtype or x.shape != (batch, heads, like.shape[2], side.dim):
-            raise ValueError(f"sinks or tail have shape {list(x.shape)} and dtype {x.dtype}")
-    output = torch.empty(batch, queries, query_heads, value.dim, dtype=query.dtype)
+    if any(x.dtype != dtype for x in dense):
+        raise ValueError(f"sinks and tail must be of one dtype, got {', '.join(str(x.dtype) for x in dense)}")
+    output = torch.empty(batch, queries, query_heads, value.dim, dtype=query.dtype, device="cpu")
     call = Attend(
         pointer(key.structure("key")),
         pointer(value.structure("value")),
@@ -209,8 +248,8 @@ def _attend(
         query_heads // heads,
         queries,
         count,
-        dense[0].shape[2],
-        dense[2].shape[2],
+        sinks,
+        tail,
         DTYPES[query.dtype],
         DTYPES[dtype],
         causal,
@@ -220,22 +259,21 @@ def _attend(
     )
     for i, x in enumerate(dense):
         call.dense[i] = _dense(x)
-    call.key_codes = _require(blocks.key_codes, torch.int32, count, batch, key.words).data_ptr()
-    call.value_codes = _require(blocks.value_codes, torch.int32, count, batch, value.words).data_ptr()
-    call.key_gains = _require(blocks.key_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
-    call.value_gains = _require(blocks.value_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
-    call.places = _require(blocks.places, torch.int32, count, 3).data_ptr()
+    call.key_codes = require("codes", blocks.key_codes, torch.int32, count, batch, key.words).data_ptr()
+    call.value_codes = require("codes", blocks.value_codes, torch.int32, count, batch, value.words).data_ptr()
+    call.key_gains = require("gains", blocks.key_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
+    call.value_gains = require("gains", blocks.value_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
+    call.places = require("places", blocks.places, torch.int32, count, 3).data_ptr()
     if blocks.starts is not None:
-        call.starts = _require(blocks.starts, torch.int64, batch).data_ptr()
+        call.starts = require("starts", blocks.starts, torch.int64, batch).data_ptr()
     if mask is not None:
-        mask = _readable(mask)
-        if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[-1] < blocks.end + dense[2].shape[2]:
-            raise ValueError(f"a mask of shape {list(mask.shape)} and dtype {mask.dtype} is not supported")
-        call.mask, call.mask_query_stride = mask.data_ptr(), mask.stride(2)
-        call.mask_batch_stride = 0 if mask.shape[0] == 1 else mask.stride(0)
+        mask = _readable_mask(mask, batch, queries, blocks.end + tail)
+        call.mask = mask.data_ptr()
+        call.mask_batch_stride, call.mask_query_stride = mask.stride(0), mask.stride(2)
     call.encoded_end = blocks.end
     if sink_logits is not None:
-        sink_logits = _require(sink_logits.detach().float().contiguous(), torch.float32, query_heads)
+        sink_logits = sink_logits.detach().float().resolve_neg().contiguous()
+        sink_logits = require("sink logits", sink_logits, torch.float32, query_heads)
         call.sink_logits = sink_logits.data_ptr()
     call.output = output.data_ptr()
     call.threads, call.level = torch.get_num_threads(), library.level

@@ -17,6 +17,7 @@ from quantcache.cache import BlockCache, CodecFactory
 from quantcache.codec import SideCodec, join_blocks, split_blocks
 from quantcache.errors import QuantCacheError
 from quantcache.evaluation.methods.statistics import RivalStatistics
+from quantcache.padding import Grid
 
 Family = Literal["ours", "rival", "dense"]
 
@@ -162,7 +163,7 @@ def simulated_cache(
     codecs: dict[tuple[int, str, torch.device], SideCodec] = {}
 
     def codecs_of(index: int) -> tuple[CodecFactory, None]:
-        def make(device: torch.device, tails: dict[str, Tensor], starts: Tensor | None) -> dict[str, SideCodec]:
+        def make(device: torch.device, tails: dict[str, Tensor], grid: Grid) -> dict[str, SideCodec]:
             for side, tail in tails.items():
                 if (index, side, device) not in codecs:
                     codecs[index, side, device] = make_codec(index, side, tail, device)
@@ -201,7 +202,7 @@ def hadamard(dim: int) -> Tensor:
         ``[D, D]`` float32; its blocks are as large as the largest power of two that divides D.
     """
     size = dim & -dim
-    block = torch.ones(1, 1, dtype=torch.float64)
+    block = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(block) < size:
         block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
     return torch.block_diag(*[block / math.sqrt(size)] * (dim // size)).float()

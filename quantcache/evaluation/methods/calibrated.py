@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from quantcache import compat
+from quantcache import cache_layout
 from quantcache.allocation import Group, allocate
 from quantcache.codebook import lloyd_max
 from quantcache.evaluation.methods.base import (
@@ -46,7 +46,8 @@ class PcaCodec(SimulatedCodec):
 
     def __init__(self, moments: Moments, bits: float, device: torch.device | str = "cpu"):
         values, vectors = eigenbasis(moments.covariance.cpu())
-        widths = torch.tensor([allocate([Group(float(v), 1) for v in head], bits) for head in values])
+        allocated = [allocate([Group(float(v), 1) for v in head], bits) for head in values]
+        widths = torch.tensor(allocated, dtype=torch.int64, device="cpu")
         self.mean = moments.mean.float().to(device)[:, None]  # [H, 1, D]
         self.basis = vectors.float().to(device)  # [H, D, D]
         self.sigma = values.sqrt().clamp_min(1e-30).float().to(device)[:, None]
@@ -54,7 +55,8 @@ class PcaCodec(SimulatedCodec):
         for width in widths.unique().tolist():
             book = lloyd_max(width)
             chosen = (widths == width).flatten().nonzero().flatten().to(device)
-            self.books.append((chosen, torch.tensor(book.levels).to(device), torch.tensor(book.boundaries).to(device)))
+            tables = (torch.tensor(t, dtype=torch.float32, device=device) for t in (book.levels, book.boundaries))
+            self.books.append((chosen, *tables))
         held = [self.mean, self.basis, self.sigma, *(t for book in self.books for t in book)]
         super().__init__(float(widths.double().mean()), held)
 
@@ -117,13 +119,13 @@ def oscar_codec(layer: LayerMoments, side: str, bits: int, device: torch.device 
 
 def our_rates(config: PreTrainedConfig) -> tuple[float, ...]:
     """Bits per element of ours at its usual rates, gains included: what a method of any rate is compared at."""
-    _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
+    _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
     return tuple(bits + GAIN_BITS / dim for bits in (2, 2.5, 3, 4))
 
 
 def matched_ranks(config: PreTrainedConfig) -> tuple[float, ...]:
     """The smallest ranks that store at least as much as ours."""
-    _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
+    _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
     return tuple(dict.fromkeys(float(math.ceil(dim * bits / 16)) for bits in our_rates(config)))
 
 

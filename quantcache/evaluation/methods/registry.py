@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import Cache, PreTrainedConfig
 
-from quantcache import compat
+from quantcache import cache_layout
 from quantcache.artifact import Calibration
 from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.errors import QuantCacheError
@@ -110,7 +110,7 @@ def _recipe(name: str, config: PreTrainedConfig) -> tuple[Recipe, float]:
     if recipe is None or not recipe.parameter:
         raise QuantCacheError(f"unknown method {name!r}: known are {', '.join(METHOD_NAMES)}")
     if recipe.parameter == "K":
-        _, dim = compat.kv_geometry(config.get_text_config(decoder=True))
+        _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
         if number not in range(1, dim + 1):
             raise QuantCacheError(f"method {name}: the rank must be a whole number from 1 to {dim}, got {text}")
     elif recipe.numbers is None:

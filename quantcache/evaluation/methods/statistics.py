@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import compat, data
+from quantcache import cache_layout, data, linalg
 from quantcache.errors import QuantCacheError
 from quantcache.probe import RecordingCache, recorded_queries, run
 from quantcache.spectral import Moments
@@ -84,7 +84,7 @@ def collect_statistics(
         raise QuantCacheError(
             f"statistics need a sequence of more than {4 * SINK_LENGTH} tokens, the text has {len(tokens)}"
         )
-    wanted = set(compat.full_attention_layers(model.config))
+    wanted = set(cache_layout.full_attention_layers(model.config))
     layers: dict[int, LayerMoments] = {}
 
     def on_update(index: int, keys: Tensor, values: Tensor) -> None:
@@ -152,5 +152,5 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Values ``[H, D]``, not negative, and vectors as columns ``[H, D, D]``.
     """
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = linalg.eigh(matrix)
     return values.flip(-1).clamp_min(0.0), vectors.flip(-1)

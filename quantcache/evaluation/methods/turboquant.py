@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from quantcache import linalg
 from quantcache.codebook import lloyd_max
 from quantcache.evaluation.methods.base import Recipe, Setting, SimulatedCodec, simulated_cache, two_to_four
 
@@ -29,12 +30,12 @@ class TurboQuantCodec(SimulatedCodec):
 
     def __init__(self, dim: int, bits: int, seed: int, device: torch.device | str = "cpu"):
         generator = torch.Generator().manual_seed(seed)
-        gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-        orthogonal, triangular = torch.linalg.qr(gaussian)
+        gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
+        orthogonal, triangular = linalg.qr(gaussian)
         self.rotation = (orthogonal * triangular.diagonal().sign()).float().to(device)  # Haar-distributed
         book = lloyd_max(bits)
-        self.levels = torch.tensor(book.levels, device=device)
-        self.boundaries = torch.tensor(book.boundaries, device=device)
+        self.levels = torch.tensor(book.levels, dtype=torch.float32, device=device)
+        self.boundaries = torch.tensor(book.boundaries, dtype=torch.float32, device=device)
         super().__init__(bits + 16 / dim, [self.rotation, self.levels, self.boundaries])
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class TurboQuantQJLCodec(SimulatedCodec):
     def __init__(self, dim: int, bits: int, seed: int, device: torch.device | str = "cpu"):
         self.coarse = TurboQuantCodec(dim, bits - 1, seed, device)
         generator = torch.Generator().manual_seed(seed + (1 << 32))
-        self.sketch = torch.randn(dim, dim, generator=generator).to(device)
+        self.sketch = torch.randn(dim, dim, generator=generator, dtype=torch.float32, device="cpu").to(device)
         super().__init__(bits + 32 / dim, [*self.coarse.tensors(), self.sketch])
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class TurboQuantQJLCodec(SimulatedCodec):
         coarse = self.coarse.reconstruct(x)
         residual = x - coarse
         norm = residual.norm(dim=-1, keepdim=True).half().float()
-        signs = torch.where(residual @ self.sketch.T < 0, -1.0, 1.0)
+        signs = torch.where(residual @ self.sketch.T < 0, -torch.ones_like(x), torch.ones_like(x))
         return coarse + math.sqrt(math.pi / 2) / x.shape[-1] * norm * (signs @ self.sketch)
 
 

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int LEVEL_CHUNK = 64; // coefficients decoded at once: 16 KB, half of a first-level cache
 constexpr float NEVER = -INFINITY;
+constexpr int64_t NOT_CAUSAL = INT64_MIN;
 
 inline int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -87,6 +88,7 @@ struct Task {
 
     const Attend& a;
     const int row, head, tiles, num_rows;
+    bool finite = true; // whether the scaled queries are
     AttendScratch scratch;
     Partial partial;
 };
@@ -101,7 +103,12 @@ inline void read_queries(Task& task, bool interleaved) {
         float* out = tile + (interleaved ? r % 4 : r % 4 * stride);
         const void* query = token_at(a.query, a.query_dtype, task.row, task.head * a.groups + r / a.queries, r % a.queries);
         const int step = interleaved ? 4 : 1;
-        for (int d = 0; d < dim; ++d) out[d * step] = read(query, a.query_dtype, d) * a.scaling;
+        float check = 0.0f; // a product of zero with NaN or infinity is NaN
+        for (int d = 0; d < dim; ++d) {
+            out[d * step] = read(query, a.query_dtype, d) * a.scaling;
+            check += out[d * step] * 0.0f;
+        }
+        if (check != check) task.finite = false;
     }
 }
 
@@ -186,14 +193,14 @@ inline void decode_gains(const uint8_t* codes, const float* table, float* gains)
 }
 
 // Say which of `count` tokens, in slots from `slot` on, the queries may see: those from `low` to `high` that the mask
-// allows and, where `own` is not negative, that are not behind the query itself (`own` is the first query's slot).
+// allows and, unless `own` is NOT_CAUSAL, that are not behind the query itself (`own` is the first query's slot).
 // Writes the bias from token `at` of the block on, and returns how many pairs of query and token are visible.
 inline int mark_visible(const Task& task, int at, int count, int64_t slot, int low, int high, int64_t own) {
     const Attend& a = task.a;
     int seen = 0;
     for (int query = 0; query < a.queries; ++query) {
         float* bias = task.scratch.bias + query * BLOCK + at;
-        const int64_t past = own < 0 ? high : own + query - slot + 1;
+        const int64_t past = own == NOT_CAUSAL ? high : own + query - slot + 1;
         const uint8_t* mask = nullptr;
         if (a.mask) mask = a.mask + task.row * a.mask_batch_stride + query * a.mask_query_stride + slot;
         for (int t = 0; t < count; ++t) {
@@ -205,7 +212,8 @@ inline int mark_visible(const Task& task, int at, int count, int64_t slot, int l
     return seen;
 }
 
-// Turn the scores of a tile into weights, and rescale what has been summed if a larger score came.
+// Turn the scores of a tile into weights, and rescale what has been summed if a larger score came. A score that is NaN
+// is passed over by the search for the largest, and makes the weights, their total and so the output NaN.
 inline void soften(Task& task, int tile, bool biased) {
     const Attend& a = task.a;
     const int rows = task.rows_of(tile);
@@ -321,8 +329,8 @@ inline void attend_codes(Task& task, int first, int last) {
         const int low = static_cast<int>(first_valid <= place[0] ? 0 : at_most(BLOCK, first_valid - place[0]));
         bool biased = a.mask || low > 0 || place[1] < BLOCK;
         if (biased) {
-            const int visible = mark_visible(task, 0, BLOCK, place[0], low, place[1], -1);
-            if (visible == 0) continue;
+            const int visible = mark_visible(task, 0, BLOCK, place[0], low, place[1], NOT_CAUSAL);
+            if (visible == 0 && task.finite) continue;
             biased = visible < a.queries * BLOCK;
         }
         if (anchor == INT64_MIN || (turns && anchor != place[2])) {
@@ -341,15 +349,15 @@ inline void attend_dense(Task& task) {
     const int64_t start = a.starts ? a.starts[task.row] : 0;
     // A row whose padding reaches behind the encoded tokens has its first tokens in the tail.
     const int sinks = a.starts ? at_least(0, at_most(a.num_sinks, a.encoded_end - start)) : a.num_sinks;
-    const int64_t own = a.causal ? a.encoded_end + a.num_tail - a.queries : -1;
+    const int64_t own = a.causal ? a.encoded_end + a.num_tail - a.queries : NOT_CAUSAL;
     for (int first = 0; first < sinks + a.num_tail; first += BLOCK) {
         const int count = at_most(BLOCK, sinks + a.num_tail - first);
         const int from_sinks = at_least(0, at_most(count, sinks - first)), from_tail = count - from_sinks;
         const int tail = first + from_sinks - sinks;
         for (int i = 0; i < a.queries * BLOCK; ++i) s.bias[i] = NEVER;
-        const int visible = mark_visible(task, 0, from_sinks, start + first, 0, from_sinks, -1)
-                            + mark_visible(task, from_sinks, from_tail, a.encoded_end + tail, 0, from_tail, own);
-        if (!visible) continue;
+        // Tokens that no query sees count all the same: where they are NaN, so is the sum over all tokens.
+        mark_visible(task, 0, from_sinks, start + first, 0, from_sinks, NOT_CAUSAL);
+        mark_visible(task, from_sinks, from_tail, a.encoded_end + tail, 0, from_tail, own);
         const auto read_side = [&](int side, int size, int step) {
             read_tokens(a.dense[side], a.dense_dtype, task.row, task.head, first, from_sinks, size, step, s.levels);
             read_tokens(a.dense[side + 2], a.dense_dtype, task.row, task.head, tail, from_tail, size, step,
@@ -441,7 +449,7 @@ inline void merge(const Attend& a, int row, int head, const float* partials, cha
             const int index = tile * 4 + r;
             const int64_t query = static_cast<int64_t>(row) * a.queries + index % a.queries;
             const int64_t at = (query * a.heads * a.groups + head * a.groups + index / a.queries) * dim;
-            const float scale = total[r] > 0.0f ? 1.0f / total[r] : 0.0f;
+            const float scale = total[r] == 0.0f ? 0.0f : 1.0f / total[r]; // NaN stays
             for (int d = 0; d < dim; ++d) {
                 const float x = s.coded[d * 4 + r] + mass[r] * mean[d] + direct[d * 4 + r];
                 write(a.output, a.query_dtype, at + d, x * scale);

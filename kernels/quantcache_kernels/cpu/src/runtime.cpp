@@ -7,6 +7,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -38,7 +39,8 @@ class Buffer {
   public:
     char* at_least(size_t bytes) {
         if (bytes > size_) {
-            memory_.reset();
+            memory_.reset(); // before the new memory comes, so that both need never be there at once
+            size_ = 0;       // what follows may throw
             memory_.reset(new (std::align_val_t(64)) char[bytes]);
             size_ = bytes;
         }
@@ -62,18 +64,26 @@ using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 OpenMpParallel find_parallel() { return reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
 
+// An exception must not leave a thread or a parallel region, where nothing could catch it: it ends the work, and is
+// thrown again here once all threads are done.
 template <class Function> void run_tasks(int tasks, int threads, const Function& function) {
     struct Shared {
         std::atomic<int> next{0};
+        std::atomic<bool> out_of_memory{false};
         int tasks;
         const Function* function;
     } shared;
     shared.tasks = tasks;
     shared.function = &function;
-    const auto work = [](void* data) {
+    const auto work = [](void* data) noexcept {
         Shared& shared = *static_cast<Shared*>(data);
-        for (int task; (task = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.tasks;) {
-            (*shared.function)(task);
+        try {
+            for (int task; (task = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.tasks;) {
+                if (shared.out_of_memory.load(std::memory_order_relaxed)) return;
+                (*shared.function)(task);
+            }
+        } catch (...) { // scratch that could not be had: nothing else here throws
+            shared.out_of_memory.store(true, std::memory_order_relaxed);
         }
     };
     threads = threads < tasks ? threads : tasks;
@@ -84,19 +94,28 @@ template <class Function> void run_tasks(int tasks, int threads, const Function&
         parallel(work, &shared, static_cast<unsigned>(threads), 0);
     } else {
         std::vector<std::thread> others;
-        for (int i = 1; i < threads; ++i) others.emplace_back(work, &shared);
+        others.reserve(static_cast<size_t>(threads) - 1);
+        try {
+            for (int i = 1; i < threads; ++i) others.emplace_back(work, &shared);
+        } catch (const std::system_error&) { // no more threads to be had: those that there are do the work
+        }
         work(&shared);
         for (std::thread& thread : others) thread.join();
     }
+    if (shared.out_of_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
+// Whether places and starts stay inside of what they index: the mask, and the tables of rotations.
 bool well_placed(const Attend& a) {
-    if (!a.key->fast_pairs) return true;
     for (int block = 0; block < a.blocks; ++block) {
-        const int offset = a.places[block * 3] - a.places[block * 3 + 2];
-        if (offset < 0 || offset + BLOCK > ANCHOR_LENGTH) return false;
+        const int64_t first = a.places[block * 3], length = a.places[block * 3 + 1], anchor = a.places[block * 3 + 2];
+        if (first < 0 || length < 0 || length > BLOCK || first + length > a.encoded_end) return false;
+        if (a.key->fast_pairs && (first < anchor || first - anchor + BLOCK > ANCHOR_LENGTH)) return false;
     }
-    return true;
+    for (int row = 0; a.starts && row < a.batch; ++row) {
+        if (a.starts[row] < 0) return false;
+    }
+    return a.starts || a.num_sinks <= a.encoded_end;
 }
 
 void encode_all(const Encode& e) {

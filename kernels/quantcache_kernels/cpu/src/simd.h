@@ -49,7 +49,7 @@ QC_INLINE vfloat splat(float x) { return x - vfloat{}; } // not plus: that would
 QC_INLINE vuint splat(uint32_t x) { return vuint{} + x; }
 QC_INLINE float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 QC_INLINE void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
-QC_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
+QC_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; } // b where either is NaN
 
 template <class To, class From> QC_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "sizes must agree");
@@ -148,10 +148,10 @@ template <int BITS> QC_INLINE vfloat lookup(const float* table, vuint index) {
 #endif
 }
 
-// e**x to about one unit in the last place; 0 below -87, for minus infinity too. x must not exceed 88.
+// e**x to about one unit in the last place; 0 below -87, for minus infinity too, and NaN for NaN. x must not exceed 88.
 QC_INLINE vfloat exponential(vfloat x) {
     const vfloat floor_of_x = splat(-87.0f);
-    const vfloat clamped = maximum(x, floor_of_x);
+    const vfloat clamped = maximum(floor_of_x, x); // in this order: NaN stays
     // Adding 1.5 * 2**23 leaves the nearest integer in the low bits.
     const vfloat shifted = clamped * 1.44269504f + 12582912.0f;
     const vfloat n = shifted - 12582912.0f;

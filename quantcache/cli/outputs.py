@@ -1,0 +1,70 @@
+"""Places to write to, checked before the work is done."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantcache.errors import QuantCacheError
+
+_COMMON = {"README.md", "LICENSE"}
+
+
+@contextlib.contextmanager
+def output_folder(path: Path | None, own: tuple[str, ...] = ()) -> Iterator[None]:
+    """A folder that results will be written into; it is made now, and taken away again if nothing comes of it.
+
+    Args:
+        path: The folder; nothing is done if None.
+        own: Files of which a folder that is not empty must have one; any folder will do without them.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        QuantCacheError: It holds something else.
+        OSError: It cannot be written to.
+    """
+    if path is None:
+        yield
+        return
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file: give a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        held = sorted(
+            each.name for each in path.iterdir() if not each.name.startswith(".") and each.name not in _COMMON
+        )
+        if own and held and not any((path / name).exists() for name in own):
+            raise QuantCacheError(
+                f"{path} holds {held[0]} and none of {', '.join(own)}: give a new or empty folder, or the model's own"
+            )
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if it is empty
+        raise
+
+
+def check_output_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work is done.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: Its folder is missing or cannot be written to, or it is a folder itself.
+    """
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give a file")
+    with tempfile.TemporaryFile(dir=folder):
+        pass

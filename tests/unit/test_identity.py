@@ -1,0 +1,225 @@
+"""A calibration of another model of the same geometry is warned of, and nothing else is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
+
+import quantcache
+from quantcache.artifact import Calibration
+from quantcache.cache import SpectralCache
+from quantcache.calibration import calibrate
+from quantcache.data import demo_model_path
+from quantcache.errors import CalibrationMismatch, CalibrationWarning
+from quantcache.identity import FINGERPRINT, declared_frequencies, fingerprint
+from tests.builders import llama_config
+from tests.families import FAMILIES, Family, random_tokens
+
+pytestmark = pytest.mark.support("a calibration of another model")
+
+
+def make(seed: int = 0, **more: object) -> LlamaForCausalLM:
+    """A tiny Llama."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(32, layers=3, **more)).eval()
+
+
+def calibrated(model: PreTrainedModel) -> Calibration:
+    """A calibration, quickly made."""
+    tokens = torch.randint(3, 30, (1, 96), generator=torch.Generator().manual_seed(0))
+    return calibrate(model, [tokens], metric="identity", progress=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """The model calibrated: leave it as you found it."""
+    return make()
+
+
+@pytest.fixture(scope="module")
+def saved(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its calibration."""
+    folder = tmp_path_factory.mktemp("saved")
+    calibrated(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def calibration(saved: Path) -> Iterator[Calibration]:
+    """Its calibration as it is loaded; warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CalibrationWarning)
+        yield Calibration.from_pretrained(saved)
+
+
+def other_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A merged adapter of the values, a percent of the weights in size."""
+    torch.manual_seed(0)
+    other = make()
+    with torch.no_grad():
+        for layer in other.model.layers:
+            weight = layer.self_attn.v_proj.weight
+            weight += 0.01 * weight.std() * torch.randn(weight.shape[0], 1) @ torch.randn(1, weight.shape[1])
+    return other
+
+
+def test_other_weights(calibration: Calibration, model: LlamaForCausalLM, saved: Path) -> None:
+    other = make(seed=1)
+    for given in (other, other.to(torch.bfloat16), other_heads(model)):
+        with pytest.warns(CalibrationWarning, match=r"another model: .*weight has other weights"):
+            calibration.check_compatible(given)
+        with pytest.raises(CalibrationMismatch, match="another model"):
+            calibration.check_compatible(given, strict=True)
+    with pytest.warns(CalibrationWarning):
+        SpectralCache(calibration, model=other)
+    with pytest.warns(CalibrationWarning):
+        SpectralCache.from_pretrained(saved, model=other)
+    with pytest.raises(CalibrationMismatch):
+        SpectralCache.from_pretrained(saved, model=other, strict=True)
+    with pytest.warns(CalibrationWarning), quantcache.enabled(other, saved):
+        pass
+    with pytest.raises(CalibrationMismatch):
+        quantcache.enable(other, calibration, strict=True)
+
+
+def test_the_same_weights(calibration: Calibration, model: LlamaForCausalLM, saved: Path, tmp_path: Path) -> None:
+    calibration.check_compatible(model, strict=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        calibration.check_compatible(make().to(dtype), strict=True)
+    for size in (64, 20):
+        resized = make()
+        resized.resize_token_embeddings(size, mean_resizing=False)
+        calibration.check_compatible(resized, strict=True)
+    make().save_pretrained(tmp_path / "elsewhere")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "elsewhere", dtype=torch.bfloat16)
+    calibration.check_compatible(loaded, strict=True)
+    calibration.check_compatible(torch.compile(model), strict=True)
+    with quantcache.enabled(model, saved, strict=True, bits=2.0):
+        pass
+
+
+def test_quantized_weights(calibration: Calibration) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    for weights in (quanto.qint8, quanto.qint4):
+        quantized = make()
+        quanto.quantize(quantized, weights=weights)
+        quanto.freeze(quantized)
+        calibration.check_compatible(quantized, strict=True)
+        other = make(seed=1)
+        quanto.quantize(other, weights=weights)
+        quanto.freeze(other)
+        with pytest.raises(CalibrationMismatch, match="embed_tokens"):
+            calibration.check_compatible(other, strict=True)
+
+
+def test_weights_that_cannot_be_read(calibration: Calibration, model: LlamaForCausalLM) -> None:
+    with torch.device("meta"):
+        offloaded = LlamaForCausalLM(model.config)
+    calibration.check_compatible(offloaded, strict=True)
+    assert fingerprint(offloaded) == {}
+
+
+def test_a_calibration_made_in_bfloat16(model: LlamaForCausalLM) -> None:
+    calibration = calibrated(make().to(torch.bfloat16))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        calibration.check_compatible(make().to(dtype), strict=True)
+    with pytest.raises(CalibrationMismatch):
+        calibration.check_compatible(make(seed=1), strict=True)
+
+
+ROPES = {
+    "another base": {"rope_type": "default", "rope_theta": 500_000.0},
+    "a base that is near": {"rope_type": "default", "rope_theta": 11_000.0},
+    "linear scaling": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 2048},
+    "llama3": {
+        **{"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0},
+        **{"high_freq_factor": 4.0, "original_max_position_embeddings": 2048},
+    },
+}
+
+
+@pytest.mark.parametrize("parameters", ROPES.values(), ids=ROPES)
+def test_another_rotation(calibration: Calibration, parameters: dict[str, object]) -> None:
+    config = llama_config(32, layers=3, rope_parameters=parameters)
+    with pytest.warns(CalibrationWarning, match=r"rotated by .* this model rotates them by"):
+        SpectralCache(calibration, config)
+    with pytest.raises(CalibrationMismatch, match="radians per token"):
+        SpectralCache(calibration, config, strict=True)
+    own = calibrated(make(rope_parameters=parameters))  # what the config declares is what its model does
+    own.check_compatible(config, strict=True)
+    assert declared_frequencies(config, 0) == pytest.approx(own.layers[0].rope.inv_freq, rel=1e-5)
+
+
+def test_ids(calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(ours: str | None, theirs: str, quantized: bool = False) -> None:
+        base_model = {**calibration.metadata.base_model, "id": ours}
+        config = llama_config(32, layers=3)
+        config._name_or_path = theirs
+        if quantized:
+            config.quantization_config = {"quant_method": "awq"}
+        other = Calibration(calibration.layers, replace(calibration.metadata, base_model=base_model))
+        other.check_compatible(config, strict=True)
+
+    check("some/model", "some/model")
+    check("some/model", "mirror/Model")
+    check("some/model", "some/model-AWQ", quantized=True)
+    check("some/model", "")
+    check(None, "some/model")
+    check("model", "some/other")  # the name of a folder
+    check("some/model", "/data/models/x")
+    check("some/model", "~/.cache/huggingface/hub/models--some--model/snapshots/0123")
+    (tmp_path / "my" / "copy").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    check("some/model", "my/copy")
+    with pytest.raises(CalibrationMismatch, match="it is of some/model, this one is some/other"):
+        check("some/model", "some/other")
+    with pytest.raises(CalibrationMismatch, match="some/model-AWQ"):
+        check("some/model", "some/model-AWQ")
+
+
+def test_weights_count_for_more_than_names(calibration: Calibration, model: LlamaForCausalLM) -> None:
+    base_model = {**calibration.metadata.base_model, "id": "some/model"}
+    renamed = Calibration(calibration.layers, replace(calibration.metadata, base_model=base_model))
+    same = make()
+    same.config._name_or_path = "some/other"
+    renamed.check_compatible(same, strict=True)
+    with pytest.raises(CalibrationMismatch, match="some/other"):
+        renamed.check_compatible(same.config, strict=True)
+
+
+def test_the_bundled_calibration(demo_model: PreTrainedModel) -> None:
+    calibration = Calibration.for_model("wiki11m")
+    calibration.check_compatible(demo_model, strict=True)
+    calibration.check_compatible(AutoConfig.from_pretrained(demo_model_path()), strict=True)
+    config = AutoConfig.from_pretrained(demo_model_path())
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 123_456.0}
+    with pytest.raises(CalibrationMismatch, match="radians per token"):
+        calibration.check_compatible(config, strict=True)
+
+
+def test_a_file_of_a_cache_is_loaded_with_its_model(calibration: Calibration, tmp_path: Path) -> None:
+    SpectralCache(calibration).save(tmp_path / "prefix")
+    with pytest.warns(CalibrationWarning):
+        SpectralCache.load(tmp_path / "prefix", calibration, model=make(seed=1))
+
+
+CHOSEN = ("gpt2", "phi3", "gpt-oss", "glm4", "falcon-mqa", "bloom", "gemma3")
+"""Fused projections, experts, interleaved and no rotation, layers of two rotations."""
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in CHOSEN], ids=str)
+def test_families(family: Family) -> None:
+    own = family.make()
+    calibration = calibrate(own, [random_tokens(1, 96)], metric="identity", progress=False)
+    assert len(calibration.metadata.base_model[FINGERPRINT]) >= 3
+    for given in (own, own.config, family.make(dtype=torch.bfloat16)):
+        calibration.check_compatible(given, strict=True)
+    with pytest.raises(CalibrationMismatch, match="other weights"):
+        calibration.check_compatible(family.make(seed=1), strict=True)
