@@ -14,12 +14,12 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality style test-matrix support soak asan bench-cpu bench-gpu bench-decode bench-fidelity \
-  bench-ablations bench-findings bench-absorb bench-suites second-model \
+.PHONY: help venv demo test quality style test-matrix support soak asan bench-cpu bench-gpu bench-gpu-quick \
+  compile-gpu bench-decode bench-fidelity bench-ablations bench-findings bench-absorb bench-suites second-model \
   tables tables-check build clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Create .venv with quantcache and its development tools
 
@@ -63,21 +63,32 @@ style: $(STAMP) ## Repair lint and format where that can be done automatically
 test-matrix: $(FLOOR_STAMP) ## Run the tests against the oldest supported transformers (.venv-floor)
 	$(FLOOR_VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
 
-# The parity suite on a library with AddressSanitizer and UndefinedBehaviorSanitizer. Python itself has neither: the
-# run-time library is loaded first, and what Python leaves allocated at its end is not looked for.
-asan: $(STAMP) ## Run the CPU kernels' tests on a build with sanitizers
+# The kernels' tests, then random legal calls from several threads, on a library with AddressSanitizer and
+# UndefinedBehaviorSanitizer. Python itself has neither: the run-time library is loaded first, and what Python leaves
+# allocated at its end is not looked for.
+SANITIZE_SECONDS ?= 180
+SANITIZED = QUANTCACHE_CPU_LIBRARY=$$(echo $(CURDIR)/build/asan/quantcache_kernels/cpu/_native*.so) \
+  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python
+asan: $(STAMP) ## Run the CPU kernels' tests and random calls (SANITIZE_SECONDS=180, recorded) on a build with sanitizers
 	@rm -rf build/asan && mkdir -p build/asan
 	QUANTCACHE_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext --force \
 	  --build-lib build/asan --build-temp build/asan/objects
-	QUANTCACHE_CPU_LIBRARY=$$(echo $(CURDIR)/build/asan/quantcache_kernels/cpu/_native*.so) \
-	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests/kernels -k "native or library" $(ARGS)
+	$(SANITIZED) -m pytest -q tests/kernels -k "not triton" $(ARGS)
+	OMP_NUM_THREADS=2 $(SANITIZED) benchmarks/sanitize.py --seconds $(SANITIZE_SECONDS)
 
 bench-cpu: $(STAMP) ## Time the CPU kernels beside the dense cache (20 minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/cpu_decode.py $(ARGS)
 
-bench-gpu: $(STAMP) ## Check and time the Triton kernels on a GPU (9 minutes); ARGS=--tiny proves the script without one
-	$(BIN)/python benchmarks/gpu_decode.py $(ARGS)
+# A lent GPU machine may have torch but no network and no git: these run on what is there, uninstalled.
+bench-gpu: ## Check and time the Triton kernels on a GPU, with any PYTHON that has torch (9 minutes); options in ARGS="..."
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_decode.py $(ARGS)
+
+bench-gpu-quick: ## The same in 4 minutes: parity and three times; ARGS="--tiny --quick" proves it without a GPU
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_decode.py --quick $(ARGS)
+
+compile-gpu: $(STAMP) ## Compile every Triton kernel of the tests and of real models' geometries; needs no GPU (half an hour)
+	PYTHONPATH=.:kernels:benchmarks $(BIN)/python -m tests.kernels.compiling --target 80 90 120 --jobs $(JOBS) $(ARGS)
 
 support: $(STAMP) ## Run the tests behind docs/support.md and write it from their outcomes
 	$(BIN)/python -m pytest -m support --support-table docs/support.md $(ARGS)

@@ -1,19 +1,24 @@
-"""The Triton kernels on a GPU: parity first, then attention, encoding and whole models beside the dense cache.
+"""The Triton kernels on a GPU: parity, then attention, encoding and whole models beside the dense cache.
 
-One run takes under nine minutes: whatever does not fit in ``--minutes`` is listed as not measured. ``--tiny`` runs
-every part on small shapes, without a GPU under Triton's interpreter; its figures mean nothing.
+Every figure is appended to a file as it comes, under ``$OUT`` if that is set, so that nothing is lost when a run is
+cut short; whatever does not fit in ``--minutes`` is listed as not measured. ``--quick`` does parity and three attention
+times in four minutes. ``--tiny`` runs every part on small shapes, without a GPU under Triton's interpreter; its figures
+mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
+import itertools
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,112 +26,116 @@ if "--tiny" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 import torch
+from gpu_models import model_part
+from gpu_run import CONFIGS, Run, filled_layer, kernels, log_path, measure
 from records import ROOT, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedConfig, Qwen2Config
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import quantcache
-from quantcache import Calibration, SpectralCache, accounting
+from quantcache import backends
 from quantcache.attention import spectral_attention
-from quantcache.cache import SpectralLayer
-from quantcache.evaluation.summaries import quantiles
+from quantcache.env import environment
+from quantcache.kernel_check import check_kernels
+from quantcache.layer import SpectralLayer
+from quantcache.packing import BLOCK
 from quantcache_kernels.runtime import unavailable
 
+PARTS = ("parity", "copy", "attention", "encode", "models", "sweep", "check")
+"""All but the last two run unless something else is asked for."""
 
-def llama_config(layers: int = 32, **more: Any) -> LlamaConfig:
-    """The architecture of Llama-3.1-8B."""
-    size = {"hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
-    rope = {"rope_type": "default", "rope_theta": 5e5}
-    size |= {"vocab_size": 128_256, "max_position_embeddings": 1 << 20, **more}
-    return LlamaConfig(num_hidden_layers=layers, rope_parameters=rope, **size)
+RUNGS = (
+    ("llama-8b", 8, 32_768),
+    ("llama-8b", 8, 131_072),
+    ("llama-8b", 1, 32_768),
+    ("llama-8b", 1, 131_072),
+    ("llama-8b", 32, 32_768),
+    ("llama-8b", 1, 8192),
+    ("llama-8b", 8, 4096),
+    ("qwen2.5-7b", 8, 32_768),
+    ("gemma-2-9b", 8, 32_768),
+    ("qwen2.5-7b", 1, 131_072),
+    ("llama-8b", 8, 8192),
+    ("llama-8b", 32, 8192),
+    ("gemma-2-9b", 1, 32_768),
+    ("qwen2.5-7b", 32, 32_768),
+    ("llama-8b", 1, 4096),
+)
+"""Model, batch and cached tokens of one layer's step, the most telling first."""
 
-
-def qwen_config(layers: int = 28, **more: Any) -> Qwen2Config:
-    """The architecture of Qwen2.5-7B."""
-    size = {"hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28, "num_key_value_heads": 4}
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    size |= {"vocab_size": 152_064, "max_position_embeddings": 1 << 20, **more}
-    return Qwen2Config(num_hidden_layers=layers, rope_parameters=rope, **size)
-
-
-CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {"llama-8b": llama_config, "qwen2.5-7b": qwen_config}
-TINY = {
-    "hidden_size": 256,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-}
-
-
-@dataclass
-class Run:
-    """What all parts of a run share.
-
-    Attributes:
-        device: The GPU, or the CPU of a tiny run.
-        tiny: Whether shapes are small.
-        until: When to stop, on the clock of ``time.perf_counter``.
-        skipped: What there was no time for.
-    """
-
-    device: torch.device
-    tiny: bool
-    until: float
-    skipped: list[str]
-
-    def has_time(self, what: str, seconds: float = 5.0) -> bool:
-        """Whether a part still fits; if not, it is noted."""
-        if time.perf_counter() + seconds < self.until:
-            return True
-        self.skipped.append(what)
-        return False
-
-    def config(self, name: str, layers: int | None = None) -> PreTrainedConfig:
-        """A model's config, of its own size or tiny."""
-        more = TINY if self.tiny else {}
-        return CONFIGS[name](**({} if layers is None else {"layers": layers}), **more)
+QUICK = RUNGS[:3]
 
 
 def main() -> None:
     """Check, measure, print a table and write a record."""
     options = parse_arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if reason := unavailable(device) or (None if options.tiny or device.type == "cuda" else "there is no GPU"):
         sys.exit(f"error: {reason}; --tiny proves the script without one")
-    run = Run(device, options.tiny, time.perf_counter() + 60 * options.minutes, [])
-    metrics: dict[str, Any] = {"gpu": gpu_state(), "parity": parity(options)}
-    print(f"parity: {metrics['parity']['summary']}", file=sys.stderr)
-    if metrics["parity"]["exit_status"]:
-        sys.exit("error: the kernels differ from the reference; nothing was measured")
-    metrics["copy_gigabytes_per_second"] = copy_bandwidth(run)
-    metrics["attention"] = list(attention(run, options))
-    metrics["models"] = [model_part(run, name, options) for name in CONFIGS if run.has_time(name, 60)]
+    run = Run(device, options.tiny, time.perf_counter() + 60 * options.minutes, log_path("gpu-decode"))
+    print(f"figures: {run.log}", file=sys.stderr, flush=True)
+    metrics: dict[str, Any] = {"gpu": gpu_state()}
+    backends.UNTRIED.add(device.type)  # kernels are timed even if they are wrong; parity and "difference" tell
+    run.keep("environment", {**environment(), "gpu": metrics["gpu"], "settings": vars(options)})
+    parts: dict[str, Callable[[], Any]] = {
+        "parity": lambda: parity(run, options),
+        "copy": lambda: copy(run),
+        "attention": lambda: list(attention(run, options)),
+        "encode": lambda: list(encode(run, options)),
+        "sweep": lambda: sweep(run, options),
+        "check": lambda: run.keep("check", check_kernels()),
+        "models": lambda: [model_part(run, name, options) for name in options.models if run.has_time(name, 60)],
+    }
+    for name in options.parts:
+        try:
+            metrics[name] = parts[name]()
+        except Exception:  # one part's failure must not cost the others
+            metrics[name] = {"status": run.keep("failure", {"part": name, "traceback": traceback.format_exc()})}
+            print(metrics[name]["status"]["traceback"], file=sys.stderr, flush=True)
+        run.free()
+    metrics["kernels"] = run.keep("kernels", kernels())
     metrics["not_measured"] = run.skipped
-    Console(width=None if sys.stdout.isatty() else 160).print(table(metrics))
-    commit = os.environ.get("QUANTCACHE_COMMIT")  # where the machine has the files but not the repository
-    path = write_record("gpu-decode", {**vars(options), "commit_given": commit}, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    if isinstance(metrics.get("attention"), list):
+        Console(width=None if sys.stdout.isatty() else 200).print(table(metrics["attention"]))
+    unquoted = {"commit": None} if options.tiny else None  # never among the results
+    path = write_record("gpu-decode", vars(options), metrics, unquoted)
+    if out := os.environ.get("OUT"):
+        shutil.copy(path, out)
+    print(f"record: {path}", file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.5)
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 1, 32])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072, 8192, 4096, 16_384, 65_536])
-    parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 2.0, 4.0])
+    parser.add_argument("--minutes", type=float, default=None, help="8.5, or 4 with --quick")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=None, help=f"of {','.join(PARTS)}")
+    parser.add_argument("--quick", action="store_true", help="parity and three attention times")
+    parser.add_argument("--sweep", action="store_true", help="also vary the kernels' settings")
+    parser.add_argument("--bits", type=float, nargs="+", default=None, help="3, and without --quick also 2 and 4")
+    parser.add_argument("--rungs", type=int, default=None, help="how many of the attention times, in order")
+    parser.add_argument("--models", nargs="+", default=["llama-8b"], choices=list(CONFIGS))
+    parser.add_argument("--layers", type=int, default=8, help="of whole models")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="of whole models")
     parser.add_argument("--model-context", type=int, default=16_384)
-    parser.add_argument("--skip-parity", action="store_true", help="for profiling; the record says so")
+    parser.add_argument("--parity-seconds", type=float, default=150.0, help="when parity is cut short")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes of the parity suite")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    if options.minutes is None:
+        options.minutes = 4.0 if options.quick else 8.5
+    if options.parts is None:
+        options.parts = ["parity", "attention"] if options.quick else list(PARTS[:-2])
+    if options.sweep and "sweep" not in options.parts:
+        options.parts.append("sweep")
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    if options.bits is None:
+        options.bits = [3.0] if options.quick or options.tiny else [3.0, 2.0, 4.0]
     if options.tiny:
-        options.batches, options.lengths, options.bits, options.model_context = [1], [140], [3.0], 80
+        options.batches, options.model_context = [1], 140
     return options
 
 
@@ -135,72 +144,85 @@ def gpu_state() -> dict[str, Any]:
     fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     try:
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
+        return dict(zip(fields.split(","), (value.strip() for value in line.split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return {}
-    return dict(zip(fields.split(","), (value.strip() for value in line.split(",")), strict=True))
 
 
-def parity(options: argparse.Namespace) -> dict[str, Any]:
-    """The parity suite on this device."""
-    if options.skip_parity:
-        return {"exit_status": 0, "summary": "skipped", "seconds": 0.0}
-    chosen = "triton and (width3 or through)" if options.tiny else "triton"
+def parity(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """The parity suite on this device: what failed is reported, and stops nothing."""
+    chosen = "triton and (width3 or through)" if run.tiny else "triton"
+    report = run.log.with_name(run.log.stem + "-parity.txt")
+    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-k", chosen, "-m", "not slow"]
+    command += ["-p", "no:cacheprovider", "--tb=short", "-rfE", f"--junitxml={report.with_suffix('.xml')}"]
+    jobs = 1 if run.tiny else options.jobs
+    with contextlib.suppress(ImportError):
+        import xdist  # noqa: F401
+
+        command += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
     started = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels", "-k", chosen, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = (done.stdout or done.stderr).strip().splitlines() or ["no output"]
+    limit = min(options.parity_seconds, max(10.0, run.until - started - 60))
+    print(f"parity: at most {limit:.0f} s, output in {report}", file=sys.stderr, flush=True)
+    with report.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status: int | str = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            status = f"cut short after {limit:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    lines = report.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     seconds = time.perf_counter() - started
-    return {"exit_status": done.returncode, "summary": lines[-1], "seconds": seconds}
+    found = {"exit_status": status, "summary": lines[-1], "failed": failed, "seconds": seconds}
+    print(f"parity: {found['summary']} ({status})", *failed, sep="\n", file=sys.stderr, flush=True)
+    return run.keep("parity", found)
 
 
-def measure(run: Run, function: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of a function: median, 20th and 80th percentile."""
-    if run.device.type != "cuda":
-        started = time.perf_counter()
-        function()
-        return quantiles([1e3 * (time.perf_counter() - started)])
-    from triton.testing import do_bench
-
-    median, p20, p80 = do_bench(function, warmup=20, rep=80, quantiles=[0.5, 0.2, 0.8])
-    return {"median": median, "p20": p20, "p80": p80}
-
-
-def copy_bandwidth(run: Run) -> dict[str, float]:
-    """Bytes read and written per second by a plain copy."""
+def copy(run: Run) -> dict[str, Any]:
+    """A plain copy, as the ceiling of what memory can do."""
     data = torch.empty((1 << 12) if run.tiny else (1 << 30), dtype=torch.int32, device=run.device)
     target = torch.empty_like(data)
     times = measure(run, lambda: target.copy_(data))
-    return {name: 2 * data.nbytes / value / 1e6 for name, value in times.items() if name != "n"}
+    rate = 2 * data.nbytes / times["median"] / 1e6
+    print(f"copy: {rate:.0f} GB/s", file=sys.stderr)
+    return run.keep("copy", {"bytes": 2 * data.nbytes, "milliseconds": times, "gigabytes_per_second": rate})
 
 
 # ------------------------------------------------------------------------ attention
 
 
+def rungs(run: Run, options: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """What attention is timed at."""
+    if run.tiny:
+        return [("llama-8b", 1, 200), ("gemma-2-9b", 2, 140)][: options.rungs]
+    return list(QUICK if options.quick else RUNGS)[: options.rungs]
+
+
 @torch.inference_mode()
 def attention(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One layer's decoding step: every batch, length and geometry, the most telling ones first."""
-    for batch in options.batches:
-        for length in options.lengths:
-            for name in CONFIGS:
-                what = f"attention {name}, batch {batch}, {length} tokens"
-                if not run.has_time(what, 12 + 60 * len(CONFIGS)):
-                    continue
-                print(what, file=sys.stderr)
-                try:
-                    yield attention_rung(run, name, batch, length, options.bits)
-                except torch.OutOfMemoryError:
-                    run.skipped.append(f"{what}: out of memory")
-                free(run)
+    """One layer's decoding step: every batch, length and geometry."""
+    for name, batch, length in rungs(run, options):
+        what = f"attention {name}, batch {batch}, {length} tokens"
+        if not run.has_time(what, 12):
+            continue
+        try:
+            found = attention_rung(run, name, batch, length, options.bits)
+            print(describe(found), file=sys.stderr, flush=True)
+            yield run.keep("attention", found)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            run.skip(f"{what}: {type(error).__name__}: {str(error)[:500]}")
+        run.free()
 
 
 def attention_rung(run: Run, name: str, batch: int, length: int, rates: list[float]) -> dict[str, Any]:
     """One step over ``length`` cached tokens of ``batch`` rows."""
-    config = run.config(name, layers=1)
+    config = run.config(name, 1)
     heads, query_heads = config.num_key_value_heads, config.num_attention_heads
-    dim = config.hidden_size // query_heads
-    query = states(run, batch, query_heads, 1, dim)
-    new = [states(run, batch, heads, 1, dim) for _ in range(2)]
+    dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    query = run.states(batch, query_heads, 1, dim)
+    new = [run.states(batch, heads, 1, dim) for _ in range(2)]
     found: dict[str, Any] = {"model": name, "batch": batch, "tokens": length, "milliseconds": {}, "status": {}}
 
     def time_it(label: str, function: Callable[[], object]) -> None:
@@ -208,58 +230,79 @@ def attention_rung(run: Run, name: str, batch: int, length: int, rates: list[flo
             found["milliseconds"][label] = measure(run, function)
             found["status"][label] = "ok"
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            found["status"][label] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            found["status"][label] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
     for bits in rates:
-        layer = filled_layer(run, config, batch, length, bits)
+        layer = filled_layer(run, name, batch, length, bits)
         view = layer.snapshot()
+        run.wait()
         started = time.perf_counter()
-        spectral_attention(query, view, None)
-        synchronize(run)
+        output = backends.attend_view(query, view, None, None, True, None, None)
+        run.wait()
         found.setdefault("first_call_seconds", time.perf_counter() - started)
-        time_it(f"spectral-{bits:g}", partial(spectral_attention, query, view, None))
-        time_it(f"spectral-{bits:g} step", partial(spectral_step, layer, query, new))
-        packed = sum(t[: view.num_blocks].nbytes for s in (view.key, view.value) for t in s.store.buffers.values())
-        found.setdefault("packed_bytes", {})[f"spectral-{bits:g}"] = packed
+        found["status"][f"spectral-{bits:g} kernel"] = "ok" if output is not None else "declined: plain torch ran"
+        label = f"spectral-{bits:g}"
+        time_it(label, partial(spectral_attention, query, view, None))
         if bits == rates[0]:
-            encode = states(run, batch, heads, min(length, 8192) // 64 * 64, dim)
-            time_it("encode 8K of one side", partial(encode_blocks, layer, encode))
+            found["kernel_microseconds"] = profile(run, partial(spectral_attention, query, view, None))
+            found["difference"] = difference(run, layer, query)
+        packed = sum(t.nbytes for s in (view.key, view.value) for t in s.store.slice(0, view.num_blocks).values())
+        found.setdefault("packed_bytes", {})[label] = packed
+        time_it(f"{label} step", partial(spectral_step, layer, query, new))
         del layer, view
-        free(run)
-    key, value = (states(run, batch, heads, length, dim) for _ in range(2))
-    backends = {"sdpa": None, "sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-    for label, backend in backends.items():
-        if backend is None:
-            time_it(label, lambda: sdpa(query, key, value))
-        else:
+        run.free()
+    key, value = (run.states(batch, heads, length, dim) for _ in range(2))
+    for label, backend in (("sdpa flash", SDPBackend.FLASH_ATTENTION), ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION)):
+        if run.device.type == "cuda":
             with sdpa_kernel(backend):
-                time_it(label, lambda: sdpa(query, key, value))
+                time_it(label, partial(sdpa, query, key, value))
+    time_it("sdpa", partial(sdpa, query, key, value))
     if flash := flash_decode(query, key, value):
         time_it(*flash)
     dense = DynamicLayer()
     dense.update(key, value)
+    del key, value
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = query_heads // heads, True
 
-    time_it("DynamicCache step", lambda: sdpa_attention_forward(module, query, *dense.update(*new), None))
+    def dense_step() -> None:
+        sdpa_attention_forward(module, query, *dense.update(*new), None)
+
+    time_it("DynamicCache step", dense_step)
+    if run.device.type == "cuda":  # cuDNN, torch's first choice, makes a plan for every new length
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            time_it("DynamicCache step, flash", dense_step)
     return found
 
 
-def states(run: Run, batch: int, heads: int, tokens: int, dim: int) -> Tensor:
-    """Random queries, keys or values ``[B, H, T, D]``."""
-    return torch.randn(batch, heads, tokens, dim, device=run.device, dtype=torch.bfloat16)
+def difference(run: Run, layer: SpectralLayer, query: Tensor) -> dict[str, float] | str:
+    """How far the kernels are from plain torch on the layer's first blocks, relative to the output."""
+    small = layer.fork()
+    length = small.get_seq_length()
+    small.crop(min(length, small.sink_length + BLOCK * (1 if run.tiny else 16)) - length)
+    ours = spectral_attention(query, small.snapshot(), None).float()
+    small.backend = "torch"
+    theirs = spectral_attention(query, small.snapshot(), None).float()
+    relative = float((ours - theirs).norm() / theirs.norm())
+    return {"relative": relative} if relative == relative else "not a number"
 
 
-def filled_layer(run: Run, config: PreTrainedConfig, batch: int, length: int, bits: float) -> SpectralLayer:
-    """A layer with ``length`` encoded tokens, filled piece by piece."""
-    cache = SpectralCache(Calibration.synthetic(config, bits=bits), config, backend="triton")
-    layer = cache.spectral_layers[0]
-    dim = config.hidden_size // config.num_attention_heads
-    for first in range(0, length, 8192):
-        count = min(8192, length - first)
-        layer.update(*(states(run, batch, config.num_key_value_heads, count, dim) for _ in range(2)))
-        layer.finish()
-    return layer
+def profile(run: Run, function: Callable[[], object]) -> dict[str, float] | str:
+    """Microseconds of every kernel of a call, as the profiler tells."""
+    if run.device.type != "cuda":
+        return "no GPU"
+    try:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as profiler
+
+        with profiler(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(5):
+                function()
+            run.wait()
+        events = [(e.key[:60], e.device_time_total / 5) for e in profiled.key_averages() if e.device_time_total]
+    except Exception as error:  # profiling is often forbidden where a GPU is lent
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return dict(sorted(events, key=lambda event: -event[1])[:12])
 
 
 def spectral_step(layer: SpectralLayer, query: Tensor, new: list[Tensor]) -> None:
@@ -267,18 +310,6 @@ def spectral_step(layer: SpectralLayer, query: Tensor, new: list[Tensor]) -> Non
     layer.update(*new)
     spectral_attention(query, layer.snapshot(), None)
     layer.finish()
-
-
-def encode_blocks(layer: SpectralLayer, x: Tensor) -> None:
-    """Encode keys as new blocks, without keeping them."""
-    from quantcache import backends
-
-    n = x.shape[2] // 64
-    index = torch.arange(n, device=x.device, dtype=torch.int32)
-    places = torch.stack((4 + 64 * index, torch.full_like(index, 64), 4 + 128 * (index // 2)), dim=1)
-    codec = layer.codecs["key"]
-    assert codec is not None
-    backends.encode(codec, x, places, None, "triton")
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -296,134 +327,95 @@ def flash_decode(query: Tensor, key: Tensor, value: Tensor) -> tuple[str, Callab
     return "flash-attn", lambda: flash_attn_with_kvcache(q, k, v)
 
 
-# --------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------- encoding
 
 
 @torch.inference_mode()
-def model_part(run: Run, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A whole model with random weights: prefill, encoding's share, tokens per second, memory."""
-    quantcache.register_attention()
-    config = run.config(name, layers=2 if run.tiny else None)
-    with run.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="spectral").eval()
-    calibration = Calibration.synthetic(config, bits=options.bits[0])
-    makers: dict[str, Callable[[], Cache]] = {
-        "dense": lambda: DynamicCache(config=config),
-        "spectral": lambda: SpectralCache(calibration, config, backend="triton"),
-    }
-    found: dict[str, Any] = {"model": name, "weights_bytes": sum(p.nbytes for p in model.parameters()), "decode": []}
-    for batch in sorted(options.batches):
-        for kind, make in makers.items():
-            what = f"{name}, batch {batch}, {kind}"
-            if not run.has_time(what, 15):
-                continue
-            print(what, file=sys.stderr)
+def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Encoding of many and of few tokens."""
+    for name, tokens in itertools.product(("llama-8b", "gemma-2-9b"), (8192, 64)):
+        batch = 1
+        if not run.has_time(f"encode {name}, {tokens} tokens", 12):
+            continue
+        tokens = min(tokens, 128) if run.tiny else tokens
+        layer = filled_layer(run, name, batch, 140, options.bits[0])
+        codec = layer.codecs["key"]
+        x = run.states(batch, *layer.tails["key"].shape[1:2], tokens, layer.tails["key"].shape[3])
+        index = torch.arange(tokens // 64, device=x.device, dtype=torch.int32)
+        places = torch.stack((4 + 64 * index, torch.full_like(index, 64), 4 + 128 * (index // 2)), dim=1)
+        found = {"model": name, "batch": batch, "tokens": tokens, "bytes": x.nbytes}
+        for side in ("key", "value"):
+            codec = layer.codecs[side]
             try:
-                model.set_attn_implementation("sdpa" if kind == "dense" else "spectral")
-                found["decode"].append(decode_rung(run, model, make(), batch, options.model_context, kind))
-            except torch.OutOfMemoryError:
-                found["decode"].append({"kind": kind, "batch": batch, "status": "out of memory"})
-            free(run)
-    if run.has_time(f"{name}, prefill", 20):
-        found["prefill"] = prefill_rung(run, model, makers)
-    del model
-    free(run)
-    return found
+                times = measure(run, partial(backends.encode, codec, x, places, None, "triton"))
+                found[side] = times
+                found[f"{side}_gigabytes_per_second"] = x.nbytes / times["median"] / 1e6
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                found[side] = f"{type(error).__name__}: {str(error)[:300]}"
+        yield run.keep("encode", found)
+        run.free()
 
 
-def decode_rung(run: Run, model: torch.nn.Module, cache: Cache, batch: int, context: int, kind: str) -> dict[str, Any]:
-    """Tokens per second behind ``context`` random cached tokens."""
-    config = model.config
-    dim = config.hidden_size // config.num_attention_heads
-    for first in range(0, context, 4096):
-        count = min(4096, context - first)
-        for layer in range(config.num_hidden_layers):
-            cache.update(*(states(run, batch, config.num_key_value_heads, count, dim) for _ in range(2)), layer)
-    ids = torch.full((batch, 1), 7, device=run.device)
-    before, samples = reset_peak(run), []
-    warmup, steps = (0, 1) if run.tiny else (4, 16)
-    for number in range(warmup + steps):
-        synchronize(run)
-        started = time.perf_counter()
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        synchronize(run)
-        if number >= warmup:
-            samples.append(1e3 * (time.perf_counter() - started))
-    times = quantiles(samples)
-    memory = accounting.measure(cache).total
-    per_token = memory / context
-    free_bytes = torch.cuda.mem_get_info()[0] + memory if run.device.type == "cuda" else 0
-    return {
-        "kind": kind,
-        "batch": batch,
-        "context": context,
-        "status": "ok",
-        "milliseconds": times,
-        "tokens_per_second": 1e3 * batch / times["median"],
-        "cache_bytes": memory,
-        "peak_bytes_of_a_step": peak(run) - before,
-        "context_that_fits_predicted": int(free_bytes / per_token),
+# ---------------------------------------------------------------------------- sweep
+
+
+@torch.inference_mode()
+def sweep(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """The kernels' settings, one after the other: each keeps the best of those before it."""
+    from quantcache_kernels.ops import SETTINGS
+
+    choices: dict[str, tuple[Any, ...]] = {
+        "programs_per_processor": (8, 4, 12, 16, 24),
+        "registers": (None, 168, 128),
+        "warps": (1, 2),
+        "stages": (1, 2),
+        "least_split": (4, 2, 8, 16),
+        "narrow": (True, False),
     }
-
-
-def prefill_rung(run: Run, model: torch.nn.Module, makers: dict[str, Callable[[], Cache]]) -> dict[str, Any]:
-    """Prefill of 8K tokens with either cache, and a second chunk over the compressed past with its peak memory."""
-    tokens = 80 if run.tiny else 8192
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=run.device)
-    found: dict[str, Any] = {"tokens": tokens}
-    for kind, make in makers.items():
-        model.set_attn_implementation("sdpa" if kind == "dense" else "spectral")
-        samples = []
-        for _ in range(1 if run.tiny else 4):
-            cache = make()
-            synchronize(run)
-            started = time.perf_counter()
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            synchronize(run)
-            samples.append(1e3 * (time.perf_counter() - started))
-        found[f"{kind}_milliseconds"] = quantiles(samples[-3:])
-        before = reset_peak(run)
-        model(input_ids=ids[:, :64], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        found[f"{kind}_peak_bytes_of_a_second_chunk"] = peak(run) - before
-        del cache
-        free(run)
+    found: dict[str, Any] = {"times": [], "best": {}}
+    for name, batch, length in rungs(run, options)[:3]:
+        layer = filled_layer(run, name, batch, length, options.bits[0])
+        query = run.states(batch, run.config(name, 1).num_attention_heads, 1, layer.tails["key"].shape[3])
+        best: dict[str, Any] = {}
+        before = vars(SETTINGS).copy()
+        call = partial(spectral_attention, query, layer.snapshot(), None)
+        for setting, values in choices.items():
+            times = {}
+            for value in values:
+                if not run.has_time(f"sweep {name}, batch {batch}, {length} tokens, {setting}={value}", 15):
+                    break
+                setattr(SETTINGS, setting, value)
+                entry: dict[str, Any] = {"model": name, "batch": batch, "tokens": length, **vars(SETTINGS)}
+                try:
+                    times[value] = measure(run, call)["median"]
+                    entry["milliseconds"] = times[value]
+                except Exception as error:
+                    entry["status"] = f"{type(error).__name__}: {str(error)[:300]}"
+                found["times"].append(run.keep("sweep", entry))
+            best[setting] = min(times, key=lambda value: times[value]) if times else before[setting]
+            setattr(SETTINGS, setting, best[setting])
+        found["best"][f"{name}, batch {batch}, {length} tokens"] = run.keep("best", best)
+        print(f"best for {name}, batch {batch}, {length} tokens: {best}", file=sys.stderr, flush=True)
+        vars(SETTINGS).update(before)
+        del layer, call
+        run.free()
     return found
 
 
-def synchronize(run: Run) -> None:
-    """Wait for the device."""
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
+def describe(rung: dict[str, Any]) -> str:
+    """One line of what was measured."""
+    times = ", ".join(f"{label} {t['median']:.3f} ({t['call']:.3f})" for label, t in rung["milliseconds"].items())
+    bad = {label: status for label, status in rung["status"].items() if status != "ok"}
+    return f"  ms (with the CPU's part): {times}; difference {rung.get('difference')}; {bad or ''}"
 
 
-def reset_peak(run: Run) -> int:
-    """Forget the peak of memory; what is allocated now."""
-    if run.device.type != "cuda":
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def peak(run: Run) -> int:
-    """The most memory allocated since :func:`reset_peak`."""
-    return torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
-
-
-def free(run: Run) -> None:
-    """Give memory back."""
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def table(metrics: dict[str, Any]) -> Table:
+def table(attention: list[dict[str, Any]]) -> Table:
     """Attention for people."""
-    result = Table("model", "batch", "tokens", title="One layer's attention, median milliseconds")
-    labels = list(dict.fromkeys(label for rung in metrics["attention"] for label in rung["milliseconds"]))
+    result = Table("model", "batch", "tokens", title="One layer's attention, median milliseconds on the GPU")
+    labels = list(dict.fromkeys(label for rung in attention for label in rung["milliseconds"]))
     for label in labels:
         result.add_column(label, justify="right")
-    for rung in metrics["attention"]:
+    for rung in attention:
         times = [rung["milliseconds"].get(label) for label in labels]
         cells = ["" if entry is None else f"{entry['median']:.3f}" for entry in times]
         result.add_row(rung["model"], str(rung["batch"]), f"{rung['tokens']:,}", *cells)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,11 +40,7 @@ class Run:
     """
 
     def __init__(self, suite: str, settings: dict[str, Any]):
-        digest = hashlib.sha256(to_json(settings).encode())
-        for name in ("quantcache", "kernels", "benchmarks"):
-            for path in sorted((ROOT / name).rglob("*")):
-                if path.suffix in (".py", ".cpp", ".h"):
-                    digest.update(path.read_bytes())
+        digest = hashlib.sha256((to_json(settings) + source_digest()).encode())
         self.suite = suite
         self.git: dict[str, Any] | None = environment()["git"]
         self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
@@ -68,6 +66,52 @@ class Run:
         shutil.rmtree(self.folder)
 
 
+def source_digest(root: Path = ROOT) -> str:
+    """SHA-256 of the source code that a run depends on, in hex: two trees of the same code have the same.
+
+    Args:
+        root: The tree.
+
+    Returns:
+        The digest.
+    """
+    digest = hashlib.sha256()
+    for name in ("quantcache", "kernels", "benchmarks"):
+        for path in sorted((root / name).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def adopt(path: Path, commit: str) -> Path:
+    """Take in a record from a machine that had the files of a commit but not the repository.
+
+    Args:
+        path: The record, written there.
+        commit: The full hash of the commit that was run.
+
+    Returns:
+        The record among the results.
+
+    Raises:
+        ValueError: The sources that ran are not those of the commit.
+    """
+    record = json.loads(path.read_text("utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
+        subprocess.run(["tar", "x", "-C", folder], input=archive, check=True)
+        expected, found = source_digest(Path(folder)), record["settings"]["source_sha256"]
+    if found != expected:
+        raise ValueError(f"{path.name} was made by sources {found[:12]}, those of {commit[:12]} are {expected[:12]}")
+    record |= {"commit": commit, "dirty": False}
+    record_schema.check(record, path.name)
+    folder_of_results = RESULTS / machine_name(record["environment"])
+    folder_of_results.mkdir(parents=True, exist_ok=True)
+    target = folder_of_results / path.name.replace("no-commit", commit[:10])
+    write_json(target, record)
+    return target
+
+
 def machine_name(record: dict[str, Any]) -> str:
     """Folder name of a machine.
 
@@ -88,6 +132,9 @@ def write_record(
     suite: str, settings: dict[str, Any], metrics: dict[str, Any], started: dict[str, Any] | None = None
 ) -> Path:
     """Write a record: into ``results/`` if a commit says what was run, else into the git-ignored ``scratch/``.
+
+    The settings of every record hold the digest of the sources: :func:`adopt` takes in a record from a machine that has
+    the files but not the repository.
 
     Args:
         suite: Name of the benchmark.
@@ -115,7 +162,7 @@ def write_record(
         "dirty": git["dirty"],
         "command": " ".join(["python", name, *sys.argv[1:]]),
         "environment": surroundings,
-        "settings": settings,
+        "settings": settings | {"source_sha256": source_digest()},
         "metrics": metrics,
     }
     clean = git["commit"] is not None and not git["dirty"]
@@ -126,3 +173,7 @@ def write_record(
     record_schema.check(json.loads(to_json(record)), path.name)
     write_json(path, record)
     return path
+
+
+if __name__ == "__main__":
+    print(adopt(Path(sys.argv[1]), sys.argv[2]))

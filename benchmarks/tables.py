@@ -19,6 +19,7 @@ from ablation_tables import ablation_table, findings_table
 from absorb_tables import absorb_table
 from cpu_tables import cpu_attention_table, cpu_models_table
 from fidelity_tables import all_table, claim_table, contexts_table, fidelity_table, own_table, weights_table
+from gpu_tables import gpu_attention_table, gpu_kernel_table, gpu_models_table
 from suite_tables import SUITE_TABLES
 
 from quantcache.evaluation.record import read_record
@@ -55,6 +56,9 @@ TABLES: dict[str, tuple[str, Render]] = {
     "absorb": ("absorb", absorb_table),
     "cpu-attention": ("cpu-decode", cpu_attention_table),
     "cpu-models": ("cpu-decode", cpu_models_table),
+    "gpu-attention": ("gpu-decode", gpu_attention_table),
+    "gpu-models": ("gpu-decode", gpu_models_table),
+    "gpu-kernel": ("gpu-attention", gpu_kernel_table),
     **SUITE_TABLES,
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""

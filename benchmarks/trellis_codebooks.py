@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def train(width: int, states: int, blocks: int, iterations: int, polynomial: boo
         count, total = coded(samples(blocks, generator), levels, states)
         if polynomial:
             normal = powers.T @ (count[:, None] * powers)
-            terms = torch.linalg.solve(normal, powers.T @ total)
+            terms = torch.from_numpy(np.linalg.solve(normal.numpy(), (powers.T @ total).numpy()))
             levels = (powers @ terms).float()
         else:
             means = torch.where(count > 0, total / count.clamp_min(1), levels.double())

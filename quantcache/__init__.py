@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from quantcache.cache import SpectralCache, SpectralLayer
     from quantcache.calibration import calibrate
     from quantcache.enabling import disable, enable, enabled
-    from quantcache.errors import ArtifactError, CalibrationMismatch, HubError, QuantCacheError, UnsupportedModel
+    from quantcache.errors import (
+        ArtifactError,
+        CalibrationMismatch,
+        CalibrationWarning,
+        HubError,
+        QuantCacheError,
+        UnsupportedModel,
+    )
     from quantcache.export import absorb, export_checkpoint
     from quantcache.planning import estimate_memory
 
@@ -29,6 +36,7 @@ _HOMES = {
     "CacheMemory": "accounting",
     "Calibration": "artifact",
     "CalibrationMismatch": "errors",
+    "CalibrationWarning": "errors",
     "HubError": "errors",
     "QuantCacheError": "errors",
     "SpectralCache": "cache",
@@ -50,6 +58,7 @@ __all__ = [
     "CacheMemory",
     "Calibration",
     "CalibrationMismatch",
+    "CalibrationWarning",
     "HubError",
     "QuantCacheError",
     "SpectralCache",

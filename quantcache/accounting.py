@@ -9,7 +9,7 @@ apart.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,9 +49,9 @@ class CacheMemory:
         constants: The calibration's constants on the layers' devices, shared by all caches of the model.
         encoded_elements: Elements that codes and gains stand for.
         elements: All cached elements.
-        gains_above: Of the gains, those at the largest code: such a token's norm is 16 times what the calibration
-            knows, or more, and what is beyond is cut off.
-        gains_below: Those at zero: such a token is within 1/16 of a usual distance of the mean, and is stored as it.
+        gains_above: How many gains are at the largest code: such a token is 16 times as far from the mean as the
+            calibration knows, or more, and what is beyond is lost. None where nothing was measured.
+        gains_below: How many are zero: such a token is nearer to the mean than 1/16 of that, and is stored as the mean.
     """
 
     tokens: int
@@ -65,8 +65,8 @@ class CacheMemory:
     constants: int = 0
     encoded_elements: int = 0
     elements: int = 0
-    gains_above: int = 0
-    gains_below: int = 0
+    gains_above: int | None = field(default=None, compare=False)  # not sizes: no formula predicts them
+    gains_below: int | None = field(default=None, compare=False)
 
     @property
     def total(self) -> int:
@@ -90,15 +90,18 @@ class CacheMemory:
         return self.elements * DENSE_BITS // 8
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and derived figures, ready for JSON."""
+        """All fields that are known and derived figures, ready for JSON."""
         derived = {
             name: getattr(self, name)
             for name in ("total", "bits_per_element", "bits_per_element_total", "bfloat16_bytes")
         }
-        return {**asdict(self), **derived}
+        return {**self._known(), **derived}
+
+    def _known(self) -> dict[str, int]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        lines = [f"{name:<22}{value:>14,}" for name, value in asdict(self).items()]
+        lines = [f"{name:<22}{value:>14,}" for name, value in self._known().items()]
         lines.append(f"{'total':<22}{self.total:>14,}")
         lines.append(f"{'bits_per_element':<22}{self.bits_per_element:>14.3f}")
         lines.append(f"{'bits_per_element_total':<22}{self.bits_per_element_total:>14.3f}")

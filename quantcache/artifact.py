@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quantcache import cache_layout, compat, hub, linalg
 from quantcache.accounting import bits_per_encoded_element
 from quantcache.allocation import allocate_layers, check_rate
-from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME, from_files, to_files
+from quantcache.artifact_files import CONFIG_NAME, DIGEST, TENSORS_NAME, from_files, to_files
 from quantcache.card import render_card
 from quantcache.errors import ArtifactError, CalibrationMismatch
 from quantcache.identity import check_identity
@@ -38,6 +37,7 @@ from quantcache.schema import (
     SideBits,
     SideCalibration,
 )
+from quantcache.writing import only_writer, partial_folder, steadily
 
 __all__ = [
     "SIDES",
@@ -244,15 +244,16 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".quantcache-") as temporary:
-            self._save_pretrained(Path(temporary))
+        with partial_folder(directory) as temporary:
+            self._save_pretrained(temporary)
             card = self.generate_model_card(**(model_card_kwargs or {}))
             names = [TENSORS_NAME, CONFIG_NAME]
             if not (directory / "README.md").exists():
-                (Path(temporary) / "README.md").write_text(str(card), encoding="utf-8")
+                (temporary / "README.md").write_text(str(card), encoding="utf-8")
                 names.append("README.md")
-            for name in names:
-                os.replace(Path(temporary) / name, directory / name)
+            with only_writer(directory):
+                for name in names:
+                    os.replace(temporary / name, directory / name)
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
@@ -280,7 +281,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors, config = to_files(self.layers, self.metadata)
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        save_file(tensors, save_directory / TENSORS_NAME, metadata={"format": "pt"})
+        # One entry: the library writes several in any order, and equal calibrations are to give equal files.
+        save_file(tensors, save_directory / TENSORS_NAME, metadata={DIGEST: config[DIGEST]})
         # safetensors may write owner-only files; the artifact is as readable as the folder's other files.
         os.chmod(save_directory / TENSORS_NAME, (save_directory / CONFIG_NAME).stat().st_mode)
 
@@ -343,7 +345,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
             if missing:
                 raise ArtifactError(f"{folder} is no calibration: it has no {' and no '.join(missing)}")
-            return cls(*from_files(folder / CONFIG_NAME, folder / TENSORS_NAME))
+            files = folder / CONFIG_NAME, folder / TENSORS_NAME
+            return cls(*steadily(files, lambda: from_files(*files)))
         repo_id = hub.require_repo_id(pretrained_model_name_or_path)
         options: dict[str, Any] = {
             "revision": revision,
@@ -359,6 +362,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                 raise
             subfolder = SUBFOLDER  # a model's repository that carries its calibration
             config_path = hub.download(repo_id, CONFIG_NAME, subfolder=subfolder, **options)
+        options["revision"] = hub.commit_of(config_path) or revision  # a branch may move between two downloads
         return cls(*from_files(config_path, hub.download(repo_id, TENSORS_NAME, subfolder=subfolder, **options)))
 
     @classmethod

@@ -32,7 +32,9 @@ MOST_ELEMENTS = 1 << 27
 MOST_HEADER = 8 << 20
 """Bytes of a safetensors header, which is parsed before anything else is known."""
 
-MOST_MEAN = 1e9
+MOST_MEAN = 1e5
+"""Beyond it float32 rounds scores by more than their differences, and results depend on the order of sums."""
+
 MOST_VARIANCE = 1e18
 LEAST_VARIANCE = 1e-30
 """Of the largest coefficient, where it is not 0: smaller ones vanish in float32."""
@@ -45,10 +47,11 @@ MOST_SCALE = 1e13
 MOST_CHARACTERS = 512
 """Of a name."""
 
-_PER_LAYER = ("num_key_value_heads", "head_dim")
+_PER_LAYER = ("num_key_value_heads", "head_dim", "sliding_window", "attention_chunk_size", "number_of_conv_states")
 """Counts of which a model whose layers differ has one for each."""
 
 _COUNTS = {
+    "number_of_conv_states": (0, 64),
     "num_hidden_layers": (1, MOST_LAYERS),
     "num_kv_shared_layers": (0, MOST_LAYERS),
     "sliding_window": (-1, 1 << 40),
@@ -70,11 +73,13 @@ def check_header(path: Path) -> None:
         path: The file.
 
     Raises:
-        ArtifactError: The header claims more bytes.
-        OSError: The file cannot be read.
+        ArtifactError: The header claims more bytes, or the file cannot be read.
     """
-    with open(path, "rb") as file:
-        claimed = int.from_bytes(file.read(8), "little")
+    try:
+        with open(path, "rb") as file:
+            claimed = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
     if claimed > MOST_HEADER:
         raise ArtifactError(
             f"{path} cannot be read: its header claims {claimed:,} bytes, at most {MOST_HEADER:,} are read"
@@ -112,7 +117,7 @@ def _check_cache_config(path: Path, attributes: dict[str, Any]) -> None:
     for name, (least, most) in _COUNTS.items():
         given = attributes.get(name)
         values = given if name in _PER_LAYER and isinstance(given, list) else [given]
-        if given is not None and not all(is_integer(value, least, most) for value in values):
+        if not all(value is None or is_integer(value, least, most) for value in values):
             raise ArtifactError(
                 f"{path}: {name} of cache_config must be an integer from {least} to {most}, got {given!r:.100}"
             )
@@ -121,6 +126,12 @@ def _check_cache_config(path: Path, attributes: dict[str, Any]) -> None:
         raise ArtifactError(f"{path}: layer_types of cache_config must be a list of names, got {kinds!r:.100}")
     if kinds is not None and layers is not None and len(kinds) != layers:
         raise ArtifactError(f"{path}: cache_config has {len(kinds)} layer_types for {layers} layers")
+    modes = attributes.get("kv_sharing_modes", [])
+    if not (isinstance(modes, list) and all(mode is None or isinstance(mode, str) for mode in modes)):
+        raise ArtifactError(f"{path}: kv_sharing_modes of cache_config must be a list of names, got {modes!r:.100}")
+    crossing = attributes.get("cross_attention_layers", [])
+    if not (isinstance(crossing, list) and all(is_integer(layer, 0, MOST_LAYERS) for layer in crossing)):
+        raise ArtifactError(f"{path}: cross_attention_layers of cache_config must be layers, got {crossing!r:.100}")
     kind = attributes.get("model_type")
     if kind is not None and not isinstance(kind, str):
         raise ArtifactError(f"{path}: model_type of cache_config must be a name, got {kind!r:.100}")

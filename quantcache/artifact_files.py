@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantcache.artifact_checks import (
@@ -24,11 +24,15 @@ from quantcache.jsonfile import read_json
 from quantcache.packing import BLOCK, MAX_WIDTH
 from quantcache.rope import ANCHOR_LENGTH, Rope
 from quantcache.schema import SIDES, CodecSettings, Coding, LayerCalibration, Metadata, Rate, SideBits, SideCalibration
+from quantcache.tensor_file import TensorFile, checksum
+from quantcache.writing import TornFiles
 
 TENSORS_NAME = "calibration.safetensors"
 CONFIG_NAME = "calibration_config.json"
 FORMAT = "quantcache-calibration"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+DIGEST = "digest"
+"""Where both files of an artifact carry the digest of what they held together when they were written."""
 
 MOST_GAINS = 64
 """Gains that encoding may be asked to try."""
@@ -88,6 +92,7 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
         "recipe": meta.recipe,
         "environment": meta.environment,
     }
+    config[DIGEST] = checksum(tensors, json.dumps(config, sort_keys=True))
     return tensors, config
 
 
@@ -132,31 +137,39 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
         joint=rate["joint"],
         environment=config["environment"],
     )
-    try:
-        check_header(tensors_path)
-        with safe_open(tensors_path, framework="pt") as file:
-            reader = TensorReader(file, tensors_path)
-            ropes = _read_ropes(config, reader)
-            layers = {}
-            for entry in config["layers"]:
-                index = _integer(entry, "index", "layer", 0, MOST_LAYERS - 1)
-                if index in layers:
-                    raise ArtifactError(f"{config_path}: layer {index} is listed twice")
-                heads = _integer(entry, "num_key_value_heads", f"layer {index}")
-                rope = ropes[_integer(entry, "rope", f"layer {index}", 0, len(ropes) - 1)]
-                key_dim = _integer(entry, "key_dim", f"layer {index}", max(1, rope.rotary_dim))
-                value_dim = _integer(entry, "value_dim", f"layer {index}")
-                wavelength = metadata.codec.fast_wavelength
-                keys = _read_side(reader, f"layers.{index}.key", (heads, key_dim), rate["key_bits"], rope, wavelength)
-                values = _read_side(
-                    reader, f"layers.{index}.value", (heads, value_dim), rate["value_bits"], Rope(), wavelength
-                )
-                layers[index] = LayerCalibration(rope, keys, values)
-            reader.warn_unknown()
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{tensors_path} cannot be read: {error}") from error
+    check_header(tensors_path)
+    with TensorFile(tensors_path) as file:
+        _require_pair(config_path, config.get(DIGEST), tensors_path, file.metadata.get(DIGEST))
+        reader = TensorReader(file, tensors_path)
+        ropes = _read_ropes(config, reader)
+        layers = {}
+        for entry in config["layers"]:
+            index = _integer(entry, "index", "layer", 0, MOST_LAYERS - 1)
+            if index in layers:
+                raise ArtifactError(f"{config_path}: layer {index} is listed twice")
+            heads = _integer(entry, "num_key_value_heads", f"layer {index}")
+            rope = ropes[_integer(entry, "rope", f"layer {index}", 0, len(ropes) - 1)]
+            key_dim = _integer(entry, "key_dim", f"layer {index}", max(1, rope.rotary_dim))
+            value_dim = _integer(entry, "value_dim", f"layer {index}")
+            wavelength = metadata.codec.fast_wavelength
+            keys = _read_side(reader, f"layers.{index}.key", (heads, key_dim), rate["key_bits"], rope, wavelength)
+            values = _read_side(
+                reader, f"layers.{index}.value", (heads, value_dim), rate["value_bits"], Rope(), wavelength
+            )
+            layers[index] = LayerCalibration(rope, keys, values)
+        reader.warn_unknown()
     check_widths(tensors_path, layers, metadata)
     return layers, metadata
+
+
+def _require_pair(config_path: Path, ours: Any, tensors_path: Path, theirs: str | None) -> None:
+    """Refuse the config of one artifact with the tensors of another; those of old versions have no digests."""
+    if ours != theirs:
+        told = [str(digest)[:12] if digest is not None else "no digest" for digest in (ours, theirs)]
+        raise TornFiles(
+            f"{config_path} ({told[0]}) and {tensors_path.name} ({told[1]}) were not written together: one of them is "
+            "another calibration's, or its writer was stopped halfway; save the calibration again"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -179,7 +192,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         missing = known - found.keys()
         if missing:
             raise ArtifactError(f"{path}: {section or 'file'} lacks {', '.join(sorted(missing))}")
-        unknown = found.keys() - known
+        unknown = found.keys() - known - {DIGEST}
         if unknown:
             names = ", ".join(sorted(map(str, unknown)))
             warnings.warn(f"{path}: ignoring unknown {section} keys {names}", stacklevel=4)
@@ -246,14 +259,15 @@ class TensorReader:
     Args:
         file: The open file.
         path: Its path, for messages.
+        finite: Whether NaN and infinity are refused.
 
     Attributes:
         unread: Names not read yet.
         found: Tensors read, by name.
     """
 
-    def __init__(self, file: Any, path: Path):
-        self.file, self.path = file, path
+    def __init__(self, file: TensorFile, path: Path, finite: bool = True):
+        self.file, self.path, self.finite = file, path, finite
         self.unread = set(file.keys())
         self.found: dict[str, Tensor] = {}
 
@@ -274,13 +288,13 @@ class TensorReader:
         if name not in self.unread:
             raise ArtifactError(f"{self.path} lacks the tensor {name}")
         self.unread.discard(name)
-        found = tuple(self.file.get_slice(name).get_shape())
+        found = self.file.shape(name)
         if found != shape:
             raise ArtifactError(f"{self.path}: {name} has shape {list(found)}, expected {list(shape)}")
-        tensor: Tensor = self.file.get_tensor(name)
+        tensor = self.file.read(name)
         if tensor.dtype != dtype:
             raise ArtifactError(f"{self.path}: {name} is {tensor.dtype}, expected {dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if self.finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{self.path}: {name} has NaN or infinite values")
         self.found[name] = tensor
         return tensor

@@ -219,33 +219,73 @@ def spectral_attention(
     guards.require_query(query, view.key.tail)
     mask, s_aux = guards.fitting_mask(mask, query, view.length), guards.fitting_sink_logits(s_aux, query)
     scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
-    outputs = []
-    total = query.shape[2]
     on_codes = (
-        total <= CODE_QUERIES
+        query.shape[2] <= CODE_QUERIES
         and isinstance(view.key.codec, SpectralCodec)
         and isinstance(view.value.codec, SpectralCodec)
         and not view.shifted
     )
     if on_codes:
-        output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux)
+
+        def beside(small: CacheView, small_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            more = (scaling, causal, softcap, s_aux)
+            plain = plain_attention(query.float(), small, small_mask, *more)
+            return plain, own_precision(query, small, small_mask, *more)
+
+        output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux, beside)
         if output is not None:
             return output
+    return plain_attention(query, view, mask, scaling, causal, softcap, s_aux, on_codes)
+
+
+def plain_attention(
+    query: Tensor,
+    view: CacheView,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    on_codes: bool = True,
+) -> Tensor:
+    """:func:`spectral_attention` in plain torch, on codes or on decoded tiles."""
+    total, heads = query.shape[2], view.key.tail.shape[1]
+    parts = []
     for first in range(0, max(total, 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
-        heads = view.key.tail.shape[1]
         rows = QueryRows(part, heads, view.length, mask, scaling, causal, softcap, (first, total))
         softmax = OnlineSoftmax(rows.query, view.value.tail.shape[3])
         if s_aux is not None:
             softmax.add(rows.sink_scores(s_aux))
         _attend_sinks(rows, view, softmax)
-        if on_codes:
-            _attend_codes(rows, view, softmax)
-        else:
-            _attend_decoded(rows, view, softmax)
+        parts.append((rows, softmax))
+    if on_codes:
+        _attend_codes(*parts[0], view)
+    else:
+        _attend_decoded(parts, view)
+    for rows, softmax in parts:
         _attend_tail(rows, view, softmax)
-        outputs.append(rows.to_output(softmax.result(), query.dtype))
-    return torch.cat(outputs, dim=1)
+    return torch.cat([rows.to_output(softmax.result(), query.dtype) for rows, softmax in parts], dim=1)
+
+
+def own_precision(
+    query: Tensor,
+    view: CacheView,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """The same attention over decoded tokens in the model's dtype throughout: how far off that dtype makes it."""
+    keys, values = view.dense("key"), view.dense("value")
+    rows = QueryRows(query, keys.shape[1], view.length, mask, scaling, causal, softcap, (0, query.shape[2]))
+    raw = rows.query.to(query.dtype) @ keys.transpose(-1, -2)
+    scores = rows.scores(raw, 0, view.length)
+    if s_aux is not None:
+        scores = torch.cat((scores, rows.sink_scores(s_aux).to(scores.dtype)), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : view.length].to(values.dtype)
+    return rows.to_output(weights @ values, query.dtype)
 
 
 def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
@@ -290,21 +330,21 @@ def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) 
     return rows.scores_at(raw, slots[None], valid)
 
 
-def _attend_decoded(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
-    """Attend on the encoded blocks by decoding one tile at a time."""
+def _attend_decoded(parts: list[tuple[QueryRows, OnlineSoftmax]], view: CacheView) -> None:
+    """Attend on the encoded blocks by decoding one tile at a time, once for all queries."""
     assert view.key.codec is not None
     assert view.value.codec is not None
     backend = view.layer.backend
     for first, last in view.tiles(TILE_BLOCKS):
         places = view.places[first:last]
         keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.frames, backend)
-        scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
-        weights = softmax.add(scores)
         values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.frames, backend)
-        softmax.accumulate(matmul(weights, values))
+        for rows, softmax in parts:
+            scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
+            softmax.accumulate(matmul(softmax.add(scores), values))
 
 
-def _attend_codes(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
+def _attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView) -> None:
     """Attend on the encoded blocks without decoding them."""
     keys, values = view.key.codec, view.value.codec
     assert isinstance(keys, SpectralCodec)

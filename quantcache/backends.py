@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from quantcache import trials
 from quantcache.ambient import without_autocast
 from quantcache.codebook import POLYNOMIALS, gaussian_codebook
 from quantcache.codec import SideCodec, SpectralCodec, dequantize_gain
 from quantcache.errors import QuantCacheError
 from quantcache.lazy import CacheView
-from quantcache.packing import MAX_WIDTH
+from quantcache.packing import BLOCK, MAX_WIDTH
 from quantcache.padding import shows_padding
 from quantcache_kernels import cpu
 
@@ -52,7 +54,9 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
         codes, gains = cpu.encode(x, _native_constants(codec), places, starts)
         return {"codes": codes, "gains": gains}
     if isinstance(codec, SpectralCodec) and _triton_takes(x, backend, codec):
-        return _triton_encode(codec, x, places, starts)
+        work = functools.partial(_encoding_trial, codec, x, places, starts)
+        if _trusted("encode", x.device, (codec.dim, codec.frame.num_fast, x.dtype, starts is None), work):
+            return _triton_encode(codec, x, places, starts)
     return codec.encode(x, places, starts)
 
 
@@ -73,7 +77,10 @@ def decode(
         ``[B, H, n * 64, D]`` float32, slots beyond a block's valid length included.
     """
     if isinstance(codec, SpectralCodec) and "shifts" not in fields and _triton_takes(fields["codes"], backend, codec):
-        return _triton_decode(codec, fields, places, starts)
+        work = functools.partial(_decoding_trial, codec, fields, places, starts)
+        geometry = (codec.dim, codec.frame.num_fast, codec.frame.is_identity, starts is None)
+        if _trusted("decode", fields["codes"].device, geometry, work):
+            return _triton_decode(codec, fields, places, starts)
     return codec.decode(fields, places, starts).float()
 
 
@@ -85,6 +92,7 @@ def attend_view(
     causal: bool,
     softcap: float | None,
     s_aux: Tensor | None,
+    beside: Beside | None = None,
 ) -> Tensor | None:
     """Attend on a whole view, encoded blocks and dense tokens, with one call of a kernel.
 
@@ -96,9 +104,10 @@ def attend_view(
         causal: What a missing mask means.
         softcap: Soft cap of the scores, or None.
         s_aux: One attention-sink logit for each query head, ``[Hq]``, or None.
+        beside: Plain torch, to try a kernel beside before its first use; without it the kernel is not tried.
 
     Returns:
-        ``[B, Tq, Hq, Dv]`` in the query's dtype; None where no kernel supports the case.
+        ``[B, Tq, Hq, Dv]`` in the query's dtype; None where no kernel supports the case, or it has failed its trial.
     """
     keys, values = view.key, view.value
     if not isinstance(keys.codec, SpectralCodec) or not isinstance(values.codec, SpectralCodec):
@@ -120,14 +129,23 @@ def attend_view(
         problem = "the positions of some row are not its slots behind its padding"
     elif shows_padding(mask, view.starts, view.length):
         problem = "some query looks at padding"
-    if problem is None and mask is not None:
+    if problem is None and mask is not None and mask.shape[2] != query.shape[2]:
         mask = mask.expand(-1, -1, query.shape[2], -1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = causal and mask is None and query.shape[2] > 1
     if problem is None and all(x.dtype in cpu.DTYPES for x in dense) and _native_takes(query, view.layer.backend):
         return _native_attend(query, view, dense, mask, s_aux, scaling, causal, softcap)
     if _triton_takes(query, view.layer.backend, keys.codec, values.codec, problem=problem):
-        return _triton_attend(query, view, dense, mask, s_aux, scaling, causal, softcap)
+        attend = functools.partial(_triton_attend, query, scaling=scaling, causal=causal, softcap=softcap)
+        trusted = not trials.rejected("attend", "triton", query.device)
+        if trusted and beside is not None:
+            work = functools.partial(_attention_trial, view, mask, s_aux, attend, beside)
+            heads, count = query.shape[1] // keys.codec.num_heads, query.shape[2]
+            dims = (keys.codec.dim, keys.codec.frame.num_fast, values.codec.dim, heads, count > 1, heads * count <= 8)
+            kinds = (query.dtype, view.starts is None, mask is None, s_aux is None, softcap is None, view.cut)
+            trusted = _trusted("attend", query.device, (*dims, *kinds), work)
+        if trusted:
+            return attend(view=view, dense=dense, mask=mask, s_aux=s_aux)
     return None
 
 
@@ -143,6 +161,52 @@ def _is_plain(mask: Tensor, query: Tensor, length: int) -> bool:
         and mask.shape[2] in (1, count)
         and mask.shape[3] >= length
     )
+
+
+# ----------------------------------------------------------------------- first use
+
+Beside = Callable[[CacheView, Tensor | None], tuple[Tensor, Tensor]]
+"""Plain torch on a view with a mask: exactly, and in the model's precision."""
+
+Trial = tuple[Callable[[], Tensor], Tensor, Tensor]
+"""See :func:`quantcache.trials.passes`."""
+
+TRIAL_BLOCKS = 2
+
+UNTRIED = {"cpu"}
+"""Devices where a Triton kernel is not tried: on a CPU it is the interpreter's, which nobody uses but tests."""
+
+
+def _trusted(operation: str, device: torch.device, geometry: Hashable, work: Callable[[], Trial]) -> bool:
+    """Whether a Triton kernel may be used."""
+    return device.type in UNTRIED or trials.passes(operation, "triton", device, geometry, work)
+
+
+@torch.no_grad()
+def _attention_trial(
+    view: CacheView, mask: Tensor | None, s_aux: Tensor | None, attend: Callable[..., Tensor], beside: Beside
+) -> Trial:
+    small = view.first_blocks(TRIAL_BLOCKS)
+    if mask is not None:
+        mask = mask.new_ones(*mask.shape[:3], small.length)
+    dense = (small.key.sinks, small.value.sinks, small.key.tail, small.value.tail)
+    return (functools.partial(attend, view=small, dense=dense, mask=mask, s_aux=s_aux), *beside(small, mask))
+
+
+@torch.no_grad()
+def _encoding_trial(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Trial:
+    """The kernel's error on some tokens beside plain torch's."""
+    some, where = x[:, :, : TRIAL_BLOCKS * BLOCK].nan_to_num(0.0, 0.0, 0.0), places[:TRIAL_BLOCKS]
+    decoded = codec.decode(codec.encode(some, where, starts), where, starts)
+    return lambda: codec.decode(_triton_encode(codec, some, where, starts), where, starts), some.float(), decoded
+
+
+@torch.no_grad()
+def _decoding_trial(codec: SpectralCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Trial:
+    """The kernel's distance from the reference in float64 beside that of the reference in float32."""
+    some, where = {name: field[:TRIAL_BLOCKS] for name, field in fields.items()}, places[:TRIAL_BLOCKS]
+    exact = codec.decode(some, where, starts, torch.float64)
+    return lambda: _triton_decode(codec, some, where, starts), exact, codec.decode(some, where, starts)
 
 
 # ---------------------------------------------------------------------- CPU kernels

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Self, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from quantcache import backends, cache_files, cache_layout, compat
+from quantcache import backends, cache_files, cache_layout, compat, processes
 from quantcache.accounting import CacheMemory, measure
 from quantcache.ambient import default_device
 from quantcache.artifact import Calibration
@@ -21,17 +19,19 @@ from quantcache.artifact_checks import stand_in_config
 from quantcache.attention import register_attention
 from quantcache.backends import Backend
 from quantcache.calibrated_codecs import calibrated_codecs
+from quantcache.consistency import ConsistentCache
 from quantcache.errors import CalibrationMismatch, QuantCacheError
 from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
 from quantcache.lazy import LazyKV
 from quantcache.mixed_layers import copy_beside, spectral_layer
 from quantcache.padding import Arrivals
 from quantcache.schema import SideBits
+from quantcache.writing import steadily
 
 __all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
 
 
-class BlockCache(DynamicCache):
+class BlockCache(ConsistentCache):
     """A DynamicCache whose full-attention layers store blocks through codecs of the caller's choice.
 
     Args:
@@ -58,18 +58,17 @@ class BlockCache(DynamicCache):
                 raise ValueError(f"{name} must not be negative, got {length}")
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
+        processes.use_living_threads()
         register_attention()
         with default_device():  # a sliding-window layer of transformers states none
             super().__init__(config=config)
-        self.foreign = cache_layout.cross_attention_layers(config)  # layers that hold another input's tokens
+        self.foreign = frozenset(cache_layout.cross_attention_layers(config))
         for index, layer in enumerate(self.layers):
             if compat.is_full_attention(layer) and index not in self.foreign:
                 arguments = (*codecs_of(index), sink_length, residual_length, backend, index)
                 self.layers[index] = spectral_layer(layer, *arguments)
-        self.broken: str | None = None
         self.announced: tuple[Tensor | None, Tensor | None] | None = None  # 2D mask and positions of the next pass
         self.arrivals: tuple[int, int, Arrivals] | None = None  # T and Tnew of this pass, and what those say
-        self.updating: int  # the thread inside update(), while there is one
 
     @property
     def spectral_layers(self) -> list[SpectralLayer]:
@@ -80,43 +79,11 @@ class BlockCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values; see :meth:`SpectralLayer.update`.
-
-        Args:
-            key_states: ``[B, Hkv, Tnew, D]``.
-            value_states: ``[B, Hkv, Tnew, Dv]``.
-            layer_idx: The layer.
-            args: Passed on.
-            kwargs: Passed on.
-
-        Returns:
-            Keys and values of all T tokens, lazy from a spectral layer.
-
-        Raises:
-            QuantCacheError: A forward pass was interrupted, two threads use the cache at once, or the tokens do not
-                continue what is cached.
-        """
-        me = threading.get_ident()
-        if vars(self).setdefault("updating", me) != me:  # one call into C: atomic
-            self._break("two threads use it at once")
-        try:
-            layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-            if isinstance(layer, SpectralLayer):
-                kwargs["arrivals"] = self._arrivals(layer, key_states)
-            if isinstance(layer, DynamicLayer):
-                if layer_idx not in self.foreign:
-                    self._check_lengths(layer, layer_idx, key_states.shape[2])
-                if not isinstance(layer, SpectralLayer) and layer.is_initialized and layer.device != key_states.device:
-                    layer.device = key_states.device
-                    layer.prefetch()
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        finally:
-            del self.updating
-
-    @torch.compiler.disable  # traced, it would be compiled anew for every block
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        """Tokens cached, T; see DynamicCache."""
-        return super().get_seq_length(*args, **kwargs)
+        """Append a layer's new keys and values, with what the model says of padding; see :class:`ConsistentCache`."""
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, SpectralLayer):
+            kwargs["arrivals"] = self._arrivals(layer, key_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @torch.compiler.disable
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -131,86 +98,17 @@ class BlockCache(DynamicCache):
         sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
         if self.announced is not None:
             (mask, positions), self.announced = self.announced, None
-            fits = all(each is None or each.shape[0] in (1, keys.shape[0]) for each in (mask, positions))
+            fits = mask is None or mask.shape[0] == keys.shape[0]
+            if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, keys.shape[0])):
+                positions = None  # several for every token
             self.arrivals = (*sizes, Arrivals.of(mask, positions, *sizes)) if fits else None
         elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
             self.arrivals = None
         return self.arrivals[2] if self.arrivals is not None and self.arrivals[:2] == sizes else None
 
-    def _break(self, reason: str) -> NoReturn:
-        """Refuse to go on until somebody has put the cache in order."""
-        self.broken = f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
-        raise QuantCacheError(self.broken)
-
-    def _follows_text(self, index: int, layer: Any) -> bool:
-        """Whether a layer gets keys and values of every token of the text."""
-        return isinstance(layer, DynamicLayer) and index not in self.foreign
-
-    def _check_lengths(self, layer: DynamicLayer, index: int, count: int) -> None:
-        """Refuse an update that finds some layers ahead of others: each forward pass brings every layer its tokens."""
-        if self.broken is not None:
-            raise QuantCacheError(self.broken)
-        first = next(i for i, each in enumerate(self.layers) if self._follows_text(i, each))
-        cause = "because a forward pass was interrupted or another thread is in one"
-        if index == first:
-            followers: list[Any] = [each for i, each in enumerate(self.layers) if self._follows_text(i, each)]
-            held = {each.get_seq_length() for each in followers if each.is_initialized}
-            if len(held) > 1:
-                self._break(f"some layers hold {min(held)} tokens and others {max(held)}, {cause}")
-            return
-        leader: Any = self.layers[first]
-        ours, theirs = layer.get_seq_length() + count, leader.get_seq_length() if leader.is_initialized else None
-        if theirs is not None and ours != theirs:
-            self._break(f"layer {index} would hold {ours} tokens and layer {first} holds {theirs}, {cause}")
-
-    def rollback(self) -> int:
-        """Drop the tokens that an interrupted forward pass has brought to some layers only.
-
-        Returns:
-            Tokens kept, T.
-
-        Raises:
-            QuantCacheError: A layer of transformers' own cannot go back; ``reset()`` is what is left.
-        """
-        layers: list[Any] = [layer for i, layer in enumerate(self.layers) if self._follows_text(i, layer)]
-        lengths = [layer.get_seq_length() for layer in layers]
-        keep = min(lengths)
-        if not keep:
-            self.reset()
-            return 0
-        other = next((each for each in self.layers if isinstance(each, LinearAttentionCacheLayerMixin)), None)
-        if other is not None:
-            raise QuantCacheError(f"a {type(other).__name__} cannot go back: call reset()")
-        for layer, length in zip(layers, lengths, strict=True):
-            if length > keep and not isinstance(layer, SpectralLayer):
-                raise QuantCacheError(
-                    f"a {type(layer).__name__} holds {length} tokens and cannot go back to {keep}: call reset()"
-                )
-        for layer, length in zip(layers, lengths, strict=True):
-            if length > keep:
-                layer.crop(keep - length)
-        self.broken = None
-        return keep
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        super().reset()
-        self.broken = self.announced = self.arrivals = None
-
-    def fork(self) -> Self:
-        """A cache of the same tokens that shares the encoded blocks: of one prefix, as many as are wanted.
-
-        Whichever cache encodes a block first copies what it shares, so a fork is free for as long as its own tokens
-        fit into the residual window. Layers of transformers' own are copied at once.
-
-        Returns:
-            The new cache.
-        """
-        new = copy.copy(self)
-        new.layers = [
-            layer.fork() if isinstance(layer, SpectralLayer) else copy.deepcopy(layer) for layer in self.layers
-        ]
-        return new
+    def _clear(self) -> None:
+        super()._clear()
+        self.announced = self.arrivals = None
 
     def memory(self) -> CacheMemory:
         """Bytes held, by kind.
@@ -218,30 +116,17 @@ class BlockCache(DynamicCache):
         Returns:
             The record; its ``str()`` is a table.
         """
-        return measure(self)
+        return measure(self.glimpse())
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Yield dense (keys, values, sliding window) of every layer, as DynamicCache does."""
-        for keys, values, window in super().__iter__():
+        for keys, values, window in DynamicCache.__iter__(self.fork()):
             if isinstance(keys, LazyKV) and isinstance(values, LazyKV):
                 keys, values = keys.materialize(), values.materialize()
             yield keys, values, window
 
-    def __copy__(self) -> Self:
-        """Another cache of the same layers."""
-        new = object.__new__(type(self))
-        vars(new).update(vars(self))
-        return new
-
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise QuantCacheError(f"a {type(self).__name__} cannot be pickled: use save() and load()")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy what is stored; the calibration and its constants are shared."""
-        new = copy.copy(self)
-        memo[id(self)] = new
-        new.layers = copy.deepcopy(self.layers, memo)
-        return new
 
 
 class SpectralCache(BlockCache):
@@ -400,7 +285,8 @@ class SpectralCache(BlockCache):
         """
         if self.calibration is None:
             raise QuantCacheError("a self-calibrating cache has no calibration to be read with and cannot be saved")
-        cache_files.write_cache(Path(path), self, self.calibration, model)
+        seen = self.settled()
+        cache_files.write_cache(Path(path), seen.glimpse(), self.calibration, model, lambda: self.holds(seen.layers))
 
     @classmethod
     def load(
@@ -430,6 +316,17 @@ class SpectralCache(BlockCache):
             CalibrationMismatch: It was written with another calibration or model.
         """
         path = Path(path)
+        return steadily([path], lambda: cls._read(path, calibration, model, config, backend))
+
+    @classmethod
+    def _read(
+        cls,
+        path: Path,
+        calibration: Calibration,
+        model: PreTrainedModel | None,
+        config: PreTrainedConfig | None,
+        backend: Backend,
+    ) -> SpectralCache:
         description = cache_files.read_description(path)
         cache = cls(
             cache_files.calibration_at(description, calibration, path),

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, astuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -28,13 +27,16 @@ from quantcache.artifact_files import TensorReader
 from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.jsonfile import parse_json
-from quantcache.layer import Span, SpectralLayer
+from quantcache.layer import SpectralLayer
 from quantcache.mixed_layers import MIXED
 from quantcache.packing import BLOCK
 from quantcache.padding import Grid
 from quantcache.rope import ANCHOR_LENGTH
 from quantcache.schema import SIDES, LayerCalibration, Rate
+from quantcache.spans import Span
 from quantcache.store import BlockStore
+from quantcache.tensor_file import TensorFile, checksum, content_bytes
+from quantcache.writing import current_umask, partial_folder
 
 FORMAT = "quantcache-cache"
 SCHEMA_VERSION = "2.1"
@@ -66,7 +68,7 @@ def fingerprint(calibration: Calibration) -> str:
             for name, tensor in sorted(vars(layer.side(side)).items()):
                 digest.update(f"{side}.{name}{None if tensor is None else list(tensor.shape)}".encode())
                 if tensor is not None:
-                    digest.update(_bytes(tensor))
+                    digest.update(content_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -89,28 +91,20 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float()
         digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(_bytes(sample))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """The elements of a tensor in order."""
-    flat = tensor.detach().contiguous().cpu().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(content_bytes(sample))
     return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- writing
 
 
-def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTrainedModel | None) -> None:
+def write_cache(
+    path: Path,
+    cache: Cache,
+    calibration: Calibration,
+    model: PreTrainedModel | None,
+    unchanged: Callable[[], bool] = lambda: True,
+) -> None:
     """Write a cache, complete or not at all.
 
     Args:
@@ -118,9 +112,11 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
         cache: A SpectralCache.
         calibration: Its calibration.
         model: The model that filled it.
+        unchanged: Says, once all is written, whether the cache still holds what was read.
 
     Raises:
-        QuantCacheError: The cache holds something that cannot be written, or a forward pass was interrupted.
+        QuantCacheError: The cache holds something that cannot be written, a forward pass was interrupted, or another
+            thread has changed the cache in the meantime.
     """
     lengths = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)]
     if len(set(lengths)) > 1:
@@ -154,16 +150,16 @@ def write_cache(path: Path, cache: Cache, calibration: Calibration, model: PreTr
         "calibration": fingerprint(calibration),
         "model": None if model is None else model_fingerprint(model),
         "layers": layers,
-        "sha256": _checksum(tensors),
+        "sha256": checksum(tensors),
         "environment": compat.versions(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantcache-") as folder:
-        temporary = Path(folder) / path.name
+    with partial_folder(path.parent) as folder:
+        temporary = folder / path.name
         save_file(tensors, temporary, metadata={"format": "pt", DESCRIPTION: json.dumps(description)})
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors may write owner-only files
+        os.chmod(temporary, 0o666 & ~current_umask())  # safetensors may write owner-only files
+        if not unchanged():
+            raise QuantCacheError(f"another thread changed the cache while it was being written to {path}")
         os.replace(temporary, path)
 
 
@@ -220,10 +216,9 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     try:
         check_header(path)
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(DESCRIPTION, "null")
-        description = parse_json(text)
-    except (SafetensorError, OSError, ValueError) as error:
+        with TensorFile(path) as file:
+            description = parse_json(file.metadata.get(DESCRIPTION, "null"))
+    except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ArtifactError(f"{path} is no saved cache: its header has no {FORMAT!r} description")
@@ -297,19 +292,16 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
     if not isinstance(entries, list) or len(entries) != len(cache.layers):
         found = len(entries) if isinstance(entries, list) else entries
         raise ArtifactError(f"{path} describes {found} layers, the model has {len(cache.layers)}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            reader = TensorReader(file, path)
-            for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
-                _read_layer(reader, layer, entry, index, calibration)
-            if reader.unread:
-                raise ArtifactError(f"{path} has unknown tensors {', '.join(sorted(reader.unread)[:5])}")
-            checksum = _checksum(reader.found)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if checksum != description.get("sha256"):
+    with TensorFile(path) as file:
+        reader = TensorReader(file, path, finite=False)  # a model's tokens may hold anything
+        for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
+            _read_layer(reader, layer, entry, index, calibration)
+        if reader.unread:
+            raise ArtifactError(f"{path} has unknown tensors {', '.join(sorted(reader.unread)[:5])}")
+        found = checksum(reader.found)
+    if found != description.get("sha256"):
         raise ArtifactError(
-            f"{path} is damaged: its tensors have checksum {checksum[:12]}, written were "
+            f"{path} is damaged: its tensors have checksum {found[:12]}, written were "
             f"{str(description.get('sha256'))[:12]}"
         )
     lengths = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)}
@@ -376,7 +368,10 @@ def _read_spectral(
             sinks = (rows, heads, layer.sink_length, dim)
             state["sinks"][side] = reader.read(f"{prefix}.{side}.sinks", sinks, dtype)
             if padded:
-                state["leads"][side] = reader.read(f"{prefix}.{side}.lead", sinks, dtype)
+                # Files of schema 2.0 lack it: what lay before the first block was padding, which nobody may look at.
+                name, known = f"{prefix}.{side}.lead", f"{prefix}.{side}.lead" in reader.unread
+                lead = reader.read(name, sinks, dtype) if known else torch.zeros(sinks, dtype=dtype, device="cpu")
+                state["leads"][side] = lead
             fields = _field_shapes(codec, (blocks, rows, heads, dim), dtype)
             if side == "key" and entry.get("shifted") is True:
                 fields["shifts"] = ((blocks, rows, BLOCK), torch.int32)

@@ -33,6 +33,9 @@ _CACHE_ATTRIBUTES = (
 _PER_LAYER = ("sliding_window", "attention_chunk_size", "number_of_conv_states")
 """Those of them that a cache's layer takes from a config of the layer's own."""
 
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of RoPE whose frequencies change with the length of the context."""
+
 Shape = tuple[tuple[int, int], tuple[int, int]]
 """(heads, dimension) of a layer's keys and of its values."""
 
@@ -185,7 +188,9 @@ def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
     if not parameters and not rotary_dim:
         return Rope()
     layer_types = getattr(config, "layer_types", None)
+    more: dict[str, Any] = {}
     if layer_types and layer_types[layer] in parameters:
+        more["layer_type"] = layer_types[layer]
         parameters = parameters[layer_types[layer]]
         if parameters is None:  # a layer without RoPE among others that have it
             return Rope()
@@ -193,8 +198,8 @@ def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
     rotary = rotary_dim or int(dim * parameters.get("partial_rotary_factor", 1.0)) // 2 * 2
     theta = parameters.get("rope_theta", 10_000.0)
     kind = parameters.get("rope_type", "default")
-    if kind == "llama3":
-        inv_freq = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    if kind in ROPE_INIT_FUNCTIONS and kind not in LENGTH_DEPENDENT:
+        inv_freq = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **more)[0]
         return Rope("half", tuple(inv_freq.double().tolist()))
     return Rope("half", tuple(theta ** (-2.0 * i / rotary) for i in range(rotary // 2)))
 
@@ -386,6 +391,9 @@ def cached_shapes(config: PreTrainedConfig) -> dict[int, Shape]:
         return {index: (kv_geometry(text, index),) * 2 for index in layers}
     traced = traced_layers(config) or []
     shapes = {index: shape for index in layers if index < len(traced) and (shape := held_shape(traced[index]))}
+    latent, rotated = (declared(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    if not traced and isinstance(latent, int) and isinstance(rotated, int):
+        shapes = dict.fromkeys(layers, ((1, latent), (1, rotated)))
     if len(shapes) < len(layers):
         missing = [index for index in layers if index not in shapes]
         raise UnsupportedModel(f"the shapes that layers {missing} of a {config.model_type} model cache are not known")

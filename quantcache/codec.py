@@ -280,9 +280,9 @@ class SpectralCodec:
         """
         vectors: Tensor
         if self.is_diagonal:
-            vectors = coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+            vectors = coefficients * self.decoder.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).to(coefficients.dtype)
         else:
-            vectors = matmul(coefficients, self.decoder.transpose(-1, -2))
+            vectors = matmul(coefficients, self.decoder.transpose(-1, -2).to(coefficients.dtype))
         return vectors
 
     def encode_block(self, x: Tensor, place: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -357,7 +357,7 @@ class SpectralCodec:
             payload[:, c.words] = trellis.pack_path(path, c.width).view(u.shape[0], -1)
         return payload, quantized.view(u.shape)
 
-    def saturated(self, gains: Tensor, places: Tensor, first: Tensor | None) -> tuple[int, int, int]:
+    def saturated(self, gains: Tensor, places: Tensor, first: Tensor | None) -> Tensor:
         """How many gains lie at the ends of what 8 bits can say, among the tokens that are read.
 
         Args:
@@ -367,15 +367,17 @@ class SpectralCodec:
 
         Returns:
             Gains of the largest code, which may have been larger, gains of zero, and all gains, in heads that have
-            codes at all.
+            codes at all, ``[3]``.
         """
-        tokens = torch.arange(BLOCK, device=gains.device)
-        counted = (tokens < places[:, 1:2])[:, None, None] & self.coded.any(-1).to(gains.device)[:, None]
+        tokens = torch.arange(BLOCK, dtype=torch.int64, device=gains.device)
+        coded = self.coded.any(-1)
+        if coded.device != gains.device:  # blocks that are offloaded
+            coded = coded.to(gains.device)
+        counted = (tokens < places[:, 1:2])[:, None, None] & coded[:, None]
         if first is not None:
             counted = counted & (places[:, :1] + tokens >= first[:, None, None]).transpose(0, 1)[:, :, None]
         ends = [((gains == code) & counted).sum() for code in (LARGEST_GAIN_CODE, 0)]
-        above, below, count = torch.stack((*ends, counted.expand_as(gains).sum())).tolist()
-        return above, below, count
+        return torch.stack((*ends, counted.expand_as(gains).sum()))
 
     # ------------------------------------------------------------------ decode
 
@@ -398,18 +400,26 @@ class SpectralCodec:
         return scaled
 
     @without_autocast
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(
+        self,
+        fields: dict[str, Tensor],
+        places: Tensor,
+        starts: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Decode blocks to the vectors the model cached.
 
         Args:
             fields: ``codes`` ``[n, B, W]``, ``gains`` ``[n, B, H, 64]`` and maybe ``shifts`` ``[n, B, 64]``.
             places: The blocks' places, ``[n, 3]``.
             starts: Left padding of every row, ``[B]``, or None; not looked at where there are shifts.
+            dtype: What to compute in.
 
         Returns:
-            ``[B, H, n * 64, D]`` float32 (slots beyond a block's valid length included).
+            ``[B, H, n * 64, D]`` (slots beyond a block's valid length included).
         """
-        framed = self.synthesize(self.dequantize(fields).transpose(-1, -2)) + self.mean[:, None]  # [n, B, H, 64, D]
+        coefficients = self.dequantize(fields).transpose(-1, -2).to(dtype)
+        framed = self.synthesize(coefficients) + self.mean[:, None]  # [n, B, H, 64, D]
         framed = framed.permute(1, 2, 0, 3, 4).flatten(2, 3)
         if self.frame.is_identity:
             return framed

@@ -87,6 +87,18 @@ def is_recurrent(layer: Any) -> bool:
     return type(layer) is LinearAttentionLayer
 
 
+def is_stateful(layer: Any) -> bool:
+    """Whether a stock cache layer holds recurrent states, alone or beside keys and values.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+
+    Returns:
+        True for anything with a recurrence or a convolution.
+    """
+    return isinstance(layer, LinearAttentionLayer)
+
+
 def is_placeholder(layer: Any) -> bool:
     """Whether a stock cache layer never holds anything.
 
@@ -331,6 +343,19 @@ def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) 
     """
     if can_change_attention(model) and attention_implementations(model) != implementation:
         model.set_attn_implementation(implementation)
+
+
+def stock_rows(layer: Any) -> int | None:
+    """Batch size of what a layer of transformers' own holds.
+
+    Args:
+        layer: A cache layer.
+
+    Returns:
+        The size; None if it holds nothing.
+    """
+    held = (getattr(layer, "keys", None), *getattr(layer, "conv_states", {}).values())
+    return next((each.shape[0] for each in held if each is not None and each.numel()), None)
 
 
 @dataclass(frozen=True)

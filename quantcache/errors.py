@@ -42,3 +42,7 @@ class NothingToCompress(UnsupportedModel):
 
 class CalibrationWarning(UserWarning):
     """A calibration fits a model's geometry, but was made for another model."""
+
+
+class RowError(QuantCacheError, IndexError):
+    """A batch has no such rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,51 @@ from torch import Tensor
 from quantcache.errors import QuantCacheError, TokensNotFinite
 
 logger = logging.getLogger(__name__)
+
+
+class Later:
+    """A few numbers that a device works out, had when they are asked for: until then the CPU goes on.
+
+    Args:
+        numbers: The numbers, ``[n]``.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._event = numbers, None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(numbers.device))
+
+    @staticmethod
+    def pays(device: torch.device) -> bool:
+        """Whether asking later spares a wait."""
+        return device.type == "cuda"
+
+    def tolist(self) -> list[Any]:
+        """The numbers; waits where they are still under way."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()
+
+
+class Look:
+    """Whether tokens are finite: asked on their device at once, answered when the CPU needs to know.
+
+    Args:
+        tokens: Keys, values or both.
+    """
+
+    def __init__(self, tokens: dict[str, Tensor]) -> None:
+        self._flags: Later | None = None
+        if tokens:
+            with torch.no_grad():
+                self._flags = Later(torch.stack([torch.isfinite(tensor).all() for tensor in tokens.values()]))
+
+    def finite(self) -> bool:
+        """Whether all tokens are finite; waits for the answer where it is still under way."""
+        return self._flags is None or all(self._flags.tolist())
 
 
 def require_continuation(index: int | None, side: str, cached: Tensor, new: Tensor) -> None:
@@ -67,21 +113,22 @@ def require_finite(index: int | None, side: str, tokens: Tensor, start: int, sta
         )
 
 
-def warn_of_saturation(index: int | None, side: str, above: int, below: int, count: int) -> None:
+def warn_of_saturation(index: int | None, gains: dict[str, Later]) -> None:
     """Say so, once for each side of a layer, where gains do not fit their range.
 
     Args:
         index: The layer.
-        side: ``"key"`` or ``"value"``.
-        above: Gains at the largest code.
-        below: Gains of zero.
-        count: All gains.
+        gains: By side, how many gains have the largest code, how many are zero, and how many there are.
     """
     advice = "the calibration does not fit this model or text; SpectralCache.memory() counts such tokens"
-    if above:
-        _warn_once(f"layer {index}: some {side}s are 16 times as large as calibrated, or more, and lose size: {advice}")
-    if below and below == count:
-        _warn_once(f"layer {index}: {side}s are 16 times as small as calibrated, or less, and are lost: {advice}")
+    for side, counts in gains.items():
+        above, below, count = counts.tolist()
+        if above:
+            _warn_once(
+                f"layer {index}: some {side}s are 16 times as large as calibrated, or more, and lose size: {advice}"
+            )
+        if below and below == count:
+            _warn_once(f"layer {index}: {side}s are 16 times as small as calibrated, or less, and are lost: {advice}")
 
 
 @functools.cache
@@ -143,6 +190,8 @@ def fitting_mask(mask: Tensor | None, query: Tensor, length: int) -> Tensor | No
     if mask.device != query.device:
         raise QuantCacheError(f"the attention mask is on {mask.device}, the queries are on {query.device}")
     mask = mask.float() if mask.dtype == torch.float64 else mask
+    if mask.shape == shape and shape[2:] == (count, length):
+        return mask
     return mask.reshape(shape)[..., :length].expand(-1, -1, count, length)
 
 

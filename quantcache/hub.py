@@ -7,6 +7,7 @@ Cache, tokens, offline mode and endpoint are huggingface_hub's own (``HF_HOME``,
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from quantcache.errors import ArtifactError, HubError
 
 LIBRARY = "quantcache"
+COMMIT_DIGITS = 40
 
 _Result = TypeVar("_Result")
 
@@ -82,6 +84,21 @@ def download(
         revision,
         what,
     )
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a downloaded file is of.
+
+    Args:
+        path: What :func:`download` returned.
+
+    Returns:
+        The commit, after which the Hub's cache names its folders; None for a file from elsewhere.
+    """
+    for parent, name in pairwise(path.parts):
+        if parent == "snapshots" and len(name) == COMMIT_DIGITS and set(name) <= set("0123456789abcdef"):
+            return name
+    return None
 
 
 def download_model(repo_id: str, *, revision: str | None = None, ignore: list[str], **options: Any) -> Path:

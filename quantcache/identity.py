@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quantcache import cache_layout
 from quantcache.card import is_repo_id
@@ -215,15 +214,10 @@ def declared_frequencies(text_config: PreTrainedConfig, layer: int) -> tuple[flo
     try:
         parameters = getattr(text_config, "rope_parameters", None) or {}
         kinds = getattr(text_config, "layer_types", None) or ()
-        own = kinds[layer] if layer < len(kinds) and kinds[layer] in parameters else None
-        kind = (parameters[own] if own else parameters).get("rope_type", "default")
-        if kind in ("dynamic", "longrope"):
+        own = parameters.get(kinds[layer]) if layer < len(kinds) else None
+        if (own or parameters).get("rope_type") in cache_layout.LENGTH_DEPENDENT:
             return ()
-        if kind in ("default", "llama3"):
-            return cache_layout.rope_from_config(text_config, layer).inv_freq
-        more = {"layer_type": own} if own else {}
-        found: Tensor = ROPE_INIT_FUNCTIONS[kind](text_config, torch.device("cpu"), **more)[0]
-        return tuple(found.double().tolist())
+        return cache_layout.rope_from_config(text_config, layer).inv_freq
     except Exception:  # configs need not be those of transformers' own models
         return ()
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from quantcache import backends, compat, guards, padding
+from quantcache import alignment, backends, compat, guards, padding
 from quantcache.ambient import without_autocast
 from quantcache.backends import Backend
 from quantcache.codec import SideCodec, SpectralCodec
@@ -20,43 +19,17 @@ from quantcache.errors import QuantCacheError, TokensNotFinite
 from quantcache.lazy import CacheView, LazyKV, SideView
 from quantcache.packing import BLOCK
 from quantcache.padding import Arrivals, Grid
-from quantcache.rope import ANCHOR_LENGTH
+from quantcache.rows import chosen_rows, repeated_rows
 from quantcache.schema import SIDES
-from quantcache.store import BlockStore
+from quantcache.spans import Span, next_spans, places_of
+from quantcache.store import BlockStore, moved
+from quantcache.transaction import commit, glimpse
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64
 
-
-def _with_sinks(sinks: Tensor, chunk: Tensor, starts: Tensor, slot: int) -> Tensor:
-    """The sinks with those tokens of ``chunk`` (first slot ``slot``) filled in that are sinks of their row."""
-    if not chunk.shape[2] or not sinks.shape[2]:
-        return sinks
-    index = starts[:, None] + torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device) - slot  # [B, S]
-    inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
-    index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
-    return torch.where(inside, chunk.gather(2, index), sinks)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one block lies.
-
-    Attributes:
-        start: Slot of the block's first token.
-        length: Tokens of the block that are valid, 1 to 64 (less than 64 only after a crop).
-        anchor: Slot of the block's anchor.
-    """
-
-    start: int
-    length: int
-    anchor: int
-
-    @property
-    def end(self) -> int:
-        """Slot behind the last valid token."""
-        return self.start + self.length
-
+LOOK_AHEAD = 8
+"""Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
 
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
 """Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
@@ -100,6 +73,9 @@ class SpectralLayer(DynamicLayer):
     trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
     cut: bool  # whether a crop has left some block less than full
     pending: bool  # whether new tokens await their reader before they may be encoded
+    gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
+    refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
+    look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
 
     def __init__(
         self,
@@ -132,6 +108,7 @@ class SpectralLayer(DynamicLayer):
             sinks={},
             tails={},
             leads={},
+            gains={},
             starts=None,
             origins=None,
             trail=None,
@@ -141,8 +118,8 @@ class SpectralLayer(DynamicLayer):
         )
 
     def _commit(self, **state: Any) -> None:
-        """Put a new state in place: one call into C, which no signal handler and no exception can come between."""
-        vars(self).update(state)
+        """Put a new state in place at once."""
+        commit([self], [{"look": None, "refused": False, **state}])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -162,7 +139,8 @@ class SpectralLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens cached, T."""
-        return self.encoded_end + (self.tails["key"].shape[2] if self.tails else 0)
+        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
+        return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
 
     @property
     def keys(self) -> Tensor | None:
@@ -192,19 +170,18 @@ class SpectralLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
+        now = glimpse(self)
         sides = {
             side: SideView(
-                self.codecs.get(side), self.stores[side], self.sinks.get(side), self.tails[side], self.leads.get(side)
+                now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side], now.leads.get(side)
             )
             for side in SIDES
         }
-        if self.spans:
-            places = self.places.buffers["places"][: self.places.count]
+        if now.spans:
+            places = now.places.buffers["places"][: now.places.count]
         else:
-            places = torch.zeros(0, 3, dtype=torch.int32, device=self.device)
-        return CacheView(
-            self, sides["key"], sides["value"], places, self.encoded_end, self.cut, self.starts, self.origins
-        )
+            places = torch.zeros(0, 3, dtype=torch.int32, device=now.device)
+        return CacheView(self, sides["key"], sides["value"], places, now.encoded_end, now.cut, now.starts, now.origins)
 
     @property
     def grid(self) -> Grid:
@@ -251,7 +228,7 @@ class SpectralLayer(DynamicLayer):
         if key_states.requires_grad or value_states.requires_grad:
             return self._update_differentiably(new, trail)
         tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
-        self._commit(tails=tails, trail=trail, pending=True)
+        self._commit(tails=tails, trail=trail, pending=True, look=self.look)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
 
@@ -288,7 +265,16 @@ class SpectralLayer(DynamicLayer):
         if due > 0:
             self._encode(lead, due)
         else:
-            self.pending = False
+            self._commit(pending=False, look=self._look_ahead(lead))
+
+    def _look_ahead(self, lead: int) -> guards.Look | None:
+        """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
+        length = self.tails["key"].shape[2] - lead
+        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK:
+            return self.look
+        if length < BLOCK + self.residual_length - LOOK_AHEAD:
+            return None
+        return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
 
     def finish_if_finite(self) -> None:
         """Encode what is due, unless it is not finite.
@@ -312,35 +298,42 @@ class SpectralLayer(DynamicLayer):
         codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
         grid = grid if framed else Grid(grid.starts)
-        shifts = self._shifts(grid, lead, count) if framed else None
-        spans = self._next_spans(lead, due)
-        places = torch.tensor([astuple(span) for span in spans], dtype=torch.int32, device=self.device)
+        shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
+        spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
+        places = places_of(spans, self.device)
+        coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
+        look = self.look if self.look is not None and due == 1 else guards.Look(coded)
+        if not look.finite():
+            self._commit(refused=True)
+            for side, tokens in coded.items():
+                guards.require_finite(self.index, side, tokens, spans[0].start, grid.starts)
         tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
+        gains: dict[str, guards.Later] = {}
         for side in SIDES:
             tail, store = self.tails[side], self.stores[side]
             encoded = tail[:, :, lead:count]
-            if codecs[side].bits is not None:
-                guards.require_finite(self.index, side, encoded, spans[0].start, grid.starts)
             sinks[side] = self.sinks[side] if self.spans else tail[:, :, :lead].clone()
             if grid.starts is not None:
                 if not self.spans:
                     # Padding may hold anything; of NaN no more is kept than codes would.
                     leads[side] = sinks[side] if codecs[side].bits is None else sinks[side].nan_to_num()
-                    sinks[side] = _with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
-                sinks[side] = _with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
+                    sinks[side] = alignment.with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
+                sinks[side] = alignment.with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
             frames = grid.frames
             if framed and side == "key":
-                store = self._moved_to(grid, codecs[side], store)
+                held, grids = self.places.slice(0, self.places.count).get("places", places), (self.grid, grid)
+                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, self.backend)
                 if shifts is not None:
-                    store, frames = self._with_shifts(store, grid), shifts
+                    store, frames = alignment.with_shifts(store, grid, tail.shape[0], tail.device), shifts
             fields = backends.encode(codecs[side], encoded, places, frames, self.backend)
             if frames is not None and frames.ndim == 2:
                 fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
             if isinstance(codec := codecs[side], SpectralCodec):
-                saturated = codec.saturated(fields["gains"], places, self._first_read(grid))
-                guards.warn_of_saturation(self.index, side, *saturated)
+                gains[side] = guards.Later(codec.saturated(fields["gains"], places, self._first_read(grid)))
             stores[side] = store.appended(fields)
             tails[side] = tail[:, :, count:].clone()
+        # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
+        guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
         self._commit(
             starts=grid.starts,
             origins=grid.origins,
@@ -352,6 +345,7 @@ class SpectralLayer(DynamicLayer):
             places=self.places.appended({"places": places}),
             sinks=sinks,
             tails=tails,
+            gains=gains if guards.Later.pays(self.device) else {},
             pending=False,
         )
 
@@ -370,52 +364,9 @@ class SpectralLayer(DynamicLayer):
             if isinstance(codec, SpectralCodec) and self.spans:
                 store, places = self.stores[side], self.places
                 gains, where = store.slice(0, store.count)["gains"], places.slice(0, places.count)["places"]
-                found = codec.saturated(gains, where, self._first_read(self.grid))
+                found = codec.saturated(gains, where, self._first_read(self.grid)).tolist()
                 above, below = above + found[0], below + found[1]
         return above, below
-
-    def _next_spans(self, lead: int, count: int) -> list[Span]:
-        spans: list[Span] = []
-        previous = self.spans[-1] if self.spans else None
-        for _ in range(count):
-            start = previous.end if previous else lead
-            shared = previous is not None and start + BLOCK <= previous.anchor + ANCHOR_LENGTH
-            previous = Span(start, BLOCK, previous.anchor if shared and previous else start)
-            spans.append(previous)
-        return spans
-
-    def _shifts(self, grid: Grid, first: int, last: int) -> Tensor | None:
-        """What is to be taken from the slots of some of the tail for their positions, ``[B, last - first]``.
-
-        None where that is the same for all tokens of a row, the encoded ones included.
-        """
-        if self.trail is None:
-            return None
-        shifts = padding.filled(self.trail, grid)[:, first:last]
-        frames = torch.zeros_like(shifts[:, 0]) if grid.frames is None else grid.frames
-        return shifts if "shifts" in self.stores["key"].buffers or bool((shifts != frames[:, None]).any()) else None
-
-    def _moved_to(self, grid: Grid, codec: SideCodec, store: BlockStore) -> BlockStore:
-        """The keys' blocks once more for rows that begin elsewhere than was thought: so far they held padding only."""
-        old, new = self.grid.frames, grid.frames
-        if not self.spans or old is None or new is None or "shifts" in store.buffers:
-            return store
-        rows = (old != new).nonzero().flatten()
-        if not len(rows):
-            return store
-        places, fields = self.places.buffers["places"][: self.places.count], store.slice(0, store.count)
-        held = codec.decode({name: each[:, rows] for name, each in fields.items()}, places, old[rows])
-        again = backends.encode(codec, held.to(self.tails["key"].dtype), places, new[rows], self.backend)
-        return store.mapped_fields({name: each.index_copy(1, rows, again[name]) for name, each in fields.items()})
-
-    def _with_shifts(self, store: BlockStore, grid: Grid) -> BlockStore:
-        """The keys' blocks with a field that says what is to be taken from each token's slot for its position."""
-        if not self.spans or "shifts" in store.buffers:
-            return store
-        rows = self.tails["key"].shape[0]
-        shifts = padding.plain(grid, rows, 0, BLOCK, self.device)[:, 0]
-        fields = store.slice(0, store.count)
-        return store.mapped_fields({**fields, "shifts": shifts.expand(store.count, rows, BLOCK)})
 
     # ------------------------------------------------------------------ cache semantics
 
@@ -450,7 +401,7 @@ class SpectralLayer(DynamicLayer):
             spans = [span for span in self.spans if span.start < keep]
             last = spans[-1]
             spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = torch.tensor([astuple(spans[-1])], dtype=torch.int32, device=self.device)
+            cut = places_of(spans[-1:], self.device)
             state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
             state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
             state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
@@ -472,42 +423,53 @@ class SpectralLayer(DynamicLayer):
             trail=None if self.trail is None else function(self.trail, 0),
         )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Gather rows, for beam search.
 
         Args:
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
-        """
-        self._map_batch(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+        Raises:
+            RowError: There is no such row.
+        """
+        if self.is_initialized:
+            rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
+            self._map_batch(lambda tensor, dim: tensor.index_select(dim, rows))
+
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep some rows.
 
         Args:
-            indices: Row indices, or a boolean mask over rows.
-        """
-        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.reorder_cache(rows)
+            indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+        Raises:
+            RowError: There is no such row.
+        """
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
         """Repeat every row in place.
 
         Args:
-            repeats: How often.
+            repeats: How often; or one number for each row.
+
+        Raises:
+            RowError: A number is negative, or there are not as many as rows.
         """
-        self._map_batch(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
+        if self.is_initialized:
+            self.reorder_cache(repeated_rows(repeats, self.tails["key"].shape[0]))
 
     def _move(self, device: torch.device | str) -> None:
         self.finish_if_finite()
         self._commit(
             places=self.places.moved(device),
-            starts=None if self.starts is None else self.starts.to(device),
-            origins=None if self.origins is None else self.origins.to(device),
-            trail=None if self.trail is None else self.trail.to(device),
-            leads={side: lead.to(device, non_blocking=True) for side, lead in self.leads.items()},
+            starts=None if self.starts is None else moved(self.starts, device),
+            origins=None if self.origins is None else moved(self.origins, device),
+            trail=None if self.trail is None else moved(self.trail, device),
+            leads={side: moved(lead, device) for side, lead in self.leads.items()},
             stores={side: store.moved(device) for side, store in self.stores.items()},
-            tails={side: tail.to(device, non_blocking=True) for side, tail in self.tails.items()},
-            sinks={side: sinks.to(device, non_blocking=True) for side, sinks in self.sinks.items()},
+            tails={side: moved(tail, device) for side, tail in self.tails.items()},
+            sinks={side: moved(sinks, device) for side, sinks in self.sinks.items()},
         )
 
     def offload(self) -> None:
@@ -527,23 +489,22 @@ class SpectralLayer(DynamicLayer):
             The new layer.
         """
         self.finish_if_finite()
-        new = copy.copy(self)
-        new.stores = {side: store.fork() for side, store in self.stores.items()}
-        new.places = self.places.fork()
+        new = glimpse(self)
+        new.stores = {side: store.fork() for side, store in new.stores.items()}
+        new.places = new.places.fork()
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
         """Copy what is stored; constants are shared."""
         self.finish_if_finite()
-        new = copy.copy(self)
+        new = glimpse(self)
         memo[id(self)] = new
-        new.spans = list(self.spans)
-        new.stores = {side: store.copy() for side, store in self.stores.items()}
-        new.places = self.places.copy()
-        new.sinks = {side: tensor.clone() for side, tensor in self.sinks.items()}
-        new.tails = {side: tensor.clone() for side, tensor in self.tails.items()}
-        new.leads = {side: tensor.clone() for side, tensor in self.leads.items()}
-        new.starts = None if self.starts is None else self.starts.clone()
-        new.origins = None if self.origins is None else self.origins.clone()
-        new.trail = None if self.trail is None else self.trail.clone()
+        new.stores = {side: store.copy() for side, store in new.stores.items()}
+        new.places = new.places.copy()
+        new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
+        new.tails = {side: tensor.clone() for side, tensor in new.tails.items()}
+        new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
+        new.starts = None if new.starts is None else new.starts.clone()
+        new.origins = None if new.origins is None else new.origins.clone()
+        new.trail = None if new.trail is None else new.trail.clone()
         return new

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +100,12 @@ class CacheView:
     def shifted(self) -> bool:
         """Whether tokens of one row differ in what is to be taken from their slots for their positions."""
         return "shifts" in self.key.store.buffers
+
+    def first_blocks(self, count: int) -> CacheView:
+        """A view of the first blocks, the sinks and the tail, without padding: a small piece of the work at hand."""
+        spans = self.layer.spans[: min(count, self.num_blocks)]
+        starts = None if self.starts is None else torch.zeros_like(self.starts)
+        return replace(self, places=self.places[: len(spans)], encoded_end=spans[-1].end, starts=starts, touched=set())
 
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""

@@ -9,6 +9,7 @@ Shapes: D dimension; ``...`` any leading dimensions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,7 +25,7 @@ def _bound(dtype: torch.dtype) -> float:
 
 def _each(matrices: Tensor, name: str, factorize: Callable[[Tensor], tuple[Tensor, ...]]) -> Iterator[Tensor]:
     """Factorize every matrix of a stack; yields each factor, stacked."""
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    flat = matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
     found = []
     for index, matrix in enumerate(flat):
         try:
@@ -93,7 +94,7 @@ def inverse(matrices: Tensor, name: str = "inverse") -> Tensor:
         QuantCacheError: A matrix is singular, or an inverse is wrong.
     """
     (inverted,) = _each(matrices, name, lambda matrix: (torch.linalg.inv(matrix),))
-    ones = torch.ones_like(matrices[..., 0])
+    ones = torch.ones_like(matrices.diagonal(dim1=-2, dim2=-1))
     _require(product_residual(matrices, inverted, ones), matrices.dtype, name, "A A⁻¹ = 1")
     return inverted
 
@@ -162,4 +163,4 @@ def singular_values(matrices: Tensor, name: str = "singular values") -> Tensor:
 def _skew(vectors: Tensor) -> Tensor:
     """How far columns are from orthonormal, relative, one for each matrix."""
     eye = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
-    return (vectors.transpose(-1, -2) @ vectors - eye).norm(dim=(-2, -1)) / vectors.shape[-1] ** 0.5
+    return (vectors.transpose(-1, -2) @ vectors - eye).norm(dim=(-2, -1)) / max(vectors.shape[-1], 1) ** 0.5

@@ -91,17 +91,13 @@ class SpectralRecurrentLayer(LinearAttentionLayer, SpectralLayer):  # type: igno
         LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
         SpectralLayer.reorder_cache(self, beam_idx)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
         """Repeat every row in place.
 
         Args:
-            repeats: How often.
+            repeats: How often; or one number for each row.
         """
-        SpectralLayer.batch_repeat_interleave(self, repeats)
-        for states in (self.conv_states, self.recurrent_states):
-            for name, tensor in states.items():
-                if tensor is not None:
-                    states[name] = tensor.repeat_interleave(repeats, dim=0)
+        SpectralLayer.batch_repeat_interleave(self, repeats)  # by way of reorder_cache
 
     def fork(self) -> Self:
         """See :meth:`SpectralLayer.fork`; the states are copied."""
@@ -187,14 +183,13 @@ class SpectralIndexedLayer(DynamicIndexedLayer, SpectralLayer):
         """
         SpectralLayer.batch_select_indices(self, indices)  # by way of reorder_cache
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
         """Repeat every row in place.
 
         Args:
-            repeats: How often.
+            repeats: How often; or one number for each row.
         """
-        self._map_indexer(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
-        SpectralLayer.batch_repeat_interleave(self, repeats)
+        SpectralLayer.batch_repeat_interleave(self, repeats)  # by way of reorder_cache
 
     def _move(self, device: torch.device | str) -> None:
         SpectralLayer._move(self, device)

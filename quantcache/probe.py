@@ -23,6 +23,7 @@ from quantcache.errors import UnsupportedModel
 from quantcache.rope import Frame, Rope
 
 PROBE_LENGTH = 160
+RECURRENT_STEP = 5
 PROBE_TOLERANCE = 0.02
 """Largest relative mismatch of un-rotated keys that still counts as equal (bfloat16 keys reach 0.005)."""
 
@@ -157,7 +158,11 @@ def attends(model: PreTrainedModel) -> bool:
     """
     try:
         with evaluating(model):
-            run(model, torch.tensor([[_some_token(model)]]), DynamicCache(config=model.config))
+            run(
+                model,
+                torch.tensor([[_some_token(model)]], dtype=torch.int64, device="cpu"),
+                DynamicCache(config=model.config),
+            )
     except UnsupportedModel:
         return False
     return True
@@ -179,7 +184,11 @@ def observed_values(model: PreTrainedModel, layers: list[int]) -> dict[int, tupl
     def record(index: int, key: Tensor, value: Tensor) -> None:
         found[index] = (value.shape[1], value.shape[3])
 
-    run(model, torch.tensor([[_some_token(model)]]), RecordingCache(model.config, record))
+    run(
+        model,
+        torch.tensor([[_some_token(model)]], dtype=torch.int64, device="cpu"),
+        RecordingCache(model.config, record),
+    )
     return {index: found[index] for index in layers if index in found}
 
 
@@ -200,18 +209,18 @@ def detect_ropes(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
     """
     candidates = _candidates(model)
     ropes = dict.fromkeys(layers, Rope())
-    for keys in _probes(model):
+    for positions, keys in _probes(model):
         for index in (index for index in layers if not ropes[index].rotary_dim):
             if index not in keys:
                 raise UnsupportedModel(f"layer {index} of {type(model).__name__} never updated its key/value cache")
-            ropes[index] = _best_rope(keys[index], candidates)
+            ropes[index] = _best_rope(keys[index], positions, candidates)
         if all(rope.rotary_dim for rope in ropes.values()):
             break
     return ropes
 
 
-def _probes(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
-    """Keys of one token at the positions 0, 1, ..., by layer, ``[H, T, D]``.
+def _probes(model: PreTrainedModel) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """Positions ``[T]``, and the keys of one token at them by layer, ``[H, T, D]``.
 
     First from rows of a single token, each told its position. Then, for models that count positions themselves, from a
     prompt of the repeated token: its hidden states are equal too, unless attention sees how many tokens there are (a
@@ -223,22 +232,27 @@ def _probes(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
         keys[index] = (key.transpose(0, 2) if key.shape[2] == 1 else key)[0].double()
 
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or PROBE_LENGTH
-    positions = torch.arange(min(PROBE_LENGTH, limit), dtype=torch.int64, device="cpu")[:, None]
-    tokens = torch.full_like(positions, _some_token(model))
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        run(model, tokens, RecordingCache(model.config, record), position_ids=positions)
-        yield keys
+    every = torch.arange(min(PROBE_LENGTH, limit), dtype=torch.int64, device="cpu")
+    # A recurrence without its kernels pads every row to a chunk of hundreds of tokens: fewer rows do.
+    some = every[::RECURRENT_STEP] if any(map(compat.is_stateful, cache_layout.stock_layers(model.config))) else every
+    token = _some_token(model)
+    told = "position_ids" in inspect.signature(model.forward).parameters
+    seen = False
+    for positions, position_ids in [*([(some, some[:, None])] if told else []), (every, None)]:
         keys.clear()
-    try:
-        run(model, tokens.T, RecordingCache(model.config, record))
-    except ValueError as error:  # its own words say what cache it wants
-        raise UnsupportedModel(f"{type(model).__name__} cannot run with a DynamicCache: {error}") from error
-    if not keys:
+        token_ids = torch.full_like(every[None] if position_ids is None else position_ids, token)
+        try:
+            run(model, token_ids, RecordingCache(model.config, record), position_ids=position_ids)
+        except ValueError as error:  # its own words say what cache it wants
+            raise UnsupportedModel(f"{type(model).__name__} cannot run with a DynamicCache: {error}") from error
+        if keys:
+            seen = True
+            yield positions, keys
+    if not seen:
         raise UnsupportedModel(
             f"{type(model).__name__} does not use the cache it is given, so there is nothing to compress (with PEFT's "
             "prefix tuning, give the base model a SpectralCache.from_dynamic_cache() of the prefix)"
         )
-    yield keys
 
 
 def _some_token(model: PreTrainedModel) -> int:
@@ -272,9 +286,9 @@ def _plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 yield name, value
 
 
-def _best_rope(keys: Tensor, candidates: list[Rope]) -> Rope:
-    """The candidate that makes the keys ``[H, T, D]`` of one repeated token equal at all positions."""
-    positions = torch.arange(keys.shape[1], dtype=torch.int64, device=keys.device)
+def _best_rope(keys: Tensor, positions: Tensor, candidates: list[Rope]) -> Rope:
+    """The candidate that makes the keys ``[H, T, D]`` of one repeated token equal at all positions ``[T]``."""
+    positions = positions.to(keys.device)
     errors = {Rope(): _spread(keys)}
     for rope in candidates:
         if rope.rotary_dim <= keys.shape[-1]:

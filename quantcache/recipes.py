@@ -168,7 +168,8 @@ def _check(path: Path, content: dict[str, Any]) -> None:
     require("revision", content["revision"] is None or isinstance(content["revision"], str), "a string or null")
     for name in ("tokens", "seq_len"):
         require(name, is_number(content[name]) and 0 < content[name] < 1 << 40, "a positive integer")
-    require("seed", is_number(content["seed"]) and 0 <= content["seed"] < 1 << 63, "an integer from 0 to 2^63 - 1")
+    require("seed", is_number(content["seed"]) and content["seed"] >= 0, "an integer of at least 0")
+    require("seed", content["seed"] < 1 << 63, "an integer below 2^63")
     require("min_bits", is_number(content["min_bits"]) and 0 <= content["min_bits"] <= 8, "an integer from 0 to 8")
     require("metric", content["metric"] in METRICS, f"one of {', '.join(METRICS)}")
     require("dtype", content["dtype"] in DTYPES, f"one of {', '.join(DTYPES)}")

@@ -117,7 +117,9 @@ def klt(covariance: Tensor, metric: Tensor, shrinkage: float = METRIC_SHRINKAGE)
         The transform, coefficients in descending order of variance.
     """
     root = matrix_power(shrink(metric, shrinkage), 0.5)
-    values, vectors = linalg.eigh(root @ covariance @ root)
+    product = root @ covariance @ root
+    # Where the metric hardly sees what varies most, rounding leaves the product less symmetric than it is.
+    values, vectors = linalg.eigh((product + product.transpose(-1, -2)) / 2)
     values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
     # The sign of an eigenvector is arbitrary: fix it, so that equal moments give equal artifacts.
     rows = vectors.transpose(-1, -2)

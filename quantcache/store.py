@@ -11,6 +11,19 @@ GROWTH = 16
 """A full buffer grows by 1/16 of what it holds, so at most 6 % of it is ever unused."""
 
 
+class Loan:
+    """Whether buffers are held by several caches; one for all stores that were made of the same buffers.
+
+    Attributes:
+        lent: Whether they are.
+    """
+
+    __slots__ = ("lent",)
+
+    def __init__(self) -> None:
+        self.lent = False
+
+
 class BlockStore:
     """Growing buffers, one per field of a codec, with the block index first.
 
@@ -21,13 +34,13 @@ class BlockStore:
     Attributes:
         count: Blocks held.
         buffers: The fields; those behind ``count`` are unused room.
-        shared: Whether a fork holds the same buffers: they are copied before they are written to.
+        loan: Whether a fork holds the same buffers: they are then copied before they are written to.
     """
 
-    def __init__(self, count: int = 0, buffers: dict[str, Tensor] | None = None, shared: bool = False) -> None:
+    def __init__(self, count: int = 0, buffers: dict[str, Tensor] | None = None, loan: Loan | None = None) -> None:
         self.count = count
         self.buffers: dict[str, Tensor] = buffers or {}
-        self.shared = shared
+        self.loan = loan or Loan()
 
     @property
     def capacity(self) -> int:
@@ -49,14 +62,14 @@ class BlockStore:
         if not self.buffers:
             # Copies: a view would keep the whole prompt it was cut from alive.
             return BlockStore(count, {k: v.clone(memory_format=torch.contiguous_format) for k, v in fields.items()})
-        buffers = self.buffers
+        buffers, loan = self.buffers, self.loan
         if count > self.capacity:
-            buffers = self._copied(max(count, self.count + max(1, self.count // GROWTH)))
-        elif self.shared or self._read_only():
-            buffers = self._copied(self.capacity)
+            buffers, loan = self._copied(max(count, self.count + max(1, self.count // GROWTH))), Loan()
+        elif loan.lent or self._read_only():
+            buffers, loan = self._copied(self.capacity), Loan()
         for name, value in fields.items():
             buffers[name][self.count : count] = value
-        return BlockStore(count, buffers)
+        return BlockStore(count, buffers, loan)
 
     def _read_only(self) -> bool:
         """Whether the buffers are of torch's inference mode, which is over: torch refuses to write to them."""
@@ -91,7 +104,7 @@ class BlockStore:
         Returns:
             The new store.
         """
-        new = BlockStore(min(self.count, count), self.buffers, self.shared)
+        new = BlockStore(min(self.count, count), self.buffers, self.loan)
         if not new.count:
             return BlockStore()
         return new.copy() if new.capacity > new.count + new.count // GROWTH else new
@@ -123,9 +136,12 @@ class BlockStore:
         return self.mapped(torch.clone)
 
     def fork(self) -> BlockStore:
-        """A store of the same buffers; whichever of the two is written to first gets its own."""
-        self.shared = bool(self.buffers)
-        return BlockStore(self.count, self.buffers, self.shared)
+        """A store of the same buffers; whichever of the two is written to first gets its own.
+
+        Whoever has made another store of these buffers in the meantime will copy them too, before it next writes.
+        """
+        self.loan.lent = bool(self.buffers)
+        return BlockStore(self.count, self.buffers, self.loan)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the used part of every field."""
@@ -144,5 +160,21 @@ class BlockStore:
         Returns:
             The new store; on the same device it has the same buffers.
         """
-        buffers = {name: buffer.to(device, non_blocking=True) for name, buffer in self.buffers.items()}
-        return BlockStore(self.count, buffers, self.shared)
+        buffers = {name: moved(buffer, device) for name, buffer in self.buffers.items()}
+        same = all(buffer is self.buffers[name] for name, buffer in buffers.items())
+        return BlockStore(self.count, buffers, self.loan if same else None)
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on another device, whole by the time that anybody can read it.
+
+    Work on a GPU waits for a copy to it by itself. The CPU would not wait for a copy to the CPU.
+
+    Args:
+        tensor: The tensor.
+        device: Where to.
+
+    Returns:
+        A copy; on the same device the tensor itself.
+    """
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")

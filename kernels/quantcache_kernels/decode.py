@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.codes import angle, gain_of, interleave_tile, key_levels, load_tile, second_nibble, unpack
-from quantcache_kernels.runtime import jit, tl
+from quantcache_kernels.runtime import kernel, tl
 
 
-@jit
+@kernel("n", "batch", "heads", "W", "one_half")
 def decode_kernel(
     order, partner, sign, turns,
     words, factors, flags, meaning, levels,
@@ -34,7 +34,7 @@ def decode_kernel(
     slot = tl.arange(0, 16)
     token = tl.arange(0, 64)
     line = block.to(tl.int64) * batch + b
-    source = codes + line * W
+    source = codes + tl.multiple_of(line * W, 2)
     words += head * 4 * S
     factors += head * 4 * S
     meaning += head * (3 if POLYNOMIAL else 2) * S

@@ -23,10 +23,13 @@ from quantcache_kernels.codes import (
     unpack,
     value_levels,
 )
-from quantcache_kernels.runtime import jit, tl
+from quantcache_kernels.runtime import kernel, tl
 
 
-@jit
+@kernel(
+    "R", "n", "batch", "queries_per_row", "per_split", "key_stride", "value_stride", "mask_batch", "mask_query",
+    "mask_length", "sink_length", "one_half", "zero",
+)  # fmt: skip
 def attend_kernel(
     queries, scales,
     key_codes, key_gains, key_words, key_factors, key_flags, key_meaning, key_levels_,
@@ -40,7 +43,7 @@ def attend_kernel(
     R, n, batch, queries_per_row, per_split, key_stride, value_stride, mask_batch, mask_query, mask_length,
     sink_length, softcap, one_half, zero,
     SLOW: tl.constexpr, FAST: tl.constexpr, VALUE: tl.constexpr, P: tl.constexpr,
-    WIDE_SLOW: tl.constexpr, WIDE_FAST: tl.constexpr, WIDE_VALUE: tl.constexpr,  # tiles that may have 8-bit codes
+    WIDE: tl.constexpr,  # whether some tile has 8-bit codes
     KEY_POLYNOMIAL: tl.constexpr, VALUE_POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr, PAIRED: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALL_VISIBLE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -56,7 +59,6 @@ def attend_kernel(
     Q: tl.constexpr = 16 * SLOW + 2 * P
     slot = tl.arange(0, 16)
     token = tl.arange(0, 64)
-    half = tl.arange(0, P) if P > 0 else slot
 
     key_words += head * 4 * KS
     key_factors += head * 4 * KS
@@ -82,61 +84,63 @@ def attend_kernel(
         # that it does not have.
         tables = block * zero
         line = block * rows_of_blocks + b
-        keys = key_codes + line * key_stride
-        values = value_codes + line * value_stride
+        keys = key_codes + tl.multiple_of(line * key_stride, 2)  # fields are 2, 4 or 8 words long
+        values = value_codes + tl.multiple_of(line * value_stride, 2)
         key_gain = gain_of(tl.load(key_gains + (line * heads + head) * 64 + token))
         value_gain = gain_of(tl.load(value_gains + (line * heads + head) * 64 + token))
-        # All words first: their way from memory is long, and nothing below needs them at once.
-        key_tiles = ()
-        for t in tl.static_range(SLOW + FAST):
-            key_tiles += (load_tile(keys, key_words + tables, 16 * t + slot, KS),)
-        value_tiles = ()
-        for t in tl.static_range(VALUE):
-            value_tiles += (load_tile(values, value_words + tables, 16 * t + slot, VS),)
-
         anchor = block // 2 if PAIRED else block
         query_line = (anchor * rows_of_blocks + b) * heads + head
         query = queries + query_line * R * Q
         start = tl.load(places + block * 3)
         turning = tl.zeros((64, ROWS), tl.float32)
-        if FAST > 0:
-            # The fast part is decoded, few dimensions as it is, and turned by the offset from the anchor.
-            first = tl.zeros((64, P), tl.float32)
-            second = tl.zeros((64, P), tl.float32)
-            for f in tl.static_range(FAST):
+        if SLOW > 0:
+            four, two, one = load_tile(keys, key_words, slot, KS)  # the first slow tile: on its way all the while
+        for c in range(P // 16):
+            # The fast part is decoded, few dimensions as it is, and turned by the offset from the anchor: 16 pairs at a
+            # time, since more would not fit in registers.
+            pair = 16 * c + slot
+            first = tl.zeros((64, 16), tl.float32)
+            second = tl.zeros((64, 16), tl.float32)
+            for f in range(FAST):
                 flags = tl.load(key_flags + SLOW + f)
                 place = 16 * (SLOW + f) + slot
-                x = unpack(*interleave_tile(*key_tiles[SLOW + f]), flags, key_factors + tables, place, one_half, KS)
-                if f < WIDE_FAST:
-                    x += second_nibble(keys, key_words + tables, key_factors + tables, place, flags, True, KS)
-                tile = key_levels(x, key_meaning + tables, key_levels_, place, KS, KEY_POLYNOMIAL)
-                matrix = fast_decoder + ((head * FAST + f) * 16 + slot)[:, None] * (2 * P) + half[None, :]
-                first = tl.dot(tile, tl.load(matrix), first, input_precision=PRECISION)
-                second = tl.dot(tile, tl.load(matrix + P), second, input_precision=PRECISION)
-            first = first * key_gain[:, None] + tl.load(fast_mean + head * 2 * P + half)[None, :]
-            second = second * key_gain[:, None] + tl.load(fast_mean + head * 2 * P + P + half)[None, :]
-            turn = rotation + (start - tl.load(places + block * 3 + 2) + token)[:, None] * (2 * P) + half[None, :]
+                if flags != 0:
+                    fields = interleave_tile(*load_tile(keys, key_words, place, KS))
+                    x = unpack(*fields, flags, key_factors, place, one_half, KS)
+                    if WIDE:
+                        x += second_nibble(keys, key_words, key_factors, place, flags, True, KS)
+                    tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL)
+                    matrix = fast_decoder + ((head * FAST + f) * 16 + slot)[:, None] * (2 * P) + pair[None, :]
+                    first = tl.dot(tile, tl.load(matrix), first, input_precision=PRECISION)
+                    second = tl.dot(tile, tl.load(matrix + P), second, input_precision=PRECISION)
+            first = first * key_gain[:, None] + tl.load(fast_mean + head * 2 * P + pair)[None, :]
+            second = second * key_gain[:, None] + tl.load(fast_mean + head * 2 * P + P + pair)[None, :]
+            turn = rotation + (start - tl.load(places + block * 3 + 2) + token)[:, None] * (2 * P) + pair[None, :]
             cos, sin = tl.load(turn), tl.load(turn + P)
-            part = query + row[None, :] * Q + (16 * SLOW + half)[:, None]
+            fast = query + row[None, :] * Q + (16 * SLOW + pair)[:, None]
             turned = (first * cos - second * sin).to(dtype)
-            part_of_row = tl.load(part, mask=valid_row[None, :], other=0.0)
-            turning = tl.dot(turned, part_of_row, turning, input_precision=PRECISION)
+            fast_of_row = tl.load(fast, mask=valid_row[None, :], other=0.0)
+            turning = tl.dot(turned, fast_of_row, turning, input_precision=PRECISION)
             turned = (second * cos + first * sin).to(dtype)
-            part_of_row = tl.load(part + P, mask=valid_row[None, :], other=0.0)
-            turning = tl.dot(turned, part_of_row, turning, input_precision=PRECISION)
+            fast_of_row = tl.load(fast + P, mask=valid_row[None, :], other=0.0)
+            turning = tl.dot(turned, fast_of_row, turning, input_precision=PRECISION)
         scores = tl.zeros((64, ROWS), tl.float32)
-        for t in tl.static_range(SLOW):
-            flags = tl.load(key_flags + t)
-            if flags != 0:
-                fields = interleave_tile(*key_tiles[t])
-                x = unpack(*fields, flags, key_factors + tables, 16 * t + slot, one_half, KS)
-                if t < WIDE_SLOW:
-                    place = 16 * t + slot
-                    x += second_nibble(keys, key_words + tables, key_factors + tables, place, flags, True, KS)
-                tile = key_levels(x, key_meaning + tables, key_levels_, 16 * t + slot, KS, KEY_POLYNOMIAL)
-                part = query + row[None, :] * Q + (16 * t + slot)[:, None]
-                part_of_row = tl.load(part, mask=valid_row[None, :], other=0.0)
-                scores = tl.dot(tile, part_of_row, scores, input_precision=PRECISION)
+        if SLOW > 0:
+            for t in range(SLOW):
+                place = 16 * t + slot
+                flags = tl.load(key_flags + t)
+                now = interleave_tile(four, two, one)
+                if t + 1 < SLOW:
+                    four, two, one = load_tile(keys, key_words, place + 16, KS)
+                if flags != 0:
+                    x = unpack(*now, flags, key_factors, place, one_half, KS)
+                    if WIDE:
+                        x += second_nibble(keys, key_words, key_factors, place, flags, True, KS)
+                    tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL)
+                    part = query + row[None, :] * Q + place[:, None]
+                    part_of_row = tl.load(part, mask=valid_row[None, :], other=0.0)
+                    scores = tl.dot(tile, part_of_row, scores, input_precision=PRECISION)
+        coming = load_tile(values, value_words + tables, slot, VS)
         unit = tl.load(scales + query_line * 2 * R + row, mask=valid_row, other=0.0)
         offset = tl.load(scales + query_line * 2 * R + R + row, mask=valid_row, other=0.0)
         scores = (scores * key_gain[:, None] + turning) * unit[None, :] + offset[None, :]
@@ -161,13 +165,19 @@ def attend_kernel(
         weights = (weights * value_gain[:, None]).to(dtype).reshape(2, 32, ROWS).permute(1, 0, 2).reshape(64, ROWS)
         updated = ()
         for t in tl.static_range(VALUE):
+            place = 16 * t + slot
             flags = tl.load(value_flags + t)
-            x = unpack(*value_tiles[t], flags, value_factors + tables, 16 * t + slot, one_half, VS)
-            if t < WIDE_VALUE:
-                place = 16 * t + slot
-                x += second_nibble(values, value_words + tables, value_factors + tables, place, flags, False, VS)
-            tile = value_levels(x, value_meaning + tables, value_levels_, 16 * t + slot, VS, VALUE_POLYNOMIAL)
-            updated += (tl.dot(tile, weights, sums[t] * decay[None, :], input_precision=PRECISION),)
+            now = coming
+            if t + 1 < VALUE:
+                coming = load_tile(values, value_words + tables, place + 16, VS)
+            sum_ = sums[t] * decay[None, :]
+            if flags != 0:
+                x = unpack(*now, flags, value_factors + tables, place, one_half, VS)
+                if WIDE:
+                    x += second_nibble(values, value_words + tables, value_factors + tables, place, flags, False, VS)
+                tile = value_levels(x, value_meaning + tables, value_levels_, place, VS, VALUE_POLYNOMIAL)
+                sum_ = tl.dot(tile, weights, sum_, input_precision=PRECISION)
+            updated += (sum_,)
         sums = updated
 
     line = (split * batch + b).to(tl.int64) * heads + head
@@ -178,7 +188,7 @@ def attend_kernel(
     tl.store(out_stats + line * 2 * R + R + row, total, mask=valid_row)
 
 
-@jit
+@kernel("splits", "batch", "count")
 def merge_kernel(
     partial, stats,  # what attend_kernel left
     dense, dense_stats,  # [B, H, R, Dv] and [B, H, 2, R]: weighted sums of values, with peak and sum
@@ -188,38 +198,36 @@ def merge_kernel(
     out,  # [B, Tq, Hq, Dv]
     out_lse,  # [B, H, R] float32
     splits, batch, count,
-    VS: tl.constexpr, VP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    VS: tl.constexpr, VP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     """One row of queries: merge the splits, apply the values' decoder, add their mean and the dense tokens."""
     row, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     R, heads = tl.num_programs(0), tl.num_programs(1)
     query_head = head * (R // count) + row // count
-    index = tl.arange(0, SPLITS)
-    line = (index.to(tl.int64) * batch + b) * heads + head
-    totals = tl.load(stats + line * 2 * R + R + row, mask=index < splits, other=0.0)
-    peaks = tl.load(stats + line * 2 * R + row, mask=index < splits, other=-1e30)
-    peaks = tl.where(totals > 0, peaks, -1e30)
     place = (b * heads + head).to(tl.int64)
     dense_peak = tl.load(dense_stats + place * 2 * R + row)
+    peaks = tl.full((CHUNK,), -1e30, tl.float32)
+    for first in range(0, splits, CHUNK):
+        part = first + tl.arange(0, CHUNK)
+        line = (part.to(tl.int64) * batch + b) * heads + head
+        seen = tl.load(stats + line * 2 * R + R + row, mask=part < splits, other=0.0) > 0
+        peaks = tl.maximum(peaks, tl.load(stats + line * 2 * R + row, mask=seen, other=-1e30))
     peak = tl.maximum(tl.max(peaks, axis=0), dense_peak)
     if HAS_SINK_LOGITS:
         logit = tl.load(sink_logits + query_head).to(tl.float32) * 1.4426950408889634
         peak = tl.maximum(peak, logit)
-    mass = tl.sum(tl.where(totals > 0, totals * tl.exp2(peaks - peak), 0.0), axis=0)
-    dense_weight = tl.exp2(dense_peak - peak)
-    total = mass + tl.load(dense_stats + place * 2 * R + R + row) * dense_weight
-    if HAS_SINK_LOGITS:
-        total += tl.exp2(logit - peak)
 
     slot = tl.arange(0, VP)
-    sums = tl.zeros((VP,), tl.float32)
+    sums, masses = tl.zeros((VP,), tl.float32), tl.zeros((CHUNK,), tl.float32)
     for first in range(0, splits, CHUNK):
         part = first + tl.arange(0, CHUNK)
         part_line = (part.to(tl.int64) * batch + b) * heads + head
-        seen = tl.load(stats + part_line * 2 * R + R + row, mask=part < splits, other=0.0) > 0
+        found = tl.load(stats + part_line * 2 * R + R + row, mask=part < splits, other=0.0)
+        seen = found > 0
         own = tl.load(stats + part_line * 2 * R + row, mask=seen, other=-1e30)
         weight = tl.where(seen, tl.exp2(own - peak), 0.0)
+        masses += weight * found
         values = tl.load(
             partial + (part_line * R + row)[:, None] * VS + slot[None, :],
             mask=seen[:, None] & (slot < VS)[None, :],
@@ -227,6 +235,11 @@ def merge_kernel(
         )
         sums += tl.sum(values * weight[:, None], axis=0)
 
+    mass = tl.sum(masses, axis=0)
+    dense_weight = tl.exp2(dense_peak - peak)
+    total = mass + tl.load(dense_stats + place * 2 * R + R + row) * dense_weight
+    if HAS_SINK_LOGITS:
+        total += tl.exp2(logit - peak)
     share = 1.0 / tl.where(total > 0, total, 1.0)
     target = out + ((b * count + row % count).to(tl.int64) * heads * (R // count) + query_head) * D
     for first in range(0, D, COLUMNS):

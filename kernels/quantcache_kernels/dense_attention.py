@@ -6,10 +6,13 @@ Shapes: B batch, H key/value heads, R = G Tq rows of queries with the query inde
 from __future__ import annotations
 
 from quantcache_kernels.codes import tanh
-from quantcache_kernels.runtime import jit, tl
+from quantcache_kernels.runtime import kernel, tl
 
 
-@jit
+@kernel(
+    "q_batch", "q_head", "q_query", "mask_batch", "mask_query", "mask_length", "R", "count", "batch", "sinks", "tail",
+    "encoded_end",
+)  # fmt: skip
 def dense_kernel(
     query,  # [B, Hq, Tq, D]
     key_sinks, value_sinks,  # [B, H, sinks, D or Dv]

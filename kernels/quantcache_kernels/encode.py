@@ -6,14 +6,14 @@ search against the Lloyd-Max boundaries, the corrected gain, the packed fields.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from quantcache_kernels import runtime
 from quantcache_kernels.codes import GAIN_CENTER, GAIN_STEPS, angle
-from quantcache_kernels.runtime import jit, power_of_two, tl
+from quantcache_kernels.runtime import jit, kernel, power_of_two, tl
 
 
-@jit
+@kernel("batch", "W")
 def encode_kernel(
     x,  # [B, H, n * 64, D]
     places, starts,
@@ -164,12 +164,11 @@ def launch(
         gains: Filled with gains.
     """
     dim, num_slow, slots, payload, framed = sizes
-    exact = x.device.type != "cuda" or torch.version.hip is not None
     padded = power_of_two(slots)
     encode_kernel[(codes.shape[0], x.shape[1], x.shape[0])](
         x, places, places if starts is None else starts, *tables, codes, gains, *x.stride(), x.shape[0], payload,
         D=dim, DS=num_slow, S=slots, SP=padded, FACTORS=tables[-1].shape[0], FRAMED=bool(framed),
         HAS_STARTS=starts is not None,
         # Three TF32 products are as accurate as float32 here, and 128 multiplications per element go to tensor cores.
-        PRECISION="ieee" if exact else "tf32x3", num_warps=4 if padded <= 64 else 8,
+        PRECISION="tf32x3" if runtime.on_cuda(x.device) else "ieee", num_warps=8 if padded <= 64 else 16,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache_kernels import decode, encode
+from quantcache_kernels import decode, encode, runtime
 from quantcache_kernels.decode_attention import attend_kernel, merge_kernel
 from quantcache_kernels.dense_attention import dense_kernel
 from quantcache_kernels.queries import query_kernel
@@ -37,6 +37,9 @@ from quantcache_kernels.tables import (
     power_of_two_above,
 )
 
+QUERY_ROWS = 64
+"""Rows of queries, anchors times rows of a head, that a program brings into coded coordinates."""
+
 LOG2_E = 1.4426950408889634
 
 MAX_DIM = 256
@@ -49,15 +52,19 @@ class Settings:
 
     Attributes:
         stages: Pipeline stages of the attention kernel; 1 leaves the overlap of loads and work to its many programs.
-        programs_per_processor: Programs, of one warp each, that a multiprocessor is given.
+        programs_per_processor: Programs that a multiprocessor is given.
         least_split: Blocks in a split, at least: below that the merge costs more than the parallelism brings.
         narrow: Whether up to eight rows of queries take a tile of eight where the tensor cores have one.
+        warps: Warps of a program of the attention kernel.
+        registers: How many registers its threads may have, on NVIDIA; None for as many as they want.
     """
 
     stages: int = 1
-    programs_per_processor: int = 12
+    programs_per_processor: int = 8
     least_split: int = 4
     narrow: bool = True
+    warps: int = 1
+    registers: int | None = None
 
 
 SETTINGS = Settings()
@@ -201,7 +208,7 @@ def _keys(
     """What attention on keys needs beyond the codes' tables: for queries, for the fast part, and its padded half."""
     heads, num_slow, num_fast = decoder.shape[0], constants.num_slow, constants.dim - constants.num_slow
     slow_slots, half = slots.slow_tiles * TILE, num_fast // 2
-    padded = power_of_two(half) if num_fast else 0
+    padded = -(-half // TILE) * TILE
     slow = decoder[:, :, :slow_slots].clone()
     slow[:, num_slow:] = 0
     fast = decoder[:, num_slow:, slow_slots:]
@@ -382,7 +389,7 @@ def attend(
     near, near_stats = empty(batch, heads, rows, value_dim), empty(batch, heads, 2, rows)
     out = empty(batch, count, query_heads, value_dim, kind=stored_type(query.dtype))
     lse = empty(batch, heads, rows)
-    if padded:
+    if padded != (dim - num_slow) // 2:
         queries[..., slots:].zero_()  # the padding of the fast halves
     keys, key_gains, values, value_gains = (t.contiguous() for t in packed)
     mask_strides = (0, 0, 0)
@@ -393,13 +400,18 @@ def attend(
     has_starts, has_mask, has_softcap = starts is not None, mask is not None, softcap is not None
     starts, mask = none if starts is None else starts, none if mask is None else mask
     sharp = dense[2].dtype == torch.float32
+    limits = {"maxnreg": SETTINGS.registers} if SETTINGS.registers and runtime.on_cuda(device) else {}
     with launch_on(device):
-        queries_grid = (anchors, heads, batch * -(-rows // 16))
-        query_kernel[queries_grid](
+        query_rows = power_of_two(min(rows, 16), 1)
+        query_anchors = QUERY_ROWS // query_rows
+        query_kernel[(-(-anchors // query_anchors), heads, batch * -(-rows // query_rows))](
             query, *frame, slow_decoder, key_mean, norms, places, starts, scaling, 1.0 if has_softcap else LOG2_E,
-            queries, scales, *query.stride(), rows, count, batch,
+            queries, scales, *query.stride(), rows, count, batch, anchors,
             D=dim, DP=power_of_two(dim), DS=num_slow, SS=slots, HALF=(dim - num_slow) // 2, P=padded,
-            TOP=4096.0, PAIRED=paired, HAS_STARTS=has_starts, ROWS=16, COLUMNS=32, num_warps=4,
+            TOP=4096.0, PAIRED=paired, HAS_STARTS=has_starts,
+            # Tensor cores, unless the model is of float32.
+            PRECISION="tf32x3" if runtime.on_cuda(device) and dtype == torch.float16 else "ieee",
+            ROWS=query_rows, ANCHORS=query_anchors, COLUMNS=32 if dim <= 128 else 16, num_warps=8,
         )  # fmt: skip
         attend_kernel[(splits, heads, batch * row_tiles)](
             queries, scales, keys.view(torch.uint32), key_gains, *key_code,
@@ -408,10 +420,11 @@ def attend(
             rows, n, batch, count, per_split, keys.shape[2], values.shape[2], *mask_strides,
             dense[0].shape[2], softcap or 0.0, 0x3C003C00, 0,
             SLOW=slow_tiles, FAST=fast_tiles, VALUE=value_tiles, P=padded,
-            WIDE_SLOW=wide_slow, WIDE_FAST=wide_fast, WIDE_VALUE=wide_value,
+            WIDE=bool(wide_slow or wide_fast or wide_value),
             KEY_POLYNOMIAL=key_code[3].dtype == torch.float16, VALUE_POLYNOMIAL=value_tables[3].dtype == torch.float16,
             PRECISION="ieee", PAIRED=paired, HAS_STARTS=has_starts, HAS_MASK=has_mask, HAS_SOFTCAP=has_softcap,
-            ALL_VISIBLE=paired and not has_starts and not has_mask, ROWS=tile, num_warps=1, num_stages=SETTINGS.stages,
+            ALL_VISIBLE=paired and not has_starts and not has_mask, ROWS=tile,
+            num_warps=SETTINGS.warps, num_stages=SETTINGS.stages, **limits,
         )  # fmt: skip
         dense_kernel[(heads, batch * -(-rows // 16))](
             query, *dense, starts, mask, near, near_stats,
@@ -424,8 +437,8 @@ def attend(
         merge_kernel[(rows, heads, batch)](
             partial, stats, near, near_stats, none if sink_logits is None else sink_logits,
             value_tables[5], value_tables[6], out, lse, splits, batch, count,
-            VS=value_slots, VP=power_of_two(value_slots), D=value_dim, SPLITS=power_of_two(splits, 1), CHUNK=16,
-            COLUMNS=32, HAS_SINK_LOGITS=sink_logits is not None, num_warps=4,
+            VS=value_slots, VP=power_of_two(value_slots), D=value_dim, CHUNK=16, COLUMNS=32,
+            HAS_SINK_LOGITS=sink_logits is not None, num_warps=4,
         )  # fmt: skip
     return out.to(query.dtype), lse
 

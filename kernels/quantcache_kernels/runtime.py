@@ -23,23 +23,39 @@ BLOCK = 64
 """Tokens in an encoded block."""
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any], varying: tuple[str, ...] = ()) -> Any:
     """``triton.jit``, or a stand-in that raises when it is launched.
 
     Args:
-        function: The kernel.
+        function: The kernel, or a function that kernels call.
+        varying: See :func:`kernel`.
 
     Returns:
         The compiled-on-first-use kernel.
     """
     if triton is not None:
-        return triton.jit(function)
+        return triton.jit(function, do_not_specialize=varying)
 
     class Missing:
         def __getitem__(self, grid: Any) -> Any:
             raise RuntimeError("Triton is not installed: pip install 'quantcache[triton]'")
 
     return Missing()
+
+
+def kernel(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """:func:`jit` for a kernel some of whose integers change from step to step or from layer to layer.
+
+    Triton compiles an integer that is 1, and one that is a multiple of 16, into kernels of their own. That is seconds
+    for each, in the middle of a generation.
+
+    Args:
+        varying: The integers, by name, that it shall not look at.
+
+    Returns:
+        The decorator.
+    """
+    return functools.partial(jit, varying=varying)
 
 
 def constant(value: float) -> Any:
@@ -93,6 +109,11 @@ def processors(device: torch.device) -> int:
         properties = torch.xpu.get_device_properties(device)
         return int(getattr(properties, "gpu_subslice_count", 0) or 64)
     return 4
+
+
+def on_cuda(device: torch.device) -> bool:
+    """Whether a device is one of NVIDIA's."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def power_of_two(count: int, least: int = 16) -> int:

@@ -6,7 +6,7 @@ have the same width; dimensions of width zero have no slot. The slow and the fas
 Attention does not see the order: query transform and decoder are permuted alike.
 
 Shapes: H key/value heads, D dimension, S slots (16 times the number of tiles), Ds slow and Df fast dimensions, P half
-the fast dimensions, padded to a power of two of at least 16.
+the fast dimensions, padded to a multiple of 16.
 """
 
 from __future__ import annotations

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
 from rich.table import Table
 
 from quantcache.cli.session import DebugFlag, JsonFlag, session
 
 
-def env(json: JsonFlag = False, debug: DebugFlag = False) -> None:
+def env(
+    check: Annotated[bool, typer.Option("--check", help="Also try every kernel beside plain torch.")] = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
     """Show versions and hardware, as they go into every record."""
     with session(json, debug) as run:
         from quantcache.env import environment
@@ -26,4 +34,23 @@ def env(json: JsonFlag = False, debug: DebugFlag = False) -> None:
             table.add_row("gpu", "none")
         if git:
             table.add_row("git", f"{git['commit'] or 'no commit'}{' with changes' if git['dirty'] else ''}")
-        run.finish(record, table)
+        if not check:
+            run.finish(record, table)
+            return
+        from quantcache.kernel_check import check_kernels
+
+        record["kernels"] = check_kernels()
+        run.finish(record, Group(table, "", _kernel_table(record["kernels"])))
+
+
+def _kernel_table(found: list[dict[str, Any]]) -> Table:
+    """Outcomes of the kernels' trials, for people."""
+    table = Table("backend", "device", "case", "operation", "difference", "allowed", "")
+    for each in found:
+        if each["operation"] is None:
+            table.add_row(each["backend"], each["device"], "", "", "", "", f"not used: {each['problem']}")
+            continue
+        difference = "" if each["difference"] is None else f"{each['difference']:.1e}"
+        figures = (each["case"], each["operation"], difference, f"{each['allowed']:.1e}")
+        table.add_row(each["backend"], each["device"], *figures, each["problem"] or "ok")
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,9 @@ TOKENS = 8192
 def inspect(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Folder or Hub id of a calibration.")],
     bits: Annotated[float | None, typer.Option(min=0, max=8, help="Show this rate instead of the stored one.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show what a cache holds that was saved with this calibration.")
+    ] = None,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -66,6 +70,10 @@ def inspect(
             "times_smaller": memory.bfloat16_bytes / memory.total,
             "environment": metadata.environment,
         }
+        if cache is not None:
+            from quantcache.cache import SpectralCache
+
+            data["cache"] = {"file": str(cache), **SpectralCache.load(cache, calibration).memory().to_dict()}
         run.finish(data, _summary(data), _layer_table(layers))
 
 
@@ -95,6 +103,13 @@ def _summary(data: dict[str, Any]) -> Table:
         f"{data['bytes_per_token']:,.0f} bytes per token, bfloat16 takes {data['bytes_per_token_bfloat16']:,.0f}: "
         f"{data['memory']['bits_per_element_total']:.3f} bits per element in all, {data['times_smaller']:.2f}× smaller",
     )
+    if "cache" in data:
+        held = data["cache"]
+        table.add_row(
+            held["file"],
+            f"{held['tokens']:,} tokens in {held['total']:,} bytes; of {held['gains']:,} gains "
+            f"{held['gains_above']:,} are too large to be stored and {held['gains_below']:,} too small",
+        )
     return table
 
 

@@ -36,6 +36,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             for name, result in methods.items()
             if result["status"] == "ok"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"{path} is not what quantcache eval writes: {type(error).__name__} {error}"
         raise QuantCacheError(message) from error

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
 import logging
 import os
-import platform
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from quantcache.export.card import LogitDifference, card_header, render_export_c
 from quantcache.export.checkpoint import Checkpoint
 from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps
 from quantcache.export.projections import find_projections
+from quantcache.writing import partial_folder
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +137,7 @@ def export_checkpoint(
     projections = find_projections(config, calibration, checkpoint.tensors)
     maps = layer_maps(calibration, projections, basis, checkpoint.tensors)
 
-    with _partial_folder(output) as partial:
+    with partial_folder(output.absolute().parent, f".{output.name}-partial-") as partial:
         left_out = _copy_others(folder, partial, checkpoint)
         count = 0
         sizes = [(folder / shard).stat().st_size for shard in checkpoint.shards]
@@ -350,39 +348,3 @@ def _write_extras(
         metrics=metrics,
     )
     (partial / "README.md").write_text(card, "utf-8")
-
-
-@contextlib.contextmanager
-def _partial_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, gone afterwards; what a killed export left there is cleared away first.
-
-    Args:
-        output: The output.
-
-    Yields:
-        The folder, to be renamed into place.
-    """
-    parent = output.absolute().parent
-    prefix = f".{output.name}-partial-{platform.node()}-"
-    for stale in parent.glob(f"{prefix}*"):
-        owner = stale.name[len(prefix) :].partition("-")[0]
-        if owner.isdigit() and not _is_running(int(owner)):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)  # temporary folders are made for their owner only
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

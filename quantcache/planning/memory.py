@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from quantcache import cache_layout
 from quantcache.accounting import (
     CacheMemory,
     capacity,
@@ -255,19 +256,21 @@ def estimate_activations(
     masked = tokens > chunk
     chunk = min(chunk, tokens)
     widest = max(geometry.layers, key=lambda layer: layer.elements, default=None)
-    queries = text.num_attention_heads * (0 if widest is None else widest.key.dim)
+    heads = cache_layout.largest(text, "num_attention_heads") or 1
+    hidden = cache_layout.largest(text, "hidden_size") or 0
+    queries = heads * (0 if widest is None else widest.key.dim)
     new = 0 if widest is None else widest.elements
-    tile = batch * text.num_attention_heads * min(chunk, QUERY_CHUNK) * min(tokens, TILE_BLOCKS * BLOCK)
+    tile = batch * heads * min(chunk, QUERY_CHUNK) * min(tokens, TILE_BLOCKS * BLOCK)
     windows = sum(
         2 * batch * each.elements * (min(tokens, each.window - 1 + chunk) - each.kept(tokens))
         for each in geometry.layers
         if each.window is not None
     )
     return Activations(
-        layer=2 * batch * chunk * (3 * text.hidden_size + max(2 * queries + new, 3 * _mlp_width(text))),
+        layer=2 * batch * chunk * (3 * hidden + max(2 * queries + new, 3 * _mlp_width(text))),
         logits=6 * batch * text.vocab_size,
         mask=batch * chunk * tokens if masked else 0,
-        reading=_reading(form, geometry, tokens, batch, text.num_attention_heads if masked else 0)
+        reading=_reading(form, geometry, tokens, batch, heads if masked else 0)
         + (8 * batch * chunk * queries + 16 * tile if form.kind in ("spectral", "simulated") else 0),
         windows=windows,
     )
@@ -292,9 +295,11 @@ def _reading(form: Format, geometry: Geometry, tokens: int, batch: int, heads: i
 
 def _mlp_width(text: PreTrainedConfig) -> int:
     """Intermediate features of one token, of all experts that see it."""
-    dense = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * int(text.hidden_size)
-    per_expert = getattr(text, "moe_intermediate_size", None)
-    experts = getattr(text, "num_experts_per_tok", None)
-    if not isinstance(experts, int):
-        return int(dense)
-    return max(int(dense), experts * int(per_expert or dense)) if per_expert else experts * int(dense)
+    dense = cache_layout.largest(text, "intermediate_size", "ffn_dim") or 4 * (
+        cache_layout.largest(text, "hidden_size") or 0
+    )
+    per_expert = cache_layout.largest(text, "moe_intermediate_size")
+    experts = cache_layout.largest(text, "num_experts_per_tok")
+    if experts is None:
+        return dense
+    return max(dense, experts * (per_expert or dense)) if per_expert else experts * dense

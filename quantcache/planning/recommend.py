@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from quantcache import cache_layout
+from quantcache import cache_layout, compat
 from quantcache.artifact import Calibration
 from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.errors import QuantCacheError, UnsupportedModel
@@ -245,7 +245,13 @@ def recommend(
         if best is None
         else _use(
             best,
-            functools.partial(usage.python_lines, batch=demand.batch, chunk=demand.chunk, weights=demand.weights),
+            functools.partial(
+                usage.python_lines,
+                batch=demand.batch,
+                chunk=demand.chunk,
+                weights=demand.weights,
+                loader=compat.auto_class(config).__name__,
+            ),
             model,
             calibration_name,
         ),

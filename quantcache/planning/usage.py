@@ -61,7 +61,14 @@ def commands(form: Format, model: str, calibration: str | None) -> list[str]:
 
 
 def python_lines(
-    form: Format, model: str, calibration: str | None, *, batch: int, chunk: int, weights: str = "bf16"
+    form: Format,
+    model: str,
+    calibration: str | None,
+    *,
+    batch: int,
+    chunk: int,
+    weights: str = "bf16",
+    loader: str = "AutoModelForCausalLM",
 ) -> str:
     """What to write in Python to use a format.
 
@@ -72,12 +79,13 @@ def python_lines(
         batch: Rows.
         chunk: Prompt tokens that go through the model at once.
         weights: Format of the weights.
+        loader: The class of transformers that loads the model.
 
     Returns:
         A program that generates from one short prompt in every row.
     """
     bundled = model == BUNDLED_MODEL
-    names = ["AutoModelForCausalLM", "AutoTokenizer"]
+    names = [loader, "AutoTokenizer"]
     extra, loading = _LOADING.get(weights, ("", ""))
     ours: list[str] = []
     cache = ""
@@ -110,7 +118,7 @@ def python_lines(
     lines += [
         "",
         f"name = {'demo_model_path()' if bundled else repr(model)}{comment}",
-        f"model = AutoModelForCausalLM.from_pretrained({', '.join(load)})",
+        f"model = {loader}.from_pretrained({', '.join(load)})",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         *([cache] if cache else []),
         f'inputs = tokenizer(["{PROMPT}"] * {batch}, return_tensors="pt").to(model.device)',

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from quantcache import Calibration, SpectralCache, cli
 from quantcache.data import demo_model_path
 from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
-from quantcache.export import absorb, export_checkpoint, exporter
+from quantcache.export import absorb, export_checkpoint
 from quantcache.export.checkpoint import Checkpoint
+from quantcache.writing import partial_folder
 from tests.families import FAMILIES, OTHERS, Family, random_tokens
 from tests.helpers import divergence, feed
 
@@ -444,7 +445,7 @@ def test_what_a_killed_export_left_is_cleared_away(folder: Path, calibration: Ca
 def test_partial_folders_of_running_exports_are_left_alone(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    with exporter._partial_folder(tmp_path / "out") as running:
+    with partial_folder(tmp_path, ".out-partial-") as running:
         export_checkpoint(folder, calibration, tmp_path / "out", verify=False)
         assert running.is_dir()
 

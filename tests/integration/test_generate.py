@@ -177,8 +177,7 @@ def test_codes_generate_what_the_fake_quantized_cache_does(family: Family, mode:
 @in_mode
 @by_model
 def test_every_attention_generates_the_same_from_codes(family: Family, mode: str) -> None:
-    # Without our attention a cache does not learn of padding: it takes a row's first slots for its first tokens.
-    expected = expected_tokens(family, mode, ())
+    expected = expected_tokens(family, mode, starts_of(mode))
     for attention in ("sdpa", "eager") if mode in ("greedy", "assisted", "padded-batch") else ("sdpa",):
         assert torch.equal(generate(family, quantized(family), attention, **MODES[mode]), expected), attention
 

@@ -53,6 +53,8 @@ _SHARING = _GEMMA4 | {
 }
 _MULTI_QUERY = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.12}
 
+INDEXED = dict.fromkeys((0, 1), ((1, 16), (1, 8)))
+
 LAYOUTS: dict[Family, dict[int, tuple[tuple[int, int], tuple[int, int]]]] = {
     Family("gemma4", "gemma4_text", _GEMMA4, _NO_ROPES, (32, 2)): dict.fromkeys((1, 2), ((2, 32), (2, 32))),
     Family("gemma4-sharing", "gemma4_text", _SHARING, _NO_ROPES, (32, 2)): dict.fromkeys((1, 3), ((2, 32), (2, 32))),
@@ -96,8 +98,8 @@ LAYOUTS: dict[Family, dict[int, tuple[tuple[int, int], tuple[int, int]]]] = {
         _NO_ROPES,
         (32, 4),
     ): {1: ((4, 32), (4, 32))},
-    Family("glm-5", "glm_moe_dsa", _INDEXED, _NO_ROPES, (16, 1)): dict.fromkeys((0, 1), ((1, 16), (1, 8))),
-    Family("deepseek-v3.2", "deepseek_v32", _INDEXED, _NO_ROPES, (16, 1)): dict.fromkeys((0, 1), ((1, 16), (1, 8))),
+    Family("glm-5", "glm_moe_dsa", _INDEXED, _NO_ROPES, (16, 1)): INDEXED,
+    Family("deepseek-v3.2", "deepseek_v32", _INDEXED, _NO_ROPES, (16, 1)): INDEXED,
 }
 """What reaches the cache of every layer that is compressed: (heads, dimension) of keys and values."""
 
@@ -170,11 +172,6 @@ def test_codes_without_a_calibration_come_close_to_the_dense_logits(name: str) -
             errors[bits] = float((model_of(name)(token, past_key_values=cache).logits - expected).norm())
         assert torch.equal(logits, dense(name)[:, :1])
         assert all(layer.spans for layer in cache.spectral_layers)
-    shapes = LAYOUTS[family]
-    for layer in cache.spectral_layers:
-        assert layer.index is not None
-        found = tuple((layer.tails[side].shape[1], layer.tails[side].shape[3]) for side in ("key", "value"))
-        assert found == shapes[layer.index]
     if family.config is not _INDEXED:  # an indexer's choice may jump with the smallest error
         assert errors[8] < errors[2] / 2
 
@@ -195,11 +192,14 @@ def test_a_calibration_alone_gives_the_layers_of_the_model(name: str, tmp_path: 
 @every_layout
 def test_shapes_and_bytes_are_those_of_the_cache(name: str) -> None:
     model, config = model_of(name), model_of(name).config
-    assert cache_layout.cached_shapes(config) == LAYOUTS[BY_NAME[name]]
     run(model, SpectralCache(Calibration.synthetic(config), config, residual_length=0))
     cache = DynamicCache(config=config)
     with torch.no_grad():
         model(random_tokens(1, 70), past_key_values=cache)
+    held = {index: cache_layout.held_shape(cache.layers[index]) for index in LAYOUTS[BY_NAME[name]]}
+    if LAYOUTS[BY_NAME[name]] is not INDEXED or compat.HAS_FP8_CACHE:  # older versions cache what they expand
+        assert held == LAYOUTS[BY_NAME[name]]
+    assert cache_layout.cached_shapes(config) == held
     assert estimate_memory(config, "bf16", 70, dtype=torch.float32).total == measure(cache).total
     estimate_memory(config, "spectral-3", 4096)
 
@@ -409,6 +409,13 @@ def test_a_config_without_a_cache_is_refused_with_transformers_reason() -> None:
 # ---------------------------------------------------------------------- probing
 
 
+@pytest.mark.parametrize(
+    ("name", "rotary_dim"), [("gemma4", 32), ("falcon-h1", 16), ("falcon-multi-query", 16), ("deepseek-v2", 0)]
+)
+def test_rotations_are_those_of_what_is_cached(name: str, rotary_dim: int) -> None:
+    assert {layer.rope.rotary_dim for layer in calibration_of(name).layers.values()} == {rotary_dim}
+
+
 @pytest.mark.parametrize("special", [[1, 128, 129], 128, None])
 def test_probing_takes_any_form_of_special_tokens(special: Any) -> None:
     model = BY_NAME["llama"].make(attention="sdpa")
@@ -471,6 +478,10 @@ def test_enable_on_a_draft_whose_tokens_are_rejected(name: str) -> None:
     draft.generation_config.num_assistant_tokens = 6
     ids = random_tokens(1, 100)
     expected = target.generate(ids, max_new_tokens=12, do_sample=False)
+    try:
+        target.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=draft)
+    except RuntimeError as error:
+        pytest.skip(f"transformers itself cannot use this draft: {error}")
     with quantcache.enabled(draft):
         found = target.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=draft)
     assert found.tolist() == expected.tolist()

@@ -293,6 +293,17 @@ def test_corrupt_downloads_are_found_out_by_the_index(
 # ------------------------------------------------------------------ exports
 
 
+def test_a_push_is_checked_before_the_work(hub: HubServer, client: Client) -> None:
+    check = "__import__('quantcache.hub').hub.check_push"
+    assert client.error(f"{check}({REPO!r}, token='hf_wrong')").startswith("the Hub refuses the token")
+    assert client.value(f"{check}({REPO!r}, token={TOKEN!r})") is None
+    assert client.value(f"{check}('somebody/new', token={TOKEN!r})") is None
+    error = client.error(f"{check}('else/new', token={TOKEN!r})")
+    assert error == "else/new cannot be pushed to: the token is of some-org, somebody, not of else"
+    assert "no Hub repository can have that name" in client.error(f"{check}('a b', token={TOKEN!r})")
+    assert not hub.repos  # nothing is made for a check
+
+
 def test_export_round_trip(hub: HubServer, client: Client, tmp_path: Path) -> None:
     family = FAMILIES[0]
     model = family.make(attention="sdpa")

@@ -178,7 +178,7 @@ def test_a_cache_whose_layers_differ_is_not_saved(tmp_path: Path) -> None:
     cache = filled(MODELS[0])
     keys, values = (torch.zeros(1, 2, 1, 64) for _ in SIDES)
     cache.update(keys, values, 0)  # as an interrupted forward pass leaves it
-    with pytest.raises(QuantCacheError, match=r"some layers hold 150 tokens and others 151: call rollback\(\)"):
+    with pytest.raises(QuantCacheError, match=r"some layers hold 150 tokens and others 151.*call rollback\(\)"):
         cache.save(tmp_path / "cache")
     cache.rollback()
     cache.save(tmp_path / "cache")

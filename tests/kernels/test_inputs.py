@@ -38,7 +38,7 @@ CASE = Case(tokens=TOKENS, heads=2, groups=2, queries=QUERIES, pads=(0, 0))
 def filled(backend: str = "torch", case: Case = CASE) -> tuple[SpectralLayer, Tensor]:
     """A layer of two blocks, and queries."""
     found = fill(case)
-    found.layer.backend = backend  # type: ignore[assignment]
+    found.layer.backend = backend
     return found.layer, found.query
 
 
@@ -86,9 +86,9 @@ def test_masks_broadcast_before_anything_is_encoded(name: str) -> None:
     query, mask = 0.2 * torch.randn(ROWS, HEADS, QUERIES, 64), random_mask(*SHAPES[name])
     mask[..., 0] = True
     module = torch.nn.Module()
-    module.num_key_value_groups = 2  # type: ignore[assignment]
+    module.num_key_value_groups = 2
     found = spectral_attention_forward(module, query, keys, values, mask)[0]
-    dense = [x.materialize().repeat_interleave(2, 1) for x in (keys, values)]  # type: ignore[attr-defined]
+    dense = [x.materialize().repeat_interleave(2, 1) for x in (keys, values)]
     whole = mask[..., :TOKENS].expand(ROWS, HEADS, QUERIES, TOKENS)
     expected = torch.nn.functional.scaled_dot_product_attention(query, *dense, attn_mask=whole)
     torch.testing.assert_close(found, expected.transpose(1, 2))
@@ -182,7 +182,7 @@ def copies(x: Tensor) -> dict[str, Tensor]:
         "offset": padded.flatten()[x.shape[-1] :].as_strided(x.shape, padded.stride()),
     }
     if x.is_floating_point():
-        found["negated"] = torch._neg_view(-x)  # type: ignore[attr-defined]
+        found["negated"] = torch._neg_view(-x)
     if x.dtype == torch.float32:
         found["conjugated"] = conjugated(x)
     if x.dim() == 4:
@@ -252,7 +252,7 @@ def arguments(layer: SpectralLayer, query: Tensor) -> dict[str, Any]:
     view = layer.snapshot()
     sides = [view.key, view.value]
     assert all(isinstance(side.codec, SpectralCodec) for side in sides)
-    constants = [backends._native_constants(side.codec) for side in sides]  # type: ignore[arg-type]
+    constants = [backends._native_constants(side.codec) for side in sides]
     return {
         "query": query,
         "key": constants[0],

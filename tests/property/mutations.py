@@ -110,6 +110,35 @@ def _change(document: Any, rng: random.Random) -> None:
         return
 
 
+FLOATS = (0.0, -1.0, 1e-300, 1e-38, 1e-20, 1e-6, 1e3, 1e9, 1e18, 1e30, 3e38, 1e300, float("nan"), float("inf"))
+
+
+def rewritten_values(data: bytes, rng: random.Random) -> bytes:
+    """Overwrite elements of a safetensors file, a few or a run of them.
+
+    Args:
+        data: The file.
+        rng: Source of chance.
+
+    Returns:
+        The new file.
+    """
+    (size,) = struct.unpack("<Q", data[:8])
+    found = bytearray(data)
+    header = json.loads(data[8 : 8 + size])
+    names = [name for name in header if name != "__metadata__"]
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        entry = header[rng.choice(names)]
+        first, last = (8 + size + offset for offset in entry["data_offsets"])
+        form = {"F32": "<f", "F64": "<d"}.get(entry["dtype"], "<B")
+        width = struct.calcsize(form)
+        value = rng.randrange(10) if form == "<B" else min(rng.choice(FLOATS), 3e38 if form == "<f" else 1e300)
+        start = rng.randrange((last - first) // width)
+        for place in range(start, min(start + rng.choice((1, 1, 16, 10_000)), (last - first) // width)):
+            struct.pack_into(form, found, first + place * width, value)
+    return bytes(found)
+
+
 def rewritten_safetensors(data: bytes, rng: random.Random) -> bytes:
     """Change the header of a safetensors file: names, dtypes, shapes, offsets, metadata, or its claimed length.
 

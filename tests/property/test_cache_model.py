@@ -26,6 +26,7 @@ from quantcache.cache_files import read_cache, read_description, write_cache
 from quantcache.codec import DenseCodec, SideCodec, SpectralCodec
 from quantcache.layer import SpectralLayer
 from quantcache.packing import BLOCK
+from quantcache.padding import Arrivals
 from quantcache.rope import ANCHOR_LENGTH, Rope
 from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
 from quantcache.store import GROWTH
@@ -193,6 +194,7 @@ class LayerMachine(RuleBasedStateMachine):
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         backend=st.sampled_from(["auto", "torch"]),
         dense=st.sampled_from([(), (), ("key",), ("value",), SIDES]),
+        masked=st.sampled_from([False, False, True]),
         seed=st.integers(0, 2**31),
     )
     def start(
@@ -203,15 +205,37 @@ class LayerMachine(RuleBasedStateMachine):
         dtype: torch.dtype,
         backend: Backend,
         dense: tuple[str, ...],
+        masked: bool,
         seed: int,
     ) -> None:
-        """Make an empty layer."""
+        """Make an empty layer; one that codes nothing may be told of padding and positions, which changes nothing."""
+        dense = SIDES if masked else dense
         tried["sequences"] += 1
         self.generator = torch.Generator().manual_seed(seed)
         codecs: dict[str, SideCodec] = {side: DenseCodec() if side in dense else coded(side) for side in SIDES}
         self.layer = SpectralLayer(lambda *_: codecs, None, sinks, residual, backend)
         self.model = Model(rows, sinks, residual, dtype, backend, codecs)
         self.model.clear()
+        self.masked = masked
+
+    def told(self, count: int) -> Arrivals | None:
+        """What a forward pass says: nothing, or any mask of all slots, whatever earlier ones said, and positions."""
+        if not self.masked:
+            return None
+        rows, length = self.model.rows, self.model.length
+        kind = int(torch.randint(0, 5, (1,), generator=self.generator))
+        if kind == 0:
+            return None  # a custom 4D mask
+        shown = torch.ones(rows, length, dtype=torch.bool)
+        if kind == 1:
+            shown = torch.arange(length) >= torch.randint(0, length + 1, (rows, 1), generator=self.generator)
+        elif kind == 2:
+            shown = torch.rand(rows, length, generator=self.generator) < 0.7
+        elif kind == 3:
+            shown = torch.arange(length) >= torch.randint(0, 80, (rows, 1), generator=self.generator)
+        positions = (shown.long().cumsum(-1) - 1).clamp_min(0)[:, length - count :] if kind < 4 else None
+        tried[("custom mask", "left padding", "holes", "short padding", "no padding")[kind]] += 1
+        return Arrivals.of(shown, positions, length, count)
 
     def random_tokens(self, count: int) -> dict[str, Tensor]:
         """New tokens, with now and then one far larger than the rest."""
@@ -235,7 +259,7 @@ class LayerMachine(RuleBasedStateMachine):
             return
         new = self.random_tokens(count)
         self.model.append(new)
-        keys, values = self.layer.update(new["key"], new["value"])
+        keys, values = self.layer.update(new["key"], new["value"], arrivals=self.told(count))
         assert keys.shape == (self.model.rows, HEADS, self.model.length, KEY_DIM)
         assert values.shape == (self.model.rows, HEADS, self.model.length, VALUE_DIM)
         if reader == "ours":
@@ -287,9 +311,9 @@ class LayerMachine(RuleBasedStateMachine):
     def select(self, data: st.DataObject, as_mask: bool) -> None:
         """Keep some rows."""
         kept = data.draw(st.sets(st.integers(0, self.model.rows - 1), min_size=1), label="kept")
-        rows = torch.tensor(sorted(kept))
+        rows, before = torch.tensor(sorted(kept)), self.model.rows
         self.model.take(rows)
-        mask = torch.zeros(max(self.model.rows, int(rows.max()) + 1), dtype=torch.bool)
+        mask = torch.zeros(before, dtype=torch.bool)
         mask[rows] = True
         self.layer.batch_select_indices(mask if as_mask else rows)
 
@@ -348,6 +372,7 @@ class LayerMachine(RuleBasedStateMachine):
         else:
             held = [*original.tails.values(), *original.sinks.values(), *original.places.buffers.values()]
             held += [buffer for store in original.stores.values() for buffer in store.buffers.values()]
+            held += [*original.leads.values(), *(each for each in original.grid if each is not None)]
             for tensor in held:
                 tensor.zero_()
 
@@ -423,17 +448,20 @@ class LayerMachine(RuleBasedStateMachine):
         assert memory.tokens == model.length
         assert memory.elements == model.length * per_token
         assert memory.residual == (model.length - model.encoded_end) * per_token * size
-        assert memory.sinks == (model.sinks * per_token * size if model.blocks else 0)
+        aside = 1 if layer.starts is None else 2  # sinks, and what lies before the first block where that is not them
+        assert memory.sinks == (aside * model.sinks * per_token * size if model.blocks else 0)
         stored = [t for b in model.blocks for fields in b.fields.values() for t in fields.values()]
         assert memory.codes + memory.gains + memory.dense == sum(t.nbytes for t in stored)
         room = max(len(model.blocks), layer.places.capacity)
-        assert memory.bookkeeping == PLACE_BYTES * room
+        told = [each for each in (layer.starts, layer.origins, layer.trail) if each is not None]
+        assert self.masked or not told
+        assert memory.bookkeeping == PLACE_BYTES * room + sum(each.nbytes for each in told)
         assert room <= len(model.blocks) * (1 + 1 / GROWTH)
         assert memory.slack <= MOST_SLACK * memory.total
 
 
 LayerMachine.TestCase.settings = settings(
-    max_examples=examples(60),
+    max_examples=examples(80),
     stateful_step_count=50 if SOAK else 30,
     phases=set(Phase) - {Phase.explain},
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

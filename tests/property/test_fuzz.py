@@ -18,11 +18,12 @@ import torch
 
 from quantcache.artifact import SIDES, Calibration
 from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
+from quantcache.attention import spectral_attention
 from quantcache.cache import SpectralCache
 from quantcache.errors import QuantCacheError
 from tests.builders import llama_config
 from tests.property.effort import examples, report
-from tests.property.mutations import damaged, rewritten_json, rewritten_safetensors
+from tests.property.mutations import damaged, rewritten_json, rewritten_safetensors, rewritten_values
 
 MOST_MEMORY = 256 << 20
 """Bound of what reading hostile files of some 50 KB may add to the process, all in all."""
@@ -75,6 +76,19 @@ def use(cache: SpectralCache) -> None:
     layer.snapshot().dense("key")
 
 
+def agree(calibration: Calibration) -> None:
+    """Every backend gives the same finite results."""
+    query = torch.randn(1, 4, 1, 32, generator=torch.Generator().manual_seed(1))
+    found = []
+    for backend in ("native", "torch"):
+        layer = SpectralCache(calibration, residual_length=0, backend=backend).spectral_layers[0]
+        layer.update(*tokens(200))
+        layer.finish()
+        found.append(spectral_attention(query, layer.snapshot(), None))
+    assert all(bool(each.isfinite().all()) for each in found)
+    assert float((found[0] - found[1]).abs().max()) < 1e-3 * max(1.0, float(found[1].abs().max()))
+
+
 def outcomes(cases: int, attempt: Callable[[random.Random], None]) -> Counter[str]:
     """How many cases loaded and how many were refused; anything else is raised, with the seed that gave it."""
     found: Counter[str] = Counter()
@@ -103,7 +117,9 @@ def test_calibrations(tmp_path: Path) -> None:
 
     def attempt(rng: random.Random) -> None:
         files = {CONFIG_NAME: config, TENSORS_NAME: tensors}
-        kind = rng.randrange(5)
+        kind = rng.randrange(7)
+        if kind >= 5:
+            files[TENSORS_NAME] = rewritten_values(tensors, rng)
         if kind in (0, 4):
             files[TENSORS_NAME] = rewritten_safetensors(tensors, rng)
         if kind in (1, 4):
@@ -120,6 +136,8 @@ def test_calibrations(tmp_path: Path) -> None:
                 assert layer.side(side).analysis.shape == (*layer.side(side).mean.shape, layer.side(side).dim)
         if list(calibration.layers) == [0]:
             use(SpectralCache(calibration, llama_config(32, layers=1), residual_length=0))
+            if kind >= 5:
+                agree(calibration)
 
     found = outcomes(examples(250), attempt)
     assert found["refused"] > found.total() / 4

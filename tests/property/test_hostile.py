@@ -53,6 +53,7 @@ def spoil_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> N
     change(tensors)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / TENSORS_NAME, metadata={"format": "pt"})
+    spoil_config(folder, lambda config: config.pop("digest"))  # else it is the digest that is found wrong
 
 
 def spoil_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -221,6 +222,10 @@ REFUSED_CONFIGS = {
     "window of a list": (set_in("cache_config", "sliding_window", [[]]), "sliding_window"),
     "window below": (set_in("cache_config", "sliding_window", -(1 << 60)), "sliding_window"),
     "shared layers": (set_in("cache_config", "num_kv_shared_layers", {}), "num_kv_shared_layers"),
+    "states of no number": (set_in("cache_config", "number_of_conv_states", [1 << 40]), "number_of_conv_states"),
+    "sharing modes as text": (set_in("cache_config", "kv_sharing_modes", "reuse"), "kv_sharing_modes"),
+    "sharing modes as numbers": (set_in("cache_config", "kv_sharing_modes", [1]), "kv_sharing_modes"),
+    "crossing layers": (set_in("cache_config", "cross_attention_layers", {"0": 1}), "cross_attention_layers"),
     "heads negative": (set_in("cache_config", "num_key_value_heads", -1), "num_key_value_heads"),
     "heads of each layer negative": (set_in("cache_config", "num_key_value_heads", [2, -1]), "num_key_value_heads"),
     "dimension huge": (set_in("cache_config", "head_dim", 1 << 40), "head_dim"),
@@ -314,6 +319,9 @@ CACHE_CONFIGS: dict[str, dict[str, Any]] = {
     "a window without one": {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
     "all layers shared": {"num_hidden_layers": 1, "num_kv_shared_layers": 1},
     "other entries": {"num_hidden_layers": 1, "__class__": "x", "torch_dtype": [1], "rope_parameters": 5},
+    "a list for each layer": {"num_hidden_layers": 1, "sliding_window": [None], "head_dim": [DIM]},
+    "modes of other layers": {"num_hidden_layers": 1, "kv_sharing_modes": ["reuse", "x", None]},
+    "no layer of its own": {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_kv_shared_layers": 9},
     "most layers": {"num_hidden_layers": MOST_LAYERS},
 }
 

@@ -355,9 +355,11 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Change the tensors of a saved calibration."""
+    with safe_open(folder / TENSORS_NAME, framework="pt") as file:
+        metadata = file.metadata()
     tensors = load_file(folder / TENSORS_NAME)
     change(tensors)
-    save_file(tensors, folder / TENSORS_NAME)
+    save_file(tensors, folder / TENSORS_NAME, metadata=metadata)
 
 
 def load_error(folder: Path, kind: type[Exception] = ArtifactError) -> str:

@@ -17,6 +17,7 @@ from quantcache.cache import SpectralCache
 from quantcache.calibration import calibrate
 from quantcache.data import demo_model_path
 from quantcache.errors import CalibrationMismatch, CalibrationWarning
+from quantcache.export import absorb
 from quantcache.identity import FINGERPRINT, declared_frequencies, fingerprint
 from tests.builders import llama_config
 from tests.families import FAMILIES, Family, random_tokens
@@ -223,3 +224,28 @@ def test_families(family: Family) -> None:
         calibration.check_compatible(given, strict=True)
     with pytest.raises(CalibrationMismatch, match="other weights"):
         calibration.check_compatible(family.make(seed=1), strict=True)
+
+
+@pytest.mark.parametrize("basis", ["spectral", "flat"])
+def test_a_model_that_has_absorbed_its_basis(calibration: Calibration, basis: str) -> None:
+    rewritten = make()
+    own = absorb(rewritten, calibration, basis)  # type: ignore[arg-type]
+    own.check_compatible(rewritten, strict=True)
+    with pytest.raises(CalibrationMismatch, match=r"_proj.weight has other weights"):
+        calibration.check_compatible(rewritten, strict=True)
+    with pytest.raises(CalibrationMismatch, match=r"embed_tokens.weight has other weights"):
+        own.check_compatible(make(seed=1), strict=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_stand_ins_are_of_their_config(family: Family) -> None:
+    config = family.make().config
+    Calibration.synthetic(config).check_compatible(config, strict=True)
+
+
+@pytest.mark.parametrize("parameters", ROPES.values(), ids=ROPES)
+def test_stand_ins_of_other_rotations(parameters: dict[str, object]) -> None:
+    config = llama_config(32, layers=3, rope_parameters=parameters)
+    Calibration.synthetic(config).check_compatible(config, strict=True)
+    with pytest.raises(CalibrationMismatch, match="radians per token"):
+        Calibration.synthetic(config).check_compatible(llama_config(32, layers=3), strict=True)

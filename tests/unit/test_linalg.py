@@ -80,6 +80,7 @@ def test_single_matrices_and_deeper_stacks() -> None:
     assert torch.equal(linalg.inverse(matrices[0]), linalg.inverse(matrices)[0])
     assert torch.equal(linalg.inverse(matrices.view(2, 3, 16, 16)).view(6, 16, 16), linalg.inverse(matrices))
     assert linalg.singular_values(matrices.view(2, 3, 16, 16)).shape == (2, 3, 16)
+    assert linalg.qr(matrices[:, :0, :0])[0].shape == linalg.inverse(matrices[:, :0, :0]).shape == (6, 0, 0)
     assert torch.equal(linalg.eigh(matrices[1] + matrices[1].T)[0], linalg.eigh(matrices + matrices.mT)[0][1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -244,3 +245,91 @@ def test_flawed_indices(index: Path, flaw: str) -> None:
 def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_index(tmp_path / "no.json", FILES)
+
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join(f'*a{i - 1}' for _ in range(9))}]\n" for i in range(1, 40))
+
+HARD_TO_PARSE = {
+    "a billion laughs": (LAUGHS, "refers to *a0"),
+    "text that is itself": ("text: &t\n  files: *t\n", "refers to *t"),
+    "a merge": ("base: &b {bits: 3}\nmore:\n  <<: *b\n", "refers to *b"),
+    "deep lists": ("text: " + "[" * 20_000 + "]" * 20_000, "nested too deep"),
+    "deep blocks": ("".join(" " * i + "- \n" for i in range(1, 300)) + "x: [", "cannot be read"),
+    "a key twice": ("bits: 3\nbits: 8\n", "says bits twice"),
+    "a key twice inside": ("text: {files: {a: x, a: y}}\n", "says a twice"),
+    "large": ("# " + "x" * 70_000, "more than 65,536 bytes"),
+    "Python": ("model: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+    "a list as key": ("? [a]\n: b\n", "unhashable"),
+    "controls": ("model: a\x1bb\n", "special characters are not allowed"),
+    "Latin-1": (b"model: caf\xe9\n", "can't decode byte 0xe9"),
+    "two documents": ("a: 1\n---\nb: 2\n", "expected a single document"),
+    "digits": ("tokens: " + "9" * 6000, "4300 digits"),
+}
+
+
+@pytest.mark.support("recipes and indexes that are hard to parse")
+@pytest.mark.parametrize(("content", "message"), HARD_TO_PARSE.values(), ids=HARD_TO_PARSE)
+def test_recipes_that_are_hard_to_parse(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    started = time.perf_counter()
+    with pytest.raises(QuantCacheError) as caught:
+        load_recipe(path)
+    assert time.perf_counter() - started < 5
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.support("recipes and indexes that are hard to parse")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("text", value) for value in ({"files": {"x": 1}}, {"files": []}, [[[]]], "x" * 5000, None)),
+        *(("seed", value) for value in (1 << 64, -1, True, 0.5)),
+        *(("tokens", value) for value in (1 << 70, 0, True, "8")),
+        *(("bits", value) for value in (float("nan"), float("inf"), "three", [3])),
+        *(("model", value) for value in ("", ["a"], {"a": 1}, 5)),
+        *(("dtype", value) for value in (["auto"], {}, "float8")),
+    ],
+)
+def test_values_of_any_kind(tmp_path: Path, name: str, value: object) -> None:
+    content = yaml.safe_load((data.calibrations_path() / "recipes" / "wiki11m.yaml").read_text("utf-8"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content | {name: value}), "utf-8")
+    with pytest.raises(QuantCacheError, match=f"{name} must be") as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.support("recipes and indexes that are hard to parse")
+def test_a_text_that_is_not_utf8(tmp_path: Path) -> None:
+    content = yaml.safe_load((data.calibrations_path() / "recipes" / "wiki11m.yaml").read_text("utf-8"))
+    (tmp_path / "text").write_bytes(b"caf\xe9")
+    digest = hashlib.sha256(b"caf\xe9").hexdigest()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | {"text": {"files": {"text": digest}}}), "utf-8")
+    with pytest.raises(QuantCacheError, match=r"text is not UTF-8 text: .* 0xe9 at byte 3"):
+        load_recipe(tmp_path / "recipe.yaml").texts()
+
+
+@pytest.mark.support("recipes and indexes that are hard to parse")
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"a":' * 50_000 + "1" + "}" * 50_000,
+        '{"format": "quantcache-calibration-index", "format": "x"}',
+        '{"format": "quantcache-calibration-index", "schema_version": "1.0", "calibrations": [NaN]}',
+        '{"format": "quantcache-calibration-index", "schema_version": "1.0", "calibrations": '
+        + "[" * 40
+        + "]" * 40
+        + "}",
+        '{"format": ' + "9" * 5000 + "}",
+        '{"format": "\\ud800"}',
+        "[" + "{}," * 2_000_000 + "{}]",
+    ],
+    ids=["deep lists", "deep objects", "twice", "NaN", "a bit deep", "digits", "half a character", "large"],
+)
+def test_indexes_that_are_hard_to_parse(tmp_path: Path, content: str) -> None:
+    (tmp_path / "index.json").write_text(content, "utf-8")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        Calibration.for_model("wiki11m", index=tmp_path / "index.json")

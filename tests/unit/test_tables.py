@@ -275,7 +275,7 @@ def test_only_a_clean_commit_makes_a_result(
     assert path.parent == tmp_path / folder / "abacus-tm-9-2-cores"
     written = json.loads(path.read_text("utf-8"))
     assert written["command"] == "python bench.py --steps 3"
-    assert written["settings"] == {"steps": 3}
+    assert written["settings"] == {"steps": 3, "source_sha256": records.source_digest()}
     assert written["metrics"]["time"]["n"] == 1
     assert written["schema_version"] == 1
     assert "git" not in written["environment"]

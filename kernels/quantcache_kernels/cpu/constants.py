@@ -93,8 +93,9 @@ def in_memory(name: str, x: Tensor) -> Tensor:
     Raises:
         ValueError: It is not in the CPU's memory.
     """
-    x = x.resolve_neg()
-    if x.device.type != "cpu" or x.layout != torch.strided or (x.numel() and not x.data_ptr()):
+    if x.is_neg():
+        x = x.resolve_neg()
+    if not x.is_cpu or x.layout != torch.strided or (type(x) is not Tensor and x.numel() and not x.data_ptr()):
         raise ValueError(f"expected {name} in the CPU's memory, got a {type(x).__name__} on {x.device} ({x.layout})")
     return x
 

@@ -107,7 +107,7 @@ def _readable_mask(mask: Tensor, batch: int, queries: int, slots: int) -> Tensor
         )
     mask = in_memory("mask", mask)
     mask = mask if mask.stride(3) == 1 else mask.contiguous()
-    return mask.expand(batch, 1, queries, shape[3])
+    return mask if shape[:3] == [batch, 1, queries] else mask.expand(batch, 1, queries, shape[3])
 
 
 def encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,222 @@
+"""Compile the kernels by NVRTC, keep the result on disk, and launch them through the CUDA driver.
+
+Of CUDA it needs what torch has loaded already: libnvrtc and libcuda. Where NVRTC is missing, nvcc will do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+NVCC = "/usr/local/cuda/bin/nvcc"
+SOURCES = Path(__file__).parent / "src"
+
+
+class CudaError(RuntimeError):
+    """A call of the driver or the compiler failed."""
+
+
+def source() -> str:
+    """The kernels as one text, without includes."""
+    header, kernels = ((SOURCES / name).read_text(encoding="utf-8") for name in ("warp.h", "attention.h"))
+    header = header.split("#else\n\n#include <cmath>")[0] + "#endif\n"
+    text = header + kernels.replace('#include "warp.h"', "")
+    return "\n".join("" if line.startswith("#pragma once") else line for line in text.splitlines()) + "\n"
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("QUANTCACHE_CUDA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(root) / "quantcache" / "cuda"
+
+
+def _library(*names: str) -> ctypes.CDLL:
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CudaError(f"none of {', '.join(names)} can be loaded")
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "13").split(".")[0]
+    names = [f"libnvrtc.so.{major}", "libnvrtc.so"]
+    for folder in Path(torch.__file__).parents[1].glob("nvidia/*/lib"):
+        names += [str(p) for p in sorted(folder.glob("libnvrtc.so*"))]
+    return _library(*names)
+
+
+def _compile_by_nvrtc(text: str, options: tuple[str, ...]) -> bytes:
+    nvrtc = _nvrtc()
+
+    def check(status: int) -> None:
+        if status:
+            nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+            raise CudaError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
+
+    program = ctypes.c_void_p()
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"attention.cu", 0, None, None))
+    try:
+        array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        status = nvrtc.nvrtcCompileProgram(program, len(options), array)
+        size = ctypes.c_size_t()
+        if status:
+            check(nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
+            log = ctypes.create_string_buffer(size.value)
+            check(nvrtc.nvrtcGetProgramLog(program, log))
+            raise CudaError(f"the CUDA kernels do not compile: {log.value.decode()}")
+        check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        binary = ctypes.create_string_buffer(size.value)
+        check(nvrtc.nvrtcGetCUBIN(program, binary))
+        return binary.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _compile_by_nvcc(text: str, options: tuple[str, ...]) -> bytes:
+    nvcc = shutil.which("nvcc") or NVCC
+    with tempfile.TemporaryDirectory() as folder:
+        file, out = Path(folder) / "attention.cu", Path(folder) / "attention.cubin"
+        file.write_text(text, encoding="utf-8")
+        done = subprocess.run([nvcc, "-cubin", *options, "-o", out, file], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CudaError(f"nvcc: {done.stderr.strip() or done.stdout.strip()}")
+        return out.read_bytes()
+
+
+def compiled(capability: tuple[int, int], precise: bool, parts: int) -> bytes:
+    """The kernels' machine code, from the cache on disk if it is there.
+
+    Args:
+        capability: Compute capability, (9, 0) for Hopper.
+        precise: Queries and weights in twice eight bits.
+        parts: Tiles of eight columns that a group's queries take.
+
+    Returns:
+        A cubin.
+
+    Raises:
+        CudaError: They do not compile.
+    """
+    text = source()
+    options = (
+        f"--gpu-architecture=sm_{capability[0]}{capability[1]}",
+        "--std=c++17",
+        f"-DPRECISE={int(precise)}",
+        f"-DPARTS={parts}",
+    )
+    key = hashlib.sha256("\0".join((text, *options, str(torch.version.cuda))).encode()).hexdigest()[:32]
+    path = _cache_folder() / f"{key}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    try:
+        binary = _compile_by_nvrtc(text, options)
+    except CudaError:  # it or a part of it may be missing
+        if shutil.which("nvcc") is None and not Path(NVCC).exists():
+            raise
+        binary = _compile_by_nvcc(text, options)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(binary)
+        Path(file.name).replace(path)
+    except OSError:  # a machine without a home: compiled again by the next process
+        pass
+    return binary
+
+
+@cache
+def _cuda() -> ctypes.CDLL:
+    return _library("libcuda.so.1", "libcuda.so")
+
+
+def _check(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _cuda().cuGetErrorString(status, ctypes.byref(text))
+        raise CudaError(f"CUDA: {(text.value or b'unknown error').decode()} ({status})")
+
+
+class Kernel:
+    """One kernel of a module loaded on one device."""
+
+    def __init__(self, function: ctypes.c_void_p) -> None:
+        self.function = function
+        self.shared_bytes = 48 << 10
+
+    def attribute(self, which: int) -> int:
+        """An attribute of the function: 4 is registers, 3 local bytes, 1 shared bytes."""
+        value = ctypes.c_int()
+        _check(_cuda().cuFuncGetAttribute(ctypes.byref(value), which, self.function))
+        return value.value
+
+    def warps_per_processor(self, shared_bytes: int) -> int:
+        """Blocks of one warp that fit on a multiprocessor at once."""
+        count = ctypes.c_int()
+        _check(
+            _cuda().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                ctypes.byref(count), self.function, 32, ctypes.c_size_t(shared_bytes)
+            )
+        )
+        return count.value
+
+    def launch(
+        self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
+    ) -> None:
+        """Launch on a stream of the current device.
+
+        Args:
+            grid: Blocks.
+            threads: Threads of a block.
+            shared_bytes: Dynamic shared memory.
+            arguments: The kernel's one argument.
+            stream: Raw handle of the stream.
+
+        Raises:
+            CudaError: The launch was refused.
+        """
+        if shared_bytes > self.shared_bytes:
+            _check(_cuda().cuFuncSetAttribute(self.function, 8, shared_bytes))
+            self.shared_bytes = shared_bytes
+        array = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _check(
+            _cuda().cuLaunchKernel(
+                self.function, *grid, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), array, None
+            )
+        )
+
+
+@cache
+def load(device: int, precise: bool, parts: int) -> dict[str, Kernel]:
+    """The kernels, loaded on a device, which must be the current one.
+
+    Args:
+        device: Index of the device.
+        precise: See :func:`compiled`.
+        parts: See :func:`compiled`.
+
+    Returns:
+        ``attend`` and ``merge``.
+
+    Raises:
+        CudaError: They do not compile or load.
+    """
+    torch.cuda.current_stream(device).synchronize()  # there is a context now
+    binary = compiled(torch.cuda.get_device_capability(device), precise, parts)
+    module = ctypes.c_void_p()
+    _check(_cuda().cuModuleLoadData(ctypes.byref(module), binary))
+    kernels = {}
+    for name in ("attend", "merge"):
+        function = ctypes.c_void_p()
+        _check(_cuda().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        kernels[name] = Kernel(function)
+    return kernels

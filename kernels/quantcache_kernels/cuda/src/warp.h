@@ -1,0 +1,308 @@
+// What the kernels need of the machine: lanes, shuffles, tensor cores, bulk copies.
+//
+// Under nvcc and NVRTC these are the instructions themselves. Under a C++ compiler a block of threads is emulated:
+// every lane is a fiber that runs until it meets an operation in which its warp takes part as a whole, and the last
+// lane to arrive carries the operation out for all. Kernels are the same source in both, so their values can be tested
+// where there is no GPU.
+#pragma once
+
+typedef unsigned char u8;
+typedef signed char s8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(8) Words2 {
+    u32 x, y;
+};
+struct alignas(16) Words4 {
+    u32 x, y, z, w;
+};
+
+#ifdef __CUDACC__
+
+#define KERNEL extern "C" __global__
+#define BOUNDS(threads) __launch_bounds__(threads)
+#define DEVICE static __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
+
+DEVICE u32 thread_index() { return threadIdx.x; }
+DEVICE u32 block_x() { return blockIdx.x; }
+DEVICE u32 block_y() { return blockIdx.y; }
+DEVICE u32 block_threads() { return blockDim.x; }
+extern __shared__ uint4 shared_memory_[];
+DEVICE u8* shared_memory() { return reinterpret_cast<u8*>(shared_memory_); }
+
+DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(u32 x) { return __uint_as_float(x); }
+DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+DEVICE u32 funnel_left(u32 low, u32 high, u32 shift) { return __funnelshift_l(low, high, shift); }
+DEVICE float half_low(u32 x) {
+    float y;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(y) : "r"(x));
+    return y;
+}
+DEVICE float half_high(u32 x) {
+    float y;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
+    return y;
+}
+DEVICE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float logarithm_of_two(float x) { return __log2f(x); }
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
+
+// An 8x8 matrix of 16-bit elements, lane 4 r + c holding elements 2 c and 2 c + 1 of row r: its transpose.
+DEVICE u32 transpose(u32 x) {
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// c + a b, a 16 x 16 signed, b 16 x 8 signed, in the operand order of mma.m16n8k16.
+DEVICE void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+// c + a b, a 16 x 32 signed, b 32 x 8 unsigned, in the operand order of mma.m16n8k32.
+DEVICE void mma_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// One warp's bulk copies into shared memory; a barrier counts the bytes that have landed.
+DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+DEVICE void barrier_init(u64* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(shared)),
+        "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+DEVICE void barrier_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+        ::"r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+}
+
+#else
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+#include <ucontext.h>
+
+#define KERNEL static
+#define BOUNDS(threads)
+#define DEVICE static inline
+#define UNROLL
+#define ROLLED
+
+// The emulated block: fibers, what they wait for, and the operands they brought.
+struct Block {
+    struct Fiber {
+        ucontext_t context;
+        std::vector<char> stack;
+        bool done, waiting;
+        u32 operands[8];
+        int sums[4];
+    };
+    ucontext_t scheduler;
+    std::vector<Fiber> fibers;
+    std::vector<u8> shared;
+    u32 x, y, running;
+    std::function<void()> body;
+};
+static Block* emulated_;
+
+static void fiber_main_() {
+    emulated_->body();
+    Block::Fiber& fiber = emulated_->fibers[emulated_->running];
+    fiber.done = true;
+    swapcontext(&fiber.context, &emulated_->scheduler);
+}
+
+DEVICE u32 thread_index() { return emulated_->running; }
+DEVICE u32 block_x() { return emulated_->x; }
+DEVICE u32 block_y() { return emulated_->y; }
+DEVICE u32 block_threads() { return static_cast<u32>(emulated_->fibers.size()); }
+DEVICE u8* shared_memory() {
+    return reinterpret_cast<u8*>((reinterpret_cast<uintptr_t>(emulated_->shared.data()) + 127) & ~uintptr_t(127));
+}
+
+// Wait until every lane of the block is here. All collectives run through it, so a lane that strays stops the block.
+DEVICE void meet_() {
+    Block::Fiber& fiber = emulated_->fibers[emulated_->running];
+    fiber.waiting = true;
+    swapcontext(&fiber.context, &emulated_->scheduler);
+}
+DEVICE Block::Fiber& own_() { return emulated_->fibers[emulated_->running]; }
+DEVICE Block::Fiber& lane_(u32 lane) { return emulated_->fibers[(emulated_->running & ~31u) + lane]; }
+
+static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::function<void()> body) {
+    Block block;
+    block.x = x;
+    block.y = y;
+    block.body = std::move(body);
+    block.shared.assign(shared_bytes + 128, 0xA5);
+    block.fibers.resize(threads);
+    emulated_ = &block;
+    for (auto& fiber : block.fibers) {
+        fiber.stack.resize(64 << 10);
+        fiber.done = fiber.waiting = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main_, 0);
+    }
+    for (u32 done = 0; done < threads;) {
+        u32 waiting = 0;
+        done = 0;
+        for (u32 i = 0; i < threads; ++i) {
+            Block::Fiber& fiber = block.fibers[i];
+            if (!fiber.done) {
+                fiber.waiting = false;
+                block.running = i;
+                swapcontext(&block.scheduler, &fiber.context);
+            }
+            done += fiber.done;
+            waiting += fiber.waiting && !fiber.done;
+        }
+        if (done && waiting) return false;  // some lanes left while others wait: a GPU would hang
+    }
+    return true;
+}
+
+DEVICE u32 bits_of(float x) {
+    u32 y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+DEVICE float float_of(u32 x) {
+    float y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
+    u64 bytes = static_cast<u64>(b) << 32 | a;
+    u32 out = 0;
+    for (int i = 0; i < 4; ++i) {
+        u32 nibble = selector >> 4 * i & 15, byte = static_cast<u32>(bytes >> 8 * (nibble & 7)) & 255;
+        if (nibble & 8) byte = byte & 128 ? 255 : 0;
+        out |= byte << 8 * i;
+    }
+    return out;
+}
+DEVICE u32 funnel_left(u32 low, u32 high, u32 shift) {
+    return static_cast<u32>(((static_cast<u64>(high) << 32 | low) << (shift & 31)) >> 32);
+}
+DEVICE float half_of_(u32 h) {
+    u32 exponent = h >> 10 & 31, mantissa = h & 1023;
+    float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                     : std::ldexp(static_cast<float>(exponent ? mantissa | 1024 : mantissa),
+                                                  static_cast<int>(exponent ? exponent : 1) - 25);
+    return h & 0x8000 ? -magnitude : magnitude;
+}
+DEVICE float half_low(u32 x) { return half_of_(x & 0xFFFF); }
+DEVICE float half_high(u32 x) { return half_of_(x >> 16); }
+DEVICE float power_of_two(float x) { return std::exp2(x); }
+DEVICE float logarithm_of_two(float x) { return std::log2(x); }
+DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+DEVICE float add(float a, float b) { return a + b; }
+DEVICE float larger(float a, float b) { return std::fmax(a, b); }
+
+DEVICE void sync_warp() { meet_(); }
+DEVICE void sync_block() { meet_(); }
+DEVICE float shuffle_xor(float x, int mask) {
+    own_().operands[0] = bits_of(x);
+    meet_();
+    float y = float_of(lane_((emulated_->running & 31) ^ static_cast<u32>(mask)).operands[0]);
+    meet_();
+    return y;
+}
+DEVICE u32 shuffle(u32 x, int lane) {
+    own_().operands[0] = x;
+    meet_();
+    u32 y = lane_(static_cast<u32>(lane) & 31).operands[0];
+    meet_();
+    return y;
+}
+DEVICE bool any_lane(bool x) {
+    own_().operands[0] = x;
+    meet_();
+    bool any = false;
+    for (u32 i = 0; i < 32; ++i) any |= lane_(i).operands[0] != 0;
+    meet_();
+    return any;
+}
+DEVICE u32 transpose(u32 x) {
+    own_().operands[0] = x;
+    meet_();
+    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3), y = 0;
+    for (u32 i = 0; i < 2; ++i) {
+        u32 pair = lane_(4 * (column + i) + row / 2).operands[0];
+        y |= (row & 1 ? pair >> 16 : pair & 0xFFFF) << 16 * i;
+    }
+    meet_();
+    return y;
+}
+DEVICE int signed_byte_(u32 word, u32 i) { return static_cast<s8>(word >> 8 * i); }
+DEVICE void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b) {
+    u32* own = own_().operands;
+    own[0] = a0, own[1] = a1, own[2] = b;
+    meet_();
+    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
+    for (u32 i = 0; i < 4; ++i)
+        for (u32 k = 0; k < 16; ++k)
+            c[i] += signed_byte_(lane_(4 * row + k / 4).operands[i / 2], k & 3) *
+                    signed_byte_(lane_(4 * (column + (i & 1)) + k / 4).operands[2], k & 3);
+    meet_();
+}
+DEVICE void mma_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    u32* own = own_().operands;
+    own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3, own[4] = b0, own[5] = b1;
+    meet_();
+    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
+    for (u32 i = 0; i < 4; ++i)
+        for (u32 k = 0; k < 32; ++k)
+            c[i] += signed_byte_(lane_(4 * row + k % 16 / 4).operands[i / 2 + 2 * (k / 16)], k & 3) *
+                    static_cast<int>(lane_(4 * (column + (i & 1)) + k % 16 / 4).operands[4 + k / 16] >> 8 * (k & 3) & 255);
+    meet_();
+}
+DEVICE void barrier_init(u64* barrier) { *barrier = 0; }
+DEVICE void barriers_ready() {}
+DEVICE void barrier_expect(u64* barrier, u32) { *barrier ^= 1; }  // whose parity's phase is complete next
+DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64*) { memcpy(shared, global, bytes); }
+DEVICE void barrier_wait(u64*, u32) { meet_(); }
+
+#endif

@@ -1,0 +1,138 @@
+"""A kernel's first use on a device: it must agree with plain torch, or it is not used in this process.
+
+A compiler, a driver or a card that nobody has tested may make a kernel fail, or make it wrong. Before a kernel works on
+a device for the first time, and again for every new geometry, it does a little of that very work beside plain torch.
+What it may differ by is not chosen here: it is twice what plain torch differs by from itself, done another way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FLOOR = 1e-6
+"""Relative difference allowed on top, as in the parity suite."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial found.
+
+    Attributes:
+        operation: ``"attend"``, ``"encode"`` or ``"decode"``.
+        backend: Whose kernel.
+        device: Where, in words.
+        difference: From plain torch, relative to the result; None if the kernel failed.
+        allowed: Twice plain torch's own.
+        problem: Why the kernel is not used; empty if it is.
+    """
+
+    operation: str
+    backend: str
+    device: str
+    difference: float | None
+    allowed: float
+    problem: str
+
+
+_outcomes: dict[Hashable, Outcome] = {}
+_rejected: dict[tuple[str, str, str], Outcome] = {}
+
+
+def rejected(operation: str, backend: str, device: torch.device) -> bool:
+    """Whether a kernel has failed a trial on a device."""
+    return (operation, backend, str(device)) in _rejected
+
+
+def passes(
+    operation: str,
+    backend: str,
+    device: torch.device,
+    geometry: Hashable,
+    work: Callable[[], tuple[Callable[[], Tensor], Tensor, Tensor]],
+) -> bool:
+    """Try a kernel once for every geometry.
+
+    Args:
+        operation: ``"attend"``, ``"encode"`` or ``"decode"``.
+        backend: Whose kernel.
+        device: Where.
+        geometry: What makes a trial another one.
+        work: Gives a call of the kernel on some of the work at hand, plain torch's result, and the same of plain torch
+            done another way, such as in the model's precision.
+
+    Returns:
+        Whether the kernel may be used. If not, a warning has said so, once for an operation and a device.
+    """
+    place = (operation, backend, str(device))
+    if place in _rejected:
+        return False
+    key = (*place, geometry)
+    if key not in _outcomes:
+        _outcomes[key] = found = attempt(operation, backend, device, work)
+        if found.problem:
+            _rejected[place] = found
+            logger.warning(
+                "not using the %s kernel of backend %r in this process, but plain torch, which is slower: "
+                "on %s (%s) %s",
+                operation, backend, found.device, versions(), found.problem,
+            )  # fmt: skip
+    return not _outcomes[key].problem
+
+
+def attempt(
+    operation: str,
+    backend: str,
+    device: torch.device,
+    work: Callable[[], tuple[Callable[[], Tensor], Tensor, Tensor]],
+) -> Outcome:
+    """Try a kernel; see :func:`passes`.
+
+    Args:
+        operation: ``"attend"``, ``"encode"`` or ``"decode"``.
+        backend: Whose kernel.
+        device: Where.
+        work: As for :func:`passes`.
+
+    Returns:
+        The outcome.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    kernel, plain, other = work()
+    exact = plain.cpu().double()
+    norm = float(exact.norm()) or 1.0
+    allowed = 2 * float((other.cpu().double() - exact).norm()) / norm + FLOOR
+    try:
+        found = kernel()
+        difference = float((found.cpu().double() - exact).norm()) / norm
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler may fail with anything
+        text = " ".join(str(error).split())[:500]
+        return Outcome(operation, backend, name, None, allowed, f"it failed: {type(error).__name__}: {text}")
+    problem = ""
+    if not difference <= allowed:  # NaN too
+        problem = f"it differs from plain torch by {difference:.2e} of the result, more than {allowed:.2e}"
+    return Outcome(operation, backend, name, difference, allowed, problem)
+
+
+def versions() -> str:
+    """Versions of what compiles and runs kernels, in words."""
+    found = f"torch {torch.__version__}"
+    try:
+        import triton
+    except ImportError:
+        return found
+    return f"{found}, triton {triton.__version__}"
+
+
+def forget() -> None:
+    """Forget all trials, for tests."""
+    _outcomes.clear()
+    _rejected.clear()

@@ -1,0 +1,279 @@
+"""Compile the Triton kernels for GPUs that are not there, exactly as a launch would, and read what came out.
+
+Triton compiles without a GPU if it is told which one to compile for. A stub stands in for the driver, launches stop
+once the kernel is compiled, and arguments stay on the CPU: everything else, the wrappers' choice of variants and
+Triton's specialisation of arguments included, is what runs on a GPU. It needs a process without ``TRITON_INTERPRET=1``:
+
+    PYTHONPATH=.:kernels:benchmarks python -m tests.kernels.compiling --target 90 --only llama-8b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantcache import SpectralCache, backends
+from tests.kernels.cases import ATTENTION, BASE, TRITON, Case, fill
+
+HALF = replace(BASE, dtype=torch.bfloat16, widths=3)
+
+GEOMETRIES = {
+    "llama-8b": replace(HALF, dim=128, groups=4, theta=5e5),
+    "qwen2.5-7b": replace(HALF, dim=128, groups=7, theta=1e6),
+    "qwen3-14b-Tq4": replace(HALF, dim=128, groups=5, theta=1e6, queries=4),
+    "gemma-2": replace(HALF, dim=256, groups=2, theta=1e4, softcap=50.0),
+    "gemma-3": replace(HALF, dim=256, groups=2, theta=1e6),
+    "D64": replace(HALF, dim=64, groups=4, theta=1e4),
+}
+"""Models' head geometries. ``widths`` is what all coefficients get; kernels do not depend on it but for wide codes."""
+
+
+@dataclass
+class Compiled:
+    """One variant of a kernel.
+
+    Attributes:
+        kernel: Its name.
+        case: The first case that asked for it.
+        target: Compute capability, such as 90.
+        key: Triton's key of the variant.
+        seconds: What compiling took.
+        registers: Of a thread.
+        stack: Bytes of a thread's stack: what did not fit in registers.
+        local: Local loads and stores in the kernel's longest loop.
+        loop: Instructions in that loop.
+        error: Why it did not compile; empty if it did.
+    """
+
+    kernel: str
+    case: str
+    target: int
+    key: str = ""
+    seconds: float = 0.0
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    loop: int = 0
+    error: str = ""
+
+
+class StubDriver:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        """What to compile for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """A device of its own for each capability: Triton keeps kernels by device."""
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        """The only stream."""
+        return 0
+
+
+@contextmanager
+def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Iterator[list[tuple[str, str, Any]]]:
+    """Let every launch end before it launches.
+
+    Args:
+        capability: What to compile for.
+        wanted: Whether a variant, given a kernel's name and a key, is to be compiled.
+
+    Yields:
+        A list that every launch adds to: name and key of each new variant, and what compiling gave: a kernel, an
+        exception, or None where it was not wanted.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from quantcache_kernels import ops, runtime
+
+    run, before = JITFunction.run, (ops.unavailable, runtime.unavailable, runtime.on_cuda)
+    found: list[tuple[str, str, Any]] = []
+    seen: set[tuple[str, str]] = set()
+
+    def hook(*, key: Any, fn: Any, **more: Any) -> bool:
+        variant = (fn.name.rpartition(".")[2], str(key))
+        if variant in seen:
+            return True
+        seen.add(variant)
+        found.append((*variant, None))
+        return not wanted(*variant)
+
+    def stopped(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        count = len(found)
+        try:
+            result = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            result = error
+        if len(found) > count:
+            found[-1] = (*found[-1][:2], result)
+        elif isinstance(result, Exception):
+            raise result
+
+    driver.set_active(StubDriver(capability))
+    JITFunction.run = stopped
+    ops.unavailable = runtime.unavailable = lambda device: None
+    runtime.on_cuda = lambda device: True
+    knobs.runtime.jit_cache_hook = hook
+    try:
+        yield found
+    finally:
+        knobs.runtime.jit_cache_hook = None
+        JITFunction.run = run
+        ops.unavailable, runtime.unavailable, runtime.on_cuda = before
+
+
+def launch_all(case: Case) -> None:
+    """Encode both sides, attend and decode: whatever of it the kernels take."""
+    if TRITON.leaves(case):
+        return
+    filled = fill(replace(case, tokens=min(case.tokens, 300)))
+    view = filled.layer.snapshot()
+    view.layer.backend = "triton"
+    backends.attend_view(filled.query, view, filled.mask, None, True, case.softcap, filled.s_aux)
+    for side in (view.key, view.value):
+        assert side.codec is not None
+        backends.decode(side.codec, side.store.slice(0, 1), view.places[:1], view.starts, "triton")
+        backends.encode(side.codec, side.tail.new_zeros(*side.tail.shape[:2], 64, side.tail.shape[3]),
+                        view.places[:1], view.starts, "triton")  # fmt: skip
+
+
+def compile_cases(names: list[str], capability: int, keys: set[tuple[str, str]] | None = None) -> list[Compiled]:
+    """Compile what some cases launch.
+
+    Args:
+        names: The cases.
+        capability: What to compile for.
+        keys: The variants to compile; all if None, and none if empty.
+
+    Returns:
+        Every variant, with figures if it was compiled.
+    """
+    result, cases = [], ATTENTION | GEOMETRIES
+    with stopped_launches(capability, lambda *variant: keys is None or variant in keys) as found:
+        for name in names:
+            count, started = len(found), time.perf_counter()
+            launch_all(cases[name])
+            for kernel, key, made in found[count:]:
+                one = Compiled(kernel, name, capability, key)
+                if isinstance(made, Exception):
+                    one.error = f"{type(made).__name__}: {made}"
+                elif made is not None:
+                    read_binary(one, made.asm["cubin"])
+                one.seconds = time.perf_counter() - started
+                result.append(one)
+    return result
+
+
+def variants_while_decoding(steps: int) -> dict[str, int]:
+    """How many variants of every kernel a model's layers ask for while they decode.
+
+    Args:
+        steps: Decoding steps behind a prefill of 100 tokens; every layer attends and, now and then, encodes.
+
+    Returns:
+        Variants by kernel.
+    """
+    from gpu_run import llama_config
+    from realistic import realistic_calibration
+
+    config = llama_config(layers=4, hidden_size=512, num_attention_heads=4, num_key_value_heads=1)
+    cache = SpectralCache(realistic_calibration(config), config, backend="triton")
+    with stopped_launches(90, lambda *variant: False) as found:
+        for index in range(steps + 1):
+            count = 1 if index else 100
+            for layer in cache.spectral_layers:
+                layer.update(*(torch.zeros(1, 1, count, 128, dtype=torch.bfloat16) for _ in range(2)))
+                if layer.spans:
+                    query = torch.zeros(1, 4, count, 128, dtype=torch.bfloat16)
+                    backends.attend_view(query, layer.snapshot(), None, None, True, None, None)
+                layer.finish()
+    return dict(Counter(kernel for kernel, _, _ in found))
+
+
+def tool(name: str) -> str:
+    """A program of NVIDIA's that comes with Triton."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def read_binary(found: Compiled, binary: bytes) -> None:
+    """Fill in registers, stack and the main loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
+        code = subprocess.run([tool("cuobjdump"), "-sass", path], capture_output=True, text=True, check=True)
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout))
+    found.registers, found.stack = int(numbers["REG"]), int(numbers["STACK"])
+    found.loop, found.local = main_loop(code.stdout)
+
+
+def main_loop(sass: str) -> tuple[int, int]:
+    """Instructions, and local loads and stores among them, of the longest loop in a disassembly."""
+    code = [
+        (int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);\s+/\* 0x", sass)
+    ]
+    places = {address: index for index, (address, _) in enumerate(code)}
+    longest = (0, 0)
+    for end, (_, text) in enumerate(code):
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        first = places.get(int(jump[1], 16), end) if jump else end
+        if first < end:  # a jump to itself is the padding behind the code
+            body = [each for _, each in code[first : end + 1]]
+            longest = max(longest, (len(body), sum(bool(re.search(r"\b(LDL|STL)\b", each)) for each in body)))
+    return longest
+
+
+def main() -> None:
+    """Compile, print one line of JSON for each variant, and fail if one did not compile."""
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
+    parser.add_argument("--target", type=int, nargs="+", default=[90])
+    parser.add_argument("--only", default="", help="regular expression of case names")
+    parser.add_argument("--kernel", default="", help="regular expression of kernel names")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="compile nothing: count variants over this many decoding steps")
+    options = parser.parse_args()
+    if options.steps:
+        print(json.dumps(variants_while_decoding(options.steps)))
+        return
+    names = [name for name in ATTENTION | GEOMETRIES if re.search(options.only, name)]
+    failed = False
+    for target in options.target:
+        variants = [v for v in compile_cases(names, target, set()) if re.search(options.kernel, v.kernel)]
+        print(f"sm_{target}: {len(variants)} variants", file=sys.stderr, flush=True)
+        with ProcessPoolExecutor(options.jobs) as pool:
+            tasks = [pool.submit(compile_cases, [v.case], target, {(v.kernel, v.key)}) for v in variants]
+            for variant, task in zip(variants, tasks, strict=True):
+                found = next(v for v in task.result() if (v.kernel, v.key) == (variant.kernel, variant.key))
+                failed |= bool(found.error)
+                print(json.dumps({k: v for k, v in vars(found).items() if k != "key"}), flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""A kernel's first use: what agrees with plain torch is used, what does not is named once and left alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from quantcache import backends, kernel_check, trials
+from quantcache.attention import spectral_attention
+from quantcache.cli import app
+from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, Case, fill, on_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No trial is remembered, and the interpreter is tried too."""
+    trials.forget()
+    monkeypatch.setattr(backends, "UNTRIED", set())
+    yield
+    trials.forget()
+
+
+def work(kernel: Callable[[], Tensor]) -> Callable[[], tuple[Callable[[], Tensor], Tensor, Tensor]]:
+    """Work whose result is ones, which plain torch is a thousandth off when done otherwise."""
+    return lambda: (kernel, torch.ones(8), torch.full((8,), 1.001))
+
+
+def failing() -> Tensor:
+    """A kernel that does not compile."""
+    raise ValueError("line 7:\n  no such register")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [
+        (lambda: torch.full((8,), 1.0019), ""),
+        (lambda: torch.full((8,), 1.0021), r"differs from plain torch by 2.10e-03 of the result, more than 2.00e-03"),
+        (lambda: torch.full((8,), torch.nan), r"differs from plain torch by nan"),
+        (failing, r"it failed: ValueError: line 7: no such register"),
+    ],
+)
+def test_a_kernel_is_judged_once(kernel: Callable[[], Tensor], problem: str, caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    def counted() -> Tensor:
+        calls.append(1)
+        return kernel()
+
+    with caplog.at_level(logging.WARNING, logger="quantcache.trials"):
+        for geometry in (1, 1, 2, 2):
+            assert trials.passes("attend", "triton", CPU, geometry, work(counted)) == (not problem)
+    assert trials.rejected("attend", "triton", CPU) == bool(problem)
+    assert trials.passes("encode", "triton", CPU, 1, work(lambda: torch.ones(8)))
+    messages = [record.getMessage() for record in caplog.records]
+    if problem:
+        assert len(messages) == len(calls) == 1
+        assert "not using the attend kernel of backend 'triton' in this process" in messages[0]
+        assert f"on cpu (torch {torch.__version__}" in messages[0]
+        assert problem in messages[0]
+    else:
+        assert not messages
+        assert len(calls) == 2, "once for each geometry"
+
+
+def test_memory_that_runs_out_says_nothing_about_a_kernel() -> None:
+    def greedy() -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        trials.passes("attend", "triton", CPU, 1, work(greedy))
+    assert trials.passes("attend", "triton", CPU, 1, work(lambda: torch.ones(8)))
+
+
+needs_triton = pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}")
+NAMES = ("bfloat16-padded", "softcap-sink-logits")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", NAMES)
+def test_triton_kernels_pass_their_trial(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    case: Case = replace(ATTENTION[name], tokens=min(ATTENTION[name].tokens, 280))
+    filled = fill(case)
+    layer = on_device(filled.layer, TRITON)
+    query, mask, s_aux = (None if x is None else x.to(TRITON_DEVICE) for x in (filled.query, filled.mask, filled.s_aux))
+    assert query is not None
+    with caplog.at_level(logging.WARNING):
+        found = spectral_attention(query, layer.snapshot(), mask, softcap=case.softcap, s_aux=s_aux)
+        x = filled.given["key"][:, :, 4:68].to(TRITON_DEVICE)
+        fields = backends.encode(layer.codecs["key"], x, layer.snapshot().places[:1], layer.starts, "triton")
+        backends.decode(layer.codecs["key"], fields, layer.snapshot().places[:1], layer.starts, "triton")
+    assert not caplog.records
+    operations = sorted(outcome.operation for outcome in trials._outcomes.values())
+    assert operations == ["attend", "decode", "encode"]
+    for outcome in trials._outcomes.values():
+        assert outcome.difference is not None
+        assert outcome.allowed < (0.05 if outcome.operation != "encode" else 4.0)  # codes of random widths are coarse
+    direct = backends.attend_view(query, layer.snapshot(), mask, None, True, case.softcap, s_aux)
+    assert direct is not None
+    assert torch.equal(found, direct)
+
+
+@needs_triton
+def test_triton_kernels_that_are_wrong_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled = fill(BASE)
+    layer, query = on_device(filled.layer, TRITON), filled.query.to(TRITON_DEVICE)
+    right = {name: getattr(backends, name) for name in ("_triton_attend", "_triton_encode", "_triton_decode")}
+    monkeypatch.setattr(backends, "_triton_attend", lambda *args, **more: 1.01 * right["_triton_attend"](*args, **more))
+    monkeypatch.setattr(backends, "_triton_decode", lambda *args: right["_triton_decode"](*args) + 1e-3)
+
+    def encode(*args: object) -> dict[str, Tensor]:
+        fields = right["_triton_encode"](*args)
+        return {"codes": fields["codes"] ^ 0x01010101, "gains": fields["gains"] + 40}
+
+    monkeypatch.setattr(backends, "_triton_encode", encode)
+    places, x = layer.snapshot().places[:1], filled.given["key"][:, :, 4:68].to(TRITON_DEVICE)
+    codec = layer.codecs["key"]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            found = spectral_attention(query, layer.snapshot(), None)
+            fields = backends.encode(codec, x, places, None, "triton")
+            decoded = backends.decode(codec, fields, places, None, "triton")
+    layer.backend = "torch"
+    assert torch.equal(found, spectral_attention(query, layer.snapshot(), None))
+    assert all(torch.equal(fields[name], field) for name, field in codec.encode(x, places, None).items())
+    assert torch.equal(decoded, codec.decode(fields, places, None))
+    assert sorted(record.getMessage().split()[3] for record in caplog.records) == ["attend", "decode", "encode"]
+
+
+def test_every_backend_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_check, "GEOMETRIES", ((64, 3, 1e4),))
+    monkeypatch.setattr(kernel_check, "DTYPES", (torch.float32,))
+    found = kernel_check.check_kernels()
+    assert {each["backend"] for each in found} == {"native", "triton"}
+    for each in found:
+        if each["operation"] is None:
+            assert each["problem"], "a backend that is not there says why"
+            continue
+        assert not each["problem"]
+        assert each["difference"] <= each["allowed"] < 0.5, "an empty encoding would be off by 1"
+    if not TRITON.missing():
+        assert [each["operation"] for each in found if each["backend"] == "triton"] == ["attend", "encode", "decode"]
+
+
+def test_env_shows_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        vars(trials.Outcome("attend", "native", "cpu", 1e-7, 2e-6, "")) | {"case": "D=64, G=3, float32"},
+        vars(trials.Outcome("encode", "triton", "H100", None, 0.1, "it failed: ValueError")) | {"case": "D=64"},
+        {"backend": "triton", "device": "cpu", "operation": None, "problem": "no Triton"},
+    ]
+    monkeypatch.setattr(kernel_check, "check_kernels", lambda: rows)
+    shown = CliRunner().invoke(app, ["env", "--check"]).output
+    assert all(text in shown for text in ("1.0e-07", "2.0e-06", "ok", "it failed", "not used: no Triton"))
+    assert json.loads(CliRunner().invoke(app, ["env", "--check", "--json"]).output)["kernels"] == rows
+    assert "kernels" not in json.loads(CliRunner().invoke(app, ["env", "--json"]).output)
