@@ -345,19 +345,6 @@ def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) 
         model.set_attn_implementation(implementation)
 
 
-def stock_rows(layer: Any) -> int | None:
-    """Batch size of what a layer of transformers' own holds.
-
-    Args:
-        layer: A cache layer.
-
-    Returns:
-        The size; None if it holds nothing.
-    """
-    held = (getattr(layer, "keys", None), *getattr(layer, "conv_states", {}).values())
-    return next((each.shape[0] for each in held if each is not None and each.numel()), None)
-
-
 @dataclass(frozen=True)
 class StockLayerState:
     """What a layer of transformers' own holds, ready for a file."""

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from quantcache import compat, processes
+from quantcache import processes
 from quantcache.errors import QuantCacheError
 from quantcache.layer import SpectralLayer
-from quantcache.passes import ForwardPass, Outcome, stack, watch
-from quantcache.rows import chosen_rows, repeated_rows
+from quantcache.passes import ForwardPass, Outcome, watch
+from quantcache.rows import chosen_rows, held_rows, repeated_rows
 from quantcache.transaction import commit, frozen, is_unchanged
 
 ATTEMPTS = 100
@@ -40,7 +40,7 @@ class ConsistentCache(DynamicCache):
 
     foreign: frozenset[int] = frozenset()
     broken: str | None = None
-    updating: int
+    updating: int | None = None
     forward_pass: ForwardPass | None = None
 
     @torch.compiler.disable  # see spectral_attention_forward
@@ -64,9 +64,10 @@ class ConsistentCache(DynamicCache):
                 continue what is cached.
         """
         processes.use_living_threads()
-        if not self._enter():
-            self._break("two threads use it at once")
+        me = threading.get_ident()
         try:
+            if not self._is_ours(me):
+                self._break("two threads use it at once")
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
             if isinstance(layer, DynamicLayer):
                 if self._follows_text(layer_idx, layer):
@@ -76,7 +77,8 @@ class ConsistentCache(DynamicCache):
                     layer.prefetch()
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         finally:
-            self._leave()
+            if self.updating == me:  # nothing here that a signal handler could come between
+                del self.updating
 
     @torch.compiler.disable  # traced, it would be compiled anew for every block
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
@@ -98,35 +100,27 @@ class ConsistentCache(DynamicCache):
     def _lengths(self, layers: list[Any]) -> set[int]:
         """How many tokens layers hold that get those of the text."""
         followers: list[Any] = [each for i, each in enumerate(layers) if self._follows_text(i, each)]
-        return {each.get_seq_length() for each in followers if each.is_initialized}
+        return {int(each.get_seq_length()) for each in followers if each.is_initialized}
 
     def _break(self, reason: str) -> NoReturn:
         """Refuse to go on until somebody has put the cache in order."""
         self.broken = _unusable(reason)
         raise QuantCacheError(self.broken)
 
-    def _enter(self) -> bool:
-        """Mark the cache as being changed by this thread.
-
-        Returns:
-            False if another thread is in the middle of a change.
-        """
-        me = threading.get_ident()
+    def _is_ours(self, me: int) -> bool:
+        """Mark the cache as being changed by this thread; False if another one is in the middle of a change."""
         holder = vars(self).setdefault("updating", me)  # one call into C: atomic
         if holder == me:
             return True
-        if any(frame.f_code.co_filename == __file__ for frame in stack(holder)):
+        if any(thread.ident == holder for thread in threading.enumerate()):
             return False
-        self.updating = me  # it was interrupted on its way out
+        self.updating = me  # that thread has ended
         return True
-
-    def _leave(self) -> None:
-        vars(self).pop("updating", None)
 
     def _unsettled(self, layers: list[Any]) -> str | None:
         """Why there is no telling which tokens the cache holds, if so."""
         lengths = self._lengths(layers)
-        failed = self.forward_pass is not None and self.forward_pass.outcome is Outcome.FAILED
+        failed = self.forward_pass is not None and self.forward_pass.outcome() is Outcome.FAILED
         if len(lengths) > 1:
             cause = "because a forward pass was interrupted or another thread is in one"
             return f"some layers hold {min(lengths)} tokens and others {max(lengths)}, {cause}"
@@ -138,11 +132,10 @@ class ConsistentCache(DynamicCache):
                 return f"a forward pass was interrupted after {start} tokens, and some layers do not count theirs"
         return None
 
-    def _busy(self) -> str | None:
-        """What another thread is doing with the cache, if it is."""
-        me = threading.get_ident()
-        forward_pass = self.forward_pass
-        if forward_pass is not None and forward_pass.thread != me and forward_pass.outcome is Outcome.RUNNING:
+    def _busy(self, search: bool = False) -> str | None:
+        """What another thread is doing with the cache, if it is; ``search`` is :meth:`ForwardPass.outcome`'s."""
+        me, forward_pass = threading.get_ident(), self.forward_pass
+        if forward_pass is not None and forward_pass.thread != me and forward_pass.outcome(search) is Outcome.RUNNING:
             return "another thread is in a forward pass with the cache"
         if vars(self).get("updating", me) != me:
             return "another thread is changing the cache"
@@ -174,7 +167,7 @@ class ConsistentCache(DynamicCache):
     def _begin_pass(self, start: int) -> None:
         """Refuse to begin a forward pass on what another one has left unfinished."""
         last = self.forward_pass
-        if last is not None and last.thread != threading.get_ident() and last.outcome is Outcome.RUNNING:
+        if last is not None and last.thread != threading.get_ident() and last.outcome() is Outcome.RUNNING:
             self._break("another thread is in one of its forward passes")
         reason = self._unsettled(self.layers)
         if reason is not None:
@@ -185,12 +178,14 @@ class ConsistentCache(DynamicCache):
 
     def _change(self, action: Callable[[], None]) -> None:
         """Do something to the layers while no other thread may."""
-        if not self._enter():
-            raise QuantCacheError("another thread is changing the cache: wait until it has returned")
+        me = threading.get_ident()
         try:
+            if not self._is_ours(me):
+                raise QuantCacheError("another thread is changing the cache: wait until it has returned")
             action()
         finally:
-            self._leave()
+            if self.updating == me:
+                del self.updating
 
     def _drop_refused(self) -> None:
         """Roll back a pass that ended because tokens of an earlier one are not finite: they cost no other row."""
@@ -222,13 +217,13 @@ class ConsistentCache(DynamicCache):
         return max(self._lengths(self.layers), default=0)
 
     def _roll_back(self) -> None:
-        busy = self._busy()
+        busy = self._busy(search=True)
         if busy is not None:
             raise QuantCacheError(f"{busy}: wait until it has returned")
         layers: list[Any] = [layer for i, layer in enumerate(self.layers) if self._follows_text(i, layer)]
         lengths = [layer.get_seq_length() for layer in layers]
         keep = min(lengths)
-        if self.forward_pass is not None and self.forward_pass.outcome is Outcome.FAILED:
+        if self.forward_pass is not None and self.forward_pass.outcome(search=True) is Outcome.FAILED:
             keep = min([self.forward_pass.start, *filter(None, lengths)])
         elif self.broken is None and len(self._lengths(self.layers)) < 2:
             return  # nothing was interrupted
@@ -258,7 +253,7 @@ class ConsistentCache(DynamicCache):
         """
 
         def clear() -> None:
-            busy = self._busy()
+            busy = self._busy(search=True)
             if busy is not None:
                 raise QuantCacheError(f"{busy}: wait until it has returned")
             self._clear()
@@ -268,6 +263,10 @@ class ConsistentCache(DynamicCache):
     def _clear(self) -> None:
         self.broken = _unusable("reset() was interrupted")  # transformers' own layers may be cleared in place
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and not isinstance(layer, SpectralLayer):
+                # transformers 5.17 keeps as many zeros as there were tokens, and goes on behind them
+                commit([layer], [{"keys": None, "values": None, "is_initialized": False}])
         commit([self], [{"broken": None, "forward_pass": None}])
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -279,7 +278,8 @@ class ConsistentCache(DynamicCache):
         Raises:
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
-        self._change(lambda: self._apply(lambda layer: layer.crop(tokens_to_remove)))
+        count = int(tokens_to_remove)  # assisted decoding passes tensors
+        self._change(lambda: self._apply(lambda layer: layer.crop(count)))
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Gather rows, in all layers or none.
@@ -319,7 +319,7 @@ class ConsistentCache(DynamicCache):
 
     def _gather(self, choose: Callable[[int], Any]) -> None:
         def gather() -> None:
-            count = next(filter(None, map(_rows, self.layers)), None)
+            count = next(filter(None, map(held_rows, self.layers)), None)
             if count is not None:
                 rows = choose(count)
                 self._apply(lambda layer: layer.reorder_cache(rows))
@@ -334,6 +334,7 @@ class ConsistentCache(DynamicCache):
             self._change(self._drop_refused)
         for _ in range(ATTEMPTS):
             if any(isinstance(layer, SpectralLayer) and layer.pending for layer in self.layers):
+                self._require_settled(self.layers)
                 self._change(self._finish)
             seen = [frozen(layer) for layer in self.layers]
             self._require_settled(seen)
@@ -416,9 +417,3 @@ class ConsistentCache(DynamicCache):
 
 def _unusable(reason: str) -> str:
     return f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
-
-
-def _rows(layer: Any) -> int | None:
-    if isinstance(layer, SpectralLayer):
-        return layer.tails["key"].shape[0] if layer.tails else None
-    return compat.stock_rows(layer)

@@ -59,5 +59,23 @@ def repeated_rows(repeats: Any, count: int) -> Tensor:
         raise RowError(f"cannot repeat the rows of a batch of {count} {_described(repeats)} times: {error}") from error
 
 
+def held_rows(layer: Any) -> int | None:
+    """Batch size of what a cache layer holds.
+
+    Args:
+        layer: A layer of ours or of transformers' own.
+
+    Returns:
+        The size; None if it holds nothing.
+    """
+    tails = getattr(layer, "tails", None)
+    held = tails.values() if tails is not None else (getattr(layer, "keys", None), *_states(layer))
+    return next((tensor.shape[0] for tensor in held if tensor is not None and tensor.dim() > 1), None)
+
+
+def _states(layer: Any) -> list[Tensor | None]:
+    return list(getattr(layer, "conv_states", {}).values())
+
+
 def _described(value: Any) -> str:
     return f"{value.tolist()}" if isinstance(value, Tensor) else f"{value!r}"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -55,6 +56,7 @@ class HubServer:
     Attributes:
         repos: All repositories.
         faults: What to do to downloads of a file: ``truncate``, ``corrupt``, ``error``.
+        after: What happens once, when a file has been downloaded.
         requests: Method and path of every request.
         objects: Contents uploaded through LFS, by SHA-256.
     """
@@ -62,6 +64,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.faults: dict[str, str] = {}
+        self.after: dict[str, Callable[[], object]] = {}
         self.requests: list[str] = []
         self.objects: dict[str, bytes] = {}
         hub = self
@@ -83,7 +86,7 @@ class HubServer:
 
     def reset(self) -> None:
         """Forget everything."""
-        for state in (self.repos, self.faults, self.requests, self.objects):
+        for state in (self.repos, self.faults, self.after, self.requests, self.objects):
             state.clear()
 
 
@@ -183,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             self.answer(206, data[start:], headers)
             return
+        if self.command == "GET":
+            self.server_state.after.pop(filename, lambda: None)()  # before the client has all of it, and asks for more
         self.answer(200, data, headers)
 
     def info(self, name: str, revision: str = "main") -> None:

@@ -186,6 +186,20 @@ def test_revisions(published: Repo, client: Client, calibration: Calibration, tm
     assert client.error(load(tmp_path / "cache", revision="v9")) == f"{REPO} has no revision v9"
 
 
+def test_both_files_are_of_one_commit(
+    published: Repo, hub: HubServer, client: Client, calibration: Calibration, tmp_path: Path
+) -> None:
+    """Though the branch moves between the two downloads."""
+    calibration.with_bits(2).save_pretrained(tmp_path / "two")
+    later = {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    first = published.refs["main"]
+    hub.after[CONFIG_NAME] = lambda: published.commit(later)
+    assert client.value(load(tmp_path / "cache")) == calibration.bits
+    assert published.refs["main"] != first
+    assert f"GET /{REPO}/resolve/{first}/{TENSORS_NAME}" in hub.requests
+    assert client.value(load(tmp_path / "cache")) == calibration.with_bits(2).bits
+
+
 def test_a_model_repository_carries_its_calibration(
     hub: HubServer, client: Client, calibration: Calibration, tmp_path: Path
 ) -> None:

@@ -66,7 +66,9 @@ def integer_levels(levels: Sequence[float]) -> list[int]:
 def steps(levels: Sequence[Sequence[float]]) -> Tensor:
     """What one unit of an integer level stands for, by width; 0 for width 0. ``[9]`` float64."""
     return torch.tensor(
-        [0.0] + [max(book) / largest_level(w) for w, book in enumerate(levels) if w], dtype=torch.float64
+        [0.0] + [max(book) / largest_level(w) for w, book in enumerate(levels) if w],
+        dtype=torch.float64,
+        device="cpu",
     )
 
 
@@ -98,7 +100,7 @@ def make_tables(levels: Sequence[Sequence[float]]) -> list[int]:
 @cache
 def _bit_places(width: int) -> Tensor:
     """Word and bit of every bit of every code of a lane: ``[8 registers, 4 bytes, width, 2]``."""
-    places = torch.zeros(8, 4, width, 2, dtype=torch.int64)
+    places = torch.zeros(8, 4, width, 2, dtype=torch.int64, device="cpu")
     for register in range(8):
         for byte in range(4):
             for bit in range(width):
@@ -113,14 +115,15 @@ def _bit_places(width: int) -> Tensor:
                     place = (register // 4, nibble + bit + 2 * (register // 2 % 2))
                 else:
                     place = (0, nibble + register // 2)
-                places[register, byte, bit] = torch.tensor(place)
+                places[register, byte, bit] = torch.tensor(place, dtype=torch.int64, device="cpu")
     return places
 
 
 @cache
 def _code_places(values: bool) -> tuple[Tensor, Tensor]:
     """Token of the block and coefficient of the tile of every code, two ``[32 lanes, 8 registers, 4 bytes]``."""
-    lane, register, byte = torch.meshgrid(torch.arange(32), torch.arange(8), torch.arange(4), indexing="ij")
+    sizes = (torch.arange(size, dtype=torch.int64, device="cpu") for size in (32, 8, 4))
+    lane, register, byte = torch.meshgrid(*sizes, indexing="ij")
     row, column = lane // 4, lane % 4
     if values:
         return 16 * column + 2 * (register // 2) + byte % 2 + 8 * (byte // 2), row + 8 * (register % 2)
@@ -225,7 +228,7 @@ class Layout:
             counts = [sum(stored_width(w) == c for w in side if w) for side in (keys, values) for c in CLASSES]
             rows.append([offset, key_bytes, offset + key_bytes, value_bytes, *counts, 0, 0])
             offset += key_bytes + value_bytes
-        return torch.tensor(rows, dtype=torch.int32)
+        return torch.tensor(rows, dtype=torch.int32, device="cpu")
 
     def row_bytes(self) -> int:
         """Bytes of one row."""
@@ -298,7 +301,9 @@ class Layout:
                     words = rows[..., place : place + size].contiguous().view(torch.int32).unsqueeze(-2)
                     codes = unpack_tiles(words, stored_width(width), bool(side))
                     if width <= 4:
-                        codes = torch.tensor(integer_levels(levels[width]), device=rows.device)[codes]
+                        codes = torch.tensor(integer_levels(levels[width]), dtype=torch.int64, device=rows.device)[
+                            codes
+                        ]
                     tiles.append(codes.to(dtype) * float(scale[width]))
                     place += size
                 heads.append((torch.cat(tiles, dim=-1) * gains.unsqueeze(-1)).transpose(0, 1).flatten(1, 2))
@@ -315,7 +320,9 @@ class Layout:
         Returns:
             float32, the same shape.
         """
-        widths = torch.tensor(self.value_widths, device=decoder.device).repeat_interleave(TILE, dim=1)
+        widths = torch.tensor(self.value_widths, dtype=torch.int64, device=decoder.device).repeat_interleave(
+            TILE, dim=1
+        )
         return (decoder * steps(levels).to(decoder.device)[widths].unsqueeze(-1)).float().contiguous()
 
     def query_bytes(self, group: int, precise: bool = True) -> int:
@@ -343,7 +350,9 @@ class Layout:
         """
         group, coefficients = queries.shape[-2:]
         parts = column_tiles(group, precise)
-        widths = torch.tensor(self.key_widths, device=queries.device).repeat_interleave(TILE, dim=1)  # [H, S]
+        widths = torch.tensor(self.key_widths, dtype=torch.int64, device=queries.device).repeat_interleave(
+            TILE, dim=1
+        )  # [H, S]
         scaled = queries.float() * steps(levels).float().to(queries.device)[widths].unsqueeze(-2)
         largest = 127 * 128 if precise else 127
         unit = (scaled.abs().amax(-1) / largest).clamp_min(1e-30)  # [N, B, H, G]

@@ -38,7 +38,7 @@ def attention(
     """
     anchored = keys.unflatten(2, (-1, ANCHOR))
     scores = torch.einsum("nbhgd,bhntd->bhgnt", queries, anchored) + offsets.permute(1, 2, 3, 0).unsqueeze(-1)
-    position = torch.arange(keys.shape[2], device=keys.device)
+    position = torch.arange(keys.shape[2], dtype=torch.int64, device=keys.device)
     visible = (position < tokens).expand(len(keys), -1)
     if starts is not None:
         visible = visible & (position >= starts[:, None])
