@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcache.codebook import gaussian_codebook
 from quantcache.packing import MAX_WIDTH
 from quantcache.rope import Frame
-from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Rate
+from quantcache.schema import SIDES, CodecSettings, Coding, LayerCalibration, Rate
+from quantcache.trellis import code_distortions
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ def check_rate(bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> Non
         raise ValueError(f"bits must lie between min_bits ({min_bits}) and {max_bits}, got {bits}")
 
 
-def allocate(groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> list[int]:
+def allocate(
+    groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH, coding: Coding = "scalar"
+) -> list[int]:
     """Reverse water-filling over integer widths.
 
-    Minimises Σ weight * D(width), with D the Lloyd-Max distortion of a unit Gaussian, at a mean width of at most
+    Minimises Σ weight * D(width), with D the distortion of a unit Gaussian under the coding, at a mean width of at most
     ``bits``. D falls convexly with the width, so taking single-bit steps in order of gain per bit is optimal (up to the
     last group, when group sizes differ). Source: reverse water-filling (Cover and Thomas, "Elements of Information
     Theory", section 10.3), in the integer form of A. Segall, "Bit allocation and encoding for vector sources" (1976).
@@ -59,6 +61,7 @@ def allocate(groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: 
         bits: Mean width wanted, in bits per dimension.
         min_bits: Smallest width that may be given.
         max_bits: Largest width that may be given.
+        coding: Whose distortions count.
 
     Returns:
         One width for each group; their mean weighted by size is at most ``bits``.
@@ -67,7 +70,7 @@ def allocate(groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: 
         ValueError: ``bits`` is outside ``[min_bits, max_bits]``.
     """
     check_rate(bits, min_bits, max_bits)
-    distortion = [gaussian_codebook(width).distortion for width in range(max_bits + 1)]
+    distortion = code_distortions(coding)
     weights = np.array([g.weight for g in groups], dtype=np.float64)
     sizes = np.array([g.size for g in groups], dtype=np.int64)
     # Gain per bit of every single step, [group, step]; rounding must not let a later step overtake an earlier one.
@@ -134,7 +137,9 @@ def allocate_layers(
                     groups.append(Group(float(rows[:, dims].sum()), rows[:, dims].numel()))
                     places.append((member, head, dims))
             widths[member] = torch.zeros(spectrum.shape, dtype=torch.uint8, device="cpu")
-        for (member, head, dims), width in zip(places, allocate(groups, bits, rate.min_bits), strict=True):
+        for (member, head, dims), width in zip(
+            places, allocate(groups, bits, rate.min_bits, coding=codec.coding), strict=True
+        ):
             widths[member][slice(None) if head < 0 else head, dims] = width
     return {
         index: replace(

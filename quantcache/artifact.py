@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
@@ -30,6 +30,7 @@ from quantcache.rope import Frame, Rope
 from quantcache.schema import (
     SIDES,
     CodecSettings,
+    Coding,
     LayerCalibration,
     Metadata,
     Rate,
@@ -115,6 +116,24 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                 check_rate(own, min_bits)
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
+
+    def with_coding(self, coding: Coding) -> Calibration:
+        """Let codes mean something else, at the same rate and without recalibrating.
+
+        Args:
+            coding: ``"scalar"`` or ``"trellis"``.
+
+        Returns:
+            A calibration that shares this one's transforms, allocated anew.
+
+        Raises:
+            ValueError: There is no such coding.
+        """
+        if coding not in get_args(Coding):
+            raise ValueError(f"coding must be one of {', '.join(get_args(Coding))}, got {coding!r}")
+        codec = replace(self.metadata.codec, coding=coding)
+        layers = allocate_layers(self.layers, self.metadata.rate, codec, self.metadata.joint)
+        return Calibration(layers, replace(self.metadata, codec=codec))
 
     def shard(self, rank: int, size: int) -> Calibration:
         """The constants of one process's heads under tensor parallelism, which gives out heads in contiguous runs.

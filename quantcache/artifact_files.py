@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from quantcache.errors import ArtifactError
 from quantcache.jsonfile import read_json
 from quantcache.packing import BLOCK, MAX_WIDTH
 from quantcache.rope import ANCHOR_LENGTH, Rope
-from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, Rate, SideBits, SideCalibration
+from quantcache.schema import SIDES, CodecSettings, Coding, LayerCalibration, Metadata, Rate, SideBits, SideCalibration
 from quantcache.tensor_file import TensorFile, checksum
 from quantcache.writing import TornFiles
 
@@ -80,6 +80,7 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
             "profile": meta.codec.profile,
             "fast_wavelength": meta.codec.fast_wavelength,
             "gain_search": list(meta.codec.gain_search),
+            "coding": meta.codec.coding,
         },
         "rate": {
             "bits": meta.rate.bits,
@@ -108,9 +109,13 @@ _KNOWN_KEYS = {
         "recipe",
         "environment",
     },
-    "codec": {"block", "anchor_length", "group_size", "profile", "fast_wavelength", "gain_search"},
+    "codec": {"block", "anchor_length", "group_size", "profile", "fast_wavelength", "gain_search", "coding"},
     "rate": {"bits", "key_bits", "value_bits", "min_bits", "joint"},
 }
+
+
+_DEFAULTS: dict[str, dict[str, Any]] = {"codec": {"coding": "scalar"}}
+"""What artifacts mean that were written before there was a choice."""
 
 
 def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCalibration], Metadata]:
@@ -122,7 +127,11 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
         cache_config=config["cache_config"],
         recipe=config["recipe"],
         codec=CodecSettings(
-            codec["group_size"], codec["profile"], codec["fast_wavelength"], tuple(codec["gain_search"])
+            codec["group_size"],
+            codec["profile"],
+            codec["fast_wavelength"],
+            tuple(codec["gain_search"]),
+            codec["coding"],
         ),
         rate=Rate(rate["bits"], rate["key_bits"], rate["value_bits"], rate["min_bits"]),
         joint=rate["joint"],
@@ -178,6 +187,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         found = config if not section else config[section]
         if not isinstance(found, dict):
             raise ArtifactError(f"{path}: {section} must be an object, got {type(found).__name__}")
+        for name, value in _DEFAULTS.get(section, {}).items():
+            found.setdefault(name, value)
         missing = known - found.keys()
         if missing:
             raise ArtifactError(f"{path}: {section or 'file'} lacks {', '.join(sorted(missing))}")
@@ -203,6 +214,8 @@ def _check_codec(path: Path, codec: dict[str, Any]) -> None:
             raise ArtifactError(f"{path}: {name} is {codec[name]!r}, this quantcache reads {expected}")
     if codec["profile"] not in ("head", "layer"):
         raise ArtifactError(f"{path}: profile is {codec['profile']!r}, expected 'head' or 'layer'")
+    if codec["coding"] not in get_args(Coding):
+        raise ArtifactError(f"{path}: coding is {codec['coding']!r}, expected 'scalar' or 'trellis'")
     _integer(codec, "group_size", str(path))
     _number(codec, "fast_wavelength", str(path))
     search = codec["gain_search"]

@@ -50,7 +50,7 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
     """
     if starts is not None and starts.ndim == 2:
         return codec.encode(x, places, starts)
-    if isinstance(codec, SpectralCodec) and _native_takes(x, backend):
+    if isinstance(codec, SpectralCodec) and codec.coding == "scalar" and _native_takes(x, backend):
         codes, gains = cpu.encode(x, _native_constants(codec), places, starts)
         return {"codes": codes, "gains": gains}
     if isinstance(codec, SpectralCodec) and _triton_takes(x, backend, codec):
@@ -111,6 +111,8 @@ def attend_view(
     """
     keys, values = view.key, view.value
     if not isinstance(keys.codec, SpectralCodec) or not isinstance(values.codec, SpectralCodec):
+        return None
+    if keys.codec.coding != "scalar" or values.codec.coding != "scalar":
         return None
     assert keys.sinks is not None
     assert values.sinks is not None
@@ -319,6 +321,8 @@ def _triton_takes(x: Tensor, backend: Backend, *codecs: SpectralCodec, problem: 
 def _triton_lacks(codec: SpectralCodec) -> str | None:
     from quantcache_kernels.ops import unsupported
 
+    if codec.coding != "scalar":
+        return "codes are coded by a trellis"
     return unsupported(codec.dim, codec.frame.num_fast, codec.num_words)
 
 

@@ -58,7 +58,10 @@ def fingerprint(calibration: Calibration) -> str:
     Returns:
         SHA-256 in hex.
     """
-    digest = hashlib.sha256(json.dumps(asdict(calibration.metadata.codec), sort_keys=True).encode())
+    settings = asdict(calibration.metadata.codec)
+    if settings["coding"] == "scalar":
+        del settings["coding"]  # files written before there was a choice have the digest without it
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for index, layer in calibration.layers.items():
         digest.update(json.dumps([index, layer.rope.layout, layer.rope.inv_freq]).encode())
         for side in SIDES:

@@ -19,12 +19,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantcache import linalg
+from quantcache import linalg, trellis
 from quantcache.ambient import matmul, without_autocast
 from quantcache.artifact import CodecSettings, SideCalibration
 from quantcache.codebook import gaussian_codebook
 from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
 from quantcache.rope import Frame, Rope
+from quantcache.schema import Coding
 
 
 class DerivedConstants(Protocol):
@@ -104,6 +105,7 @@ class WidthClass:
         words: Indices of their words in a block's payload, ``[m * 2 * width]``.
         levels: Codebook levels, ``[2**width]`` float32.
         boundaries: Decision boundaries, ``[2**width - 1]`` float32.
+        union: The trellis' codebook, ``[2**(width + 1)]`` float32; None where codes are scalar.
     """
 
     width: int
@@ -111,6 +113,20 @@ class WidthClass:
     words: Tensor
     levels: Tensor
     boundaries: Tensor
+    union: Tensor | None
+
+    def dequantize(self, words: Tensor) -> Tensor:
+        """Levels of packed codes.
+
+        Args:
+            words: ``[..., 2 * width]`` int32.
+
+        Returns:
+            ``[..., 64]`` float32.
+        """
+        if self.union is None:
+            return self.levels[unpack(words, self.width)]
+        return self.union[trellis.unpack_path(words, self.width)]
 
 
 def is_diagonal(matrices: Tensor) -> bool:
@@ -118,7 +134,7 @@ def is_diagonal(matrices: Tensor) -> bool:
     return not bool((matrices - torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1))).any())
 
 
-def _width_class(widths: Tensor, offsets: Tensor, width: int, device: torch.device | str) -> WidthClass:
+def _width_class(widths: Tensor, offsets: Tensor, width: int, coding: Coding, device: torch.device | str) -> WidthClass:
     """All coefficients of one width of a side with these ``[H, D]`` widths and word offsets."""
     columns = (widths.flatten() == width).nonzero().flatten()
     words = offsets.flatten()[columns].unsqueeze(-1) + torch.arange(2 * width, dtype=torch.int64, device=offsets.device)
@@ -129,6 +145,7 @@ def _width_class(widths: Tensor, offsets: Tensor, width: int, device: torch.devi
         words.flatten().to(device),
         torch.tensor(book.levels, dtype=torch.float32, device=device),
         torch.tensor(book.boundaries, dtype=torch.float32, device=device),
+        torch.tensor(trellis.union_levels(width), dtype=torch.float32, device=device) if coding == "trellis" else None,
     )
 
 
@@ -184,7 +201,10 @@ class SpectralCodec:
         self.widths = widths.to(device=device, dtype=torch.int32)  # [H, D]
         self.offsets = offsets.to(device=device, dtype=torch.int32)  # first word of each dimension, [H, D]
         self.num_words = int(2 * widths.sum())
-        self.classes = tuple(_width_class(widths, offsets, width, device) for width in range(1, MAX_WIDTH + 1))
+        self.coding = settings.coding
+        self.classes = tuple(
+            _width_class(widths, offsets, width, settings.coding, device) for width in range(1, MAX_WIDTH + 1)
+        )
         self.classes = tuple(c for c in self.classes if c.columns.numel())
         self.derived: dict[str, DerivedConstants] = {}  # the same constants in the form of a backend's kernels
 
@@ -198,6 +218,7 @@ class SpectralCodec:
         own = [self.mean, self.encoder, self.decoder, self.weights, self.coded, self.widths, self.offsets]
         own += [self.frame.order, self.frame.inverse_order, self.frame.frequencies]
         own += [t for c in self.classes for t in (c.columns, c.words, c.levels, c.boundaries)]
+        own += [c.union for c in self.classes if c.union is not None]
         return own + [t for constants in list(self.derived.values()) for t in constants.held()]
 
     # ------------------------------------------------------------------ encode
@@ -279,25 +300,31 @@ class SpectralCodec:
         count = self.coded.sum(-1).clamp_min(1)[:, None]  # [H, 1]
         power = torch.where(self.coded[..., None], y * y, 0.0).sum(-2) / count
         rms = power.sqrt()  # [B, H, 64]
-        best: tuple[Tensor, Tensor, Tensor] | None = None
+        best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         for factor in self.gain_search:
             step = (rms * factor).unsqueeze(-2)
             codes, quantized = self._nearest(torch.where(step > 0, y / step, 0.0))
-            weighted = quantized * self.weights[..., None]
-            cross, energy = (weighted * y).sum(-2), (weighted * quantized).sum(-2)
-            gain = torch.where(energy > 0, cross / energy, 0.0).clamp_min(0.0)
-            saved = gain * cross  # how much of <y, y> the best gain explains
+            gain, saved = self._corrected_gain(y, quantized)
             if best is None:
-                best = codes, gain, saved
+                best = codes, gain, saved, step
             else:
-                better = saved > best[2]
-                best = (
-                    torch.where(better.unsqueeze(-2), codes, best[0]),
-                    torch.where(better, gain, best[1]),
-                    torch.where(better, saved, best[2]),
-                )
+                better = (saved > best[2]).unsqueeze(-2)
+                candidate = codes, gain, saved, step
+                columns = better, better.squeeze(-2), better.squeeze(-2), better
+                best = tuple(torch.where(*each) for each in zip(columns, candidate, best, strict=True))  # type: ignore[assignment]
         assert best is not None
-        return self._pack(best[0]), quantize_gain(best[1])
+        codes, gain, _, step = best
+        if self.coding == "scalar":
+            return self._pack(codes), quantize_gain(gain)
+        payload, quantized = self._pack_trellis(torch.where(step > 0, y / step, 0.0), step.square())
+        return payload, quantize_gain(self._corrected_gain(y, quantized)[0])
+
+    def _corrected_gain(self, y: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+        """The gain of least weighted error for levels ``[B, H, D, 64]``, and how much of <y, y> it explains."""
+        weighted = quantized * self.weights[..., None]
+        cross, energy = (weighted * y).sum(-2), (weighted * quantized).sum(-2)
+        gain = torch.where(energy > 0, cross / energy, 0.0).clamp_min(0.0)
+        return gain, gain * cross
 
     def _nearest(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes (uint8) and their levels, both ``[B, H, D, 64]``."""
@@ -316,6 +343,19 @@ class SpectralCodec:
         for c in self.classes:
             payload[:, c.words] = pack(flat[:, c.columns], c.width).flatten(1)
         return payload
+
+    def _pack_trellis(self, u: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Payload and levels of the best paths, for values ``[B, H, D, 64]`` whose tokens weigh ``[B, H, 1, 64]``."""
+        flat, weights = u.flatten(1, 2), weights.expand_as(u).flatten(1, 2)
+        quantized = torch.zeros_like(flat)
+        payload = torch.zeros(u.shape[0], self.num_words, dtype=torch.int32, device=u.device)
+        for c in self.classes:
+            assert c.union is not None
+            values = flat[:, c.columns]
+            path = trellis.search(values.flatten(0, 1), weights[:, c.columns].flatten(0, 1), c.union)
+            quantized[:, c.columns] = path.quantized.view(values.shape)
+            payload[:, c.words] = trellis.pack_path(path, c.width).view(u.shape[0], -1)
+        return payload, quantized.view(u.shape)
 
     def saturated(self, gains: Tensor, places: Tensor, first: Tensor | None) -> Tensor:
         """How many gains lie at the ends of what 8 bits can say, among the tokens that are read.
@@ -355,7 +395,7 @@ class SpectralCodec:
         flat = torch.zeros(n, batch, self.num_heads * self.dim, BLOCK, dtype=torch.float32, device=codes.device)
         for c in self.classes:
             words = codes[..., c.words].unflatten(-1, (-1, 2 * c.width))
-            flat[:, :, c.columns] = c.levels[unpack(words, c.width)]
+            flat[:, :, c.columns] = c.dequantize(words)
         scaled: Tensor = flat.unflatten(2, (self.num_heads, self.dim)) * gains.unsqueeze(-2)
         return scaled
 

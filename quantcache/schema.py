@@ -18,6 +18,10 @@ SideBits = float | None | Literal["joint"]
 """Budget of one side: a mean width in bits, None to leave it dense, or ``"joint"`` for a share of the common budget."""
 
 
+Coding = Literal["scalar", "trellis"]
+"""What a code stands for: a level by itself, or a level among those that the tokens before it leave (trellis.py)."""
+
+
 @dataclass(frozen=True)
 class SideCalibration:
     """The constants of the keys or the values of one layer.
@@ -74,12 +78,14 @@ class CodecSettings:
         profile: ``head`` gives every head its own widths, ``layer`` shares them between the heads of a layer.
         fast_wavelength: Rotary pairs that turn once in fewer tokens than this are un-rotated fully.
         gain_search: Multiples of a token's gain that encoding tries; the one with least weighted error is kept.
+        coding: Whether codes are scalar or path through a trellis.
     """
 
     group_size: int = 2
     profile: Literal["head", "layer"] = "head"
     fast_wavelength: float = FAST_WAVELENGTH
     gain_search: tuple[float, ...] = (0.6, 0.75, 0.9, 1.05, 1.25)
+    coding: Coding = "scalar"
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def measure_yardstick(
                 for place, found in enumerate(own):
                     totals[place] += float((dense.exp() * (dense - found)).sum(-1).double().sum())
     points = [
-        {"bits": bits, "cost": expected_cost(each.layers), "kl": total / max(count, 1)}
+        {"bits": bits, "cost": expected_cost(each.layers, each.metadata.codec.coding), "kl": total / max(count, 1)}
         for bits, each, total in zip(YARDSTICK_BITS, measured, totals, strict=True)
     ]
     if not all(math.isfinite(point["kl"]) and point["kl"] > 0 and point["cost"] > 0 for point in points):

@@ -49,6 +49,7 @@ TIERS = (
         "transaction",
     ),
     ("schema", "spans", "store", "guards", "index", "rows", "tensor_file", "writing"),
+    ("trellis",),
     ("allocation", "compat", "cache_layout", "card", "passages", "hub"),
     ("artifact_files", "artifact_checks", "accounting", "identity"),
     ("artifact",),

@@ -30,7 +30,7 @@ def predict_kl(calibration: Calibration) -> float | None:
     points = _points(calibration.metadata.recipe.get("yardstick"))
     if points is None:
         return None
-    cost = expected_cost(calibration.layers)
+    cost = expected_cost(calibration.layers, calibration.metadata.codec.coding)
     if cost <= 0:
         return 0.0
     (low_cost, low_kl), (high_cost, high_kl) = points
