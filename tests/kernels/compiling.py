@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,8 @@ def main() -> None:
     for target in options.target:
         variants = [v for v in compile_cases(names, target, set()) if re.search(options.kernel, v.kernel)]
         print(f"sm_{target}: {len(variants)} variants", file=sys.stderr, flush=True)
-        with ProcessPoolExecutor(options.jobs) as pool:
+        # A forked process would wait for ever for the OpenMP threads that torch has started in this one.
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
             tasks = [pool.submit(compile_cases, [v.case], target, {(v.kernel, v.key)}) for v in variants]
             for variant, task in zip(variants, tasks, strict=True):
                 found = next(v for v in task.result() if (v.kernel, v.key) == (variant.kernel, variant.key))
