@@ -112,8 +112,6 @@ def attend_view(
     keys, values = view.key, view.value
     if not isinstance(keys.codec, SpectralCodec) or not isinstance(values.codec, SpectralCodec):
         return None
-    if keys.codec.coding != "scalar" or values.codec.coding != "scalar":
-        return None
     assert keys.sinks is not None
     assert values.sinks is not None
     dense: tuple[Tensor, ...] = (keys.sinks, values.sinks, keys.tail, values.tail)
@@ -285,6 +283,9 @@ def _native_constants(codec: SpectralCodec) -> cpu.Constants:
                 gains=dequantize_gain(torch.arange(256, dtype=torch.int64, device="cpu")),
                 factors=codec.gain_search,
                 words=codec.num_words,
+                unions={c.width: c.union for c in codec.classes if c.union is not None}
+                if codec.coding == "trellis"
+                else None,
             )
         )
         # What another thread has made in the meantime stays: its kernels may be reading it.

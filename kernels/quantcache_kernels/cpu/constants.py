@@ -38,6 +38,8 @@ _TENSORS = (
     "weights",
     "trees",
     "factors",
+    "unions",
+    "subsets",
 )
 
 
@@ -61,6 +63,7 @@ class Source:
         gains: Value of every gain code, ``[256]``.
         factors: Multiples of the gain that encoding tries.
         words: Words of a block and batch row.
+        unions: Union codebook of each width in use where codes are paths through a trellis, None where they are scalar.
     """
 
     mean: Tensor
@@ -78,6 +81,7 @@ class Source:
     gains: Tensor
     factors: tuple[float, ...]
     words: int
+    unions: Mapping[int, Tensor] | None = None
 
 
 def in_memory(name: str, x: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ class Constants:
     """The constants of one side of a layer. Any number of threads may use them at once.
 
     Attributes:
-        sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors.
+        sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors, 1 with a trellis.
         tensors: The arrays of :class:`Side`, by name.
         decoder: ``[H, D, D]``, of which attention takes the part it needs.
         structures: The C structures made so far, with the tensor that each one's ``map`` points to. An entry is never
@@ -167,8 +171,8 @@ class Constants:
         if found is None:
             self._check()
             table = None if role == "encode" else _map(self, role)
-            _, dim, slow, slow_pairs, fast_pairs, words, num_factors = self.sizes
-            side = Side(dim, slow, slow_pairs, fast_pairs, words, 0, num_factors)
+            _, dim, slow, slow_pairs, fast_pairs, words, num_factors, trellis = self.sizes
+            side = Side(dim, slow, slow_pairs, fast_pairs, words, 0, num_factors, trellis)
             for name, tensor in self.tensors.items():
                 setattr(side, name, tensor.data_ptr())
             if table is not None:
@@ -179,7 +183,7 @@ class Constants:
 
     def _check(self) -> None:
         """Refuse arrays of other sizes than ``sizes`` says."""
-        heads, dim, slow, slow_pairs, fast_pairs, _, num_factors = self.sizes
+        heads, dim, slow, slow_pairs, fast_pairs, _, num_factors, trellis = self.sizes
         fast, pairs = dim - slow, slow_pairs + fast_pairs
         if fast != 2 * fast_pairs or fast % 4 or not 0 <= 2 * slow_pairs <= slow <= dim:
             raise ValueError(
@@ -201,6 +205,8 @@ class Constants:
             "weights": (torch.float32, (heads, dim)),
             "trees": (torch.float32, (MAX_WIDTH + 1, TABLE)),
             "factors": (torch.float32, (num_factors,)),
+            "unions": (torch.float32, ((MAX_WIDTH + 1) * trellis, 2 * TABLE)),
+            "subsets": (torch.float32, ((MAX_WIDTH + 1) * trellis, 4, 2, TABLE // 2)),
         }
         for name, (dtype, shape) in shapes.items():
             require(name, self.tensors[name], dtype, *shape)
@@ -270,10 +276,13 @@ def make(source: Source) -> Constants:
     planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8, device="cpu")
     for width, book in source.levels.items():
         levels[width, : 1 << width] = book
-        if width >= 4:
-            by_bytes = book.contiguous().view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
-            planes[width, : 4 << width] = by_bytes.permute(1, 2, 0).flatten()
         trees[width, 1 : 1 << width] = _search_tree(source.boundaries[width])
+    books = source.levels if source.unions is None else source.unions
+    for width, book in books.items():
+        if 16 <= book.numel() <= TABLE:
+            by_bytes = book.contiguous().view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
+            planes[width, : 4 * book.numel()] = by_bytes.permute(1, 2, 0).flatten()
+    unions, subsets = _unions(source.unions)
     tensors = {
         "counts": counts,
         "coded": coded,
@@ -290,8 +299,11 @@ def make(source: Source) -> Constants:
         "weights": source.weights,
         "trees": trees,
         "factors": torch.tensor(source.factors, dtype=torch.float32, device="cpu"),
+        "unions": unions,
+        "subsets": subsets,
     }
-    sizes = (heads, dim, slow, source.slow_pairs, source.fast_pairs, source.words, len(source.factors))
+    pairs, trellis = (source.slow_pairs, source.fast_pairs), int(source.unions is not None)
+    sizes = (heads, dim, slow, *pairs, source.words, len(source.factors), trellis)
     return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
 
 
@@ -307,6 +319,20 @@ def _in_fours(pairs: int) -> Tensor:
     """The fast dimensions in fours, ``[pairs / 2, 4]``: two first halves of pairs, then their second halves."""
     first = torch.arange(pairs, dtype=torch.int64, device="cpu").view(-1, 2)
     return torch.cat((first, first + pairs), dim=1)
+
+
+def _unions(books: Mapping[int, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Union codebooks by width, and their subsets as levels and search trees; empty without a trellis."""
+    widths = 0 if books is None else MAX_WIDTH + 1
+    unions = torch.zeros(widths, 2 * TABLE, dtype=torch.float32, device="cpu")
+    subsets = torch.zeros(widths, 4, 2, TABLE // 2, dtype=torch.float32, device="cpu")
+    for width, book in (books or {}).items():
+        unions[width, : 2 << width] = book
+        for subset in range(4):
+            own, count = book[subset::4], 1 << (width - 1)
+            subsets[width, subset, 0, :count] = own
+            subsets[width, subset, 1, 1:count] = _search_tree((own[1:] + own[:-1]) / 2)
+    return unions, subsets
 
 
 def _search_tree(boundaries: Tensor) -> Tensor:

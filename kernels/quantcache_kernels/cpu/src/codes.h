@@ -1,4 +1,5 @@
-// Packed codes: unpacking to levels, and packing. See quantcache/packing.py for the layout.
+// Packed codes: unpacking to levels, and packing. See quantcache/packing.py for the layout, and quantcache/trellis.py for
+// codes that are paths through a trellis.
 //
 // A field of f bits of one dimension of a block is 2f words; token t is in word t % 2f at bit f * (t // 2f). Laid out
 // in the lanes of a vector (word l % 2f in lane l, shifted down by f * (l // 2f)), the field of token v * LANES + l is
@@ -67,14 +68,14 @@ QC_INLINE __m256i plane_of(const uint8_t* planes, int low, int byte, __m256i hig
     }
 }
 
-template <int WIDTH> QC_INLINE void levels_by_bytes(const uint32_t* words, const uint8_t* planes, float* out) {
-    constexpr int LOW_BITS = WIDTH - 4;
+// The levels of codes of 4 high bits and LOW_BITS low bits, each STEP bits apart.
+template <int LOW_BITS> QC_INLINE void levels_by_bytes(vuint highs, vuint lows, const uint8_t* planes, float* out) {
     // Of each four lanes, bring the first bytes together, then the second bytes, and so on.
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m256i high = _mm256_shuffle_epi8(bit_cast<__m256i>(repeat<8>(words)), order);
+    const __m256i high = _mm256_shuffle_epi8(bit_cast<__m256i>(highs), order);
     __m256i low = high;
-    if constexpr (LOW_BITS > 0) low = _mm256_shuffle_epi8(bit_cast<__m256i>(spread<LOW_BITS>(words + 8)), order);
+    if constexpr (LOW_BITS > 0) low = _mm256_shuffle_epi8(bit_cast<__m256i>(lows), order);
     const __m256i nibble = _mm256_set1_epi8(15);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) { // low and high nibbles of the bytes: every other 8 tokens
@@ -103,12 +104,12 @@ QC_INLINE void levels_of(const uint32_t* words, const float* table, const uint8_
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) store(out + v * LANES, lookup<WIDTH>(table, codes >> (STEP * v)));
     } else {
-#if defined(QC_AVX2)
-        if constexpr (WIDTH < 8) return levels_by_bytes<WIDTH>(words, planes, out);
-#endif
         const vuint high = spread_field<4>(words);
         vuint low = {};
         if constexpr (WIDTH > 4) low = spread<WIDTH - 4>(words + 8);
+#if defined(QC_AVX2)
+        if constexpr (WIDTH < 8) return levels_by_bytes<WIDTH - 4>(high, low, planes, out);
+#endif
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             const vuint code = ((high >> (STEP * v)) & 15u) << (WIDTH - 4) | ((low >> (STEP * v)) & 15u);
@@ -117,16 +118,116 @@ QC_INLINE void levels_of(const uint32_t* words, const float* table, const uint8_
     }
 }
 
-// The levels of coefficients of one width; see decode_levels.
+// The subsets 2 c1 + c0 of a block's tokens, from its path bits p: c1 of token t is p(t) + p(t - 1) + p(t - 3) over
+// GF(2), c0 is p(t - 2), and what lies before the block is zero. Spread like a field of 2 bits.
+#if defined(QC_AVX512)
+// The path bits of DELAY tokens ago at bit AT of every step: rotated there, but for what would come from behind the end.
+template <int DELAY, int AT> struct Delayed {
+    constexpr Delayed() : turns(), mask() {
+        for (int i = 0; i < LANES; ++i) {
+            turns[i] = ((i + 64 - DELAY) / 2 - AT) % 32;
+            mask[i] = (i < DELAY ? ONES & ~1u : ONES) << AT;
+        }
+    }
+    alignas(64) uint32_t turns[LANES];
+    alignas(64) uint32_t mask[LANES];
+};
+
+QC_INLINE vuint rotate(vuint v, const uint32_t* turns) {
+    return bit_cast<vuint>(_mm512_rorv_epi32(bit_cast<__m512i>(v), bit_cast<__m512i>(load(turns))));
+}
+
+QC_INLINE vuint spread_subsets(const uint32_t* path) {
+    static constexpr Delayed<0, 1> now;
+    static constexpr Delayed<1, 1> one;
+    static constexpr Delayed<2, 0> two; // turned as far as `now`
+    static constexpr Delayed<3, 1> three;
+    const vuint same = repeat<2>(path), other = swap_neighbours(same);
+    return (rotate(same, now.turns) & (load(now.mask) | load(two.mask))) ^ (rotate(other, one.turns) & load(one.mask))
+           ^ (rotate(other, three.turns) & load(three.mask));
+}
+#else
+// Even lanes take the tokens of an odd delay one step further back.
+struct EvenLanes {
+    constexpr EvenLanes() : lanes() {
+        for (int i = 0; i < LANES; ++i) lanes[i] = i % 2 == 0;
+    }
+    alignas(64) uint32_t lanes[LANES];
+};
+
+QC_INLINE vuint spread_subsets(const uint32_t* path) {
+    static constexpr Shifts<1> shifts;
+    static constexpr EvenLanes even;
+    const vuint same = repeat<2>(path), other = swap_neighbours(same);
+    const vuint c1 = same ^ ((other ^ (other << 1)) << load(even.lanes)), c0 = same << 1;
+    return ((c1 >> load(shifts.lanes)) & ONES) << 1 | ((c0 >> load(shifts.lanes)) & ONES);
+}
+#endif
+
+// The levels of one dimension's 64 tokens, of paths through a trellis: places in the union codebook are the code of
+// WIDTH - 1 bits and, lowest, the subset.
 template <int WIDTH>
+QC_INLINE void path_levels(const uint32_t* words, const float* table, const uint8_t* planes, float* out) {
+    (void)planes;
+    const vuint subsets = spread_subsets(words + 2 * (WIDTH - 1));
+    vuint high = {}, low = {}; // the code's high 4 bits, or all there are, and the rest
+    if constexpr (WIDTH > 1) high = spread<WIDTH < 5 ? WIDTH - 1 : 4>(words);
+    if constexpr (WIDTH > 5) low = spread<WIDTH - 5>(words + 8);
+    constexpr int REST = WIDTH > 5 ? WIDTH - 5 : 0;
+    if constexpr (WIDTH < STEP) { // places fit a step
+        const vuint places = high << (REST + 2) | low << 2 | subsets;
+#if defined(QC_AVX2)
+        if constexpr (WIDTH == 3) return levels_by_bytes<0>(places, low, planes, out);
+#endif
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) {
+            vuint place = places >> (STEP * v);
+            if constexpr (WIDTH >= FREE_LOOKUP) place &= (2u << WIDTH) - 1;
+            store(out + v * LANES, lookup<WIDTH + 1>(table, place));
+        }
+    } else {
+#if defined(QC_AVX2)
+        if constexpr (WIDTH == 4) {
+            return levels_by_bytes<1>(high << 1 | ((subsets >> 1) & ONES), subsets & ONES, planes, out);
+        }
+        if constexpr (WIDTH < 7) return levels_by_bytes<WIDTH - 3>(high, low << 2 | subsets, planes, out);
+#endif
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) {
+            const vuint code = ((high >> (STEP * v)) & 15u) << REST | ((low >> (STEP * v)) & 15u);
+            store(out + v * LANES, lookup<WIDTH + 1>(table, code << 2 | ((subsets >> (STEP * v)) & 3u)));
+        }
+    }
+}
+
+// The levels of coefficients of one width; see decode_levels.
+template <int WIDTH, bool TRELLIS>
 QC_INLINE void decode_run(const Side& side, const Coded* coded, int count, const uint32_t* words, int64_t ahead,
                           float* out) {
-    const float* table = side.levels + WIDTH * TABLE;
+    const float* table = TRELLIS ? side.unions + WIDTH * 2 * TABLE : side.levels + WIDTH * TABLE;
     const uint8_t* planes = side.planes + WIDTH * TABLE * sizeof(float);
     for (int i = 0; i < count; ++i) {
         const uint32_t* own = words + coded[i].offset;
         __builtin_prefetch(own + ahead);
-        levels_of<WIDTH>(own, table, planes, out + i * BLOCK);
+        if constexpr (TRELLIS) {
+            path_levels<WIDTH>(own, table, planes, out + i * BLOCK);
+        } else {
+            levels_of<WIDTH>(own, table, planes, out + i * BLOCK);
+        }
+    }
+}
+
+template <bool TRELLIS>
+inline void decode_runs(const Side& side, const Coded* coded, int count, const uint32_t* words, int64_t ahead,
+                        float* out) {
+    for (int done = 0; done < count;) {
+        const Coded* first = coded + done;
+        const int run = first->run < count - done ? first->run : count - done;
+        float* to = out + done * BLOCK;
+#define QC_RUN(W) decode_run<W, TRELLIS>(side, first, run, words, ahead, to)
+        QC_FOR_WIDTH(first->width, QC_RUN)
+#undef QC_RUN
+        done += run;
     }
 }
 
@@ -134,14 +235,10 @@ QC_INLINE void decode_run(const Side& side, const Coded* coded, int count, const
 // the next block are `ahead` further on. A block's words are too few for the hardware to see a stream in them.
 inline void decode_levels(const Side& side, const Coded* coded, int count, const uint32_t* words, int64_t ahead,
                           float* out) {
-    for (int done = 0; done < count;) {
-        const Coded* first = coded + done;
-        const int run = first->run < count - done ? first->run : count - done;
-        float* to = out + done * BLOCK;
-#define QC_RUN(W) decode_run<W>(side, first, run, words, ahead, to)
-        QC_FOR_WIDTH(first->width, QC_RUN)
-#undef QC_RUN
-        done += run;
+    if (side.trellis) {
+        decode_runs<true>(side, coded, count, words, ahead, out);
+    } else {
+        decode_runs<false>(side, coded, count, words, ahead, out);
     }
 }
 

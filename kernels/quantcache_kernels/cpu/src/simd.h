@@ -111,8 +111,28 @@ template <int COUNT> QC_INLINE vuint repeat(const uint32_t* p) {
 #endif
 }
 
+// Lanes 1 0 3 2 5 4 ...
+QC_INLINE vuint swap_neighbours(vuint v) {
+#if defined(QC_AVX512)
+    return bit_cast<vuint>(_mm512_shuffle_epi32(bit_cast<__m512i>(v), _MM_PERM_CDAB));
+#elif defined(QC_AVX2)
+    return bit_cast<vuint>(_mm256_shuffle_epi32(bit_cast<__m256i>(v), 0xb1));
+#else
+    vuint swapped;
+    for (int i = 0; i < LANES; ++i) swapped[i] = v[i ^ 1];
+    return swapped;
+#endif
+}
+
+// Up to how many bits of an index the bits above them do not count.
+#if defined(QC_AVX512)
+constexpr int FREE_LOOKUP = 7;
+#else
+constexpr int FREE_LOOKUP = 4;
+#endif
+
 // Look up a table of 2**BITS floats (readable up to a multiple of LANES). For BITS up to 4 only the low 4 bits of an
-// index count, and they must be below 2**BITS; otherwise the whole index must be.
+// index count, and they must be below 2**BITS; beyond FREE_LOOKUP the whole index must be.
 template <int BITS> QC_INLINE vfloat lookup(const float* table, vuint index) {
     if constexpr (BITS == 0) return splat(table[0]);
 #if defined(QC_AVX512)
@@ -120,10 +140,14 @@ template <int BITS> QC_INLINE vfloat lookup(const float* table, vuint index) {
     const __m512i bits = bit_cast<__m512i>(index);
     if constexpr (BITS <= 4) return _mm512_permutexvar_ps(bits, at(0));
     if constexpr (BITS == 5) return _mm512_permutex2var_ps(at(0), bits, at(1));
-    if constexpr (BITS == 6) {
+    const auto sixty_four = [&](int i) {
         const __mmask16 upper = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(32));
         return _mm512_mask_blend_ps(
-            upper, _mm512_permutex2var_ps(at(0), bits, at(1)), _mm512_permutex2var_ps(at(2), bits, at(3)));
+            upper, _mm512_permutex2var_ps(at(i), bits, at(i + 1)), _mm512_permutex2var_ps(at(i + 2), bits, at(i + 3)));
+    };
+    if constexpr (BITS == 6) return sixty_four(0);
+    if constexpr (BITS == 7) {
+        return _mm512_mask_blend_ps(_mm512_test_epi32_mask(bits, _mm512_set1_epi32(64)), sixty_four(0), sixty_four(4));
     }
     return _mm512_i32gather_ps(bits, table, 4);
 #else
