@@ -50,7 +50,7 @@ def encode(codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None, b
     """
     if starts is not None and starts.ndim == 2:
         return codec.encode(x, places, starts)
-    if isinstance(codec, SpectralCodec) and codec.coding == "scalar" and _native_takes(x, backend):
+    if isinstance(codec, SpectralCodec) and _native_takes(x, backend):
         codes, gains = cpu.encode(x, _native_constants(codec), places, starts)
         return {"codes": codes, "gains": gains}
     if isinstance(codec, SpectralCodec) and _triton_takes(x, backend, codec):

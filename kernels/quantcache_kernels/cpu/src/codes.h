@@ -264,5 +264,36 @@ template <int WIDTH> QC_INLINE void gather_words(vuint codes, uint32_t* words) {
     if constexpr (WIDTH == 1) gather_field<1>(codes, words);
 }
 
+// The number of boundaries below u, by descent through their search tree: a value on a boundary takes the lower code.
+template <int WIDTH, int LEVEL = 0> QC_INLINE vuint nearest(vfloat u, const float* tree, vuint code = vuint{}) {
+    if constexpr (LEVEL == WIDTH) {
+        return code;
+    } else {
+        const vfloat boundary = lookup<LEVEL>(tree + (1 << LEVEL), code);
+        const vuint above = bit_cast<vuint>(u > boundary); // all ones where true
+        return nearest<WIDTH, LEVEL + 1>(u, tree, code + code - above);
+    }
+}
+
+// Pack the codes of one dimension of a block; `code_of` gives those of a vector of tokens.
+template <int WIDTH, class CodeOf> QC_INLINE void pack(const CodeOf& code_of, uint32_t* words) {
+    vuint high = {}, low = {};
+    for (int v = 0; v < VECTORS; ++v) {
+        const vuint code = code_of(v);
+        if constexpr (WIDTH <= 4) {
+            low |= code << (STEP * v);
+        } else {
+            high |= (code >> (WIDTH - 4)) << (STEP * v);
+            low |= (code & ((1u << (WIDTH - 4)) - 1)) << (STEP * v);
+        }
+    }
+    if constexpr (WIDTH <= 4) {
+        gather_words<WIDTH>(low, words);
+    } else {
+        gather_words<4>(high, words);
+        gather_words<WIDTH - 4>(low, words + 8);
+    }
+}
+
 } // namespace
 } // namespace quantcache
