@@ -277,9 +277,8 @@ def make(source: Source) -> Constants:
     for width, book in source.levels.items():
         levels[width, : 1 << width] = book
         trees[width, 1 : 1 << width] = _search_tree(source.boundaries[width])
-    books = source.levels if source.unions is None else source.unions
-    for width, book in books.items():
-        if 16 <= book.numel() <= TABLE:
+    for width, book in (source.levels if source.unions is None else _halves(source.unions)).items():
+        if 16 <= book.numel() < TABLE:
             by_bytes = book.contiguous().view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
             planes[width, : 4 * book.numel()] = by_bytes.permute(1, 2, 0).flatten()
     unions, subsets = _unions(source.unions)
@@ -333,6 +332,14 @@ def _unions(books: Mapping[int, Tensor] | None) -> tuple[Tensor, Tensor]:
             subsets[width, subset, 0, :count] = own
             subsets[width, subset, 1, 1:count] = _search_tree((own[1:] + own[:-1]) / 2)
     return unions, subsets
+
+
+def _halves(books: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The upper halves of union codebooks, from which kernels know the lower ones; the whole one of 3 bits."""
+    for width, book in books.items():
+        if not torch.equal(book, -book.flip(0)):
+            raise ValueError(f"the union codebook of {width} bits is not symmetric about zero")
+    return {width: book if width == 3 else book[1 << width :] for width, book in books.items()}
 
 
 def _search_tree(boundaries: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ struct Side {
     const float* offset_cos;    // rotation by the offset from the anchor [fast_pairs][ANCHOR_LENGTH]
     const float* offset_sin;
     const float* levels;        // codebook of each width [9][TABLE]
-    const uint8_t* planes;      // what codes stand for, byte by byte: [9] of [low bits][4 bytes][high 4 bits]
+    const uint8_t* planes;      // what codes stand for, byte by byte: [9] of [low bits][4 bytes][high 4 bits]; with a
+                                // trellis and more than 3 bits the union codebook's upper half
     const float* gains;         // value of every gain code [256]
     const float* encoder;       // [H][D][D]
     const float* weights;       // error weight of each coefficient [H][D]

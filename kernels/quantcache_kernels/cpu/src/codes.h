@@ -31,25 +31,32 @@ namespace {
 constexpr int STEP = LANES / 2;                            // bits between neighbouring vectors of tokens
 constexpr uint32_t ONES = STEP == 4 ? 0x11111111u : 0x01010101u; // the lowest bit of every step
 
-// By how much each lane of a field is shifted down.
-template <int FIELD> struct Shifts {
+// By how much each lane of a field is shifted down, or turned so that it comes to lie at bit AT.
+template <int FIELD, int AT = 0> struct Shifts {
     constexpr Shifts() : lanes() {
-        for (int i = 0; i < LANES; ++i) lanes[i] = FIELD * (i / (2 * FIELD));
+        for (int i = 0; i < LANES; ++i) lanes[i] = (FIELD * (i / (2 * FIELD)) + 32 - AT) % 32;
     }
     alignas(64) uint32_t lanes[LANES];
 };
 
-template <int FIELD> QC_INLINE vuint spread_field(const uint32_t* words) {
+// A field of a dimension's 64 tokens, at bit AT of every step.
+template <int FIELD, int AT = 0> QC_INLINE vuint spread_field(const uint32_t* words) {
+    constexpr uint32_t MASK = ONES * ((1u << FIELD) - 1);
+#if defined(QC_AVX512)
+    static constexpr Shifts<FIELD, AT> turns;
+    return rotate_down(repeat<2 * FIELD>(words), load(turns.lanes)) & (MASK << AT);
+#else
     static constexpr Shifts<FIELD> shifts;
-    return (repeat<2 * FIELD>(words) >> load(shifts.lanes)) & (ONES * ((1u << FIELD) - 1));
+    return ((repeat<2 * FIELD>(words) >> load(shifts.lanes)) & MASK) << AT;
+#endif
 }
 
-// The codes of a dimension of WIDTH up to 4 bits, STEP bits apart.
-template <int WIDTH> QC_INLINE vuint spread(const uint32_t* words) {
-    if constexpr (WIDTH == 4) return spread_field<4>(words);
-    if constexpr (WIDTH == 3) return spread_field<2>(words) << 1 | spread_field<1>(words + 4);
-    if constexpr (WIDTH == 2) return spread_field<2>(words);
-    return spread_field<1>(words);
+// The codes of a dimension of WIDTH up to 4 bits, STEP bits apart, at bit AT of every step.
+template <int WIDTH, int AT = 0> QC_INLINE vuint spread(const uint32_t* words) {
+    if constexpr (WIDTH == 4) return spread_field<4, AT>(words);
+    if constexpr (WIDTH == 3) return spread_field<2, AT + 1>(words) | spread_field<1, AT>(words + 4);
+    if constexpr (WIDTH == 2) return spread_field<2, AT>(words);
+    return spread_field<1, AT>(words);
 }
 
 #if defined(QC_AVX2)
@@ -68,14 +75,18 @@ QC_INLINE __m256i plane_of(const uint8_t* planes, int low, int byte, __m256i hig
     }
 }
 
-// The levels of codes of 4 high bits and LOW_BITS low bits, each STEP bits apart.
-template <int LOW_BITS> QC_INLINE void levels_by_bytes(vuint highs, vuint lows, const uint8_t* planes, float* out) {
+// The levels of codes of 4 high bits and LOW_BITS low bits, each STEP bits apart; with SIGNED, negative where the lowest
+// bit of a step of `negative` is set.
+template <int LOW_BITS, bool SIGNED = false>
+QC_INLINE void levels_by_bytes(vuint highs, vuint lows, const uint8_t* planes, float* out, vuint negative = vuint{}) {
     // Of each four lanes, bring the first bytes together, then the second bytes, and so on.
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m256i high = _mm256_shuffle_epi8(bit_cast<__m256i>(highs), order);
     __m256i low = high;
     if constexpr (LOW_BITS > 0) low = _mm256_shuffle_epi8(bit_cast<__m256i>(lows), order);
+    __m256i signs = high;
+    if constexpr (SIGNED) signs = _mm256_shuffle_epi8(bit_cast<__m256i>(negative), order);
     const __m256i nibble = _mm256_set1_epi8(15);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) { // low and high nibbles of the bytes: every other 8 tokens
@@ -83,7 +94,12 @@ template <int LOW_BITS> QC_INLINE void levels_by_bytes(vuint highs, vuint lows, 
         __m256i low_bits[4]; // a blend looks at the highest bit of a byte
         for (int bit = 0; bit < LOW_BITS; ++bit) low_bits[bit] = _mm256_slli_epi32(low, (half ? 3 : 7) - bit);
         const auto plane = [&](int byte) { return plane_of<LOW_BITS>(planes, 0, byte, index, low_bits); };
-        const __m256i b0 = plane(0), b1 = plane(1), b2 = plane(2), b3 = plane(3);
+        const __m256i b0 = plane(0), b1 = plane(1), b2 = plane(2);
+        __m256i b3 = plane(3);
+        if constexpr (SIGNED) {
+            const __m256i sign = _mm256_slli_epi32(signs, half ? 3 : 7);
+            b3 = _mm256_xor_si256(b3, _mm256_and_si256(sign, _mm256_set1_epi8(-128)));
+        }
         const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
         const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
         float* to = out + half * LANES;
@@ -121,7 +137,7 @@ QC_INLINE void levels_of(const uint32_t* words, const float* table, const uint8_
 // The subsets 2 c1 + c0 of a block's tokens, from its path bits p: c1 of token t is p(t) + p(t - 1) + p(t - 3) over
 // GF(2), c0 is p(t - 2), and what lies before the block is zero. Spread like a field of 2 bits.
 #if defined(QC_AVX512)
-// The path bits of DELAY tokens ago at bit AT of every step: rotated there, but for what would come from behind the end.
+// The path bits of DELAY tokens ago at bit AT of every step: turned there, but for what would come from behind the end.
 template <int DELAY, int AT> struct Delayed {
     constexpr Delayed() : turns(), mask() {
         for (int i = 0; i < LANES; ++i) {
@@ -133,18 +149,13 @@ template <int DELAY, int AT> struct Delayed {
     alignas(64) uint32_t mask[LANES];
 };
 
-QC_INLINE vuint rotate(vuint v, const uint32_t* turns) {
-    return bit_cast<vuint>(_mm512_rorv_epi32(bit_cast<__m512i>(v), bit_cast<__m512i>(load(turns))));
-}
-
 QC_INLINE vuint spread_subsets(const uint32_t* path) {
     static constexpr Delayed<0, 1> now;
     static constexpr Delayed<1, 1> one;
     static constexpr Delayed<2, 0> two; // turned as far as `now`
-    static constexpr Delayed<3, 1> three;
-    const vuint same = repeat<2>(path), other = swap_neighbours(same);
-    return (rotate(same, now.turns) & (load(now.mask) | load(two.mask))) ^ (rotate(other, one.turns) & load(one.mask))
-           ^ (rotate(other, three.turns) & load(three.mask));
+    const vuint same = repeat<2>(path), other = swap_neighbours(same ^ (same << 1)); // of one and three tokens ago
+    return (rotate_down(same, load(now.turns)) & (load(now.mask) | load(two.mask)))
+           ^ (rotate_down(other, load(one.turns)) & load(one.mask));
 }
 #else
 // Even lanes take the tokens of an odd delay one step further back.
@@ -158,9 +169,31 @@ struct EvenLanes {
 QC_INLINE vuint spread_subsets(const uint32_t* path) {
     static constexpr Shifts<1> shifts;
     static constexpr EvenLanes even;
-    const vuint same = repeat<2>(path), other = swap_neighbours(same);
-    const vuint c1 = same ^ ((other ^ (other << 1)) << load(even.lanes)), c0 = same << 1;
+    const vuint same = repeat<2>(path), other = swap_neighbours(same ^ (same << 1)); // of one and three tokens ago
+    const vuint c1 = same ^ (other << load(even.lanes)), c0 = same << 1;
     return ((c1 >> load(shifts.lanes)) & ONES) << 1 | ((c0 >> load(shifts.lanes)) & ONES);
+}
+#endif
+
+#if defined(QC_AVX2)
+// path_levels for WIDTH 4 to 7: union codebooks are odd, so that half of one, looked up byte by byte, and a sign will do.
+template <int WIDTH> QC_INLINE void path_levels_by_bytes(const uint32_t* words, const uint8_t* planes, float* out) {
+    constexpr int LOW_BITS = WIDTH - 4; // of a place in the upper half
+    const vuint subsets = spread_subsets(words + 2 * (WIDTH - 1));
+    vuint negative, high, low = {};
+    if constexpr (WIDTH == 4) {
+        const vuint code = spread<3>(words);
+        negative = ~(code >> 2) & ONES;
+        high = (code & (ONES * 3)) << 2 | subsets;
+    } else {
+        const vuint code = spread_field<4>(words);
+        vuint rest = subsets; // the place's lower WIDTH - 3 bits
+        if constexpr (WIDTH > 5) rest |= spread<WIDTH - 5>(words + 8) << 2;
+        negative = ~(code >> 3) & ONES;
+        high = (code & (ONES * 7)) << 1 | ((rest >> LOW_BITS) & ONES);
+        low = (rest & (ONES * ((1u << LOW_BITS) - 1))) ^ ((negative << LOW_BITS) - negative);
+    }
+    levels_by_bytes<LOW_BITS, true>(high ^ ((negative << 4) - negative), low, planes, out, negative);
 }
 #endif
 
@@ -169,29 +202,39 @@ QC_INLINE vuint spread_subsets(const uint32_t* path) {
 template <int WIDTH>
 QC_INLINE void path_levels(const uint32_t* words, const float* table, const uint8_t* planes, float* out) {
     (void)planes;
+#if defined(QC_AVX2)
+    if constexpr (WIDTH >= 4 && WIDTH <= 7) return path_levels_by_bytes<WIDTH>(words, planes, out);
+#endif
     const vuint subsets = spread_subsets(words + 2 * (WIDTH - 1));
-    vuint high = {}, low = {}; // the code's high 4 bits, or all there are, and the rest
-    if constexpr (WIDTH > 1) high = spread<WIDTH < 5 ? WIDTH - 1 : 4>(words);
-    if constexpr (WIDTH > 5) low = spread<WIDTH - 5>(words + 8);
+    // The code's high 4 bits, or all there are, and the rest; put together at once where a step has room for a place.
     constexpr int REST = WIDTH > 5 ? WIDTH - 5 : 0;
-    if constexpr (WIDTH < STEP) { // places fit a step
-        const vuint places = high << (REST + 2) | low << 2 | subsets;
+    constexpr bool TOGETHER = WIDTH < STEP;
+    vuint high = {}, low = {};
+    if constexpr (WIDTH > 1) high = spread<WIDTH < 5 ? WIDTH - 1 : 4, TOGETHER ? REST + 2 : 0>(words);
+    if constexpr (REST > 0) low = spread<REST, TOGETHER ? 2 : 0>(words + 8);
+    if constexpr (TOGETHER) {
+        vuint places = high | low | subsets;
 #if defined(QC_AVX2)
         if constexpr (WIDTH == 3) return levels_by_bytes<0>(places, low, planes, out);
 #endif
+        constexpr bool HALVES = WIDTH > 5 && WIDTH <= FREE_LOOKUP; // a place in the upper half, and a sign
+        if constexpr (HALVES) {
+            const vuint negative = ~(places >> WIDTH) & ONES;
+            places ^= (negative << WIDTH) - negative;
+        }
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             vuint place = places >> (STEP * v);
-            if constexpr (WIDTH >= FREE_LOOKUP) place &= (2u << WIDTH) - 1;
-            store(out + v * LANES, lookup<WIDTH + 1>(table, place));
+            if constexpr (HALVES) {
+                const vuint sign = ~place << (31 - WIDTH) & 0x80000000u;
+                const vfloat level = lookup<WIDTH>(table + (1 << WIDTH), place);
+                store(out + v * LANES, bit_cast<vfloat>(bit_cast<vuint>(level) ^ sign));
+            } else {
+                if constexpr (WIDTH >= FREE_LOOKUP) place &= (2u << WIDTH) - 1;
+                store(out + v * LANES, lookup<WIDTH + 1>(table, place));
+            }
         }
     } else {
-#if defined(QC_AVX2)
-        if constexpr (WIDTH == 4) {
-            return levels_by_bytes<1>(high << 1 | ((subsets >> 1) & ONES), subsets & ONES, planes, out);
-        }
-        if constexpr (WIDTH < 7) return levels_by_bytes<WIDTH - 3>(high, low << 2 | subsets, planes, out);
-#endif
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             const vuint code = ((high >> (STEP * v)) & 15u) << REST | ((low >> (STEP * v)) & 15u);

@@ -90,7 +90,15 @@ QC_INLINE float4 sums(vfloat a, vfloat b, vfloat c, vfloat d) {
 
 // COUNT words, again and again.
 template <int COUNT> QC_INLINE vuint repeat(const uint32_t* p) {
-#if defined(QC_AVX512) || defined(QC_AVX2)
+#if defined(QC_AVX512)
+    if constexpr (COUNT == 8) {
+        return bit_cast<vuint>(_mm512_broadcast_i32x8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    } else if constexpr (COUNT == 4) {
+        return bit_cast<vuint>(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    } else {
+        return bit_cast<vuint>(_mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
+#elif defined(QC_AVX2)
     __m256i eight;
     if constexpr (COUNT == 8) {
         eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -99,17 +107,20 @@ template <int COUNT> QC_INLINE vuint repeat(const uint32_t* p) {
     } else {
         eight = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
-#if defined(QC_AVX512)
-    return bit_cast<vuint>(_mm512_broadcast_i32x8(eight));
-#else
     return bit_cast<vuint>(eight);
-#endif
 #else
     vuint words;
     for (int i = 0; i < LANES; ++i) words[i] = p[i % COUNT];
     return words;
 #endif
 }
+
+#if defined(QC_AVX512)
+// Each lane rotated towards its low bits.
+QC_INLINE vuint rotate_down(vuint v, vuint by) {
+    return bit_cast<vuint>(_mm512_rorv_epi32(bit_cast<__m512i>(v), bit_cast<__m512i>(by)));
+}
+#endif
 
 // Lanes 1 0 3 2 5 4 ...
 QC_INLINE vuint swap_neighbours(vuint v) {
