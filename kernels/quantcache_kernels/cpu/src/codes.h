@@ -113,12 +113,12 @@ QC_INLINE void levels_by_bytes(vuint highs, vuint lows, const uint8_t* planes, f
 
 // The levels of one dimension's 64 tokens.
 template <int WIDTH>
-QC_INLINE void levels_of(const uint32_t* words, const float* table, const uint8_t* planes, float* out) {
+QC_INLINE void levels_of(const uint32_t* words, const Table<WIDTH>& table, const uint8_t* planes, float* out) {
     (void)planes;
     if constexpr (WIDTH < 4) {
         const vuint codes = spread<WIDTH>(words);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) store(out + v * LANES, lookup<WIDTH>(table, codes >> (STEP * v)));
+        for (int v = 0; v < VECTORS; ++v) store(out + v * LANES, table[codes >> (STEP * v)]);
     } else {
         const vuint high = spread_field<4>(words);
         vuint low = {};
@@ -129,7 +129,7 @@ QC_INLINE void levels_of(const uint32_t* words, const float* table, const uint8_
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             const vuint code = ((high >> (STEP * v)) & 15u) << (WIDTH - 4) | ((low >> (STEP * v)) & 15u);
-            store(out + v * LANES, lookup<WIDTH>(table, code));
+            store(out + v * LANES, table[code]);
         }
     }
 }
@@ -197,10 +197,19 @@ template <int WIDTH> QC_INLINE void path_levels_by_bytes(const uint32_t* words, 
 }
 #endif
 
+// Whether a union codebook is looked up as its upper half, with a sign.
+constexpr bool in_halves(int width) { return width > 5 && width <= FREE_LOOKUP && width < STEP; }
+
+template <int WIDTH> using UnionTable = Table<in_halves(WIDTH) ? WIDTH : WIDTH + 1>;
+
+template <int WIDTH> QC_INLINE UnionTable<WIDTH> union_table(const Side& side) {
+    return UnionTable<WIDTH>(side.unions + WIDTH * 2 * TABLE + (in_halves(WIDTH) ? 1 << WIDTH : 0));
+}
+
 // The levels of one dimension's 64 tokens, of paths through a trellis: places in the union codebook are the code of
 // WIDTH - 1 bits and, lowest, the subset.
 template <int WIDTH>
-QC_INLINE void path_levels(const uint32_t* words, const float* table, const uint8_t* planes, float* out) {
+QC_INLINE void path_levels(const uint32_t* words, const UnionTable<WIDTH>& table, const uint8_t* planes, float* out) {
     (void)planes;
 #if defined(QC_AVX2)
     if constexpr (WIDTH >= 4 && WIDTH <= 7) return path_levels_by_bytes<WIDTH>(words, planes, out);
@@ -217,28 +226,26 @@ QC_INLINE void path_levels(const uint32_t* words, const float* table, const uint
 #if defined(QC_AVX2)
         if constexpr (WIDTH == 3) return levels_by_bytes<0>(places, low, planes, out);
 #endif
-        constexpr bool HALVES = WIDTH > 5 && WIDTH <= FREE_LOOKUP; // a place in the upper half, and a sign
-        if constexpr (HALVES) {
+        if constexpr (in_halves(WIDTH)) { // their lower bits, as places in the upper half
             const vuint negative = ~(places >> WIDTH) & ONES;
             places ^= (negative << WIDTH) - negative;
         }
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             vuint place = places >> (STEP * v);
-            if constexpr (HALVES) {
+            if constexpr (in_halves(WIDTH)) {
                 const vuint sign = ~place << (31 - WIDTH) & 0x80000000u;
-                const vfloat level = lookup<WIDTH>(table + (1 << WIDTH), place);
-                store(out + v * LANES, bit_cast<vfloat>(bit_cast<vuint>(level) ^ sign));
+                store(out + v * LANES, bit_cast<vfloat>(bit_cast<vuint>(table[place]) ^ sign));
             } else {
                 if constexpr (WIDTH >= FREE_LOOKUP) place &= (2u << WIDTH) - 1;
-                store(out + v * LANES, lookup<WIDTH + 1>(table, place));
+                store(out + v * LANES, table[place]);
             }
         }
     } else {
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             const vuint code = ((high >> (STEP * v)) & 15u) << REST | ((low >> (STEP * v)) & 15u);
-            store(out + v * LANES, lookup<WIDTH + 1>(table, code << 2 | ((subsets >> (STEP * v)) & 3u)));
+            store(out + v * LANES, table[code << 2 | ((subsets >> (STEP * v)) & 3u)]);
         }
     }
 }
@@ -247,16 +254,20 @@ QC_INLINE void path_levels(const uint32_t* words, const float* table, const uint
 template <int WIDTH, bool TRELLIS>
 QC_INLINE void decode_run(const Side& side, const Coded* coded, int count, const uint32_t* words, int64_t ahead,
                           float* out) {
-    const float* table = TRELLIS ? side.unions + WIDTH * 2 * TABLE : side.levels + WIDTH * TABLE;
     const uint8_t* planes = side.planes + WIDTH * TABLE * sizeof(float);
-    for (int i = 0; i < count; ++i) {
-        const uint32_t* own = words + coded[i].offset;
-        __builtin_prefetch(own + ahead);
-        if constexpr (TRELLIS) {
-            path_levels<WIDTH>(own, table, planes, out + i * BLOCK);
-        } else {
-            levels_of<WIDTH>(own, table, planes, out + i * BLOCK);
+    const auto decode_all = [&](const auto& decode) {
+        for (int i = 0; i < count; ++i) {
+            const uint32_t* own = words + coded[i].offset;
+            __builtin_prefetch(own + ahead);
+            decode(own, out + i * BLOCK);
         }
+    };
+    if constexpr (TRELLIS) {
+        const UnionTable<WIDTH> table = union_table<WIDTH>(side);
+        decode_all([&](const uint32_t* own, float* to) { path_levels<WIDTH>(own, table, planes, to); });
+    } else {
+        const Table<WIDTH> table(side.levels + WIDTH * TABLE);
+        decode_all([&](const uint32_t* own, float* to) { levels_of<WIDTH>(own, table, planes, to); });
     }
 }
 

@@ -77,11 +77,11 @@ template <int WIDTH>
 QC_INLINE void correlate(const Side& side, const Coded* coded, const float* weights, const float* y, vfloat inverse,
                          vfloat& cross, vfloat& energy) {
     const float* tree = side.trees + WIDTH * TABLE;
-    const float* table = side.levels + WIDTH * TABLE;
+    const Table<WIDTH> levels(side.levels + WIDTH * TABLE);
     const int count = coded->run;
     for (int c = 0; c < count; ++c) {
         const vfloat value = load(y + c * BLOCK);
-        const vfloat level = lookup<WIDTH>(table, nearest<WIDTH>(value * inverse, tree));
+        const vfloat level = levels[nearest<WIDTH>(value * inverse, tree)];
         const vfloat weighted = level * weights[coded[c].index];
         cross += weighted * value;
         energy += weighted * level;

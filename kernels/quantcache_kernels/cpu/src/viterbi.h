@@ -72,12 +72,13 @@ QC_INLINE void subset_errors(const Side& side, const float* y, const float* inve
                              float* errors, uint32_t* inner) {
     const float* books = side.subsets + WIDTH * SUBSETS * TABLE;
     for (int subset = 0; subset < SUBSETS; ++subset) {
-        const float *levels = books + subset * TABLE, *tree = levels + TABLE / 2;
+        const Table<WIDTH - 1> levels(books + subset * TABLE);
+        const float* tree = books + subset * TABLE + TABLE / 2;
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             const vfloat u = load(y + v * LANES) * load(inverses + v * LANES);
             const vuint code = nearest<WIDTH - 1>(u, tree);
-            const vfloat off = u - lookup<WIDTH - 1>(levels, code);
+            const vfloat off = u - levels[code];
             store(errors + subset * LANES * BLOCK + v * LANES, off * off * load(weights + v * LANES));
             const vuint before = subset ? load(inner + v * LANES) : vuint{};
             store(inner + v * LANES, before | code << (8 * subset));
@@ -149,7 +150,7 @@ QC_INLINE void pack_path(const Side& side, uint32_t even, uint32_t odd, const ui
             words);
     }
     alignas(64) float levels[BLOCK];
-    path_levels<WIDTH>(words, side.unions + WIDTH * 2 * TABLE, side.planes + WIDTH * TABLE * sizeof(float), levels);
+    path_levels<WIDTH>(words, union_table<WIDTH>(side), side.planes + WIDTH * TABLE * sizeof(float), levels);
     for (int v = 0; v < VECTORS; ++v) {
         const vfloat level = load(levels + v * LANES), weighted = level * weight;
         store(cross + v * LANES, load(cross + v * LANES) + weighted * load(y + v * LANES));
