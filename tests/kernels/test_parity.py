@@ -15,6 +15,8 @@ from quantcache.attention import spectral_attention
 from quantcache.codec import SpectralCodec
 from quantcache.packing import BLOCK
 from quantcache.schema import SIDES, Coding
+from quantcache_kernels import cpu
+from quantcache_kernels.cpu.library import find
 from tests.kernels import encoding, truth
 from tests.kernels.cases import (
     ATTENTION,
@@ -26,6 +28,7 @@ from tests.kernels.cases import (
     Case,
     Filled,
     Kernel,
+    codecs,
     fill,
     on_device,
     select,
@@ -183,6 +186,25 @@ def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) ->
         torch.set_num_threads(before)
     for name, alone in results[0].items():
         assert torch.equal(alone, results[1][name])
+
+
+@pytest.mark.skipif(find()[0] is None, reason=f"no CPU kernels: {find()[1]}")
+def test_operators_take_trellis_constants() -> None:
+    """What a compiled model calls: the constants go through it as tensors and sizes."""
+    codec, (x, places, starts), _ = encoded_by_torch(TRELLIS["trellis"], "key")
+    constants = backends._native_constants(codec)
+    direct = cpu.encode(x, constants, places, starts)
+    through = torch.ops.quantcache_kernels.cpu_encode(x, places, starts, *constants.flatten())
+    assert all(torch.equal(*pair) for pair in zip(direct, through, strict=True))
+
+
+def test_a_lopsided_union_codebook_is_refused() -> None:
+    codec = codecs(TRELLIS["trellis-width3"])["key"]
+    union = codec.classes[0].union
+    assert union is not None
+    union[0] -= 1
+    with pytest.raises(ValueError, match="the union codebook of 3 bits is not symmetric about zero"):
+        backends._native_constants(codec)
 
 
 def test_masks_of_their_own_fall_back(kernel: Kernel) -> None:
