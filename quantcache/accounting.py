@@ -18,7 +18,6 @@ from torch import Tensor
 from quantcache import compat
 from quantcache.packing import BLOCK
 from quantcache.schema import SIDES, LayerCalibration, SideCalibration
-from quantcache.store import GROWTH
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 
 DENSE_BITS = 16
 """Bits per element of the caches that sizes are compared with (bfloat16, float16)."""
+
+GROWTH = 16
+"""A full buffer of blocks grows by 1/16 of what it holds, so at most 6 % of it is ever unused."""
 
 PLACE_BYTES = 12
 """Bytes that say where a block lies: first slot, valid length and anchor as int32."""

@@ -22,10 +22,11 @@ from quantcache import backends, guards
 from quantcache.ambient import matmul, without_autocast
 from quantcache.codec import SpectralCodec, block_slots
 from quantcache.errors import UnsupportedModel
-from quantcache.lazy import CacheView, LazyKV
+from quantcache.lazy import LazyKV
 from quantcache.online_softmax import OnlineSoftmax, QueryRows
 from quantcache.packing import BLOCK
 from quantcache.registration import ATTENTION_NAME
+from quantcache.view import CacheView
 
 TILE_BLOCKS = 8
 """Blocks worked on at once: bounds the extra memory of attention, whatever the context length."""

@@ -20,9 +20,9 @@ from quantcache.ambient import without_autocast
 from quantcache.codebook import POLYNOMIALS, gaussian_codebook
 from quantcache.codec import SideCodec, SpectralCodec, dequantize_gain
 from quantcache.errors import QuantCacheError
-from quantcache.lazy import CacheView
 from quantcache.packing import BLOCK, MAX_WIDTH
 from quantcache.padding import shows_padding
+from quantcache.view import CacheView
 from quantcache_kernels import cpu
 
 if TYPE_CHECKING:

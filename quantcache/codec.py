@@ -21,11 +21,10 @@ from torch import Tensor
 
 from quantcache import linalg, trellis
 from quantcache.ambient import matmul, without_autocast
-from quantcache.artifact import CodecSettings, SideCalibration
 from quantcache.codebook import gaussian_codebook
 from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
 from quantcache.rope import Frame, Rope
-from quantcache.schema import Coding
+from quantcache.schema import CodecSettings, Coding, SideCalibration
 
 
 class DerivedConstants(Protocol):

@@ -16,7 +16,7 @@ from quantcache.ambient import without_autocast
 from quantcache.backends import Backend
 from quantcache.codec import SideCodec, SpectralCodec
 from quantcache.errors import QuantCacheError, TokensNotFinite
-from quantcache.lazy import CacheView, LazyKV, SideView
+from quantcache.lazy import LazyKV
 from quantcache.packing import BLOCK
 from quantcache.padding import Arrivals, Grid
 from quantcache.rows import chosen_rows, repeated_rows
@@ -24,6 +24,7 @@ from quantcache.schema import SIDES
 from quantcache.spans import Span, next_spans, places_of
 from quantcache.store import BlockStore, moved
 from quantcache.transaction import commit, glimpse
+from quantcache.view import CacheView, SideView
 
 SINK_LENGTH = 4
 RESIDUAL_LENGTH = 64

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantcache.artifact import SIDES, CodecSettings, LayerCalibration, SideCalibration
 from quantcache.errors import UnsupportedModel
 from quantcache.rope import Frame, Rope, anchor_of
+from quantcache.schema import SIDES, CodecSettings, LayerCalibration, SideCalibration
 from quantcache.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
 
 SINK_LENGTH = 4

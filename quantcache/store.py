@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-GROWTH = 16
-"""A full buffer grows by 1/16 of what it holds, so at most 6 % of it is ever unused."""
+from quantcache.accounting import GROWTH
 
 
 class Loan:

@@ -14,10 +14,10 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from quantcache.__main__ import INTERRUPTED, Interrupted
 from quantcache.cli.terminal import Shown, print_result, report, writing_stdout
 from quantcache.cli.terminal import report_error as report_error  # verbs find it here
 from quantcache.errors import HubError, QuantCacheError, UnsupportedModel
+from quantcache.interrupts import INTERRUPTED, Interrupted
 from quantcache.jsonfile import to_json
 from quantcache.jsonfile import write_json as write_json  # verbs and benchmarks find it here
 from quantcache.plaintext import read_utf8

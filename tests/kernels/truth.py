@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantcache.codec import SpectralCodec
-from quantcache.lazy import CacheView, SideView
+from quantcache.view import CacheView, SideView
 
 
 def decoded(side: SideView, view: CacheView) -> Tensor:
