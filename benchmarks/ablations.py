@@ -26,17 +26,18 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from quantcache import Calibration, SpectralCache, cache_layout, data
-from quantcache.allocation import allocate_layers
-from quantcache.artifact import CodecSettings, LayerCalibration, Metadata, Rate
+from quantcache import Calibration, SpectralCache, data
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import CodecSettings, LayerCalibration, Metadata, Rate
 from quantcache.cli.session import BUNDLED_MODEL, load_model, position_limit
-from quantcache.codebook import gaussian_codebook
-from quantcache.codec import SideCodec, SpectralCodec
+from quantcache.coding.allocation import allocate_layers
+from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.packing import MAX_WIDTH
+from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.coding.schema import SIDES
 from quantcache.evaluation import Method, measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import model_sha256
-from quantcache.packing import MAX_WIDTH
-from quantcache.rope import ANCHOR_LENGTH
-from quantcache.schema import SIDES
 
 CHECKPOINTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 

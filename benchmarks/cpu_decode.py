@@ -27,9 +27,10 @@ from transformers.cache_utils import DynamicLayer, QuantizedCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import quantcache
-from quantcache import Calibration, SpectralCache, accounting
-from quantcache.attention import spectral_attention
-from quantcache.cache import SpectralLayer
+from quantcache import Calibration, SpectralCache
+from quantcache.accounting import memory as accounting
+from quantcache.attention.function import spectral_attention
+from quantcache.cache.spectral_cache import SpectralLayer
 from quantcache.evaluation.summaries import quantiles
 from quantcache_kernels import cpu
 

@@ -36,12 +36,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from quantcache import backends
-from quantcache.attention import spectral_attention
-from quantcache.env import environment
-from quantcache.kernel_check import check_kernels
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK
+from quantcache.attention.function import spectral_attention
+from quantcache.backends import kernels as backends
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.packing import BLOCK
+from quantcache.common.env import environment
+from quantcache.evaluation.kernel_check import check_kernels
 from quantcache_kernels.runtime import unavailable
 
 PARTS = ("parity", "copy", "attention", "encode", "models", "sweep", "check")

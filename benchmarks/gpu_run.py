@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from quantcache import Calibration, SpectralCache
+from quantcache.backends.spans import next_spans, places_of
+from quantcache.backends.store import BlockStore
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import SIDES
+from quantcache.common.jsonfile import to_json
 from quantcache.evaluation.summaries import quantiles
-from quantcache.jsonfile import to_json
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK
-from quantcache.schema import SIDES
-from quantcache.spans import next_spans, places_of
-from quantcache.store import BlockStore
 
 
 def llama_config(layers: int = 32, **more: Any) -> LlamaConfig:

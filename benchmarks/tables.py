@@ -22,8 +22,8 @@ from fidelity_tables import all_table, claim_table, contexts_table, fidelity_tab
 from gpu_tables import gpu_attention_table, gpu_kernel_table, gpu_models_table
 from suite_tables import SUITE_TABLES
 
+from quantcache.common.jsonfile import to_json, write_json
 from quantcache.evaluation.record import read_record
-from quantcache.jsonfile import to_json, write_json
 from quantcache.planning.records import Measurements, measurements_of, to_digest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ import signal
 import threading
 from typing import NoReturn
 
-from quantcache.interrupts import leave_at_once
+from quantcache.common.interrupts import leave_at_once
 
 
 def main() -> NoReturn:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache.padding import Arrivals
+from quantcache.backends.padding import Arrivals
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command line with some arguments: exit status, stdout and stderr."""

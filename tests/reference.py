@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from quantcache import backends
-from quantcache.cache import BlockCache, SpectralLayer
-from quantcache.codec import SideCodec
-from quantcache.packing import BLOCK
-from quantcache.rope import ANCHOR_LENGTH
+from quantcache.backends import kernels as backends
+from quantcache.cache.spectral_cache import BlockCache, SpectralLayer
+from quantcache.coding.codec import SideCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import ANCHOR_LENGTH
 
 
 class ReferenceLayer(DynamicLayer):

@@ -5,7 +5,7 @@ matrix product, and a ten-bit code with the exponent of 1.0 put above it *is* a 
 converted and nothing is shuffled. For values the two halves are tokens t and t + 32 of one dimension, as a word holds
 them; for keys, whose contraction runs over dimensions, the words of two neighbouring slots are interleaved first.
 
-Fields: see quantcache/packing.py. Word ``c`` of an f-bit field holds tokens ``c + 2 f j`` at bits ``f j``.
+Fields: see quantcache/coding/packing.py. Word ``c`` of an f-bit field holds tokens ``c + 2 f j`` at bits ``f j``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def angle(position, turns):
 
 @jit
 def gain_of(code):
-    """Gains of 8-bit logarithmic codes; see quantcache.codec.dequantize_gain."""
+    """Gains of 8-bit logarithmic codes; see quantcache.coding.codec.dequantize_gain."""
     value = code.to(tl.float32)
     return tl.where(value > 0, tl.exp2((value - GAIN_CENTER) * (1.0 / GAIN_STEPS)), 0.0)
 

@@ -14,21 +14,22 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import cache_layout, compat
-from quantcache.accounting import bits_per_encoded_element
-from quantcache.ambient import standard_settings
+from quantcache.accounting.memory import bits_per_encoded_element
 from quantcache.analysis.figures import cache_figures, depth_laws, input_figures
 from quantcache.analysis.gathering import MAX_DIM, SINK_SHARE, Gathered, gather
 from quantcache.analysis.grade import collect_samples, grade
 from quantcache.analysis.prediction import UNAVAILABLE, predict_kl
 from quantcache.analysis.report import RATES, Divergence, Grade, Report, SinkToken, Target
 from quantcache.analysis.targets import INPUTS
-from quantcache.artifact import Calibration
-from quantcache.calibration import calibrate, public_name, tokenize
-from quantcache.errors import QuantCacheError
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.probe import detect_ropes, evaluating
+from quantcache.calibration.calibrator import calibrate, public_name, tokenize
+from quantcache.common import compat
+from quantcache.common.ambient import standard_settings
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import check_overlap
-from quantcache.probe import detect_ropes, evaluating
 
 MIN_SEQUENCE = 256
 """Shortest sequences that say anything about a cache that leaves its last tokens alone."""

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcache.errors import QuantCacheError
-from quantcache.jsonfile import finite, to_json, write_file
+from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import finite, to_json, write_file
 
 FORMAT = "quantcache-analysis"
 SCHEMA_VERSION = 1

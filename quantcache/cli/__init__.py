@@ -23,7 +23,7 @@ from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
 from quantcache.cli.recommend import recommend
 from quantcache.cli.terminal import StdoutFailed, prepare_streams, report_error, writing_stdout
-from quantcache.interrupts import INTERRUPTED, interruptible
+from quantcache.common.interrupts import INTERRUPTED, interruptible
 
 app = typer.Typer(
     help="Run-time KV-cache compression for Hugging Face transformers.",

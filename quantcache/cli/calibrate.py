@@ -23,10 +23,10 @@ from quantcache.cli.session import (
     read_text,
     session,
 )
-from quantcache.errors import HubError
+from quantcache.common.errors import HubError
 
 if TYPE_CHECKING:
-    from quantcache.artifact import Calibration, SideBits
+    from quantcache.artifact.calibration import Calibration, SideBits
 
 
 def calibrate(
@@ -77,7 +77,7 @@ def calibrate(
         rows = None if metrics is None else read_metrics(metrics)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
         if recipe is not None:
-            from quantcache.recipes import load_recipe
+            from quantcache.artifact.recipes import load_recipe
 
             refuse_options(context)
             chosen = load_recipe(recipe)
@@ -96,11 +96,11 @@ def calibrate(
 
         stack.enter_context(output_folder(output, _FOLDERS))
         if push_to_hub is not None:
-            from quantcache import hub
+            from quantcache.artifact import hub
 
             hub.check_push(push_to_hub)
 
-        from quantcache.calibration import calibrate as calibrate_model
+        from quantcache.calibration.calibrator import calibrate as calibrate_model
 
         started = time.perf_counter()
         loaded, tokenizer = load_model(

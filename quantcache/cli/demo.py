@@ -13,7 +13,7 @@ from quantcache.cli.session import DebugFlag, JsonFlag, session
 def demo(json: JsonFlag = False, debug: DebugFlag = False) -> None:
     """Compress the cache of the bundled model and show what it costs. Needs no network."""
     with session(json, debug) as run:
-        from quantcache.demo import run_demo
+        from quantcache.evaluation.demo import run_demo
 
         data = run_demo()
         run.finish(data, _table(data), _texts(data))

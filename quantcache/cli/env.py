@@ -18,7 +18,7 @@ def env(
 ) -> None:
     """Show versions and hardware, as they go into every record."""
     with session(json, debug) as run:
-        from quantcache.env import environment
+        from quantcache.common.env import environment
 
         record = environment()
         table = Table(show_header=False, box=None)
@@ -37,7 +37,7 @@ def env(
         if not check:
             run.finish(record, table)
             return
-        from quantcache.kernel_check import check_kernels
+        from quantcache.evaluation.kernel_check import check_kernels
 
         record["kernels"] = check_kernels()
         run.finish(record, Group(table, "", _kernel_table(record["kernels"])))

@@ -29,7 +29,7 @@ from quantcache.cli.session import (
     show_cells,
 )
 from quantcache.cli.terminal import report
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -264,7 +264,7 @@ def _inputs(material: Material) -> dict[str, str | None]:
 
 def _fingerprint(plan: Plan, inputs: dict[str, str | None], model: PreTrainedModel) -> dict[str, Any]:
     """What decides a cell's figures: more methods or suites may be asked for later, nothing else may change."""
-    from quantcache.env import environment
+    from quantcache.common.env import environment
 
     settings = {key: value for key, value in plan.to_dict().items() if key not in ("methods", "suites")}
     machine = {key: value for key, value in environment().items() if key in ("versions", "cpu", "gpus")}
@@ -292,7 +292,7 @@ def _record(
     partial: bool,
 ) -> dict[str, Any]:
     """The record of the run, written where it was asked for."""
-    from quantcache.env import environment
+    from quantcache.common.env import environment
     from quantcache.evaluation.record import Record, write_record
 
     surroundings = environment()

@@ -23,8 +23,8 @@ from quantcache.cli.session import (
     session,
 )
 from quantcache.cli.terminal import report
-from quantcache.errors import QuantCacheError
-from quantcache.plaintext import read_utf8
+from quantcache.common.errors import QuantCacheError
+from quantcache.common.plaintext import read_utf8
 
 
 def generate(
@@ -61,7 +61,7 @@ def generate(
 
         import torch
 
-        from quantcache.cache import SpectralCache
+        from quantcache.cache.spectral_cache import SpectralCache
 
         loaded, tokenizer = load_model(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code

@@ -30,7 +30,7 @@ def inspect(
     Example: quantcache inspect calibration/ --bits 4
     """
     with session(json, debug) as run:
-        from quantcache.accounting import predict
+        from quantcache.accounting.memory import predict
 
         calibration = load_calibration(artifact)
         if bits is not None:
@@ -71,7 +71,7 @@ def inspect(
             "environment": metadata.environment,
         }
         if cache is not None:
-            from quantcache.cache import SpectralCache
+            from quantcache.cache.spectral_cache import SpectralCache
 
             data["cache"] = {"file": str(cache), **SpectralCache.load(cache, calibration).memory().to_dict()}
         run.finish(data, _summary(data), _layer_table(layers))

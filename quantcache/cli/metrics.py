@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 
 MetricsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="What 'quantcache eval -o' wrote: a table for the model card.")

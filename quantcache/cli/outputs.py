@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 
 _COMMON = {"README.md", "LICENSE"}
 

@@ -18,7 +18,7 @@ from quantcache.cli.session import (
     require_folder,
     session,
 )
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 
 if TYPE_CHECKING:
     from quantcache.planning.recommend import Candidate, Recommendation

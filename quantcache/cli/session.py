@@ -16,16 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from quantcache.cli.terminal import Shown, print_result, report, writing_stdout
 from quantcache.cli.terminal import report_error as report_error  # verbs find it here
-from quantcache.errors import HubError, QuantCacheError, UnsupportedModel
-from quantcache.interrupts import INTERRUPTED, Interrupted
-from quantcache.jsonfile import to_json
-from quantcache.jsonfile import write_json as write_json  # verbs and benchmarks find it here
-from quantcache.plaintext import read_utf8
+from quantcache.common.errors import HubError, QuantCacheError, UnsupportedModel
+from quantcache.common.interrupts import INTERRUPTED, Interrupted
+from quantcache.common.jsonfile import to_json
+from quantcache.common.jsonfile import write_json as write_json  # verbs and benchmarks find it here
+from quantcache.common.plaintext import read_utf8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from quantcache.artifact import Calibration
+    from quantcache.artifact.calibration import Calibration
     from quantcache.evaluation.cells import Cells, Key
 
 BUNDLED_MODEL = "wiki11m"
@@ -192,7 +192,7 @@ def load_calibration(name: str) -> Calibration:
     Raises:
         QuantCacheError: There is none, or it is malformed.
     """
-    from quantcache.artifact import Calibration
+    from quantcache.artifact.calibration import Calibration
 
     require_folder(name)
     try:
@@ -234,7 +234,7 @@ def load_model(
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     import quantcache  # registers the attention
-    from quantcache import compat
+    from quantcache.common import compat
     from quantcache.data import demo_model_path
 
     del quantcache

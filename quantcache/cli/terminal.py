@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 
-from quantcache.plaintext import one_line, printable
+from quantcache.common.plaintext import one_line, printable
 
 
 class StdoutFailed(Exception):

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from quantcache.errors import QuantCacheError
-from quantcache.jsonfile import finite
+from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import finite
 
 Key = tuple[str, str, str]
 

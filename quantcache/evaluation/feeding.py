@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import compat
-from quantcache.errors import QuantCacheError
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import Method, parse_methods
 
 CHUNK = 64

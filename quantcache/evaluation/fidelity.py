@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache import compat
-from quantcache.accounting import measure
-from quantcache.errors import QuantCacheError
+from quantcache.accounting.memory import measure
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import Method, MethodUnavailable, parse_methods
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quantcache import cache_layout, compat
-from quantcache.accounting import dtype_bytes, measure, predict
-from quantcache.cache import SpectralCache
-from quantcache.errors import QuantCacheError
+from quantcache.accounting.memory import dtype_bytes, measure, predict
+from quantcache.artifact import cache_layout
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.methods import Method
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, feed, frame_of, greedy

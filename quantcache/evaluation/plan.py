@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache.artifact import Calibration
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.evaluation import memory, needle, qa
 from quantcache.evaluation.feeding import CHUNK
 from quantcache.evaluation.methods import RivalStatistics
-from quantcache.layer import RESIDUAL_LENGTH, SINK_LENGTH
 
 SUITES = ("fidelity", "needle", "routing", "transfer", "qa", "memory", "speed")
 """What can be measured. ``speed`` includes speculative decoding."""

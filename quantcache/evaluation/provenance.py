@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache.artifact import Calibration
-from quantcache.artifact_files import to_files
-from quantcache.errors import QuantCacheError
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.files import to_files
+from quantcache.calibration.passages import shared
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.plan import Material
-from quantcache.passages import shared
 
 MOST_SHARED = 0.02
 """Largest share of the calibration's sampled passages that an evaluation text may hold. Two halves of one body of

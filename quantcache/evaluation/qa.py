@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import compat
-from quantcache.errors import QuantCacheError
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, context_limit, dense_method, encode, feed, frame_of

@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from quantcache.errors import QuantCacheError
-from quantcache.jsonfile import finite, write_json
+from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import finite, write_json
 
 SCHEMA_VERSION = 1
 
@@ -37,7 +37,7 @@ class Record:
         commit: Commit of the checkout that ran; None if there was none.
         dirty: Whether files differed from that commit.
         command: The command line.
-        environment: Versions and hardware (see :func:`quantcache.env.environment`).
+        environment: Versions and hardware (see :func:`quantcache.common.env.environment`).
         settings: Everything that was chosen.
         metrics: Everything that was measured. Averages carry ``n`` and ``stderr``, times ``n``, ``p20``, ``median`` and
             ``p80``, shares ``n``, ``low`` and ``high``.

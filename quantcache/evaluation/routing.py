@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quantcache import cache_layout, compat
-from quantcache.attention import spectral_attention_forward
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.artifact import cache_layout
+from quantcache.attention.function import spectral_attention_forward
+from quantcache.attention.probe import replaced_attention
+from quantcache.backends.online_softmax import QueryRows
+from quantcache.cache.layer import SINK_LENGTH
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import CHUNK, check_lengths, pieces
 from quantcache.evaluation.methods import Method
-from quantcache.layer import SINK_LENGTH
-from quantcache.online_softmax import QueryRows
-from quantcache.probe import replaced_attention
 
 SUITE = "routing"
 

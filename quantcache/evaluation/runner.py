@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import memory, needle, qa, routing, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths, context_limit

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantcache import compat
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import check_lengths

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from quantcache import compat
-from quantcache.errors import QuantCacheError
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import check_lengths, dense_method

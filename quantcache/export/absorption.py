@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantcache import linalg
-from quantcache.rope import Frame, Rope
-from quantcache.schema import SideCalibration
+from quantcache.coding import linalg
+from quantcache.coding.rope import Frame, Rope
+from quantcache.coding.schema import SideCalibration
 
 Basis = Literal["spectral", "flat"]
 BASES: tuple[Basis, ...] = ("spectral", "flat")

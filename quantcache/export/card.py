@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from quantcache.card import is_repo_id, metrics_table, plain_name
+from quantcache.artifact.card import is_repo_id, metrics_table, plain_name
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 

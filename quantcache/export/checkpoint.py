@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 from quantcache.export.projections import TensorInfo
 
 SINGLE_NAME = "model.safetensors"

@@ -18,16 +18,18 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from quantcache import compat, data, hub
-from quantcache.ambient import standard_settings
-from quantcache.artifact import SUBFOLDER, Calibration
-from quantcache.errors import QuantCacheError
+from quantcache import data
+from quantcache.artifact import hub
+from quantcache.artifact.calibration import SUBFOLDER, Calibration
+from quantcache.common import compat
+from quantcache.common.ambient import standard_settings
+from quantcache.common.errors import QuantCacheError
+from quantcache.common.writing import partial_folder
 from quantcache.export.absorption import Basis
 from quantcache.export.card import LogitDifference, card_header, render_export_card
 from quantcache.export.checkpoint import Checkpoint
 from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps
 from quantcache.export.projections import find_projections
-from quantcache.writing import partial_folder
 
 logger = logging.getLogger(__name__)
 

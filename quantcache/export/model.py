@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache import cache_layout, compat
-from quantcache.artifact import Calibration
-from quantcache.errors import CalibrationMismatch, QuantCacheError, UnsupportedModel
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.identity import without_projections
+from quantcache.coding.rope import Frame
+from quantcache.common import compat
+from quantcache.common.errors import CalibrationMismatch, QuantCacheError, UnsupportedModel
 from quantcache.export.absorption import (
     BASES,
     Basis,
@@ -25,8 +28,6 @@ from quantcache.export.absorption import (
     value_map,
 )
 from quantcache.export.projections import Projection, Projections, TensorInfo, find_projections
-from quantcache.identity import without_projections
-from quantcache.rope import Frame
 
 ABSORBED = "absorbed"
 """Key of a calibration's recipe that says which basis its model's weights have taken in."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from quantcache import compat
-from quantcache.artifact import Calibration
-from quantcache.errors import UnsupportedModel
-from quantcache.rope import RopeLayout
+from quantcache.artifact.calibration import Calibration
+from quantcache.coding.rope import RopeLayout
+from quantcache.common import compat
+from quantcache.common.errors import UnsupportedModel
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

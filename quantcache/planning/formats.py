@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from quantcache import compat
-from quantcache.accounting import LayerSize, SideSize, calibrated_sizes
-from quantcache.artifact import Calibration
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.accounting.memory import LayerSize, SideSize, calibrated_sizes
+from quantcache.artifact.calibration import Calibration
+from quantcache.coding.schema import CodecSettings
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation.methods import RECIPES, Recipe
 from quantcache.evaluation.methods.base import SimulatedCodec, hadamard
 from quantcache.evaluation.methods.installed import Fp8Codec
 from quantcache.evaluation.methods.integer import QUAROT_CLIP, KiviCodec, QuarotCodec, TokenInt8Codec
 from quantcache.evaluation.methods.turboquant import TurboQuantCodec, TurboQuantQJLCodec
 from quantcache.planning.geometry import Geometry
-from quantcache.schema import CodecSettings
 
 DENSE = "bf16"
 """What is called ``dense`` where methods are measured: keys and values as the model makes them."""

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from quantcache import cache_layout, compat
-from quantcache.accounting import LayerSize, SideSize
+from quantcache.accounting.memory import LayerSize, SideSize
+from quantcache.artifact import cache_layout
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.data import demo_model_path
-from quantcache.errors import QuantCacheError, UnsupportedModel
 
 BUNDLED_MODEL = "wiki11m"
 

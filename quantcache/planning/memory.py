@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from quantcache import cache_layout
-from quantcache.accounting import (
+from quantcache.accounting.memory import (
     CacheMemory,
     capacity,
     dtype_bytes,
@@ -21,11 +20,12 @@ from quantcache.accounting import (
     predict_layers,
     predict_quantized,
 )
-from quantcache.artifact import Calibration
-from quantcache.attention import QUERY_CHUNK, TILE_BLOCKS
-from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
-from quantcache.errors import QuantCacheError
-from quantcache.packing import BLOCK
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.function import QUERY_CHUNK, TILE_BLOCKS
+from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.coding.packing import BLOCK
+from quantcache.common.errors import QuantCacheError
 from quantcache.planning.formats import GROUP, Format, coded_layers, parse_format, require_full_attention
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
 

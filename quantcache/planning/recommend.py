@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from quantcache import cache_layout, compat
-from quantcache.artifact import Calibration
-from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.planning import usage
 from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package
 from quantcache.planning.geometry import Geometry, read_geometry

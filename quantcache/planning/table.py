@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantcache.cache import RESIDUAL_LENGTH
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.cache.spectral_cache import RESIDUAL_LENGTH
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.planning.formats import bits_per_element, list_formats, missing_package
 from quantcache.planning.geometry import Geometry
 from quantcache.planning.records import Fidelity, Measurements, Speed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 
 _SIZES: dict[str, int] = {
     "B": 1,

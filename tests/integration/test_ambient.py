@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache import ambient
-from quantcache.artifact import Calibration
-from quantcache.attention import spectral_attention, spectral_attention_forward
-from quantcache.cache import SpectralCache
-from quantcache.calibration import calibrate
-from quantcache.schema import SIDES
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.function import spectral_attention, spectral_attention_forward
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.calibration.calibrator import calibrate
+from quantcache.coding.schema import SIDES
+from quantcache.common import ambient
 from tests.builders import llama_config
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.kernels import truth
@@ -420,7 +420,7 @@ def test_every_tensor_states_dtype_and_device(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", ["quantcache", "kernels", "benchmarks"])
 def test_nothing_factorizes_past_the_checks(folder: str) -> None:
-    """Batched LAPACK calls of torch's are wrong at some numbers of threads; those of ``quantcache.linalg`` are not."""
+    """Batched LAPACK calls of torch's are wrong at some numbers of threads; those of ``coding.linalg`` are not."""
     unsafe = {
         "cholesky",
         "cond",

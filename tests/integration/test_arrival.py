@@ -13,11 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantcache.artifact import SIDES, Calibration
-from quantcache.backends import Backend
-from quantcache.cache import SpectralCache, SpectralLayer
-from quantcache.calibration import calibrate
-from quantcache.packing import BLOCK
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.backends.kernels import Backend
+from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.calibration.calibrator import calibrate
+from quantcache.coding.packing import BLOCK
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import left_padding
 from tests.reference import ReferenceLayer

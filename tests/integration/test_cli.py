@@ -13,10 +13,10 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig
 
 from quantcache import __version__, data
-from quantcache.artifact import Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.cli import main
 from quantcache.cli.session import describe, to_json, write_json
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 from tests.helpers import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

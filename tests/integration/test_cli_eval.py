@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, ViTConfig
 
-from quantcache import calibrate, compat, data
+from quantcache import calibrate, data
 from quantcache.cli.eval_tables import tables
+from quantcache.common import compat
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.record import read_record
 from tests.helpers import Run

@@ -16,7 +16,7 @@ from transformers import T5Config, ViTConfig
 
 from quantcache import data
 from quantcache.analysis.prediction import predict_kl_at
-from quantcache.artifact import Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.cli.formats import _table
 from quantcache.cli.recommend import _shown
 from quantcache.planning import table

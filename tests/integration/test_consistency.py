@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quantcache import passes
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache, SpectralLayer
-from quantcache.errors import QuantCacheError, RowError
-from quantcache.passes import ForwardPass, Outcome
-from quantcache.schema import SIDES
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache import passes
+from quantcache.cache.passes import ForwardPass, Outcome
+from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.coding.schema import SIDES
+from quantcache.common.errors import QuantCacheError, RowError
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import feed
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from quantcache import Calibration, SpectralCache, cli
+from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
+from quantcache.common.writing import partial_folder
 from quantcache.data import demo_model_path
-from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
 from quantcache.export import absorb, export_checkpoint
 from quantcache.export.checkpoint import Checkpoint
-from quantcache.writing import partial_folder
 from tests.families import FAMILIES, OTHERS, Family, random_tokens
 from tests.helpers import divergence, feed
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache import backends
-from quantcache.artifact import SIDES, Calibration
-from quantcache.cache import SpectralCache, SpectralLayer
-from quantcache.errors import QuantCacheError
-from quantcache.padding import Arrivals
-from quantcache.store import BlockStore
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.backends import kernels as backends
+from quantcache.backends.padding import Arrivals
+from quantcache.backends.store import BlockStore
+from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.common.errors import QuantCacheError
 from tests.builders import held_bytes
 from tests.families import FAMILIES, MAX_POSITIONS, Family, random_tokens, shared_model
 from tests.helpers import error, feed, left_padding
@@ -149,7 +149,7 @@ def test_float16_near_its_limit_stays_finite(attention: str, bits: float) -> Non
     module.is_causal, module.num_key_value_groups = True, 1
     query = torch.full((1, 2, 1, 64), 1e-3).half()
     if attention == "spectral":
-        from quantcache.attention import spectral_attention_forward as attend
+        from quantcache.attention.function import spectral_attention_forward as attend
     else:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
     assert attend(module, query, keys, values, None, scaling=1e-4)[0].isfinite().all()

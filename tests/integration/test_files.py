@@ -24,13 +24,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantcache import artifact, cache_files, processes, writing
-from quantcache.artifact import Calibration
-from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
-from quantcache.cache import SpectralCache
-from quantcache.errors import ArtifactError
-from quantcache.schema import SIDES
-from quantcache.tensor_file import TensorFile
+from quantcache.artifact import calibration as artifact
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.cache import files as cache_files
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.schema import SIDES
+from quantcache.common import processes, writing
+from quantcache.common.errors import ArtifactError
+from quantcache.common.tensor_file import TensorFile
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import feed
 

@@ -21,11 +21,13 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import quantcache
-from quantcache import Calibration, SpectralCache, cache_layout, compat
-from quantcache.accounting import measure
-from quantcache.calibration import calibrate
+from quantcache import Calibration, SpectralCache
+from quantcache.accounting.memory import measure
+from quantcache.artifact import cache_layout
+from quantcache.calibration.calibrator import calibrate
+from quantcache.common import compat
+from quantcache.common.errors import CalibrationMismatch, NothingToCompress, QuantCacheError, UnsupportedModel
 from quantcache.data import demo_model_path
-from quantcache.errors import CalibrationMismatch, NothingToCompress, QuantCacheError, UnsupportedModel
 from quantcache.planning.memory import estimate_memory
 from tests.families import FAMILIES, MAX_POSITIONS, OTHERS, Family, _implied, _small, random_tokens
 

@@ -19,8 +19,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from quantcache.artifact import Calibration
-from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
 from tests.families import FAMILIES
 from tests.hub_server import TOKEN, HubServer, Repo
 
@@ -34,8 +34,9 @@ sys.stdout, answers = sys.stderr, sys.stdout
 import huggingface_hub
 import torch
 torch.set_num_threads(1)
-from quantcache import Calibration, SpectralCache, hub
-from quantcache.errors import QuantCacheError
+from quantcache import Calibration, SpectralCache
+from quantcache.artifact import hub
+from quantcache.common.errors import QuantCacheError
 from quantcache.cli import main
 scope = dict(globals())
 for line in sys.stdin:
@@ -308,7 +309,7 @@ def test_corrupt_downloads_are_found_out_by_the_index(
 
 
 def test_a_push_is_checked_before_the_work(hub: HubServer, client: Client) -> None:
-    check = "__import__('quantcache.hub').hub.check_push"
+    check = "__import__('quantcache.artifact.hub').hub.check_push"
     assert client.error(f"{check}({REPO!r}, token='hf_wrong')").startswith("the Hub refuses the token")
     assert client.value(f"{check}({REPO!r}, token={TOKEN!r})") is None
     assert client.value(f"{check}('somebody/new', token={TOKEN!r})") is None

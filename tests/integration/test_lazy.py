@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
-from quantcache.errors import QuantCacheError
-from quantcache.lazy import LazyKV
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.lazy import LazyKV
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import QuantCacheError
 from tests.builders import llama_config
 from tests.families import FAMILIES, random_tokens, shared_model
 

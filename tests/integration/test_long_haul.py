@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.accounting import capacity, num_blocks, predict
-from quantcache.artifact import SIDES, Calibration
-from quantcache.cache import SpectralCache
-from quantcache.packing import BLOCK
+from quantcache.accounting.memory import capacity, num_blocks, predict
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.packing import BLOCK
 from tests.builders import live_storages, llama_config, new_objects_only
 from tests.families import Family, random_tokens
 from tests.helpers import feed

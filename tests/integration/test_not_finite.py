@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import Calibration, SpectralCache
-from quantcache import guards as guards_module
+from quantcache.attention import guards as guards_module
+from quantcache.backends.padding import Arrivals
+from quantcache.coding.schema import SIDES
+from quantcache.common.errors import QuantCacheError, TokensNotFinite
 from quantcache.data import calibrations_path, evaluation_text
-from quantcache.errors import QuantCacheError, TokensNotFinite
-from quantcache.padding import Arrivals
-from quantcache.schema import SIDES
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import Run, feed
 
@@ -223,7 +223,7 @@ def test_saturation_is_never_silent(caplog: pytest.LogCaptureFixture) -> None:
     for scale, message in messages.items():
         guards_module._warn_once.cache_clear()
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="quantcache.guards"):
+        with caplog.at_level(logging.WARNING, logger="quantcache.attention.guards"):
             for _ in range(2):
                 scaled(scale)
         found = [record.message for record in caplog.records]
@@ -260,7 +260,7 @@ def test_ordinary_text_saturates_nothing(
         Calibration.from_pretrained(calibrations_path() / "wiki11m"), demo_model.config, residual_length=0
     )
     tokens = demo_tokenizer(evaluation_text()[:3000], return_tensors="pt").input_ids
-    with caplog.at_level(logging.WARNING, logger="quantcache.guards"):
+    with caplog.at_level(logging.WARNING, logger="quantcache.attention.guards"):
         feed(demo_model, cache, tokens, (tokens.shape[1],))
     memory = cache.memory()
     assert memory.gains

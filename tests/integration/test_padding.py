@@ -20,10 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from quantcache import Calibration, SpectralCache
-from quantcache.cache_files import DESCRIPTION
+from quantcache.cache.files import DESCRIPTION
+from quantcache.coding.schema import SIDES
+from quantcache.common.tensor_file import checksum
 from quantcache.data import calibrations_path, text_path
-from quantcache.schema import SIDES
-from quantcache.tensor_file import checksum
 from tests.families import FAMILIES, Family, random_tokens
 from tests.helpers import error
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from quantcache.artifact import SIDES, Calibration
-from quantcache.cache import SpectralCache
-from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from tests.builders import layer_storages, live_storages, new_objects_only, storages
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import feed
@@ -193,7 +193,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     def full(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("quantcache.cache_files.save_file", full)
+    monkeypatch.setattr("quantcache.cache.files.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         filled(LLAMA, 300).save(path)
     assert path.read_bytes() == before

@@ -15,8 +15,8 @@ from suite_tables import SUITE_TABLES
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import data
-from quantcache.artifact import Calibration
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.artifact.calibration import Calibration
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import memory, needle, qa, routing, runner, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.methods import Method, parse_methods
@@ -190,7 +190,7 @@ def test_routing_is_what_eager_attention_says(tiny: PreTrainedModel, tokens: tor
             return super().update(keys, values, index, *args, **kwargs)
 
     queries: dict[int, torch.Tensor] = {}
-    from quantcache.probe import recorded_queries
+    from quantcache.attention.probe import recorded_queries
 
     with torch.no_grad(), recorded_queries(tiny, lambda index, query: queries.update({index: query.double()})):
         tiny(input_ids=tokens[None, :context], past_key_values=Spy(config=tiny.config))

@@ -16,15 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import data, hub
-from quantcache.artifact import Calibration
-from quantcache.artifact_files import CONFIG_NAME
-from quantcache.card import render_card
+from quantcache import data
+from quantcache.artifact import hub
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.card import render_card
+from quantcache.artifact.files import CONFIG_NAME
 from quantcache.cli import main
 from quantcache.cli.terminal import Shown, print_result
-from quantcache.errors import HubError
-from quantcache.jsonfile import to_json
-from quantcache.plaintext import markdown, one_line, printable
+from quantcache.common.errors import HubError
+from quantcache.common.jsonfile import to_json
+from quantcache.common.plaintext import markdown, one_line, printable
 from tests.builders import llama_config
 from tests.helpers import Run
 
@@ -137,7 +138,7 @@ def test_json_on_ascii_streams(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 MOMENTS = {
     "while the command line is imported": "at_import('typer')",
     "while a verb imports its parts": "at_import('transformers.models')",
-    "while the model is loaded": "at_import('quantcache.calibration')",
+    "while the model is loaded": "at_import('quantcache.calibration.calibrator')",
     "while Python shuts down": "atexit.register(interrupt)",
 }
 _INTERRUPT = """

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantcache.backends import Backend
-from quantcache.codec import SpectralCodec
-from quantcache.layer import SpectralLayer
-from quantcache.rope import Frame, Rope, anchor_of
-from quantcache.schema import CodecSettings
+from quantcache.backends.kernels import Backend
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.rope import Frame, Rope, anchor_of
+from quantcache.coding.schema import CodecSettings
 from quantcache_kernels import runtime
 from quantcache_kernels.cpu.library import find
 from tests.builders import gaussian_vectors, random_side

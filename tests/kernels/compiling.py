@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from quantcache import SpectralCache, backends
+from quantcache import SpectralCache
+from quantcache.backends import kernels as backends
 from tests.kernels.cases import ATTENTION, BASE, TRITON, Case, fill
 
 HALF = replace(BASE, dtype=torch.bfloat16, widths=3)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache.codec import GAIN_CENTER, GAIN_STEPS, SpectralCodec, block_positions
-from quantcache.packing import BLOCK, unpack
+from quantcache.coding.codec import GAIN_CENTER, GAIN_STEPS, SpectralCodec, block_positions
+from quantcache.coding.packing import BLOCK, unpack
 
 FLOOR = 1e-6
 """Relative error allowed on top, as everywhere in the suite."""

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcache.attention import spectral_attention
-from quantcache.codec import SpectralCodec
-from quantcache.layer import SpectralLayer
-from quantcache.padding import Arrivals
+from quantcache.attention.function import spectral_attention
+from quantcache.backends.padding import Arrivals
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.codec import SpectralCodec
 from quantcache_kernels.cpu.library import find
 from tests.kernels import truth
 from tests.kernels.cases import Case, codecs

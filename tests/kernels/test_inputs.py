@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import backends
-from quantcache.attention import dense_attention, spectral_attention, spectral_attention_forward
-from quantcache.codec import SpectralCodec
-from quantcache.errors import QuantCacheError
-from quantcache.layer import SpectralLayer
+from quantcache.attention.function import dense_attention, spectral_attention, spectral_attention_forward
+from quantcache.backends import kernels as backends
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.codec import SpectralCodec
+from quantcache.common.errors import QuantCacheError
 from quantcache_kernels import cpu, runtime
 from quantcache_kernels.cpu.library import find
 from tests.kernels.cases import TRITON_DEVICE, Case, codecs, fill, vectors

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from quantcache import backends
-from quantcache.errors import QuantCacheError
+from quantcache.backends import kernels as backends
+from quantcache.common.errors import QuantCacheError
 from quantcache_kernels import cpu
 from quantcache_kernels.cpu import library
 from quantcache_kernels.cpu.library import Library, find
@@ -47,7 +47,7 @@ def test_without_kernels_auto_says_so_once_and_native_is_refused(
     monkeypatch.setattr(cpu, "reason", lambda: "there was no compiler")
     backends._warn_once.cache_clear()
     x = torch.randn(1, 1, 64, 64)
-    with caplog.at_level(logging.WARNING, logger="quantcache.backends"):
+    with caplog.at_level(logging.WARNING, logger="quantcache.backends.kernels"):
         assert [backends._native_takes(x, "auto") for _ in range(2)] == [False, False]
     assert [record.message for record in caplog.records] == [
         "attending in plain torch, which is slower: there was no compiler"

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.attention import dense_attention, spectral_attention
-from quantcache.backends import Backend
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK
+from quantcache.attention.function import dense_attention, spectral_attention
+from quantcache.backends.kernels import Backend
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.packing import BLOCK
 from tests.kernels.cases import KERNELS, Case, Filled, Kernel, causal_mask, replace, select, shared
 
 pytestmark = pytest.mark.support("NaN and infinity in keys or values")

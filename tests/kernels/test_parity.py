@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import backends
-from quantcache.attention import spectral_attention
-from quantcache.codec import SpectralCodec
-from quantcache.packing import BLOCK
-from quantcache.schema import SIDES
+from quantcache.attention.function import spectral_attention
+from quantcache.backends import kernels as backends
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import SIDES
 from tests.kernels import encoding, truth
 from tests.kernels.cases import (
     ATTENTION,

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from quantcache import backends, kernel_check, trials
-from quantcache.attention import spectral_attention
+from quantcache.attention.function import spectral_attention
+from quantcache.backends import kernels as backends
+from quantcache.backends import trials
 from quantcache.cli import app
+from quantcache.evaluation import kernel_check
 from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, Case, fill, on_device
 
 CPU = torch.device("cpu")
@@ -55,7 +57,7 @@ def test_a_kernel_is_judged_once(kernel: Callable[[], Tensor], problem: str, cap
         calls.append(1)
         return kernel()
 
-    with caplog.at_level(logging.WARNING, logger="quantcache.trials"):
+    with caplog.at_level(logging.WARNING, logger="quantcache.backends.trials"):
         for geometry in (1, 1, 2, 2):
             assert trials.passes("attend", "triton", CPU, geometry, work(counted)) == (not problem)
     assert trials.rejected("attend", "triton", CPU) == bool(problem)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from quantcache import backends
-from quantcache.attention import spectral_attention
-from quantcache.errors import QuantCacheError
+from quantcache.attention.function import spectral_attention
+from quantcache.backends import kernels as backends
+from quantcache.common.errors import QuantCacheError
 from quantcache_kernels import ops
 from tests.kernels import truth
 from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device, shared
@@ -52,8 +52,8 @@ def test_triton_attention_of_many_queries_decodes_tiles(monkeypatch: pytest.Monk
         return decode(codec, fields, places, *more)
 
     monkeypatch.setattr(backends, "decode", counting)
-    monkeypatch.setattr("quantcache.attention.TILE_BLOCKS", 1)
-    monkeypatch.setattr("quantcache.attention.QUERY_CHUNK", 64)
+    monkeypatch.setattr("quantcache.attention.function.TILE_BLOCKS", 1)
+    monkeypatch.setattr("quantcache.attention.function.QUERY_CHUNK", 64)
     filled = fill(replace(BASE, queries=200, tokens=400))
     view = filled.layer.snapshot()
     expected = truth.attention(filled.query, view, None)
@@ -140,7 +140,7 @@ def test_triton_says_why_it_does_not_take_a_case(caplog: pytest.LogCaptureFixtur
     backends._inform_once.cache_clear()
     layer = on_device(fill(BASE).layer, TRITON)
     mask = torch.zeros(1, 1, 1, BASE.tokens, device=TRITON_DEVICE)
-    with caplog.at_level(logging.INFO, logger="quantcache.backends"):
+    with caplog.at_level(logging.INFO, logger="quantcache.backends.kernels"):
         for _ in range(2):
             spectral_attention(torch.randn(1, 3, 1, 64, device=TRITON_DEVICE), layer.snapshot(), mask)
     assert [record.message for record in caplog.records] == [

@@ -19,9 +19,10 @@ from transformers import LlamaConfig
 
 pytest.importorskip("triton")
 
-from quantcache import Calibration, SpectralCache, guards
-from quantcache.attention import spectral_attention_forward
-from quantcache.layer import SpectralLayer
+from quantcache import Calibration, SpectralCache
+from quantcache.attention import guards
+from quantcache.attention.function import spectral_attention_forward
+from quantcache.cache.layer import SpectralLayer
 from quantcache_kernels import decode, encode, ops, runtime
 from tests.builders import llama_config
 

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from quantcache import backends
-from quantcache.accounting import PLACE_BYTES, measure
-from quantcache.artifact import Calibration
-from quantcache.backends import Backend
-from quantcache.cache_files import read_cache, read_description, write_cache
-from quantcache.codec import DenseCodec, SideCodec, SpectralCodec
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK
-from quantcache.padding import Arrivals
-from quantcache.rope import ANCHOR_LENGTH, Rope
-from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
-from quantcache.store import GROWTH
+from quantcache.accounting.memory import PLACE_BYTES, measure
+from quantcache.artifact.calibration import Calibration
+from quantcache.backends import kernels as backends
+from quantcache.backends.kernels import Backend
+from quantcache.backends.padding import Arrivals
+from quantcache.backends.store import GROWTH
+from quantcache.cache.files import read_cache, read_description, write_cache
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.codec import DenseCodec, SideCodec, SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import ANCHOR_LENGTH, Rope
+from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
 from tests.builders import held_bytes, random_side
 from tests.property.effort import SOAK, examples, report
 

@@ -9,16 +9,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantcache.allocation import Group, allocate
-from quantcache.artifact import Calibration
-from quantcache.backends import Backend
-from quantcache.cache import SpectralCache
-from quantcache.codebook import gaussian_codebook
-from quantcache.codec import GAIN_STEPS, SpectralCodec, dequantize_gain, quantize_gain
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
-from quantcache.rope import Rope
-from quantcache.schema import SIDES, CodecSettings
+from quantcache.artifact.calibration import Calibration
+from quantcache.backends.kernels import Backend
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.allocation import Group, allocate
+from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.codec import GAIN_STEPS, SpectralCodec, dequantize_gain, quantize_gain
+from quantcache.coding.packing import BLOCK, MAX_WIDTH, pack, unpack
+from quantcache.coding.rope import Rope
+from quantcache.coding.schema import SIDES, CodecSettings
 from tests.builders import llama_config, random_side
 from tests.property.effort import examples
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantcache.artifact import SIDES, Calibration
-from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
-from quantcache.attention import spectral_attention
-from quantcache.cache import SpectralCache
-from quantcache.errors import QuantCacheError
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.attention.function import spectral_attention
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import QuantCacheError
 from tests.builders import llama_config
 from tests.property.effort import examples, report
 from tests.property.mutations import damaged, rewritten_json, rewritten_safetensors, rewritten_values

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcache.artifact import Calibration
-from quantcache.artifact_checks import MOST_HEADER, MOST_LAYERS
-from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
-from quantcache.attention import spectral_attention
-from quantcache.cache import SpectralCache
-from quantcache.errors import ArtifactError, QuantCacheError
-from quantcache.jsonfile import MOST_BYTES, MOST_DEPTH
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.checks import MOST_HEADER, MOST_LAYERS
+from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.attention.function import spectral_attention
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import ArtifactError, QuantCacheError
+from quantcache.common.jsonfile import MOST_BYTES, MOST_DEPTH
 from tests.builders import llama_config
 
 DIM, HEADS = 64, 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from quantcache.accounting import (
+from quantcache.accounting.memory import (
     CacheMemory,
     bits_per_encoded_element,
     capacity,
@@ -21,9 +21,9 @@ from quantcache.accounting import (
     num_blocks,
     predict,
 )
-from quantcache.artifact import Calibration
-from quantcache.backends import Backend
-from quantcache.cache import SpectralCache
+from quantcache.artifact.calibration import Calibration
+from quantcache.backends.kernels import Backend
+from quantcache.cache.spectral_cache import SpectralCache
 from tests.builders import held_bytes, layer_storages, live_storages, llama_config, new_objects_only, storages
 from tests.helpers import left_padding
 

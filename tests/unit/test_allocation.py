@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from quantcache.allocation import Group, allocate, allocate_layers, width_groups
-from quantcache.codebook import gaussian_codebook
-from quantcache.packing import MAX_WIDTH
-from quantcache.rope import Rope
-from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Rate
+from quantcache.coding.allocation import Group, allocate, allocate_layers, width_groups
+from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.packing import MAX_WIDTH
+from quantcache.coding.rope import Rope
+from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, Rate
 from tests.builders import random_side
 
 

@@ -24,13 +24,14 @@ from torch import Tensor
 
 import quantcache
 import quantcache_kernels
-from quantcache import artifact, cache_layout
-from quantcache.artifact import Calibration, CodecSettings
-from quantcache.artifact_files import CONFIG_NAME, SCHEMA_VERSION, TENSORS_NAME
-from quantcache.cache import SpectralCache
-from quantcache.errors import ArtifactError, CalibrationMismatch
-from quantcache.rope import Rope
-from quantcache.schema import SIDES
+from quantcache.artifact import cache_layout
+from quantcache.artifact import calibration as artifact
+from quantcache.artifact.calibration import Calibration, CodecSettings
+from quantcache.artifact.files import CONFIG_NAME, SCHEMA_VERSION, TENSORS_NAME
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.rope import Rope
+from quantcache.coding.schema import SIDES
+from quantcache.common.errors import ArtifactError, CalibrationMismatch
 from tests.builders import llama_config
 
 HEADS, DIM, LAYERS = 2, 32, 2
@@ -714,7 +715,7 @@ class FakeHub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     """A Hub that answers from a folder."""
     fake = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr("quantcache.hub.hf_hub_download", fake.download)
+    monkeypatch.setattr("quantcache.artifact.hub.hf_hub_download", fake.download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", fake)
     return fake
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation.cells import Cells, attempt
 
 PRINT = {"text hash": "ab", "context": 512, "residuals": [64, 0]}

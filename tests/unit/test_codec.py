@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.codebook import gaussian_codebook
-from quantcache.codec import (
+from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.codec import (
     GAIN_STEPS,
     DenseCodec,
     SpectralCodec,
@@ -21,9 +21,9 @@ from quantcache.codec import (
     quantize_gain,
     split_blocks,
 )
-from quantcache.packing import BLOCK, MAX_WIDTH, unpack
-from quantcache.rope import Frame, Rope
-from quantcache.schema import CodecSettings, SideCalibration
+from quantcache.coding.packing import BLOCK, MAX_WIDTH, unpack
+from quantcache.coding.rope import Frame, Rope
+from quantcache.coding.schema import CodecSettings, SideCalibration
 from tests.builders import gaussian_vectors, random_side
 
 HEADS, DIM, BLOCKS = 2, 64, 8

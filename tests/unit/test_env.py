@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcache.env import environment, git_state
+from quantcache.common.env import environment, git_state
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 

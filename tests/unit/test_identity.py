@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 import quantcache
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
-from quantcache.calibration import calibrate
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.identity import FINGERPRINT, declared_frequencies, fingerprint
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.calibration.calibrator import calibrate
+from quantcache.common.errors import CalibrationMismatch, CalibrationWarning
 from quantcache.data import demo_model_path
-from quantcache.errors import CalibrationMismatch, CalibrationWarning
 from quantcache.export import absorb
-from quantcache.identity import FINGERPRINT, declared_frequencies, fingerprint
 from tests.builders import llama_config
 from tests.families import FAMILIES, Family, random_tokens
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import linalg
-from quantcache.artifact import Calibration, CodecSettings
-from quantcache.calibrated_codecs import calibrated_codecs
-from quantcache.codec import SpectralCodec
-from quantcache.errors import QuantCacheError
-from quantcache.rope import Rope
+from quantcache.artifact.calibration import Calibration, CodecSettings
+from quantcache.cache.codecs import calibrated_codecs
+from quantcache.coding import linalg
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.rope import Rope
+from quantcache.common.errors import QuantCacheError
 from tests.builders import gaussian_vectors, llama_config, random_side
 
 SHAPES = ((2, 160), (8, 160), (2, 256), (3, 16))

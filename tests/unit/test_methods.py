@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import quantcache
-from quantcache import Calibration, compat
-from quantcache.accounting import measure
-from quantcache.errors import QuantCacheError
+from quantcache import Calibration
+from quantcache.accounting.memory import measure
+from quantcache.coding.spectral import Moments
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import fidelity
 from quantcache.evaluation.methods import (
     METHOD_NAMES,
@@ -32,7 +34,6 @@ from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec, oscar_
 from quantcache.evaluation.methods.installed import Fp8Codec
 from quantcache.evaluation.methods.integer import KiviCodec, QuarotCodec, TokenInt8Codec
 from quantcache.evaluation.methods.turboquant import TurboQuantCodec, TurboQuantQJLCodec
-from quantcache.spectral import Moments
 
 DIM = 64
 CONFIG = llama_config(head_dim=DIM, layers=2, kv_heads=2)

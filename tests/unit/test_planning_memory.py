@@ -12,11 +12,12 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 import quantcache
 from benchmarks import tables
-from quantcache import cache_layout, compat
-from quantcache.accounting import PLACE_BYTES, CacheMemory, capacity, largest_capacity, measure, num_blocks
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.accounting.memory import PLACE_BYTES, CacheMemory, capacity, largest_capacity, measure, num_blocks
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation.methods import parse_methods
 from quantcache.planning import formats, geometry, memory, weights
 from quantcache.planning.memory import cache_memory, estimate_memory, largest_cache

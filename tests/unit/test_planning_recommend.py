@@ -12,8 +12,8 @@ import pytest
 from transformers import LlamaConfig
 
 from quantcache.analysis.prediction import predict_kl_at
-from quantcache.artifact import Calibration
-from quantcache.errors import CalibrationMismatch, QuantCacheError
+from quantcache.artifact.calibration import Calibration
+from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.planning import quality, table, usage
 from quantcache.planning.formats import DENSE, list_formats, parse_format
 from quantcache.planning.geometry import Geometry, load_config, read_geometry

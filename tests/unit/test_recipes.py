@@ -15,12 +15,12 @@ import yaml
 from transformers import PreTrainedModel
 
 from quantcache import data
-from quantcache.artifact import Calibration
-from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.artifact.index import find_entry, read_index
+from quantcache.artifact.recipes import load_recipe, recipe_names
 from quantcache.cli import main
-from quantcache.errors import ArtifactError, CalibrationMismatch, QuantCacheError
-from quantcache.index import find_entry, read_index
-from quantcache.recipes import load_recipe, recipe_names
+from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from tests.builders import llama_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -14,7 +14,7 @@ import pytest
 
 from quantcache.analysis.report import Report, ReportError
 from quantcache.analysis.tables import cards, count, nats, number, percent, tables
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 from tests.reports import make_report
 
 

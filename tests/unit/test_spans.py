@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from quantcache.spans import Span, next_spans, places_of
-from quantcache.store import BlockStore, moved
+from quantcache.backends.spans import Span, next_spans, places_of
+from quantcache.backends.store import BlockStore, moved
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 33])
@@ -56,7 +56,7 @@ def test_only_copies_to_a_gpu_may_still_be_under_way() -> None:
 
 def test_an_offloaded_layer_is_whole() -> None:
     from quantcache import Calibration, SpectralCache
-    from quantcache.padding import Arrivals
+    from quantcache.backends.padding import Arrivals
     from tests.builders import llama_config
 
     config = llama_config()

@@ -7,8 +7,8 @@ import torch
 from builders import llama_config
 from transformers import LlamaForCausalLM
 
-from quantcache import compat
-from quantcache.errors import QuantCacheError
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.provenance import model_sha256
 from quantcache.evaluation.weights import quantize_weights, weights_library
 

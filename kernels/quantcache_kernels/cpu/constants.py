@@ -43,7 +43,7 @@ _TENSORS = (
 
 @dataclass(frozen=True)
 class Source:
-    """What the constants are made from; see ``quantcache.codec.SpectralCodec`` for the meaning.
+    """What the constants are made from; see ``quantcache.coding.codec.SpectralCodec`` for the meaning.
 
     Attributes:
         mean: ``[H, D]``.

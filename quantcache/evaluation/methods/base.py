@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from quantcache.artifact import Calibration
-from quantcache.cache import BlockCache, CodecFactory
-from quantcache.codec import SideCodec, join_blocks, split_blocks
-from quantcache.errors import QuantCacheError
+from quantcache.artifact.calibration import Calibration
+from quantcache.backends.padding import Grid
+from quantcache.cache.spectral_cache import BlockCache, CodecFactory
+from quantcache.coding.codec import SideCodec, join_blocks, split_blocks
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.statistics import RivalStatistics
-from quantcache.padding import Grid
 
 Family = Literal["ours", "rival", "dense"]
 

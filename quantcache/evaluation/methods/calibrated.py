@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from quantcache import cache_layout
-from quantcache.allocation import Group, allocate
-from quantcache.codebook import lloyd_max
+from quantcache.artifact import cache_layout
+from quantcache.coding.allocation import Group, allocate
+from quantcache.coding.codebook import lloyd_max
+from quantcache.coding.spectral import Moments
 from quantcache.evaluation.methods.base import (
     MethodUnavailable,
     Recipe,
@@ -23,7 +24,6 @@ from quantcache.evaluation.methods.base import (
 )
 from quantcache.evaluation.methods.integer import QuarotCodec
 from quantcache.evaluation.methods.statistics import LayerMoments, eigenbasis
-from quantcache.spectral import Moments
 
 GAIN_BITS = 8
 """Of our gain of every token and head."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from quantcache import compat
+from quantcache.common import compat
 from quantcache.evaluation.methods.base import MethodUnavailable, Recipe, Setting, SimulatedCodec, simulated_cache
 
 OPTIONS: dict[str, dict[str, Any]] = {

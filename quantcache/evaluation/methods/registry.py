@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from transformers import Cache, PreTrainedConfig
 
-from quantcache import cache_layout
-from quantcache.artifact import Calibration
-from quantcache.cache import RESIDUAL_LENGTH, SINK_LENGTH
-from quantcache.errors import QuantCacheError
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import calibrated, dense, installed, integer, spectral, turboquant
 from quantcache.evaluation.methods.base import Method, MethodUnavailable, Recipe, Setting
 from quantcache.evaluation.methods.statistics import RivalStatistics

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import cache_layout, data, linalg
-from quantcache.errors import QuantCacheError
-from quantcache.probe import RecordingCache, recorded_queries, run
-from quantcache.spectral import Moments
-from quantcache.statistics import SINK_LENGTH
+from quantcache import data
+from quantcache.artifact import cache_layout
+from quantcache.attention.probe import RecordingCache, recorded_queries, run
+from quantcache.coding import linalg
+from quantcache.coding.spectral import Moments
+from quantcache.coding.statistics import SINK_LENGTH
+from quantcache.common.errors import QuantCacheError
 
 STATISTICS_TOKENS = 8192
 """Tokens that rivals are fitted to, where nobody says otherwise."""

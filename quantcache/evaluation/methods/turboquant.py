@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from quantcache import linalg
-from quantcache.codebook import lloyd_max
+from quantcache.coding import linalg
+from quantcache.coding.codebook import lloyd_max
 from quantcache.evaluation.methods.base import Recipe, Setting, SimulatedCodec, simulated_cache, two_to_four
 
 SOURCE = "TurboQuant (2025)"

@@ -1,0 +1,1 @@
+"""Which implementation encodes blocks and attends on them, and what it may read."""

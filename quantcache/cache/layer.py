@@ -1,0 +1,514 @@
+"""One layer of a spectral cache: sinks, packed blocks and a tail of recent tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from quantcache.attention import alignment, guards
+from quantcache.attention.lazy import LazyKV
+from quantcache.backends import kernels as backends
+from quantcache.backends import padding
+from quantcache.backends.kernels import Backend
+from quantcache.backends.padding import Arrivals, Grid
+from quantcache.backends.spans import Span, next_spans, places_of
+from quantcache.backends.store import BlockStore, moved
+from quantcache.backends.view import CacheView, SideView
+from quantcache.cache.rows import chosen_rows, repeated_rows
+from quantcache.cache.transaction import commit, glimpse
+from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import SIDES
+from quantcache.common import compat
+from quantcache.common.ambient import without_autocast
+from quantcache.common.errors import QuantCacheError, TokensNotFinite
+
+SINK_LENGTH = 4
+RESIDUAL_LENGTH = 64
+
+LOOK_AHEAD = 8
+"""Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
+
+CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
+"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
+
+With tails of no tokens it is asked for the same codecs on another device.
+"""
+
+ShapeCheck = Callable[[Tensor, Tensor], None]
+"""Raises if a layer's first keys and values do not fit its codecs."""
+
+
+class SpectralLayer(DynamicLayer):
+    """One layer: sinks, encoded blocks and a tail of recent tokens.
+
+    Slots 0 ... T-1 are the layer's tokens in order of arrival, one grid for the whole batch. Until the first block is
+    due everything is in the tail. From then on the first ``sink_length`` valid tokens of every row are kept aside, and
+    whenever the tail holds ``residual_length + 64`` tokens its oldest 64 become a block, never to be encoded again
+    (but for padding, once the row behind it begins elsewhere than was thought). Padding is a matter of fidelity alone:
+    every slot is kept, and what a query may look at is for its own mask to say.
+
+    Whatever changes the layer prepares everything first and puts it in place at once: a failure or an interrupt on the
+    way leaves the layer as it was.
+
+    Args:
+        make_codecs: Gives the codecs of both sides when the first block is due.
+        shape_check: Called with the first keys and values; raises if they do not fit.
+        sink_length: Tokens at the start of every row that stay in the model's dtype.
+        residual_length: At least this many recent tokens stay in the model's dtype.
+        backend: Which implementation attends on codes.
+        index: Which layer of the model this is, for messages.
+    """
+
+    spans: list[Span]
+    stores: dict[str, BlockStore]
+    places: BlockStore  # the spans once more, as a tensor for attention to read
+    sinks: dict[str, Tensor]
+    tails: dict[str, Tensor]
+    leads: dict[str, Tensor]  # what lies before the first block, where that is not the sinks
+    starts: Tensor | None
+    origins: Tensor | None
+    trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
+    cut: bool  # whether a crop has left some block less than full
+    pending: bool  # whether new tokens await their reader before they may be encoded
+    gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
+    refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
+    look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
+
+    def __init__(
+        self,
+        make_codecs: CodecFactory,
+        shape_check: ShapeCheck | None = None,
+        sink_length: int = SINK_LENGTH,
+        residual_length: int = RESIDUAL_LENGTH,
+        backend: Backend = "auto",
+        index: int | None = None,
+    ):
+        super().__init__()
+        self.make_codecs = make_codecs
+        self.shape_check = shape_check
+        self.sink_length, self.residual_length, self.backend = sink_length, residual_length, backend
+        self.index = index
+        self.codecs: dict[str, SideCodec] = {}
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"SpectralLayer(tokens={self.get_seq_length()}, blocks={len(self.spans)})"
+
+    # ------------------------------------------------------------------ state
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._commit(
+            spans=[],
+            stores={side: BlockStore() for side in SIDES},
+            places=BlockStore(),
+            sinks={},
+            tails={},
+            leads={},
+            gains={},
+            starts=None,
+            origins=None,
+            trail=None,
+            cut=False,
+            pending=False,
+            is_initialized=False,
+        )
+
+    def _commit(self, **state: Any) -> None:
+        """Put a new state in place at once."""
+        commit([self], [{"look": None, "refused": False, **state}])
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and geometry from the first keys and values."""
+        if self.shape_check is not None:
+            self.shape_check(key_states, value_states)
+        self._commit(
+            dtype=key_states.dtype,
+            device=key_states.device,
+            tails={"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()},
+            is_initialized=True,
+        )
+
+    @property
+    def encoded_end(self) -> int:
+        """Slot behind the last encoded token; 0 before the first block."""
+        return self.spans[-1].end if self.spans else 0
+
+    def get_seq_length(self) -> int:
+        """Tokens cached, T."""
+        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
+        return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Dense keys of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
+        return LazyKV(self.snapshot(), "key", guarded=True) if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Dense values of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
+        return LazyKV(self.snapshot(), "value", guarded=True) if self.is_initialized else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    def _refuse_assignment(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise QuantCacheError("a spectral layer's keys and values are packed: use update(), crop() or reset()")
+
+    def snapshot(self) -> CacheView:
+        """What may be read now.
+
+        Returns:
+            A view that stays valid until the next update.
+        """
+        now = glimpse(self)
+        sides = {
+            side: SideView(
+                now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side], now.leads.get(side)
+            )
+            for side in SIDES
+        }
+        if now.spans:
+            places = now.places.buffers["places"][: now.places.count]
+        else:
+            places = torch.zeros(0, 3, dtype=torch.int32, device=now.device)
+        return CacheView(self, sides["key"], sides["value"], places, now.encoded_end, now.cut, now.starts, now.origins)
+
+    @property
+    def grid(self) -> Grid:
+        """Where the rows lie in the slots."""
+        return Grid(self.starts, self.origins)
+
+    # ------------------------------------------------------------------ append and encode
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        arrivals: Arrivals | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values.
+
+        Args:
+            key_states: ``[B, Hkv, Tnew, D]``, rotated as the model caches them.
+            value_states: ``[B, Hkv, Tnew, Dv]``.
+            args: Ignored, as by DynamicLayer.
+            arrivals: What the pass says of padding and positions; None where nobody knows.
+            kwargs: Ignored, as by DynamicLayer.
+
+        Returns:
+            Lazy keys and values of all T tokens, the new ones exact.
+
+        Raises:
+            QuantCacheError: Batch size, heads, dimension or dtype differ from what is cached, or what is to be encoded
+                is not finite.
+        """
+        if not self.get_seq_length():
+            self.lazy_initialization(key_states, value_states)
+        new = {"key": key_states, "value": value_states}
+        for side, tensor in new.items():
+            guards.require_continuation(self.index, side, self.tails[side], tensor)
+        if key_states.device != self.tails["key"].device:
+            self._follow(key_states.device)
+        self.finish()
+        self._leave_inference_mode()
+        length = self.get_seq_length() + key_states.shape[2]
+        trail = padding.extended(self.trail, arrivals, self.grid, self.encoded_end, length, key_states)
+        if key_states.requires_grad or value_states.requires_grad:
+            return self._update_differentiably(new, trail)
+        tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
+        self._commit(tails=tails, trail=trail, pending=True, look=self.look)
+        view = self.snapshot()
+        return LazyKV(view, "key"), LazyKV(view, "value")
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what torch's inference mode has made, once it is over: autograd refuses to keep such tensors."""
+        held = (*self.sinks.values(), *(buffer for store in self.stores.values() for buffer in store.buffers.values()))
+        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in held):
+            self._map_batch(lambda tensor, dim: tensor.clone())
+
+    def _follow(self, device: torch.device) -> None:
+        """Go where the model has gone, or come back from an offload."""
+        self.finish()
+        if device != self.device and self.codecs:
+            empty = {side: tail[:, :, :0] for side, tail in self.tails.items()}
+            self.codecs = self.make_codecs(device, empty, Grid())
+        self._move(device)
+        self.device = device
+
+    def _update_differentiably(self, new: dict[str, Tensor], trail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Append under autograd: plain tensors, with gradients to the new keys and values; the past is constant."""
+        view = self.snapshot()
+        dense = {side: torch.cat((view.dense(side), new[side]), dim=2) for side in SIDES}
+        tails = {side: torch.cat((self.tails[side], new[side].detach()), dim=2) for side in SIDES}
+        self._commit(tails=tails, trail=trail, pending=True)
+        return dense["key"], dense["value"]
+
+    @without_autocast
+    def finish(self) -> None:
+        """Encode what is due, once the newest tokens have been read."""
+        if not self.pending:
+            return
+        lead = 0 if self.spans else self.sink_length
+        due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
+        if due > 0:
+            self._encode(lead, due)
+        else:
+            self._commit(pending=False, look=self._look_ahead(lead))
+
+    def _look_ahead(self, lead: int) -> guards.Look | None:
+        """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
+        length = self.tails["key"].shape[2] - lead
+        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK:
+            return self.look
+        if length < BLOCK + self.residual_length - LOOK_AHEAD:
+            return None
+        return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
+
+    def finish_if_finite(self) -> None:
+        """Encode what is due, unless it is not finite.
+
+        It then stays as it is and can be copied, cut, selected from and saved; the next update tries again.
+        """
+        with contextlib.suppress(TokensNotFinite):
+            self.finish()
+
+    @torch.no_grad()
+    def _encode(self, lead: int, due: int) -> None:
+        """Make blocks of the tail's oldest tokens.
+
+        Args:
+            lead: Tokens before them, which become sinks.
+            due: How many blocks.
+        """
+        grid, count = self.grid, lead + due * BLOCK
+        if self.trail is not None:
+            grid = padding.settled(self.trail, grid, self.encoded_end)
+        codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
+        framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
+        grid = grid if framed else Grid(grid.starts)
+        shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
+        spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
+        places = places_of(spans, self.device)
+        coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
+        look = self.look if self.look is not None and due == 1 else guards.Look(coded)
+        if not look.finite():
+            self._commit(refused=True)
+            for side, tokens in coded.items():
+                guards.require_finite(self.index, side, tokens, spans[0].start, grid.starts)
+        tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
+        gains: dict[str, guards.Later] = {}
+        for side in SIDES:
+            tail, store = self.tails[side], self.stores[side]
+            encoded = tail[:, :, lead:count]
+            sinks[side] = self.sinks[side] if self.spans else tail[:, :, :lead].clone()
+            if grid.starts is not None:
+                if not self.spans:
+                    # Padding may hold anything; of NaN no more is kept than codes would.
+                    leads[side] = sinks[side] if codecs[side].bits is None else sinks[side].nan_to_num()
+                    sinks[side] = alignment.with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
+                sinks[side] = alignment.with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
+            frames = grid.frames
+            if framed and side == "key":
+                held, grids = self.places.slice(0, self.places.count).get("places", places), (self.grid, grid)
+                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, self.backend)
+                if shifts is not None:
+                    store, frames = alignment.with_shifts(store, grid, tail.shape[0], tail.device), shifts
+            fields = backends.encode(codecs[side], encoded, places, frames, self.backend)
+            if frames is not None and frames.ndim == 2:
+                fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
+            if isinstance(codec := codecs[side], SpectralCodec):
+                gains[side] = guards.Later(codec.saturated(fields["gains"], places, self._first_read(grid)))
+            stores[side] = store.appended(fields)
+            tails[side] = tail[:, :, count:].clone()
+        # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
+        guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
+        self._commit(
+            starts=grid.starts,
+            origins=grid.origins,
+            trail=None if self.trail is None else self.trail[:, :, count:].clone(),
+            leads=leads,
+            codecs=codecs,
+            spans=self.spans + spans,
+            stores=stores,
+            places=self.places.appended({"places": places}),
+            sinks=sinks,
+            tails=tails,
+            gains=gains if guards.Later.pays(self.device) else {},
+            pending=False,
+        )
+
+    def _first_read(self, grid: Grid) -> Tensor | None:
+        """First slot of every row whose gain counts, ``[B]``: sinks are read elsewhere, padding hardly at all."""
+        return None if grid.starts is None else grid.starts + self.sink_length
+
+    def saturated_gains(self) -> tuple[int, int]:
+        """How many tokens' gains lie beyond the largest and below the smallest that can be stored, heads counted apart.
+
+        Returns:
+            (above, below): the former are decoded too small, the latter as the mean.
+        """
+        above = below = 0
+        for side, codec in self.codecs.items():
+            if isinstance(codec, SpectralCodec) and self.spans:
+                store, places = self.stores[side], self.places
+                gains, where = store.slice(0, store.count)["gains"], places.slice(0, places.count)["places"]
+                found = codec.saturated(gains, where, self._first_read(self.grid)).tolist()
+                above, below = above + found[0], below + found[1]
+        return above, below
+
+    # ------------------------------------------------------------------ cache semantics
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens.
+
+        A cut inside an encoded block keeps the block's codes and shortens its valid length.
+
+        Args:
+            tokens_to_remove: Zero or negative, as transformers defines it.
+        """
+        if not self.is_initialized:
+            return
+        self.finish_if_finite()
+        length = self.get_seq_length()
+        keep = length - compat.tokens_to_remove(tokens_to_remove, length)
+        state: dict[str, Any] = {} if keep else {"starts": None, "origins": None, "trail": None, "pending": False}
+        if keep and self.trail is not None:
+            state["trail"] = self.trail[:, :, : max(0, keep - self.encoded_end)].clone()
+        if keep >= self.encoded_end:
+            state["tails"] = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
+        elif keep <= self.sink_length:
+            view = self.snapshot()
+            state["tails"] = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
+            if keep and self.trail is not None:
+                state["trail"] = padding.plain(self.grid, self.trail.shape[0], 0, keep, self.trail.device)
+            state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "places": BlockStore()}
+            state |= {"starts": None, "origins": None}
+            state["stores"] = {side: BlockStore() for side in SIDES}
+        else:
+            spans = [span for span in self.spans if span.start < keep]
+            last = spans[-1]
+            spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
+            cut = places_of(spans[-1:], self.device)
+            state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
+            state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
+            state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
+            state["tails"] = {side: tail[:, :, :0].clone() for side, tail in self.tails.items()}
+        self._commit(**state)
+
+    def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
+        """Apply a function of (tensor, batch dimension) to everything stored."""
+        if not self.is_initialized:
+            return
+        self.finish_if_finite()
+        self._commit(
+            stores={side: store.mapped(lambda buffer: function(buffer, 1)) for side, store in self.stores.items()},
+            tails={side: function(tail, 0) for side, tail in self.tails.items()},
+            sinks={side: function(sinks, 0) for side, sinks in self.sinks.items()},
+            leads={side: function(lead, 0) for side, lead in self.leads.items()},
+            starts=None if self.starts is None else function(self.starts, 0),
+            origins=None if self.origins is None else function(self.origins, 0),
+            trail=None if self.trail is None else function(self.trail, 0),
+        )
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Gather rows, for beam search.
+
+        Args:
+            beam_idx: Row of the present cache that each new row continues, ``[B']``.
+
+        Raises:
+            RowError: There is no such row.
+        """
+        if self.is_initialized:
+            rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
+            self._map_batch(lambda tensor, dim: tensor.index_select(dim, rows))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep some rows.
+
+        Args:
+            indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
+
+        Raises:
+            RowError: There is no such row.
+        """
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
+        """Repeat every row in place.
+
+        Args:
+            repeats: How often; or one number for each row.
+
+        Raises:
+            RowError: A number is negative, or there are not as many as rows.
+        """
+        if self.is_initialized:
+            self.reorder_cache(repeated_rows(repeats, self.tails["key"].shape[0]))
+
+    def _move(self, device: torch.device | str) -> None:
+        self.finish_if_finite()
+        self._commit(
+            places=self.places.moved(device),
+            starts=None if self.starts is None else moved(self.starts, device),
+            origins=None if self.origins is None else moved(self.origins, device),
+            trail=None if self.trail is None else moved(self.trail, device),
+            leads={side: moved(lead, device) for side, lead in self.leads.items()},
+            stores={side: store.moved(device) for side, store in self.stores.items()},
+            tails={side: moved(tail, device) for side, tail in self.tails.items()},
+            sinks={side: moved(sinks, device) for side, sinks in self.sinks.items()},
+        )
+
+    def offload(self) -> None:
+        """Move what is stored to CPU memory; the calibration's constants stay."""
+        if self.is_initialized:
+            self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move what is stored back to the layer's device; the next update does so by itself."""
+        if self.is_initialized and self.tails["key"].device != self.device:
+            self._move(self.device)
+
+    def fork(self) -> SpectralLayer:
+        """A layer of the same tokens that shares what is stored; whichever of the two changes copies what it changes.
+
+        Returns:
+            The new layer.
+        """
+        self.finish_if_finite()
+        new = glimpse(self)
+        new.stores = {side: store.fork() for side, store in new.stores.items()}
+        new.places = new.places.fork()
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
+        """Copy what is stored; constants are shared."""
+        self.finish_if_finite()
+        new = glimpse(self)
+        memo[id(self)] = new
+        new.stores = {side: store.copy() for side, store in new.stores.items()}
+        new.places = new.places.copy()
+        new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
+        new.tails = {side: tensor.clone() for side, tensor in new.tails.items()}
+        new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
+        new.starts = None if new.starts is None else new.starts.clone()
+        new.origins = None if new.origins is None else new.origins.clone()
+        new.trail = None if new.trail is None else new.trail.clone()
+        return new

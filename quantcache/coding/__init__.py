@@ -1,0 +1,1 @@
+"""The codec and its mathematics: frames, transforms, codebooks, allocation, packing; encoding and decoding a block."""
