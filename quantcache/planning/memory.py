@@ -26,7 +26,8 @@ from quantcache.attention.function import QUERY_CHUNK, TILE_BLOCKS
 from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.coding.packing import BLOCK
 from quantcache.common.errors import QuantCacheError
-from quantcache.planning.formats import GROUP, Format, coded_layers, parse_format, require_full_attention
+from quantcache.evaluation.methods.installed import FP8_BITS, GROUP
+from quantcache.planning.formats import Format, coded_layers, parse_format, require_full_attention
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
 
 QUANTIZED_RESIDUAL = 128
@@ -134,7 +135,7 @@ def cache_memory(
         return predict_quantized(
             geometry.layers,
             tokens,
-            bits=int(form.bits) or 8,
+            bits=int(form.bits or FP8_BITS),
             group=GROUP if form.bits else None,
             batch=batch,
             recent=recent,
@@ -178,7 +179,7 @@ def largest_cache(
         require_full_attention(form, geometry)
         recent = min(tokens, QUANTIZED_RESIDUAL - 1) if form.bits else 0
         group = GROUP if form.bits else None
-        bits = int(form.bits) or 8
+        bits = int(form.bits or FP8_BITS)
         return predict_quantized(geometry.layers, tokens, bits=bits, group=group, batch=batch, recent=recent).total
     blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH)
     full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + 1) - 1 if blocks else tokens

@@ -83,6 +83,7 @@ class Recipe:
         description: What it does, in one line.
         source: Where it is from.
         make: Turns the number (0 where there is none) and a setting into a maker of caches.
+        bits: Bits that an element takes, scales and gains included, by number, side and dimension D.
         parameter: What the number is: bits, a rank, or nothing.
         numbers: The numbers that may be given; None for any in ``limits``.
         limits: Smallest and largest number, for bits that need not be whole.
@@ -99,6 +100,7 @@ class Recipe:
     description: str
     source: str
     make: Callable[[float, Setting], Callable[[], Cache]]
+    bits: Callable[[float, str, int], float]
     parameter: Literal["", "B", "K"] = ""
     numbers: tuple[int, ...] | None = None
     limits: tuple[float, float] = (0, 8)

@@ -10,6 +10,9 @@ from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH, Spectr
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.base import Recipe, Setting
 
+GAIN_BITS = 8
+"""Of the gain of every token and head."""
+
 
 def _make(bits: float, setting: Setting) -> Callable[[], Cache]:
     if setting.calibration is None:
@@ -28,6 +31,7 @@ RECIPES = (
         description="loss-aware transform, water-filled Lloyd-Max codes, one 8-bit gain per token and head, packed",
         source="quantcache SpectralCache",
         make=_make,
+        bits=lambda bits, side, dim: bits + GAIN_BITS / dim,
         parameter="B",
         defaults=lambda config: (2, 2.5, 3, 4),
         own_lengths=(SINK_LENGTH, RESIDUAL_LENGTH),
