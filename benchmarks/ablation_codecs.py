@@ -28,7 +28,7 @@ from quantcache.coding.codec import (
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import SIDES
-from quantcache.coding.statistics import SINK_LENGTH
+from quantcache.common.defaults import SINK_LENGTH
 
 Gain = Literal["none", "plain", "corrected", "searched"]
 

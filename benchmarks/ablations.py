@@ -29,13 +29,14 @@ from transformers import Cache, PreTrainedModel
 from quantcache import Calibration, SpectralCache, data
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import CodecSettings, LayerCalibration, Metadata, Rate
-from quantcache.cli.session import BUNDLED_MODEL, load_model, position_limit
+from quantcache.cli.session import load_model, position_limit
 from quantcache.coding.allocation import allocate_layers
 from quantcache.coding.codebook import gaussian_codebook
 from quantcache.coding.codec import SideCodec, SpectralCodec
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES
+from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import Method, measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import model_sha256
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from quantcache.accounting.memory import CacheMemory, measure
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import CacheMemory
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.checks import stand_in_config
@@ -23,11 +24,12 @@ from quantcache.backends.padding import Arrivals
 from quantcache.cache import files as cache_files
 from quantcache.cache.codecs import calibrated_codecs
 from quantcache.cache.consistency import ConsistentCache
-from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
+from quantcache.cache.layer import CodecFactory, ShapeCheck, SpectralLayer
 from quantcache.cache.mixed_layers import copy_beside, spectral_layer
 from quantcache.coding.schema import SideBits
 from quantcache.common import compat, processes
 from quantcache.common.ambient import default_device
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.writing import steadily
 

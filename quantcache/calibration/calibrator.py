@@ -30,9 +30,10 @@ from quantcache.calibration.yardstick import measure_yardstick
 from quantcache.coding.allocation import check_rate
 from quantcache.coding.rope import Rope
 from quantcache.coding.spectral import METRIC_SHRINKAGE
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, LayerStatistics, output_metrics
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 
 Metric = Literal["fisher", "query", "identity"]

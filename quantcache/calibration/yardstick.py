@@ -13,9 +13,10 @@ from transformers import DynamicCache, PreTrainedModel
 from quantcache.accounting.memory import num_blocks
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention.probe import evaluating, run
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH, SpectralCache
+from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.distortion import expected_cost
 from quantcache.coding.packing import BLOCK
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 
 YARDSTICK_BITS = (2.0, 4.0)
 """The rates measured; between them lies most of what is used."""

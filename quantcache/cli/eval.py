@@ -29,6 +29,7 @@ from quantcache.cli.session import (
     show_cells,
 )
 from quantcache.cli.terminal import report
+from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 
 if TYPE_CHECKING:
@@ -57,9 +58,11 @@ def evaluate(
         str | None, typer.Option(help="Tokens in a window; several for fidelity. Default: 2048 or the limit.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to use at most.")] = 16_384,
-    residual: Annotated[str, typer.Option(help="Recent tokens that every method keeps; several for fidelity.")] = "64",
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that every method keeps.")] = 4,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at once.")] = 64,
+    residual: Annotated[str, typer.Option(help="Recent tokens that every method keeps; several for fidelity.")] = str(
+        RESIDUAL_LENGTH
+    ),
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that every method keeps.")] = SINK_LENGTH,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at once.")] = CHUNK,
     stride: Annotated[
         int | None, typer.Option(help="Fidelity: windows slide by so many tokens instead of lying side by side.")
     ] = None,

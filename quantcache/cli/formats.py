@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from quantcache.cli.session import (
-    BUNDLED_MODEL,
     DebugFlag,
     JsonFlag,
     RevisionOption,
@@ -18,6 +17,7 @@ from quantcache.cli.session import (
     require_folder,
     session,
 )
+from quantcache.data import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from quantcache.planning.records import Measurements

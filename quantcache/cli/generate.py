@@ -23,6 +23,7 @@ from quantcache.cli.session import (
     session,
 )
 from quantcache.cli.terminal import report
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.plaintext import read_utf8
 
@@ -33,8 +34,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
     bits: Annotated[float | None, typer.Option(min=0, max=8, help="Another rate than the calibration's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = 4,
-    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = 64,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
+    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
     backend: Annotated[str, typer.Option(help="auto, native, triton or torch.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of sampling.")] = 0,

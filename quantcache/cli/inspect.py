@@ -30,7 +30,7 @@ def inspect(
     Example: quantcache inspect calibration/ --bits 4
     """
     with session(json, debug) as run:
-        from quantcache.accounting.memory import predict
+        from quantcache.accounting.predicting import predict
 
         calibration = load_calibration(artifact)
         if bits is not None:

@@ -18,6 +18,7 @@ from quantcache.cli.session import (
     require_folder,
     session,
 )
+from quantcache.common.defaults import PREFILL_CHUNK
 from quantcache.common.errors import QuantCacheError
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def recommend(
         typer.Option("--calibration", "-c", metavar="ARTIFACT", help="The model's calibration, to predict from."),
     ] = None,
     records: RecordsOption = None,
-    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens that go through the model at once.")] = 512,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Prompt tokens that go through the model at once.")
+    ] = PREFILL_CHUNK,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonFlag = False,

@@ -21,14 +21,13 @@ from quantcache.common.interrupts import INTERRUPTED, Interrupted
 from quantcache.common.jsonfile import to_json
 from quantcache.common.jsonfile import write_json as write_json  # verbs and benchmarks find it here
 from quantcache.common.plaintext import read_utf8
+from quantcache.data import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quantcache.artifact.calibration import Calibration
     from quantcache.evaluation.cells import Cells, Key
-
-BUNDLED_MODEL = "wiki11m"
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -13,10 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from quantcache.coding.rope import Frame, Rope, anchor_of
 from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, SideCalibration
 from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import UnsupportedModel
-
-SINK_LENGTH = 4
-"""First tokens of every sequence that are left out of the statistics, as the cache leaves them out of the codes."""
 
 COVARIANCE_SHRINKAGE = 1e-4
 """Share of isotropic covariance mixed in, so that directions the text never took stay representable."""

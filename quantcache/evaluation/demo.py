@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 
 from quantcache import data
-from quantcache.accounting.memory import measure
+from quantcache.accounting.measuring import measure
 from quantcache.attention.function import register_attention
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
@@ -118,7 +118,7 @@ def run_demo(settings: DemoSettings | None = None, progress: bool = True) -> dic
             advance(settings.new_tokens)
     packed = memory["spectral"]
     return {
-        "model": "wiki11m",
+        "model": data.BUNDLED_MODEL,
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": settings.context,
         "calibration_tokens": calibration.metadata.recipe["tokens"],

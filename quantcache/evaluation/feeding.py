@@ -10,11 +10,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.common import compat
+from quantcache.common.defaults import CHUNK
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import Method, parse_methods
-
-CHUNK = 64
-"""Tokens fed at once by default: each chunk reads what the earlier ones left in the cache."""
 
 PROMPT_CHUNK = 256
 """The same for prompts of which only the answer is looked at."""

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache.accounting.memory import measure
+from quantcache.accounting.measuring import measure
 from quantcache.common import compat
+from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import Method, MethodUnavailable, parse_methods
 
@@ -155,8 +156,8 @@ def measure_fidelity(
     methods: Sequence[Method],
     *,
     context: int,
-    chunk: int = 64,
-    sink_length: int = 4,
+    chunk: int = CHUNK,
+    sink_length: int = SINK_LENGTH,
     stride: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, FidelityResult]:

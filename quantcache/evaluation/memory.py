@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quantcache.accounting.memory import dtype_bytes, measure, predict
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import dtype_bytes
+from quantcache.accounting.predicting import predict
 from quantcache.artifact import cache_layout
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat

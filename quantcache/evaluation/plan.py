@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.evaluation import memory, needle, qa
-from quantcache.evaluation.feeding import CHUNK
 from quantcache.evaluation.methods import RivalStatistics
 
 SUITES = ("fidelity", "needle", "routing", "transfer", "qa", "memory", "speed")

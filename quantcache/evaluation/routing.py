@@ -20,12 +20,12 @@ from quantcache.artifact import cache_layout
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.attention.probe import replaced_attention
 from quantcache.backends.online_softmax import QueryRows
-from quantcache.cache.layer import SINK_LENGTH
 from quantcache.common import compat
+from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, attempt
-from quantcache.evaluation.feeding import CHUNK, check_lengths, pieces
+from quantcache.evaluation.feeding import check_lengths, pieces
 from quantcache.evaluation.methods import Method
 
 SUITE = "routing"

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from quantcache.common import compat
+from quantcache.common.defaults import PREFILL_CHUNK
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
@@ -24,9 +25,6 @@ from quantcache.evaluation.feeding import check_lengths, dense_method
 from quantcache.evaluation.methods import Method
 
 SUITE = "speed"
-
-PREFILL_CHUNK = 512
-"""Tokens of a prompt fed at once, as serving engines do; each chunk reads what the earlier ones left in the cache."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.calibration.calibrator import calibrate
+from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.cells import Cells, attempt
-from quantcache.evaluation.feeding import CHUNK, check_lengths
+from quantcache.evaluation.feeding import check_lengths
 from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.provenance import check_overlap

@@ -13,9 +13,7 @@ from quantcache.accounting.memory import LayerSize, SideSize
 from quantcache.artifact import cache_layout
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.data import demo_model_path
-
-BUNDLED_MODEL = "wiki11m"
+from quantcache.data import BUNDLED_MODEL, demo_model_path
 
 Basis = Literal["traced", "declared"]
 

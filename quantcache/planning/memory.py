@@ -11,20 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from quantcache.accounting.memory import (
-    CacheMemory,
-    capacity,
-    dtype_bytes,
-    largest_capacity,
-    num_blocks,
-    predict_layers,
-    predict_quantized,
-)
+from quantcache.accounting.memory import CacheMemory, capacity, dtype_bytes, largest_capacity, num_blocks
+from quantcache.accounting.predicting import predict_layers, predict_quantized
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention.function import QUERY_CHUNK, TILE_BLOCKS
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.coding.packing import BLOCK
+from quantcache.common.defaults import PREFILL_CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.installed import FP8_BITS, GROUP
 from quantcache.planning.formats import Format, coded_layers, parse_format, require_full_attention
@@ -32,9 +25,6 @@ from quantcache.planning.geometry import Geometry, load_config, read_geometry
 
 QUANTIZED_RESIDUAL = 128
 """Recent tokens that transformers' quantized caches keep at most (its default)."""
-
-PREFILL_CHUNK = 512
-"""Prompt tokens that go through the model at once, where nobody says otherwise."""
 
 
 def estimate_memory(

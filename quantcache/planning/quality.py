@@ -8,7 +8,7 @@ from typing import Literal
 
 from quantcache.analysis.prediction import predict_kl_at
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.planning.formats import Format
 from quantcache.planning.records import Fidelity, Measurements
 

@@ -11,14 +11,13 @@ from transformers import PreTrainedConfig
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common import compat
+from quantcache.common.defaults import PREFILL_CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.planning import usage
 from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package
 from quantcache.planning.geometry import Geometry, read_geometry
 from quantcache.planning.memory import (
-    PREFILL_CHUNK,
     cache_memory,
     constants_bytes,
     estimate_activations,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.planning.formats import bits_per_element, list_formats, missing_package
 from quantcache.planning.geometry import Geometry

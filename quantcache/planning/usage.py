@@ -6,9 +6,9 @@ import shlex
 import textwrap
 
 from quantcache import data
+from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.methods.installed import OPTIONS
 from quantcache.planning.formats import Format
-from quantcache.planning.geometry import BUNDLED_MODEL
 
 PROMPT = "The city of Leiden"
 NEW_TOKENS = 32

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 import quantcache
 from quantcache import Calibration, SpectralCache
-from quantcache.accounting.memory import measure
+from quantcache.accounting.measuring import measure
 from quantcache.artifact import cache_layout
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common import compat

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from quantcache.accounting.memory import PLACE_BYTES, measure
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import PLACE_BYTES
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends import kernels as backends
 from quantcache.backends.kernels import Backend

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import quantcache
 from quantcache import Calibration
-from quantcache.accounting.memory import measure
+from quantcache.accounting.measuring import measure
 from quantcache.coding.spectral import Moments
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
@@ -386,7 +386,7 @@ def test_own_lengths() -> None:
 def test_a_method_that_cannot_run_says_why_and_keeps_its_place(
     model: PreTrainedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "is_optimum_quanto_available", lambda: False)
+    monkeypatch.setattr(compat.quantizers, "is_optimum_quanto_available", lambda: False)
     methods = [parsed(name) for name in ("dense", "quanto-4", "pca-3", "kivi-4")]
     with pytest.raises(MethodUnavailable, match="needs optimum-quanto"):
         methods[1].make_cache()

@@ -12,7 +12,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 import quantcache
 from benchmarks import tables
-from quantcache.accounting.memory import PLACE_BYTES, CacheMemory, capacity, largest_capacity, measure, num_blocks
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import PLACE_BYTES, CacheMemory, capacity, largest_capacity, num_blocks
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache

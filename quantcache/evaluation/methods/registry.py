@@ -9,8 +9,8 @@ from transformers import Cache, PreTrainedConfig
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.coding.schema import SIDES
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import calibrated, dense, installed, integer, spectral, turboquant
 from quantcache.evaluation.methods.base import Method, MethodUnavailable, Recipe, Setting

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from transformers import Cache
 
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH, SpectralCache
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.base import Recipe, Setting
 

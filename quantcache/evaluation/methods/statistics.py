@@ -18,7 +18,7 @@ from quantcache.artifact import cache_layout
 from quantcache.attention.probe import RecordingCache, recorded_queries, run
 from quantcache.coding import linalg
 from quantcache.coding.spectral import Moments
-from quantcache.coding.statistics import SINK_LENGTH
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 
 STATISTICS_TOKENS = 8192
