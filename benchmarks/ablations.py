@@ -29,13 +29,14 @@ from transformers import Cache, PreTrainedModel
 from quantcache import Calibration, SpectralCache, data
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import CodecSettings, LayerCalibration, Metadata, Rate
-from quantcache.cli.session import load_model, position_limit
+from quantcache.cli.session import load_model
 from quantcache.coding.allocation import allocate_layers
 from quantcache.coding.codebook import gaussian_codebook
 from quantcache.coding.codec import SideCodec, SpectralCodec
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES
+from quantcache.common import compat
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import Method, measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import model_sha256
@@ -156,7 +157,7 @@ def main() -> None:
     options = parse_arguments()
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     name = Path(options.model).name
-    limit = position_limit(model) or options.context or SEQUENCE
+    limit = compat.position_limit(model.config) or options.context or SEQUENCE
     context = options.context or min(SEQUENCE, limit)
     if context > limit:
         sys.exit(f"error: context {context} exceeds the model's limit of {limit} positions")

@@ -149,7 +149,7 @@ def _sequences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, seq_len: int | None
 ) -> list[Tensor]:
     """At least two sequences of one length, each ``[1, T]``."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    limit = compat.position_limit(model.config) or 2048
     ids = tokenize(text, tokenizer, max_tokens)[:max_tokens]
     length = min(seq_len or 2048, limit, len(ids) // 2)
     if length < min(MIN_SEQUENCE, limit):

@@ -171,7 +171,7 @@ def _sequences(
     """Token batches ``[B, T]`` of at most ``max_tokens`` tokens, SHA-256 of every text or batch given, and a sketch."""
     digests: list[str] = []
     given, passages = 0, ""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    limit = compat.position_limit(model.config) or 2048
     length = min(seq_len or 2048, limit)
     if seq_len is not None and seq_len > limit:
         warnings.warn(f"seq_len {seq_len} exceeds the model's limit; using {limit}", stacklevel=3)

@@ -320,15 +320,3 @@ def quiet_unless_watched() -> Iterator[None]:
     finally:
         if hide:
             logging.enable_progress_bar()
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions a model was made for.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Its limit, None if it declares none.
-    """
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

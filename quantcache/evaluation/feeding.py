@@ -138,18 +138,6 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[Tensor, Te
     return encode(tokenizer, before), encode(tokenizer, behind)
 
 
-def context_limit(model: PreTrainedModel) -> int | None:
-    """How many positions a model was made for.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Its limit, None if it declares none.
-    """
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> None:
     """Refuse contexts beyond a model's limit.
 
@@ -161,7 +149,7 @@ def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> 
     Raises:
         QuantCacheError: A length is below 2 or above the limit.
     """
-    limit = context_limit(model)
+    limit = compat.position_limit(model.config)
     for length in lengths:
         if length < 2:
             raise QuantCacheError(f"{what} {length} is too short: at least 2 tokens")

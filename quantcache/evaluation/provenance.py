@@ -160,3 +160,25 @@ def check_material(calibration: Calibration, material: Material, name: str, used
         paragraphs = "\n".join(dict.fromkeys(question.context for question in material.questions))
         found["qa"] = check_overlap(calibration, paragraphs, "the text of the questions")
     return found
+
+
+def inputs(material: Material) -> dict[str, str | None]:
+    """SHA-256 of everything that is measured with.
+
+    Args:
+        material: Model, texts and whatever else there is.
+
+    Returns:
+        Hashes by name; None for what there is not.
+    """
+    questions = None if material.questions is None else repr(list(material.questions))
+    found = {
+        "model": model_sha256(material.model),
+        "tokenizer": tokenizer_sha256(material.tokenizer),
+        "calibration": None if material.calibration is None else calibration_sha256(material.calibration),
+        "text": text_sha256(material.text),
+        "questions": None if questions is None else text_sha256(questions),
+        "draft": None if material.draft is None else model_sha256(material.draft),
+        "code": code_sha256(),
+    }
+    return {**found, **{f"domain {name}": text_sha256(text) for name, text in material.domains.items()}}

@@ -24,7 +24,7 @@ from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
-from quantcache.evaluation.feeding import PROMPT_CHUNK, context_limit, dense_method, encode, feed, frame_of
+from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
 from quantcache.evaluation.methods import Method
 
 SUITE = "qa"
@@ -272,7 +272,7 @@ def _choose(
 ) -> list[tuple[Question, Tensor]]:
     """Questions that fit, with their prompts ``[T]``."""
     before, behind = frame_of(tokenizer, chat)
-    room = context_limit(model)
+    room = compat.position_limit(model.config)
     chosen = []
     for question in random.Random(seed).sample(list(questions), len(questions)):
         text = template.replace("{context}", question.context).replace("{question}", question.question)

@@ -204,7 +204,7 @@ def _logits(folder: Path, count: int) -> tuple[Tensor, torch.dtype]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model.eval()
     text_config = model.config.get_text_config(decoder=True)
-    count = min(count, getattr(text_config, "max_position_embeddings", None) or count)
+    count = min(count, compat.position_limit(model.config) or count)
     ids = _text_tokens(folder, count)
     if ids.shape[1] < count or int(ids.max()) >= text_config.vocab_size:
         ids = torch.randint(

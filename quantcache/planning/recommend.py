@@ -231,7 +231,7 @@ def recommend(
     eligible = [each for each in fitting if each.meets]
     best = min(eligible, key=_preference, default=None)
     reason = _reason(best, fitting, candidates, demand, weights, functools.partial(show_bytes, like=unit))
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = compat.position_limit(config)
     return Recommendation(
         model=model,
         demand=demand,

@@ -74,6 +74,18 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if images else AutoModelForCausalLM
 
 
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """How many positions a model was made for.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        Its limit, None if it declares none.
+    """
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model, possibly spread over devices, takes its tokens.
 

@@ -18,6 +18,7 @@ from quantcache.artifact import cache_layout
 from quantcache.attention.probe import RecordingCache, recorded_queries, run
 from quantcache.coding import linalg
 from quantcache.coding.spectral import Moments
+from quantcache.common import compat
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 
@@ -80,7 +81,7 @@ def collect_statistics(
         QuantCacheError: The text is too short.
         UnsupportedModel: The model's attention has no known interface.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sequence_length
+    limit = compat.position_limit(model.config) or sequence_length
     sequences = [s for s in tokens.split(min(sequence_length, limit)) if len(s) > 4 * SINK_LENGTH]
     if not sequences:
         raise QuantCacheError(
