@@ -31,8 +31,9 @@ from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import CodecSettings, LayerCalibration, Metadata, Rate
 from quantcache.cli.session import load_model
 from quantcache.coding.allocation import allocate_layers
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codebook import gaussian_codebook
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES

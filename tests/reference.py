@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from quantcache.backends import kernels as backends
 from quantcache.cache.spectral_cache import BlockCache, SpectralLayer
-from quantcache.coding.codec import SideCodec
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH
 

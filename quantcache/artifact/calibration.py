@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,9 +23,8 @@ from quantcache.artifact.card import render_card
 from quantcache.artifact.files import CONFIG_NAME, DIGEST, TENSORS_NAME, from_files, to_files
 from quantcache.artifact.identity import check_identity
 from quantcache.artifact.index import bundled_index, find_entry, read_index
-from quantcache.coding import linalg
+from quantcache.artifact.synthetic import random_constants
 from quantcache.coding.allocation import allocate_layers, check_rate
-from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import (
     SIDES,
     CodecSettings,
@@ -193,29 +191,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Returns:
             A calibration with random orthogonal transforms and geometric spectra.
         """
-        text_config = config.get_text_config(decoder=True)
-        generator = torch.Generator().manual_seed(seed)
-        cache_layout.compressible_layers(config)
-        codec = CodecSettings()
-        layers = {}
-        for index, (key, value) in cache_layout.cached_shapes(config).items():
-            rope = cache_layout.rope_from_config(text_config, index)
-            if rope.rotary_dim > key[1] or key != value:
-                rope = Rope()  # what is cached is not the rotated keys
-            frame = Frame(key[1], rope, codec.fast_wavelength)
-            layers[index] = LayerCalibration(
-                rope,
-                _random_side(*key, (frame.num_slow, frame.num_fast), generator),
-                _random_side(*value, (value[1],), generator),
-            )
-        metadata = Metadata(
-            base_model={"id": None, "revision": None, "model_type": text_config.model_type},
-            cache_config=cache_layout.cache_config(config),
-            recipe={"metric": "synthetic", "seed": seed},
-            codec=codec,
-            environment=compat.versions(),
-        )
-        return cls(layers, metadata).with_bits(bits)
+        return cls(*random_constants(config, seed)).with_bits(bits)
 
     # -------------------------------------------------------------- files and Hub
 
@@ -411,15 +387,3 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         if not isinstance(model, str):
             calibration.check_compatible(model)
         return calibration
-
-
-def _random_side(heads: int, dim: int, parts: tuple[int, ...], generator: torch.Generator) -> SideCalibration:
-    analysis = torch.zeros(heads, dim, dim, dtype=torch.float32, device="cpu")
-    offset = 0
-    for size in parts:
-        if size:
-            noise = torch.randn(heads, size, size, generator=generator, dtype=torch.float32, device="cpu")
-            analysis[:, offset : offset + size, offset : offset + size] = linalg.qr(noise)[0]
-        offset += size
-    spectrum = torch.cat([0.9 ** torch.arange(size, dtype=torch.float64, device="cpu") for size in parts])
-    return SideCalibration(torch.zeros_like(analysis[..., 0]), analysis, spectrum.expand(heads, dim).contiguous())

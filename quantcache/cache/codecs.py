@@ -8,7 +8,8 @@ from torch import Tensor, distributed
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.padding import Grid
 from quantcache.cache.layer import CodecFactory, ShapeCheck
-from quantcache.coding.codec import DenseCodec, SideCodec, SpectralCodec
+from quantcache.coding.blocks import DenseCodec, SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import CalibrationMismatch

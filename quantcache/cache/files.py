@@ -6,7 +6,6 @@ and a file is read only with the calibration it was written with. Every flaw of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -26,16 +25,18 @@ from quantcache.artifact.files import TensorReader
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore
+from quantcache.cache.fingerprints import fingerprint, model_fingerprint
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import MIXED
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES, LayerCalibration, Rate
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.common.jsonfile import parse_json
-from quantcache.common.tensor_file import TensorFile, checksum, content_bytes
+from quantcache.common.tensor_file import TensorFile, checksum
 from quantcache.common.writing import current_umask, partial_folder
 
 FORMAT = "quantcache-cache"
@@ -43,56 +44,7 @@ SCHEMA_VERSION = "2.1"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
 
-WEIGHT_SAMPLES = 64
-"""Elements of every parameter that go into a model's fingerprint."""
-
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-
-
-def fingerprint(calibration: Calibration) -> str:
-    """Digest of everything that gives codes their meaning.
-
-    Args:
-        calibration: The calibration, at some rate.
-
-    Returns:
-        SHA-256 in hex.
-    """
-    settings = asdict(calibration.metadata.codec)
-    if settings["coding"] == "scalar":
-        del settings["coding"]  # files written before there was a choice have the digest without it
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for index, layer in calibration.layers.items():
-        digest.update(json.dumps([index, layer.rope.layout, layer.rope.inv_freq]).encode())
-        for side in SIDES:
-            for name, tensor in sorted(vars(layer.side(side)).items()):
-                digest.update(f"{side}.{name}{None if tensor is None else list(tensor.shape)}".encode())
-                if tensor is not None:
-                    digest.update(content_bytes(tensor))
-    return digest.hexdigest()
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Digest of a sample of a model's weights: two checkpoints of one architecture differ in it.
-
-    Args:
-        model: The model.
-
-    Returns:
-        SHA-256 in hex.
-
-    Raises:
-        QuantCacheError: Some weights are not in memory.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise QuantCacheError(f"{name} is offloaded: such a model cannot be told by its weights, leave model out")
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float()
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(content_bytes(sample))
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- writing

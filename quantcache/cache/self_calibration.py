@@ -15,7 +15,7 @@ from quantcache.attention.probe import detect_ropes, evaluating, observed_values
 from quantcache.backends.padding import Grid
 from quantcache.cache.codecs import calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, CodecFactory, SpectralCache
-from quantcache.coding.codec import SideCodec
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH

@@ -27,6 +27,7 @@ from quantcache.common.errors import HubError
 
 if TYPE_CHECKING:
     from quantcache.artifact.calibration import Calibration, SideBits
+    from quantcache.artifact.recipes import Recipe
 
 
 def calibrate(
@@ -77,10 +78,7 @@ def calibrate(
         rows = None if metrics is None else read_metrics(metrics)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
         if recipe is not None:
-            from quantcache.artifact.recipes import load_recipe
-
-            refuse_options(context)
-            chosen = load_recipe(recipe)
+            chosen = _recipe(recipe, context)
             model, revision, texts = model or chosen.model, chosen.revision, chosen.texts()
             bits, min_bits = chosen.bits, chosen.min_bits
             keys, values = chosen.side_bits("key"), chosen.side_bits("value")
@@ -124,22 +122,36 @@ def calibrate(
             calibration.save_pretrained(output, model_card_kwargs={"metrics": rows})
         if push_to_hub is not None:
             url = push(calibration, push_to_hub, rows, output)
-        data = {
-            "model": model,
-            "output": None if output is None else str(output),
-            "url": url,
-            "layers": len(calibration.layers),
-            "bits": calibration.bits,
-            "bits_per_element": calibration.bits_per_element,
-            "recipe": calibration.metadata.recipe,
-            "seconds": time.perf_counter() - started,
-        }
-        where = " and ".join(str(place) for place in (output, url) if place)
-        line = (
-            f"{where}: {data['layers']} layers at {data['bits_per_element']:.3f} bits per element, gains included "
-            f"({calibration.metadata.recipe['tokens']:,} tokens, {data['seconds']:.0f} s)"
-        )
-        run.finish(data, line)
+        where = {"output": None if output is None else str(output), "url": url}
+        run.finish(*_result(calibration, model, where, time.perf_counter() - started))
+
+
+def _result(
+    calibration: Calibration, model: str, where: dict[str, str | None], seconds: float
+) -> tuple[dict[str, Any], str]:
+    """What is said of a calibration that has been made: as JSON, and in a line."""
+    data = {
+        "model": model,
+        **where,
+        "layers": len(calibration.layers),
+        "bits": calibration.bits,
+        "bits_per_element": calibration.bits_per_element,
+        "recipe": calibration.metadata.recipe,
+        "seconds": seconds,
+    }
+    line = (
+        f"{' and '.join(place for place in where.values() if place)}: {data['layers']} layers at "
+        f"{calibration.bits_per_element:.3f} bits per element, gains included "
+        f"({calibration.metadata.recipe['tokens']:,} tokens, {seconds:.0f} s)"
+    )
+    return data, line
+
+
+def _recipe(name: str, context: typer.Context) -> Recipe:
+    from quantcache.artifact.recipes import load_recipe
+
+    refuse_options(context)
+    return load_recipe(name)
 
 
 def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | None, saved: Path | None) -> str:

@@ -75,16 +75,8 @@ def generate(
             residual_length=residual,
             backend=backend,  # type: ignore[arg-type]
         )
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        chat = has_template if chat is None else chat
-        if chat and not has_template:
-            raise QuantCacheError(f"{model} has no chat template: leave --chat out")
-        if chat:
-            message: Any = [{"role": "user", "content": text}]
-            text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        # A template writes the special tokens itself.
-        encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
-        inputs = encoded.to(loaded.get_input_embeddings().weight.device)
+        chat = has_template(tokenizer, model, chat)
+        inputs = encoded(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
         prompt_tokens = inputs.input_ids.shape[1]
         torch.manual_seed(seed)
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -115,6 +107,43 @@ def generate(
             f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} in all",
         )
         run.finish(data, data["text"])
+
+
+def has_template(tokenizer: Any, model: str, wanted: bool | None) -> bool:
+    """Whether to use a chat template.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        model: What the model is called.
+        wanted: Whether it is asked for; None where nobody says.
+
+    Returns:
+        What is asked for, else whether there is one.
+
+    Raises:
+        QuantCacheError: It is asked for, and there is none.
+    """
+    there = bool(getattr(tokenizer, "chat_template", None))
+    if wanted and not there:
+        raise QuantCacheError(f"{model} has no chat template: leave --chat out")
+    return there if wanted is None else wanted
+
+
+def encoded(tokenizer: Any, text: str, chat: bool) -> Any:
+    """The tokens of a prompt.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The prompt.
+        chat: Whether to put it into the chat template, which writes the special tokens itself.
+
+    Returns:
+        Token ids and mask.
+    """
+    if chat:
+        message = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    return tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
 
 
 def read_prompt(given: str) -> str:

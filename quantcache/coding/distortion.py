@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quantcache.coding.codec import GAIN_STEPS
+from quantcache.coding.gains import GAIN_STEPS
 from quantcache.coding.schema import Coding, LayerCalibration, SideCalibration
 from quantcache.coding.trellis import code_distortions
 

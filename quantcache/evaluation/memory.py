@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from quantcache.accounting.measuring import measure
 from quantcache.accounting.memory import dtype_bytes
 from quantcache.accounting.predicting import predict
-from quantcache.artifact import cache_layout
+from quantcache.artifact import cache_layout, tracing
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
@@ -168,7 +168,7 @@ def _measure_rung(model: PreTrainedModel, method: Method, length: int, batch: in
 def _fill(model: PreTrainedModel, cache: Cache, length: int, batch: int, device: torch.device) -> None:
     """One update of every layer of the model's cache."""
     text = model.config.get_text_config(decoder=True)
-    shapes = cache_layout.cached_shapes(model.config)
+    shapes = tracing.cached_shapes(model.config)
     foreign = cache_layout.cross_attention_layers(model.config)
     generator = torch.Generator(device).manual_seed(length)
     for index, stock in enumerate(cache_layout.stock_layers(model.config)):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from quantcache.accounting.memory import LayerSize, SideSize
-from quantcache.artifact import cache_layout
+from quantcache.artifact import cache_layout, tracing
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.data import BUNDLED_MODEL, demo_model_path
@@ -83,7 +83,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
         UnsupportedModel: It has layers whose bytes are not known, or cannot be built from its config.
     """
     stock = cache_layout.stock_layers(config)
-    traced = cache_layout.traced_layers(config)
+    traced = tracing.traced_layers(config)
     text = config.get_text_config(decoder=True)
     foreign = cache_layout.cross_attention_layers(config)  # as long as the image, which nobody has told
     layers = []
@@ -95,7 +95,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
         if not grows and not compat.is_window(layer):
             raise UnsupportedModel(f"layer {index} is a {type(layer).__name__}, whose bytes cannot be foretold")
         holder = layer if traced is None else traced[index]
-        shape = (cache_layout.kv_geometry(text, index),) * 2 if traced is None else cache_layout.held_shape(holder)
+        shape = (cache_layout.kv_geometry(text, index),) * 2 if traced is None else tracing.held_shape(holder)
         if shape is None:
             continue
         window = None if grows else layer.sliding_window

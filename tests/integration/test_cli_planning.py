@@ -20,9 +20,10 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cli.formats import _table
 from quantcache.cli.recommend import _shown
 from quantcache.planning import table
+from quantcache.planning.demand import Demand
 from quantcache.planning.formats import FORMAT_NAMES
 from quantcache.planning.geometry import load_config
-from quantcache.planning.recommend import Demand, model_sizes, recommend
+from quantcache.planning.recommend import model_sizes, recommend
 from quantcache.planning.records import bundled_measurements
 from tests.builders import eval_record
 from tests.helpers import Run

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 import quantcache
 from quantcache import Calibration, SpectralCache
 from quantcache.accounting.measuring import measure
-from quantcache.artifact import cache_layout
+from quantcache.artifact import cache_layout, tracing
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, NothingToCompress, QuantCacheError, UnsupportedModel
@@ -198,10 +198,10 @@ def test_shapes_and_bytes_are_those_of_the_cache(name: str) -> None:
     cache = DynamicCache(config=config)
     with torch.no_grad():
         model(random_tokens(1, 70), past_key_values=cache)
-    held = {index: cache_layout.held_shape(cache.layers[index]) for index in LAYOUTS[BY_NAME[name]]}
+    held = {index: tracing.held_shape(cache.layers[index]) for index in LAYOUTS[BY_NAME[name]]}
     if LAYOUTS[BY_NAME[name]] is not INDEXED or compat.HAS_FP8_CACHE:  # older versions cache what they expand
         assert held == LAYOUTS[BY_NAME[name]]
-    assert cache_layout.cached_shapes(config) == held
+    assert tracing.cached_shapes(config) == held
     assert estimate_memory(config, "bf16", 70, dtype=torch.float32).total == measure(cache).total
     estimate_memory(config, "spectral-3", 4096)
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache.coding.codec import GAIN_CENTER, GAIN_STEPS, SpectralCodec, block_positions
+from quantcache.coding.blocks import block_positions
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_CENTER, GAIN_STEPS
 from quantcache.coding.packing import BLOCK, unpack
 
 FLOOR = 1e-6

@@ -27,7 +27,8 @@ from quantcache.backends.padding import Arrivals
 from quantcache.backends.store import GROWTH
 from quantcache.cache.files import read_cache, read_description, write_cache
 from quantcache.cache.layer import SpectralLayer
-from quantcache.coding.codec import DenseCodec, SideCodec, SpectralCodec
+from quantcache.coding.blocks import DenseCodec, SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration

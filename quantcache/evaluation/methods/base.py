@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedConfig
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.padding import Grid
 from quantcache.cache.spectral_cache import BlockCache, CodecFactory
-from quantcache.coding.codec import SideCodec, join_blocks, split_blocks
+from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.statistics import RivalStatistics
 
