@@ -35,7 +35,7 @@ from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES, LayerCalibration, Rate
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
-from quantcache.common.jsonfile import parse_json
+from quantcache.common.jsonfile import as_type, parse_json
 from quantcache.common.tensor_file import TensorFile, checksum
 from quantcache.common.writing import current_umask, partial_folder
 
@@ -198,7 +198,7 @@ def calibration_at(description: dict[str, Any], calibration: Calibration, path: 
         ArtifactError: The description's rate is malformed.
     """
     try:
-        rate = Rate(**description.get("rate"))  # type: ignore[arg-type]
+        rate: Rate = as_type(Rate, description.get("rate"), "rate")
         if rate == calibration.metadata.rate:
             return calibration
         return calibration.with_bits(

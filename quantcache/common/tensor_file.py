@@ -8,7 +8,6 @@ file afterwards.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantcache.common.errors import ArtifactError
+from quantcache.common.jsonfile import parse_json
 
 MOST_HEADER = 100_000_000
 """Largest header in bytes; the library's own limit."""
@@ -91,12 +91,12 @@ class TensorFile:
         if not 2 <= length <= min(MOST_HEADER, size - 8):
             raise self._unreadable(f"its header has {length} bytes, the file {size}")
         try:
-            header = json.loads(self._bytes(8, length).numpy().tobytes().decode("utf-8"), object_pairs_hook=_unique)
+            header = parse_json(self._bytes(8, length).numpy().tobytes(), MOST_HEADER)
             metadata = header.pop("__metadata__", {})
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("its metadata are not strings")
             entries = {name: _entry(name, entry) for name, entry in header.items()}
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise self._unreadable(f"the header is malformed: {error}") from error
         end = 0
         for name, (_, _, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -138,13 +138,6 @@ class TensorFile:
         if dtype not in _DTYPES:
             raise ArtifactError(f"{self.path}: {name} has dtype {dtype!r}, expected one of {', '.join(_DTYPES)}")
         return self._bytes(self._start + first, last - first).view(_DTYPES[dtype]).reshape(shape)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import finite
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, finite, parse_json
 
 Key = tuple[str, str, str]
 
@@ -62,10 +62,10 @@ class Cells:
     def _read(self, path: Path) -> None:
         lines = path.read_bytes().split(b"\n")
         try:
-            found = json.loads(lines[0])["fingerprint"]
+            found = parse_json(lines[0], MOST_RESULT_BYTES)["fingerprint"]
             if not isinstance(found, dict):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             raise QuantCacheError(f"{path} is no state of a run: delete it, or start afresh with --restart") from None
         differing = [key for key in {**found, **self.fingerprint} if found.get(key) != self.fingerprint.get(key)]
         if differing:
@@ -78,11 +78,11 @@ class Cells:
         sound = len(lines[0]) + 1
         for line in lines[1:-1]:  # what follows the last line feed was cut off while it was being written
             try:
-                entry = json.loads(line)
+                entry = parse_json(line, MOST_RESULT_BYTES)
                 key = (str(entry["suite"]), str(entry["method"]), str(entry["cell"]))
                 if not isinstance(entry["result"], dict):
                     raise TypeError
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 break
             self.finished[key] = entry["result"]
             sound += len(line) + 1

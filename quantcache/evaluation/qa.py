@@ -6,7 +6,6 @@ model answers wrongly whatever its cache; therefore agreement with the dense cac
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import string
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, parse_json
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
@@ -107,8 +107,8 @@ def load_questions(path: Path) -> list[Question]:
     except UnicodeDecodeError as error:
         raise QuantCacheError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
+        whole = parse_json(text, MOST_RESULT_BYTES)
+    except ValueError:
         whole = None
     try:
         if isinstance(whole, dict) and "data" in whole:
@@ -123,8 +123,8 @@ def load_questions(path: Path) -> list[Question]:
             found = []
             for number, line in lines:
                 try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    entry = parse_json(line, MOST_RESULT_BYTES)
+                except ValueError as error:
                     raise QuantCacheError(f"{path}, line {number} is no JSON: {error}") from None
                 answers = entry["answers"] if "answers" in entry else entry["answer"]
                 found.append(_question(entry.get("id", f"{number}"), entry["context"], entry["question"], answers))

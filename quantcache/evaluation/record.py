@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import finite, write_json
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, as_type, finite, read_json, write_json
 
 SCHEMA_VERSION = 1
 
@@ -89,23 +88,6 @@ class Record:
         return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
 
 
-_KINDS: dict[str, tuple[Any, str, bool]] = {
-    "schema_version": (int, "a whole number", True),
-    "suite": (str, "a string", True),
-    "status": (str, "a string", True),
-    "created": (str, "a string", True),
-    "commit": ((str, type(None)), "a string or null", True),
-    "dirty": (bool, "true or false", True),
-    "command": (str, "a string", True),
-    "environment": (dict, "an object", True),
-    "settings": (dict, "an object", True),
-    "metrics": (dict, "an object", True),
-    "inputs": (dict, "an object", False),
-    "seeds": (list, "a list", False),
-    "gates": (dict, "an object", False),
-}
-
-
 def check(data: Any, where: str = "record") -> None:
     """Check a record's JSON against the schema.
 
@@ -121,16 +103,15 @@ def check(data: Any, where: str = "record") -> None:
         if not holds:
             raise RecordError(f"{where}: {flaw}")
 
-    require(isinstance(data, dict), f"a record is an object, this is {_kind(data)}")
+    require(isinstance(data, dict), f"a record must be an object, got {data!r:.60}")
     version = data.get("schema_version")
     require(version is not None, "it is no record: it has no schema_version")
     known = isinstance(version, int) and not isinstance(version, bool) and version == SCHEMA_VERSION
     require(known, f"schema version {version!r}, this quantcache reads {SCHEMA_VERSION}")
-    for name, (kind, words, needed) in _KINDS.items():
-        require(name in data or not needed, f"it lacks {name}")
-        if name in data:
-            wrong = not isinstance(data[name], kind) or (kind is int and isinstance(data[name], bool))
-            require(not wrong, f"{name} must be {words}, got {_kind(data[name])}")
+    try:
+        as_type(Record, data)
+    except ValueError as error:
+        raise RecordError(f"{where}: {error}") from error
     require(data["status"] in STATUSES, f"status must be one of {', '.join(STATUSES)}, got {data['status']!r}")
     require(_is_time(data["created"]), f"created must be a time with its zone, got {data['created']!r}")
     commit = data["commit"]
@@ -139,16 +120,9 @@ def check(data: Any, where: str = "record") -> None:
     for name, digest in data.get("inputs", {}).items():
         good = digest is None or (isinstance(digest, str) and bool(HASH.fullmatch(digest)))
         require(good, f"inputs.{name} must be a SHA-256 in hexadecimal or null, got {digest!r}")
-    for seed in data.get("seeds", []):
-        require(isinstance(seed, int) and not isinstance(seed, bool), f"seeds must be whole numbers, got {seed!r}")
     for name in ("environment", "settings", "metrics", "gates"):
         flaw = _flaw(data.get(name, {}), name)
         require(flaw is None, str(flaw))
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def _is_time(text: str) -> bool:
@@ -253,11 +227,7 @@ def read_strict_json(path: Path) -> Any:
     Raises:
         RecordError: It cannot be read or parsed.
     """
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
-
     try:
-        return json.loads(path.read_text("utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path, MOST_RESULT_BYTES)
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error

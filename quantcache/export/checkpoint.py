@@ -7,7 +7,6 @@ of the tensors that change are overwritten: nothing else can change, and one ten
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, parse_json, read_json
 from quantcache.export.projections import TensorInfo
 
 SINGLE_NAME = "model.safetensors"
@@ -67,7 +67,7 @@ class Checkpoint:
             raise QuantCacheError(f"{path} cannot be read: {error}") from error
         with open(path, "rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(size))
+            header: dict[str, Any] = parse_json(file.read(size), MOST_RESULT_BYTES)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in self._places:
@@ -124,7 +124,7 @@ class Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        weight_map = read_json(path, MOST_RESULT_BYTES)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QuantCacheError(f"{path} is no index of a sharded checkpoint: {type(error).__name__} {error}") from error
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

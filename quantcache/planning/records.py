@@ -6,13 +6,13 @@ package has no benchmark records; their figures come with it as one digest, made
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from quantcache import data
+from quantcache.common.jsonfile import as_type
 from quantcache.evaluation.record import Record, RecordError, check, read_strict_json
 
 DIGEST_FORMAT = "quantcache-measurements"
@@ -304,21 +304,14 @@ def _cpu_speed(record: Record, origin: Origin) -> list[Speed]:
 
 Figure = TypeVar("Figure", Fidelity, Speed)
 
-_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "None": (type(None),)}
-
 
 def _checked(figure: Figure) -> Figure:
     """Refuse figures of the wrong kind: they come from files."""
-    for name, value in vars(figure).items():
-        if name == "origin":
-            continue
-        wanted = str(type(figure).__annotations__[name])
-        kinds = tuple(kind for part in wanted.split(" | ") for kind in _KINDS[part])
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise TypeError(f"{name} of {figure.method} must be of type {wanted}, got {value!r}")
-        if isinstance(value, int | float) and not math.isfinite(value):
-            raise ValueError(f"{name} of {figure.method} must be finite, got {value!r}")
-    return figure
+    try:
+        found: Figure = as_type(type(figure), asdict(figure))
+    except ValueError as error:
+        raise ValueError(f"method {figure.method!r}: {error}") from error
+    return found
 
 
 # ------------------------------------------------------------------ the digest
@@ -367,9 +360,11 @@ def from_digest(content: Any, where: str) -> Measurements:
             f"{where} has schema version {content.get('schema_version')!r}, this quantcache reads {DIGEST_VERSION}"
         )
     try:
-        origins = [Origin(**origin) for origin in content["origins"]]
-        fidelity = [_checked(Fidelity(**{**row, "origin": origins[row["origin"]]})) for row in content["fidelity"]]
-        speed = [_checked(Speed(**{**row, "origin": origins[row["origin"]]})) for row in content["speed"]]
+        origins = content["origins"]
+        tables = {
+            name: [{**row, "origin": origins[row["origin"]]} for row in content[name]] for name in ("fidelity", "speed")
+        }
+        found: Measurements = as_type(Measurements, tables)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise RecordError(f"{where} is a damaged digest of measurements: {error}") from error
-    return Measurements(fidelity, speed)
+    return found

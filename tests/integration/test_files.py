@@ -118,7 +118,7 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
         (header(b"[]"), "malformed"),
         (header(b"{" * 100_000), "malformed"),
         (header(b'{"a": NaN}'), "malformed"),
-        (header(b'{"a": {}, "a": {}}'), "occurs twice"),
+        (header(b'{"a": {}, "a": {}}'), "it says 'a' twice"),
         (header(b"\xff\xfe"), "malformed"),
         (header({"__metadata__": {"a": 1}}), "metadata are not strings"),
         (header({"x": entry()}, b"1234"), "take 8 bytes, it has 4"),

@@ -111,10 +111,13 @@ def test_one_folder_by_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (lambda r: r["environment"].pop("cpu"), "it lacks 'cpu'"),
         (lambda r: r["metrics"].update(fidelity=[3]), "is not what the suite 'eval' writes"),
         (lambda r: r["metrics"].update(speed={"methods": {"x": 1}}), "is not what the suite 'eval' writes"),
-        (lambda r: r["metrics"]["fidelity"][0].update(context="512"), "context of spectral-3 must be of type int"),
+        (
+            lambda r: r["metrics"]["fidelity"][0].update(context="512"),
+            "method 'spectral-3': context must be a whole number, got '512'",
+        ),
         (
             lambda r: r["metrics"]["fidelity"][0]["methods"]["spectral-3"].update(kl_mean=None),
-            "kl_mean of spectral-3 must be of type float, got None",
+            "method 'spectral-3': kl_mean must be a number, got None",
         ),
         (lambda r: r["metrics"]["fidelity"][0]["methods"]["spectral-3"].pop("kl_mean"), "it lacks 'kl_mean'"),
         (lambda r: r["metrics"]["speed"]["methods"]["spectral-3"]["batches"]["4"].update(decode_ratio=0), "division"),
