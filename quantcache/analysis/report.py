@@ -234,9 +234,9 @@ class Report:
         Args:
             path: The file, written complete or not at all.
         """
-        from quantcache.analysis.picture import draw
+        from quantcache.analysis.drawing import draw_png
 
-        write_file(Path(path), draw(self))
+        write_file(Path(path), draw_png(self))
 
     def summary(self) -> str:
         """The report in some lines of plain text."""
