@@ -24,7 +24,7 @@ PANELS = ("spectra", "gamma", "k95")
 WIDTH, HEIGHT = 460, 300
 """Units of a chart on the page, points to matplotlib."""
 
-LEAST = 1e-250
+LEAST = 1e-100
 """The smallest value on a logarithmic axis, and one over the largest."""
 
 _AXES = (54 / WIDTH, 44 / HEIGHT, 384 / WIDTH, 246 / HEIGHT)
