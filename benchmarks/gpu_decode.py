@@ -42,7 +42,7 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.packing import BLOCK
 from quantcache.common.env import environment
 from quantcache.evaluation.kernel_check import check_kernels
-from quantcache_kernels.runtime import unavailable
+from quantcache_kernels.triton.runtime import unavailable
 
 PARTS = ("parity", "copy", "attention", "encode", "models", "sweep", "check")
 """All but the last two run unless something else is asked for."""
@@ -362,7 +362,7 @@ def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 @torch.inference_mode()
 def sweep(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """The kernels' settings, one after the other: each keeps the best of those before it."""
-    from quantcache_kernels.ops import SETTINGS
+    from quantcache_kernels.triton.ops import SETTINGS
 
     choices: dict[str, tuple[Any, ...]] = {
         "programs_per_processor": (8, 4, 12, 16, 24),

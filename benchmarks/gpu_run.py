@@ -229,7 +229,7 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
 
 def kernels() -> list[dict[str, Any]]:
     """Every variant of a kernel that has been compiled in this process, with its registers and spilled bytes."""
-    from quantcache_kernels import decode, decode_attention, dense_attention, encode, queries
+    from quantcache_kernels.triton import decode, decode_attention, dense_attention, encode, queries
 
     found = []
     for module in (queries, decode_attention, dense_attention, encode, decode):

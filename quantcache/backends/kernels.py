@@ -26,7 +26,7 @@ from quantcache.common.errors import QuantCacheError
 from quantcache_kernels import cpu
 
 if TYPE_CHECKING:
-    from quantcache_kernels.ops import PreparedSide
+    from quantcache_kernels.triton.ops import PreparedSide
 
 Backend = Literal["auto", "native", "triton", "torch"]
 BACKENDS: tuple[str, ...] = ("auto", "native", "triton", "torch")
@@ -295,14 +295,14 @@ def _native_constants(codec: SpectralCodec) -> cpu.Constants:
 
 # ------------------------------------------------------------------- Triton kernels
 
-# quantcache_kernels.ops is imported where it is used: importing it imports Triton.
+# quantcache_kernels.triton.ops is imported where it is used: importing it imports Triton.
 
 
 def _triton_takes(x: Tensor, backend: Backend, *codecs: SpectralCodec, problem: str | None = None) -> bool:
     """Whether the Triton kernels are to work on a tensor, and can."""
     if backend != "triton" and (backend != "auto" or x.device.type not in ("cuda", "xpu")):
         return False
-    from quantcache_kernels.runtime import unavailable
+    from quantcache_kernels.triton.runtime import unavailable
 
     reason = unavailable(x.device)
     if reason is not None and backend == "triton":
@@ -319,7 +319,7 @@ def _triton_takes(x: Tensor, backend: Backend, *codecs: SpectralCodec, problem: 
 
 
 def _triton_lacks(codec: SpectralCodec) -> str | None:
-    from quantcache_kernels.ops import unsupported
+    from quantcache_kernels.triton.ops import unsupported
 
     if codec.coding != "scalar":
         return "codes are coded by a trellis"
@@ -333,8 +333,8 @@ def _inform_once(message: str) -> None:
 
 def _triton_constants(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
     """A codec's constants in the form of the Triton kernels for a model's dtype, made once."""
-    from quantcache_kernels.ops import PreparedSide, compute_dtype, prepare
-    from quantcache_kernels.tables import Frame, SideConstants
+    from quantcache_kernels.triton.ops import PreparedSide, compute_dtype, prepare
+    from quantcache_kernels.triton.tables import Frame, SideConstants
 
     name = f"triton {compute_dtype(dtype)}"
     found = codec.derived.get(name)
@@ -360,7 +360,7 @@ def _triton_constants(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
 
 
 def _triton_encode(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
-    from quantcache_kernels.ops import encode_blocks
+    from quantcache_kernels.triton.ops import encode_blocks
 
     prepared = _triton_constants(codec, x.dtype).encode
     codes, gains = encode_blocks(x, places, starts, prepared.tensors, prepared.sizes)
@@ -368,7 +368,7 @@ def _triton_encode(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tens
 
 
 def _triton_decode(codec: SpectralCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
-    from quantcache_kernels.ops import decode_blocks
+    from quantcache_kernels.triton.ops import decode_blocks
 
     prepared = _triton_constants(codec, torch.float32).decode
     codes, gains = fields["codes"], fields["gains"]
@@ -386,7 +386,7 @@ def _triton_attend(
     causal: bool,
     softcap: float | None,
 ) -> Tensor:
-    from quantcache_kernels.ops import attend
+    from quantcache_kernels.triton.ops import attend
 
     assert isinstance(view.key.codec, SpectralCodec)
     assert isinstance(view.value.codec, SpectralCodec)

@@ -20,7 +20,8 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import anchor_of
-from quantcache_kernels import cpu, runtime
+from quantcache_kernels import cpu
+from quantcache_kernels.triton import runtime
 
 GEOMETRIES = ((128, 4, 5e5), (256, 2, 1e4), (64, 7, 1e4))
 """Head dimension, queries for each key/value head and base of the rotation: Llama, Gemma 2, and many small models."""

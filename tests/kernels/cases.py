@@ -15,8 +15,8 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Frame, Rope, anchor_of
 from quantcache.coding.schema import CodecSettings
-from quantcache_kernels import runtime
 from quantcache_kernels.cpu.library import find
+from quantcache_kernels.triton import runtime
 from tests.builders import gaussian_vectors, random_side
 from tests.helpers import left_padding
 

@@ -110,7 +110,7 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from quantcache_kernels import ops, runtime
+    from quantcache_kernels.triton import ops, runtime
 
     run, before = JITFunction.run, (ops.unavailable, runtime.unavailable, runtime.on_cuda)
     found: list[tuple[str, str, Any]] = []

@@ -19,8 +19,9 @@ from quantcache.backends import kernels as backends
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.codec import SpectralCodec
 from quantcache.common.errors import QuantCacheError
-from quantcache_kernels import cpu, runtime
+from quantcache_kernels import cpu
 from quantcache_kernels.cpu.library import find
+from quantcache_kernels.triton import runtime
 from tests.kernels.cases import TRITON_DEVICE, Case, codecs, fill, vectors
 
 ROOT = Path(__file__).resolve().parent.parent.parent

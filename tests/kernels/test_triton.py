@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from quantcache.attention.function import spectral_attention
 from quantcache.backends import kernels as backends
 from quantcache.common.errors import QuantCacheError
-from quantcache_kernels import ops
+from quantcache_kernels.triton import ops
 from tests.kernels import truth
 from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device, shared
 

@@ -23,7 +23,7 @@ from quantcache import Calibration, SpectralCache
 from quantcache.attention import guards
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
-from quantcache_kernels import decode, encode, ops, runtime
+from quantcache_kernels.triton import decode, encode, ops, runtime
 from tests.builders import llama_config
 
 WAITING = {

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache_kernels import decode, encode, runtime
-from quantcache_kernels.decode_attention import attend_kernel, merge_kernel
-from quantcache_kernels.dense_attention import dense_kernel
-from quantcache_kernels.queries import query_kernel
-from quantcache_kernels.runtime import (
+from quantcache_kernels.triton import decode, encode, runtime
+from quantcache_kernels.triton.decode_attention import attend_kernel, merge_kernel
+from quantcache_kernels.triton.dense_attention import dense_kernel
+from quantcache_kernels.triton.queries import query_kernel
+from quantcache_kernels.triton.runtime import (
     BLOCK,
     launch_on,
     operand_type,
@@ -24,7 +24,7 @@ from quantcache_kernels.runtime import (
     stored_type,
     unavailable,
 )
-from quantcache_kernels.tables import (
+from quantcache_kernels.triton.tables import (
     ANCHOR_LENGTH,
     LEAST_PAYLOAD,
     TILE,
