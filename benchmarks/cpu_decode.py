@@ -230,7 +230,7 @@ States = Callable[[int, int, torch.dtype], Tensor]
 def spectral_layer(geometry: Geometry, length: int, bits: float, states: States) -> SpectralLayer:
     """A layer with ``length`` tokens, encoded by the kernels."""
     config = geometry.config()
-    cache = SpectralCache(Calibration.synthetic(config, bits=bits), config, backend="native")
+    cache = SpectralCache(Calibration.synthetic(config, bits=bits), config, backend="cpu")
     layer = cache.spectral_layers[0]
     for first in range(0, length, 4096):
         count = min(4096, length - first)
@@ -300,7 +300,7 @@ def encoding_share(options: argparse.Namespace, tokens: int = 4096) -> dict[str,
 
     samples = []
     for _ in range(9):
-        cache = SpectralCache(Calibration.synthetic(geometry.config(), bits=options.bits), backend="native")
+        cache = SpectralCache(Calibration.synthetic(geometry.config(), bits=options.bits), backend="cpu")
         layer = cache.spectral_layers[0]
         layer.update(*(states(geometry.heads, 68, torch.float32) for _ in range(2)))
         layer.finish()

@@ -180,8 +180,7 @@ def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -
             found[f"{prefix}.{side}.sinks"] = layer.sinks[side]
             if side in layer.leads:
                 found[f"{prefix}.{side}.lead"] = layer.leads[side]
-            fields = layer.stores[side].slice(0, layer.stores[side].count)
-            found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in fields.items()}
+            found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in layer.fields(side).items()}
     return found
 
 

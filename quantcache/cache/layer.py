@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from quantcache import backends
 from quantcache.attention import alignment, guards
 from quantcache.attention.lazy import LazyKV
-from quantcache.backends import kernels as backends
-from quantcache.backends import padding
-from quantcache.backends.kernels import Backend
+from quantcache.backends import REFERENCE, Backend, BackendName, BackendReport, Fields, padding
 from quantcache.backends.padding import Arrivals, Grid
 from quantcache.backends.spans import Span, next_spans, places_of
 from quantcache.backends.store import BlockStore, moved
@@ -45,6 +44,15 @@ ShapeCheck = Callable[[Tensor, Tensor], None]
 """Raises if a layer's first keys and values do not fit its codecs."""
 
 
+class _Choice:
+    """The backend that was chosen last, and for what: not a layer's state, and none of its copies' either."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+        self.codecs: dict[str, SideCodec] = {}
+        self.found: tuple[Backend, BackendReport] | None = None
+
+
 class SpectralLayer(DynamicLayer):
     """One layer: sinks, encoded blocks and a tail of recent tokens.
 
@@ -62,7 +70,7 @@ class SpectralLayer(DynamicLayer):
         shape_check: Called with the first keys and values; raises if they do not fit.
         sink_length: Tokens at the start of every row that stay in the model's dtype.
         residual_length: At least this many recent tokens stay in the model's dtype.
-        backend: Which implementation attends on codes.
+        backend: Which implementation encodes and attends on codes.
         index: Which layer of the model this is, for messages.
     """
 
@@ -80,6 +88,7 @@ class SpectralLayer(DynamicLayer):
     gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
     refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
     look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
+    layout: Backend  # in whose layout the blocks are
 
     def __init__(
         self,
@@ -87,7 +96,7 @@ class SpectralLayer(DynamicLayer):
         shape_check: ShapeCheck | None = None,
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         index: int | None = None,
     ):
         super().__init__()
@@ -96,6 +105,7 @@ class SpectralLayer(DynamicLayer):
         self.sink_length, self.residual_length, self.backend = sink_length, residual_length, backend
         self.index = index
         self.codecs: dict[str, SideCodec] = {}
+        self._choice = _Choice()
         self.reset()
 
     def __repr__(self) -> str:
@@ -118,6 +128,7 @@ class SpectralLayer(DynamicLayer):
             trail=None,
             cut=False,
             pending=False,
+            layout=REFERENCE,
             is_initialized=False,
         )
 
@@ -174,6 +185,8 @@ class SpectralLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
+        if self.spans:
+            self._relay(self._served()[0])
         now = glimpse(self)
         sides = {
             side: SideView(
@@ -181,11 +194,65 @@ class SpectralLayer(DynamicLayer):
             )
             for side in SIDES
         }
-        if now.spans:
-            places = now.places.buffers["places"][: now.places.count]
-        else:
-            places = torch.zeros(0, 3, dtype=torch.int32, device=now.device)
-        return CacheView(self, sides["key"], sides["value"], places, now.encoded_end, now.cut, now.starts, now.origins)
+        places = (
+            now.places.buffers["places"][: now.places.count]
+            if now.spans
+            else torch.zeros(0, 3, dtype=torch.int32, device=now.device)
+        )
+        return CacheView(
+            key=sides["key"],
+            value=sides["value"],
+            places=places,
+            encoded_end=now.encoded_end,
+            cut=now.cut,
+            starts=now.starts,
+            origins=now.origins,
+            spans=now.spans,
+            backend=now.layout if now.spans else None,
+            report=now.backend_report(),
+            flush=self.finish,
+        )
+
+    # ------------------------------------------------------------------ backend
+
+    def _served(self, codecs: dict[str, SideCodec] | None = None) -> tuple[Backend, BackendReport]:
+        """Who encodes and attends; asked anew only when what it depends on has changed."""
+        codecs, tails = codecs or self.codecs, self.tails
+        dtypes = {side: tails[side].dtype for side in SIDES}
+        key = (self.backend, self.device, *map(id, codecs.values()), *dtypes.values())
+        if self._choice.key != key:
+            found = backends.choose(self.backend, self.device, dtypes, codecs)
+            self._choice.key, self._choice.codecs, self._choice.found = key, codecs, found
+        assert self._choice.found is not None
+        return self._choice.found
+
+    def backend_report(self) -> BackendReport | None:
+        """Who encodes and attends here, and why not a faster backend; None before the first block."""
+        return self._served()[1] if self.spans else None
+
+    def fields(self, side: str) -> Fields:
+        """All blocks of a side in the portable layout.
+
+        Args:
+            side: ``"key"`` or ``"value"``.
+
+        Returns:
+            The codec's fields, ``[n, B, ...]`` each.
+        """
+        store = self.stores[side]
+        return self.layout.to_portable(self.codecs[side], store.slice(0, store.count)) if store.count else {}
+
+    def _relay(self, backend: Backend) -> None:
+        """Bring the blocks into a backend's layout."""
+        if backend.layout != self.layout.layout:
+            stores = {
+                side: store.mapped_fields(backend.from_portable(self.codecs[side], self.fields(side)))
+                for side, store in self.stores.items()
+                if store.count
+            }
+            commit([self], [{"stores": {**self.stores, **stores}, "layout": backend}])
+        elif backend is not self.layout:
+            commit([self], [{"layout": backend}])
 
     @property
     def grid(self) -> Grid:
@@ -300,6 +367,8 @@ class SpectralLayer(DynamicLayer):
         if self.trail is not None:
             grid = padding.settled(self.trail, grid, self.encoded_end)
         codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
+        backend = self._served(codecs)[0]
+        self._relay(backend)
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
         grid = grid if framed else Grid(grid.starts)
         shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
@@ -326,14 +395,15 @@ class SpectralLayer(DynamicLayer):
             frames = grid.frames
             if framed and side == "key":
                 held, grids = self.places.slice(0, self.places.count).get("places", places), (self.grid, grid)
-                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, self.backend)
+                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, backend)
                 if shifts is not None:
                     store, frames = alignment.with_shifts(store, grid, tail.shape[0], tail.device), shifts
-            fields = backends.encode(codecs[side], encoded, places, frames, self.backend)
+            fields = backend.encode(codecs[side], encoded, places, frames)
             if frames is not None and frames.ndim == 2:
                 fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
             if isinstance(codec := codecs[side], SpectralCodec):
-                gains[side] = guards.Later(codec.saturated(fields["gains"], places, self._first_read(grid)))
+                stored = backend.to_portable(codec, fields)["gains"]
+                gains[side] = guards.Later(codec.saturated(stored, places, self._first_read(grid)))
             stores[side] = store.appended(fields)
             tails[side] = tail[:, :, count:].clone()
         # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
@@ -366,9 +436,8 @@ class SpectralLayer(DynamicLayer):
         above = below = 0
         for side, codec in self.codecs.items():
             if isinstance(codec, SpectralCodec) and self.spans:
-                store, places = self.stores[side], self.places
-                gains, where = store.slice(0, store.count)["gains"], places.slice(0, places.count)["places"]
-                found = codec.saturated(gains, where, self._first_read(self.grid)).tolist()
+                where = self.places.slice(0, self.places.count)["places"]
+                found = codec.saturated(self.fields(side)["gains"], where, self._first_read(self.grid)).tolist()
                 above, below = above + found[0], below + found[1]
         return above, below
 
@@ -465,6 +534,7 @@ class SpectralLayer(DynamicLayer):
 
     def _move(self, device: torch.device | str) -> None:
         self.finish_if_finite()
+        self._relay(REFERENCE)
         self._commit(
             places=self.places.moved(device),
             starts=None if self.starts is None else moved(self.starts, device),

@@ -22,7 +22,7 @@ from quantcache.accounting.memory import (
 )
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.attention.function import QUERY_CHUNK, TILE_BLOCKS
+from quantcache.backends.reference import QUERY_CHUNK, TILE_BLOCKS
 from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.coding.packing import BLOCK
 from quantcache.common.errors import QuantCacheError

@@ -123,7 +123,7 @@ class _Life:
             self.pads = torch.tensor([chance.choice((0, chance.randint(0, 150))) for _ in range(rows)])
         residual = chance.choice((0, 0, 7, 64))
         self.padded = bool(self.pads.any())
-        self.layer = SpectralLayer(lambda *_: dict(made), None, self.case.sink_length, residual, "native")
+        self.layer = SpectralLayer(lambda *_: dict(made), None, self.case.sink_length, residual, "cpu")
         self.sizes = {"key": made["key"].dim, "value": made["value"].dim}
 
     def begin(self) -> None:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from quantcache.accounting.memory import PLACE_BYTES, measure
 from quantcache.artifact.calibration import Calibration
-from quantcache.backends import kernels as backends
-from quantcache.backends.kernels import Backend
+from quantcache.backends import BackendName
 from quantcache.backends.padding import Arrivals
 from quantcache.backends.store import GROWTH
 from quantcache.cache.files import read_cache, read_description, write_cache
@@ -31,6 +30,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
 from tests.builders import held_bytes, random_side
+from tests.helpers import implementation
 from tests.property.effort import SOAK, examples, report
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 32, 16
@@ -76,7 +76,7 @@ class Model:
     sinks: int
     residual: int
     dtype: torch.dtype
-    backend: Backend
+    backend: BackendName
     codecs: dict[str, SideCodec]
     given: dict[str, Tensor] = field(default_factory=dict)
     expected: dict[str, Tensor] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Model:
             block = Block(start, BLOCK, anchor, {})
             slots = slice(start, start + BLOCK)
             for side, codec in self.codecs.items():
-                fields = backends.encode(codec, self.given[side][:, :, slots], place, None, self.backend)
+                fields = implementation(self.backend).encode(codec, self.given[side][:, :, slots], place, None)
                 block.fields[side] = {name: value[0].clone() for name, value in fields.items()}
                 decoded = codec.decode(fields, place, None)
                 self.expected[side][:, :, slots] = decoded.to(self.dtype)
@@ -203,7 +203,7 @@ class LayerMachine(RuleBasedStateMachine):
         sinks: int,
         residual: int,
         dtype: torch.dtype,
-        backend: Backend,
+        backend: BackendName,
         dense: tuple[str, ...],
         masked: bool,
         seed: int,

@@ -22,7 +22,7 @@ from quantcache.accounting.memory import (
     predict,
 )
 from quantcache.artifact.calibration import Calibration
-from quantcache.backends.kernels import Backend
+from quantcache.backends import BackendName
 from quantcache.cache.spectral_cache import SpectralCache
 from tests.builders import held_bytes, layer_storages, live_storages, llama_config, new_objects_only, storages
 from tests.helpers import left_padding
@@ -290,7 +290,7 @@ def test_bits_per_encoded_element() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("steps", [(1000,), (1000, *([1] * 130)), (150, 700, 3)], ids=["prefill", "decode", "chunks"])
-def test_nothing_else_is_kept_alive(steps: Sequence[int], backend: Backend) -> None:
+def test_nothing_else_is_kept_alive(steps: Sequence[int], backend: BackendName) -> None:
     """New storages in the process are exactly what memory() reports, and the model's K/V are freed once encoded."""
     calibration = Calibration.synthetic(llama_config(64))
     with new_objects_only():
