@@ -313,7 +313,7 @@ def spectral_step(layer: SpectralLayer, query: Tensor, new: list[Tensor]) -> Non
     """Update, attend, and now and then encode a block."""
     layer.update(*new)
     spectral_attention(query, layer.snapshot(), None)
-    layer.finish()
+    layer.flush()
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ __all__ = [
     "BackendName",
     "BackendReport",
     "CacheView",
+    "Choice",
     "Fields",
     "SideView",
     "attend",
@@ -127,6 +128,25 @@ def choose(
             _inform_once(f"keys and values on {device.type} are encoded by the {backend.name} backend")
             return backend, report
     return REFERENCE, report
+
+
+class Choice:
+    """The backend that was chosen for a layer last; chosen anew only when what it depends on has changed."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] | None = None
+        self._codecs: Mapping[str, SideCodec] = {}  # kept, so that no other codec gets the address of one of them
+        self._found: tuple[Backend, BackendReport] = (REFERENCE, BackendReport(REFERENCE.name))
+
+    def of(
+        self, name: str, device: torch.device, dtypes: Mapping[str, torch.dtype], codecs: Mapping[str, SideCodec]
+    ) -> tuple[Backend, BackendReport]:
+        """See :func:`choose`."""
+        key = (name, device, *map(id, codecs.values()), *dtypes.values())
+        if self._key != key:
+            found = choose(name, device, dtypes, codecs)
+            self._key, self._codecs, self._found = key, codecs, found
+        return self._found
 
 
 @without_autocast

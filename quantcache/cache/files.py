@@ -165,7 +165,7 @@ def write_cache(
 
 def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -> dict[str, Tensor]:
     """What a layer stores, by name in the file."""
-    layer.finish_if_finite()
+    layer.flush_if_finite()
     heads, whole = layer.tails["key"].shape[1], calibration.layers[index].key.num_heads
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")

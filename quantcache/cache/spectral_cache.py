@@ -281,7 +281,7 @@ class SpectralCache(BlockCache):
                 length = old.get_seq_length()
                 told = Arrivals.of(attention_mask, None, length, length)
                 layer.update(old.keys.detach(), old.values.detach(), arrivals=told)
-                layer.finish()
+                layer.flush()
                 copy_beside(layer, old)
         return new
 

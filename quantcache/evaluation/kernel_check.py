@@ -120,5 +120,5 @@ def _case(
         device, dtype
     )
     layer.update(*new)
-    layer.finish()
+    layer.flush()
     return layer, new[0], query

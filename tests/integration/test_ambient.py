@@ -223,7 +223,7 @@ def filled(
     keys, values = (torch.randn(1, heads, tokens, dim, generator=generator).to(device) for _ in range(2))
     cache = SpectralCache(Calibration.synthetic(config, 4.0), config, residual_length=0, backend=backend)
     cache.layers[0].update(keys.to(key), values.to(value))
-    cache.layers[0].finish()
+    cache.layers[0].flush()
     return cache
 
 

@@ -61,7 +61,7 @@ def append(layer: SpectralLayer, tokens: dict[str, Tensor], first: int, last: in
     """Give a layer some tokens, as a model whose attention is ours does."""
     new = (tokens[side][:, :, first:last] for side in SIDES)
     layer.update(*new, arrivals=left_padding(pads, last, last - first))
-    layer.finish()
+    layer.flush()
 
 
 def stored(layer: SpectralLayer, pads: Sequence[int] = ()) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def test_codes_do_not_depend_on_the_reader(cuts: list[int], data: st.DataObject)
         if reader == "layer":
             assert torch.equal(layer.keys.add(0)[:, :, first:last], tokens["key"][:, :, first:last])
         append(expected, tokens, first, last)
-    layer.finish()
+    layer.flush()
     assert_same(stored(layer), stored(expected))
 
 
@@ -187,7 +187,7 @@ def test_operations_do_what_they_do_to_dense_tokens(
         if operation == "append":
             new = {side: torch.randn(rows, shape[1], argument, shape[3], generator=generator) for side in SIDES}
             layer.update(new["key"], new["value"])
-            layer.finish()
+            layer.flush()
             dense.update(new["key"], new["value"])
         elif operation == "crop":
             for each in (layer, dense):

@@ -271,13 +271,13 @@ def fill(case: Case, backend: BackendName = "torch") -> Filled:
     given = vectors(case, case.tokens)
     padded = any(case.pads)
     layer.update(given["key"], given["value"], arrivals=left_padding(case.pads, case.tokens, case.tokens))
-    layer.finish()
+    layer.flush()
     length = case.tokens
     if case.cut:
         layer.crop(-(case.tokens % 64) - 20)
         more = vectors(case, 140, first=layer.get_seq_length())
         layer.update(more["key"], more["value"])
-        layer.finish()
+        layer.flush()
         assert layer.cut
         length = layer.get_seq_length()
     generator = torch.Generator().manual_seed(4)

@@ -212,7 +212,7 @@ def variants_while_decoding(steps: int) -> dict[str, int]:
                 if layer.spans:
                     query = torch.zeros(1, 4, count, 128, dtype=torch.bfloat16)
                     attend_by_kernel(query, layer.snapshot())
-                layer.finish()
+                layer.flush()
     return dict(Counter(kernel for kernel, _, _ in found))
 
 

@@ -164,7 +164,7 @@ class _Life:
         shown = torch.arange(length) >= self.pads[:, None]
         self.layer.update(*new, arrivals=Arrivals.of(shown, None, length, count))
         self.attend(count)
-        self.layer.finish()
+        self.layer.flush()
         self.counts["blocks encoded"] += (len(self.layer.spans) - before) * rows
 
     def attend(self, count: int) -> None:

@@ -409,7 +409,6 @@ import resource, sys
 import torch
 from quantcache_kernels import cpu
 from quantcache_kernels.interface import AttentionCall
-from tests.helpers import implementation, attend_by_kernel
 
 given = torch.load(sys.argv[1])
 key, value = (cpu.Constants.unflatten(*given[side]) for side in ("key", "value"))

@@ -195,7 +195,7 @@ def test_generation_step_by_step(kernel: Kernel) -> None:
         new = [torch.randn(1, 1, 1, 64, generator=generator) for _ in range(2)]
         query = 0.2 * torch.randn(1, 3, 1, 64, generator=generator)
         layer.update(*(x.to(kernel.device) for x in new))
-        layer.finish()
+        layer.flush()
         found = spectral_attention(query.to(kernel.device), layer.snapshot(), None).cpu()
         mine = on_device(layer, TORCH).snapshot()
         expected = truth.attention(query, mine, None)

@@ -133,7 +133,7 @@ def test_triton_encoding_and_decoding_can_be_traced() -> None:
 def test_triton_through_the_cache() -> None:
     layer = on_device(fill(replace(BASE, tokens=130)).layer, TRITON)
     layer.update(*(torch.randn(1, 1, 3, 64, device=TRITON_DEVICE) for _ in range(2)))
-    layer.finish()
+    layer.flush()
     assert len(layer.spans) == 2
     assert {name for codec in layer.codecs.values() for name in codec.derived} == {"triton torch.float32"}
 

@@ -171,7 +171,7 @@ def test_what_is_not_finite_is_found_all_the_same(looks: Looks) -> None:
     tokens = [torch.randn(2, 2, 1, 64) for _ in range(2)]
     tokens[1][1, 0, 0, 3] = torch.nan
     layer.update(*tokens)  # token 140
-    layer.finish()
+    layer.flush()
     before = layer.get_seq_length()
     while layer.get_seq_length() < 4 + 3 * 64 + 64 - 1:
         step(looks, [layer], config, 1)

@@ -263,7 +263,7 @@ class LayerMachine(RuleBasedStateMachine):
         assert keys.shape == (self.model.rows, HEADS, self.model.length, KEY_DIM)
         assert values.shape == (self.model.rows, HEADS, self.model.length, VALUE_DIM)
         if reader == "ours":
-            self.layer.finish()
+            self.layer.flush()
             self.model.settle()
         elif reader == "stock":
             for side, lazy in (("key", keys), ("value", values)):
@@ -362,7 +362,7 @@ class LayerMachine(RuleBasedStateMachine):
         if wreck == "append":
             new = self.random_tokens(200)
             original.update(new["key"], new["value"])
-            original.finish()
+            original.flush()
         elif wreck == "crop":
             original.crop(-(self.model.length // 2))
         elif wreck == "reorder":

@@ -169,9 +169,9 @@ def fed(chunks: list[int], seed: int, dtype: torch.dtype, backend: BackendName, 
         if last > first:
             layer.update(given["key"][:, :, first:last], given["value"][:, :, first:last])
             if finish:
-                layer.finish()
+                layer.flush()
         first = last
-    layer.finish()
+    layer.flush()
     return layer
 
 

@@ -84,7 +84,7 @@ def outputs(calibration: Calibration) -> list[Tensor]:
     for backend in ("cpu", "torch"):
         layer = SpectralCache(calibration, residual_length=0, backend=backend).spectral_layers[0]
         layer.update(keys, values)
-        layer.finish()
+        layer.flush()
         view = layer.snapshot()
         found.append(spectral_attention(query, view, None))
     dense = [view.dense(side).repeat_interleave(2, 1) for side in ("key", "value")]

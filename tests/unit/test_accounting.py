@@ -46,7 +46,7 @@ def append(cache: SpectralCache, count: int, batch: int = 1, dtype: torch.dtype 
             torch.randn(batch, constants.key.num_heads, count, constants.key.dim).to(dtype),
             torch.randn(batch, constants.value.num_heads, count, constants.value.dim).to(dtype),
         )
-        layer.finish()
+        layer.flush()
 
 
 def fill(cache: SpectralCache, tokens: int, prefill: int | None, batch: int = 1) -> None:
@@ -123,7 +123,7 @@ def test_row_starts_are_counted() -> None:
     constants = synthetic().layers[0].key
     keys = torch.randn(2, constants.num_heads, 200, constants.dim)
     cache.layers[0].update(keys, keys, arrivals=left_padding((0, 30), 200, 200))
-    cache.layers[0].finish()
+    cache.layers[0].flush()
     assert cache.layers[0].starts.tolist() == [0, 30]
     memory = assert_counts_what_is_held(cache)
     assert memory.bookkeeping == 2 * 12 + 2 * 8 + 2 * 2 * 4 * (200 - 132)  # places, starts, what is known of the tail
@@ -302,7 +302,7 @@ def test_nothing_else_is_kept_alive(steps: Sequence[int], backend: BackendName) 
                 inputs += [weakref.ref(keys), weakref.ref(values)]
                 lazy = cache.layers[index].update(keys, values)
                 del keys, values
-                cache.layers[index].finish()
+                cache.layers[index].flush()
                 del lazy
         assert not [ref for ref in inputs if ref() is not None]
         assert_alive(cache)
