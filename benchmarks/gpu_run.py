@@ -213,7 +213,7 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tokens = layer.sink_length + BLOCK + layer.residual_length
     layer.update(*(run.states(batch, heads, tokens, dim) for _ in range(2)))
-    layer.finish()
+    layer.flush()
     assert layer.spans
     count = max(1, (length - layer.sink_length - layer.residual_length) // BLOCK)
     spans, stores = next_spans(None, layer.sink_length, count), {}
@@ -229,7 +229,7 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
 
 def kernels() -> list[dict[str, Any]]:
     """Every variant of a kernel that has been compiled in this process, with its registers and spilled bytes."""
-    from quantcache_kernels import decode, decode_attention, dense_attention, encode, queries
+    from quantcache_kernels.triton import decode, decode_attention, dense_attention, encode, queries
 
     found = []
     for module in (queries, decode_attention, dense_attention, encode, decode):

@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcache.backends import kernels as backends
-from quantcache.backends import padding
-from quantcache.backends.kernels import Backend
+from quantcache.backends import Backend, padding
 from quantcache.backends.padding import Grid
 from quantcache.backends.store import BlockStore
 from quantcache.coding.codec import SideCodec
@@ -68,7 +66,7 @@ def moved_rows(
         places: Their places, ``[n, 3]``.
         grids: Where the rows lay, and where they lie.
         dtype: The model's.
-        backend: Which implementation encodes.
+        backend: Who encodes, in whose layout the blocks are.
 
     Returns:
         The blocks; the same store where no row has moved.
@@ -80,8 +78,9 @@ def moved_rows(
     if not len(rows):
         return keys
     fields = keys.slice(0, keys.count)
-    held = codec.decode({name: each[:, rows] for name, each in fields.items()}, places, old[rows])
-    again = backends.encode(codec, held.to(dtype), places, new[rows], backend)
+    chosen = {name: each[:, rows] for name, each in fields.items()}
+    held = codec.decode(backend.to_portable(codec, chosen), places, old[rows])
+    again = backend.encode(codec, held.to(dtype), places, new[rows])
     return keys.mapped_fields({name: each.index_copy(1, rows, again[name]) for name, each in fields.items()})
 
 

@@ -1,11 +1,6 @@
-"""The ``"spectral"`` attention function: attends on packed codes, tile by tile, with an online softmax.
+"""The ``"spectral"`` attention function: what transformers calls, checked and handed to a backend.
 
-Scores against encoded keys are formed in the coded coordinates: the query is brought into the frame of each block's
-anchor and multiplied by the decoder once, and the values' decoder is applied once to the weighted sum, never to a
-cached token. Queries of a prefill on a compressed past are many, and there decoding each tile once is cheaper.
-
-Shapes: B batch, Hq / H query / key-value heads, G = Hq / H, Tq queries, T tokens, D dimension, R = G * Tq rows of
-queries that share one key/value head, N slots of a tile.
+Shapes: B batch, Hq / H query / key-value heads, Tq queries, T tokens, D dimension.
 """
 
 from __future__ import annotations
@@ -18,25 +13,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from quantcache import backends
 from quantcache.attention import guards
 from quantcache.attention.lazy import LazyKV
-from quantcache.backends import kernels as backends
-from quantcache.backends.online_softmax import OnlineSoftmax, QueryRows
+from quantcache.backends import AttentionCall
+from quantcache.backends.online_softmax import QueryRows
+from quantcache.backends.reference import QUERY_CHUNK
 from quantcache.backends.view import CacheView
-from quantcache.coding.codec import SpectralCodec, block_slots
-from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import matmul, without_autocast
 from quantcache.common.errors import UnsupportedModel
 from quantcache.common.registration import ATTENTION_NAME
-
-TILE_BLOCKS = 8
-"""Blocks worked on at once: bounds the extra memory of attention, whatever the context length."""
-
-CODE_QUERIES = 16
-"""Up to this many queries attend on codes; more are cheaper against decoded tiles."""
-
-QUERY_CHUNK = 256
-"""Queries of a long prefill that are worked on at once."""
 
 
 def register_attention() -> None:
@@ -111,8 +97,8 @@ def spectral_attention_forward(
             output = dense_attention(query, key, value, attention_mask, scaling, causal, softcap, s_aux, dropout)
     else:
         output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
-    if view is not None:
-        view.layer.finish()
+    if view is not None and view.flush is not None:
+        view.flush()
     return output, None
 
 
@@ -175,12 +161,12 @@ def dense_attention(
     """
     guards.require_query(query, key)
     mask, s_aux = guards.fitting_mask(mask, query, key.shape[2]), guards.fitting_sink_logits(s_aux, query)
-    scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
+    call = AttentionCall(mask, guards.fitting_scaling(scaling, query), causal, guards.fitting_softcap(softcap))
     outputs = []
     keys, values = key.float(), value.float()
     for first in range(0, max(query.shape[2], 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
-        rows = QueryRows(part, key.shape[1], key.shape[2], mask, scaling, causal, softcap, (first, query.shape[2]))
+        rows = QueryRows(part, key.shape[1], key.shape[2], call, (first, query.shape[2]))
         scores = rows.scores(matmul(rows.query, keys.transpose(-1, -2)), 0, key.shape[2])
         if s_aux is not None:
             scores = torch.cat((scores, rows.sink_scores(s_aux)), dim=-1)
@@ -216,186 +202,7 @@ def spectral_attention(
     Returns:
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
-    assert view.key.sinks is not None
-    assert view.value.sinks is not None
     guards.require_query(query, view.key.tail)
     mask, s_aux = guards.fitting_mask(mask, query, view.length), guards.fitting_sink_logits(s_aux, query)
     scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
-    on_codes = (
-        query.shape[2] <= CODE_QUERIES
-        and isinstance(view.key.codec, SpectralCodec)
-        and isinstance(view.value.codec, SpectralCodec)
-        and not view.shifted
-    )
-    if on_codes:
-
-        def beside(small: CacheView, small_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-            more = (scaling, causal, softcap, s_aux)
-            plain = plain_attention(query.float(), small, small_mask, *more)
-            return plain, own_precision(query, small, small_mask, *more)
-
-        output = backends.attend_view(query, view, mask, scaling, causal, softcap, s_aux, beside)
-        if output is not None:
-            return output
-    return plain_attention(query, view, mask, scaling, causal, softcap, s_aux, on_codes)
-
-
-def plain_attention(
-    query: Tensor,
-    view: CacheView,
-    mask: Tensor | None = None,
-    scaling: float | None = None,
-    causal: bool = True,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    on_codes: bool = True,
-) -> Tensor:
-    """:func:`spectral_attention` in plain torch, on codes or on decoded tiles."""
-    total, heads = query.shape[2], view.key.tail.shape[1]
-    parts = []
-    for first in range(0, max(total, 1), QUERY_CHUNK):
-        part = query[:, :, first : first + QUERY_CHUNK]
-        rows = QueryRows(part, heads, view.length, mask, scaling, causal, softcap, (first, total))
-        softmax = OnlineSoftmax(rows.query, view.value.tail.shape[3])
-        if s_aux is not None:
-            softmax.add(rows.sink_scores(s_aux))
-        _attend_sinks(rows, view, softmax)
-        parts.append((rows, softmax))
-    if on_codes:
-        _attend_codes(*parts[0], view)
-    else:
-        _attend_decoded(parts, view)
-    for rows, softmax in parts:
-        _attend_tail(rows, view, softmax)
-    return torch.cat([rows.to_output(softmax.result(), query.dtype) for rows, softmax in parts], dim=1)
-
-
-def own_precision(
-    query: Tensor,
-    view: CacheView,
-    mask: Tensor | None = None,
-    scaling: float | None = None,
-    causal: bool = True,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-) -> Tensor:
-    """The same attention over decoded tokens in the model's dtype throughout: how far off that dtype makes it."""
-    keys, values = view.dense("key"), view.dense("value")
-    rows = QueryRows(query, keys.shape[1], view.length, mask, scaling, causal, softcap, (0, query.shape[2]))
-    raw = rows.query.to(query.dtype) @ keys.transpose(-1, -2)
-    scores = rows.scores(raw, 0, view.length)
-    if s_aux is not None:
-        scores = torch.cat((scores, rows.sink_scores(s_aux).to(scores.dtype)), dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : view.length].to(values.dtype)
-    return rows.to_output(weights @ values, query.dtype)
-
-
-def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
-    keys, values = view.key.sinks, view.value.sinks
-    assert keys is not None
-    assert values is not None
-    if not keys.shape[2]:
-        return
-    slots = view.sink_slots()
-    valid = None if view.starts is None else slots < view.encoded_end
-    raw = matmul(rows.query, keys.float().transpose(-1, -2))
-    softmax.accumulate(matmul(softmax.add(rows.scores_at(raw, slots, valid)), values.float()))
-    if view.key.lead is None or view.value.lead is None or view.starts is None:
-        return
-    slots = torch.arange(keys.shape[2], dtype=torch.int64, device=keys.device)[None]
-    raw = matmul(rows.query, view.key.lead.float().transpose(-1, -2))
-    weights = softmax.add(rows.scores_at(raw, slots, slots < view.starts[:, None]))
-    softmax.accumulate(matmul(weights, view.value.lead.float()))
-
-
-def _attend_tail(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
-    keys, values = view.key.tail, view.value.tail
-    step = TILE_BLOCKS * BLOCK
-    for first in range(0, keys.shape[2], step):
-        last = min(first + step, keys.shape[2])
-        raw = matmul(rows.query, keys[:, :, first:last].float().transpose(-1, -2))
-        scores = rows.scores(raw, view.encoded_end + first, view.encoded_end + last)
-        softmax.accumulate(matmul(softmax.add(scores), values[:, :, first:last].float()))
-
-
-def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) -> Tensor:
-    """Mask the scores against whole blocks, ``[B, H, R, n * 64]``."""
-    slots = block_slots(places)
-    valid = None
-    if view.starts is not None:
-        assert view.key.sinks is not None
-        behind = slots - view.starts[:, None]
-        valid = (behind < 0) | (behind >= view.key.sinks.shape[2])
-    if view.cut:
-        inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK))[None]
-        valid = inside if valid is None else valid & inside
-    return rows.scores_at(raw, slots[None], valid)
-
-
-def _attend_decoded(parts: list[tuple[QueryRows, OnlineSoftmax]], view: CacheView) -> None:
-    """Attend on the encoded blocks by decoding one tile at a time, once for all queries."""
-    assert view.key.codec is not None
-    assert view.value.codec is not None
-    backend = view.layer.backend
-    for first, last in view.tiles(TILE_BLOCKS):
-        places = view.places[first:last]
-        keys = backends.decode(view.key.codec, view.key.store.slice(first, last), places, view.frames, backend)
-        values = backends.decode(view.value.codec, view.value.store.slice(first, last), places, view.frames, backend)
-        for rows, softmax in parts:
-            scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
-            softmax.accumulate(matmul(softmax.add(scores), values))
-
-
-def _attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView) -> None:
-    """Attend on the encoded blocks without decoding them."""
-    keys, values = view.key.codec, view.value.codec
-    assert isinstance(keys, SpectralCodec)
-    assert isinstance(values, SpectralCodec)
-    for first, last in view.tiles(TILE_BLOCKS):
-        places = view.places[first:last]
-        raw = code_scores(rows.query, keys, view.key.store.slice(first, last), places, view.frames)
-        weights = softmax.add(_tile_scores(rows, view, places, raw))
-        coefficients = values.dequantize(view.value.store.slice(first, last))  # [n, B, H, D, 64]
-        per_block = weights.unflatten(-1, (last - first, BLOCK)).permute(3, 0, 1, 2, 4)  # [n, B, H, R, 64]
-        softmax.accumulate(matmul(per_block, coefficients.transpose(-1, -2)).sum(0), "codes")
-        softmax.accumulate(weights.sum(-1, keepdim=True), "mass")
-    in_codes, mass = softmax.sums.pop("codes"), softmax.sums.pop("mass")
-    softmax.accumulate(values.synthesize(in_codes) + mass * values.mean[:, None])
-
-
-def code_scores(
-    query: Tensor, codec: SpectralCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None
-) -> Tensor:
-    """Scores of queries against encoded keys, in the coded coordinates.
-
-    Args:
-        query: Scaled queries, ``[B, H, R, D]`` float32.
-        codec: The keys' codec.
-        fields: n encoded blocks.
-        places: Their places, ``[n, 3]``.
-        starts: Left padding of every row, ``[B]``, or None.
-
-    Returns:
-        ``[B, H, R, n * 64]`` float32.
-    """
-    frame, slow = codec.frame, codec.frame.num_slow
-    coefficients = codec.dequantize(fields)  # [n, B, H, D, 64]
-    if frame.is_identity:
-        framed = query[None]
-    else:
-        anchors = places[:, 2:].long()
-        anchors = anchors if starts is None else anchors - starts
-        framed = frame.enter(query[None], anchors[:, :, None, None], anchors[:, :, None, None])  # [n, B, H, R, D]
-    mean = codec.mean[:, :, None]  # [H, D, 1]
-    slow_query = framed[..., :slow]
-    scores = matmul(matmul(slow_query, codec.decoder[:, :slow, :slow]), coefficients[..., :slow, :])
-    scores = scores + matmul(slow_query, mean[:, :slow])
-    if frame.num_fast:
-        keys = matmul(codec.decoder[:, slow:, slow:], coefficients[..., slow:, :]) + mean[:, slow:]  # [n, B, H, Df, 64]
-        first, second = keys.unflatten(-2, (2, -1)).unbind(-3)
-        offsets = (places[:, :1] - places[:, 2:]) + torch.arange(BLOCK, dtype=torch.int64, device=query.device)
-        angles = offsets.to(torch.float64)[:, None] * frame.frequencies[frame.slow_pairs :, None]  # [n, pairs, 64]
-        cos, sin = angles.cos().float()[:, None, None], angles.sin().float()[:, None, None]
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-2)
-        scores = scores + matmul(framed[..., slow:], rotated)
-    return scores.permute(1, 2, 3, 0, 4).flatten(3)
+    return backends.attend(query, view, AttentionCall(mask, scaling, causal, softcap, s_aux))

@@ -104,8 +104,8 @@ class LazyKV(PackedTensor):
             else:
                 self.dense_ = self.view_.dense(self.side_)
             self.view_.touched.add(self.side_)
-            if len(self.view_.touched) == 2:  # a stock consumer now has both: nothing else will tell the layer
-                self.view_.layer.finish()
+            if len(self.view_.touched) == 2 and self.view_.flush is not None:
+                self.view_.flush()  # a stock consumer now has both: nothing else will tell the layer
         return self.dense_
 
     @classmethod

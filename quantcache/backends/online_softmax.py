@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantcache_kernels.interface import AttentionCall
+
 
 class OnlineSoftmax:
     """Softmax-weighted sums over keys that come in pieces, in float32.
@@ -70,10 +72,7 @@ class QueryRows:
         query: ``[B, Hq, Tq, D]``, a part of the call's queries.
         heads: H.
         length: T.
-        mask: The call's mask, or None.
-        scaling: Factor of the scores; D^-½ if None.
-        causal: What a missing mask means.
-        softcap: Soft cap of the scores, or None.
+        call: The rest of the call.
         place: First query of this part, and how many queries the call has.
     """
 
@@ -82,19 +81,16 @@ class QueryRows:
         query: Tensor,
         heads: int,
         length: int,
-        mask: Tensor | None,
-        scaling: float | None,
-        causal: bool,
-        softcap: float | None,
+        call: AttentionCall,
         place: tuple[int, int],
     ):
         batch, query_heads, count, dim = query.shape
         self.groups, self.count = query_heads // heads, count
-        scale = dim**-0.5 if scaling is None else scaling
-        self.query = query.float().mul(scale).reshape(batch, heads, self.groups * count, dim)  # [B, H, R, D]
-        self.softcap = softcap
+        mask = call.mask
+        self.query = query.float().mul(call.scaling).reshape(batch, heads, self.groups * count, dim)  # [B, H, R, D]
+        self.softcap = call.softcap
         self.own_slots = length - place[1] + place[0] + torch.arange(count, dtype=torch.int64, device=query.device)
-        self.causal = causal and mask is None and place[1] > 1
+        self.causal = call.hides_the_future(place[1])
         self.mask = None
         if mask is not None:
             if mask.shape[2] > 1:
@@ -156,10 +152,10 @@ class QueryRows:
         rows: Tensor = scores.flatten(2, 3)
         return rows
 
-    def sink_scores(self, s_aux: Tensor) -> Tensor:
+    def sink_scores(self, sink_logits: Tensor) -> Tensor:
         """Scores of the attention-sink logits, ``[B, H, R, 1]``."""
         batch, heads = self.query.shape[:2]
-        per_head: Tensor = s_aux.float().reshape(1, heads, self.groups, 1, 1)
+        per_head: Tensor = sink_logits.float().reshape(1, heads, self.groups, 1, 1)
         return per_head.expand(batch, -1, -1, self.count, 1).flatten(2, 3)
 
     def to_output(self, grouped: Tensor, dtype: torch.dtype) -> Tensor:

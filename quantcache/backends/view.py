@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.padding import Grid
+from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore
-from quantcache.coding.codec import SideCodec, block_slots
+from quantcache.coding.codec import SideCodec, SpectralCodec, block_slots
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import without_autocast
 
 if TYPE_CHECKING:
-    from quantcache.cache.layer import SpectralLayer
+    from quantcache.backends.base import Backend, BackendReport
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -46,7 +48,6 @@ class CacheView:
     The tokens of the call itself are in the tails, exact; only what is read again later is quantized.
 
     Attributes:
-        layer: The layer, told through ``finish`` that its new tokens have been read.
         key: The keys.
         value: The values.
         places: Places of the n encoded blocks, ``[n, 3]`` int32 (see ``SideCodec``).
@@ -54,9 +55,13 @@ class CacheView:
         cut: Whether some block is not full.
         starts: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0. It hides nothing.
         origins: Slot at which every row's positions count from zero, ``[B]``; None where that is its start.
+        spans: ``places`` as Python knows them.
+        backend: Who attends on the blocks, and in whose layout they are; None before the first block.
+        report: Where the backend says which calls it left to plain torch.
+        flush: To be called when the new tokens have been read: the layer may then encode.
+        touched: Sides that were asked for as tensors.
     """
 
-    layer: SpectralLayer
     key: SideView
     value: SideView
     places: Tensor
@@ -64,6 +69,10 @@ class CacheView:
     cut: bool
     starts: Tensor | None
     origins: Tensor | None = None
+    spans: Sequence[Span] = ()
+    backend: Backend | None = None
+    report: BackendReport | None = None
+    flush: Callable[[], None] | None = None
     touched: set[str] = field(default_factory=set)
 
     def side(self, name: str) -> SideView:
@@ -86,15 +95,58 @@ class CacheView:
         return Grid(self.starts, self.origins).frames
 
     @property
+    def on_codes(self) -> bool:
+        """Whether few queries can be multiplied with codes: both codecs are SpectralCodecs, and frames are plain."""
+        return (
+            isinstance(self.key.codec, SpectralCodec)
+            and isinstance(self.value.codec, SpectralCodec)
+            and not self.shifted
+        )
+
+    def fields(self, name: str, first: int, last: int) -> dict[str, Tensor]:
+        """Some blocks of ``"key"`` or ``"value"`` in the portable layout.
+
+        Args:
+            name: The side.
+            first: First block.
+            last: One past the last block.
+
+        Returns:
+            The codec's fields, ``[last - first, B, ...]`` each.
+        """
+        side = self.side(name)
+        assert side.codec is not None
+        fields = side.store.slice(first, last)
+        return fields if self.backend is None else self.backend.to_portable(side.codec, fields)
+
+    def dense_parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values of the sinks, then of the tail, all of one dtype."""
+        keys, values = self.key, self.value
+        assert keys.sinks is not None
+        assert values.sinks is not None
+        parts = keys.sinks, values.sinks, keys.tail, values.tail
+        if keys.tail.dtype == values.tail.dtype:
+            return parts
+        wide = torch.promote_types(keys.tail.dtype, values.tail.dtype)  # autocast gives some models such
+        sinks, value_sinks, tail, value_tail = (part.to(wide) for part in parts)
+        return sinks, value_sinks, tail, value_tail
+
+    def packed(self) -> list[Tensor]:
+        """Codes and gains of all blocks in the backend's layout, the keys' first."""
+        sides = (self.key, self.value)
+        return [side.store.buffers[name][: self.num_blocks] for side in sides for name in ("codes", "gains")]
+
+    @property
     def shifted(self) -> bool:
         """Whether tokens of one row differ in what is to be taken from their slots for their positions."""
         return "shifts" in self.key.store.buffers
 
     def first_blocks(self, count: int) -> CacheView:
         """A view of the first blocks, the sinks and the tail, without padding: a small piece of the work at hand."""
-        spans = self.layer.spans[: min(count, self.num_blocks)]
+        spans = self.spans[: min(count, self.num_blocks)]
         starts = None if self.starts is None else torch.zeros_like(self.starts)
-        return replace(self, places=self.places[: len(spans)], encoded_end=spans[-1].end, starts=starts, touched=set())
+        places, end = self.places[: len(spans)], spans[-1].end
+        return replace(self, places=places, spans=spans, encoded_end=end, starts=starts, flush=None, touched=set())
 
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""
@@ -133,7 +185,7 @@ class CacheView:
         out = side.tail.new_zeros(batch, heads, self.length, dim)
         for first, last in self.tiles(16):
             places = self.places[first:last]
-            decoded = side.codec.decode(side.store.slice(first, last), places, self.frames)
+            decoded = side.codec.decode(self.fields(name, first, last), places, self.frames)
             if out.dtype == torch.float16:  # a token near float16's limit may decode to beyond it
                 decoded = decoded.clamp(-FLOAT16_MAX, FLOAT16_MAX)
             decoded = decoded.to(out.dtype)

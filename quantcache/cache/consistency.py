@@ -311,7 +311,7 @@ class ConsistentCache(DynamicCache):
         self._require_settled(self.layers)
         for layer in self.layers:
             if isinstance(layer, SpectralLayer):
-                layer.finish_if_finite()
+                layer.flush_if_finite()
 
     def _of(self, layers: list[Any]) -> Self:
         """This cache with other layers, which no forward pass has seen yet."""

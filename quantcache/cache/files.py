@@ -117,7 +117,7 @@ def write_cache(
 
 def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -> dict[str, Tensor]:
     """What a layer stores, by name in the file."""
-    layer.finish_if_finite()
+    layer.flush_if_finite()
     heads, whole = layer.tails["key"].shape[1], calibration.layers[index].key.num_heads
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")
@@ -132,8 +132,7 @@ def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -
             found[f"{prefix}.{side}.sinks"] = layer.sinks[side]
             if side in layer.leads:
                 found[f"{prefix}.{side}.lead"] = layer.leads[side]
-            fields = layer.stores[side].slice(0, layer.stores[side].count)
-            found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in fields.items()}
+            found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in layer.fields(side).items()}
     return found
 
 

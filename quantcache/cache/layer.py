@@ -1,51 +1,32 @@
-"""One layer of a spectral cache: sinks, packed blocks and a tail of recent tokens."""
+"""One layer of a spectral cache: how tokens come in, and how the oldest of them become blocks."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from quantcache.attention import alignment, guards
 from quantcache.attention.lazy import LazyKV
-from quantcache.backends import kernels as backends
 from quantcache.backends import padding
-from quantcache.backends.kernels import Backend
 from quantcache.backends.padding import Arrivals, Grid
-from quantcache.backends.spans import Span, next_spans, places_of
-from quantcache.backends.store import BlockStore, moved
-from quantcache.backends.view import CacheView, SideView
-from quantcache.cache.rows import chosen_rows, repeated_rows
-from quantcache.cache.transaction import commit, glimpse
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.backends.spans import next_spans, places_of
+from quantcache.cache.blocks import RESIDUAL_LENGTH as RESIDUAL_LENGTH
+from quantcache.cache.blocks import SINK_LENGTH as SINK_LENGTH
+from quantcache.cache.blocks import BlockLayer
+from quantcache.cache.blocks import CodecFactory as CodecFactory
+from quantcache.cache.blocks import ShapeCheck as ShapeCheck
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
-from quantcache.common import compat
 from quantcache.common.ambient import without_autocast
-from quantcache.common.errors import QuantCacheError, TokensNotFinite
-
-SINK_LENGTH = 4
-RESIDUAL_LENGTH = 64
 
 LOOK_AHEAD = 8
 """Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
 
-CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
-"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
 
-With tails of no tokens it is asked for the same codecs on another device.
-"""
-
-ShapeCheck = Callable[[Tensor, Tensor], None]
-"""Raises if a layer's first keys and values do not fit its codecs."""
-
-
-class SpectralLayer(DynamicLayer):
+class SpectralLayer(BlockLayer):
     """One layer: sinks, encoded blocks and a tail of recent tokens.
 
     Slots 0 ... T-1 are the layer's tokens in order of arrival, one grid for the whole batch. Until the first block is
@@ -54,145 +35,8 @@ class SpectralLayer(DynamicLayer):
     (but for padding, once the row behind it begins elsewhere than was thought). Padding is a matter of fidelity alone:
     every slot is kept, and what a query may look at is for its own mask to say.
 
-    Whatever changes the layer prepares everything first and puts it in place at once: a failure or an interrupt on the
-    way leaves the layer as it was.
-
-    Args:
-        make_codecs: Gives the codecs of both sides when the first block is due.
-        shape_check: Called with the first keys and values; raises if they do not fit.
-        sink_length: Tokens at the start of every row that stay in the model's dtype.
-        residual_length: At least this many recent tokens stay in the model's dtype.
-        backend: Which implementation attends on codes.
-        index: Which layer of the model this is, for messages.
+    Arguments are those of :class:`quantcache.cache.blocks.BlockLayer`.
     """
-
-    spans: list[Span]
-    stores: dict[str, BlockStore]
-    places: BlockStore  # the spans once more, as a tensor for attention to read
-    sinks: dict[str, Tensor]
-    tails: dict[str, Tensor]
-    leads: dict[str, Tensor]  # what lies before the first block, where that is not the sinks
-    starts: Tensor | None
-    origins: Tensor | None
-    trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
-    cut: bool  # whether a crop has left some block less than full
-    pending: bool  # whether new tokens await their reader before they may be encoded
-    gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
-    refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
-    look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
-
-    def __init__(
-        self,
-        make_codecs: CodecFactory,
-        shape_check: ShapeCheck | None = None,
-        sink_length: int = SINK_LENGTH,
-        residual_length: int = RESIDUAL_LENGTH,
-        backend: Backend = "auto",
-        index: int | None = None,
-    ):
-        super().__init__()
-        self.make_codecs = make_codecs
-        self.shape_check = shape_check
-        self.sink_length, self.residual_length, self.backend = sink_length, residual_length, backend
-        self.index = index
-        self.codecs: dict[str, SideCodec] = {}
-        self.reset()
-
-    def __repr__(self) -> str:
-        return f"SpectralLayer(tokens={self.get_seq_length()}, blocks={len(self.spans)})"
-
-    # ------------------------------------------------------------------ state
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self._commit(
-            spans=[],
-            stores={side: BlockStore() for side in SIDES},
-            places=BlockStore(),
-            sinks={},
-            tails={},
-            leads={},
-            gains={},
-            starts=None,
-            origins=None,
-            trail=None,
-            cut=False,
-            pending=False,
-            is_initialized=False,
-        )
-
-    def _commit(self, **state: Any) -> None:
-        """Put a new state in place at once."""
-        commit([self], [{"look": None, "refused": False, **state}])
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take dtype, device and geometry from the first keys and values."""
-        if self.shape_check is not None:
-            self.shape_check(key_states, value_states)
-        self._commit(
-            dtype=key_states.dtype,
-            device=key_states.device,
-            tails={"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()},
-            is_initialized=True,
-        )
-
-    @property
-    def encoded_end(self) -> int:
-        """Slot behind the last encoded token; 0 before the first block."""
-        return self.spans[-1].end if self.spans else 0
-
-    def get_seq_length(self) -> int:
-        """Tokens cached, T."""
-        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
-        return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
-
-    @property
-    def keys(self) -> Tensor | None:
-        """Dense keys of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "key", guarded=True) if self.is_initialized else None
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        self._refuse_assignment(value)
-
-    @property
-    def values(self) -> Tensor | None:
-        """Dense values of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
-        return LazyKV(self.snapshot(), "value", guarded=True) if self.is_initialized else None
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        self._refuse_assignment(value)
-
-    def _refuse_assignment(self, value: Tensor | None) -> None:
-        if value is not None:
-            raise QuantCacheError("a spectral layer's keys and values are packed: use update(), crop() or reset()")
-
-    def snapshot(self) -> CacheView:
-        """What may be read now.
-
-        Returns:
-            A view that stays valid until the next update.
-        """
-        now = glimpse(self)
-        sides = {
-            side: SideView(
-                now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side], now.leads.get(side)
-            )
-            for side in SIDES
-        }
-        if now.spans:
-            places = now.places.buffers["places"][: now.places.count]
-        else:
-            places = torch.zeros(0, 3, dtype=torch.int32, device=now.device)
-        return CacheView(self, sides["key"], sides["value"], places, now.encoded_end, now.cut, now.starts, now.origins)
-
-    @property
-    def grid(self) -> Grid:
-        """Where the rows lie in the slots."""
-        return Grid(self.starts, self.origins)
-
-    # ------------------------------------------------------------------ append and encode
 
     def update(
         self,
@@ -225,7 +69,7 @@ class SpectralLayer(DynamicLayer):
             guards.require_continuation(self.index, side, self.tails[side], tensor)
         if key_states.device != self.tails["key"].device:
             self._follow(key_states.device)
-        self.finish()
+        self.flush()
         self._leave_inference_mode()
         length = self.get_seq_length() + key_states.shape[2]
         trail = padding.extended(self.trail, arrivals, self.grid, self.encoded_end, length, key_states)
@@ -244,7 +88,7 @@ class SpectralLayer(DynamicLayer):
 
     def _follow(self, device: torch.device) -> None:
         """Go where the model has gone, or come back from an offload."""
-        self.finish()
+        self.flush()
         if device != self.device and self.codecs:
             empty = {side: tail[:, :, :0] for side, tail in self.tails.items()}
             self.codecs = self.make_codecs(device, empty, Grid())
@@ -260,7 +104,7 @@ class SpectralLayer(DynamicLayer):
         return dense["key"], dense["value"]
 
     @without_autocast
-    def finish(self) -> None:
+    def flush(self) -> None:
         """Encode what is due, once the newest tokens have been read."""
         if not self.pending:
             return
@@ -271,6 +115,9 @@ class SpectralLayer(DynamicLayer):
         else:
             self._commit(pending=False, look=self._look_ahead(lead))
 
+    finish = flush
+    """The name of :meth:`flush` before 0.3."""
+
     def _look_ahead(self, lead: int) -> guards.Look | None:
         """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
         length = self.tails["key"].shape[2] - lead
@@ -279,14 +126,6 @@ class SpectralLayer(DynamicLayer):
         if length < BLOCK + self.residual_length - LOOK_AHEAD:
             return None
         return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
-
-    def finish_if_finite(self) -> None:
-        """Encode what is due, unless it is not finite.
-
-        It then stays as it is and can be copied, cut, selected from and saved; the next update tries again.
-        """
-        with contextlib.suppress(TokensNotFinite):
-            self.finish()
 
     @torch.no_grad()
     def _encode(self, lead: int, due: int) -> None:
@@ -300,6 +139,8 @@ class SpectralLayer(DynamicLayer):
         if self.trail is not None:
             grid = padding.settled(self.trail, grid, self.encoded_end)
         codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
+        backend = self._served(codecs)[0]
+        self._relay(backend)
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
         grid = grid if framed else Grid(grid.starts)
         shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
@@ -326,14 +167,15 @@ class SpectralLayer(DynamicLayer):
             frames = grid.frames
             if framed and side == "key":
                 held, grids = self.places.slice(0, self.places.count).get("places", places), (self.grid, grid)
-                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, self.backend)
+                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, backend)
                 if shifts is not None:
                     store, frames = alignment.with_shifts(store, grid, tail.shape[0], tail.device), shifts
-            fields = backends.encode(codecs[side], encoded, places, frames, self.backend)
+            fields = backend.encode(codecs[side], encoded, places, frames)
             if frames is not None and frames.ndim == 2:
                 fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
             if isinstance(codec := codecs[side], SpectralCodec):
-                gains[side] = guards.Later(codec.saturated(fields["gains"], places, self._first_read(grid)))
+                stored = backend.to_portable(codec, fields)["gains"]
+                gains[side] = guards.Later(codec.saturated(stored, places, self.first_read(grid)))
             stores[side] = store.appended(fields)
             tails[side] = tail[:, :, count:].clone()
         # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
@@ -353,7 +195,7 @@ class SpectralLayer(DynamicLayer):
             pending=False,
         )
 
-    def _first_read(self, grid: Grid) -> Tensor | None:
+    def first_read(self, grid: Grid) -> Tensor | None:
         """First slot of every row whose gain counts, ``[B]``: sinks are read elsewhere, padding hardly at all."""
         return None if grid.starts is None else grid.starts + self.sink_length
 
@@ -366,149 +208,7 @@ class SpectralLayer(DynamicLayer):
         above = below = 0
         for side, codec in self.codecs.items():
             if isinstance(codec, SpectralCodec) and self.spans:
-                store, places = self.stores[side], self.places
-                gains, where = store.slice(0, store.count)["gains"], places.slice(0, places.count)["places"]
-                found = codec.saturated(gains, where, self._first_read(self.grid)).tolist()
+                where = self.places.slice(0, self.places.count)["places"]
+                found = codec.saturated(self.fields(side)["gains"], where, self.first_read(self.grid)).tolist()
                 above, below = above + found[0], below + found[1]
         return above, below
-
-    # ------------------------------------------------------------------ cache semantics
-
-    @torch.no_grad()
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest tokens.
-
-        A cut inside an encoded block keeps the block's codes and shortens its valid length.
-
-        Args:
-            tokens_to_remove: Zero or negative, as transformers defines it.
-        """
-        if not self.is_initialized:
-            return
-        self.finish_if_finite()
-        length = self.get_seq_length()
-        keep = length - compat.tokens_to_remove(tokens_to_remove, length)
-        state: dict[str, Any] = {} if keep else {"starts": None, "origins": None, "trail": None, "pending": False}
-        if keep and self.trail is not None:
-            state["trail"] = self.trail[:, :, : max(0, keep - self.encoded_end)].clone()
-        if keep >= self.encoded_end:
-            state["tails"] = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
-        elif keep <= self.sink_length:
-            view = self.snapshot()
-            state["tails"] = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
-            if keep and self.trail is not None:
-                state["trail"] = padding.plain(self.grid, self.trail.shape[0], 0, keep, self.trail.device)
-            state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "places": BlockStore()}
-            state |= {"starts": None, "origins": None}
-            state["stores"] = {side: BlockStore() for side in SIDES}
-        else:
-            spans = [span for span in self.spans if span.start < keep]
-            last = spans[-1]
-            spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = places_of(spans[-1:], self.device)
-            state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
-            state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
-            state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
-            state["tails"] = {side: tail[:, :, :0].clone() for side, tail in self.tails.items()}
-        self._commit(**state)
-
-    def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
-        """Apply a function of (tensor, batch dimension) to everything stored."""
-        if not self.is_initialized:
-            return
-        self.finish_if_finite()
-        self._commit(
-            stores={side: store.mapped(lambda buffer: function(buffer, 1)) for side, store in self.stores.items()},
-            tails={side: function(tail, 0) for side, tail in self.tails.items()},
-            sinks={side: function(sinks, 0) for side, sinks in self.sinks.items()},
-            leads={side: function(lead, 0) for side, lead in self.leads.items()},
-            starts=None if self.starts is None else function(self.starts, 0),
-            origins=None if self.origins is None else function(self.origins, 0),
-            trail=None if self.trail is None else function(self.trail, 0),
-        )
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Gather rows, for beam search.
-
-        Args:
-            beam_idx: Row of the present cache that each new row continues, ``[B']``.
-
-        Raises:
-            RowError: There is no such row.
-        """
-        if self.is_initialized:
-            rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
-            self._map_batch(lambda tensor, dim: tensor.index_select(dim, rows))
-
-    def batch_select_indices(self, indices: Any) -> None:
-        """Keep some rows.
-
-        Args:
-            indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
-
-        Raises:
-            RowError: There is no such row.
-        """
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
-        """Repeat every row in place.
-
-        Args:
-            repeats: How often; or one number for each row.
-
-        Raises:
-            RowError: A number is negative, or there are not as many as rows.
-        """
-        if self.is_initialized:
-            self.reorder_cache(repeated_rows(repeats, self.tails["key"].shape[0]))
-
-    def _move(self, device: torch.device | str) -> None:
-        self.finish_if_finite()
-        self._commit(
-            places=self.places.moved(device),
-            starts=None if self.starts is None else moved(self.starts, device),
-            origins=None if self.origins is None else moved(self.origins, device),
-            trail=None if self.trail is None else moved(self.trail, device),
-            leads={side: moved(lead, device) for side, lead in self.leads.items()},
-            stores={side: store.moved(device) for side, store in self.stores.items()},
-            tails={side: moved(tail, device) for side, tail in self.tails.items()},
-            sinks={side: moved(sinks, device) for side, sinks in self.sinks.items()},
-        )
-
-    def offload(self) -> None:
-        """Move what is stored to CPU memory; the calibration's constants stay."""
-        if self.is_initialized:
-            self._move("cpu")
-
-    def prefetch(self) -> None:
-        """Move what is stored back to the layer's device; the next update does so by itself."""
-        if self.is_initialized and self.tails["key"].device != self.device:
-            self._move(self.device)
-
-    def fork(self) -> SpectralLayer:
-        """A layer of the same tokens that shares what is stored; whichever of the two changes copies what it changes.
-
-        Returns:
-            The new layer.
-        """
-        self.finish_if_finite()
-        new = glimpse(self)
-        new.stores = {side: store.fork() for side, store in new.stores.items()}
-        new.places = new.places.fork()
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralLayer:
-        """Copy what is stored; constants are shared."""
-        self.finish_if_finite()
-        new = glimpse(self)
-        memo[id(self)] = new
-        new.stores = {side: store.copy() for side, store in new.stores.items()}
-        new.places = new.places.copy()
-        new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
-        new.tails = {side: tensor.clone() for side, tensor in new.tails.items()}
-        new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
-        new.starts = None if new.starts is None else new.starts.clone()
-        new.origins = None if new.origins is None else new.origins.clone()
-        new.trail = None if new.trail is None else new.trail.clone()
-        return new

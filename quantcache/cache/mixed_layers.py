@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from quantcache.backends.kernels import Backend
+from quantcache.backends import BackendName
 from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
 
 
@@ -35,7 +35,7 @@ class SpectralRecurrentLayer(LinearAttentionLayer, SpectralLayer):  # type: igno
         shape_check: ShapeCheck | None = None,
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         index: int | None = None,
         number_of_states: int = 1,
     ):
@@ -130,7 +130,7 @@ class SpectralIndexedLayer(DynamicIndexedLayer, SpectralLayer):
         shape_check: ShapeCheck | None = None,
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         index: int | None = None,
     ):
         self._drop_indexer()

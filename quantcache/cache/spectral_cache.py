@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from quantcache import backends
 from quantcache.accounting.measuring import measure
 from quantcache.accounting.memory import CacheMemory
 from quantcache.artifact import cache_layout
@@ -18,8 +19,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.checks import stand_in_config
 from quantcache.attention.function import register_attention
 from quantcache.attention.lazy import LazyKV
-from quantcache.backends import kernels as backends
-from quantcache.backends.kernels import Backend
+from quantcache.backends import BackendName, BackendReport
 from quantcache.backends.padding import Arrivals
 from quantcache.cache import files as cache_files
 from quantcache.cache.codecs import calibrated_codecs
@@ -56,13 +56,12 @@ class BlockCache(ConsistentCache):
         codecs_of: Callable[[int], tuple[CodecFactory, ShapeCheck | None]],
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ):
         for name, length in (("sink_length", sink_length), ("residual_length", residual_length)):
             if length < 0:
                 raise ValueError(f"{name} must not be negative, got {length}")
-        if backend not in backends.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
+        backends.known_name(backend)
         processes.use_living_threads()
         register_attention()
         with default_device():  # a sliding-window layer of transformers states none
@@ -123,6 +122,16 @@ class BlockCache(ConsistentCache):
         """
         return measure(self.glimpse())
 
+    def backend_report(self) -> dict[int, BackendReport]:
+        """Who encodes and attends in each layer, and why not a faster backend.
+
+        Returns:
+            By index of the layer; layers that have encoded nothing yet are left out.
+        """
+        layers: dict[int, Any] = dict(enumerate(self.layers))
+        found = {i: layer.backend_report() for i, layer in layers.items() if isinstance(layer, SpectralLayer)}
+        return {i: report for i, report in found.items() if report is not None}
+
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Yield dense (keys, values, sliding window) of every layer, as DynamicCache does."""
         for keys, values, window in DynamicCache.__iter__(self.fork()):
@@ -153,7 +162,7 @@ class SpectralCache(BlockCache):
         min_bits: Smallest width given to any coefficient.
         sink_length: First tokens of every row that stay in the model's dtype.
         residual_length: Recent tokens that stay in the model's dtype.
-        backend: ``"auto"``, ``"native"`` (CPU kernels), ``"triton"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"``.
 
     Raises:
         CalibrationMismatch: The calibration is for another geometry than ``config``.
@@ -172,7 +181,7 @@ class SpectralCache(BlockCache):
         min_bits: int | None = None,
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         model: PreTrainedModel | None = None,
         strict: bool = False,
     ):
@@ -274,7 +283,7 @@ class SpectralCache(BlockCache):
                 length = old.get_seq_length()
                 told = Arrivals.of(attention_mask, None, length, length)
                 layer.update(old.keys.detach(), old.values.detach(), arrivals=told)
-                layer.finish()
+                layer.flush()
                 copy_beside(layer, old)
         return new
 
@@ -300,7 +309,7 @@ class SpectralCache(BlockCache):
         calibration: Calibration,
         model: PreTrainedModel | None = None,
         config: PreTrainedConfig | None = None,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ) -> SpectralCache:
         """Read a cache that :meth:`save` has written, at the rate and with the lengths it had.
 
@@ -330,7 +339,7 @@ class SpectralCache(BlockCache):
         calibration: Calibration,
         model: PreTrainedModel | None,
         config: PreTrainedConfig | None,
-        backend: Backend,
+        backend: BackendName,
     ) -> SpectralCache:
         description = cache_files.read_description(path)
         cache = cls(

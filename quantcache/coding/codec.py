@@ -24,13 +24,15 @@ from quantcache.coding.blocks import DenseCodec as DenseCodec
 from quantcache.coding.blocks import SideCodec as SideCodec
 from quantcache.coding.blocks import block_positions as block_positions
 from quantcache.coding.blocks import block_slots as block_slots
-from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.codebook import POLYNOMIALS, gaussian_codebook
 from quantcache.coding.gains import LARGEST_GAIN_CODE, quantize_gain
 from quantcache.coding.gains import dequantize_gain as dequantize_gain
 from quantcache.coding.packing import BLOCK, MAX_WIDTH, pack, unpack
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import CodecSettings, Coding, SideCalibration
 from quantcache.common.ambient import matmul, without_autocast
+from quantcache_kernels import interface
+from quantcache_kernels.interface import SideConstants
 
 
 class DerivedConstants(Protocol):
@@ -158,6 +160,26 @@ class SpectralCodec:
     def bits(self) -> float:
         """Bits of codes and gains per element."""
         return (32 * self.num_words / BLOCK + 8 * self.num_heads) / (self.num_heads * self.dim)
+
+    def constants(self) -> SideConstants:
+        """The constants as kernels are given them, on the CPU."""
+        frame = self.frame
+        books = [gaussian_codebook(width) for width in range(MAX_WIDTH + 1)]
+        return SideConstants(
+            widths=self.widths.cpu(),
+            offsets=self.offsets.cpu(),
+            encoder=self.encoder.cpu(),
+            decoder=self.decoder.cpu(),
+            mean=self.mean.cpu(),
+            weights=self.weights.cpu(),
+            levels=[book.levels for book in books],
+            boundaries=[book.boundaries for book in books],
+            polynomials=POLYNOMIALS,
+            gains=dequantize_gain(torch.arange(256, dtype=torch.int64, device="cpu")),
+            gain_search=self.gain_search,
+            frame=interface.Frame(frame.order.cpu(), frame.frequencies.cpu(), frame.slow_pairs, frame.num_slow),
+            words=self.num_words,
+        )
 
     def tensors(self) -> list[Tensor]:
         """The constants held on the device."""

@@ -11,11 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 64
-"""Tokens per encoded block; one 1-bit field of a block is exactly two 32-bit words."""
-
-MAX_WIDTH = 8
-"""Largest code width in bits."""
+from quantcache_kernels.interface import BLOCK as BLOCK
+from quantcache_kernels.interface import MAX_WIDTH as MAX_WIDTH
 
 FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (4, 4))
 """Bit fields of each width 0 to 8, most significant first."""

@@ -22,8 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ANCHOR_LENGTH = 128
-"""Tokens that share one anchor (two blocks)."""
+from quantcache_kernels.interface import ANCHOR_LENGTH as ANCHOR_LENGTH
 
 FAST_WAVELENGTH = 128.0
 """Rotary pairs that turn once in fewer tokens than this are fast."""

@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
         },
         "memory_bytes": _memory_bytes(),
         "gpus": _gpus(),
-        "git": git_state(Path(__file__).resolve().parent.parent),
+        "git": git_state(Path(__file__).resolve().parents[2]),
     }
 
 

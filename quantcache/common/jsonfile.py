@@ -135,7 +135,7 @@ def as_type(kind: Any, value: Any, name: str = "") -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be an object, got {value!r:.60}")
-        return {key: as_type(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+        return {key: as_type(arguments[1], item, f"{name}[{key!r}]") for key, item in value.items()}
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name} must be {_WORDS[kind]}, got {value!r:.60}")

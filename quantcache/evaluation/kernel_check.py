@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from quantcache import backends
 from quantcache.artifact.calibration import Calibration
-from quantcache.attention import function as attention
-from quantcache.backends import kernels as backends
-from quantcache.backends import trials
-from quantcache.backends.kernels import Backend
+from quantcache.backends import REFERENCE, AttentionCall, reference, trials, triton
 from quantcache.backends.padding import Grid
 from quantcache.backends.trials import Outcome
 from quantcache.cache.layer import SpectralLayer
@@ -20,7 +18,6 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import anchor_of
-from quantcache_kernels import cpu, runtime
 
 GEOMETRIES = ((128, 4, 5e5), (256, 2, 1e4), (64, 7, 1e4))
 """Head dimension, queries for each key/value head and base of the rotation: Llama, Gemma 2, and many small models."""
@@ -49,51 +46,50 @@ def check_kernels() -> list[dict[str, Any]]:
     return found
 
 
-def _backends() -> list[tuple[Backend, torch.device, str]]:
-    """Every backend with its device, and why it cannot run there."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return [
-        ("native", torch.device("cpu"), "" if cpu.available() else cpu.reason()),
-        ("triton", device, runtime.unavailable(device) or ""),
-    ]
+def _backends() -> list[tuple[str, torch.device, str]]:
+    """Every backend with kernels, its device, and why it cannot run there."""
+    gpu = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    devices = {name: torch.device("cpu") if name == "cpu" else gpu for name in backends.BACKENDS}
+    kernels = [(name, each) for name, each in backends.BACKENDS.items() if each is not REFERENCE]
+    return [(name, devices[name], each.unavailable(devices[name]) or "") for name, each in kernels]
 
 
 def _outcomes(
-    backend: Backend, device: torch.device, dim: int, groups: int, theta: float, dtype: torch.dtype
+    name: str, device: torch.device, dim: int, groups: int, theta: float, dtype: torch.dtype
 ) -> list[Outcome]:
     """The trials of one cache."""
     layer, new, query = _case(device, dim, groups, theta, dtype)
-    view, codec = layer.snapshot(), layer.codecs["key"]
+    layer.backend = name  # type: ignore[assignment]
+    view, codec, backend = layer.snapshot(), layer.codecs["key"], backends.find(name)
     assert isinstance(codec, SpectralCodec)
     some, places = new[:, :, layer.sink_length : layer.sink_length + BLOCK], view.places[:1]
-    layer.backend = backend
+    call = AttentionCall(None, dim**-0.5)
 
     def attend() -> Tensor:
-        output = backends.attend_view(query, view, None, None, True, None, None)
-        if output is None:
-            raise RuntimeError("the kernel declined the case")
-        return output
+        reason = backend.refuses(query, view, call)
+        if reason is not None:
+            raise RuntimeError(f"the call was refused: {reason}")
+        return backend.attend(query, view, call)
 
-    plain = attention.plain_attention(query.float(), view, on_codes=True)
-    own = attention.own_precision(query, view)
+    plain, own = reference.attend(query.float(), view, call), reference.own_precision(query, view, call)
     decoded = codec.decode(codec.encode(some, places, None), places, None)
 
     def encode() -> Tensor:
-        return codec.decode(backends.encode(codec, some, places, None, backend), places, None)
+        fields = backend.to_portable(codec, backend.encode(codec, some, places, None))
+        return codec.decode(fields, places, None)
 
-    outcomes = [
-        trials.attempt("attend", backend, device, lambda: (attend, plain, own)),
-        trials.attempt("encode", backend, device, lambda: (encode, some.float(), decoded)),
-    ]
-    if backend == "triton":
-        fields = view.key.store.slice(0, 1)
-        exact, plainly = (codec.decode(fields, places, None, kind) for kind in (torch.float64, torch.float32))
+    fields = view.fields("key", 0, 1)
+    exact, plainly = (codec.decode(fields, places, None, kind) for kind in (torch.float64, torch.float32))
 
-        def decode() -> Tensor:
-            return backends.decode(codec, fields, places, None, backend)
+    def decode() -> Tensor:
+        return backend.decode(codec, view.key.store.slice(0, 1), places, None)
 
-        outcomes.append(trials.attempt("decode", backend, device, lambda: (decode, exact, plainly)))
-    return outcomes
+    with triton.without_trials():  # they are tried here
+        return [
+            trials.attempt("attend", name, device, lambda: (attend, plain, own)),
+            trials.attempt("encode", name, device, lambda: (encode, some.float(), decoded)),
+            trials.attempt("decode", name, device, lambda: (decode, exact, plainly)),
+        ]
 
 
 @torch.no_grad()
@@ -124,5 +120,5 @@ def _case(
         device, dtype
     )
     layer.update(*new)
-    layer.finish()
+    layer.flush()
     return layer, new[0], query

@@ -183,7 +183,7 @@ def _fill(model: PreTrainedModel, cache: Cache, length: int, batch: int, device:
         cache.update(keys, values, index)
         layer: Any = cache.layers[index]
         if hasattr(layer, "finish"):
-            layer.finish()  # what attention does once it has read the new tokens
+            layer.flush()  # what attention does once it has read the new tokens
         del keys, values
 
 

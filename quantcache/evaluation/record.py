@@ -119,7 +119,7 @@ def check(data: Any, where: str = "record") -> None:
     require(commit is not None or data["dirty"], "without a commit dirty must be true")
     for name, digest in data.get("inputs", {}).items():
         good = digest is None or (isinstance(digest, str) and bool(HASH.fullmatch(digest)))
-        require(good, f"inputs.{name} must be a SHA-256 in hexadecimal or null, got {digest!r}")
+        require(good, f"inputs[{name!r}] must be a SHA-256 in hexadecimal or null, got {digest!r}")
     for name in ("environment", "settings", "metrics", "gates"):
         flaw = _flaw(data.get(name, {}), name)
         require(flaw is None, str(flaw))

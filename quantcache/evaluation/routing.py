@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quantcache.artifact import cache_layout
+from quantcache.attention import guards
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.attention.probe import replaced_attention
+from quantcache.backends import AttentionCall
 from quantcache.backends.online_softmax import QueryRows
 from quantcache.common import compat
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
@@ -213,9 +215,9 @@ class _Reader:
         causal = more.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         place = (0, query.shape[2])
-        self.rows = QueryRows(
-            query, key.shape[1], key.shape[2], mask, more.get("scaling"), causal, more.get("softcap"), place
-        )
+        scaling = guards.fitting_scaling(more.get("scaling"), query)
+        call = AttentionCall(mask, scaling, causal, more.get("softcap"))
+        self.rows = QueryRows(query, key.shape[1], key.shape[2], call, place)
         self.s_aux: Tensor | None = more.get("s_aux")
 
     def attend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

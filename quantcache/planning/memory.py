@@ -15,7 +15,7 @@ from quantcache.accounting.memory import CacheMemory, capacity, dtype_bytes, lar
 from quantcache.accounting.predicting import predict_layers, predict_quantized
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.attention.function import QUERY_CHUNK, TILE_BLOCKS
+from quantcache.backends.reference import QUERY_CHUNK, TILE_BLOCKS
 from quantcache.coding.packing import BLOCK
 from quantcache.common.defaults import PREFILL_CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError

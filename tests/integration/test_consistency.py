@@ -523,7 +523,7 @@ class Feeder(nn.Module):
         for index, layer in enumerate(past_key_values.spectral_layers):
             new = [self.stream[index][side][:, :, first : first + count] for side in SIDES]
             past_key_values.update(*new, index)
-            layer.finish()
+            layer.flush()
 
     def is_prefix(self, cache: SpectralCache) -> bool:
         """Whether all layers of a cache hold the first T tokens of the stream."""

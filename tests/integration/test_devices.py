@@ -164,7 +164,7 @@ def test_a_shard_serves_a_process_that_says_which_it_is(calibration: Calibration
         whole.update(keys, values)
         own.update(keys[:, rank : rank + 1], values[:, rank : rank + 1])
         for layer in (whole, own):
-            layer.finish()
+            layer.flush()
         for side in SIDES:
             expected = whole.snapshot().dense(side)[:, rank : rank + 1]
             assert error(own.snapshot().dense(side), expected) <= ROUNDING * float(expected.norm())

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quantcache.artifact.calibration import SIDES, Calibration
-from quantcache.backends import kernels as backends
+from quantcache.backends import Backend
 from quantcache.backends.padding import Arrivals
 from quantcache.backends.store import BlockStore
 from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
@@ -67,7 +67,7 @@ def kv(tokens: int, rows: int = 1, dtype: torch.dtype = torch.float32, seed: int
 def give(layer: SpectralLayer, new: dict[str, Tensor], arrivals: Arrivals | None = None) -> None:
     """Append to a layer as a model whose attention is ours does."""
     layer.update(new["key"], new["value"], arrivals=arrivals)
-    layer.finish()
+    layer.flush()
 
 
 # ---------------------------------------------------------------------- what cannot be encoded
@@ -86,7 +86,7 @@ def test_nothing_infinite_is_encoded(side: str, bad: float) -> None:
     )
     for _ in range(2):
         with pytest.raises(QuantCacheError, match=message):
-            layer.finish()
+            layer.flush()
     assert not layer.spans
     assert torch.equal(layer.tails[side].nan_to_num(9.0), tokens[side].nan_to_num(9.0))
     layer.reset()
@@ -292,7 +292,7 @@ def assert_same_state(found: list[Any], expected: list[Any]) -> None:
 
 FAILURES: dict[str, tuple[object, str]] = {
     "tails": (torch, "cat"),
-    "encoding": (backends, "encode"),
+    "encoding": (Backend, "encode"),
     "growth": (BlockStore, "_copied"),
     "append": (BlockStore, "appended"),
 }
@@ -329,7 +329,7 @@ def test_a_layer_changes_at_once_or_not_at_all(
         try:
             layer.update(*kv(64, seed=1).values())
             done = 64
-            layer.finish()
+            layer.flush()
         except raised:
             assert layer.get_seq_length() == 196 + done
             assert [layer.snapshot().dense(side)[:, :, :196].equal(x) for side, x in zip(SIDES, before, strict=True)]
@@ -338,7 +338,7 @@ def test_a_layer_changes_at_once_or_not_at_all(
     assert len(calls) >= min(call, 2), "nothing has failed"
     if not done:
         layer.update(*kv(64, seed=1).values())
-    layer.finish()
+    layer.flush()
     give(twin, kv(64, seed=1))
     assert layer.spans == twin.spans
     for side in SIDES:

@@ -36,7 +36,7 @@ def filled(length: int, dtype: torch.dtype = torch.float32) -> SpectralCache:
     states = (torch.randn(1, 2, length, 64, generator=generator).to(dtype) for _ in range(2))
     cache = SpectralCache(Calibration.synthetic(CONFIG, 4.0), CONFIG)
     cache.update(*states, 0)
-    cache.layers[0].finish()
+    cache.layers[0].flush()
     return cache
 
 

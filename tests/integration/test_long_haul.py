@@ -76,7 +76,7 @@ def test_one_token_at_a_time() -> None:
                 worst = max(worst, abs(held / formula - 1))
     # The same keys and values at once: computed together they would be rounded otherwise.
     whole.update(*(torch.cat(side, dim=2) for side in zip(*given, strict=True)), 0)
-    whole.spectral_layers[0].finish()
+    whole.spectral_layers[0].flush()
     ours, theirs = (feed(model, each, tokens[:, -LAST_STEPS:], [1] * LAST_STEPS) for each in (cache, whole))
     layer, other = cache.spectral_layers[0], whole.spectral_layers[0]
     assert layer.spans == other.spans

@@ -462,7 +462,7 @@ def test_a_compressed_dynamic_cache_is_told_of_its_padding() -> None:
     )
     filled = empty()
     logits_of("sdpa", filled, [first])
-    filled.spectral_layers[0].finish()
+    filled.spectral_layers[0].flush()
     for ours, theirs in zip(told.spectral_layers, filled.spectral_layers, strict=True):
         assert torch.equal(ours.starts, theirs.starts)
         for side in SIDES:

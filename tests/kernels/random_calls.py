@@ -123,7 +123,7 @@ class _Life:
             self.pads = torch.tensor([chance.choice((0, chance.randint(0, 150))) for _ in range(rows)])
         residual = chance.choice((0, 0, 7, 64))
         self.padded = bool(self.pads.any())
-        self.layer = SpectralLayer(lambda *_: dict(made), None, self.case.sink_length, residual, "native")
+        self.layer = SpectralLayer(lambda *_: dict(made), None, self.case.sink_length, residual, "cpu")
         self.sizes = {"key": made["key"].dim, "value": made["value"].dim}
 
     def begin(self) -> None:
@@ -164,7 +164,7 @@ class _Life:
         shown = torch.arange(length) >= self.pads[:, None]
         self.layer.update(*new, arrivals=Arrivals.of(shown, None, length, count))
         self.attend(count)
-        self.layer.finish()
+        self.layer.flush()
         self.counts["blocks encoded"] += (len(self.layer.spans) - before) * rows
 
     def attend(self, count: int) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from quantcache.attention.function import spectral_attention
-from quantcache.backends import kernels as backends
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
+from tests.helpers import attend_by_kernel, implementation
 from tests.kernels import encoding, truth
 from tests.kernels.cases import (
     ATTENTION,
@@ -55,7 +55,7 @@ def attend(filled: Filled, kernel: Kernel, case: Case) -> Tensor:
     view = on_device(filled.layer, kernel).snapshot()
     query, mask, s_aux = (None if x is None else x.to(kernel.device) for x in (filled.query, filled.mask, filled.s_aux))
     assert query is not None
-    output = backends.attend_view(query, view, mask, None, True, case.softcap, s_aux)
+    output = attend_by_kernel(query, view, mask, case.softcap, s_aux)
     assert output is not None, "the kernel declined the case"
     return output.cpu()
 
@@ -119,7 +119,7 @@ def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, objec
     for side in SIDES:
         codec, given, expected = encoded_by_torch(case, side)
         moved = (None if t is None else t.to(kernel.device) for t in given)
-        fields = backends.encode(theirs.codecs[side], *moved, kernel.backend)
+        fields = implementation(kernel.backend).encode(theirs.codecs[side], *moved)
         found = {name: field.cpu() for name, field in fields.items()}
         assert {name: (field.shape, field.dtype) for name, field in found.items()} == {
             name: (field.shape, field.dtype) for name, field in expected.items()
@@ -135,16 +135,16 @@ def test_company_does_not_change_codes(kernel: Kernel) -> None:
     codec = view.key.codec
     assert codec is not None
     x = vectors(case, case.tokens)["key"][:, :, 4:].to(kernel.device)
-    together = backends.encode(codec, x, view.places, view.starts, kernel.backend)
+    together = implementation(kernel.backend).encode(codec, x, view.places, view.starts)
     for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), view.places.split(1), strict=True)):
-        alone = backends.encode(codec, block, place, view.starts, kernel.backend)
+        alone = implementation(kernel.backend).encode(codec, block, place, view.starts)
         for name, field in together.items():
             assert torch.equal(field[index : index + 1], alone[name])
 
 
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_change_nothing(kernel: Kernel, threads: int) -> None:
-    if kernel.backend != "native":
+    if kernel.backend != "cpu":
         pytest.skip("only the CPU kernels have threads")
     case = Case(tokens=3000, pads=(0, 9), widths=3)
     filled, before = shared(case), torch.get_num_threads()
@@ -155,7 +155,7 @@ def test_threads_change_nothing(kernel: Kernel, threads: int) -> None:
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
-            codes = backends.encode(view.key.codec, x, view.places[:4], view.starts, kernel.backend)
+            codes = implementation(kernel.backend).encode(view.key.codec, x, view.places[:4], view.starts)
             results.append({**codes, "output": attend(filled, kernel, case)})
     finally:
         torch.set_num_threads(before)
@@ -171,10 +171,12 @@ def test_masks_of_their_own_fall_back(kernel: Kernel) -> None:
     additive = torch.zeros(1, 1, 1, view.length).masked_fill(per_head[:, :1], torch.finfo(torch.float32).min)
     for mask in (per_head.to(kernel.device), additive.to(kernel.device)):
         layer.backend = kernel.backend
-        assert backends.attend_view(query, view, mask, None, True, None, None) is None
+        view = layer.snapshot()
+        assert attend_by_kernel(query, view, mask) is None
         found = spectral_attention(query, view, mask)
+        assert sum(layer.backend_report().refused.values()) > 0
         layer.backend = "torch"
-        assert torch.equal(found, spectral_attention(query, view, mask))
+        assert torch.equal(found, spectral_attention(query, layer.snapshot(), mask))
 
 
 def test_gradients_fall_back(kernel: Kernel) -> None:
@@ -193,7 +195,7 @@ def test_generation_step_by_step(kernel: Kernel) -> None:
         new = [torch.randn(1, 1, 1, 64, generator=generator) for _ in range(2)]
         query = 0.2 * torch.randn(1, 3, 1, 64, generator=generator)
         layer.update(*(x.to(kernel.device) for x in new))
-        layer.finish()
+        layer.flush()
         found = spectral_attention(query.to(kernel.device), layer.snapshot(), None).cpu()
         mine = on_device(layer, TORCH).snapshot()
         expected = truth.attention(query, mine, None)

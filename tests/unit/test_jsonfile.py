@@ -55,7 +55,7 @@ def test_values_get_their_types() -> None:
         ({"kind": "c"}, "kind must be one of a, b, got 'c'"),
         ({"kind": ["a"]}, r"kind must be one of a, b, got \['a'\]"),
         ({"bits": "dense"}, "bits must be a number, got 'dense'"),
-        ({"counts": {"x": 0.5}}, "counts.x must be a whole number, got 0.5"),
+        ({"counts": {"x": 0.5}}, r"counts\['x'\] must be a whole number, got 0.5"),
     ],
 )
 def test_flaws_are_placed(change: dict[str, Any], message: str) -> None:

@@ -515,7 +515,7 @@ def test_a_method_of_ones_own_is_measured_and_sized_at_its_own_bits() -> None:
     keys = torch.randn(1, 2, 4 + 64, DIM)
     for index in range(2):
         cache.update(keys, keys, index)
-        cache.layers[index].finish()
+        cache.layers[index].flush()
     assert measure(cache).bits_per_element == 5.0
     form = formats.parse_format("toy")
     assert formats.bits_per_element(form, read_geometry(CONFIG)) == 5.0
@@ -542,7 +542,7 @@ def test_simulated_codecs_have_the_bits_that_their_recipe_states(name: str, stat
     cache = parsed(name, statistics).make_cache()
     keys = torch.randn(1, 2, 64, DIM)
     cache.update(keys, keys, 0)
-    cache.layers[0].finish()
+    cache.layers[0].flush()
     for side, codec in cache.layers[0].codecs.items():
         stated = recipe.bits(number, side, DIM)
         # Water-filled widths are whole numbers, whose mean may stay a little below the budget.

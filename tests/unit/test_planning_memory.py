@@ -43,7 +43,7 @@ def fill(cache: Any, count: int, batch: int, sides: list[tuple[int, int]], dtype
         new = [torch.zeros(batch, heads, count, dim, dtype=dtype) for heads, dim in sides]
         cache.update(*(tensor.normal_() for tensor in new), index)
         if hasattr(cache.layers[index], "finish"):
-            cache.layers[index].finish()
+            cache.layers[index].flush()
 
 
 def held(cache: Any) -> CacheMemory:

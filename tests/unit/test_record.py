@@ -77,7 +77,7 @@ FLAWS = {
     "metrics a list": (("metrics",), [], "metrics must be an object, got []"),
     "time without zone": (("created",), "2026-01-02T03:04:05", "created must be a time with its zone"),
     "short commit": (("commit",), "abc", "commit must be a full hash, got 'abc'"),
-    "bad hash": (("inputs", "text"), "xyz", "inputs.text must be a SHA-256"),
+    "bad hash": (("inputs", "text"), "xyz", "inputs['text'] must be a SHA-256"),
     "seed a float": (("seeds",), [0.5], "seeds[0] must be a whole number, got 0.5"),
     "infinite": (("metrics", "kl"), float("inf"), "metrics.kl is inf"),
     "quantiles out of order": (("metrics", "time", "p20"), 9.0, "p20 <= median <= p80 out of order"),

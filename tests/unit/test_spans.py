@@ -63,7 +63,7 @@ def test_an_offloaded_layer_is_whole() -> None:
     layer = SpectralCache(Calibration.synthetic(config), config).spectral_layers[0]
     told = Arrivals.of(torch.arange(200) >= torch.tensor([[7], [0]]), None, 200, 200)
     layer.update(*(torch.randn(2, 2, 200, 64) for _ in range(2)), arrivals=told)
-    layer.finish()
+    layer.flush()
     with Copies() as copies:
         layer.offload()
     assert len(copies.seen) == 2 + 4 + 2 + 2 + 2 + 1  # places, starts, codes and gains, tails, sinks, leads, trail

@@ -80,7 +80,7 @@ def test_the_distortion_is_what_is_recorded(width: int) -> None:
 def _error(cache: SpectralCache, keys: torch.Tensor, values: torch.Tensor) -> float:
     layer = cache.spectral_layers[0]
     layer.update(keys, values)
-    layer.finish()
+    layer.flush()
     view = layer.snapshot()
     return float((view.dense("key") - keys).square().mean() + (view.dense("value") - values).square().mean())
 
@@ -115,7 +115,7 @@ def test_codes_do_not_depend_on_how_tokens_arrive(cuts: tuple[int, ...]) -> None
         layer = SpectralCache(calibration, config, residual_length=0, sink_length=0).spectral_layers[0]
         for piece in zip(keys.split(sizes, dim=2), values.split(sizes, dim=2), strict=True):
             layer.update(*piece)
-            layer.finish()
+            layer.flush()
         fields.append({side: store.slice(0, store.count) for side, store in layer.stores.items()})
     for side in ("key", "value"):
         for name in ("codes", "gains"):

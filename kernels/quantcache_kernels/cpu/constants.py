@@ -6,7 +6,7 @@ Shapes: H key/value heads, D dimension, C coded coefficients of a head (those of
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cpu.structures import Side
+from quantcache_kernels.interface import ANCHOR_LENGTH, MAX_WIDTH, SideConstants
 
 Role = Literal["encode", "key", "value"]
 
-ANCHOR_LENGTH = 128
-MAX_WIDTH = 8
 PAD = 16
 TABLE = 256
 
@@ -39,45 +38,6 @@ _TENSORS = (
     "trees",
     "factors",
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the constants are made from; see ``quantcache.coding.codec.SpectralCodec`` for the meaning.
-
-    Attributes:
-        mean: ``[H, D]``.
-        encoder: ``[H, D, D]``.
-        decoder: ``[H, D, D]``.
-        weights: ``[H, D]``.
-        widths: ``[H, D]``.
-        offsets: First word of every coefficient, ``[H, D]``.
-        order: Dimension of a cached vector at each place of the frame, ``[D]``.
-        frequencies: Radians per token of every rotary pair, slow pairs first.
-        slow_pairs: How many pairs are slow.
-        fast_pairs: How many pairs are fast.
-        levels: Codebook of each width in use.
-        boundaries: Decision boundaries of each width in use.
-        gains: Value of every gain code, ``[256]``.
-        factors: Multiples of the gain that encoding tries.
-        words: Words of a block and batch row.
-    """
-
-    mean: Tensor
-    encoder: Tensor
-    decoder: Tensor
-    weights: Tensor
-    widths: Tensor
-    offsets: Tensor
-    order: Tensor
-    frequencies: Tensor
-    slow_pairs: int
-    fast_pairs: int
-    levels: Mapping[int, Tensor]
-    boundaries: Mapping[int, Tensor]
-    gains: Tensor
-    factors: tuple[float, ...]
-    words: int
 
 
 def in_memory(name: str, x: Tensor) -> Tensor:
@@ -232,7 +192,7 @@ class Constants:
         return Constants(tuple(sizes), dict(zip(_TENSORS, tensors[:-1], strict=True)), tensors[-1])
 
 
-def make(source: Source) -> Constants:
+def make(source: SideConstants) -> Constants:
     """Arrange a codec's constants for the kernels.
 
     Args:
@@ -242,7 +202,7 @@ def make(source: Source) -> Constants:
         The constants; they share memory with ``source`` where they can.
     """
     heads, dim = source.mean.shape
-    slow = dim - 2 * source.fast_pairs
+    slow, frame = source.num_slow, source.frame
     coded = torch.zeros(heads, dim, 4, dtype=torch.int32, device="cpu")
     counts = torch.zeros(heads, 2, dtype=torch.int32, device="cpu")
     fast = dim - slow
@@ -263,22 +223,23 @@ def make(source: Source) -> Constants:
         ).to(torch.int32)
         counts[head, 0], counts[head, 1] = num_slow, len(order) - num_slow
         columns = source.decoder[head, slow:][:, listed[num_slow:]]  # [fast, coded]
-        fast_map[head, :, : columns.shape[1]] = columns[_in_fours(source.fast_pairs)].transpose(1, 2)
+        fast_map[head, :, : columns.shape[1]] = columns[_in_fours(frame.fast_pairs)].transpose(1, 2)
     offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
-    angles = source.frequencies[source.slow_pairs :, None] * offsets  # [pairs, offsets]
+    angles = frame.frequencies[frame.slow_pairs :, None] * offsets  # [pairs, offsets]
     levels, trees = (torch.zeros(MAX_WIDTH + 1, TABLE, dtype=torch.float32, device="cpu") for _ in range(2))
     planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8, device="cpu")
-    for width, book in source.levels.items():
+    for width in sorted({*source.widths.flatten().tolist()} - {0}):
+        book = torch.tensor(source.levels[width], dtype=torch.float32, device="cpu")
         levels[width, : 1 << width] = book
         if width >= 4:
-            by_bytes = book.contiguous().view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
+            by_bytes = book.view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
             planes[width, : 4 << width] = by_bytes.permute(1, 2, 0).flatten()
         trees[width, 1 : 1 << width] = _search_tree(source.boundaries[width])
     tensors = {
         "counts": counts,
         "coded": coded,
-        "order": source.order.to(torch.int32),
-        "frequencies": source.frequencies,
+        "order": frame.order.to(torch.int32),
+        "frequencies": frame.frequencies,
         "mean": source.mean,
         "fast_map": fast_map,
         "offset_cos": angles.cos().float(),
@@ -289,9 +250,9 @@ def make(source: Source) -> Constants:
         "encoder": source.encoder,
         "weights": source.weights,
         "trees": trees,
-        "factors": torch.tensor(source.factors, dtype=torch.float32, device="cpu"),
+        "factors": torch.tensor(source.gain_search, dtype=torch.float32, device="cpu"),
     }
-    sizes = (heads, dim, slow, source.slow_pairs, source.fast_pairs, source.words, len(source.factors))
+    sizes = (heads, dim, slow, frame.slow_pairs, frame.fast_pairs, source.words, len(source.gain_search))
     return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
 
 
@@ -309,14 +270,14 @@ def _in_fours(pairs: int) -> Tensor:
     return torch.cat((first, first + pairs), dim=1)
 
 
-def _search_tree(boundaries: Tensor) -> Tensor:
+def _search_tree(boundaries: Sequence[float]) -> Tensor:
     """Boundaries in breadth-first order of their balanced search tree."""
-    count, order = boundaries.shape[0] + 1, []
+    count, order = len(boundaries) + 1, []
     half = count // 2
     while half:
         order += list(range(half - 1, count - 1, 2 * half))
         half //= 2
-    return boundaries[order]
+    return torch.tensor(boundaries, dtype=torch.float32, device="cpu")[order]
 
 
 def _map(constants: Constants, role: Role) -> Tensor:

@@ -18,70 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantcache_kernels.interface import MAX_WIDTH, Frame, SideConstants
+
 TILE = 16
 """Slots in a tile: the smallest contraction of a half-precision tensor core."""
-
-MAX_WIDTH = 8
-
-ANCHOR_LENGTH = 128
-"""Offsets from an anchor that the table of fast rotations covers."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """How cached vectors are brought into the coordinates they are coded in.
-
-    Attributes:
-        order: Cached dimension of every framed one, ``[D]`` int64; slow first halves, slow second halves, unrotated
-            ones, fast first halves, fast second halves.
-        frequencies: Radians per token of each pair, slow pairs first, float64.
-        slow_pairs: How many pairs are slow.
-        num_slow: Ds.
-    """
-
-    order: Tensor
-    frequencies: Tensor
-    slow_pairs: int
-    num_slow: int
-
-
-@dataclass(frozen=True)
-class SideConstants:
-    """One side of one layer, as its codec holds it.
-
-    Attributes:
-        widths: Bits of every coefficient, ``[H, D]``.
-        offsets: First word of every coefficient in a block's payload, ``[H, D]``.
-        encoder: E, from framed centred vectors to unit-variance coefficients, ``[H, D, D]`` float32.
-        decoder: F, the inverse, ``[H, D, D]`` float32.
-        mean: μ, ``[H, D]`` float32.
-        weights: Weight of every coefficient's error, ``[H, D]`` float32.
-        levels: Codebook of every width from 0 to 8, ascending.
-        polynomials: c, a, b of every width's levels ``c x (1 + a x² + b x⁴)``, x the code centred, scaled to (-½, ½).
-        frame: The frame; None for the identity.
-        gain_search: Multiples of a token's gain that encoding tries.
-    """
-
-    widths: Tensor
-    offsets: Tensor
-    encoder: Tensor
-    decoder: Tensor
-    mean: Tensor
-    weights: Tensor
-    levels: Sequence[Sequence[float]]
-    polynomials: Sequence[tuple[float, float, float]]
-    frame: Frame | None
-    gain_search: tuple[float, ...]
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.mean.shape[1]
-
-    @property
-    def num_slow(self) -> int:
-        """Ds; all of D without a frame."""
-        return self.dim if self.frame is None else self.frame.num_slow
 
 
 @dataclass(frozen=True)
@@ -252,22 +192,24 @@ class FrameTables:
         return [self.order, self.partner, self.sign, self.turns]
 
 
-def make_frame(frame: Frame | None, dim: int) -> FrameTables:
+def make_frame(frame: Frame) -> FrameTables:
     """Frame tables of a side.
 
     Args:
-        frame: The frame, or None for the identity.
-        dim: D.
+        frame: The frame.
 
     Returns:
         The tables.
     """
-    own = torch.arange(dim, dtype=torch.int64, device="cpu")
-    partner, sign, pair = own.clone(), torch.zeros(dim, dtype=torch.float32, device="cpu"), torch.full_like(own, -1)
-    if frame is None:
+    own = torch.arange(frame.order.shape[0], dtype=torch.int64, device="cpu")
+    partner, sign, pair = (
+        own.clone(),
+        torch.zeros(len(own), dtype=torch.float32, device="cpu"),
+        torch.full_like(own, -1),
+    )
+    if frame.is_identity:
         return FrameTables(own.int(), partner.int(), sign, torch.zeros_like(own))
-    fast_pairs = len(frame.frequencies) - frame.slow_pairs
-    for first, count, index in ((0, frame.slow_pairs, 0), (frame.num_slow, fast_pairs, frame.slow_pairs)):
+    for first, count, index in ((0, frame.slow_pairs, 0), (frame.num_slow, frame.fast_pairs, frame.slow_pairs)):
         a, b = own[first : first + count], own[first + count : first + 2 * count]
         partner[a], partner[b], sign[a], sign[b] = b, a, 1.0, -1.0
         pair[a] = pair[b] = torch.arange(index, index + count, dtype=torch.int64, device="cpu")

@@ -6,8 +6,8 @@ part of a key, P half of its fast part (padded to a multiple of 16).
 
 from __future__ import annotations
 
-from quantcache_kernels.codes import angle
-from quantcache_kernels.runtime import kernel, tl
+from quantcache_kernels.triton.codes import angle
+from quantcache_kernels.triton.runtime import kernel, tl
 
 
 @kernel("q_batch", "q_head", "q_query", "R", "count", "batch", "anchors")

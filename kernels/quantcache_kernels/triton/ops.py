@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache_kernels import decode, encode, runtime
-from quantcache_kernels.decode_attention import attend_kernel, merge_kernel
-from quantcache_kernels.dense_attention import dense_kernel
-from quantcache_kernels.queries import query_kernel
-from quantcache_kernels.runtime import (
+from quantcache_kernels.interface import ANCHOR_LENGTH, SideConstants
+from quantcache_kernels.triton import decode, encode, runtime
+from quantcache_kernels.triton.decode_attention import attend_kernel, merge_kernel
+from quantcache_kernels.triton.dense_attention import dense_kernel
+from quantcache_kernels.triton.queries import query_kernel
+from quantcache_kernels.triton.runtime import (
     BLOCK,
     launch_on,
     operand_type,
@@ -24,11 +25,9 @@ from quantcache_kernels.runtime import (
     stored_type,
     unavailable,
 )
-from quantcache_kernels.tables import (
-    ANCHOR_LENGTH,
+from quantcache_kernels.triton.tables import (
     LEAST_PAYLOAD,
     TILE,
-    SideConstants,
     Slots,
     make_codes,
     make_frame,
@@ -142,7 +141,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
     compute = compute_dtype(dtype)
     slots = make_slots(constants.widths, constants.num_slow)
     codes = make_codes(constants, slots, compute)
-    frame = make_frame(constants.frame, constants.dim).tensors()
+    frame = make_frame(constants.frame).tensors()
     decoder = slots.gather(constants.decoder, 2) * codes.scale[:, None]  # F in slots, [H, D, S]
     slow_slots = slots.slow_tiles * TILE
     keys = _keys(constants, slots, decoder, compute)
@@ -176,7 +175,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                 constants.num_slow,
                 slots.tiles * TILE,
                 int(2 * constants.widths.sum()),
-                int(constants.frame is not None),
+                int(not constants.frame.is_identity),
             ],
         ),
         Prepared(
@@ -197,7 +196,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                     unit,
                 ]
             ),
-            [*whole, int(constants.frame is not None), slow_slots],
+            [*whole, int(not constants.frame.is_identity), slow_slots],
         ),
     )
 
@@ -218,7 +217,7 @@ def _keys(
     fast_decoder = torch.zeros(heads, fast.shape[2], 2, padded, dtype=torch.float32, device="cpu")
     mean = torch.zeros(heads, 2, padded, dtype=torch.float32, device="cpu")
     rotation = torch.zeros(ANCHOR_LENGTH, 2, padded, dtype=torch.float32, device="cpu")
-    if num_fast and constants.frame is not None:
+    if num_fast:
         norms[:, 1] = power_of_two_above(torch.maximum(fast.abs().amax((1, 2)), fast_mean.abs().amax(1)))
         fast_decoder[..., :half] = fast.unflatten(1, (2, half)).permute(0, 3, 1, 2) / norms[:, 1, None, None, None]
         mean[..., :half] = fast_mean.unflatten(1, (2, half)) / norms[:, 1, None, None]

@@ -13,7 +13,7 @@ Shapes: B batch, H key/value heads, R = G Tq rows of queries with the query inde
 
 from __future__ import annotations
 
-from quantcache_kernels.codes import (
+from quantcache_kernels.triton.codes import (
     gain_of,
     interleave_tile,
     key_levels,
@@ -23,7 +23,7 @@ from quantcache_kernels.codes import (
     unpack,
     value_levels,
 )
-from quantcache_kernels.runtime import kernel, tl
+from quantcache_kernels.triton.runtime import kernel, tl
 
 
 @kernel(

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
+from quantcache_kernels.interface import BLOCK as BLOCK
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # no wheel for this platform, or not wanted
     triton = None
     tl = None
-
-BLOCK = 64
-"""Tokens in an encoded block."""
 
 
 def jit(function: Callable[..., Any], varying: tuple[str, ...] = ()) -> Any:

@@ -9,8 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcache_kernels.codes import angle, gain_of, interleave_tile, key_levels, load_tile, second_nibble, unpack
-from quantcache_kernels.runtime import kernel, tl
+from quantcache_kernels.triton.codes import (
+    angle,
+    gain_of,
+    interleave_tile,
+    key_levels,
+    load_tile,
+    second_nibble,
+    unpack,
+)
+from quantcache_kernels.triton.runtime import kernel, tl
 
 
 @kernel("n", "batch", "heads", "W", "one_half")

@@ -10,7 +10,7 @@ Fields: see quantcache/coding/packing.py. Word ``c`` of an f-bit field holds tok
 
 from __future__ import annotations
 
-from quantcache_kernels.runtime import constant, jit, tl
+from quantcache_kernels.triton.runtime import constant, jit, tl
 
 GAIN_STEPS = constant(32.0)  # gain codes in an octave
 GAIN_CENTER = constant(128.0)  # gain code of 1.0

@@ -5,8 +5,8 @@ Shapes: B batch, H key/value heads, R = G Tq rows of queries with the query inde
 
 from __future__ import annotations
 
-from quantcache_kernels.codes import tanh
-from quantcache_kernels.runtime import kernel, tl
+from quantcache_kernels.triton.codes import tanh
+from quantcache_kernels.triton.runtime import kernel, tl
 
 
 @kernel(

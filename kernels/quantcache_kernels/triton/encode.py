@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quantcache_kernels import runtime
-from quantcache_kernels.codes import GAIN_CENTER, GAIN_STEPS, angle
-from quantcache_kernels.runtime import jit, kernel, power_of_two, tl
+from quantcache_kernels.triton import runtime
+from quantcache_kernels.triton.codes import GAIN_CENTER, GAIN_STEPS, angle
+from quantcache_kernels.triton.runtime import jit, kernel, power_of_two, tl
 
 
 @kernel("batch", "W")
