@@ -19,11 +19,11 @@ folder = sys.argv[1] if len(sys.argv) > 1 else "calibration"
 model = AutoModelForCausalLM.from_pretrained(model_name, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(model_name)
 
-calibration = calibrate(model, text, tokenizer, bits_per_element=3.0, max_tokens=4096)
+calibration = calibrate(model, text, tokenizer, bits=3.0, max_tokens=4096)
 calibration.save_pretrained(folder)
 print(f"{calibration} saved in {folder}: {calibration.bits_per_element:.3f} bits per element with gains")
 
-# The artifact holds spectra, so that any other rate follows without the model.
+# The calibration serves any number of bits: no second run of the model is needed.
 for bits in (2, 2.5, 4):
     other = Calibration.from_pretrained(folder).with_bits(bits)
     print(f"at {bits} bits: {other.bits_per_element:.3f} bits per element")

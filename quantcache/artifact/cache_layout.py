@@ -113,7 +113,7 @@ def kv_geometry(text_config: PreTrainedConfig, layer: int = 0) -> tuple[int, int
     if not isinstance(heads, int) or not heads or not dim:
         raise UnsupportedModel(
             f"the config of a {config.model_type} model declares {heads!r} attention heads and a head dimension of "
-            f"{dim!r}: its cache cannot be foretold from it"
+            f"{dim!r}: the shape of its cache cannot be computed from them"
         )
     return getattr(config, "num_key_value_heads", None) or heads, dim
 
@@ -225,7 +225,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModel(
-            f"transformers makes no key/value cache from the config of a {config.model_type} model: {reason}"
+            f"transformers cannot build a key/value cache from the config of a {config.model_type} model: {reason}"
         ) from error
 
 
@@ -290,7 +290,7 @@ def _why_nothing(config: PreTrainedConfig) -> str:
     if recurrent:
         parts.append(f"{len(recurrent)} layers hold recurrent states of fixed size")
     for name, count in Counter(type(layer).__name__ for layer in unknown).items():
-        parts.append(f"{count} layers are of the kind {name}, which quantcache does not support")
+        parts.append(f"{count} layers are of type {name}, which quantcache does not support")
     return " and ".join(parts) or "its cache has no layers"
 
 
@@ -323,7 +323,7 @@ def empty_model(config: PreTrainedConfig, attention: str | None = None) -> PreTr
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "Unrecognized configuration class" in reason:
-            reason = "transformers has no causal language model of this kind"
+            reason = "transformers has no causal language model of this type"
         raise UnsupportedModel(f"a {config.model_type} model cannot be built from its config: {reason}") from error
     model.train(False)
     return model
@@ -397,5 +397,7 @@ def cached_shapes(config: PreTrainedConfig) -> dict[int, Shape]:
         shapes = dict.fromkeys(layers, ((1, latent), (1, rotated)))
     if len(shapes) < len(layers):
         missing = [index for index in layers if index not in shapes]
-        raise UnsupportedModel(f"the shapes that layers {missing} of a {config.model_type} model cache are not known")
+        raise UnsupportedModel(
+            f"quantcache does not know the key/value shapes of layers {missing} of a {config.model_type} model"
+        )
     return shapes

@@ -25,7 +25,7 @@ from quantcache.artifact.files import CONFIG_NAME, DIGEST, TENSORS_NAME, from_fi
 from quantcache.artifact.identity import check_identity
 from quantcache.artifact.index import bundled_index, find_entry, read_index
 from quantcache.coding import linalg
-from quantcache.coding.allocation import allocate_layers, check_rate
+from quantcache.coding.allocation import allocate_layers, check_rates
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import (
     SIDES,
@@ -98,11 +98,11 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         value_bits: SideBits = "joint",
         min_bits: int = 0,
     ) -> Calibration:
-        """Allocate another rate from the stored spectra, without recalibrating.
+        """Allocate other bits from the stored spectra, without recalibrating.
 
         Args:
             bits: Mean code width in bits, 0 to 8, fractional allowed. None keeps the present one.
-            key_bits: A budget of the keys' own, None to leave them dense, or ``"joint"``.
+            key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
             value_bits: The same for the values.
             min_bits: Smallest width given to any dimension.
 
@@ -110,12 +110,10 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             A calibration that shares this one's transforms.
 
         Raises:
-            ValueError: A rate is outside ``[min_bits, 8]``.
+            ValueError: A number of bits is outside ``[min_bits, 8]``.
         """
         rate = Rate(self.metadata.rate.bits if bits is None else float(bits), key_bits, value_bits, min_bits)
-        for own in (rate.bits, rate.key_bits, rate.value_bits):
-            if own is not None and own != "joint":
-                check_rate(own, min_bits)
+        check_rates(rate)
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
 
@@ -129,7 +127,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             A calibration that shares this one's transforms, allocated anew.
 
         Raises:
-            ValueError: There is no such coding.
+            ValueError: ``coding`` is not one of these.
         """
         if coding not in get_args(Coding):
             raise ValueError(f"coding must be one of {', '.join(get_args(Coding))}, got {coding!r}")
@@ -157,7 +155,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             for index, layer in self.layers.items():
                 if layer.key.num_heads % size or layer.value.num_heads % size:
                     raise CalibrationMismatch(
-                        f"layer {index} has {layer.key.num_heads} key/value heads, which {size} processes cannot share"
+                        f"layer {index} has {layer.key.num_heads} key/value heads: they cannot be split "
+                        f"over {size} processes"
                     )
                 layers[index] = LayerCalibration(layer.rope, layer.key.heads(rank, size), layer.value.heads(rank, size))
             self.shards.setdefault((rank, size), Calibration(layers, self.metadata))
@@ -338,7 +337,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             The calibration.
 
         Raises:
-            ArtifactError: A file is missing, malformed, or of an unknown major schema, or cannot be had from the Hub.
+            ArtifactError: A file is missing, malformed, or of an unknown major schema, or the download failed.
         """
         if os.path.isdir(pretrained_model_name_or_path):
             folder = Path(pretrained_model_name_or_path) / (subfolder or "")
@@ -346,7 +345,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                 folder = folder / SUBFOLDER
             missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
             if missing:
-                raise ArtifactError(f"{folder} is no calibration: it has no {' and no '.join(missing)}")
+                raise ArtifactError(f"{folder} is not a calibration folder: missing {' and '.join(missing)}")
             files = folder / CONFIG_NAME, folder / TENSORS_NAME
             return cls(*steadily(files, lambda: from_files(*files)))
         repo_id = hub.require_repo_id(pretrained_model_name_or_path)

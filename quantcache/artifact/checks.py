@@ -107,7 +107,7 @@ def check_description(path: Path, config: dict[str, Any]) -> None:
                 f"{path}: {name} of base_model must be null or at most {MOST_CHARACTERS} characters, got {value!r:.100}"
             )
     if not is_fingerprint(config["base_model"].get(FINGERPRINT, {})):
-        raise ArtifactError(f"{path}: fingerprint of base_model must be samples of weights by their names")
+        raise ArtifactError(f"{path}: fingerprint of base_model must map names of weights to samples of them")
     _check_cache_config(path, config["cache_config"])
     _check_recipe(path, config["recipe"])
     if len(config["layers"]) > MOST_LAYERS:
@@ -132,7 +132,9 @@ def _check_cache_config(path: Path, attributes: dict[str, Any]) -> None:
         raise ArtifactError(f"{path}: kv_sharing_modes of cache_config must be a list of names, got {modes!r:.100}")
     crossing = attributes.get("cross_attention_layers", [])
     if not (isinstance(crossing, list) and all(is_integer(layer, 0, MOST_LAYERS) for layer in crossing)):
-        raise ArtifactError(f"{path}: cross_attention_layers of cache_config must be layers, got {crossing!r:.100}")
+        raise ArtifactError(
+            f"{path}: cross_attention_layers of cache_config must be layer indices, got {crossing!r:.100}"
+        )
     kind = attributes.get("model_type")
     if kind is not None and not isinstance(kind, str):
         raise ArtifactError(f"{path}: model_type of cache_config must be a name, got {kind!r:.100}")
@@ -253,7 +255,7 @@ def check_side(where: str, side: SideCalibration, rope: Rope, fast_wavelength: f
     decoder = float((sigma.amax(-1) / smallest).max())
     if max(encoder, decoder) > MOST_SCALE:
         raise ArtifactError(
-            f"{where}.analysis and spectrum do not fit each other: constants up to {max(encoder, decoder):.1e}, at "
+            f"{where}.analysis and spectrum do not match: constants up to {max(encoder, decoder):.1e}, at "
             f"most {MOST_SCALE:.0e}"
         )
 

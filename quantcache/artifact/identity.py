@@ -88,7 +88,7 @@ def without_projections(base_model: dict[str, Any]) -> dict[str, Any]:
         base_model: The artifact's ``base_model``.
 
     Returns:
-        A copy whose fingerprint has only the weights that are no projections of keys or values.
+        A copy whose fingerprint leaves out the projections of keys and values.
     """
     if FINGERPRINT not in base_model:
         return base_model
@@ -132,7 +132,7 @@ def check_identity(
     reasons = [other_rotation(layers, given)]
     differs = None if isinstance(model, PreTrainedConfig) else other_weights(metadata.base_model, model)
     if differs:
-        reasons.append(f"{differs} has other weights")
+        reasons.append(f"the weights of {differs} differ")
     if differs != "":  # the same weights may go by another name
         reasons.append(other_name(metadata.base_model, given))
     found = "; ".join(reason for reason in reasons if reason)
@@ -142,7 +142,7 @@ def check_identity(
     if strict:
         raise CalibrationMismatch(message)
     warnings.warn(
-        f"{message}. What is generated will be worse than with the model's own calibration; strict=True refuses",
+        f"{message}. Output quality will be lower than with the model's own calibration; strict=True refuses it",
         CalibrationWarning,
         stacklevel=4,
     )
@@ -232,7 +232,7 @@ def other_name(base_model: dict[str, Any], config: PreTrainedConfig) -> str | No
         config: The model's config.
 
     Returns:
-        How they differ; None if they do not, or if either is no Hub id.
+        How they differ; None if they do not, or if either is not a Hub id.
     """
     ours, theirs = base_model.get("id"), str(getattr(config, "_name_or_path", "") or "")
     if not is_repo_id(ours) or not is_repo_id(theirs) or os.path.isdir(theirs):
@@ -241,7 +241,7 @@ def other_name(base_model: dict[str, Any], config: PreTrainedConfig) -> str | No
     quantized = getattr(config, "quantization_config", None) is not None
     if mine == other or (quantized and other.startswith(mine)):
         return None
-    return f"it is of {ours}, this one is {theirs}"
+    return f"it was made on {ours}, this model is {theirs}"
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -77,7 +77,7 @@ def read_index(path: Path, names: tuple[str, ...]) -> list[IndexEntry]:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no calibration index: its format must be {FORMAT!r}")
+        raise ArtifactError(f"{path} is not a calibration index: its format must be {FORMAT!r}")
     version = str(content.get("schema_version"))
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ArtifactError(f"{path} has schema version {version}, this quantcache reads {SCHEMA_VERSION}")

@@ -118,7 +118,7 @@ class ConsistentCache(DynamicCache):
         return True
 
     def _unsettled(self, layers: list[Any]) -> str | None:
-        """Why there is no telling which tokens the cache holds, if so."""
+        """Why it is uncertain which tokens the cache holds; None if it is not."""
         lengths = self._lengths(layers)
         failed = self.forward_pass is not None and self.forward_pass.outcome() is Outcome.FAILED
         if len(lengths) > 1:
@@ -129,7 +129,7 @@ class ConsistentCache(DynamicCache):
             if held != start:
                 return f"it held {start} tokens and holds {held}, because a forward pass was interrupted"
             if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers[: self._first + 1]):
-                return f"a forward pass was interrupted after {start} tokens, and some layers do not count theirs"
+                return f"a forward pass was interrupted after {start} tokens, and some layers do not count their tokens"
         return None
 
     def _busy(self, search: bool = False) -> str | None:
@@ -232,11 +232,11 @@ class ConsistentCache(DynamicCache):
             return
         other = next((each for each in self.layers if isinstance(each, LinearAttentionCacheLayerMixin)), None)
         if other is not None:
-            raise QuantCacheError(f"a {type(other).__name__} cannot go back: call reset()")
+            raise QuantCacheError(f"a {type(other).__name__} cannot be rolled back: call reset()")
         for layer, length in zip(layers, lengths, strict=True):
             if length > keep and not isinstance(layer, SpectralLayer):
                 raise QuantCacheError(
-                    f"a {type(layer).__name__} holds {length} tokens and cannot go back to {keep}: call reset()"
+                    f"a {type(layer).__name__} holds {length} tokens and cannot be rolled back to {keep}: call reset()"
                 )
 
         def cut(layer: Any) -> None:
@@ -288,7 +288,7 @@ class ConsistentCache(DynamicCache):
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
         self._gather(lambda count: chosen_rows(beam_idx, count))
@@ -300,7 +300,7 @@ class ConsistentCache(DynamicCache):
             indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
         self._gather(lambda count: chosen_rows(indices, count))
@@ -416,4 +416,4 @@ class ConsistentCache(DynamicCache):
 
 
 def _unusable(reason: str) -> str:
-    return f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
+    return f"the cache is in an inconsistent state: {reason}; call rollback() or reset()"

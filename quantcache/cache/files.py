@@ -87,7 +87,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise QuantCacheError(f"{name} is offloaded: such a model cannot be told by its weights, leave model out")
+            raise QuantCacheError(
+                f"{name} is offloaded, so the model cannot be identified by its weights: leave model out"
+            )
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float()
         digest.update(f"{name}{list(parameter.shape)}".encode())
@@ -144,7 +146,7 @@ def write_cache(
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "cache_config": calibration.metadata.cache_config,
-        "rate": asdict(calibration.metadata.rate),
+        "rate": calibration.metadata.rate.to_dict(),
         "sink_length": spectral[0].sink_length if spectral else 0,
         "residual_length": spectral[0].residual_length if spectral else 0,
         "calibration": fingerprint(calibration),
@@ -221,13 +223,13 @@ def read_description(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no saved cache: its header has no {FORMAT!r} description")
+        raise ArtifactError(f"{path} is not a saved cache: its header has no {FORMAT!r} description")
     version = str(description.get("schema_version"))
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ArtifactError(f"{path} has schema version {version}, this quantcache reads {SCHEMA_VERSION}")
     for name in ("sink_length", "residual_length"):
         if type(description.get(name)) is not int or not 0 <= description[name] < 1 << 30:
-            raise ArtifactError(f"{path}: {name} must be a length, got {description.get(name)!r}")
+            raise ArtifactError(f"{path}: {name} must be a number of tokens, got {description.get(name)!r}")
     return description
 
 
@@ -301,8 +303,7 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
         found = checksum(reader.found)
     if found != description.get("sha256"):
         raise ArtifactError(
-            f"{path} is damaged: its tensors have checksum {found[:12]}, written were "
-            f"{str(description.get('sha256'))[:12]}"
+            f"{path} is damaged: its tensors have checksum {found[:12]}, expected {str(description.get('sha256'))[:12]}"
         )
     lengths = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)}
     if len(lengths) > 1:
@@ -327,7 +328,7 @@ def _read_layer(reader: TensorReader, layer: Any, entry: Any, index: int, calibr
 def _size(reader: TensorReader, entry: dict[str, Any], name: str) -> int:
     value = entry.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
-        raise ArtifactError(f"{reader.path}: {name} must be a size, got {value!r}")
+        raise ArtifactError(f"{reader.path}: {name} must be a whole number from 0 up, got {value!r}")
     return value
 
 
@@ -388,7 +389,7 @@ def _read_spectral(
     vars(layer).update(state, spans=spans, stores=stores, codecs=codecs if blocks else {}, cut=cut)
     if layer.get_seq_length() != entry["tokens"]:
         raise ArtifactError(
-            f"{reader.path}: layer {index} holds {layer.get_seq_length()} tokens, described are {entry['tokens']}"
+            f"{reader.path}: layer {index} holds {layer.get_seq_length()} tokens, the header says {entry['tokens']}"
         )
 
 

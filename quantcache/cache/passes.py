@@ -104,7 +104,7 @@ class _Mark:
 
 
 class _Probe:
-    """Counts the references that an object has in its finalizer, if there are no others."""
+    """Counts the references that an object has in its finalizer, if nothing else refers to it."""
 
     found = 0
 

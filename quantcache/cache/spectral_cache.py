@@ -145,9 +145,9 @@ class SpectralCache(BlockCache):
         config: The model's config; without it the cache's layers follow from the calibration alone.
         model: The model itself, in place of its config: its weights are compared with those calibrated, too.
         strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
-        bits: Mean code width in bits, if another than the calibration's.
-        key_bits: A rate of the keys' own, or None to leave keys dense.
-        value_bits: A rate of the values' own, or None to leave values dense.
+        bits: Mean code width in bits, 0 to 8; by default the calibration's.
+        key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
+        value_bits: The same for the values.
         min_bits: Smallest width given to any coefficient.
         sink_length: First tokens of every row that stay in the model's dtype.
         residual_length: Recent tokens that stay in the model's dtype.
@@ -156,7 +156,7 @@ class SpectralCache(BlockCache):
     Raises:
         CalibrationMismatch: The calibration is for another geometry than ``config``.
         UnsupportedModel: ``config`` is an encoder-decoder's.
-        ValueError: A length or rate is out of range.
+        ValueError: A length or a number of bits is out of range.
     """
 
     def __init__(
@@ -300,15 +300,15 @@ class SpectralCache(BlockCache):
         config: PreTrainedConfig | None = None,
         backend: Backend = "auto",
     ) -> SpectralCache:
-        """Read a cache that :meth:`save` has written, at the rate and with the lengths it had.
+        """Read a cache that :meth:`save` has written, at the bits and with the lengths it had.
 
         It comes back in CPU memory, and each layer follows the model to its device with its next update.
 
         Args:
             path: The file.
-            calibration: The calibration it was filled with, at any rate.
+            calibration: The calibration it was filled with, at any bits.
             model: The model that is to read it: weights that differ from those it was saved with are refused.
-            config: The model's config, where there is no model at hand.
+            config: The model's config, if the model itself is not at hand.
             backend: As for :class:`SpectralCache`.
 
         Returns:

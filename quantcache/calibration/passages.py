@@ -53,7 +53,7 @@ def shared(known: str, text: str) -> tuple[int, int]:
         Number of hashes found, and number of hashes in the sketch.
 
     Raises:
-        QuantCacheError: ``known`` is no sketch.
+        QuantCacheError: ``known`` is malformed.
     """
     if not isinstance(known, str) or not _SKETCH.fullmatch(known):
         raise QuantCacheError(f"a sketch of passages must be hashes of {DIGITS} hexadecimal digits, got {known!r:.60}")

@@ -35,7 +35,7 @@ def calibrate(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one. A recipe names its own.",
+            help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one. A recipe names its model.",
         ),
     ] = None,
     text: Annotated[
@@ -55,8 +55,12 @@ def calibrate(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a sequence. Default: 2048 or the limit.")
     ] = None,
-    key_bits: Annotated[str, typer.Option(help="A budget of the keys' own, or 'dense'.")] = "joint",
-    value_bits: Annotated[str, typer.Option(help="A budget of the values' own, or 'dense'.")] = "joint",
+    key_bits: Annotated[
+        str, typer.Option(help="Separate bits for keys, 'dense' for uncompressed keys, or 'joint'.")
+    ] = "joint",
+    value_bits: Annotated[
+        str, typer.Option(help="Separate bits for values, 'dense' for uncompressed values, or 'joint'.")
+    ] = "joint",
     min_bits: Annotated[int, typer.Option(min=0, max=8, help="Smallest width of any coefficient.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the sampled labels.")] = 0,
     device: DeviceOption = None,
@@ -73,7 +77,7 @@ def calibrate(
     """
     with session(json, debug) as run, contextlib.ExitStack() as stack:
         if output is None and push_to_hub is None:
-            raise ValueError("nowhere to write to: give -o DIR, --push-to-hub REPO, or both")
+            raise ValueError("no output: give -o DIR, --push-to-hub REPO, or both")
         rows = None if metrics is None else read_metrics(metrics)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
         if recipe is not None:
@@ -203,22 +207,20 @@ def refuse_options(context: typer.Context) -> None:
 
 
 def side_bits(option: str, given: str) -> SideBits:
-    """Read the budget of one side.
+    """Read the bits of one side.
 
     Args:
         option: The option's name, for the error.
-        given: Its value.
+        given: What the user wrote.
 
     Returns:
         What ``Calibration.with_bits`` takes.
 
     Raises:
-        ValueError: It is no number from 0 to 8, ``dense`` or ``joint``.
+        ValueError: It is not a number from 0 to 8, ``dense`` or ``joint``.
     """
-    if given == "joint":
-        return "joint"
-    if given == "dense":
-        return None
+    if given == "joint" or given == "dense":
+        return given  # type: ignore[return-value]
     try:
         bits = float(given)
     except ValueError:

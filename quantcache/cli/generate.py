@@ -31,12 +31,16 @@ def generate(
     model: ModelArgument,
     calibration: CalibrationOption,
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
-    bits: Annotated[float | None, typer.Option(min=0, max=8, help="Another rate than the calibration's.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(min=0, max=8, help="Mean code width in bits. Default: the calibration's.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = 4,
-    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = 64,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept uncompressed.")] = 4,
+    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept uncompressed.")] = 64,
     backend: Annotated[str, typer.Option(help="auto, native, triton or torch.")] = "auto",
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of sampling.")] = 0,
     chat: Annotated[
         bool | None,
@@ -77,7 +81,7 @@ def generate(
         has_template = bool(getattr(tokenizer, "chat_template", None))
         chat = has_template if chat is None else chat
         if chat and not has_template:
-            raise QuantCacheError(f"{model} has no chat template: leave --chat out")
+            raise QuantCacheError(f"{model} has no chat template: omit --chat")
         if chat:
             message: Any = [{"role": "user", "content": text}]
             text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
@@ -111,7 +115,8 @@ def generate(
         report(
             "note",
             f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
-            f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} in all",
+            f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} including "
+            "sinks and recent tokens",
         )
         run.finish(data, data["text"])
 

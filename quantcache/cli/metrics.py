@@ -27,7 +27,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         One row for each method that could be measured.
 
     Raises:
-        QuantCacheError: It is no such file.
+        QuantCacheError: ``quantcache eval`` did not write it.
     """
     try:
         methods = json.loads(path.read_text("utf-8"))["methods"]

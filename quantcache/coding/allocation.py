@@ -46,6 +46,24 @@ def check_rate(bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> Non
         raise ValueError(f"bits must lie between min_bits ({min_bits}) and {max_bits}, got {bits}")
 
 
+def check_rates(rate: Rate) -> None:
+    """Refuse bits that no allocation can have, for everything or for one side.
+
+    Args:
+        rate: Common bits, those of keys and of values, and the smallest width.
+
+    Raises:
+        ValueError: A number is outside ``[min_bits, 8]``, or something else than a number, "dense" or "joint".
+    """
+    check_rate(rate.bits, rate.min_bits)
+    for name, own in (("key_bits", rate.key_bits), ("value_bits", rate.value_bits)):
+        if own is None or own in ("dense", "joint"):
+            continue
+        if isinstance(own, str):
+            raise ValueError(f"{name} must be a number, 'dense' or 'joint', got {own!r}")
+        check_rate(own, rate.min_bits)
+
+
 def allocate(
     groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH, coding: Coding = "scalar"
 ) -> list[int]:
@@ -111,7 +129,7 @@ def budgets(layers: dict[int, LayerCalibration], rate: Rate, joint: bool) -> lis
     found: dict[tuple[Any, ...], tuple[float, list[tuple[int, str]]]] = {}
     for index in layers:
         for side, own in zip(SIDES, (rate.key_bits, rate.value_bits), strict=True):
-            if own is not None:
+            if own != "dense" and own is not None:
                 pool = "all" if own == "joint" else side
                 bits = rate.bits if own == "joint" else float(own)
                 place = (pool,) if joint else (index, side)

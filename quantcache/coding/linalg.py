@@ -44,7 +44,7 @@ def _require(residual: Tensor, dtype: torch.dtype, name: str, identity: str) -> 
 def _compare(residual: Tensor, bound: float, identity: str) -> None:
     if not bool((residual <= bound).all()):  # NaN is refused as well
         raise QuantCacheError(
-            f"{identity} is broken by {float(residual.max()):.1e}, at most {bound:.1e} is rounding: the linear algebra "
+            f"{identity} is violated by {float(residual.max()):.1e}, rounding explains {bound:.1e}: the linear algebra "
             "library returned a wrong result"
         )
 

@@ -59,7 +59,7 @@ def text_path(name: str) -> Path:
         The file.
 
     Raises:
-        FileNotFoundError: There is no such text.
+        FileNotFoundError: No bundled text has that name.
     """
     return _resource("texts", name)
 

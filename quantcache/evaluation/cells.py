@@ -66,7 +66,9 @@ class Cells:
             if not isinstance(found, dict):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise QuantCacheError(f"{path} is no state of a run: delete it, or start afresh with --restart") from None
+            raise QuantCacheError(
+                f"{path} is not the saved state of a run: delete it, or start afresh with --restart"
+            ) from None
         differing = [key for key in {**found, **self.fingerprint} if found.get(key) != self.fingerprint.get(key)]
         if differing:
             name = differing[0]

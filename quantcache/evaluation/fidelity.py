@@ -91,9 +91,7 @@ class _Tally:
         assert self.sizes is not None
         lost = int((~kl.isfinite()).sum())
         if lost:
-            status = (
-                f"failed: at {lost} of {len(kl)} positions logits are not finite, or rule out what the dense ones say"
-            )
+            status = f"failed: at {lost} of {len(kl)} positions the KL divergence is not finite"
             return FidelityResult(method.family, method.simulated, status)
         perplexity = float(nll.mean().exp())
         return FidelityResult(

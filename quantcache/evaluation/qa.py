@@ -125,14 +125,14 @@ def load_questions(path: Path) -> list[Question]:
                 try:
                     entry = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise QuantCacheError(f"{path}, line {number} is no JSON: {error}") from None
+                    raise QuantCacheError(f"{path}, line {number} is not JSON: {error}") from None
                 answers = entry["answers"] if "answers" in entry else entry["answer"]
                 found.append(_question(entry.get("id", f"{number}"), entry["context"], entry["question"], answers))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         flaw = f"{type(error).__name__}: {error}"
-        raise QuantCacheError(f"{path} is no file of context, question and answers ({flaw})") from None
+        raise QuantCacheError(f"{path} is not a file of context, question and answers ({flaw})") from None
     if not found:
-        raise QuantCacheError(f"{path} holds no question")
+        raise QuantCacheError(f"{path} holds no questions")
     return found
 
 

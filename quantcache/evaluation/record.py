@@ -23,7 +23,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 class RecordError(QuantCacheError):
-    """A file is no record, or a record lacks something or contradicts itself."""
+    """A file is not a record, or a record lacks something or contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def check(data: Any, where: str = "record") -> None:
 
     require(isinstance(data, dict), f"a record is an object, this is {_kind(data)}")
     version = data.get("schema_version")
-    require(version is not None, "it is no record: it has no schema_version")
+    require(version is not None, "not a record: missing schema_version")
     known = isinstance(version, int) and not isinstance(version, bool) and version == SCHEMA_VERSION
     require(known, f"schema version {version!r}, this quantcache reads {SCHEMA_VERSION}")
     for name, (kind, words, needed) in _KINDS.items():
@@ -159,11 +159,11 @@ def _is_time(text: str) -> bool:
 
 
 def _flaw(value: Any, path: str) -> str | None:
-    """The first thing that is no JSON value, or a summary that contradicts itself."""
+    """The first thing that is not a JSON value, or a summary that contradicts itself."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                return f"{path} has a key that is no string: {key!r}"
+                return f"{path} has a key that is not a string: {key!r}"
             found = _flaw(item, f"{path}.{key}")
             if found:
                 return found
@@ -236,7 +236,7 @@ def read_record(path: Path) -> Record:
         The record.
 
     Raises:
-        RecordError: The file cannot be read, is no JSON, or is no sound record.
+        RecordError: The file cannot be read, is not JSON, or is not a sound record.
     """
     return Record.from_dict(read_strict_json(path), str(path))
 
@@ -255,7 +255,7 @@ def read_strict_json(path: Path) -> Any:
     """
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     try:
         return json.loads(path.read_text("utf-8"), parse_constant=refuse)

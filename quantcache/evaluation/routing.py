@@ -193,8 +193,8 @@ def _measure_window(
             started = True
     if not seen:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not call attention through transformers' attention interface, so routing "
-            "cannot be seen"
+            f"{type(model).__name__} does not call attention through transformers' attention interface, so its routing "
+            "cannot be observed"
         )
     for name, result in results.items():
         if result["status"] == "ok":

@@ -88,7 +88,9 @@ def early_exit_draft(model: PreTrainedModel, layers: int | None = None) -> PreTr
         raise UnsupportedModel(f"{type(model).__name__} does not keep layers in base_model.layers: give a draft model")
     keep = layers or len(found) // 2
     if not 1 <= keep < len(found):
-        raise QuantCacheError(f"a draft of {keep} layers of a model of {len(found)} makes no sense")
+        raise QuantCacheError(
+            f"the draft must have from 1 to {len(found) - 1} of the model's {len(found)} layers, got {keep}"
+        )
     draft, trunk = _shallow(model), _shallow(inner)
     draft.config = copy.deepcopy(model.config)
     text_config = draft.config.get_text_config(decoder=True)
@@ -157,7 +159,7 @@ def measure_speculative(
     entries = {}
     for method in methods:
         if method.simulated:
-            skipped = "skipped: simulated, its times would say nothing"
+            skipped = "skipped: simulated, so its times mean nothing"
             entries[method.name] = SpeculativeEntry(method.family, True, skipped)
             continue
         results = []

@@ -134,7 +134,7 @@ def measure_speed(
                 return _time(model, method, reference, prompt, steps, warmup, prefills)
 
             if method.simulated:
-                found[str(batch)] = SpeedRung("skipped: simulated, its times would say nothing")
+                found[str(batch)] = SpeedRung("skipped: simulated, so its times mean nothing")
             else:
                 found[str(batch)] = SpeedRung(**cells.measure(SUITE, method.name, f"batch {batch}", work))
         bad = next((rung.status for rung in found.values() if rung.status != "ok"), "ok")

@@ -123,7 +123,7 @@ def export_checkpoint(
     Raises:
         UnsupportedModel: The architecture is unknown, or the weights are quantized.
         CalibrationMismatch: The calibration is for another model.
-        HubError: The model cannot be had from the Hub.
+        HubError: The model cannot be downloaded.
         QuantCacheError: The weights are malformed, or ``output`` is taken.
     """
     tell = on_progress or (lambda what, done, total: None)
@@ -264,7 +264,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
-        raise QuantCacheError(f"{folder} is no model that transformers knows: {message}") from error
+        raise QuantCacheError(f"transformers cannot read the config in {folder}: {message}") from error
     return config
 
 
@@ -288,7 +288,7 @@ def _name_or_warn(base_model: dict[str, Any], folder: Path, calibration: Calibra
     for key in ("id", "revision"):
         ours, other = base_model[key], theirs.get(key)
         if ours and other and ours != other and not os.path.isabs(other):
-            warnings.warn(f"the calibration is of {key} {other}, the model's is {ours}", stacklevel=3)
+            warnings.warn(f"the calibration's {key} is {other}, the model's is {ours}", stacklevel=3)
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:

@@ -207,7 +207,7 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
     names = [name for found in projections.values() for name in found.names()]
     offloaded = next((name for name in names if parameters[name].is_meta), None)
     if offloaded is not None:
-        raise UnsupportedModel(f"{offloaded} is not in memory: absorb a model that is loaded as a whole")
+        raise UnsupportedModel(f"{offloaded} is offloaded: load the whole model into memory before absorbing")
     maps = layer_maps(calibration, projections, basis, tensors)
     for index, found in projections.items():
         for name, tensor in changed_tensors(found, maps[index], lambda name: parameters[name].detach().cpu()):

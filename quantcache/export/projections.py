@@ -179,7 +179,7 @@ def find_projections(
         if query_heads % heads or layer.key.dim != dim:
             raise UnsupportedModel(
                 f"layer {index} has {query_heads} query heads on {heads} value heads, and keys of dimension "
-                f"{layer.key.dim} with values of {dim}: absorption knows whole groups and one dimension"
+                f"{layer.key.dim} with values of {dim}: absorption needs whole groups and one dimension"
             )
         groups = query_heads // heads
         prefix = _prefix(architecture, index, tensors)
@@ -240,7 +240,9 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     clip = getattr(config, "clip_qkv", None)
     clip = clip if clip is not None else getattr(getattr(config, "attn_config", None), "clip_qkv", None)
     if clip is not None:
-        raise UnsupportedModel(f"the model clips its values (clip_qkv is {clip}), which no change of basis survives")
+        raise UnsupportedModel(
+            f"the model clips its values (clip_qkv is {clip}), so the basis of its values cannot be changed"
+        )
     if getattr(config, "new_decoder_architecture", False):
         raise UnsupportedModel(
             "a Falcon model of the new decoder architecture caches a copy of its values for every query head, each "
@@ -268,7 +270,7 @@ def _check(tensors: Mapping[str, TensorInfo], name: str, axis: int = 0, size: in
         raise UnsupportedModel(f"the model has no tensor {name}")
     info = tensors[name]
     if info.dtype not in FLOATS:
-        found = info.dtype or "stored in a dtype of its own"
+        found = info.dtype or "a dtype of its own"
         raise UnsupportedModel(f"{name} is quantized ({found}): absorption needs float weights")
     if size is not None and (len(info.shape) != 2 or info.shape[axis] != size):
         raise UnsupportedModel(f"{name} has shape {list(info.shape)}, expected {size} at dimension {axis}")

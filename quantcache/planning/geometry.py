@@ -65,9 +65,11 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()
-        raise QuantCacheError(f"no config of {name}: {first[0] if first else type(error).__name__}") from error
+        raise QuantCacheError(
+            f"cannot load the config of {name}: {first[0] if first else type(error).__name__}"
+        ) from error
     if not isinstance(config, PreTrainedConfig):
-        raise QuantCacheError(f"no config of {name}: it is a {type(config).__name__}")
+        raise QuantCacheError(f"cannot load the config of {name}: it is a {type(config).__name__}")
     compat.require_decoder(config)
     return config
 
@@ -95,7 +97,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
             continue
         grows = compat.is_full_attention(layer)
         if not grows and not compat.is_window(layer):
-            raise UnsupportedModel(f"layer {index} is a {type(layer).__name__}, whose bytes cannot be foretold")
+            raise UnsupportedModel(f"memory cannot be estimated: layer {index} is a {type(layer).__name__}")
         holder = layer if traced is None else traced[index]
         shape = (cache_layout.kv_geometry(text, index),) * 2 if traced is None else cache_layout.held_shape(holder)
         if shape is None:

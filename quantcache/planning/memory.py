@@ -70,7 +70,7 @@ def estimate_memory(
         The sizes by kind, ``constants`` zero.
 
     Raises:
-        QuantCacheError: The format is unknown, a number is out of range, or the model's cache cannot be foretold.
+        QuantCacheError: The format is unknown, a number is out of range, or the model's cache cannot be estimated.
     """
     if not isinstance(config, PreTrainedConfig):
         config = load_config(config)

@@ -58,7 +58,7 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
         The sizes.
 
     Raises:
-        UnsupportedModel: The model cannot be built from its config, or its cache not be foretold.
+        UnsupportedModel: The model cannot be built from its config, or its cache cannot be estimated.
     """
     return ModelSizes(config, read_geometry(config), list_weights(cache_layout.empty_model(config)))
 
@@ -329,7 +329,7 @@ def _meets(quality: Quality, demand: Demand) -> bool:
 
 
 def _preference(candidate: Candidate) -> tuple[bool, float, int]:
-    """Least expected KL first; formats of which nothing is known last; the smaller cache of two alike."""
+    """Least expected KL first; formats without figures last; the smaller cache of two alike."""
     kl = candidate.quality.kl
     return kl is None, 0.0 if kl is None else kl, candidate.cache_bytes_largest
 
@@ -349,7 +349,7 @@ def _reason(
             return f"nothing needs compressing: {total}"
         kl = best.quality.kl
         if kl is None:
-            return f"{total}; nothing is known of its fidelity: measure it with 'quantcache eval'"
+            return f"{total}; its fidelity has not been measured: use 'quantcache eval'"
         return f"{total}; of all that fit it has the least expected KL, {kl:.5f} nats per token"
     if fitting:
         closest = min(fitting, key=_preference)

@@ -176,7 +176,7 @@ def read_measurements(paths: Iterable[Path]) -> Measurements:
     """Read records.
 
     Args:
-        paths: Files, or folders whose records are all read. JSON in a folder that is no record is left out.
+        paths: Files, or folders whose records are all read. JSON files in a folder that are not records are left out.
 
     Returns:
         Their figures.
@@ -187,7 +187,7 @@ def read_measurements(paths: Iterable[Path]) -> Measurements:
     found = Measurements()
     for path in paths:
         if not path.exists():
-            raise RecordError(f"there are no records at {path}")
+            raise RecordError(f"no records found at {path}")
         if path.is_file():
             found += measurements_of(read_strict_json(path), path)
             continue
@@ -209,12 +209,12 @@ def measurements_of(content: Any, path: Path) -> Measurements:
         Its figures; methods that could not be measured are left out.
 
     Raises:
-        RecordError: It is no record, or its figures are not as its suite writes them.
+        RecordError: It is not a record, or its figures are not as its suite writes them.
     """
     check(content, str(path))
     if content["suite"] not in SUITES:
         known = ", ".join(SUITES)
-        raise RecordError(f"{path}: a record of suite {content['suite']!r} has no such figures: read are {known}")
+        raise RecordError(f"{path}: records of suite {content['suite']!r} are not used here, only those of {known}")
     record = Record.from_dict(content, str(path))
     try:
         origin = Origin(path.name, record.created, record.commit, record.dirty, _hardware(record.environment))
@@ -358,10 +358,10 @@ def from_digest(content: Any, where: str) -> Measurements:
         The figures.
 
     Raises:
-        RecordError: It is no digest, or of another version.
+        RecordError: It is not a digest, or of another version.
     """
     if not isinstance(content, dict) or content.get("format") != DIGEST_FORMAT:
-        raise RecordError(f"{where} is no digest of measurements: its format must be {DIGEST_FORMAT!r}")
+        raise RecordError(f"{where} is not a digest of measurements: its format must be {DIGEST_FORMAT!r}")
     if content.get("schema_version") != DIGEST_VERSION:
         raise RecordError(
             f"{where} has schema version {content.get('schema_version')!r}, this quantcache reads {DIGEST_VERSION}"

@@ -135,7 +135,7 @@ def _compared(found: Sequence[Row], text: str) -> list[Row]:
     except ValueError:
         limit = math.nan
     if math.isnan(limit):
-        raise QuantCacheError(f"filter {text!r}: {number!r} is no number")
+        raise QuantCacheError(f"filter {text!r}: {number!r} is not a number")
     return [row for row in found if (value := read(row)) is not None and _COMPARISONS[sign](value, limit)]
 
 
@@ -165,7 +165,7 @@ def sort(found: Sequence[Row], column: str | None) -> list[Row]:
         The rows; those without a figure there come last.
 
     Raises:
-        QuantCacheError: There is no such column.
+        QuantCacheError: The column is unknown.
     """
     if column is None:
         return list(found)

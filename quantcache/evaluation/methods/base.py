@@ -193,7 +193,7 @@ def uniform(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
 
 
 def hadamard(dim: int) -> Tensor:
-    """An orthonormal Hadamard matrix, block-diagonal where the dimension is no power of two.
+    """An orthonormal Hadamard matrix, block-diagonal where the dimension is not a power of two.
 
     Args:
         dim: D.

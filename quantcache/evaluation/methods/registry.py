@@ -81,7 +81,7 @@ def parse_methods(
         The methods in the order given, each once. One that cannot be run here says why in ``unsupported``.
 
     Raises:
-        QuantCacheError: A name is unknown, its number out of range, or there is no calibration for it.
+        QuantCacheError: A name is unknown, its number out of range, or it needs a calibration and none is given.
     """
     expanded = [each for name in names for each in (all_methods(config) if name == ALL else (name,))]
     methods = []
