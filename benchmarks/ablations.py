@@ -166,7 +166,7 @@ def main() -> None:
     chosen = {name: rows for name, rows in ablations().items() if not options.only or name in options.only}
     unknown = set(options.only) - set(chosen)
     if unknown:
-        sys.exit(f"error: there is no ablation {', '.join(sorted(unknown))}: known are {', '.join(ablations())}")
+        sys.exit(f"error: unknown ablation {', '.join(sorted(unknown))}: known are {', '.join(ablations())}")
     checkpoints = [count for count in CHECKPOINTS if count <= options.max_tokens]
     calibration_tokens = tokenized(tokenizer, calibration_text, checkpoints[-1])
     tokens = tokenized(tokenizer, evaluation_text, options.windows * context)
