@@ -47,7 +47,7 @@ def layer_configs(text_config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The config of every layer; transformers refuses to read from the whole what differs between layers.
 
     Args:
-        text_config: A decoder's config.
+        text_config: ``config.get_text_config(decoder=True)``.
 
     Returns:
         One config for each layer; only one where all layers are alike.
@@ -61,8 +61,8 @@ def declared(text_config: PreTrainedConfig, name: str) -> Any:
     """What a config says of its layers.
 
     Args:
-        text_config: A decoder's config.
-        name: An attribute.
+        text_config: ``config.get_text_config(decoder=True)``.
+        name: Attribute to look up.
 
     Returns:
         Its value, None if there is none; a list with one value for each layer where they differ.
@@ -75,7 +75,7 @@ def largest(text_config: PreTrainedConfig, *names: str) -> int | None:
     """The largest number that a config declares under any of some names, for any layer.
 
     Args:
-        text_config: A decoder's config.
+        text_config: ``config.get_text_config(decoder=True)``.
         names: Attributes, of which the first that is declared counts.
 
     Returns:
@@ -95,8 +95,8 @@ def kv_geometry(text_config: PreTrainedConfig, layer: int = 0) -> tuple[int, int
     Some models cache something else: see :func:`cached_shapes`.
 
     Args:
-        text_config: A decoder's config.
-        layer: The layer.
+        text_config: ``config.get_text_config(decoder=True)``.
+        layer: Index of the layer.
 
     Returns:
         Hkv and D.
@@ -122,7 +122,7 @@ def cache_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The attributes of a model's config that decide its cache.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         JSON-ready attributes, those that the text config has; lists with one entry for each layer where layers differ.
@@ -175,8 +175,8 @@ def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
     Only for stand-ins: calibration measures the layout on the model itself.
 
     Args:
-        text_config: A decoder's config.
-        layer: Layer index.
+        text_config: ``config.get_text_config(decoder=True)``.
+        layer: Index of the layer.
 
     Returns:
         A half-split rotation; ``Rope()`` if the config has no RoPE parameters.
@@ -211,7 +211,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     """The layers of transformers' own cache for a model.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Empty layers.
@@ -233,7 +233,7 @@ def full_attention_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers whose cache grows with the whole text.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices; without the layers that hold another input's tokens, such as an image's.
@@ -247,7 +247,7 @@ def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
     """Indices of the layers whose keys and values are of another input than the text (Llama 3.2 Vision's images).
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices.
@@ -259,7 +259,7 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
     """The layers that a SpectralCache compresses: the one check of all that calibrates or makes caches.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices, at least one.
@@ -301,7 +301,7 @@ def empty_model(config: PreTrainedConfig, attention: str | None = None) -> PreTr
     """A model without weights, in bfloat16 on the meta device.
 
     Args:
-        config: Its config.
+        config: Config to build the model from.
         attention: Attention implementation; transformers' choice if None.
 
     Returns:
@@ -333,7 +333,7 @@ def traced_layers(config: PreTrainedConfig) -> list[Any] | None:
     """The cache's layers after a forward pass of one token without weights.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         The layers, their tensors on the meta device; None if the model cannot do one.
@@ -362,7 +362,7 @@ def held_shape(layer: Any) -> Shape | None:
     """(heads, dimension) of the keys and the values that a layer holds.
 
     Args:
-        layer: A layer of a cache.
+        layer: A layer of any cache, after its first update.
 
     Returns:
         Both; None if it holds none.
@@ -377,7 +377,7 @@ def cached_shapes(config: PreTrainedConfig) -> dict[int, Shape]:
     """What the layers that grow with the text cache: as declared, or read off the model where it caches otherwise.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Shapes by layer.

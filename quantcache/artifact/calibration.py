@@ -185,7 +185,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """A stand-in of the right geometry for speed and memory work; its codes mean nothing for fidelity.
 
         Args:
-            config: The model's config.
+            config: ``model.config``.
             bits: Mean code width.
             seed: Seed of the random transforms.
 
@@ -235,7 +235,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Args:
             save_directory: Folder to write into; created if missing.
             repo_id: Hub repository, for ``push_to_hub``.
-            push_to_hub: Also push.
+            push_to_hub: Whether to push the folder afterwards, to ``repo_id``.
             config: Ignored; the signature is ModelHubMixin's.
             model_card_kwargs: ``metrics``, a list of table rows for the card.
             push_to_hub_kwargs: Passed on to ``push_to_hub``.
@@ -263,7 +263,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """Push the artifact to the Hub in one commit, creating the repository where there is none.
 
         Args:
-            repo_id: The repository.
+            repo_id: Hub repository, ``owner/name``.
             model_card_kwargs: ``metrics``, a list of table rows for the card.
             kwargs: ModelHubMixin's own: ``token``, ``private``, ``branch``, ``commit_message`` and others.
 
@@ -300,7 +300,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             args: Ignored; the signature is ModelHubMixin's.
             metrics: Rows of a measured table, as ``quantcache eval --json`` gives them.
             repo_id: The calibration's own repository, if it is known.
-            kwargs: Ignored.
+            kwargs: Accepted for huggingface_hub's sake, and ignored.
 
         Returns:
             A card naming base model, rate and recipe.
@@ -326,7 +326,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Args:
             pretrained_model_name_or_path: Folder, or Hub repository id.
             force_download: Download even what is cached.
-            token: Hub token.
+            token: Hub access token; by default that of the login.
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
             revision: Hub branch, tag or commit.
@@ -383,7 +383,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             model: A loaded model, or its Hub id; ``wiki11m`` is the bundled one.
             revision: The model's commit, where only its id is given.
             index: The index to look into; the one that comes with quantcache if None.
-            token: Hub token.
+            token: Hub access token; by default that of the login.
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
 

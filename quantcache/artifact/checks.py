@@ -71,7 +71,7 @@ def check_header(path: Path) -> None:
     """Refuse a safetensors file whose header is too large to be parsed for a stranger.
 
     Args:
-        path: The file.
+        path: safetensors file; only its first 8 bytes are read.
 
     Raises:
         ArtifactError: The header claims more bytes, or the file cannot be read.
@@ -186,8 +186,8 @@ def check_sizes(where: str, heads: int, dim: int) -> None:
 
     Args:
         where: What to call the side in messages.
-        heads: Hkv.
-        dim: D.
+        heads: Hkv, as the file declares it.
+        dim: D, as the file declares it.
 
     Raises:
         ArtifactError: One is out of bounds, or the transforms would be too large.
@@ -201,7 +201,7 @@ def check_rope(where: str, layout: str, inv_freq: Tensor) -> None:
 
     Args:
         where: What to call it in messages.
-        layout: Its layout.
+        layout: ``none``, ``half`` or ``interleaved``.
         inv_freq: Radians per token of each pair, ``[pairs]``.
 
     Raises:
@@ -220,7 +220,7 @@ def check_side(where: str, side: SideCalibration, rope: Rope, fast_wavelength: f
 
     Args:
         where: What to call it in messages.
-        side: The constants.
+        side: Constants of the keys or values of one layer.
         rope: The rotation of its vectors; ``Rope()`` for values.
         fast_wavelength: The codec's setting.
 
@@ -265,7 +265,7 @@ def check_widths(path: Path, layers: dict[int, LayerCalibration], metadata: Meta
 
     Args:
         path: The file, for messages.
-        layers: The layers.
+        layers: Every layer's constants, by layer index.
         metadata: Rate and codec settings.
 
     Raises:

@@ -263,7 +263,7 @@ class TensorReader:
     """Hands out tensors of a safetensors file after checking name, shape, dtype and finiteness.
 
     Args:
-        file: The open file.
+        file: An open safetensors file.
         path: Its path, for messages.
         finite: Whether NaN and infinity are refused.
 
@@ -281,7 +281,7 @@ class TensorReader:
         """One tensor.
 
         Args:
-            name: Its name.
+            name: Name in the file.
             shape: The shape it must have; checked before anything is read.
             dtype: The dtype it must have.
 

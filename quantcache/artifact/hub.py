@@ -62,9 +62,9 @@ def download(
     """Download one file, or find it in the cache.
 
     Args:
-        repo_id: The repository.
-        filename: The file.
-        subfolder: Its folder.
+        repo_id: Hub repository, ``owner/name``.
+        filename: Name of the file inside the repository or subfolder.
+        subfolder: Folder inside the repository.
         revision: Branch, tag or commit.
         options: ``token``, ``cache_dir``, ``force_download`` and ``local_files_only`` of ``hf_hub_download``.
 
@@ -105,7 +105,7 @@ def download_model(repo_id: str, *, revision: str | None = None, ignore: list[st
     """Download a model's repository, or find it in the cache.
 
     Args:
-        repo_id: The repository.
+        repo_id: Hub repository, ``owner/name``.
         revision: Branch, tag or commit.
         ignore: Patterns of files that are not wanted.
         options: ``token``, ``cache_dir`` and ``local_files_only`` of ``snapshot_download``.
@@ -138,10 +138,10 @@ def push_folder(
     """Upload a folder in one commit, creating the repository where there is none.
 
     Args:
-        folder: The folder.
-        repo_id: The repository.
-        message: The commit's message.
-        token: Hub token.
+        folder: Local folder; its files go to the root of the repository.
+        repo_id: Hub repository, ``owner/name``.
+        message: Title of the commit.
+        token: Hub access token; by default that of the login.
         private: Whether a new repository is private.
         revision: Branch to push to.
 
@@ -166,8 +166,8 @@ def check_push(repo_id: str, token: str | bool | None = None) -> None:
     """Refuse a push that cannot succeed, before the work that it is for.
 
     Args:
-        repo_id: The repository.
-        token: Hub token.
+        repo_id: Hub repository, ``owner/name``.
+        token: Hub access token; by default that of the login.
 
     Raises:
         ArtifactError: It is not a valid repository id.

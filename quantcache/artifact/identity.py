@@ -58,7 +58,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     quantized, split or not in memory are left out.
 
     Args:
-        model: The model.
+        model: Model with its weights loaded; offloaded weights are left out.
 
     Returns:
         Samples by name of the parameter, ready for JSON; empty where no weight is plain.
@@ -85,7 +85,7 @@ def without_projections(base_model: dict[str, Any]) -> dict[str, Any]:
     """What an artifact says of its model, for a copy of the model whose projections have been rewritten.
 
     Args:
-        base_model: The artifact's ``base_model``.
+        base_model: The artifact's section of that name.
 
     Returns:
         A copy whose fingerprint leaves out the projections of keys and values.
@@ -120,8 +120,8 @@ def check_identity(
     """Say so where a calibration was made for another model of the same geometry.
 
     Args:
-        layers: The calibration's layers.
-        metadata: Its metadata.
+        layers: Constants of the calibration, by layer index.
+        metadata: Its model, codec and recipe.
         model: The model, or where none is at hand its config: then only rotation and name are compared.
         strict: Refuse instead of warning.
 
@@ -152,8 +152,8 @@ def other_weights(base_model: dict[str, Any], model: PreTrainedModel) -> str | N
     """Compare a model's weights with an artifact's fingerprint.
 
     Args:
-        base_model: The artifact's ``base_model``.
-        model: The model.
+        base_model: The artifact's section of that name, with the fingerprint.
+        model: Model to compare with.
 
     Returns:
         The first weight that differs, ``""`` if none does, None where nothing can be compared.
@@ -182,8 +182,8 @@ def other_rotation(layers: dict[int, LayerCalibration], config: PreTrainedConfig
     """Compare the frequencies that a calibration's keys were rotated with to those that a config declares.
 
     Args:
-        layers: The calibration's layers.
-        config: The model's config.
+        layers: Constants of the calibration, by layer index.
+        config: ``model.config``.
 
     Returns:
         How they differ; None if they do not, or where a config does not say enough.
@@ -205,8 +205,8 @@ def declared_frequencies(text_config: PreTrainedConfig, layer: int) -> tuple[flo
     """Radians per token of every rotary pair that a config declares for a layer.
 
     Args:
-        text_config: A decoder's config.
-        layer: Layer index.
+        text_config: ``config.get_text_config(decoder=True)``.
+        layer: Index of the layer.
 
     Returns:
         The frequencies; none where they depend on the length, or the config does not say.
@@ -229,7 +229,7 @@ def other_name(base_model: dict[str, Any], config: PreTrainedConfig) -> str | No
 
     Args:
         base_model: What the artifact says of its model.
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         How they differ; None if they do not, or if either is not a Hub id.

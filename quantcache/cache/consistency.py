@@ -52,7 +52,7 @@ class ConsistentCache(DynamicCache):
         Args:
             key_states: ``[B, Hkv, Tnew, D]``.
             value_states: ``[B, Hkv, Tnew, Dv]``.
-            layer_idx: The layer.
+            layer_idx: Index of the layer.
             args: Passed on.
             kwargs: Passed on.
 

@@ -76,7 +76,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """Digest of a sample of a model's weights: two checkpoints of one architecture differ in it.
 
     Args:
-        model: The model.
+        model: Model with its weights loaded.
 
     Returns:
         SHA-256 in hex.
@@ -110,9 +110,9 @@ def write_cache(
     """Write a cache, complete or not at all.
 
     Args:
-        path: The file.
-        cache: A SpectralCache.
-        calibration: Its calibration.
+        path: File to write; an existing one is replaced.
+        cache: Cache between two forward passes.
+        calibration: Calibration the cache was filled with.
         model: The model that filled it.
         unchanged: Says, once all is written, whether the cache still holds what was read.
 
@@ -208,7 +208,7 @@ def read_description(path: Path) -> dict[str, Any]:
     """The description of a cache file.
 
     Args:
-        path: The file.
+        path: File that ``save`` has written.
 
     Returns:
         The JSON object; its rate and lengths have been checked.
@@ -237,7 +237,7 @@ def calibration_at(description: dict[str, Any], calibration: Calibration, path: 
     """A calibration at the rate that a file was written at.
 
     Args:
-        description: The file's description.
+        description: From :func:`read_description`.
         calibration: The model's calibration at any rate.
         path: The file, for messages.
 
@@ -262,8 +262,8 @@ def check_model(description: dict[str, Any], model: PreTrainedModel, path: Path)
     """Refuse a model of other weights.
 
     Args:
-        description: The file's description.
-        model: The model.
+        description: From :func:`read_description`.
+        model: Model that will continue the cache.
         path: The file, for messages.
 
     Raises:
@@ -278,10 +278,10 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
     """Fill an empty cache from a file.
 
     Args:
-        path: The file.
-        description: Its description.
+        path: File that ``save`` has written.
+        description: From :func:`read_description`.
         cache: An empty SpectralCache of the description's rate and lengths.
-        calibration: Its calibration.
+        calibration: Calibration at the file's bits.
 
     Raises:
         ArtifactError: The file is damaged or malformed.

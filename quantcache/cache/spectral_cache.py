@@ -141,7 +141,7 @@ class SpectralCache(BlockCache):
     dense tensors made on the fly.
 
     Args:
-        calibration: The model's calibration.
+        calibration: Calibration of the model that will use the cache.
         config: The model's config; without it the cache's layers follow from the calibration alone.
         model: The model itself, in place of its config: its weights are compared with those calibrated, too.
         strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
@@ -210,7 +210,7 @@ class SpectralCache(BlockCache):
             pretrained_model_name_or_path: Folder or Hub repository id.
             config: The model's config, to check the calibration against.
             revision: Hub branch, tag or commit.
-            token: Hub token.
+            token: Hub access token; by default that of the login.
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
             subfolder: Folder inside the repository.
@@ -247,8 +247,8 @@ class SpectralCache(BlockCache):
 
         Args:
             cache: A DynamicCache; it is left as it is.
-            calibration: The model's calibration.
-            config: The model's config.
+            calibration: Calibration of the model that filled ``cache``.
+            config: ``model.config``.
             attention_mask: The mask its tokens came with, ``[B, T]``, where rows are padded: says where they begin.
             kwargs: Arguments of :class:`SpectralCache`.
 
@@ -305,7 +305,7 @@ class SpectralCache(BlockCache):
         It comes back in CPU memory, and each layer follows the model to its device with its next update.
 
         Args:
-            path: The file.
+            path: File that :meth:`save` has written.
             calibration: The calibration it was filled with, at any bits.
             model: The model that is to read it: weights that differ from those it was saved with are refused.
             config: The model's config, if the model itself is not at hand.
@@ -353,7 +353,7 @@ class SpectralCache(BlockCache):
         compresses from there on. Fidelity is lower than with a calibration.
 
         Args:
-            model: The model.
+            model: Model that will use the cache.
             bits: Mean code width of every layer's keys and values.
             kwargs: ``sink_length``, ``residual_length`` and ``backend``.
 

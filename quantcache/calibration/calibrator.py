@@ -150,7 +150,7 @@ def public_name(model: PreTrainedModel) -> str | None:
     """A model's Hub id; of a local folder only the name, so that no path of this machine gets into the artifact.
 
     Args:
-        model: The model.
+        model: Model as ``from_pretrained`` returned it.
 
     Returns:
         The name, None if the model has none.
@@ -217,8 +217,8 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> 
     """Tokens of the start of a text, without tokenizing megabytes that are not needed.
 
     Args:
-        text: The text.
-        tokenizer: The model's tokenizer.
+        text: Plain text of any length.
+        tokenizer: Tokenizer; it adds its usual special tokens.
         max_tokens: Tokens that are wanted.
 
     Returns:

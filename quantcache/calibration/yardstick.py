@@ -36,7 +36,7 @@ def measure_yardstick(
     and the residual window.
 
     Args:
-        model: The model calibrated.
+        model: Model the calibration was made on.
         sequences: Batches of token ids ``[B, T]``; the first rows of some of them are used.
         calibration: The model's calibration, at any rate.
 

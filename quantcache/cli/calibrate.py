@@ -150,8 +150,8 @@ def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | No
     """Push a calibration, and keep it where that fails: it may have taken hours.
 
     Args:
-        calibration: The calibration.
-        repo_id: The repository.
+        calibration: Freshly made, perhaps not saved yet.
+        repo_id: Hub repository, ``owner/name``.
         rows: Measurements for its card.
         saved: Where it has been saved already.
 

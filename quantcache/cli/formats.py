@@ -100,7 +100,7 @@ def compact_table(*columns: str, title: str | None = None) -> Table:
 
     Args:
         columns: Heads; the first column is text.
-        title: The title.
+        title: Line above the table.
 
     Returns:
         The table.

@@ -83,7 +83,7 @@ def mean_width(side: Any) -> float | None:
     """Mean code width of one side.
 
     Args:
-        side: A ``SideCalibration``.
+        side: ``SideCalibration`` of one layer.
 
     Returns:
         Bits, None where the side stays dense.

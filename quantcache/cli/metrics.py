@@ -21,7 +21,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read what ``quantcache eval -o`` wrote, as rows of a model card's table.
 
     Args:
-        path: The file.
+        path: JSON of ``quantcache eval``.
 
     Returns:
         One row for each method that could be measured.

@@ -56,7 +56,7 @@ def check_output_file(path: Path) -> None:
     """Refuse a file that cannot be written, before the work is done.
 
     Args:
-        path: The file.
+        path: File that will be written or replaced.
 
     Raises:
         OSError: Its folder is missing or cannot be written to, or it is a folder itself.

@@ -113,7 +113,7 @@ def describe(error: Exception) -> str:
     """One line about an exception.
 
     Args:
-        error: The exception.
+        error: Any exception.
 
     Returns:
         Its message; with its type in front where it was not raised on purpose.
@@ -136,7 +136,7 @@ def show_cells(cells: Cells, bar: Progress) -> None:
 
     Args:
         cells: Its callbacks are set.
-        bar: The progress bar.
+        bar: Bar to add the lines to.
     """
     tasks: dict[str, TaskID] = {}
 
@@ -165,7 +165,7 @@ def read_text(path: Path) -> str:
     """Read a text file.
 
     Args:
-        path: The file.
+        path: UTF-8 text file.
 
     Returns:
         Its text.
@@ -220,7 +220,7 @@ def load_model(
         attention: Attention implementation; transformers' choice if None.
         device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
         dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
-        revision: Hub revision.
+        revision: Branch, tag or commit on the Hub.
         trust_remote_code: Allow model code from the Hub.
         encoders: Also load models without a cache, with transformers' choice of attention.
 
@@ -329,7 +329,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     """How many positions a model was made for.
 
     Args:
-        model: The model.
+        model: Loaded model.
 
     Returns:
         Its limit, None if it declares none.

@@ -119,8 +119,8 @@ def budgets(layers: dict[int, LayerCalibration], rate: Rate, joint: bool) -> lis
     layer otherwise. A side with a budget of its own leaves the common one; a dense side has none.
 
     Args:
-        layers: The layers.
-        rate: The rate.
+        layers: Constants by layer index.
+        rate: Common bits, and those of keys and values.
         joint: Whether all spectra share one unit.
 
     Returns:

@@ -43,7 +43,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """A function that computes in the dtypes that are written down in it.
 
     Args:
-        function: The function.
+        function: Function to wrap.
 
     Returns:
         The same function, outside of autocast.

@@ -20,7 +20,7 @@ def read_json(path: Path) -> Any:
     """Read a description that may come from a stranger.
 
     Args:
-        path: The file.
+        path: JSON file of at most 4 MiB.
 
     Returns:
         What it holds.
@@ -38,7 +38,7 @@ def parse_json(text: str) -> Any:
     """Parse a description that may come from a stranger.
 
     Args:
-        text: The JSON.
+        text: JSON of at most 4 MiB.
 
     Returns:
         What it holds.
@@ -87,7 +87,7 @@ def to_json(data: Any) -> str:
     """Serialize a result; numbers that JSON cannot hold (infinite, not a number) become null.
 
     Args:
-        data: The result.
+        data: Dicts, lists, strings and numbers.
 
     Returns:
         Indented JSON; characters that a terminal would obey, and halves of characters, are escaped.
@@ -105,7 +105,7 @@ def finite(data: Any) -> Any:
     """A copy of a result in which numbers that JSON cannot hold are None.
 
     Args:
-        data: The result.
+        data: Dicts, lists, strings and numbers.
 
     Returns:
         Dicts, lists and values of the same structure.
@@ -122,7 +122,7 @@ def write_json(path: Path, data: Any) -> None:
 
     Args:
         path: The file; its folder must exist.
-        data: The result.
+        data: Dicts, lists, strings and numbers.
     """
     write_file(path, (to_json(data) + "\n").encode())
 

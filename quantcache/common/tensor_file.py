@@ -41,7 +41,7 @@ class TensorFile:
     """A safetensors file, open for reading; a context manager.
 
     Args:
-        path: The file.
+        path: File to read.
 
     Attributes:
         metadata: The strings of its header, by name.
@@ -115,7 +115,7 @@ class TensorFile:
         """Shape of a tensor, without reading it.
 
         Args:
-            name: Its name.
+            name: Name in the file.
 
         Returns:
             The shape.
@@ -126,7 +126,7 @@ class TensorFile:
         """Read a tensor.
 
         Args:
-            name: Its name.
+            name: Name in the file.
 
         Returns:
             The tensor, in CPU memory of its own.
@@ -166,7 +166,7 @@ def content_bytes(tensor: Tensor) -> bytes:
     """The elements of a tensor in order.
 
     Args:
-        tensor: Any tensor.
+        tensor: Any dtype, shape and stride.
 
     Returns:
         Their bytes.
@@ -179,7 +179,7 @@ def checksum(tensors: dict[str, Tensor], text: str = "") -> str:
     """Digest of tensors by name, and of a text.
 
     Args:
-        tensors: The tensors.
+        tensors: Tensors by name, in any order.
         text: What else is to be told apart.
 
     Returns:

@@ -53,7 +53,7 @@ def text_path(name: str) -> Path:
     """A bundled text.
 
     Args:
-        name: Its file name.
+        name: Name of a file in ``quantcache/data/texts``.
 
     Returns:
         The file.

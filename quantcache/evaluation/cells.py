@@ -94,7 +94,7 @@ class Cells:
         """Say how many cells a suite has.
 
         Args:
-            suite: The suite.
+            suite: Name of the suite.
             count: Number of cells, finished ones included.
         """
         if self.on_plan is not None:
@@ -104,9 +104,9 @@ class Cells:
         """Methods for which a cell is not finished.
 
         Args:
-            suite: The suite.
-            methods: Names of methods.
-            cell: The cell.
+            suite: Name of the suite.
+            methods: Names to look for.
+            cell: Name of the cell.
 
         Returns:
             Names, in the order given. Finished ones are reported as done.
@@ -123,10 +123,10 @@ class Cells:
         """Keep a finished cell.
 
         Args:
-            suite: The suite.
-            method: The method's name.
-            cell: The cell.
-            result: Its figures.
+            suite: Name of the suite.
+            method: Name of the method.
+            cell: Name of the cell.
+            result: Figures, as JSON holds them.
         """
         result = finite(result)
         self.finished[suite, method, cell] = result
@@ -146,9 +146,9 @@ class Cells:
         """A cell's figures: those kept, or else those measured now.
 
         Args:
-            suite: The suite.
-            method: The method's name.
-            cell: The cell.
+            suite: Name of the suite.
+            method: Name of the method.
+            cell: Name of the cell.
             work: Measures it. What it raises becomes the cell's status.
 
         Returns:
@@ -195,7 +195,7 @@ def describe_failure(error: Exception) -> str:
     """What went wrong, as a table says it.
 
     Args:
-        error: The exception.
+        error: What a method raised.
 
     Returns:
         ``out of memory``, ``unsupported: ...`` or ``failed: ...``.

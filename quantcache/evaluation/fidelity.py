@@ -37,7 +37,7 @@ class FidelityResult:
         kl_mean: Mean KL divergence from the dense predictions, nats per token.
         kl_stderr: Standard error of that mean over tokens.
         kl_p99: Its 99th percentile.
-        kl_max: Its maximum.
+        kl_max: Largest KL of any position.
         perplexity: exp of the mean negative log-likelihood of the text.
         perplexity_stderr: Standard error of the perplexity over tokens.
         top1_agreement: Share of positions with the same most likely token.

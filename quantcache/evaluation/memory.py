@@ -39,7 +39,7 @@ class MemoryRung:
 
     Attributes:
         status: ``ok``, or what went wrong.
-        tokens: Cached tokens.
+        tokens: Cached tokens of each row.
         bytes: Bytes held, shared constants apart. Of a simulated rival: those that its codes would take.
         predicted_bytes: What the formula says; None where there is none for the method.
         bits_per_element_total: Bits of everything held per cached element.
@@ -108,7 +108,7 @@ def measure_memory(
         model: The model; only its geometry, dtype and device matter.
         methods: What to measure.
         lengths: Cached tokens.
-        batch: Rows.
+        batch: B, rows of the cache.
         cells: Where finished cells are kept.
 
     Returns:

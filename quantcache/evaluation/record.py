@@ -36,7 +36,7 @@ class Record:
         created: When it ended, ISO 8601 with time zone.
         commit: Commit of the checkout that ran; None if there was none.
         dirty: Whether files differed from that commit.
-        command: The command line.
+        command: Command line that made it.
         environment: Versions and hardware (see :func:`quantcache.common.env.environment`).
         settings: Everything that was chosen.
         metrics: Everything that was measured. Averages carry ``n`` and ``stderr``, times ``n``, ``p20``, ``median`` and
@@ -76,7 +76,7 @@ class Record:
         """Check parsed JSON.
 
         Args:
-            data: The JSON.
+            data: Parsed JSON.
             where: What errors call it.
 
         Returns:
@@ -110,7 +110,7 @@ def check(data: Any, where: str = "record") -> None:
     """Check a record's JSON against the schema.
 
     Args:
-        data: The JSON.
+        data: Parsed JSON.
         where: What the error calls it.
 
     Raises:
@@ -211,7 +211,7 @@ def write_record(path: Path, record: Record, extra: dict[str, Any] | None = None
 
     Args:
         path: The file; its folder must exist.
-        record: The record.
+        record: Finished run.
         extra: Further top-level entries, for readers of other layouts.
 
     Returns:
@@ -230,7 +230,7 @@ def read_record(path: Path) -> Record:
     """Read a record.
 
     Args:
-        path: The file.
+        path: File that :func:`write_record` has written.
 
     Returns:
         The record.
@@ -245,7 +245,7 @@ def read_strict_json(path: Path) -> Any:
     """Parse a JSON file, without the extensions that Python's parser allows.
 
     Args:
-        path: The file.
+        path: JSON file.
 
     Returns:
         Its content.

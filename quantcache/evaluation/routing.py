@@ -108,7 +108,7 @@ def measure_routing(
     Queries of a window's first chunk see nothing that was compressed and are not counted.
 
     Args:
-        model: The model.
+        model: Decoder-only model to measure.
         tokens: Text, ``[N]``.
         methods: What to measure.
         context: Tokens in a window.

@@ -73,7 +73,7 @@ def early_exit_draft(model: PreTrainedModel, layers: int | None = None) -> PreTr
     Source: M. Elhoushi et al., "LayerSkip" (2024); without its training the draft is a weak one.
 
     Args:
-        model: The model.
+        model: Model whose weights the draft shares.
         layers: Layers to keep; half of them if None.
 
     Returns:
@@ -127,7 +127,7 @@ def measure_speculative(
     """Decode with and without a draft model.
 
     Args:
-        model: The target.
+        model: Target model, whose tokens count.
         tokens: Text, ``[N]``; prompts are stretches of it.
         methods: Caches of the target.
         draft: The draft model, of the same vocabulary; its own cache is transformers'.
@@ -178,7 +178,7 @@ class _Calls:
     """Watches the target's forward passes: tokens of each, and when the first, which reads the prompt, was over.
 
     Args:
-        model: The target.
+        model: Target model.
     """
 
     def __init__(self, model: nn.Module):

@@ -99,14 +99,14 @@ def measure_speed(
     """Time prefill and decoding.
 
     Args:
-        model: The model.
+        model: Decoder-only model to measure.
         tokens: Text, ``[N]``; rows of a batch are taken from it one after the other, from its start again at its end.
         methods: What to measure.
         context: Tokens of the prompt; decoding goes on behind it.
-        batches: Rows.
+        batches: Numbers of rows to time.
         steps: Decoding steps timed.
         warmup: Decoding steps discarded before them; one prefill is discarded as well.
-        prefills: Prefills timed.
+        prefills: Number of prefills timed.
         cells: Where finished cells are kept.
 
     Returns:
@@ -215,7 +215,7 @@ def wait(device: torch.device) -> None:
     """Wait until a device has done what it was told.
 
     Args:
-        device: The device.
+        device: CPU returns at once.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

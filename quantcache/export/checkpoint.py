@@ -30,7 +30,7 @@ class Checkpoint:
     """The weights of a model's folder.
 
     Args:
-        folder: The folder.
+        folder: Folder with safetensors files, with or without an index.
 
     Raises:
         QuantCacheError: It holds no safetensors weights, or they are truncated, malformed or incomplete.
@@ -108,8 +108,8 @@ class Checkpoint:
         """Overwrite a tensor in a copy of this checkpoint.
 
         Args:
-            folder: Folder of the copy.
-            name: Name of the tensor.
+            folder: Copy to write into.
+            name: Tensor to overwrite.
             tensor: What it becomes, of the same shape and dtype.
         """
         shard, first, size = self._places[name]

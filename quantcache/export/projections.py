@@ -86,7 +86,7 @@ class Projection:
     """One projection, or its share of a fused one.
 
     Attributes:
-        weight: Name of the weight.
+        weight: Name of the weight in the checkpoint.
         bias: Name of the bias, or None.
         rows: Its outputs, head by head.
     """
@@ -102,8 +102,8 @@ class Projections:
 
     Attributes:
         query: Projection of the queries.
-        key: Projection of the keys.
-        value: Projection of the values.
+        key: Where the keys are computed.
+        value: Where the values are computed.
         output: The output projection; its rows are not used.
         norms: Weights of the norms of queries and keys, or None.
         norm_offset: What the norms add to their weights.
@@ -134,9 +134,9 @@ def input_rows(layout: Layout, heads: int, groups: int, dim: int) -> tuple[Tenso
 
     Args:
         layout: How they are laid out.
-        heads: H.
-        groups: G.
-        dim: D.
+        heads: H, key/value heads.
+        groups: G, query heads on each of them.
+        dim: D, dimension of a head.
 
     Returns:
         Indices, head by head: ``[H * G * D]``, ``[H * D]`` and ``[H * D]``.
@@ -160,7 +160,7 @@ def find_projections(
     """Find every tensor that is to change, and check it.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
         calibration: A calibration that fits the config.
         tensors: All tensors of the checkpoint or model.
 
@@ -219,7 +219,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     """How a model lays out its projections.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         The entry of the table.

@@ -51,7 +51,7 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
 
     Args:
         name: A ``config.json``, a folder that has one, a Hub id, or ``wiki11m``.
-        revision: Hub revision.
+        revision: Branch, tag or commit on the Hub.
         trust_remote_code: Allow model code from the Hub.
 
     Returns:
@@ -78,7 +78,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
     """The layers of a model's cache.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Its layers.

@@ -38,9 +38,9 @@ class ModelSizes:
     """What decides how much memory a model takes.
 
     Attributes:
-        config: Its config.
-        geometry: Its cache.
-        weights: Its weights.
+        config: ``model.config``.
+        geometry: Layers of its cache.
+        weights: Shapes of its weights.
     """
 
     config: PreTrainedConfig
@@ -52,7 +52,7 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     """The sizes of a model, from its config alone.
 
     Args:
-        config: The config.
+        config: ``model.config``, or what :func:`load_config` returns.
 
     Returns:
         The sizes.
@@ -68,12 +68,12 @@ class Demand:
     """What has to fit.
 
     Attributes:
-        memory: Bytes.
+        memory: Bytes available for weights, cache and activations.
         context: Tokens cached in each row.
-        batch: Rows.
+        batch: B, rows of the batch.
         max_kl: Largest mean KL divergence accepted, nats per token.
         min_agreement: Smallest share of positions with the same most likely token accepted.
-        weights: Format of the weights.
+        weights: Name of the weights' format, such as ``bf16``.
         chunk: Prompt tokens that go through the model at once.
     """
 
@@ -109,7 +109,7 @@ class Candidate:
     """One format under a demand.
 
     Attributes:
-        format: Its name.
+        format: Name, such as ``spectral-3``.
         bits_per_element: Bits of an encoded element, scales and gains included.
         cache_bytes: Bytes of the cache after one prompt of the whole context, exact (see ``estimate_memory``).
         cache_bytes_largest: Bytes that it may take on the way there, in whatever steps; this is what must fit.
@@ -146,7 +146,7 @@ class Recommendation:
     Attributes:
         model: The model, as it was named.
         demand: What was asked for.
-        weights_bytes: Bytes of the weights.
+        weights_bytes: Bytes of the weights in the demand's format.
         geometry: Where heads and dimensions are from: ``traced`` or ``declared``.
         position_limit: Positions that the model was made for; None if it declares none.
         best: The format with the least expected KL of those that fit, can be used and meet the constraint; None if
@@ -174,7 +174,7 @@ class Recommendation:
         """The entry of a format.
 
         Args:
-            name: Its name.
+            name: Name of the format.
 
         Returns:
             The entry.
@@ -199,7 +199,7 @@ def recommend(
     """Choose a format.
 
     Args:
-        sizes: The model's sizes.
+        sizes: From :func:`model_sizes`.
         demand: What has to fit.
         measurements: Figures to go by.
         model: What the model is called.

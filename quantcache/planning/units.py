@@ -73,7 +73,7 @@ def show_bytes(count: float, like: str = "GB") -> str:
     """A number of bytes for people.
 
     Args:
-        count: Bytes.
+        count: Number of bytes.
         like: A size in whose kind of units it is shown: decimal, or binary where it contains ``iB``.
 
     Returns:

@@ -50,7 +50,7 @@ class WeightsFormat:
     Attributes:
         name: As given on the command line.
         layout: What is stored, in one line.
-        matrix: Bytes of a matrix.
+        matrix: Bytes of a matrix, from its shape.
         others: Bytes of any other tensor.
         use: How transformers runs it, in one line.
     """

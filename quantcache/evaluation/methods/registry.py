@@ -31,7 +31,7 @@ def all_methods(config: PreTrainedConfig) -> list[str]:
     """What ``all`` stands for.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Names of every family at the numbers it is compared at.
@@ -70,7 +70,7 @@ def parse_methods(
 
     Args:
         names: Names as in :data:`METHOD_NAMES`, or ``all``.
-        config: The model's config.
+        config: ``model.config``.
         calibration: The model's calibration, for ``spectral-B``.
         sink_length: First tokens kept by every method that can.
         residual_length: Recent tokens kept by every method that can.
