@@ -62,7 +62,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
     Args:
         layers: Constants of every compressed layer, by layer index.
-        metadata: Provenance, codec settings and rate.
+        metadata: Provenance, codec settings and bits.
     """
 
     def __init__(self, layers: dict[int, LayerCalibration], metadata: Metadata):
@@ -118,7 +118,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         return Calibration(layers, replace(self.metadata, rate=rate))
 
     def with_coding(self, coding: Coding) -> Calibration:
-        """Let codes mean something else, at the same rate and without recalibrating.
+        """Let codes mean something else, at the same bits and without recalibrating.
 
         Args:
             coding: ``"scalar"`` or ``"trellis"``.
@@ -143,7 +143,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             size: How many share them.
 
         Returns:
-            A calibration of this one's layers, rate and metadata with 1/size of the heads; made once.
+            A calibration of this one's layers, bits and metadata with 1/size of the heads; made once.
 
         Raises:
             CalibrationMismatch: The heads cannot be shared out evenly.
@@ -303,7 +303,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             kwargs: Accepted for huggingface_hub's sake, and ignored.
 
         Returns:
-            A card naming base model, rate and recipe.
+            A card naming base model, bits and recipe.
         """
         _, config = to_files(self.layers, self.metadata)
         return ModelCard(render_card(config, self.bits, self.bits_per_element, metrics, repo_id))

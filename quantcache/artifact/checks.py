@@ -261,7 +261,7 @@ def check_side(where: str, side: SideCalibration, rope: Rope, fast_wavelength: f
 
 
 def check_widths(path: Path, layers: dict[int, LayerCalibration], metadata: Metadata) -> None:
-    """Compare the widths with the rate they are said to be allocated at.
+    """Compare the widths with the bits they are said to be allocated at.
 
     Args:
         path: The file, for messages.

@@ -53,7 +53,7 @@ def fingerprint(calibration: Calibration) -> str:
     """Digest of everything that gives codes their meaning.
 
     Args:
-        calibration: The calibration, at some rate.
+        calibration: The calibration, at some bits.
 
     Returns:
         SHA-256 in hex.
@@ -211,7 +211,7 @@ def read_description(path: Path) -> dict[str, Any]:
         path: File that ``save`` has written.
 
     Returns:
-        The JSON object; its rate and lengths have been checked.
+        The JSON object; its bits and lengths have been checked.
 
     Raises:
         ArtifactError: The file cannot be read, or is something else.
@@ -234,18 +234,18 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def calibration_at(description: dict[str, Any], calibration: Calibration, path: Path) -> Calibration:
-    """A calibration at the rate that a file was written at.
+    """A calibration at the bits that a file was written at.
 
     Args:
         description: From :func:`read_description`.
-        calibration: The model's calibration at any rate.
+        calibration: The model's calibration at any bits.
         path: The file, for messages.
 
     Returns:
         The calibration.
 
     Raises:
-        ArtifactError: The description's rate is malformed.
+        ArtifactError: The bits in the description are malformed.
     """
     try:
         rate = Rate(**description.get("rate"))  # type: ignore[arg-type]
@@ -280,7 +280,7 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
     Args:
         path: File that ``save`` has written.
         description: From :func:`read_description`.
-        cache: An empty SpectralCache of the description's rate and lengths.
+        cache: An empty SpectralCache of the bits and lengths described.
         calibration: Calibration at the file's bits.
 
     Raises:

@@ -166,7 +166,7 @@ def absorbed_calibration(
         basis: The basis the maps were made for.
 
     Returns:
-        A calibration that codes the same coefficients at the same rate.
+        A calibration that codes the same coefficients at the same bits.
     """
     layers = {}
     for index, layer in calibration.layers.items():
