@@ -110,11 +110,11 @@ def fidelity_rows(default: Results, bare: Results) -> str:
 
 
 def short(results: Results, bits: float = 3.0) -> Results:
-    """Ours, and of every rival the setting with the fewest bits that are not below ours at a rate.
+    """Ours, and each rival's smallest setting with at least as many bits as ours.
 
     Args:
         results: All methods.
-        bits: Our rate, without gains.
+        bits: Our bits, without gains.
 
     Returns:
         The choice, in the order of the record; what could not be run stays.
@@ -252,7 +252,7 @@ def weights_table(path: Path, record: Record, page: Path) -> str:
 
 
 def claim(results: Results) -> dict[str, dict[str, tuple[str, float] | None]]:
-    """Our mean KL over that of every rival at its lowest setting with at least as many bits, within one bit.
+    """Our mean KL over that of each rival's smallest setting with at least as many bits, within one bit.
 
     Args:
         results: Methods that were measured alike.
@@ -297,9 +297,10 @@ def claim_table(path: Path, record: Record, page: Path) -> str:
         met = sum(ratio <= CLAIM_RATIO for _, ratio in pairs)
         parts.append(f"{title}: met in {met} of {len(pairs)} comparisons.\n\n{markdown(['rival', *ratios], rows)}")
     caption = (
-        "The claim: at every rate of ours from 2 to 4 bits, mean KL at most half that of every rival at its lowest "
-        "setting with at least as many bits, within one bit, codes and scales counted. Cells: that setting, and our "
-        "mean KL over its. Settings are those of the table of all methods: pca and rank take any rate and stand at "
+        "The claim that is tested: from 2 to 4 bits, our mean KL is at most half that of each rival's smallest setting "
+        "with at least as many bits (and at most one bit more), codes and scales counted. Cells: that setting, and our "
+        "mean KL divided by its. Settings are those of the table of all methods: pca and rank take any number of bits "
+        "and are set to "
         f"ours, the others take whole bits. {about(record)}. {origin(path, record, page)}"
     )
     return "\n\n".join([*parts, caption])

@@ -1,4 +1,4 @@
-"""What a model's cache consists of: kinds of layers, heads and dimensions, and which of it can be compressed."""
+"""What a model's cache consists of: types of layers, heads and dimensions, and which layers can be compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calibration artifact: what a model's cache needs to know, as safetensors and JSON, on disk or on the Hub.
+"""The calibration artifact: the constants a model's cache needs, as safetensors and JSON, on disk or on the Hub.
 
 A folder holds ``calibration.safetensors`` (tensors), ``calibration_config.json`` (everything else) and ``README.md``
 (the card). Names are chosen so that the artifact can lie inside a model's own folder. Shape legend: H is the layer's

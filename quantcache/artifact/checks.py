@@ -1,4 +1,4 @@
-"""What the values of an artifact may be: every one is checked before anything is made of it.
+"""Bounds of an artifact's values: all are checked before anything is built from them.
 
 Bounds are far outside of what calibration writes. Within them the constants that kernels derive, and what they compute
 from keys and values of any real model, stay finite in float32.

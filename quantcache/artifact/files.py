@@ -1,4 +1,4 @@
-"""Reading and writing the files of a calibration; every flaw of a file gives one clear error."""
+"""Reading and writing the files of a calibration. Malformed files raise ArtifactError."""
 
 from __future__ import annotations
 

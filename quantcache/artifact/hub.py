@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: downloads that end in one clear error, and uploads of folders.
+"""The Hugging Face Hub: downloads and uploads, each failure one clear error.
 
 Cache, tokens, offline mode and endpoint are huggingface_hub's own (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``,
 ``HF_ENDPOINT``).

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides what a calibration comes out as, in one YAML file.
+"""Recipes: everything that determines the result of a calibration, in one YAML file.
 
 The recipes of popular models come with quantcache (``calibrations/recipes/``).
 """

@@ -1,4 +1,4 @@
-"""A cache whose layers stay in step, whatever is interrupted and whichever thread asks.
+"""A cache whose layers stay consistent through interruptions and concurrent use by threads.
 
 Every forward pass brings each layer its tokens, one layer after the other, so there are moments at which layers
 disagree. Nothing may be built on such a moment: a pass that failed is noticed by whatever comes next, operations

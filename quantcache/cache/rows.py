@@ -1,4 +1,4 @@
-"""Rows of a batch as callers name them."""
+"""Rows of a batch in every way that callers may index them."""
 
 from __future__ import annotations
 

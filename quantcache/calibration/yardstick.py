@@ -1,4 +1,4 @@
-"""Short runs through the real cache, which tell how far a calibration's own estimate of its cost is off."""
+"""Short runs through the real cache, to scale a calibration's own estimate of its cost."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def calibrate(
         str | None,
         typer.Option(metavar="NAME|FILE", help="Text and settings from a recipe (calibrations/recipes)."),
     ] = None,
-    bits: Annotated[float, typer.Option(min=0, max=8, help="Mean code width in bits.")] = 3.0,
+    bits: Annotated[float, typer.Option(min=0, max=8, help="Bits per element on average, without scales.")] = 3.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Hub repository to push to.")] = None,
     metrics: MetricsOption = None,
@@ -61,7 +61,7 @@ def calibrate(
     value_bits: Annotated[
         str, typer.Option(help="Separate bits for values, 'dense' for uncompressed values, or 'joint'.")
     ] = "joint",
-    min_bits: Annotated[int, typer.Option(min=0, max=8, help="Smallest width of any coefficient.")] = 0,
+    min_bits: Annotated[int, typer.Option(min=0, max=8, help="Fewest bits of any coefficient.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the sampled labels.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

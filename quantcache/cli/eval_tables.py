@@ -1,4 +1,4 @@
-"""What ``quantcache eval`` shows people: one table for each suite."""
+"""The tables that ``quantcache eval`` prints, one for each suite."""
 
 from __future__ import annotations
 

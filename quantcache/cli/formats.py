@@ -28,7 +28,7 @@ WIDTH = 80
 
 RecordsOption = Annotated[
     list[Path] | None,
-    typer.Option(metavar="PATH", help="What 'quantcache eval -o' wrote, or a folder of records; may be repeated."),
+    typer.Option(metavar="PATH", help="Result of 'quantcache eval -o', or a folder of them; may be repeated."),
 ]
 
 

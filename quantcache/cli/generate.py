@@ -32,7 +32,7 @@ def generate(
     calibration: CalibrationOption,
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
     bits: Annotated[
-        float | None, typer.Option(min=0, max=8, help="Mean code width in bits. Default: the calibration's.")
+        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept uncompressed.")] = 4,

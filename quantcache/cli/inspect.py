@@ -19,7 +19,7 @@ TOKENS = 8192
 def inspect(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Folder or Hub id of a calibration.")],
     bits: Annotated[
-        float | None, typer.Option(min=0, max=8, help="Mean code width in bits. Default: the calibration's.")
+        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Show what a saved cache (of this calibration) holds.")

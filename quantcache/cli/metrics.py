@@ -11,7 +11,7 @@ import typer
 from quantcache.common.errors import QuantCacheError
 
 MetricsOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="What 'quantcache eval -o' wrote: a table for the model card.")
+    Path | None, typer.Option(metavar="FILE", help="Result of 'quantcache eval -o', to show on the model card.")
 ]
 
 _CARD_COLUMNS = ("bits_per_element", "bits_per_element_total", "kl_mean", "top1_agreement", "perplexity")

@@ -1,4 +1,4 @@
-"""Places to write to, checked before the work is done."""
+"""Checks of output files and folders before the work starts."""
 
 from __future__ import annotations
 

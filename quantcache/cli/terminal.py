@@ -1,4 +1,4 @@
-"""Streams of the command line: what is shown is safe to show, and streams that fail end in one line."""
+"""The command line's streams: output is escaped, and a failing stream ends in a one-line error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer rate allocation: which dimension of which head of which layer gets how many bits."""
+"""Bit allocation: how many bits each dimension of each head and layer gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Factorizations of stacks of matrices: one matrix at a time, and each checked against what defines it.
+"""Factorizations of stacks of matrices, one matrix at a time, each verified against its definition.
 
 What LAPACK returns cannot be taken on trust: once ``torch.set_num_threads`` has been called, torch 2.13 inverts a
 stack of matrices of 160 and more wrongly on the CPU, mostly without an error. One matrix at a time is right, and there

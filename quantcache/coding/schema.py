@@ -1,4 +1,4 @@
-"""The parts of a calibration: constants of each layer, codec settings, rate and provenance.
+"""The parts of a calibration: constants of each layer, codec settings, bits and provenance.
 
 Shape legend: H is the layer's number of key/value heads (Hkv), D the dimension of a key or a value.
 """

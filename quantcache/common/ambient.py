@@ -1,4 +1,4 @@
-"""Shields against what a program has set for all of torch: it may change a model's arithmetic, never this library's.
+"""Shields this library's arithmetic against torch's global settings.
 
 Tensors state their dtype and device where they are made, so that default dtype and default device do not matter. What
 is left is here: autocast, and matrix products in less than float32.

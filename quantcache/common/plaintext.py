@@ -1,4 +1,4 @@
-"""Text from strangers, made safe to show: what a terminal, a line or a page would obey is written out."""
+"""Untrusted text made safe to show: control characters and markup are escaped."""
 
 from __future__ import annotations
 

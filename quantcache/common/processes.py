@@ -1,4 +1,4 @@
-"""What a ``fork()`` leaves behind: torch's threads, for which their products would then wait for ever.
+"""Child processes made by ``fork()``: they lack torch's threads, and torch would wait for them for ever.
 
 A forked child has only the thread that called ``fork()``, while OpenMP still counts on the others. Anything that torch
 divides among threads then hangs, as do this library's kernels, which share those threads. One thread is right.

@@ -1,4 +1,4 @@
-"""Reading safetensors files into memory of our own.
+"""Reading safetensors files into memory, without keeping them mapped.
 
 The library maps a file and hands out views of the mapping: a file that is cut short or rewritten in place then takes
 the process down, or changes numbers that had been checked. Here every byte is read once, and nothing refers to the

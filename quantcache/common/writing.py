@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, whoever is killed, and whoever reads or writes beside us."""
+"""Files that are written completely or not at all, also with concurrent readers, writers and kills."""
 
 from __future__ import annotations
 

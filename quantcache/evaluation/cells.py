@@ -1,4 +1,4 @@
-"""Finished cells of a run: kept in a file as they come, so that a run that was interrupted goes on where it was.
+"""Finished cells of a run, kept in a file so that an interrupted run can be resumed.
 
 A cell is the smallest piece of work that is measured at once: (suite, method, cell), with a JSON object as its result.
 """

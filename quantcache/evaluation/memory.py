@@ -1,4 +1,4 @@
-"""Memory: what caches hold on a ladder of lengths, counted on their tensors, beside the formula and the process's peak.
+"""Memory: bytes that caches hold at several lengths, next to the formula's and the process's peak.
 
 Caches are filled with random keys and values of the model's geometry in one update of each layer, so that lengths
 beyond the model's limit can be measured. Bytes do not depend on what the keys and values are.

@@ -1,4 +1,4 @@
-"""What a measurement was taken with: hashes of model, calibration and code, and the check that texts do not overlap."""
+"""Hashes of a measurement's model, calibration and code, and the check that texts do not overlap."""
 
 from __future__ import annotations
 

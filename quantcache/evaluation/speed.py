@@ -1,4 +1,4 @@
-"""Speed: how long reading a prompt and taking one more token last, dense and compressed caches taking turns.
+"""Speed: time of a prefill and of a decoding step, dense and compressed caches taking turns.
 
 Every method is timed beside a dense cache in the same minute, repetition by repetition, so that whatever else the
 machine does meets both. Ratios are therefore more reliable than times.

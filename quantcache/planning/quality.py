@@ -1,4 +1,4 @@
-"""What a format is expected to cost in fidelity, and how far that can be trusted."""
+"""Expected fidelity of a format, and how reliable that figure is."""
 
 from __future__ import annotations
 

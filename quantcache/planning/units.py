@@ -1,4 +1,4 @@
-"""Amounts as people write them: 24GB and 24GiB are different, and 128K tokens are 131,072."""
+"""Amounts as users write them: 24GB and 24GiB differ, and 128K tokens are 131,072."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From names to methods."""
+"""Methods by name."""
 
 from __future__ import annotations
 
