@@ -311,8 +311,8 @@ def test_filters(filters: list[str], kept: Callable[[table.Row], bool]) -> None:
     ("text", "message"),
     [
         ("price<3", "unknown column 'price': known are bits, bytes, kl, agreement, speed"),
-        ("bits<cheap", "filter 'bits<cheap': 'cheap' is no number"),
-        ("bits<nan", "filter 'bits<nan': 'nan' is no number"),
+        ("bits<cheap", "filter 'bits<cheap': 'cheap' is not a number"),
+        ("bits<nan", "filter 'bits<nan': 'nan' is not a number"),
         ("<3", "a filter is a comparison such as bits<=4.5, or a pattern of names, got '<3'"),
         ("zip-*", "filter 'zip-*' matches no format: known are bf16"),
         ("", "filter '' matches no format"),
