@@ -124,9 +124,8 @@ def warn_of_saturation(index: int | None, gains: dict[str, Later]) -> None:
     for side, counts in gains.items():
         above, below, count = counts.tolist()
         if above:
-            _warn_once(
-                f"layer {index}: some {side}s are at least 16 times larger than in calibration and lose magnitude: {advice}"
-            )
+            found = f"some {side}s are at least 16 times larger than in calibration and lose magnitude"
+            _warn_once(f"layer {index}: {found}: {advice}")
         if below and below == count:
             _warn_once(
                 f"layer {index}: {side}s are at least 16 times smaller than in calibration and become 0: {advice}"
