@@ -12,23 +12,17 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from quantcache import Calibration
-from quantcache.cache import BlockCache
-from quantcache.codebook import lloyd_max
-from quantcache.codec import (
-    GAIN_CENTER,
-    GAIN_STEPS,
-    SideCodec,
-    SpectralCodec,
-    block_positions,
-    join_blocks,
-    split_blocks,
-)
-from quantcache.layer import CodecFactory
-from quantcache.packing import BLOCK
-from quantcache.probe import RecordingCache, run
-from quantcache.rope import ANCHOR_LENGTH, Rope
-from quantcache.schema import SIDES
-from quantcache.statistics import SINK_LENGTH
+from quantcache.attention.probe import RecordingCache, run
+from quantcache.cache.layer import CodecFactory
+from quantcache.cache.spectral_cache import BlockCache
+from quantcache.coding.blocks import SideCodec, block_positions, join_blocks, split_blocks
+from quantcache.coding.codebook import lloyd_max
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_CENTER, GAIN_STEPS
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import ANCHOR_LENGTH, Rope
+from quantcache.coding.schema import SIDES
+from quantcache.common.defaults import SINK_LENGTH
 
 Gain = Literal["none", "plain", "corrected", "searched"]
 
@@ -128,7 +122,7 @@ class GainCodec(SimulatedCodec):
             return gain
         if self.gain_bits == 16:
             return gain.half().float()
-        # With 8 bits and our steps this is quantcache.codec.quantize_gain.
+        # With 8 bits and our steps this is quantcache.coding.codec.quantize_gain.
         codes = 1 << self.gain_bits
         centre = GAIN_CENTER if self.gain_bits == 8 else codes // 2
         code = (torch.log2(gain.clamp_min(1e-30)) * self.steps + centre).round().clamp(0, codes - 1)

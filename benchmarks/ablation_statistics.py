@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache import cache_layout
-from quantcache.artifact import LayerCalibration, SideCalibration
-from quantcache.calibration import sampled_loss
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import LayerCalibration, SideCalibration
+from quantcache.attention.probe import RecordingCache, detect_ropes, recorded_queries, run
+from quantcache.calibration.calibrator import sampled_loss
+from quantcache.coding.rope import ANCHOR_LENGTH, FAST_WAVELENGTH, Frame, Rope
+from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, output_metrics
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.evaluation.methods.statistics import eigenbasis
-from quantcache.probe import RecordingCache, detect_ropes, recorded_queries, run
-from quantcache.rope import ANCHOR_LENGTH, FAST_WAVELENGTH, Frame, Rope
-from quantcache.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
-from quantcache.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, output_metrics
 
 DEFAULT_FRAME = f"{FAST_WAVELENGTH:g}"
 

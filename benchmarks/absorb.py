@@ -25,17 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, QuantizedCache
 
 from quantcache import Calibration, SpectralCache, data, register_attention
-from quantcache.cache import BlockCache, CodecFactory
-from quantcache.codec import SideCodec, SpectralCodec, join_blocks, split_blocks
+from quantcache.attention.probe import RecordingCache
+from quantcache.backends.padding import Grid
+from quantcache.cache.spectral_cache import BlockCache, CodecFactory
+from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import Rope
 from quantcache.evaluation import measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.export import absorb
 from quantcache.export.model import absorbed_calibration, changed_tensors, layer_maps
 from quantcache.export.projections import TensorInfo, find_projections
-from quantcache.packing import BLOCK
-from quantcache.padding import Grid
-from quantcache.probe import RecordingCache
-from quantcache.rope import Rope
 
 SINKS, RESIDUAL, CHUNK = 4, 64, 64
 

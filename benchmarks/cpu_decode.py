@@ -28,8 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import quantcache
 from quantcache import Calibration, SpectralCache, accounting
-from quantcache.attention import spectral_attention
-from quantcache.cache import SpectralLayer
+from quantcache.attention.function import spectral_attention
+from quantcache.cache.spectral_cache import SpectralLayer
 from quantcache.evaluation.summaries import quantiles
 from quantcache_kernels import cpu
 
@@ -229,12 +229,12 @@ States = Callable[[int, int, torch.dtype], Tensor]
 def spectral_layer(geometry: Geometry, length: int, bits: float, states: States) -> SpectralLayer:
     """A layer with ``length`` tokens, encoded by the kernels."""
     config = geometry.config()
-    cache = SpectralCache(Calibration.synthetic(config, bits=bits), config, backend="native")
+    cache = SpectralCache(Calibration.synthetic(config, bits=bits), config, backend="cpu")
     layer = cache.spectral_layers[0]
     for first in range(0, length, 4096):
         count = min(4096, length - first)
         layer.update(*(states(geometry.heads, count, torch.float32) for _ in range(2)))
-        layer.finish()
+        layer.flush()
     return layer
 
 
@@ -246,7 +246,7 @@ def spectral_step(layer: SpectralLayer, geometry: Geometry, states: States) -> C
     def step() -> Tensor:
         layer.update(key, value)
         output = spectral_attention(query, layer.snapshot(), None)
-        layer.finish()
+        layer.flush()
         return output
 
     return step
@@ -299,14 +299,14 @@ def encoding_share(options: argparse.Namespace, tokens: int = 4096) -> dict[str,
 
     samples = []
     for _ in range(9):
-        cache = SpectralCache(Calibration.synthetic(geometry.config(), bits=options.bits), backend="native")
+        cache = SpectralCache(Calibration.synthetic(geometry.config(), bits=options.bits), backend="cpu")
         layer = cache.spectral_layers[0]
         layer.update(*(states(geometry.heads, 68, torch.float32) for _ in range(2)))
-        layer.finish()
+        layer.flush()
         new = [states(geometry.heads, tokens - 68, torch.float32) for _ in range(2)]
         started = time.perf_counter()
         layer.update(*new)
-        layer.finish()
+        layer.flush()
         samples.append(1e3 * config.num_hidden_layers * (time.perf_counter() - started))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     ids = torch.randint(0, config.vocab_size, (1, tokens), generator=generator)

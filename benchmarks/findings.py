@@ -20,15 +20,16 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache import data, linalg
+from quantcache import data
+from quantcache.attention.probe import RecordingCache, recorded_queries, run
 from quantcache.cli.session import load_model
+from quantcache.coding import linalg
 from quantcache.evaluation import Method, measure_fidelity, parse_methods, text_statistics
 from quantcache.evaluation.methods.base import Setting, SimulatedCodec, hadamard, simulated_cache
 from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec
 from quantcache.evaluation.methods.integer import QuarotCodec
 from quantcache.evaluation.methods.statistics import RivalStatistics, eigenbasis
 from quantcache.evaluation.summaries import quantiles
-from quantcache.probe import RecordingCache, recorded_queries, run
 
 BASES = ("none", "random", "Hadamard", "PCA of the vectors", "queries' and outputs' moments")
 FIRST_QUERY = 64

@@ -37,12 +37,13 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quantcache import backends
-from quantcache.attention import spectral_attention
-from quantcache.env import environment
-from quantcache.kernel_check import check_kernels
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK
-from quantcache_kernels.runtime import unavailable
+from quantcache.attention.function import spectral_attention
+from quantcache.backends import AttentionCall, triton
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.packing import BLOCK
+from quantcache.common.env import environment
+from quantcache.evaluation.kernel_check import check_kernels
+from quantcache_kernels.triton.runtime import unavailable
 
 PARTS = ("parity", "copy", "attention", "encode", "models", "sweep", "check")
 """All but the last two run unless something else is asked for."""
@@ -78,7 +79,7 @@ def main() -> None:
     run = Run(device, options.tiny, time.perf_counter() + 60 * options.minutes, log_path("gpu-decode"))
     print(f"figures: {run.log}", file=sys.stderr, flush=True)
     metrics: dict[str, Any] = {"gpu": gpu_state()}
-    backends.UNTRIED.add(device.type)  # kernels are timed even if they are wrong; parity and "difference" tell
+    triton.UNTRIED.add(device.type)  # kernels are timed even if they are wrong; parity and "difference" tell
     run.keep("environment", {**environment(), "gpu": metrics["gpu"], "settings": vars(options)})
     parts: dict[str, Callable[[], Any]] = {
         "parity": lambda: parity(run, options),
@@ -131,7 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     if options.sweep and "sweep" not in options.parts:
         options.parts.append("sweep")
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     if options.bits is None:
         options.bits = [3.0] if options.quick or options.tiny else [3.0, 2.0, 4.0]
     if options.tiny:
@@ -237,10 +238,13 @@ def attention_rung(run: Run, name: str, batch: int, length: int, rates: list[flo
         view = layer.snapshot()
         run.wait()
         started = time.perf_counter()
-        output = backends.attend_view(query, view, None, None, True, None, None)
+        refused = backends.find("triton").refuses(query, view, AttentionCall(None, query.shape[3] ** -0.5))
+        spectral_attention(query, view, None)
         run.wait()
         found.setdefault("first_call_seconds", time.perf_counter() - started)
-        found["status"][f"spectral-{bits:g} kernel"] = "ok" if output is not None else "declined: plain torch ran"
+        found["status"][f"spectral-{bits:g} kernel"] = (
+            "ok" if refused is None else f"declined, plain torch ran: {refused}"
+        )
         label = f"spectral-{bits:g}"
         time_it(label, partial(spectral_attention, query, view, None))
         if bits == rates[0]:
@@ -309,7 +313,7 @@ def spectral_step(layer: SpectralLayer, query: Tensor, new: list[Tensor]) -> Non
     """Update, attend, and now and then encode a block."""
     layer.update(*new)
     spectral_attention(query, layer.snapshot(), None)
-    layer.finish()
+    layer.flush()
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -347,7 +351,7 @@ def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for side in ("key", "value"):
             codec = layer.codecs[side]
             try:
-                times = measure(run, partial(backends.encode, codec, x, places, None, "triton"))
+                times = measure(run, partial(backends.find("triton").encode, codec, x, places, None))
                 found[side] = times
                 found[f"{side}_gigabytes_per_second"] = x.nbytes / times["median"] / 1e6
             except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -362,7 +366,7 @@ def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 @torch.inference_mode()
 def sweep(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """The kernels' settings, one after the other: each keeps the best of those before it."""
-    from quantcache_kernels.ops import SETTINGS
+    from quantcache_kernels.triton.ops import SETTINGS
 
     choices: dict[str, tuple[Any, ...]] = {
         "programs_per_processor": (8, 4, 12, 16, 24),

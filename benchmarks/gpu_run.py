@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from quantcache import Calibration, SpectralCache
+from quantcache.backends.spans import next_spans, places_of
+from quantcache.backends.store import BlockStore
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import SIDES
+from quantcache.common.jsonfile import to_json
 from quantcache.evaluation.summaries import quantiles
-from quantcache.jsonfile import to_json
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK
-from quantcache.schema import SIDES
-from quantcache.spans import next_spans, places_of
-from quantcache.store import BlockStore
 
 
 def llama_config(layers: int = 32, **more: Any) -> LlamaConfig:
@@ -213,7 +213,7 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tokens = layer.sink_length + BLOCK + layer.residual_length
     layer.update(*(run.states(batch, heads, tokens, dim) for _ in range(2)))
-    layer.finish()
+    layer.flush()
     assert layer.spans
     count = max(1, (length - layer.sink_length - layer.residual_length) // BLOCK)
     spans, stores = next_spans(None, layer.sink_length, count), {}
@@ -229,7 +229,7 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
 
 def kernels() -> list[dict[str, Any]]:
     """Every variant of a kernel that has been compiled in this process, with its registers and spilled bytes."""
-    from quantcache_kernels import decode, decode_attention, dense_attention, encode, queries
+    from quantcache_kernels.triton import decode, decode_attention, dense_attention, encode, queries
 
     found = []
     for module in (queries, decode_attention, dense_attention, encode, decode):

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from quantcache import Calibration
-from quantcache.allocation import allocate_layers
+from quantcache.coding.allocation import allocate_layers
+from quantcache.coding.rope import Frame
+from quantcache.coding.schema import SIDES, LayerCalibration, Rate, SideCalibration
 from quantcache.data import calibrations_path
-from quantcache.rope import Frame
-from quantcache.schema import SIDES, LayerCalibration, Rate, SideCalibration
 
 
 def realistic_calibration(config: PreTrainedConfig, bits: float = 3.0) -> Calibration:

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantcache.env import environment
+from quantcache.common.env import environment
+from quantcache.common.jsonfile import to_json, write_json
 from quantcache.evaluation import record as record_schema
 from quantcache.evaluation.cells import Cells
-from quantcache.jsonfile import to_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from records import ROOT, write_record
 
-from quantcache.env import environment
+from quantcache.common.env import environment
 from quantcache_kernels.cpu.library import LIBRARY_VARIABLE
 
 sys.path.insert(0, str(ROOT))

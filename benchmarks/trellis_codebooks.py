@@ -3,7 +3,7 @@
 Lloyd's iteration with the trellis in place of a nearest-level search: encode samples, then fit the levels to what was
 coded with them. Levels are an odd polynomial of their index, fitted by least squares, so that a codebook is a few
 numbers; free levels are trained beside it to see what the polynomial costs. Running this file prints the constants of
-``quantcache/trellis.py``; it takes some ten minutes.
+``quantcache/coding/trellis.py``; it takes some ten minutes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcache.codebook import lloyd_max
-from quantcache.packing import BLOCK, MAX_WIDTH
-from quantcache.trellis import CODES, STATES, search, subsets_of_path
+from quantcache.coding.codebook import lloyd_max
+from quantcache.coding.packing import BLOCK, MAX_WIDTH
+from quantcache.coding.trellis import CODES, STATES, search, subsets_of_path
 
 TERMS = 5
 

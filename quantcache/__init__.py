@@ -7,9 +7,11 @@ importing transformers itself: torch and the models' code are loaded when someth
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from quantcache.registration import register_when_loaded
+from quantcache.common import errors
+from quantcache.common.registration import register_when_loaded
 
 __version__ = "0.2.0"
 
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
     from quantcache.accounting import CacheMemory
     from quantcache.artifact import Calibration
     from quantcache.attention import register_attention
-    from quantcache.cache import SpectralCache, SpectralLayer
+    from quantcache.cache import BlockCache, SpectralCache, SpectralLayer, disable, enable, enabled
     from quantcache.calibration import calibrate
-    from quantcache.enabling import disable, enable, enabled
-    from quantcache.errors import (
+    from quantcache.coding import SideCodec
+    from quantcache.common.errors import (
         ArtifactError,
         CalibrationMismatch,
         CalibrationWarning,
@@ -32,35 +34,39 @@ if TYPE_CHECKING:
     from quantcache.planning import estimate_memory
 
 _HOMES = {
-    "ArtifactError": "errors",
+    "ArtifactError": "common.errors",
+    "BlockCache": "cache",
     "CacheMemory": "accounting",
     "Calibration": "artifact",
-    "CalibrationMismatch": "errors",
-    "CalibrationWarning": "errors",
-    "HubError": "errors",
-    "QuantCacheError": "errors",
+    "CalibrationMismatch": "common.errors",
+    "CalibrationWarning": "common.errors",
+    "HubError": "common.errors",
+    "QuantCacheError": "common.errors",
+    "SideCodec": "coding",
     "SpectralCache": "cache",
     "SpectralLayer": "cache",
-    "UnsupportedModel": "errors",
+    "UnsupportedModel": "common.errors",
     "absorb": "export",
     "calibrate": "calibration",
-    "disable": "enabling",
-    "enable": "enabling",
-    "enabled": "enabling",
+    "disable": "cache",
+    "enable": "cache",
+    "enabled": "cache",
     "estimate_memory": "planning",
     "export_checkpoint": "export",
     "register_attention": "attention",
 }
-"""The module that each public name comes from, when it is first asked for."""
+"""The room that each public name comes from, when it is first asked for."""
 
 __all__ = [
     "ArtifactError",
+    "BlockCache",
     "CacheMemory",
     "Calibration",
     "CalibrationMismatch",
     "CalibrationWarning",
     "HubError",
     "QuantCacheError",
+    "SideCodec",
     "SpectralCache",
     "SpectralLayer",
     "UnsupportedModel",
@@ -76,6 +82,7 @@ __all__ = [
 ]
 
 register_when_loaded()
+sys.modules[f"{__name__}.errors"] = errors  # where users find the exceptions
 
 
 def __getattr__(name: str) -> Any:

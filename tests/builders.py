@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from quantcache import linalg
-from quantcache.schema import SideCalibration
-from quantcache.store import BlockStore
+from quantcache.backends.store import BlockStore
+from quantcache.coding import linalg
+from quantcache.coding.schema import SideCalibration
 
 
 def llama_config(head_dim: int = 64, layers: int = 2, kv_heads: int = 2, **more: Any) -> LlamaConfig:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from quantcache.attention import register_attention
+from quantcache.attention.function import register_attention
 
 VOCABULARY = 256
 MAX_POSITIONS = 1024

@@ -9,7 +9,31 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache.padding import Arrivals
+from quantcache import backends
+from quantcache.backends import AttentionCall, Backend, CacheView
+from quantcache.backends.padding import Arrivals
+from quantcache_kernels import cpu
+
+
+def implementation(name: str) -> Backend:
+    """The backend that a layer on the CPU gets for a name."""
+    if name == "auto":
+        return backends.FASTEST_FIRST["cpu"][0] if cpu.available() else backends.REFERENCE
+    return backends.find(name)
+
+
+def attend_by_kernel(
+    query: Tensor,
+    view: CacheView,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor | None:
+    """Attention by a view's own backend; None where that refuses the call."""
+    assert view.backend is not None
+    call = AttentionCall(mask, query.shape[3] ** -0.5, True, softcap, sink_logits)
+    return None if view.backend.refuses(query, view, call) else view.backend.attend(query, view, call)
+
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command line with some arguments: exit status, stdout and stderr."""

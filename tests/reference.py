@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from quantcache import backends
-from quantcache.cache import BlockCache, SpectralLayer
-from quantcache.codec import SideCodec
-from quantcache.packing import BLOCK
-from quantcache.rope import ANCHOR_LENGTH
+from quantcache.cache.spectral_cache import BlockCache, SpectralLayer
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import ANCHOR_LENGTH
+from tests.helpers import implementation
 
 
 class ReferenceLayer(DynamicLayer):
@@ -65,7 +65,7 @@ class ReferenceLayer(DynamicLayer):
         start = self.blocks[-1][0]
         places = torch.tensor(self.blocks[-1:], dtype=torch.int32)
         block = x[:, :, start : start + BLOCK]
-        fields = backends.encode(codec, block, places, self.starts, self.backend)
+        fields = implementation(self.backend).encode(codec, block, places, self.starts)
         decoded = codec.decode(fields, places, self.starts).to(x.dtype)
         if self.starts is not None:
             offsets = torch.arange(start, start + BLOCK) - self.starts[:, None]  # [B, 64]

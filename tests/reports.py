@@ -9,7 +9,7 @@ from quantcache.analysis.figures import cache_figures, depth_laws, input_figures
 from quantcache.analysis.gathering import InputMoments
 from quantcache.analysis.report import Divergence, Grade, Report, SinkToken, Target
 from quantcache.analysis.targets import InputTarget
-from quantcache.spectral import Moments
+from quantcache.coding.spectral import Moments
 
 
 def make_report(layers: int = 4, heads: int = 2, dim: int = 16, seed: int = 0) -> Report:

@@ -114,6 +114,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "KeyboardInterrupt inside a forward pass",
         "a forward pass that fails after its last layer",
         "interrupted operations on a cache",
+        "a backend with a block layout of its own",
         "two threads, two caches, one model",
         "two threads, one cache",
         "copies taken while another thread extends the cache",

@@ -11,7 +11,7 @@ from quantcache.analysis import spectrum as sp
 from quantcache.analysis.gathering import InputMoments
 from quantcache.analysis.report import RATES, DepthLaw, Target
 from quantcache.analysis.targets import InputTarget
-from quantcache.spectral import Moments
+from quantcache.coding.spectral import Moments
 
 OUTLIER_ENERGY = 36.0
 """A channel whose energy is above that many times the median channel's is an outlier: 6 times in amplitude."""

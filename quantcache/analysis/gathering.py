@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantcache import compat
 from quantcache.analysis.targets import InputTarget, find_inputs, observed_inputs
-from quantcache.attention import spectral_attention_forward
-from quantcache.probe import RecordingCache, replaced_attention, run
-from quantcache.rope import Frame, Rope
-from quantcache.spectral import Moments
-from quantcache.statistics import SINK_LENGTH
+from quantcache.attention.function import spectral_attention_forward
+from quantcache.attention.probe import RecordingCache, replaced_attention, run
+from quantcache.coding.rope import Frame, Rope
+from quantcache.coding.spectral import Moments
+from quantcache.common import compat
+from quantcache.common.defaults import SINK_LENGTH
 
 MOMENT_BYTES = 2 << 30
 """Memory that the second moments of weights' inputs may take at a time."""

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from quantcache.analysis.report import Grade
 from quantcache.analysis.spectrum import Floats, water_filling
-from quantcache.artifact import Calibration
-from quantcache.codebook import gaussian_codebook
-from quantcache.codec import SpectralCodec
-from quantcache.packing import BLOCK, MAX_WIDTH
-from quantcache.probe import RecordingCache, run
-from quantcache.rope import Rope, anchor_of
-from quantcache.schema import SIDES
-from quantcache.statistics import SINK_LENGTH
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.probe import RecordingCache, run
+from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK, MAX_WIDTH
+from quantcache.coding.rope import Rope, anchor_of
+from quantcache.coding.schema import SIDES
+from quantcache.common.defaults import SINK_LENGTH
 
 SAMPLE_BLOCKS = 8
 """Blocks of a sequence that are encoded, spread over it."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from quantcache.artifact import Calibration
-from quantcache.distortion import expected_cost
+from quantcache.artifact.calibration import Calibration
+from quantcache.coding.distortion import expected_cost
 
 UNAVAILABLE = "not available: the calibration was made without a measured yardstick; calibrate again"
 """What to say where :func:`predict_kl` gives None."""

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import typer
 
-from quantcache.__main__ import INTERRUPTED, interruptible
 from quantcache.cli.analyze import analyze
 from quantcache.cli.calibrate import calibrate
 from quantcache.cli.demo import demo
@@ -24,6 +23,7 @@ from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
 from quantcache.cli.recommend import recommend
 from quantcache.cli.terminal import StdoutFailed, prepare_streams, report_error, writing_stdout
+from quantcache.common.interrupts import INTERRUPTED, interruptible
 
 app = typer.Typer(
     help="Run-time KV-cache compression for Hugging Face transformers.",

@@ -12,13 +12,13 @@ from quantcache.cli.session import DebugFlag, JsonFlag, session
 
 
 def env(
-    check: Annotated[bool, typer.Option("--check", help="Also try every kernel beside plain torch.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also compare every kernel with plain torch.")] = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Show versions and hardware, as they go into every record."""
     with session(json, debug) as run:
-        from quantcache.env import environment
+        from quantcache.common.env import environment
 
         record = environment()
         table = Table(show_header=False, box=None)
@@ -37,7 +37,7 @@ def env(
         if not check:
             run.finish(record, table)
             return
-        from quantcache.kernel_check import check_kernels
+        from quantcache.evaluation.kernel_check import check_kernels
 
         record["kernels"] = check_kernels()
         run.finish(record, Group(table, "", _kernel_table(record["kernels"])))

@@ -14,7 +14,6 @@ import typer
 
 from quantcache.cli.metrics import MetricsOption, read_metrics
 from quantcache.cli.session import (
-    BUNDLED_MODEL,
     CalibrationOption,
     DebugFlag,
     JsonFlag,
@@ -26,7 +25,8 @@ from quantcache.cli.session import (
     require_folder,
     session,
 )
-from quantcache.errors import HubError
+from quantcache.common.errors import HubError
+from quantcache.data import BUNDLED_MODEL
 
 
 def export(
@@ -55,7 +55,8 @@ def export(
         if model != BUNDLED_MODEL:
             require_folder(model)
 
-        from quantcache import data, hub
+        from quantcache import data
+        from quantcache.artifact import hub
         from quantcache.export import export_checkpoint
 
         if push_to_hub is not None:

@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quantcache import cache_layout, compat
-from quantcache.attention import spectral_attention_forward
-from quantcache.errors import QuantCacheError, UnsupportedModel
+from quantcache.artifact import cache_layout
+from quantcache.attention import guards
+from quantcache.attention.function import spectral_attention_forward
+from quantcache.attention.probe import replaced_attention
+from quantcache.backends import AttentionCall
+from quantcache.backends.online_softmax import QueryRows
+from quantcache.common import compat
+from quantcache.common.defaults import CHUNK, SINK_LENGTH
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, attempt
-from quantcache.evaluation.feeding import CHUNK, check_lengths, pieces
+from quantcache.evaluation.feeding import check_lengths, pieces
 from quantcache.evaluation.methods import Method
-from quantcache.layer import SINK_LENGTH
-from quantcache.online_softmax import QueryRows
-from quantcache.probe import replaced_attention
 
 SUITE = "routing"
 
@@ -107,7 +110,7 @@ def measure_routing(
     Queries of a window's first chunk see nothing that was compressed and are not counted.
 
     Args:
-        model: The model.
+        model: Decoder-only model to measure.
         tokens: Text, ``[N]``.
         methods: What to measure.
         context: Tokens in a window.
@@ -192,8 +195,8 @@ def _measure_window(
             started = True
     if not seen:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not call attention through transformers' attention interface, so routing "
-            "cannot be seen"
+            f"{type(model).__name__} does not call attention through transformers' attention interface, so its routing "
+            "cannot be observed"
         )
     for name, result in results.items():
         if result["status"] == "ok":
@@ -212,9 +215,9 @@ class _Reader:
         causal = more.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         place = (0, query.shape[2])
-        self.rows = QueryRows(
-            query, key.shape[1], key.shape[2], mask, more.get("scaling"), causal, more.get("softcap"), place
-        )
+        scaling = guards.fitting_scaling(more.get("scaling"), query)
+        call = AttentionCall(mask, scaling, causal, more.get("softcap"))
+        self.rows = QueryRows(query, key.shape[1], key.shape[2], call, place)
         self.s_aux: Tensor | None = more.get("s_aux")
 
     def attend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

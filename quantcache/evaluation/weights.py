@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from quantcache import compat
-from quantcache.errors import QuantCacheError
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 
 KINDS = ("int8", "int4")
 LIBRARIES = ("quanto", "torchao")

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantcache import linalg
-from quantcache.rope import Frame, Rope
-from quantcache.schema import SideCalibration
+from quantcache.coding import linalg
+from quantcache.coding.rope import Frame, Rope
+from quantcache.coding.schema import SideCalibration
 
 Basis = Literal["spectral", "flat"]
 BASES: tuple[Basis, ...] = ("spectral", "flat")
@@ -55,7 +55,7 @@ def value_map(side: SideCalibration, basis: Basis, absorb_mean: bool) -> ValueMa
 
     Args:
         side: The constants of the layer's values.
-        basis: Which basis.
+        basis: ``spectral`` or ``flat``.
         absorb_mean: Whether the weights take the mean as well.
 
     Returns:
@@ -210,7 +210,7 @@ def absorbed_values(side: SideCalibration, values: ValueMap, basis: Basis) -> Si
 
     Args:
         side: The constants of the values before.
-        values: The map.
+        values: Change of basis of the values.
         basis: The basis the map was made for; ``spectral`` leaves an exactly diagonal transform.
 
     Returns:

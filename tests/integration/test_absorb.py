@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.artifact import Calibration
-from quantcache.calibration import calibrate
+from quantcache.artifact.calibration import Calibration
+from quantcache.calibration.calibrator import calibrate
 from quantcache.export import BASES, absorb, export_checkpoint
 from quantcache.export.projections import ARCHITECTURES
 from tests.absorbing import ABSORBABLE, run_without_quantcache, trained_looking

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache import ambient
-from quantcache.artifact import Calibration
-from quantcache.attention import spectral_attention, spectral_attention_forward
-from quantcache.cache import SpectralCache
-from quantcache.calibration import calibrate
-from quantcache.schema import SIDES
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.function import spectral_attention, spectral_attention_forward
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.calibration.calibrator import calibrate
+from quantcache.coding.schema import SIDES
+from quantcache.common import ambient
 from tests.builders import llama_config
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.kernels import truth
@@ -78,7 +78,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 STORIES = (
-    (LLAMA, "spectral", "native", False),
+    (LLAMA, "spectral", "cpu", False),
     (LLAMA, "spectral", "torch", True),
     (GEMMA3, "sdpa", "auto", False),
 )
@@ -223,7 +223,7 @@ def filled(
     keys, values = (torch.randn(1, heads, tokens, dim, generator=generator).to(device) for _ in range(2))
     cache = SpectralCache(Calibration.synthetic(config, 4.0), config, residual_length=0, backend=backend)
     cache.layers[0].update(keys.to(key), values.to(value))
-    cache.layers[0].finish()
+    cache.layers[0].flush()
     return cache
 
 
@@ -249,7 +249,7 @@ def test_autocast_is_as_good_as_with_stock_attention(autocast: Callable[[], Any]
 
     expected = run("sdpa", DynamicCache(config=config))
     allowed = 1.5 * ours("sdpa", "auto")
-    assert ours("spectral", "native") <= allowed
+    assert ours("spectral", "cpu") <= allowed
     assert ours("spectral", "torch") <= allowed
     passing = SpectralCache(calibration, config, residual_length=0, key_bits=None, value_bits=None)
     assert torch.equal(run("sdpa", passing), expected)
@@ -257,7 +257,7 @@ def test_autocast_is_as_good_as_with_stock_attention(autocast: Callable[[], Any]
 
 @pytest.mark.support("torch.autocast")
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @torch.no_grad()
 def test_operations_on_keys_and_values_of_two_dtypes(backend: Any, tmp_path: Path) -> None:
     for family in (LLAMA, GEMMA3):
@@ -309,7 +309,7 @@ MIXTURES = [
 @pytest.mark.support("keys and values of different dtypes")
 @pytest.mark.parametrize(
     ("key", "value", "backend"),
-    [(*mixture, backend) for mixture in MIXTURES for backend in ("native", "torch")] + [(*MIXTURES[0], "triton")],
+    [(*mixture, backend) for mixture in MIXTURES for backend in ("cpu", "torch")] + [(*MIXTURES[0], "triton")],
     ids=str,
 )
 @torch.no_grad()
@@ -377,7 +377,7 @@ def test_gradients_through_what_inference_mode_has_made(attention: str, options:
 def test_another_number_of_threads(heads: int) -> None:
     """At whatever number ``test_threads.py`` runs it with: a head dimension for which batched inverses fail."""
     config = llama_config(head_dim=160, kv_heads=heads, layers=1)
-    view = filled(config, torch.float32, torch.float32, backend="native").layers[0].snapshot()
+    view = filled(config, torch.float32, torch.float32, backend="cpu").layers[0].snapshot()
     query = torch.randn(1, 2 * heads, 1, 160, dtype=torch.float32)
     exact, plain = (truth.attention(query, view, None, dtype=dtype) for dtype in (torch.float64, torch.float32))
     found = spectral_attention(query, view, None)
@@ -420,7 +420,7 @@ def test_every_tensor_states_dtype_and_device(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", ["quantcache", "kernels", "benchmarks"])
 def test_nothing_factorizes_past_the_checks(folder: str) -> None:
-    """Batched LAPACK calls of torch's are wrong at some numbers of threads; those of ``quantcache.linalg`` are not."""
+    """Batched LAPACK calls of torch's are wrong at some numbers of threads; those of ``coding.linalg`` are not."""
     unsafe = {
         "cholesky",
         "cond",
@@ -438,7 +438,7 @@ def test_nothing_factorizes_past_the_checks(folder: str) -> None:
     unsafe |= {"solve", "solve_triangular", "svd", "svdvals", "inverse", "pinverse", "det", "cholesky_solve", "logdet"}
     found = []
     for source in sorted((ROOT / folder).rglob("*.py")):
-        if source == ROOT / "quantcache" / "linalg.py":
+        if source == ROOT / "quantcache" / "coding" / "linalg.py":
             continue
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in unsafe:

@@ -11,18 +11,19 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, PreTrainedTokenizerBase
 
-from quantcache import compat, data
+from quantcache import data
 from quantcache.analysis import Report, analyze
 from quantcache.analysis.gathering import MOMENT_BYTES, gather
 from quantcache.analysis.grade import collect_samples, grade
 from quantcache.analysis.targets import find_inputs, observed_inputs
-from quantcache.artifact import Calibration
-from quantcache.calibration import calibrate
-from quantcache.errors import QuantCacheError
-from quantcache.probe import RecordingCache, detect_ropes
-from quantcache.probe import run as run_model
-from quantcache.schema import LayerCalibration
-from quantcache.spectral import Moments
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.probe import RecordingCache, detect_ropes
+from quantcache.attention.probe import run as run_model
+from quantcache.calibration.calibrator import calibrate
+from quantcache.coding.schema import LayerCalibration
+from quantcache.coding.spectral import Moments
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import Run
 

@@ -13,11 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantcache.artifact import SIDES, Calibration
-from quantcache.backends import Backend
-from quantcache.cache import SpectralCache, SpectralLayer
-from quantcache.calibration import calibrate
-from quantcache.packing import BLOCK
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.backends import BackendName
+from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.calibration.calibrator import calibrate
+from quantcache.coding.packing import BLOCK
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import left_padding
 from tests.reference import ReferenceLayer
@@ -49,7 +49,7 @@ def tokens_of(name: str, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def empty_layer(name: str, sink_length: int, residual_length: int, backend: Backend = "auto") -> SpectralLayer:
+def empty_layer(name: str, sink_length: int, residual_length: int, backend: BackendName = "auto") -> SpectralLayer:
     """The first layer of an empty cache at 3 bits."""
     cache = SpectralCache(
         calibration_of(name), sink_length=sink_length, residual_length=residual_length, backend=backend
@@ -61,7 +61,7 @@ def append(layer: SpectralLayer, tokens: dict[str, Tensor], first: int, last: in
     """Give a layer some tokens, as a model whose attention is ours does."""
     new = (tokens[side][:, :, first:last] for side in SIDES)
     layer.update(*new, arrivals=left_padding(pads, last, last - first))
-    layer.finish()
+    layer.flush()
 
 
 def stored(layer: SpectralLayer, pads: Sequence[int] = ()) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def edges(draw: st.DrawFn, most: int = MOST) -> list[int]:
 
 
 names, sinks, residuals = st.sampled_from(NAMES), st.sampled_from([0, 1, 4, 7]), st.sampled_from([0, 5, 64])
-backends: st.SearchStrategy[Backend] = st.sampled_from(["torch", "auto"])
+backends: st.SearchStrategy[BackendName] = st.sampled_from(["torch", "auto"])
 
 
 @given(names, edges(), sinks, residuals, backends, st.sampled_from([torch.float32, torch.bfloat16]))
@@ -107,7 +107,7 @@ backends: st.SearchStrategy[Backend] = st.sampled_from(["torch", "auto"])
 @example("llama", list(range(0, 200)), 4, 0, "torch", torch.bfloat16)
 @settings(max_examples=40)
 def test_codes_do_not_depend_on_arrival(
-    name: str, cuts: list[int], sink_length: int, residual_length: int, backend: Backend, dtype: torch.dtype
+    name: str, cuts: list[int], sink_length: int, residual_length: int, backend: BackendName, dtype: torch.dtype
 ) -> None:
     tokens = tokens_of(name, 2, dtype)
     chunked, whole = (empty_layer(name, sink_length, residual_length, backend) for _ in range(2))
@@ -125,7 +125,7 @@ def test_codes_do_not_depend_on_arrival(
 @example("llama", [0, 50, 100, 300], 4, 0, "auto", (120, 70, 0))
 @settings(max_examples=40)
 def test_padded_codes_do_not_depend_on_arrival(
-    name: str, cuts: list[int], sink_length: int, residual_length: int, backend: Backend, pads: tuple[int, ...]
+    name: str, cuts: list[int], sink_length: int, residual_length: int, backend: BackendName, pads: tuple[int, ...]
 ) -> None:
     if cuts[-1] <= max(pads):
         cuts = [*cuts, max(pads) + 1]
@@ -152,7 +152,7 @@ def test_codes_do_not_depend_on_the_reader(cuts: list[int], data: st.DataObject)
         if reader == "layer":
             assert torch.equal(layer.keys.add(0)[:, :, first:last], tokens["key"][:, :, first:last])
         append(expected, tokens, first, last)
-    layer.finish()
+    layer.flush()
     assert_same(stored(layer), stored(expected))
 
 
@@ -187,7 +187,7 @@ def test_operations_do_what_they_do_to_dense_tokens(
         if operation == "append":
             new = {side: torch.randn(rows, shape[1], argument, shape[3], generator=generator) for side in SIDES}
             layer.update(new["key"], new["value"])
-            layer.finish()
+            layer.flush()
             dense.update(new["key"], new["value"])
         elif operation == "crop":
             for each in (layer, dense):

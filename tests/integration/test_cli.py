@@ -13,10 +13,10 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig
 
 from quantcache import __version__, data
-from quantcache.artifact import Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.cli import main
 from quantcache.cli.session import describe, to_json, write_json
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 from tests.helpers import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,9 +177,12 @@ BAD_INPUT = {
     "unknown model": (("calibrate", "no/model", "-o", "unused", "--text", "one.txt"), "cannot load no/model"),
     "encoder-decoder": (("calibrate", "./t5", "-o", "unused", "--text", "one.txt"), "encoder-decoder"),
     "no language model": (("calibrate", "./vit", "-o", "unused", "--text", "one.txt"), "no causal language model"),
-    "unknown calibration": (("inspect", "no-calibration"), "no calibration no-calibration"),
+    "unknown calibration": (("inspect", "no-calibration"), "cannot load calibration no-calibration"),
     "missing calibration": (("inspect", "./no-calibration"), "no folder ./no-calibration"),
-    "no calibration in folder": (("inspect", "other"), "other is no calibration"),
+    "no calibration in folder": (
+        ("inspect", "other"),
+        "other is not a calibration folder: missing calibration_config.json",
+    ),
     "inspect at 11 bits": (("inspect", "calibration", "--bits", "11"), "--bits"),
     "evaluation text too short": (("eval", "wiki11m", "-c", "calibration", "--text", "short.txt"), "one window"),
     "unknown method": ((*EVAL, "--methods", "dense,luck-3"), "unknown method 'luck-3'"),

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quantcache import passes
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache, SpectralLayer
-from quantcache.errors import QuantCacheError, RowError
-from quantcache.passes import ForwardPass, Outcome
-from quantcache.schema import SIDES
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache import passes
+from quantcache.cache.passes import ForwardPass, Outcome
+from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.coding.schema import SIDES
+from quantcache.common.errors import QuantCacheError, RowError
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import feed
 
@@ -159,7 +159,7 @@ def test_other_models_that_fail_late(family: Family) -> None:
     with pytest.raises(QuantCacheError, match="held 132 tokens and holds 137"):
         go_on(cache, model=model)
     if family is GEMMA3:
-        with pytest.raises(QuantCacheError, match=r"holds 137 tokens and cannot go back to 132: call reset\(\)"):
+        with pytest.raises(QuantCacheError, match=r"holds 137 tokens and cannot be rolled back to 132: call reset\(\)"):
             cache.rollback()
         cache.reset()
         assert torch.equal(go_on(cache, model=model), go_on(empty(family), model=model))
@@ -523,7 +523,7 @@ class Feeder(nn.Module):
         for index, layer in enumerate(past_key_values.spectral_layers):
             new = [self.stream[index][side][:, :, first : first + count] for side in SIDES]
             past_key_values.update(*new, index)
-            layer.finish()
+            layer.flush()
 
     def is_prefix(self, cache: SpectralCache) -> bool:
         """Whether all layers of a cache hold the first T tokens of the stream."""

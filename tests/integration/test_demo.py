@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from quantcache import demo
 from quantcache.cli import main
+from quantcache.evaluation import demo
 
 SMALL = demo.DemoSettings(calibration_tokens=1536, context=768, recall_context=1300, windows=1, new_tokens=6)
 

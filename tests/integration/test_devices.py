@@ -15,9 +15,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file
 
 import quantcache
-from quantcache.artifact import SIDES, Calibration
-from quantcache.cache import SpectralCache
-from quantcache.errors import CalibrationMismatch
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import CalibrationMismatch
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import error, feed
 from tests.integration.two_ranks import STEPS, log_likelihood
@@ -148,7 +148,9 @@ def test_shards_are_runs_of_heads(calibration: Calibration) -> None:
                 parts = [getattr(shard.layers[index].side(side), name) for shard in shards]
                 assert torch.equal(torch.cat(parts), whole)
     assert shards[0].metadata == calibration.metadata
-    with pytest.raises(CalibrationMismatch, match="layer 0 has 2 key/value heads, which 3 processes cannot share"):
+    with pytest.raises(
+        CalibrationMismatch, match="layer 0 has 2 key/value heads: they cannot be split over 3 processes"
+    ):
         calibration.shard(0, 3)
     with pytest.raises(ValueError, match="rank must lie between 0 and 1, got 2"):
         calibration.shard(2, 2)
@@ -164,7 +166,7 @@ def test_a_shard_serves_a_process_that_says_which_it_is(calibration: Calibration
         whole.update(keys, values)
         own.update(keys[:, rank : rank + 1], values[:, rank : rank + 1])
         for layer in (whole, own):
-            layer.finish()
+            layer.flush()
         for side in SIDES:
             expected = whole.snapshot().dense(side)[:, rank : rank + 1]
             assert error(own.snapshot().dense(side), expected) <= ROUNDING * float(expected.norm())

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import quantcache
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
-from quantcache.errors import CalibrationMismatch, UnsupportedModel
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import CalibrationMismatch, UnsupportedModel
 from tests.builders import llama_config
 from tests.families import FAMILIES, random_tokens
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel
 
-from quantcache import cache_layout
-from quantcache.artifact import SIDES, Calibration
-from quantcache.cache import SpectralCache, SpectralLayer
-from quantcache.calibration import calibrate
-from quantcache.errors import UnsupportedModel
-from quantcache.probe import detect_ropes
-from quantcache.rope import ANCHOR_LENGTH
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.attention.probe import detect_ropes
+from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.calibration.calibrator import calibrate
+from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.common.errors import UnsupportedModel
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import divergence, error, feed
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache import backends
-from quantcache.artifact import SIDES, Calibration
-from quantcache.cache import SpectralCache, SpectralLayer
-from quantcache.errors import QuantCacheError
-from quantcache.padding import Arrivals
-from quantcache.store import BlockStore
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.backends import Backend
+from quantcache.backends.padding import Arrivals
+from quantcache.backends.store import BlockStore
+from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.common.errors import QuantCacheError
 from tests.builders import held_bytes
 from tests.families import FAMILIES, MAX_POSITIONS, Family, random_tokens, shared_model
 from tests.helpers import error, feed, left_padding
@@ -67,7 +67,7 @@ def kv(tokens: int, rows: int = 1, dtype: torch.dtype = torch.float32, seed: int
 def give(layer: SpectralLayer, new: dict[str, Tensor], arrivals: Arrivals | None = None) -> None:
     """Append to a layer as a model whose attention is ours does."""
     layer.update(new["key"], new["value"], arrivals=arrivals)
-    layer.finish()
+    layer.flush()
 
 
 # ---------------------------------------------------------------------- what cannot be encoded
@@ -86,7 +86,7 @@ def test_nothing_infinite_is_encoded(side: str, bad: float) -> None:
     )
     for _ in range(2):
         with pytest.raises(QuantCacheError, match=message):
-            layer.finish()
+            layer.flush()
     assert not layer.spans
     assert torch.equal(layer.tails[side].nan_to_num(9.0), tokens[side].nan_to_num(9.0))
     layer.reset()
@@ -149,7 +149,7 @@ def test_float16_near_its_limit_stays_finite(attention: str, bits: float) -> Non
     module.is_causal, module.num_key_value_groups = True, 1
     query = torch.full((1, 2, 1, 64), 1e-3).half()
     if attention == "spectral":
-        from quantcache.attention import spectral_attention_forward as attend
+        from quantcache.attention.function import spectral_attention_forward as attend
     else:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
     assert attend(module, query, keys, values, None, scaling=1e-4)[0].isfinite().all()
@@ -292,7 +292,7 @@ def assert_same_state(found: list[Any], expected: list[Any]) -> None:
 
 FAILURES: dict[str, tuple[object, str]] = {
     "tails": (torch, "cat"),
-    "encoding": (backends, "encode"),
+    "encoding": (Backend, "encode"),
     "growth": (BlockStore, "_copied"),
     "append": (BlockStore, "appended"),
 }
@@ -329,7 +329,7 @@ def test_a_layer_changes_at_once_or_not_at_all(
         try:
             layer.update(*kv(64, seed=1).values())
             done = 64
-            layer.finish()
+            layer.flush()
         except raised:
             assert layer.get_seq_length() == 196 + done
             assert [layer.snapshot().dense(side)[:, :, :196].equal(x) for side, x in zip(SIDES, before, strict=True)]
@@ -338,7 +338,7 @@ def test_a_layer_changes_at_once_or_not_at_all(
     assert len(calls) >= min(call, 2), "nothing has failed"
     if not done:
         layer.update(*kv(64, seed=1).values())
-    layer.finish()
+    layer.flush()
     give(twin, kv(64, seed=1))
     assert layer.spans == twin.spans
     for side in SIDES:
@@ -410,7 +410,7 @@ def test_sliding_windows_cannot_be_rolled_back() -> None:
         feed(model, cache, random_tokens(1, 3, seed=2), (3,))
     with pytest.raises(QuantCacheError, match="some layers hold 150 tokens and others 153"):
         go_on(cache, 3, family=family)
-    with pytest.raises(QuantCacheError, match=r"holds 153 tokens and cannot go back to 150: call reset\(\)"):
+    with pytest.raises(QuantCacheError, match=r"holds 153 tokens and cannot be rolled back to 150: call reset\(\)"):
         cache.rollback()
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
-from quantcache.calibration import calibrate
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.calibration.calibrator import calibrate
 from tests.families import FAMILIES, MAX_POSITIONS, Family, random_tokens, shared_model
 from tests.helpers import error, feed
 from tests.reference import reference_cache

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
-from quantcache.errors import QuantCacheError
-from quantcache.lazy import LazyKV
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.lazy import LazyKV
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import QuantCacheError
 from tests.builders import llama_config
 from tests.families import FAMILIES, random_tokens, shared_model
 
@@ -36,7 +36,7 @@ def filled(length: int, dtype: torch.dtype = torch.float32) -> SpectralCache:
     states = (torch.randn(1, 2, length, 64, generator=generator).to(dtype) for _ in range(2))
     cache = SpectralCache(Calibration.synthetic(CONFIG, 4.0), CONFIG)
     cache.update(*states, 0)
-    cache.layers[0].finish()
+    cache.layers[0].flush()
     return cache
 
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.accounting import capacity, num_blocks, predict
-from quantcache.artifact import SIDES, Calibration
-from quantcache.cache import SpectralCache
-from quantcache.packing import BLOCK
+from quantcache.accounting.memory import capacity, num_blocks
+from quantcache.accounting.predicting import predict
+from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.packing import BLOCK
 from tests.builders import live_storages, llama_config, new_objects_only
 from tests.families import Family, random_tokens
 from tests.helpers import feed
@@ -75,7 +76,7 @@ def test_one_token_at_a_time() -> None:
                 worst = max(worst, abs(held / formula - 1))
     # The same keys and values at once: computed together they would be rounded otherwise.
     whole.update(*(torch.cat(side, dim=2) for side in zip(*given, strict=True)), 0)
-    whole.spectral_layers[0].finish()
+    whole.spectral_layers[0].flush()
     ours, theirs = (feed(model, each, tokens[:, -LAST_STEPS:], [1] * LAST_STEPS) for each in (cache, whole))
     layer, other = cache.spectral_layers[0], whole.spectral_layers[0]
     assert layer.spans == other.spans

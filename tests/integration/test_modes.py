@@ -17,8 +17,8 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import SpectralCache
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import error, feed
 from tests.property.effort import SOAK, report

@@ -20,10 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from quantcache import Calibration, SpectralCache
-from quantcache.cache_files import DESCRIPTION
+from quantcache.cache.files import DESCRIPTION
+from quantcache.coding.schema import SIDES
+from quantcache.common.tensor_file import checksum
 from quantcache.data import calibrations_path, text_path
-from quantcache.schema import SIDES
-from quantcache.tensor_file import checksum
 from tests.families import FAMILIES, Family, random_tokens
 from tests.helpers import error
 
@@ -462,7 +462,7 @@ def test_a_compressed_dynamic_cache_is_told_of_its_padding() -> None:
     )
     filled = empty()
     logits_of("sdpa", filled, [first])
-    filled.spectral_layers[0].finish()
+    filled.spectral_layers[0].flush()
     for ours, theirs in zip(told.spectral_layers, filled.spectral_layers, strict=True):
         assert torch.equal(ours.starts, theirs.starts)
         for side in SIDES:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
-from quantcache.errors import QuantCacheError
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import QuantCacheError
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import feed
 

@@ -18,9 +18,9 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quantcache
-from quantcache.artifact import Calibration
-from quantcache.cache import SpectralCache
-from quantcache.errors import QuantCacheError
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import QuantCacheError
 from tests.families import random_tokens
 from tests.helpers import feed
 

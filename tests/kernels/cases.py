@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantcache.backends import Backend
-from quantcache.codec import SpectralCodec
-from quantcache.layer import SpectralLayer
-from quantcache.rope import Frame, Rope, anchor_of
-from quantcache.schema import CodecSettings, Coding
-from quantcache_kernels import runtime
+from quantcache.backends import BackendName
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.rope import Frame, Rope, anchor_of
+from quantcache.coding.schema import CodecSettings, Coding
 from quantcache_kernels.cpu.library import find
+from quantcache_kernels.triton import runtime
 from tests.builders import gaussian_vectors, random_side
 from tests.helpers import left_padding
 
@@ -40,7 +40,7 @@ class Kernel:
         trellis: Whether it takes codes that are paths through a trellis.
     """
 
-    backend: Backend
+    backend: BackendName
     missing: Callable[[], str]
     level: str = ""
     device: torch.device = CPU
@@ -68,7 +68,7 @@ def _native(level: str) -> Kernel:
             return reason
         return "" if level in library.levels else f"this processor has no {level}"
 
-    return Kernel("native", missing, level)
+    return Kernel("cpu", missing, level)
 
 
 TRITON_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
@@ -88,7 +88,7 @@ TRITON = Kernel(
 TORCH = Kernel("torch", lambda: "")
 """Plain torch on the CPU."""
 
-KERNELS = {**{f"native-{level}": _native(level) for level in ("plain", "avx2", "avx512")}, "triton": TRITON}
+KERNELS = {**{f"cpu-{level}": _native(level) for level in ("plain", "avx2", "avx512")}, "triton": TRITON}
 """Every kernel that runs the suite, by test id. A further backend is a further line."""
 
 
@@ -290,7 +290,7 @@ def causal_mask(length: int, count: int, pads: tuple[int, ...]) -> Tensor:
     return mask[:, None]
 
 
-def fill(case: Case, backend: Backend = "torch") -> Filled:
+def fill(case: Case, backend: BackendName = "torch") -> Filled:
     """Put a case together.
 
     Args:
@@ -304,13 +304,13 @@ def fill(case: Case, backend: Backend = "torch") -> Filled:
     given = vectors(case, case.tokens)
     padded = any(case.pads)
     layer.update(given["key"], given["value"], arrivals=left_padding(case.pads, case.tokens, case.tokens))
-    layer.finish()
+    layer.flush()
     length = case.tokens
     if case.cut:
         layer.crop(-(case.tokens % 64) - 20)
         more = vectors(case, 140, first=layer.get_seq_length())
         layer.update(more["key"], more["value"])
-        layer.finish()
+        layer.flush()
         assert layer.cut
         length = layer.get_seq_length()
     generator = torch.Generator().manual_seed(4)
@@ -364,7 +364,7 @@ def select(kernel: Kernel) -> Callable[[], None]:
     Returns:
         What undoes it.
     """
-    library = find()[0] if kernel.backend == "native" else None
+    library = find()[0] if kernel.backend == "cpu" else None
     if library is None:
         return lambda: None
     before = library.level

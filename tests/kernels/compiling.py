@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from quantcache import SpectralCache, backends
+from tests.helpers import attend_by_kernel
 from tests.kernels.cases import ATTENTION, BASE, TRITON, Case, fill
 
 HALF = replace(BASE, dtype=torch.bfloat16, widths=3)
@@ -109,7 +110,7 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from quantcache_kernels import ops, runtime
+    from quantcache_kernels.triton import ops, runtime
 
     run, before = JITFunction.run, (ops.unavailable, runtime.unavailable, runtime.on_cuda)
     found: list[tuple[str, str, Any]] = []
@@ -152,14 +153,14 @@ def launch_all(case: Case) -> None:
     if TRITON.leaves(case):
         return
     filled = fill(replace(case, tokens=min(case.tokens, 300)))
+    filled.layer.backend = "triton"
     view = filled.layer.snapshot()
-    view.layer.backend = "triton"
-    backends.attend_view(filled.query, view, filled.mask, None, True, case.softcap, filled.s_aux)
+    attend_by_kernel(filled.query, view, filled.mask, case.softcap, filled.s_aux)
     for side in (view.key, view.value):
         assert side.codec is not None
-        backends.decode(side.codec, side.store.slice(0, 1), view.places[:1], view.starts, "triton")
-        backends.encode(side.codec, side.tail.new_zeros(*side.tail.shape[:2], 64, side.tail.shape[3]),
-                        view.places[:1], view.starts, "triton")  # fmt: skip
+        backends.find("triton").decode(side.codec, side.store.slice(0, 1), view.places[:1], view.starts)
+        new = side.tail.new_zeros(*side.tail.shape[:2], 64, side.tail.shape[3])
+        backends.find("triton").encode(side.codec, new, view.places[:1], view.starts)
 
 
 def compile_cases(names: list[str], capability: int, keys: set[tuple[str, str]] | None = None) -> list[Compiled]:
@@ -210,8 +211,8 @@ def variants_while_decoding(steps: int) -> dict[str, int]:
                 layer.update(*(torch.zeros(1, 1, count, 128, dtype=torch.bfloat16) for _ in range(2)))
                 if layer.spans:
                     query = torch.zeros(1, 4, count, 128, dtype=torch.bfloat16)
-                    backends.attend_view(query, layer.snapshot(), None, None, True, None, None)
-                layer.finish()
+                    attend_by_kernel(query, layer.snapshot())
+                layer.flush()
     return dict(Counter(kernel for kernel, _, _ in found))
 
 

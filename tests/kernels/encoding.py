@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache.codec import GAIN_CENTER, GAIN_STEPS, SpectralCodec, block_positions
-from quantcache.packing import BLOCK, unpack
-from quantcache.trellis import STATES, branch_subsets, unpack_path
+from quantcache.coding.blocks import block_positions
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_CENTER, GAIN_STEPS
+from quantcache.coding.packing import BLOCK, unpack
+from quantcache.coding.trellis import STATES, branch_subsets, unpack_path
 
 FLOOR = 1e-6
 """Relative error allowed on top, as everywhere in the suite."""

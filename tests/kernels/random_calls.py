@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcache.attention import spectral_attention
-from quantcache.codec import SpectralCodec
-from quantcache.layer import SpectralLayer
-from quantcache.padding import Arrivals
-from quantcache.schema import Coding
+from quantcache.attention.function import spectral_attention
+from quantcache.backends.padding import Arrivals
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.schema import Coding
 from quantcache_kernels.cpu.library import find
 from tests.kernels import truth
 from tests.kernels.cases import Case, codecs
@@ -126,7 +126,7 @@ class _Life:
             self.pads = torch.tensor([chance.choice((0, chance.randint(0, 150))) for _ in range(rows)])
         residual = chance.choice((0, 0, 7, 64))
         self.padded = bool(self.pads.any())
-        self.layer = SpectralLayer(lambda *_: dict(made), None, self.case.sink_length, residual, "native")
+        self.layer = SpectralLayer(lambda *_: dict(made), None, self.case.sink_length, residual, "cpu")
         self.sizes = {"key": made["key"].dim, "value": made["value"].dim}
 
     def begin(self) -> None:
@@ -167,7 +167,7 @@ class _Life:
         shown = torch.arange(length) >= self.pads[:, None]
         self.layer.update(*new, arrivals=Arrivals.of(shown, None, length, count))
         self.attend(count)
-        self.layer.finish()
+        self.layer.flush()
         self.counts["blocks encoded"] += (len(self.layer.spans) - before) * rows
 
     def attend(self, count: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.codebook import gaussian_codebook
+from quantcache.coding.codebook import gaussian_codebook
 from quantcache_kernels.cuda import layout as layouts
 from quantcache_kernels.cuda import reference
 from quantcache_kernels.cuda.driver import SOURCES

@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 
 pytest.importorskip("triton")
 
+from quantcache.coding.schema import SIDES
 from quantcache.evaluation.record import Record
-from quantcache.schema import SIDES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

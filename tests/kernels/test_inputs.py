@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import backends
-from quantcache.attention import dense_attention, spectral_attention, spectral_attention_forward
-from quantcache.codec import SpectralCodec
-from quantcache.errors import QuantCacheError
-from quantcache.layer import SpectralLayer
-from quantcache_kernels import cpu, runtime
+from quantcache.attention.function import dense_attention, spectral_attention, spectral_attention_forward
+from quantcache.backends import AttentionCall
+from quantcache.backends.cpu import constants as constants_of
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.codec import SpectralCodec
+from quantcache.common.errors import QuantCacheError
+from quantcache_kernels import cpu
 from quantcache_kernels.cpu.library import find
+from quantcache_kernels.triton import runtime
+from tests.helpers import attend_by_kernel, implementation
 from tests.kernels.cases import TRITON_DEVICE, Case, codecs, fill, vectors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,7 +33,7 @@ needs_library = pytest.mark.skipif(find()[0] is None, reason=f"no CPU kernels: {
 needs_triton = pytest.mark.skipif(
     TRITON_DEVICE.type != "cpu" or runtime.unavailable(TRITON_DEVICE) is not None, reason="Triton runs elsewhere or not"
 )
-every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_library)])
+every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_library)])
 
 ROWS, HEADS, QUERIES, TOKENS = 2, 4, 3, 172
 CASE = Case(tokens=TOKENS, heads=2, groups=2, queries=QUERIES, pads=(0, 0))
@@ -117,7 +121,7 @@ def test_masks_that_do_not_fit_are_refused_everywhere(name: str) -> None:
         spectral_attention(query, view, make())
     with pytest.raises(QuantCacheError, match=message):
         dense_attention(query, view.dense("key"), view.dense("value"), make())
-    assert backends.attend_view(query, view, make(), None, True, None, None) is None
+    assert attend_by_kernel(query, view, make()) is None
     fresh = SpectralLayer(lambda device, *_: codecs(CASE, device), None, 4, 1000)
     keys, values = fresh.update(*vectors(CASE, TOKENS).values())
     with pytest.raises(QuantCacheError, match=message):
@@ -206,7 +210,7 @@ def test_how_tensors_are_stored_makes_no_difference(backend: str, dtype: torch.d
         assert torch.equal(spectral_attention(query, view, copy, s_aux=logits), expected), name
     one = query[:1, :1, :1].expand(query.shape)
     assert torch.equal(spectral_attention(one, view, mask), spectral_attention(one.clone(), view, mask))
-    for name in copies(view.key.tail) if backend == "native" else ():  # torch's products round by how they are stored
+    for name in copies(view.key.tail) if backend == "cpu" else ():  # torch's products round by how they are stored
         for side in (view.key, view.value):
             assert side.sinks is not None
             side.tail, side.sinks = copies(side.tail.clone())[name], copies(side.sinks.clone())[name]
@@ -238,9 +242,9 @@ def test_how_tokens_are_stored_makes_no_difference_to_their_codes(backend: Any, 
     x = vectors(CASE, 128)[side].float().contiguous()
     same = x[:, :1, :1].expand(x.shape)
     for given, others in ((x, copies(x)), (same.clone(), {"expanded": same})):
-        expected = backends.encode(codec, given, places, None, backend)
+        expected = implementation(backend).encode(codec, given, places, None)
         for name, copy in others.items():
-            found = backends.encode(codec, copy, places, None, backend)
+            found = implementation(backend).encode(codec, copy, places, None)
             assert all(torch.equal(found[field], expected[field]) for field in expected), name
 
 
@@ -252,14 +256,14 @@ def arguments(layer: SpectralLayer, query: Tensor) -> dict[str, Any]:
     view = layer.snapshot()
     sides = [view.key, view.value]
     assert all(isinstance(side.codec, SpectralCodec) for side in sides)
-    constants = [backends._native_constants(side.codec) for side in sides]
+    constants = [constants_of(side.codec) for side in sides]
     return {
         "query": query,
         "key": constants[0],
         "value": constants[1],
-        "blocks": cpu.Blocks(*backends._packed(view), view.places, None, view.encoded_end),
+        "blocks": cpu.Blocks(*view.packed(), view.places, None, view.encoded_end),
         "dense": [view.key.sinks, view.value.sinks, view.key.tail, view.value.tail],
-        "scaling": 0.125,
+        "call": AttentionCall(None, 0.125, causal=False),
     }
 
 
@@ -271,8 +275,10 @@ def changed(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]
             call["dense"][int(name)] = change(call["dense"][int(name)])
         elif name in vars(call["blocks"]):
             setattr(call["blocks"], name, change(getattr(call["blocks"], name)))
+        elif name in vars(call["call"]):
+            call["call"] = replace(call["call"], **{name: change(getattr(call["call"], name))})
         else:
-            call[name] = change(call.get(name))
+            call[name] = change(call[name])
 
     return apply
 
@@ -344,7 +350,7 @@ def test_the_c_interface_is_given_nothing_that_does_not_fit(name: str) -> None:
 @needs_library
 def test_encoding_is_given_nothing_that_does_not_fit() -> None:
     codec = codecs(CASE)["key"]
-    constants = backends._native_constants(codec)
+    constants = constants_of(codec)
     places = torch.tensor([[4, 64, 4]], dtype=torch.int32)
     x = vectors(CASE, 64)["key"].float()
     cpu.encode(x, constants, places, None)
@@ -370,7 +376,7 @@ def test_encoding_is_given_nothing_that_does_not_fit() -> None:
 def test_threads_share_constants_that_stay() -> None:
     """The first calls of several threads race to make a codec's constants: all must use what the first one made."""
     interval = sys.getswitchinterval()
-    layer, query = filled("native")
+    layer, query = filled("cpu")
     expected = spectral_attention(query, layer.snapshot(), None)
     try:
         sys.setswitchinterval(1e-6)
@@ -382,7 +388,7 @@ def test_threads_share_constants_that_stay() -> None:
             def work(view: Any = view, seen: Any = seen, barrier: threading.Barrier = barrier) -> None:
                 barrier.wait()
                 output = spectral_attention(query, view, None)
-                constants = [backends._native_constants(side.codec) for side in (view.key, view.value)]
+                constants = [constants_of(side.codec) for side in (view.key, view.value)]
                 structures = [constants[0].structure("key"), constants[1].structure("value")]
                 seen.append((output, *map(id, constants), *map(id, structures)))
 
@@ -402,6 +408,7 @@ OUT_OF_MEMORY = """
 import resource, sys
 import torch
 from quantcache_kernels import cpu
+from quantcache_kernels.interface import AttentionCall
 
 given = torch.load(sys.argv[1])
 key, value = (cpu.Constants.unflatten(*given[side]) for side in ("key", "value"))
@@ -409,7 +416,8 @@ few, many = (torch.randn(1, 128, n, 128, generator=torch.Generator().manual_seed
 
 def attend(query, threads):
     torch.set_num_threads(threads)
-    return cpu.attend(query, key, value, cpu.Blocks(*given["blocks"]), given["dense"], scaling=0.1)
+    call = AttentionCall(None, 0.1, causal=False)
+    return cpu.attend(query, key, value, cpu.Blocks(*given["blocks"]), given["dense"], call)
 
 def limited(query, threads, room):
     pages = int(open("/proc/self/statm").read().split()[0])
@@ -439,7 +447,7 @@ print("done")
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer reserves all addresses")
 @pytest.mark.support("out of memory inside a kernel")
 def test_out_of_memory_inside_a_kernel_is_an_error_and_no_more(tmp_path: Path) -> None:
-    call = arguments(*filled("native", Case(tokens=700, dim=128, heads=2, groups=64, widths=2)))
+    call = arguments(*filled("cpu", Case(tokens=700, dim=128, heads=2, groups=64, widths=2)))
     given = {side: call[side].flatten() for side in ("key", "value")}
     blocks = list(vars(call["blocks"]).values())
     torch.save({**given, "blocks": blocks, "dense": call["dense"]}, tmp_path / "given.pt")

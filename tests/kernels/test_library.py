@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from quantcache import backends
-from quantcache.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError
 from quantcache_kernels import cpu
 from quantcache_kernels.cpu import library
 from quantcache_kernels.cpu.library import Library, find
+from tests.kernels.cases import BASE, codecs
 
 needs_library = pytest.mark.skipif(find()[0] is None, reason=f"no CPU kernels: {find()[1]}")
 
@@ -40,17 +41,20 @@ def test_a_library_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatc
     assert "cannot be loaded" in reason
 
 
-def test_without_kernels_auto_says_so_once_and_native_is_refused(
+def test_without_kernels_auto_says_so_once_and_cpu_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu, "available", lambda: False)
     monkeypatch.setattr(cpu, "reason", lambda: "there was no compiler")
     backends._warn_once.cache_clear()
-    x = torch.randn(1, 1, 64, 64)
+    layer = (torch.device("cpu"), {"key": torch.float32, "value": torch.float32}, codecs(BASE))
     with caplog.at_level(logging.WARNING, logger="quantcache.backends"):
-        assert [backends._native_takes(x, "auto") for _ in range(2)] == [False, False]
+        chosen = [backends.choose("auto", *layer) for _ in range(2)]
     assert [record.message for record in caplog.records] == [
-        "attending in plain torch, which is slower: there was no compiler"
+        "encoding and attending in plain torch, which is slower: no cpu kernels (there was no compiler)"
     ]
-    with pytest.raises(QuantCacheError, match=r'backend="native" cannot be used here: there was no compiler'):
-        backends._native_takes(x, "native")
+    for backend, report in chosen:
+        assert (backend.name, report.name, report.passed_over) == ("torch", "torch", {"cpu": "there was no compiler"})
+    for name in ("cpu", "native"):
+        with pytest.raises(QuantCacheError, match=r'backend="cpu" cannot be used here: there was no compiler'):
+            backends.choose(name, *layer)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.attention import dense_attention, spectral_attention
-from quantcache.backends import Backend
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK
+from quantcache.attention.function import dense_attention, spectral_attention
+from quantcache.backends import BackendName
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.packing import BLOCK
 from tests.kernels.cases import KERNELS, Case, Filled, Kernel, causal_mask, replace, select, shared
 
 pytestmark = pytest.mark.support("NaN and infinity in keys or values")
@@ -24,7 +24,7 @@ BASE = Case(tokens=TOKENS, heads=2, groups=2, queries=QUERIES, pads=(0, 0), widt
 BAD = (float("nan"), float("inf"), -float("inf"))
 
 
-@pytest.fixture(params=[name for name in KERNELS if name.startswith("native")])
+@pytest.fixture(params=[name for name in KERNELS if name.startswith("cpu")])
 def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     """One instruction set of the CPU kernels, in use."""
     found = KERNELS[request.param]
@@ -72,7 +72,7 @@ def planted(case: Case, what: str, bad: float) -> Filled:
     return found
 
 
-def attend(found: Filled, case: Case, mask: Tensor | None, backend: Backend) -> Tensor:
+def attend(found: Filled, case: Case, mask: Tensor | None, backend: BackendName) -> Tensor:
     """Attention with one backend."""
     found.layer.backend = backend
     view = found.layer.snapshot()

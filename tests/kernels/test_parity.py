@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from quantcache import backends
-from quantcache.attention import spectral_attention
-from quantcache.codec import SpectralCodec
-from quantcache.packing import BLOCK
-from quantcache.schema import SIDES, Coding
+from quantcache.attention.function import spectral_attention
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import SIDES, Coding
 from quantcache_kernels import cpu
 from quantcache_kernels.cpu.library import find
+from tests.helpers import attend_by_kernel, implementation
 from tests.kernels import encoding, truth
 from tests.kernels.cases import (
     ATTENTION,
@@ -62,7 +63,7 @@ def attend(filled: Filled, kernel: Kernel, case: Case) -> Tensor:
     view = on_device(filled.layer, kernel).snapshot()
     query, mask, s_aux = (None if x is None else x.to(kernel.device) for x in (filled.query, filled.mask, filled.s_aux))
     assert query is not None
-    output = backends.attend_view(query, view, mask, None, True, case.softcap, s_aux)
+    output = attend_by_kernel(query, view, mask, case.softcap, s_aux)
     assert output is not None, "the kernel declined the case"
     return output.cpu()
 
@@ -126,7 +127,7 @@ def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, objec
     for side in SIDES:
         codec, given, expected = encoded_by_torch(case, side)
         moved = (None if t is None else t.to(kernel.device) for t in given)
-        fields = backends.encode(theirs.codecs[side], *moved, kernel.backend)
+        fields = implementation(kernel.backend).encode(theirs.codecs[side], *moved)
         found = {name: field.cpu() for name, field in fields.items()}
         assert {name: (field.shape, field.dtype) for name, field in found.items()} == {
             name: (field.shape, field.dtype) for name, field in expected.items()
@@ -159,9 +160,9 @@ def test_company_does_not_change_codes(kernel: Kernel, coding: Coding) -> None:
     codec = view.key.codec
     assert codec is not None
     x = vectors(case, case.tokens)["key"][:, :, 4:].to(kernel.device)
-    together = backends.encode(codec, x, view.places, view.starts, kernel.backend)
+    together = implementation(kernel.backend).encode(codec, x, view.places, view.starts)
     for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), view.places.split(1), strict=True)):
-        alone = backends.encode(codec, block, place, view.starts, kernel.backend)
+        alone = implementation(kernel.backend).encode(codec, block, place, view.starts)
         for name, field in together.items():
             assert torch.equal(field[index : index + 1], alone[name])
 
@@ -169,7 +170,7 @@ def test_company_does_not_change_codes(kernel: Kernel, coding: Coding) -> None:
 @pytest.mark.parametrize("threads", [2, 5])
 @pytest.mark.parametrize("coding", CODINGS)
 def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) -> None:
-    if kernel.backend != "native":
+    if kernel.backend != "cpu":
         pytest.skip("only the CPU kernels have threads")
     case = Case(tokens=3000 if coding == "scalar" else 700, pads=(0, 9), widths=3, coding=(coding, coding))
     filled, before = shared(case), torch.get_num_threads()
@@ -180,7 +181,7 @@ def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) ->
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
-            codes = backends.encode(view.key.codec, x, view.places[:4], view.starts, kernel.backend)
+            codes = implementation(kernel.backend).encode(view.key.codec, x, view.places[:4], view.starts)
             results.append({**codes, "output": attend(filled, kernel, case)})
     finally:
         torch.set_num_threads(before)
@@ -192,19 +193,18 @@ def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) ->
 def test_operators_take_trellis_constants() -> None:
     """What a compiled model calls: the constants go through it as tensors and sizes."""
     codec, (x, places, starts), _ = encoded_by_torch(TRELLIS["trellis"], "key")
-    constants = backends._native_constants(codec)
+    constants = cpu.make(codec.constants())
     direct = cpu.encode(x, constants, places, starts)
     through = torch.ops.quantcache_kernels.cpu_encode(x, places, starts, *constants.flatten())
     assert all(torch.equal(*pair) for pair in zip(direct, through, strict=True))
 
 
 def test_a_lopsided_union_codebook_is_refused() -> None:
-    codec = codecs(TRELLIS["trellis-width3"])["key"]
-    union = codec.classes[0].union
-    assert union is not None
-    union[0] -= 1
+    given = codecs(TRELLIS["trellis-width3"])["key"].constants()
+    unions = [list(book) for book in given.unions]
+    unions[3][0] -= 1
     with pytest.raises(ValueError, match="the union codebook of 3 bits is not symmetric about zero"):
-        backends._native_constants(codec)
+        cpu.make(replace(given, unions=unions))
 
 
 def test_masks_of_their_own_fall_back(kernel: Kernel) -> None:
@@ -215,10 +215,12 @@ def test_masks_of_their_own_fall_back(kernel: Kernel) -> None:
     additive = torch.zeros(1, 1, 1, view.length).masked_fill(per_head[:, :1], torch.finfo(torch.float32).min)
     for mask in (per_head.to(kernel.device), additive.to(kernel.device)):
         layer.backend = kernel.backend
-        assert backends.attend_view(query, view, mask, None, True, None, None) is None
+        view = layer.snapshot()
+        assert attend_by_kernel(query, view, mask) is None
         found = spectral_attention(query, view, mask)
+        assert sum(layer.backend_report().refused.values()) > 0
         layer.backend = "torch"
-        assert torch.equal(found, spectral_attention(query, view, mask))
+        assert torch.equal(found, spectral_attention(query, layer.snapshot(), mask))
 
 
 def test_gradients_fall_back(kernel: Kernel) -> None:
@@ -237,7 +239,7 @@ def test_generation_step_by_step(kernel: Kernel) -> None:
         new = [torch.randn(1, 1, 1, 64, generator=generator) for _ in range(2)]
         query = 0.2 * torch.randn(1, 3, 1, 64, generator=generator)
         layer.update(*(x.to(kernel.device) for x in new))
-        layer.finish()
+        layer.flush()
         found = spectral_attention(query.to(kernel.device), layer.snapshot(), None).cpu()
         mine = on_device(layer, TORCH).snapshot()
         expected = truth.attention(query, mine, None)

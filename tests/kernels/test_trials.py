@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from quantcache import backends, kernel_check, trials
-from quantcache.attention import spectral_attention
+from quantcache import backends
+from quantcache.attention.function import spectral_attention
+from quantcache.backends import trials, triton
 from quantcache.cli import app
+from quantcache.evaluation import kernel_check
+from tests.helpers import attend_by_kernel
 from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, Case, fill, on_device
 
 CPU = torch.device("cpu")
@@ -24,7 +27,7 @@ CPU = torch.device("cpu")
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No trial is remembered, and the interpreter is tried too."""
     trials.forget()
-    monkeypatch.setattr(backends, "UNTRIED", set())
+    monkeypatch.setattr(triton, "UNTRIED", set())
     yield
     trials.forget()
 
@@ -55,7 +58,7 @@ def test_a_kernel_is_judged_once(kernel: Callable[[], Tensor], problem: str, cap
         calls.append(1)
         return kernel()
 
-    with caplog.at_level(logging.WARNING, logger="quantcache.trials"):
+    with caplog.at_level(logging.WARNING, logger="quantcache.backends.trials"):
         for geometry in (1, 1, 2, 2):
             assert trials.passes("attend", "triton", CPU, geometry, work(counted)) == (not problem)
     assert trials.rejected("attend", "triton", CPU) == bool(problem)
@@ -95,15 +98,15 @@ def test_triton_kernels_pass_their_trial(name: str, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING):
         found = spectral_attention(query, layer.snapshot(), mask, softcap=case.softcap, s_aux=s_aux)
         x = filled.given["key"][:, :, 4:68].to(TRITON_DEVICE)
-        fields = backends.encode(layer.codecs["key"], x, layer.snapshot().places[:1], layer.starts, "triton")
-        backends.decode(layer.codecs["key"], fields, layer.snapshot().places[:1], layer.starts, "triton")
+        fields = backends.find("triton").encode(layer.codecs["key"], x, layer.snapshot().places[:1], layer.starts)
+        backends.find("triton").decode(layer.codecs["key"], fields, layer.snapshot().places[:1], layer.starts)
     assert not caplog.records
     operations = sorted(outcome.operation for outcome in trials._outcomes.values())
     assert operations == ["attend", "decode", "encode"]
     for outcome in trials._outcomes.values():
         assert outcome.difference is not None
         assert outcome.allowed < (0.05 if outcome.operation != "encode" else 4.0)  # codes of random widths are coarse
-    direct = backends.attend_view(query, layer.snapshot(), mask, None, True, case.softcap, s_aux)
+    direct = attend_by_kernel(query, layer.snapshot(), mask, case.softcap, s_aux)
     assert direct is not None
     assert torch.equal(found, direct)
 
@@ -114,22 +117,22 @@ def test_triton_kernels_that_are_wrong_are_not_used(
 ) -> None:
     filled = fill(BASE)
     layer, query = on_device(filled.layer, TRITON), filled.query.to(TRITON_DEVICE)
-    right = {name: getattr(backends, name) for name in ("_triton_attend", "_triton_encode", "_triton_decode")}
-    monkeypatch.setattr(backends, "_triton_attend", lambda *args, **more: 1.01 * right["_triton_attend"](*args, **more))
-    monkeypatch.setattr(backends, "_triton_decode", lambda *args: right["_triton_decode"](*args) + 1e-3)
+    attend, right, decode = triton.TritonBackend.attend, triton.encode, triton.decode
+    monkeypatch.setattr(triton.TritonBackend, "attend", lambda *args: 1.01 * attend(*args))
+    monkeypatch.setattr(triton, "decode", lambda *args: decode(*args) + 1e-3)
 
     def encode(*args: object) -> dict[str, Tensor]:
-        fields = right["_triton_encode"](*args)
+        fields = right(*args)
         return {"codes": fields["codes"] ^ 0x01010101, "gains": fields["gains"] + 40}
 
-    monkeypatch.setattr(backends, "_triton_encode", encode)
+    monkeypatch.setattr(triton, "encode", encode)
     places, x = layer.snapshot().places[:1], filled.given["key"][:, :, 4:68].to(TRITON_DEVICE)
     codec = layer.codecs["key"]
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found = spectral_attention(query, layer.snapshot(), None)
-            fields = backends.encode(codec, x, places, None, "triton")
-            decoded = backends.decode(codec, fields, places, None, "triton")
+            fields = backends.find("triton").encode(codec, x, places, None)
+            decoded = backends.find("triton").decode(codec, fields, places, None)
     layer.backend = "torch"
     assert torch.equal(found, spectral_attention(query, layer.snapshot(), None))
     assert all(torch.equal(fields[name], field) for name, field in codec.encode(x, places, None).items())
@@ -141,7 +144,7 @@ def test_every_backend_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_check, "GEOMETRIES", ((64, 3, 1e4),))
     monkeypatch.setattr(kernel_check, "DTYPES", (torch.float32,))
     found = kernel_check.check_kernels()
-    assert {each["backend"] for each in found} == {"native", "triton"}
+    assert {each["backend"] for each in found} == {"cpu", "triton"}
     for each in found:
         if each["operation"] is None:
             assert each["problem"], "a backend that is not there says why"
@@ -154,7 +157,7 @@ def test_every_backend_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_env_shows_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        vars(trials.Outcome("attend", "native", "cpu", 1e-7, 2e-6, "")) | {"case": "D=64, G=3, float32"},
+        vars(trials.Outcome("attend", "cpu", "cpu", 1e-7, 2e-6, "")) | {"case": "D=64, G=3, float32"},
         vars(trials.Outcome("encode", "triton", "H100", None, 0.1, "it failed: ValueError")) | {"case": "D=64"},
         {"backend": "triton", "device": "cpu", "operation": None, "problem": "no Triton"},
     ]

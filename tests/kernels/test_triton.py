@@ -16,9 +16,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from quantcache import backends
-from quantcache.attention import spectral_attention
-from quantcache.errors import QuantCacheError
-from quantcache_kernels import ops
+from quantcache.attention.function import spectral_attention
+from quantcache.backends import Backend
+from quantcache.backends.triton import prepared
+from quantcache.common.errors import QuantCacheError
+from quantcache_kernels.triton import ops
 from tests.kernels import truth
 from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device, shared
 
@@ -45,15 +47,15 @@ def assert_near(found: Tensor, reference: Tensor, expected: Tensor) -> None:
 
 def test_triton_attention_of_many_queries_decodes_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    decode = backends.decode
+    decode = Backend.decode
 
-    def counting(codec: Any, fields: dict[str, Tensor], places: Tensor, *more: Any) -> Tensor:
+    def counting(self: Backend, codec: Any, fields: dict[str, Tensor], places: Tensor, *more: Any) -> Tensor:
         sizes.append(len(places))
-        return decode(codec, fields, places, *more)
+        return decode(self, codec, fields, places, *more)
 
-    monkeypatch.setattr(backends, "decode", counting)
-    monkeypatch.setattr("quantcache.attention.TILE_BLOCKS", 1)
-    monkeypatch.setattr("quantcache.attention.QUERY_CHUNK", 64)
+    monkeypatch.setattr(Backend, "decode", counting)
+    monkeypatch.setattr("quantcache.backends.reference.TILE_BLOCKS", 1)
+    monkeypatch.setattr("quantcache.backends.reference.QUERY_CHUNK", 64)
     filled = fill(replace(BASE, queries=200, tokens=400))
     view = filled.layer.snapshot()
     expected = truth.attention(filled.query, view, None)
@@ -82,26 +84,26 @@ def test_triton_decoding(name: str) -> None:
     case = ATTENTION[name]
     if TRITON.leaves(case):
         case = replace(case, value_dim=80)
-    view = shared(case).layer.snapshot()
-    moved = on_device(view.layer, TRITON).snapshot()
+    layer = shared(case).layer
+    view, moved = layer.snapshot(), on_device(layer, TRITON).snapshot()
     for side, other in ((view.key, moved.key), (view.value, moved.value)):
         assert side.codec is not None
         assert other.codec is not None
         reference = side.codec.decode(side.store.slice(0, view.num_blocks), view.places, view.starts)
         fields = other.store.slice(0, view.num_blocks)
-        found = backends.decode(other.codec, fields, moved.places, moved.starts, "triton")
+        found = backends.find("triton").decode(other.codec, fields, moved.places, moved.starts)
         assert_near(found, reference, truth.decoded(side, view))
 
 
 def packed_arguments() -> tuple[Any, ...]:
     """Arguments of the attention op."""
     view = on_device(fill(BASE).layer, TRITON).snapshot()
-    keys, values = (backends._triton_constants(side.codec, torch.float32) for side in (view.key, view.value))
+    keys, values = (prepared(side.codec, torch.float32) for side in (view.key, view.value))
     query = torch.randn(1, 3, 1, 64, device=TRITON_DEVICE)
     dense = [view.key.sinks, view.value.sinks, view.key.tail, view.value.tail]
-    tensors = (query, backends._packed(view), dense, view.places, None, None, None)
-    prepared = (keys.keys.tensors, keys.keys.sizes, values.values.tensors, values.values.sizes)
-    return (*tensors, *prepared, view.encoded_end, 0.125, None, False, True)
+    tensors = (query, view.packed(), dense, view.places, None, None, None)
+    tables = (keys.keys.tensors, keys.keys.sizes, values.values.tensors, values.values.sizes)
+    return (*tensors, *tables, view.encoded_end, 0.125, None, False, True)
 
 
 def test_triton_ops_can_be_traced() -> None:
@@ -118,20 +120,20 @@ def test_triton_ops_can_be_traced() -> None:
 
 def test_triton_encoding_and_decoding_can_be_traced() -> None:
     view = on_device(fill(BASE).layer, TRITON).snapshot()
-    prepared = backends._triton_constants(view.key.codec, torch.float32)
+    tables = prepared(view.key.codec, torch.float32)
     x = torch.randn(1, 1, 128, 64, device=TRITON_DEVICE)
     utilities = ("test_schema", "test_faketensor")
-    encoding = (x, view.places, None, prepared.encode.tensors, prepared.encode.sizes)
+    encoding = (x, view.places, None, tables.encode.tensors, tables.encode.sizes)
     torch.library.opcheck(ops.encode_blocks, encoding, test_utils=utilities)
     codes, gains = ops.encode_blocks(*encoding)
-    decoding = (codes, gains, view.places, None, prepared.decode.tensors, prepared.decode.sizes, torch.float32)
+    decoding = (codes, gains, view.places, None, tables.decode.tensors, tables.decode.sizes, torch.float32)
     torch.library.opcheck(ops.decode_blocks, decoding, test_utils=utilities)
 
 
 def test_triton_through_the_cache() -> None:
     layer = on_device(fill(replace(BASE, tokens=130)).layer, TRITON)
     layer.update(*(torch.randn(1, 1, 3, 64, device=TRITON_DEVICE) for _ in range(2)))
-    layer.finish()
+    layer.flush()
     assert len(layer.spans) == 2
     assert {name for codec in layer.codecs.values() for name in codec.derived} == {"triton torch.float32"}
 
@@ -144,7 +146,9 @@ def test_triton_says_why_it_does_not_take_a_case(caplog: pytest.LogCaptureFixtur
         for _ in range(2):
             spectral_attention(torch.randn(1, 3, 1, 64, device=TRITON_DEVICE), layer.snapshot(), mask)
     assert [record.message for record in caplog.records] == [
-        "not using the Triton kernels: the mask is not boolean, differs between heads or does not cover the cache"
+        f"keys and values on {TRITON_DEVICE.type} are encoded by the triton backend",
+        "attention in plain torch instead of the triton backend: "
+        "the mask is not boolean, differs between heads or does not cover the cache",
     ]
 
 

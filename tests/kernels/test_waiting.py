@@ -19,10 +19,11 @@ from transformers import LlamaConfig
 
 pytest.importorskip("triton")
 
-from quantcache import Calibration, SpectralCache, guards
-from quantcache.attention import spectral_attention_forward
-from quantcache.layer import SpectralLayer
-from quantcache_kernels import decode, encode, ops, runtime
+from quantcache import Calibration, SpectralCache
+from quantcache.attention import guards
+from quantcache.attention.function import spectral_attention_forward
+from quantcache.cache.layer import SpectralLayer
+from quantcache_kernels.triton import decode, encode, ops, runtime
 from tests.builders import llama_config
 
 WAITING = {
@@ -170,7 +171,7 @@ def test_what_is_not_finite_is_found_all_the_same(looks: Looks) -> None:
     tokens = [torch.randn(2, 2, 1, 64) for _ in range(2)]
     tokens[1][1, 0, 0, 3] = torch.nan
     layer.update(*tokens)  # token 140
-    layer.finish()
+    layer.flush()
     before = layer.get_seq_length()
     while layer.get_seq_length() < 4 + 3 * 64 + 64 - 1:
         step(looks, [layer], config, 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcache.codec import SpectralCodec
-from quantcache.lazy import CacheView, SideView
+from quantcache.backends.view import CacheView, SideView
+from quantcache.coding.codec import SpectralCodec
 
 
 def decoded(side: SideView, view: CacheView) -> Tensor:

@@ -18,19 +18,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from quantcache import backends
-from quantcache.accounting import PLACE_BYTES, measure
-from quantcache.artifact import Calibration
-from quantcache.backends import Backend
-from quantcache.cache_files import read_cache, read_description, write_cache
-from quantcache.codec import DenseCodec, SideCodec, SpectralCodec
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK
-from quantcache.padding import Arrivals
-from quantcache.rope import ANCHOR_LENGTH, Rope
-from quantcache.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
-from quantcache.store import GROWTH
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import PLACE_BYTES
+from quantcache.artifact.calibration import Calibration
+from quantcache.backends import BackendName
+from quantcache.backends.padding import Arrivals
+from quantcache.backends.store import GROWTH
+from quantcache.cache.files import read_cache, read_description, write_cache
+from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.blocks import DenseCodec, SideCodec
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import ANCHOR_LENGTH, Rope
+from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
 from tests.builders import held_bytes, random_side
+from tests.helpers import implementation
 from tests.property.effort import SOAK, examples, report
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 32, 16
@@ -76,7 +78,7 @@ class Model:
     sinks: int
     residual: int
     dtype: torch.dtype
-    backend: Backend
+    backend: BackendName
     codecs: dict[str, SideCodec]
     given: dict[str, Tensor] = field(default_factory=dict)
     expected: dict[str, Tensor] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class Model:
             block = Block(start, BLOCK, anchor, {})
             slots = slice(start, start + BLOCK)
             for side, codec in self.codecs.items():
-                fields = backends.encode(codec, self.given[side][:, :, slots], place, None, self.backend)
+                fields = implementation(self.backend).encode(codec, self.given[side][:, :, slots], place, None)
                 block.fields[side] = {name: value[0].clone() for name, value in fields.items()}
                 decoded = codec.decode(fields, place, None)
                 self.expected[side][:, :, slots] = decoded.to(self.dtype)
@@ -203,7 +205,7 @@ class LayerMachine(RuleBasedStateMachine):
         sinks: int,
         residual: int,
         dtype: torch.dtype,
-        backend: Backend,
+        backend: BackendName,
         dense: tuple[str, ...],
         masked: bool,
         seed: int,
@@ -263,7 +265,7 @@ class LayerMachine(RuleBasedStateMachine):
         assert keys.shape == (self.model.rows, HEADS, self.model.length, KEY_DIM)
         assert values.shape == (self.model.rows, HEADS, self.model.length, VALUE_DIM)
         if reader == "ours":
-            self.layer.finish()
+            self.layer.flush()
             self.model.settle()
         elif reader == "stock":
             for side, lazy in (("key", keys), ("value", values)):
@@ -362,7 +364,7 @@ class LayerMachine(RuleBasedStateMachine):
         if wreck == "append":
             new = self.random_tokens(200)
             original.update(new["key"], new["value"])
-            original.finish()
+            original.flush()
         elif wreck == "crop":
             original.crop(-(self.model.length // 2))
         elif wreck == "reorder":

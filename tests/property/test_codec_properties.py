@@ -9,16 +9,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantcache.allocation import Group, allocate
-from quantcache.artifact import Calibration
-from quantcache.backends import Backend
-from quantcache.cache import SpectralCache
-from quantcache.codebook import gaussian_codebook
-from quantcache.codec import GAIN_STEPS, SpectralCodec, dequantize_gain, quantize_gain
-from quantcache.layer import SpectralLayer
-from quantcache.packing import BLOCK, MAX_WIDTH, pack, unpack
-from quantcache.rope import Rope
-from quantcache.schema import SIDES, CodecSettings
+from quantcache.artifact.calibration import Calibration
+from quantcache.backends import BackendName
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.allocation import Group, allocate
+from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_STEPS, dequantize_gain, quantize_gain
+from quantcache.coding.packing import BLOCK, MAX_WIDTH, pack, unpack
+from quantcache.coding.rope import Rope
+from quantcache.coding.schema import SIDES, CodecSettings
 from tests.builders import llama_config, random_side
 from tests.property.effort import examples
 
@@ -159,7 +160,7 @@ def tokens(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {side: torch.randn(2, 2, TOKENS, 32, generator=generator).to(dtype) for side in SIDES}
 
 
-def fed(chunks: list[int], seed: int, dtype: torch.dtype, backend: Backend, finish: bool) -> SpectralLayer:
+def fed(chunks: list[int], seed: int, dtype: torch.dtype, backend: BackendName, finish: bool) -> SpectralLayer:
     """A layer given the same tokens in chunks."""
     layer = SpectralCache(calibration(), residual_length=16, backend=backend).spectral_layers[0]
     given = tokens(seed, dtype)
@@ -169,9 +170,9 @@ def fed(chunks: list[int], seed: int, dtype: torch.dtype, backend: Backend, fini
         if last > first:
             layer.update(given["key"][:, :, first:last], given["value"][:, :, first:last])
             if finish:
-                layer.finish()
+                layer.flush()
         first = last
-    layer.finish()
+    layer.flush()
     return layer
 
 
@@ -184,7 +185,7 @@ def fed(chunks: list[int], seed: int, dtype: torch.dtype, backend: Backend, fini
     finish=st.booleans(),
 )
 def test_codes_do_not_depend_on_how_tokens_arrive(
-    chunks: list[int], seed: int, dtype: torch.dtype, backend: Backend, finish: bool
+    chunks: list[int], seed: int, dtype: torch.dtype, backend: BackendName, finish: bool
 ) -> None:
     found, expected = fed(chunks, seed, dtype, backend, finish), fed([], seed, dtype, backend, True)
     assert found.spans == expected.spans

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcache.artifact import Calibration
-from quantcache.artifact_checks import MOST_HEADER, MOST_LAYERS
-from quantcache.artifact_files import CONFIG_NAME, TENSORS_NAME
-from quantcache.attention import spectral_attention
-from quantcache.cache import SpectralCache
-from quantcache.errors import ArtifactError, QuantCacheError
-from quantcache.jsonfile import MOST_BYTES, MOST_DEPTH
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.checks import MOST_HEADER, MOST_LAYERS
+from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.attention.function import spectral_attention
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.errors import ArtifactError, QuantCacheError
+from quantcache.common.jsonfile import MOST_BYTES, MOST_DEPTH
 from tests.builders import llama_config
 
 DIM, HEADS = 64, 2
@@ -81,10 +81,10 @@ def outputs(calibration: Calibration) -> list[Tensor]:
     keys, values = (torch.randn(1, HEADS, 300, DIM, generator=generator) for _ in range(2))
     query = torch.randn(1, 2 * HEADS, 1, DIM, generator=generator)
     found = []
-    for backend in ("native", "torch"):
+    for backend in ("cpu", "torch"):
         layer = SpectralCache(calibration, residual_length=0, backend=backend).spectral_layers[0]
         layer.update(keys, values)
-        layer.finish()
+        layer.flush()
         view = layer.snapshot()
         found.append(spectral_attention(query, view, None))
     dense = [view.dense(side).repeat_interleave(2, 1) for side in ("key", "value")]
@@ -133,8 +133,8 @@ REFUSED_TENSORS = {
     "singular": (put(VALUE + "analysis", 0.0, where=(1, 0)), "not invertible"),
     "all zero": (put(VALUE + "analysis", 0.0), "not invertible"),
     "ill-conditioned": (put(VALUE + "analysis", 1e-12, where=(0, 0)), "not invertible"),
-    "transform of 1e30": (scale(1e30, VALUE + "analysis"), "do not fit"),
-    "transform of 1e-30": (scale(1e-30, KEY + "analysis"), "do not fit"),
+    "transform of 1e30": (scale(1e30, VALUE + "analysis"), "do not match"),
+    "transform of 1e-30": (scale(1e-30, KEY + "analysis"), "do not match"),
     "mean of 1e30": (put(KEY + "mean", 1e30, where=(0, 3)), "mean has 1.0e+30"),
     "mean of -1e38": (put(VALUE + "mean", -1e38), "mean has 1.0e+38"),
     "mean NaN": (put(VALUE + "mean", float("nan"), where=(0, 0)), "NaN or infinite"),

@@ -17,11 +17,12 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 import quantcache
 from quantcache import Calibration, calibrate
-from quantcache.artifact import CodecSettings, Metadata
-from quantcache.codebook import lloyd_max
-from quantcache.codec import SpectralCodec, dequantize_gain, quantize_gain
-from quantcache.rope import ANCHOR_LENGTH
-from quantcache.spectral import METRIC_SHRINKAGE
+from quantcache.artifact.calibration import CodecSettings, Metadata
+from quantcache.coding.codebook import lloyd_max
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import dequantize_gain, quantize_gain
+from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.coding.spectral import METRIC_SHRINKAGE
 
 CONFIG = llama_config(head_dim=32, layers=3, kv_heads=2)
 

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantcache.codec import SpectralCodec
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import Frame, Rope
+from quantcache.coding.schema import CodecSettings, SideCalibration
 from quantcache.export.absorption import (
     BASES,
     Basis,
@@ -22,9 +25,6 @@ from quantcache.export.absorption import (
     value_map,
 )
 from quantcache.export.projections import input_rows
-from quantcache.packing import BLOCK
-from quantcache.rope import Frame, Rope
-from quantcache.schema import CodecSettings, SideCalibration
 from tests.builders import gaussian_vectors, random_side
 from tests.helpers import error
 

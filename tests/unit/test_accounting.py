@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from quantcache.accounting import (
-    CacheMemory,
-    bits_per_encoded_element,
-    capacity,
-    dtype_bytes,
-    measure,
-    num_blocks,
-    predict,
-)
-from quantcache.artifact import Calibration
-from quantcache.backends import Backend
-from quantcache.cache import SpectralCache
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import CacheMemory, bits_per_encoded_element, capacity, dtype_bytes, num_blocks
+from quantcache.accounting.predicting import predict
+from quantcache.artifact.calibration import Calibration
+from quantcache.backends import BackendName
+from quantcache.cache.spectral_cache import SpectralCache
 from tests.builders import held_bytes, layer_storages, live_storages, llama_config, new_objects_only, storages
 from tests.helpers import left_padding
 
@@ -46,7 +40,7 @@ def append(cache: SpectralCache, count: int, batch: int = 1, dtype: torch.dtype 
             torch.randn(batch, constants.key.num_heads, count, constants.key.dim).to(dtype),
             torch.randn(batch, constants.value.num_heads, count, constants.value.dim).to(dtype),
         )
-        layer.finish()
+        layer.flush()
 
 
 def fill(cache: SpectralCache, tokens: int, prefill: int | None, batch: int = 1) -> None:
@@ -123,7 +117,7 @@ def test_row_starts_are_counted() -> None:
     constants = synthetic().layers[0].key
     keys = torch.randn(2, constants.num_heads, 200, constants.dim)
     cache.layers[0].update(keys, keys, arrivals=left_padding((0, 30), 200, 200))
-    cache.layers[0].finish()
+    cache.layers[0].flush()
     assert cache.layers[0].starts.tolist() == [0, 30]
     memory = assert_counts_what_is_held(cache)
     assert memory.bookkeeping == 2 * 12 + 2 * 8 + 2 * 2 * 4 * (200 - 132)  # places, starts, what is known of the tail
@@ -290,7 +284,7 @@ def test_bits_per_encoded_element() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("steps", [(1000,), (1000, *([1] * 130)), (150, 700, 3)], ids=["prefill", "decode", "chunks"])
-def test_nothing_else_is_kept_alive(steps: Sequence[int], backend: Backend) -> None:
+def test_nothing_else_is_kept_alive(steps: Sequence[int], backend: BackendName) -> None:
     """New storages in the process are exactly what memory() reports, and the model's K/V are freed once encoded."""
     calibration = Calibration.synthetic(llama_config(64))
     with new_objects_only():
@@ -302,7 +296,7 @@ def test_nothing_else_is_kept_alive(steps: Sequence[int], backend: Backend) -> N
                 inputs += [weakref.ref(keys), weakref.ref(values)]
                 lazy = cache.layers[index].update(keys, values)
                 del keys, values
-                cache.layers[index].finish()
+                cache.layers[index].flush()
                 del lazy
         assert not [ref for ref in inputs if ref() is not None]
         assert_alive(cache)

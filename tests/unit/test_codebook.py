@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
-from quantcache.codebook import POLYNOMIALS, Codebook, _with_distortion, gaussian_codebook, lloyd_max
-from quantcache.packing import MAX_WIDTH
+from quantcache.coding.codebook import POLYNOMIALS, Codebook, _with_distortion, gaussian_codebook, lloyd_max
+from quantcache.coding.packing import MAX_WIDTH
 
 PUBLISHED = {1: "0.3634", 2: "0.1175", 3: "0.03455", 4: "0.0095"}
 """As the literature prints them: half a unit of the last digit is the tolerance."""

@@ -10,20 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.codebook import gaussian_codebook
-from quantcache.codec import (
-    GAIN_STEPS,
-    DenseCodec,
-    SpectralCodec,
-    block_positions,
-    dequantize_gain,
-    join_blocks,
-    quantize_gain,
-    split_blocks,
-)
-from quantcache.packing import BLOCK, MAX_WIDTH, unpack
-from quantcache.rope import Frame, Rope
-from quantcache.schema import CodecSettings, SideCalibration
+from quantcache.coding.blocks import DenseCodec, block_positions, join_blocks, split_blocks
+from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_STEPS, dequantize_gain, quantize_gain
+from quantcache.coding.packing import BLOCK, MAX_WIDTH, unpack
+from quantcache.coding.rope import Frame, Rope
+from quantcache.coding.schema import CodecSettings, SideCalibration
 from tests.builders import gaussian_vectors, random_side
 
 HEADS, DIM, BLOCKS = 2, 64, 8

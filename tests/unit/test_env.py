@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcache.env import environment, git_state
+from quantcache.common.env import environment, git_state
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
@@ -72,3 +72,9 @@ def test_records_are_no_change(tmp_path: Path) -> None:
     state = git_state(tmp_path)
     assert state is not None
     assert state["dirty"]
+
+
+@needs_git
+def test_the_state_of_this_checkout_is_found() -> None:
+    root = Path(__file__).resolve().parents[2]
+    assert (environment()["git"] is not None) == (root / ".git").exists()

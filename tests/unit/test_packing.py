@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.packing import BLOCK, FIELDS, MAX_WIDTH, pack, unpack, words_per_dim
+from quantcache.coding.packing import BLOCK, FIELDS, MAX_WIDTH, pack, unpack, words_per_dim
 
 # The layout as kernels rely on it, written down a second time: bits of each field, most significant field first.
 LAYOUT = {0: [], 1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [4, 4]}

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from quantcache import data
-from quantcache.artifact import Calibration
-from quantcache.errors import QuantCacheError
+from quantcache.artifact.calibration import Calibration
+from quantcache.calibration.passages import DIGITS, SKETCH_SIZE, WINDOW, shared, sketch
+from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.provenance import check_overlap, text_sha256
-from quantcache.passages import DIGITS, SKETCH_SIZE, WINDOW, shared, sketch
 from tests.builders import llama_config
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from quantcache.analysis.prediction import predict_kl, predict_kl_at
-from quantcache.artifact import Calibration
-from quantcache.calibration import calibrate
-from quantcache.codec import SpectralCodec
-from quantcache.distortion import coefficient_distortion, expected_cost, side_cost
-from quantcache.rope import Rope
-from quantcache.schema import CodecSettings, LayerCalibration, SideCalibration
+from quantcache.artifact.calibration import Calibration
+from quantcache.calibration.calibrator import calibrate
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.distortion import coefficient_distortion, expected_cost, side_cost
+from quantcache.coding.rope import Rope
+from quantcache.coding.schema import CodecSettings, LayerCalibration, SideCalibration
 from tests.builders import gaussian_vectors, llama_config, random_side
 from tests.families import FAMILIES, random_tokens, shared_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.rope import FAST_MULTIPLE, Frame, Rope, anchor_of
+from quantcache.coding.rope import FAST_MULTIPLE, Frame, Rope, anchor_of
 
 UNIT = 2.0**-24
 """Rounding of one float32 operation, relative."""

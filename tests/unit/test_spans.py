@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from quantcache.spans import Span, next_spans, places_of
-from quantcache.store import BlockStore, moved
+from quantcache.backends.spans import Span, next_spans, places_of
+from quantcache.backends.store import BlockStore, moved
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 33])
@@ -56,14 +56,14 @@ def test_only_copies_to_a_gpu_may_still_be_under_way() -> None:
 
 def test_an_offloaded_layer_is_whole() -> None:
     from quantcache import Calibration, SpectralCache
-    from quantcache.padding import Arrivals
+    from quantcache.backends.padding import Arrivals
     from tests.builders import llama_config
 
     config = llama_config()
     layer = SpectralCache(Calibration.synthetic(config), config).spectral_layers[0]
     told = Arrivals.of(torch.arange(200) >= torch.tensor([[7], [0]]), None, 200, 200)
     layer.update(*(torch.randn(2, 2, 200, 64) for _ in range(2)), arrivals=told)
-    layer.finish()
+    layer.flush()
     with Copies() as copies:
         layer.offload()
     assert len(copies.seen) == 2 + 4 + 2 + 2 + 2 + 1  # places, starts, codes and gains, tails, sinks, leads, trail

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.allocation import Group, allocate
-from quantcache.codebook import gaussian_codebook
-from quantcache.spectral import METRIC_SHRINKAGE, Moments, klt, matrix_power, shrink, split_klt
+from quantcache.coding.allocation import Group, allocate
+from quantcache.coding.codebook import gaussian_codebook
+from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, klt, matrix_power, shrink, split_klt
 
 HEADS, DIM = 3, 24
 ROUNDING = 1e-12

@@ -75,8 +75,8 @@ def test_shannon_numbers() -> None:
 
 def test_floor_is_below_every_code_of_the_spectrum() -> None:
     """No allocation of the codec's own codebooks gets below the bound."""
-    from quantcache.allocation import Group, allocate
-    from quantcache.codebook import gaussian_codebook
+    from quantcache.coding.allocation import Group, allocate
+    from quantcache.coding.codebook import gaussian_codebook
 
     spectrum = stretched(0.5, 0.6, 64)
     for bits in (2, 3, 4):

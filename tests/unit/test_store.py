@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.accounting import capacity
-from quantcache.store import GROWTH, BlockStore
+from quantcache.accounting.memory import capacity
+from quantcache.backends.store import GROWTH, BlockStore
 
 LIMIT = 2000
 MOST_SLACK = 0.12

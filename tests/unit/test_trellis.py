@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from quantcache import Calibration, SpectralCache
-from quantcache.artifact import CodecSettings
-from quantcache.backends import Backend
-from quantcache.packing import BLOCK, pack, unpack
-from quantcache.trellis import (
+from quantcache.artifact.calibration import CodecSettings
+from quantcache.backends import BackendName
+from quantcache.coding.packing import BLOCK, pack, unpack
+from quantcache.coding.trellis import (
     CODES,
     branch_subsets,
     code_distortions,
@@ -81,7 +81,7 @@ def test_the_distortion_is_what_is_recorded(width: int) -> None:
 def _error(cache: SpectralCache, keys: torch.Tensor, values: torch.Tensor) -> float:
     layer = cache.spectral_layers[0]
     layer.update(keys, values)
-    layer.finish()
+    layer.flush()
     view = layer.snapshot()
     return float((view.dense("key") - keys).square().mean() + (view.dense("value") - values).square().mean())
 
@@ -108,7 +108,7 @@ def test_a_calibration_serves_both_codings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("cuts", [(64, 64, 64), (1, 63, 128), (100, 50, 42), (192,)])
-def test_codes_do_not_depend_on_how_tokens_arrive(cuts: tuple[int, ...], backend: Backend) -> None:
+def test_codes_do_not_depend_on_how_tokens_arrive(cuts: tuple[int, ...], backend: BackendName) -> None:
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32, hidden_size=32)
     calibration = Calibration.synthetic(config, 2.5).with_coding("trellis")
     keys, values = torch.randn(2, 2, 1, 192, 32, generator=torch.Generator().manual_seed(1))
@@ -118,7 +118,7 @@ def test_codes_do_not_depend_on_how_tokens_arrive(cuts: tuple[int, ...], backend
         layer = cache.spectral_layers[0]
         for piece in zip(keys.split(sizes, dim=2), values.split(sizes, dim=2), strict=True):
             layer.update(*piece)
-            layer.finish()
+            layer.flush()
         fields.append({side: store.slice(0, store.count) for side, store in layer.stores.items()})
     for side in ("key", "value"):
         for name in ("codes", "gains"):

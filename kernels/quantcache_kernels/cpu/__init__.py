@@ -9,11 +9,11 @@ batch row, D dimension of a key, Dv of a value, S sinks, t tokens of the tail.
 
 from __future__ import annotations
 
-from quantcache_kernels.cpu.constants import Constants, Source, make
+from quantcache_kernels.cpu.constants import Constants, make
 from quantcache_kernels.cpu.library import find
 from quantcache_kernels.cpu.ops import DTYPES, Blocks, attend, encode
 
-__all__ = ["DTYPES", "Blocks", "Constants", "Source", "attend", "available", "encode", "make", "reason"]
+__all__ = ["DTYPES", "Blocks", "Constants", "attend", "available", "encode", "make", "reason"]
 
 
 def available() -> bool:

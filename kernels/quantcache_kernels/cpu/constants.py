@@ -6,7 +6,7 @@ Shapes: H key/value heads, D dimension, C coded coefficients of a head (those of
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cpu.structures import Side
+from quantcache_kernels.interface import ANCHOR_LENGTH, MAX_WIDTH, SideConstants
 
 Role = Literal["encode", "key", "value"]
 
-ANCHOR_LENGTH = 128
-MAX_WIDTH = 8
 PAD = 16
 TABLE = 256
+
+Books = dict[int, Tensor]
+"""Codebooks by width."""
 
 _TENSORS = (
     "counts",
@@ -41,47 +43,6 @@ _TENSORS = (
     "unions",
     "subsets",
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the constants are made from; see ``quantcache.codec.SpectralCodec`` for the meaning.
-
-    Attributes:
-        mean: ``[H, D]``.
-        encoder: ``[H, D, D]``.
-        decoder: ``[H, D, D]``.
-        weights: ``[H, D]``.
-        widths: ``[H, D]``.
-        offsets: First word of every coefficient, ``[H, D]``.
-        order: Dimension of a cached vector at each place of the frame, ``[D]``.
-        frequencies: Radians per token of every rotary pair, slow pairs first.
-        slow_pairs: How many pairs are slow.
-        fast_pairs: How many pairs are fast.
-        levels: Codebook of each width in use.
-        boundaries: Decision boundaries of each width in use.
-        gains: Value of every gain code, ``[256]``.
-        factors: Multiples of the gain that encoding tries.
-        words: Words of a block and batch row.
-        unions: Union codebook of each width in use where codes are paths through a trellis, None where they are scalar.
-    """
-
-    mean: Tensor
-    encoder: Tensor
-    decoder: Tensor
-    weights: Tensor
-    widths: Tensor
-    offsets: Tensor
-    order: Tensor
-    frequencies: Tensor
-    slow_pairs: int
-    fast_pairs: int
-    levels: Mapping[int, Tensor]
-    boundaries: Mapping[int, Tensor]
-    gains: Tensor
-    factors: tuple[float, ...]
-    words: int
-    unions: Mapping[int, Tensor] | None = None
 
 
 def in_memory(name: str, x: Tensor) -> Tensor:
@@ -238,7 +199,7 @@ class Constants:
         return Constants(tuple(sizes), dict(zip(_TENSORS, tensors[:-1], strict=True)), tensors[-1])
 
 
-def make(source: Source) -> Constants:
+def make(source: SideConstants) -> Constants:
     """Arrange a codec's constants for the kernels.
 
     Args:
@@ -248,7 +209,7 @@ def make(source: Source) -> Constants:
         The constants; they share memory with ``source`` where they can.
     """
     heads, dim = source.mean.shape
-    slow = dim - 2 * source.fast_pairs
+    slow, frame = source.num_slow, source.frame
     coded = torch.zeros(heads, dim, 4, dtype=torch.int32, device="cpu")
     counts = torch.zeros(heads, 2, dtype=torch.int32, device="cpu")
     fast = dim - slow
@@ -269,24 +230,27 @@ def make(source: Source) -> Constants:
         ).to(torch.int32)
         counts[head, 0], counts[head, 1] = num_slow, len(order) - num_slow
         columns = source.decoder[head, slow:][:, listed[num_slow:]]  # [fast, coded]
-        fast_map[head, :, : columns.shape[1]] = columns[_in_fours(source.fast_pairs)].transpose(1, 2)
+        fast_map[head, :, : columns.shape[1]] = columns[_in_fours(frame.fast_pairs)].transpose(1, 2)
     offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
-    angles = source.frequencies[source.slow_pairs :, None] * offsets  # [pairs, offsets]
+    angles = frame.frequencies[frame.slow_pairs :, None] * offsets  # [pairs, offsets]
     levels, trees = (torch.zeros(MAX_WIDTH + 1, TABLE, dtype=torch.float32, device="cpu") for _ in range(2))
     planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8, device="cpu")
-    for width, book in source.levels.items():
+    used, trellis = sorted({*source.widths.flatten().tolist()} - {0}), source.coding == "trellis"
+    books = {width: torch.tensor(source.levels[width], dtype=torch.float32, device="cpu") for width in used}
+    joint = {width: torch.tensor(source.unions[width], dtype=torch.float32, device="cpu") for width in used}
+    for width, book in books.items():
         levels[width, : 1 << width] = book
         trees[width, 1 : 1 << width] = _search_tree(source.boundaries[width])
-    for width, book in (source.levels if source.unions is None else _halves(source.unions)).items():
+    for width, book in (_halves(joint) if trellis else books).items():
         if 16 <= book.numel() < TABLE:
             by_bytes = book.contiguous().view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
             planes[width, : 4 * book.numel()] = by_bytes.permute(1, 2, 0).flatten()
-    unions, subsets = _unions(source.unions)
+    unions, subsets = _unions(joint if trellis else None)
     tensors = {
         "counts": counts,
         "coded": coded,
-        "order": source.order.to(torch.int32),
-        "frequencies": source.frequencies,
+        "order": frame.order.to(torch.int32),
+        "frequencies": frame.frequencies,
         "mean": source.mean,
         "fast_map": fast_map,
         "offset_cos": angles.cos().float(),
@@ -297,12 +261,12 @@ def make(source: Source) -> Constants:
         "encoder": source.encoder,
         "weights": source.weights,
         "trees": trees,
-        "factors": torch.tensor(source.factors, dtype=torch.float32, device="cpu"),
+        "factors": torch.tensor(source.gain_search, dtype=torch.float32, device="cpu"),
         "unions": unions,
         "subsets": subsets,
     }
-    pairs, trellis = (source.slow_pairs, source.fast_pairs), int(source.unions is not None)
-    sizes = (heads, dim, slow, *pairs, source.words, len(source.factors), trellis)
+    pairs = (frame.slow_pairs, frame.fast_pairs)
+    sizes = (heads, dim, slow, *pairs, source.words, len(source.gain_search), int(trellis))
     return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
 
 
@@ -320,7 +284,7 @@ def _in_fours(pairs: int) -> Tensor:
     return torch.cat((first, first + pairs), dim=1)
 
 
-def _unions(books: Mapping[int, Tensor] | None) -> tuple[Tensor, Tensor]:
+def _unions(books: Books | None) -> tuple[Tensor, Tensor]:
     """Union codebooks by width, and their subsets as levels and search trees; empty without a trellis."""
     widths = 0 if books is None else MAX_WIDTH + 1
     unions = torch.zeros(widths, 2 * TABLE, dtype=torch.float32, device="cpu")
@@ -330,11 +294,11 @@ def _unions(books: Mapping[int, Tensor] | None) -> tuple[Tensor, Tensor]:
         for subset in range(4):
             own, count = book[subset::4], 1 << (width - 1)
             subsets[width, subset, 0, :count] = own
-            subsets[width, subset, 1, 1:count] = _search_tree((own[1:] + own[:-1]) / 2)
+            subsets[width, subset, 1, 1:count] = _search_tree(((own[1:] + own[:-1]) / 2).tolist())
     return unions, subsets
 
 
-def _halves(books: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def _halves(books: Books) -> dict[int, Tensor]:
     """The upper halves of union codebooks, from which kernels know the lower ones; the whole one of 3 bits."""
     for width, book in books.items():
         if not torch.equal(book, -book.flip(0)):
@@ -342,14 +306,14 @@ def _halves(books: Mapping[int, Tensor]) -> dict[int, Tensor]:
     return {width: book if width == 3 else book[1 << width :] for width, book in books.items()}
 
 
-def _search_tree(boundaries: Tensor) -> Tensor:
+def _search_tree(boundaries: Sequence[float]) -> Tensor:
     """Boundaries in breadth-first order of their balanced search tree."""
-    count, order = boundaries.shape[0] + 1, []
+    count, order = len(boundaries) + 1, []
     half = count // 2
     while half:
         order += list(range(half - 1, count - 1, 2 * half))
         half //= 2
-    return boundaries[order]
+    return torch.tensor(boundaries, dtype=torch.float32, device="cpu")[order]
 
 
 def _map(constants: Constants, role: Role) -> Tensor:

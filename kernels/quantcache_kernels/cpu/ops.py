@@ -15,8 +15,8 @@ from torch import Tensor
 from quantcache_kernels.cpu.constants import Constants, in_memory, require
 from quantcache_kernels.cpu.library import Library, find
 from quantcache_kernels.cpu.structures import Attend, Dense, Encode
+from quantcache_kernels.interface import BLOCK, AttentionCall
 
-BLOCK = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of queries, sinks and tails, with their codes in ``abi.h``."""
 
@@ -158,17 +158,7 @@ def _encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | No
 
 
 def attend(
-    query: Tensor,
-    key: Constants,
-    value: Constants,
-    blocks: Blocks,
-    dense: Sequence[Tensor],
-    mask: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    *,
-    scaling: float,
-    softcap: float = 0.0,
-    causal: bool = False,
+    query: Tensor, key: Constants, value: Constants, blocks: Blocks, dense: Sequence[Tensor], call: AttentionCall
 ) -> Tensor:
     """Attend on encoded blocks, sinks and tail.
 
@@ -178,15 +168,13 @@ def attend(
         value: The values' constants.
         blocks: The encoded blocks.
         dense: Keys and values of the sinks ``[B, H, S, D]``, ``[B, H, S, Dv]``, then of the tail, all of one dtype.
-        mask: Whether a query may look at a slot, ``[B or 1, 1, Tq or 1, slots]`` bool, or None.
-        sink_logits: One logit of each query head that joins the softmax, ``[Hq]``, or None.
-        scaling: Factor of the scores.
-        softcap: Scores become ``softcap * tanh(score / softcap)``; 0 leaves them.
-        causal: Whether a query may not see the tail behind itself; the tail's last Tq tokens are the queries' own.
+        call: The rest of the call; its mask boolean, ``[B or 1, 1, Tq or 1, slots or more]``, or None.
 
     Returns:
         ``[B, Tq, Hq, Dv]`` in the query's dtype; zero for a query that may look at nothing.
     """
+    mask, sink_logits, scaling, softcap = call.mask, call.sink_logits, call.scaling, call.softcap or 0.0
+    causal = call.hides_the_future(query.shape[2] if query.dim() == 4 else 0)
     if torch.compiler.is_compiling():
         return torch.ops.quantcache_kernels.cpu_attend(
             query,

@@ -1,5 +1,5 @@
-// Packed codes: unpacking to levels, and packing. See quantcache/packing.py for the layout, and quantcache/trellis.py
-// for codes that are paths through a trellis.
+// Packed codes: unpacking to levels, and packing. See quantcache/coding/packing.py for the layout, and
+// quantcache/coding/trellis.py for codes that are paths through a trellis.
 //
 // A field of f bits of one dimension of a block is 2f words; token t is in word t % 2f at bit f * (t // 2f). Laid out
 // in the lanes of a vector (word l % 2f in lane l, shifted down by f * (l // 2f)), the field of token v * LANES + l is

@@ -1,0 +1,259 @@
+"""The constants of one side of a layer, laid out for the kernels.
+
+Kernels work on *slots*: the coded dimensions of a head in an order of their own, sixteen to a tile. A head's
+dimensions are sorted by width, so that most tiles hold one or two widths, and paired so that two neighbouring slots
+have the same width; dimensions of width zero have no slot. The slow and the fast part of a key have tiles of their own.
+Attention does not see the order: query transform and decoder are permuted alike.
+
+Shapes: H key/value heads, D dimension, S slots (16 times the number of tiles), Ds slow and Df fast dimensions, P half
+the fast dimensions, padded to a multiple of 16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcache_kernels.interface import MAX_WIDTH, Frame, SideConstants
+
+TILE = 16
+"""Slots in a tile: the smallest contraction of a half-precision tensor core."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The order in which kernels take a side's coefficients.
+
+    Attributes:
+        dims: Framed dimension of every slot, -1 for padding, ``[H, S]`` int64.
+        slow_tiles: Tiles of slow dimensions; they come first.
+        fast_tiles: Tiles of fast dimensions.
+    """
+
+    dims: Tensor
+    slow_tiles: int
+    fast_tiles: int
+
+    @property
+    def tiles(self) -> int:
+        """All tiles."""
+        return self.slow_tiles + self.fast_tiles
+
+    def gather(self, values: Tensor, dim: int, fill: float = 0) -> Tensor:
+        """Bring per-dimension values into slot order.
+
+        Args:
+            values: ``[H, ..., D, ...]``.
+            dim: Which dimension is D.
+            fill: What padding slots get.
+
+        Returns:
+            The same shape with S in place of D.
+        """
+        shape = [1] * values.dim()
+        shape[0], shape[dim] = self.dims.shape
+        index = self.dims.view(shape)
+        index = index.expand(*[size if i != dim else -1 for i, size in enumerate(values.shape)])
+        return values.gather(dim, index.clamp_min(0)).masked_fill(index < 0, fill)
+
+
+def make_slots(widths: Tensor, num_slow: int) -> Slots:
+    """Sort and pair the coded dimensions of every head.
+
+    Args:
+        widths: ``[H, D]`` on the CPU.
+        num_slow: Ds.
+
+    Returns:
+        The slots. The number of tiles follows from D alone where it can, so that all layers of a model share kernels.
+    """
+    heads, dim = widths.shape
+    parts, tiles = [], []
+    for first, last in ((0, num_slow), (num_slow, dim)):
+        rows = []
+        for head in widths.tolist():
+            row: list[int] = []
+            for width in range(MAX_WIDTH, 0, -1):
+                dims = [d for d in range(first, last) if head[d] == width]
+                row += dims + [-1] * (len(dims) % 2)
+            rows.append(row)
+        count = max(-(-(last - first) // TILE), *(-(-len(row) // TILE) for row in rows))
+        padded = [row + [-1] * (count * TILE - len(row)) for row in rows]
+        parts.append(torch.tensor(padded, dtype=torch.int64, device="cpu").view(heads, -1))
+        tiles.append(count)
+    return Slots(torch.cat(parts, dim=1), *tiles)
+
+
+LEAST_PAYLOAD = 8
+"""Words a block must have: the largest field, which is read even for a slot that has none."""
+
+
+@dataclass(frozen=True)
+class CodeTables:
+    """Where the words of every slot are, and what its codes mean.
+
+    Attributes:
+        words: First word of the 4-, 2- and 1-bit field and of the second 4-bit field (width 8), ``[H, 4, S]`` int32.
+        factors: What the fields are multiplied by to take their place in a ten-bit code whose highest bits are the
+            code's (the first field is masked instead), zero where a slot lacks the field, ``[H, 4, S]`` int32.
+        flags: Which fields a tile has: 1, 2, 4 and 8 in the order of ``words``, ``[H, tiles]`` int32.
+        meaning: In half precision, for computing levels: -(1 + center), a and b, ``[H, 3, S]`` float16. Otherwise, for
+            looking them up: shift and first level of the slot's codebook, ``[H, 2, S]`` int32.
+        levels: All codebooks, one after the other; empty where levels are computed.
+        scale: c of every slot where levels are computed, else ones, ``[H, S]`` float32.
+    """
+
+    words: Tensor
+    factors: Tensor
+    flags: Tensor
+    meaning: Tensor
+    levels: Tensor
+    scale: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """What the kernels read, in the order of their arguments."""
+        return [self.words, self.factors, self.flags, self.meaning, self.levels]
+
+    def wide_tiles(self, first: int, last: int) -> int:
+        """How many of the tiles ``first`` to ``last`` come up to the last one that has 8-bit codes."""
+        wide = (self.flags[:, first:last] & 8).any(0).nonzero().flatten()
+        return int(wide[-1]) + 1 if wide.numel() else 0
+
+
+def make_codes(constants: SideConstants, slots: Slots, dtype: torch.dtype) -> CodeTables:
+    """Code tables of a side.
+
+    Args:
+        constants: The side, on the CPU.
+        slots: Its slots.
+        dtype: float32 looks exact levels up, float16 computes them.
+
+    Returns:
+        The tables.
+    """
+    width = slots.gather(constants.widths.to(torch.int64), 1)
+    offset = slots.gather(constants.offsets.to(torch.int64), 1)
+    after4 = offset + 8 * (width >= 4)
+    has = (width >= 4, (width & 2) > 0, (width & 1) > 0, width == 8)
+    where = (offset, after4, after4 + 2 * (width & 2), offset + 8)
+    # A field that a slot lacks is read all the same, from words that are read anyway, and multiplied by zero.
+    payload = int(2 * constants.widths.sum())
+    spare = [offset.clamp_max(payload - size) for size in (8, 4, 2, 8)]
+    words = torch.stack([torch.where(h, w, s) for h, w, s in zip(has, where, spare, strict=True)], dim=1)
+    width = width[:, 0::2].repeat_interleave(2, dim=1)  # padding means what the slot it is paired with means
+    # A field of f bits with r bits of the code below it stands at bit 10 - width + r of ten.
+    places = (0x03C003C0 + 0 * width, 1 << (10 - width + (width & 1)), 1 << (10 - width), 4 + 0 * width)
+    paired = (width >= 4, (width & 2) > 0, (width & 1) > 0, width == 8)
+    factors = torch.stack([torch.where(h, p, 0) for h, p in zip(paired, places, strict=True)], dim=1)
+    flags = sum((h.unflatten(1, (-1, TILE)).any(-1).to(torch.int32) << i) for i, h in enumerate(has))
+    assert isinstance(flags, Tensor)
+
+    if dtype == torch.float16:
+        rows = [(2.0 ** -(w + 1) - 1.5, a, b, c) for w, (c, a, b) in enumerate(constants.polynomials)]
+        table = torch.tensor(rows, dtype=torch.float32, device="cpu")
+        table[0, 0], table[0, 3] = -1.0, 1.0
+        per_slot = table[width]
+        meaning, scale = per_slot[..., :3].transpose(1, 2).half(), per_slot[..., 3].contiguous()
+        levels = torch.zeros(1, dtype=dtype, device="cpu")
+    else:
+        meaning = torch.stack((10 - width, (1 << width) - 2 + (width == 0)), dim=1).to(torch.int32)
+        scale = torch.ones(width.shape, dtype=torch.float32, device="cpu")
+        levels = torch.tensor(
+            [x for w in range(1, MAX_WIDTH + 1) for x in constants.levels[w]], dtype=dtype, device="cpu"
+        )
+    return CodeTables(
+        words.to(torch.int32), factors.to(torch.int32), flags.to(torch.int32), meaning.contiguous(), levels, scale
+    )
+
+
+@dataclass(frozen=True)
+class FrameTables:
+    """The frame, for kernels that rotate.
+
+    Attributes:
+        order: Cached dimension of every framed one, ``[D]`` int32.
+        partner: The framed dimension it turns with (itself if it does not turn), ``[D]`` int32.
+        sign: What the partner's share is multiplied by on entering the frame, ``[D]`` float32.
+        turns: Revolutions per token in units of 2^-64, modulo 1, ``[D]`` int64: the product with a position wraps to
+            the exact fraction of a revolution.
+    """
+
+    order: Tensor
+    partner: Tensor
+    sign: Tensor
+    turns: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """What the kernels read, in the order of their arguments."""
+        return [self.order, self.partner, self.sign, self.turns]
+
+
+def make_frame(frame: Frame) -> FrameTables:
+    """Frame tables of a side.
+
+    Args:
+        frame: The frame.
+
+    Returns:
+        The tables.
+    """
+    own = torch.arange(frame.order.shape[0], dtype=torch.int64, device="cpu")
+    partner, sign, pair = (
+        own.clone(),
+        torch.zeros(len(own), dtype=torch.float32, device="cpu"),
+        torch.full_like(own, -1),
+    )
+    if frame.is_identity:
+        return FrameTables(own.int(), partner.int(), sign, torch.zeros_like(own))
+    for first, count, index in ((0, frame.slow_pairs, 0), (frame.num_slow, frame.fast_pairs, frame.slow_pairs)):
+        a, b = own[first : first + count], own[first + count : first + 2 * count]
+        partner[a], partner[b], sign[a], sign[b] = b, a, 1.0, -1.0
+        pair[a] = pair[b] = torch.arange(index, index + count, dtype=torch.int64, device="cpu")
+    units = [round(f / (2 * math.pi) * 2.0**64) % 2**64 for f in frame.frequencies.tolist()]
+    units = [u - 2**64 if u >= 2**63 else u for u in units] + [0]
+    turns = torch.tensor(units, dtype=torch.int64, device="cpu")[pair]
+    return FrameTables(frame.order.cpu().int(), partner.int(), sign, turns)
+
+
+def make_search(levels: Sequence[Sequence[float]]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Tables that find the nearest level without a search.
+
+    The range of a codebook's boundaries is cut into ``4 * 2**width`` bins, each with at most one boundary inside.
+
+    Args:
+        levels: Codebook of every width from 0 to 8.
+
+    Returns:
+        Levels and boundaries (one more than there are, the last infinite) of width 1 to 8, one after the other; how
+        many boundaries lie below every bin, likewise, int32; and bins per unit and place of zero by width, ``[9, 2]``.
+    """
+    places: list[Tensor] = []
+    below: list[Tensor] = []
+    grid = torch.zeros(MAX_WIDTH + 1, 2, dtype=torch.float64, device="cpu")
+    for width in range(1, MAX_WIDTH + 1):
+        book = torch.tensor(levels[width], dtype=torch.float64, device="cpu")
+        edges = ((book[1:] + book[:-1]) / 2).float().double()
+        count = 4 << width
+        scale = (count - 2) / max(float(edges[-1] - edges[0]), 1.0)
+        # Shift the bins so that no boundary is so near an edge that rounding could put it on the other side.
+        shifts = torch.arange(1, 100, dtype=torch.float64, device="cpu") / 100 - float(edges[0]) * scale
+        position = edges * scale + shifts[:, None]
+        best = (position - position.round()).abs().amin(1).argmax()
+        inside = position[best].floor()
+        assert len(inside.unique()) == len(inside)
+        grid[width] = torch.stack((torch.full_like(shifts[best], scale), shifts[best]))
+        below.append(torch.searchsorted(inside, torch.arange(count, dtype=torch.float64, device="cpu")))
+        places.append(torch.cat((edges, torch.full_like(edges[:1], float("inf")))))
+    every = torch.tensor(
+        [x for width in range(1, MAX_WIDTH + 1) for x in levels[width]], dtype=torch.float32, device="cpu"
+    )
+    return [every, torch.cat(places).float()], torch.cat(below).to(torch.int32), grid.float()
+
+
+def power_of_two_above(values: Tensor) -> Tensor:
+    """The power of two at or above positive values; 1 for zeros."""
+    return torch.where(values > 0, torch.exp2(values.clamp_min(1e-30).log2().ceil()), 1.0)

@@ -1,0 +1,388 @@
+"""The calibration artifact: the constants a model's cache needs, as safetensors and JSON, on disk or on the Hub.
+
+A folder holds ``calibration.safetensors`` (tensors), ``calibration_config.json`` (everything else) and ``README.md``
+(the card). Names are chosen so that the artifact can lie inside a model's own folder. Shape legend: H is the layer's
+number of key/value heads (Hkv), D the dimension of a key or a value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from huggingface_hub import ModelCard, ModelHubMixin
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from quantcache.accounting.memory import bits_per_encoded_element
+from quantcache.artifact import cache_layout, hub
+from quantcache.artifact.card import render_card
+from quantcache.artifact.files import CONFIG_NAME, DIGEST, TENSORS_NAME, from_files, to_files
+from quantcache.artifact.identity import check_identity
+from quantcache.artifact.index import bundled_index, find_entry, read_index
+from quantcache.artifact.synthetic import random_constants
+from quantcache.coding.allocation import allocate_layers, check_rates
+from quantcache.coding.schema import (
+    SIDES,
+    CodecSettings,
+    Coding,
+    LayerCalibration,
+    Metadata,
+    Rate,
+    SideBits,
+    SideCalibration,
+)
+from quantcache.common import compat
+from quantcache.common.errors import ArtifactError, CalibrationMismatch
+from quantcache.common.writing import only_writer, partial_folder, steadily
+
+__all__ = [
+    "SIDES",
+    "Calibration",
+    "CodecSettings",
+    "LayerCalibration",
+    "Metadata",
+    "Rate",
+    "SideBits",
+    "SideCalibration",
+]
+
+
+SUBFOLDER = "quantcache"
+"""Where a model's own folder or repository carries its calibration."""
+
+
+class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "quantization"], license="apache-2.0"):
+    """Per-model constants of the spectral KV cache.
+
+    Args:
+        layers: Constants of every compressed layer, by layer index.
+        metadata: Provenance, codec settings and bits.
+    """
+
+    def __init__(self, layers: dict[int, LayerCalibration], metadata: Metadata):
+        self.layers = dict(sorted(layers.items()))
+        self.metadata = metadata
+        # Codecs built from this calibration, by layer, side and device: all caches of a model share its constants.
+        self.codecs: dict[tuple[int, str, str], Any] = {}
+        self.shards: dict[tuple[int, int], Calibration] = {}
+
+    def __repr__(self) -> str:
+        model = self.metadata.base_model.get("id") or self.metadata.base_model.get("model_type") or "unknown model"
+        return f"Calibration({model}, {len(self.layers)} layers, {self.bits:g} bits)"
+
+    @property
+    def bits(self) -> float:
+        """Mean code width in bits over all coded dimensions (0 when every side is dense)."""
+        coded = [s.widths for layer in self.layers.values() for s in (layer.key, layer.value) if s.widths is not None]
+        elements = sum(w.numel() for w in coded)
+        return sum(int(w.sum()) for w in coded) / elements if elements else 0.0
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits per encoded element with codes and gains counted."""
+        return bits_per_encoded_element(self.layers)
+
+    # ------------------------------------------------------------------ rates
+
+    def with_bits(
+        self,
+        bits: float | None = None,
+        *,
+        key_bits: SideBits = "joint",
+        value_bits: SideBits = "joint",
+        min_bits: int = 0,
+    ) -> Calibration:
+        """Allocate other bits from the stored spectra, without recalibrating.
+
+        Args:
+            bits: Mean code width in bits, 0 to 8, fractional allowed. None keeps the present one.
+            key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
+            value_bits: The same for the values.
+            min_bits: Smallest width given to any dimension.
+
+        Returns:
+            A calibration that shares this one's transforms.
+
+        Raises:
+            ValueError: A number of bits is outside ``[min_bits, 8]``.
+        """
+        rate = Rate(self.metadata.rate.bits if bits is None else float(bits), key_bits, value_bits, min_bits)
+        check_rates(rate)
+        layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
+        return Calibration(layers, replace(self.metadata, rate=rate))
+
+    def with_coding(self, coding: Coding) -> Calibration:
+        """Let codes mean something else, at the same bits and without recalibrating.
+
+        Args:
+            coding: ``"scalar"`` or ``"trellis"``.
+
+        Returns:
+            A calibration that shares this one's transforms, allocated anew.
+
+        Raises:
+            ValueError: ``coding`` is not one of these.
+        """
+        if coding not in get_args(Coding):
+            raise ValueError(f"coding must be one of {', '.join(get_args(Coding))}, got {coding!r}")
+        codec = replace(self.metadata.codec, coding=coding)
+        layers = allocate_layers(self.layers, self.metadata.rate, codec, self.metadata.joint)
+        return Calibration(layers, replace(self.metadata, codec=codec))
+
+    def shard(self, rank: int, size: int) -> Calibration:
+        """The constants of one process's heads under tensor parallelism, which gives out heads in contiguous runs.
+
+        Args:
+            rank: The process's place among those that share the heads.
+            size: How many share them.
+
+        Returns:
+            A calibration of this one's layers, bits and metadata with 1/size of the heads; made once.
+
+        Raises:
+            CalibrationMismatch: The heads cannot be shared out evenly.
+        """
+        if not 0 <= rank < size:
+            raise ValueError(f"rank must lie between 0 and {size - 1}, got {rank}")
+        if (rank, size) not in self.shards:
+            layers = {}
+            for index, layer in self.layers.items():
+                if layer.key.num_heads % size or layer.value.num_heads % size:
+                    raise CalibrationMismatch(
+                        f"layer {index} has {layer.key.num_heads} key/value heads: they cannot be split "
+                        f"over {size} processes"
+                    )
+                layers[index] = LayerCalibration(layer.rope, layer.key.heads(rank, size), layer.value.heads(rank, size))
+            self.shards.setdefault((rank, size), Calibration(layers, self.metadata))
+        return self.shards[rank, size]
+
+    # ------------------------------------------------------------- compatibility
+
+    def check_compatible(self, model: PreTrainedModel | PreTrainedConfig, *, strict: bool = False) -> None:
+        """Refuse a model of another geometry, and warn of one with other weights, another rotation or name.
+
+        Args:
+            model: The model, or its config where no weights can be compared.
+            strict: Refuse whatever would be warned of.
+
+        Raises:
+            CalibrationMismatch: Number of layers, key/value heads, head dimension or layer types differ.
+        """
+        theirs = cache_layout.cache_config(model if isinstance(model, PreTrainedConfig) else model.config)
+        for name, ours in self.metadata.cache_config.items():
+            if name in theirs and theirs[name] != ours:
+                raise CalibrationMismatch(f"calibration has {name} {ours!r}, the model has {theirs[name]!r}")
+        check_identity(self.layers, self.metadata, model, strict)
+
+    @classmethod
+    def synthetic(cls, config: PreTrainedConfig, bits: float = 3.0, seed: int = 0) -> Calibration:
+        """A stand-in of the right geometry for speed and memory work; its codes mean nothing for fidelity.
+
+        Args:
+            config: ``model.config``.
+            bits: Mean code width.
+            seed: Seed of the random transforms.
+
+        Returns:
+            A calibration with random orthogonal transforms and geometric spectra.
+        """
+        return cls(*random_constants(config, seed)).with_bits(bits)
+
+    # -------------------------------------------------------------- files and Hub
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        config: Any = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write the artifact into a folder, each file complete or not at all.
+
+        Other files of the folder are left alone, a model's ``config.json`` and ``README.md`` included.
+
+        Args:
+            save_directory: Folder to write into; created if missing.
+            repo_id: Hub repository, for ``push_to_hub``.
+            push_to_hub: Whether to push the folder afterwards, to ``repo_id``.
+            config: Ignored; the signature is ModelHubMixin's.
+            model_card_kwargs: ``metrics``, a list of table rows for the card.
+            push_to_hub_kwargs: Passed on to ``push_to_hub``.
+
+        Returns:
+            The commit's URL when pushed, else None.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with partial_folder(directory) as temporary:
+            self._save_pretrained(temporary)
+            card = self.generate_model_card(**(model_card_kwargs or {}))
+            names = [TENSORS_NAME, CONFIG_NAME]
+            if not (directory / "README.md").exists():
+                (temporary / "README.md").write_text(str(card), encoding="utf-8")
+                names.append("README.md")
+            with only_writer(directory):
+                for name in names:
+                    os.replace(temporary / name, directory / name)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> str:
+        """Push the artifact to the Hub in one commit, creating the repository where there is none.
+
+        Args:
+            repo_id: Hub repository, ``owner/name``.
+            model_card_kwargs: ``metrics``, a list of table rows for the card.
+            kwargs: ModelHubMixin's own: ``token``, ``private``, ``branch``, ``commit_message`` and others.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            HubError: The Hub refuses, or cannot be reached.
+        """
+        card = {"repo_id": repo_id, **(model_card_kwargs or {})}
+        push = super().push_to_hub
+        return hub.checked(
+            lambda: str(push(repo_id, model_card_kwargs=card, **kwargs)), repo_id, kwargs.get("branch"), "the artifact"
+        )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors, config = to_files(self.layers, self.metadata)
+        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        # One entry: the library writes several in any order, and equal calibrations are to give equal files.
+        save_file(tensors, save_directory / TENSORS_NAME, metadata={DIGEST: config[DIGEST]})
+        # safetensors may write owner-only files; the artifact is as readable as the folder's other files.
+        os.chmod(save_directory / TENSORS_NAME, (save_directory / CONFIG_NAME).stat().st_mode)
+
+    def generate_model_card(
+        self,
+        *args: Any,
+        metrics: list[dict[str, Any]] | None = None,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> ModelCard:
+        """The artifact's card.
+
+        Args:
+            args: Ignored; the signature is ModelHubMixin's.
+            metrics: Rows of a measured table, as ``quantcache eval --json`` gives them.
+            repo_id: The calibration's own repository, if it is known.
+            kwargs: Accepted for huggingface_hub's sake, and ignored.
+
+        Returns:
+            A card naming base model, bits and recipe.
+        """
+        _, config = to_files(self.layers, self.metadata)
+        return ModelCard(render_card(config, self.bits, self.bits_per_element, metrics, repo_id))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **model_kwargs: Any,
+    ) -> Calibration:
+        """Load an artifact from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or Hub repository id.
+            force_download: Download even what is cached.
+            token: Hub access token; by default that of the login.
+            cache_dir: Hub cache folder.
+            local_files_only: Never go to the network.
+            revision: Hub branch, tag or commit.
+            subfolder: Folder inside the folder or repository; ``quantcache/`` is also looked into by itself.
+            model_kwargs: Ignored; the signature is ModelHubMixin's.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            ArtifactError: A file is missing, malformed, or of an unknown major schema, or the download failed.
+        """
+        if os.path.isdir(pretrained_model_name_or_path):
+            folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+            if subfolder is None and not (folder / CONFIG_NAME).exists() and (folder / SUBFOLDER).is_dir():
+                folder = folder / SUBFOLDER
+            missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
+            if missing:
+                raise ArtifactError(f"{folder} is not a calibration folder: missing {' and '.join(missing)}")
+            files = folder / CONFIG_NAME, folder / TENSORS_NAME
+            return cls(*steadily(files, lambda: from_files(*files)))
+        repo_id = hub.require_repo_id(pretrained_model_name_or_path)
+        options: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        try:
+            config_path = hub.download(repo_id, CONFIG_NAME, subfolder=subfolder, **options)
+        except hub.FileNotOnHub:
+            if subfolder is not None:
+                raise
+            subfolder = SUBFOLDER  # a model's repository that carries its calibration
+            config_path = hub.download(repo_id, CONFIG_NAME, subfolder=subfolder, **options)
+        options["revision"] = hub.commit_of(config_path) or revision  # a branch may move between two downloads
+        return cls(*from_files(config_path, hub.download(repo_id, TENSORS_NAME, subfolder=subfolder, **options)))
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel | str,
+        *,
+        revision: str | None = None,
+        index: str | Path | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Calibration:
+        """Load the published calibration of a model.
+
+        Args:
+            model: A loaded model, or its Hub id; ``wiki11m`` is the bundled one.
+            revision: The model's commit, where only its id is given.
+            index: The index to look into; the one that comes with quantcache if None.
+            token: Hub access token; by default that of the login.
+            cache_dir: Hub cache folder.
+            local_files_only: Never go to the network.
+
+        Returns:
+            The calibration, each of its files as the index says.
+
+        Raises:
+            ArtifactError: The index does not have the model at this revision, or a file is not the one published.
+            CalibrationMismatch: The calibration does not fit the model.
+        """
+        name = model if isinstance(model, str) else compat.model_id(model)
+        revision = revision if isinstance(model, str) else compat.model_revision(model)
+        names = (CONFIG_NAME, TENSORS_NAME)
+        entry = find_entry(read_index(Path(index) if index else bundled_index(), names), name, revision)
+        if entry.folder is not None:
+            paths = [entry.folder / file for file in names]
+        else:
+            assert entry.repo is not None
+            options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            paths = [hub.download(entry.repo, file, revision=entry.artifact_revision, **options) for file in names]
+        for path in paths:
+            entry.check(path)
+        calibration = cls(*from_files(*paths))
+        if not isinstance(model, str):
+            calibration.check_compatible(model)
+        return calibration

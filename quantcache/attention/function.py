@@ -1,0 +1,208 @@
+"""The ``"spectral"`` attention function: what transformers calls, checked and handed to a backend.
+
+Shapes: B batch, Hq / H query / key-value heads, Tq queries, T tokens, D dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from quantcache import backends
+from quantcache.attention import guards
+from quantcache.attention.lazy import LazyKV
+from quantcache.backends import AttentionCall
+from quantcache.backends.online_softmax import QueryRows
+from quantcache.backends.reference import QUERY_CHUNK
+from quantcache.backends.view import CacheView
+from quantcache.common.ambient import matmul, without_autocast
+from quantcache.common.errors import UnsupportedModel
+from quantcache.common.registration import ATTENTION_NAME
+
+
+def register_attention() -> None:
+    """Register ``"spectral"`` with transformers as an attention and as a mask; safe to repeat."""
+    AttentionInterface.register(ATTENTION_NAME, spectral_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+@torch.compiler.disable  # a compiled model calls it as it is: nothing is gained by tracing it, and much recompiled
+def spectral_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: The attention module.
+        query: ``[B, Hq, Tq, D]``.
+        key: ``[B, H, T, D]``, lazy from a spectral layer, plain from any other.
+        value: ``[B, H, T, Dv]``, likewise.
+        attention_mask: Broadcasts to ``[B, Hq, Tq, T]``, boolean (True: attend) or additive; None is causal.
+        scaling: Factor of the scores; D^-½ if None.
+        dropout: Dropout probability (plain tensors only).
+        is_causal: Whether a missing mask means causal; the module's own setting if None.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        s_aux: One attention-sink logit for each query head, ``[Hq]``: joins the softmax, carries no value.
+        kwargs: What else the model passes: ``indices`` ``[B, Tq, N]`` are the slots that an indexer lets each query
+            see; position_ids, sliding_window and the like are not needed.
+
+    Returns:
+        ``[B, Tq, Hq, Dv]``, and None for the attention weights.
+
+    Raises:
+        UnsupportedModel: The model adds a position bias to the scores, or sinks or blocks of its own.
+        QuantCacheError: Queries, mask, sink logits or soft cap do not fit what is cached.
+    """
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} adds a position bias, which spectral attention does not support"
+        )
+    for name in ("block_indices", "sinks"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(f"{type(module).__name__} passes {name}, which spectral attention does not support")
+    # Decoders that know eager attention only may not say that they are causal: what comes from a cache is.
+    cached = isinstance(key, LazyKV)
+    causal = (cached or getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    if kwargs.get("indices") is not None:
+        attention_mask = _selected(kwargs["indices"], attention_mask, key.shape[2], causal)
+    softcap = guards.fitting_softcap(softcap)
+    view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
+    if view is not None:
+        guards.require_query(query, view.key.tail)
+        attention_mask = guards.fitting_mask(attention_mask, query, view.length)
+    if view is None or not view.num_blocks or dropout:
+        # Nothing is encoded yet, or the layer is not ours (sliding window, no cache): plain tensors.
+        if view is not None:
+            key, value = view.dense("key"), view.dense("value")
+        if softcap is None and s_aux is None and _fused_takes(query, key, value):
+            output, _ = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal
+            )
+        else:
+            output = dense_attention(query, key, value, attention_mask, scaling, causal, softcap, s_aux, dropout)
+    else:
+        output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
+    if view is not None and view.flush is not None:
+        view.flush()
+    return output, None
+
+
+def _selected(indices: Tensor, mask: Tensor | None, tokens: int, causal: bool) -> Tensor:
+    """The mask of sparse attention: of the keys that a mask shows, those that an indexer chose.
+
+    Args:
+        indices: Slots chosen for each query, ``[B, Tq, N]``; negative ones choose nothing.
+        mask: ``[B or 1, 1 or Hq, Tq, T]``, boolean or additive, or None.
+        tokens: T.
+        causal: What a missing mask means.
+
+    Returns:
+        A mask of the same kind; boolean where there was none.
+    """
+    batch, queries, _ = indices.shape
+    chosen = torch.zeros(batch, queries, tokens + 1, dtype=torch.bool, device=indices.device)
+    slots = torch.where(indices < 0, tokens, indices).long()  # one more slot takes those that choose nothing
+    chosen = chosen.scatter(-1, slots, True)[:, None, :, :tokens]
+    if mask is None:
+        mask = torch.ones(queries, tokens, dtype=torch.bool, device=indices.device)
+        mask = mask.tril(tokens - queries) if causal else mask
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
+def _fused_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch's fused attention takes these dtypes: one, or any that autocast makes one."""
+    return query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type)
+
+
+@without_autocast
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Differentiable attention over plain tensors, for the variants that torch's fused attention lacks.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``.
+        key: ``[B, H, T, D]``.
+        value: ``[B, H, T, Dv]``.
+        mask: As in :func:`spectral_attention_forward`.
+        scaling: Factor of the scores; D^-½ if None.
+        causal: What a missing mask means.
+        softcap: See :func:`spectral_attention_forward`.
+        s_aux: See :func:`spectral_attention_forward`.
+        dropout: Dropout probability.
+
+    Returns:
+        ``[B, Tq, Hq, Dv]`` in the query's dtype.
+    """
+    guards.require_query(query, key)
+    mask, s_aux = guards.fitting_mask(mask, query, key.shape[2]), guards.fitting_sink_logits(s_aux, query)
+    call = AttentionCall(mask, guards.fitting_scaling(scaling, query), causal, guards.fitting_softcap(softcap))
+    outputs = []
+    keys, values = key.float(), value.float()
+    for first in range(0, max(query.shape[2], 1), QUERY_CHUNK):
+        part = query[:, :, first : first + QUERY_CHUNK]
+        rows = QueryRows(part, key.shape[1], key.shape[2], call, (first, query.shape[2]))
+        scores = rows.scores(matmul(rows.query, keys.transpose(-1, -2)), 0, key.shape[2])
+        if s_aux is not None:
+            scores = torch.cat((scores, rows.sink_scores(s_aux)), dim=-1)
+        # A query that may look nowhere (left padding) looks everywhere: finite, and nobody reads its output.
+        dead = scores.amax(-1, keepdim=True) == float("-inf")
+        weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1)[..., : key.shape[2]]
+        weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
+        outputs.append(rows.to_output(matmul(weights, values), query.dtype))
+    return torch.cat(outputs, dim=1)
+
+
+@without_autocast
+def spectral_attention(
+    query: Tensor,
+    view: CacheView,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention over a view that holds encoded blocks.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``; the last Tq tokens of the view are the queries' own.
+        view: What may be read.
+        mask: As in :func:`spectral_attention_forward`.
+        scaling: Factor of the scores; D^-½ if None.
+        causal: What a missing mask means.
+        softcap: See :func:`spectral_attention_forward`.
+        s_aux: See :func:`spectral_attention_forward`.
+
+    Returns:
+        ``[B, Tq, Hq, Dv]`` in the query's dtype.
+    """
+    guards.require_query(query, view.key.tail)
+    mask, s_aux = guards.fitting_mask(mask, query, view.length), guards.fitting_sink_logits(s_aux, query)
+    scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
+    return backends.attend(query, view, AttentionCall(mask, scaling, causal, softcap, s_aux))

@@ -1,0 +1,257 @@
+"""What a layer refuses at run time: each check passes quietly or raises one error that says where and what."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcache.common.errors import QuantCacheError, TokensNotFinite
+
+logger = logging.getLogger(__name__)
+
+
+class Later:
+    """A few numbers that a device works out, had when they are asked for: until then the CPU goes on.
+
+    Args:
+        numbers: The numbers, ``[n]``.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._event = numbers, None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(numbers.device))
+
+    @staticmethod
+    def pays(device: torch.device) -> bool:
+        """Whether asking later spares a wait."""
+        return device.type == "cuda"
+
+    def tolist(self) -> list[Any]:
+        """The numbers; waits where they are still under way."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()
+
+
+class Look:
+    """Whether tokens are finite: asked on their device at once, answered when the CPU needs to know.
+
+    Args:
+        tokens: Keys, values or both.
+    """
+
+    def __init__(self, tokens: dict[str, Tensor]) -> None:
+        self._flags: Later | None = None
+        if tokens:
+            with torch.no_grad():
+                self._flags = Later(torch.stack([torch.isfinite(tensor).all() for tensor in tokens.values()]))
+
+    def finite(self) -> bool:
+        """Whether all tokens are finite; waits for the answer where it is still under way."""
+        return self._flags is None or all(self._flags.tolist())
+
+
+def require_continuation(index: int | None, side: str, cached: Tensor, new: Tensor) -> None:
+    """Refuse tokens that do not continue what is cached.
+
+    Args:
+        index: The layer.
+        side: ``"key"`` or ``"value"``.
+        cached: Some cached tokens, ``[B, H, t, D]``.
+        new: The new ones, ``[B, H, Tnew, D]``.
+
+    Raises:
+        QuantCacheError: Batch size, number of heads, dimension or dtype differ.
+    """
+    found = (new.shape[0], new.shape[1], new.shape[3], new.dtype)
+    expected = (cached.shape[0], cached.shape[1], cached.shape[3], cached.dtype)
+    if found == expected:
+        return
+    names = ("batch size", "number of heads", "dimension", "dtype")
+    name, ours, theirs = next(each for each in zip(names, expected, found, strict=True) if each[1] != each[2])
+    hint = "repeat or select the cache's rows, or reset() it" if name == "batch size" else "reset() the cache"
+    raise QuantCacheError(
+        f"layer {index}: the cache holds {side}s of {name} {ours}, the new ones have {theirs}: {hint}"
+    )
+
+
+def require_finite(index: int | None, side: str, tokens: Tensor, start: int, starts: Tensor | None) -> None:
+    """Refuse to encode NaN and infinities, which codes cannot express; padding may hold anything.
+
+    Args:
+        index: The layer.
+        side: ``"key"`` or ``"value"``.
+        tokens: What is to be encoded, ``[B, H, T, D]``.
+        start: Slot of its first token.
+        starts: Left padding of every row, ``[B]``, or None.
+
+    Raises:
+        TokensNotFinite: A token is not finite.
+    """
+    if bool(torch.isfinite(tokens).all()):
+        return
+    bad = ~torch.isfinite(tokens).all(-1)  # [B, H, T]
+    if starts is not None:
+        slots = torch.arange(start, start + tokens.shape[2], dtype=torch.int64, device=tokens.device)
+        bad &= (slots >= starts[:, None])[:, None]
+    found = bad.nonzero()
+    if len(found):
+        row, head, slot = found[found[:, 2].argmin()].tolist()
+        raise TokensNotFinite(
+            f"layer {index}: the model gave {side}s that are not finite, first for token {start + slot} of row {row} "
+            f"(head {head}, {tokens.dtype}), and these cannot be encoded: select the other rows, crop() or reset() the "
+            f"cache"
+        )
+
+
+def warn_of_saturation(index: int | None, gains: dict[str, Later]) -> None:
+    """Say so, once for each side of a layer, where gains do not fit their range.
+
+    Args:
+        index: The layer.
+        gains: By side, how many gains have the largest code, how many are zero, and how many there are.
+    """
+    advice = "the calibration does not fit this model or text; SpectralCache.memory() counts such tokens"
+    for side, counts in gains.items():
+        above, below, count = counts.tolist()
+        if above:
+            found = f"some {side}s are at least 16 times larger than in calibration and lose magnitude"
+            _warn_once(f"layer {index}: {found}: {advice}")
+        if below and below == count:
+            _warn_once(
+                f"layer {index}: {side}s are at least 16 times smaller than in calibration and become 0: {advice}"
+            )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def require_query(query: Tensor, tail: Tensor) -> None:
+    """Refuse queries of another geometry than the keys that are cached.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``.
+        tail: Some cached keys, ``[B, H, t, D]``.
+
+    Raises:
+        QuantCacheError: Batch size, heads, dimension or device do not fit.
+    """
+    batch, heads, _, dim = tail.shape
+    fits = query.dim() == 4 and query.shape[0] == batch and query.shape[1] % heads == 0 and query.shape[3] == dim
+    if not fits or not query.is_floating_point() or query.device != tail.device:
+        raise QuantCacheError(
+            f"the queries have shape {list(query.shape)} in {query.dtype} on {query.device}, the cache holds keys of "
+            f"{batch} rows, {heads} heads and dimension {dim} on {tail.device}"
+        )
+
+
+def fitting_mask(mask: Tensor | None, query: Tensor, length: int) -> Tensor | None:
+    """An attention mask as attention reads it; what it broadcasts over is expanded, as torch does.
+
+    Args:
+        mask: The call's mask, boolean or additive, or None.
+        query: ``[B, Hq, Tq, D]``.
+        length: Tokens that may be read, T.
+
+    Returns:
+        ``[B or 1, 1 or Hq, Tq, T]``, boolean or additive; None for None.
+
+    Raises:
+        QuantCacheError: Its shape, dtype or device does not fit the queries.
+    """
+    if mask is None:
+        return None
+    batch, heads, count = query.shape[:3]
+    shape = (*(1,) * (4 - mask.dim()), *mask.shape)
+    fits = (
+        len(shape) == 4
+        and shape[0] in (1, batch)
+        and shape[1] in (1, heads)
+        and shape[2] in (1, count)
+        and (shape[3] == 1 or shape[3] >= length)
+    )
+    if not fits:
+        raise QuantCacheError(
+            f"the attention mask has shape {list(mask.shape)}, {count} queries of {batch} rows and {heads} heads on "
+            f"{length} tokens need [{batch}, {heads}, {count}, {length}], or 1 in a dimension to broadcast"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise QuantCacheError(f"the attention mask is of {mask.dtype}, it must be boolean or floating point")
+    if mask.device != query.device:
+        raise QuantCacheError(f"the attention mask is on {mask.device}, the queries are on {query.device}")
+    mask = mask.float() if mask.dtype == torch.float64 else mask
+    if mask.shape == shape and shape[2:] == (count, length):
+        return mask
+    return mask.reshape(shape)[..., :length].expand(-1, -1, count, length)
+
+
+def fitting_sink_logits(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
+    """Attention-sink logits as attention reads them.
+
+    Args:
+        s_aux: One logit for each query head in any shape, or None.
+        query: ``[B, Hq, Tq, D]``.
+
+    Returns:
+        ``[Hq]``, contiguous; None for None.
+
+    Raises:
+        QuantCacheError: There are more or fewer, or they are on another device.
+    """
+    if s_aux is None:
+        return None
+    if s_aux.numel() != query.shape[1] or s_aux.device != query.device or not s_aux.is_floating_point():
+        raise QuantCacheError(
+            f"the attention-sink logits have shape {list(s_aux.shape)} in {s_aux.dtype} on {s_aux.device}, "
+            f"{query.shape[1]} query heads on {query.device} need one each"
+        )
+    return s_aux.reshape(-1).contiguous()
+
+
+def fitting_softcap(softcap: float | None) -> float | None:
+    """A soft cap of scores.
+
+    Args:
+        softcap: The cap; 0 and None mean no cap.
+
+    Returns:
+        The cap, or None.
+
+    Raises:
+        QuantCacheError: It is negative or not finite.
+    """
+    if not softcap:
+        return None
+    if not 0 < softcap < math.inf:
+        raise QuantCacheError(f"the soft cap of scores must be a positive number or None, got {softcap}")
+    return float(softcap)
+
+
+def fitting_scaling(scaling: float | None, query: Tensor) -> float:
+    """A factor of scores.
+
+    Args:
+        scaling: The factor, a number or a tensor of one; None is D^-½.
+        query: ``[B, Hq, Tq, D]``.
+
+    Returns:
+        The factor.
+
+    Raises:
+        QuantCacheError: It is not finite.
+    """
+    factor = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    if not math.isfinite(factor):
+        raise QuantCacheError(f"the factor of scores must be a finite number, got {factor}")
+    return factor

@@ -1,0 +1,184 @@
+"""Implementations of encoding and of attention on codes, and which of them serves a layer.
+
+To add one, write a :class:`Backend` in a module of its own and give it a place in :data:`FASTEST_FIRST` and
+:data:`BACKENDS`; nothing else in quantcache names a backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantcache.backends.base import CODE_QUERIES, Backend, BackendReport, Fields
+from quantcache.backends.cpu import CpuBackend
+from quantcache.backends.reference import REFERENCE
+from quantcache.backends.triton import TritonBackend
+from quantcache.backends.view import CacheView, SideView
+from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.common.ambient import without_autocast
+from quantcache.common.errors import QuantCacheError
+from quantcache_kernels.interface import AttentionCall
+
+__all__ = [
+    "BACKENDS",
+    "CODE_QUERIES",
+    "FASTEST_FIRST",
+    "REFERENCE",
+    "AttentionCall",
+    "Backend",
+    "BackendName",
+    "BackendReport",
+    "CacheView",
+    "Choice",
+    "Fields",
+    "SideView",
+    "attend",
+    "choose",
+    "find",
+    "known_name",
+]
+
+logger = logging.getLogger(__name__)
+
+BackendName = Literal["auto", "cpu", "native", "triton", "torch"]
+"""What users ask for; "native" is what "cpu" was called before 0.3."""
+
+_TRITON = TritonBackend()
+
+FASTEST_FIRST: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(),), "cuda": (_TRITON,), "xpu": (_TRITON,)}
+"""By type of device, what ``"auto"`` tries before plain torch."""
+
+BACKENDS: dict[str, Backend] = {each.name: each for each in (CpuBackend(), _TRITON, REFERENCE)}
+"""Every backend by name."""
+
+_ALIASES = {"native": "cpu"}
+
+
+def known_name(name: str) -> str:
+    """Check the name of a backend.
+
+    Args:
+        name: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        The name; of two names for one backend always the same.
+
+    Raises:
+        ValueError: No backend has this name.
+    """
+    known = _ALIASES.get(name, name) if isinstance(name, str) else name
+    if known != "auto" and known not in BACKENDS:
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    return known
+
+
+def find(name: str) -> Backend:
+    """A backend by name.
+
+    Args:
+        name: Any but ``"auto"``.
+
+    Returns:
+        The backend.
+    """
+    return BACKENDS[known_name(name)]
+
+
+def choose(
+    name: str, device: torch.device, dtypes: Mapping[str, torch.dtype], codecs: Mapping[str, SideCodec]
+) -> tuple[Backend, BackendReport]:
+    """The backend of one layer on one device.
+
+    Args:
+        name: What the user asked for.
+        device: Where the layer's keys and values are.
+        dtypes: Dtypes of keys and values, by side.
+        codecs: The layer's codecs by side.
+
+    Returns:
+        The backend, and why it is this one.
+
+    Raises:
+        QuantCacheError: A backend was asked for by name and cannot run here.
+    """
+    name = known_name(name)
+    report = BackendReport(REFERENCE.name)
+    for backend in FASTEST_FIRST.get(device.type, ()) if name == "auto" else (BACKENDS[name],):
+        reason = backend.unavailable(device)
+        if reason is not None and name != "auto":
+            raise QuantCacheError(f'backend="{name}" cannot be used here: {reason}')
+        if reason is not None:
+            report.passed_over[backend.name] = reason
+            _warn_once(f"encoding and attending in plain torch, which is slower: no {backend.name} kernels ({reason})")
+            continue
+        lacks = {side: backend.lacks(codec, dtypes[side]) for side, codec in codecs.items()}
+        if all(lacks.values()):
+            report.passed_over[backend.name] = next(filter(None, lacks.values()))
+        else:
+            missing = [f"{side}s: {reason}" for side, reason in lacks.items() if reason]
+            report.name, report.attends = backend.name, "; ".join(missing) or None
+        if any(lacks.values()) and all(isinstance(codec, SpectralCodec) for codec in codecs.values()):
+            _warn_once(f"not using the {backend.name} kernels: {'; '.join(filter(None, lacks.values()))}")
+        if report.name == backend.name:
+            _inform_once(f"keys and values on {device.type} are encoded by the {backend.name} backend")
+            return backend, report
+    return REFERENCE, report
+
+
+class Choice:
+    """The backend that was chosen for a layer last; chosen anew only when what it depends on has changed."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] | None = None
+        self._codecs: Mapping[str, SideCodec] = {}  # kept, so that no other codec gets the address of one of them
+        self._found: tuple[Backend, BackendReport] = (REFERENCE, BackendReport(REFERENCE.name))
+
+    def of(
+        self, name: str, device: torch.device, dtypes: Mapping[str, torch.dtype], codecs: Mapping[str, SideCodec]
+    ) -> tuple[Backend, BackendReport]:
+        """See :func:`choose`."""
+        key = (name, device, *map(id, codecs.values()), *dtypes.values())
+        if self._key != key:
+            found = choose(name, device, dtypes, codecs)
+            self._key, self._codecs, self._found = key, codecs, found
+        return self._found
+
+
+@without_autocast
+def attend(query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
+    """Attend on a view that holds encoded blocks, by its backend where that serves the call.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``; the last Tq tokens of the view are the queries' own.
+        view: What may be read.
+        call: The rest of the call.
+
+    Returns:
+        ``[B, Tq, Hq, Dv]`` in the query's dtype.
+    """
+    backend, report = view.backend, view.report
+    if backend is None or report is None or backend is REFERENCE or report.attends is not None:
+        return REFERENCE.attend(query, view, call)
+    if query.shape[2] > CODE_QUERIES or not view.on_codes:
+        return REFERENCE.attend(query, view, call)
+    reason = backend.refuses(query, view, call)
+    if reason is None:
+        return backend.attend(query, view, call)
+    report.refused[reason] += 1
+    _inform_once(f"attention in plain torch instead of the {backend.name} backend: {reason}")
+    return REFERENCE.attend(query, view, call)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+@functools.cache
+def _inform_once(message: str) -> None:
+    logger.info(message)

@@ -1,0 +1,217 @@
+"""What a backend is: one implementation of encoding blocks, decoding them and attending on their codes.
+
+A backend is chosen once for each layer and device (:func:`quantcache.backends.choose`). It may keep blocks in a layout
+of its own; files, other devices and plain torch get the portable one, that of
+:meth:`quantcache.coding.codec.SpectralCodec.encode`.
+
+Shapes: B batch, Hq / H query / key-value heads, Tq queries, D dimension, n blocks of 64 tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantcache.backends.padding import shows_padding
+from quantcache.backends.view import CacheView
+from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.common.ambient import without_autocast
+from quantcache_kernels.interface import AttentionCall
+
+CODE_QUERIES = 16
+"""Up to this many queries attend on codes; for more, decoding each tile once is cheaper."""
+
+Fields = dict[str, Tensor]
+"""Encoded blocks, ``[n, B, ...]`` each: in every layout blocks come first and rows second."""
+
+
+class Backend(ABC):
+    """One implementation; all of them give the same results as :class:`quantcache.backends.reference.Reference`.
+
+    A backend has no state but what it keeps with a codec (``codec.derived``), so one object serves all layers. A side
+    whose codec is not a SpectralCodec is encoded and decoded by that codec itself.
+    """
+
+    name: str
+
+    layout: str = "portable"
+    """Name of the layout of its blocks; another one than the portable needs :meth:`to_portable` and its inverse."""
+
+    @abstractmethod
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on a device of this machine.
+
+        Args:
+            device: Where keys and values are.
+
+        Returns:
+            The reason, None if it can.
+        """
+
+    @abstractmethod
+    def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot serve a side of a layer, whatever the call.
+
+        Args:
+            codec: The side's codec.
+            dtype: Of its keys or values.
+
+        Returns:
+            The reason, None if it can.
+        """
+
+    @abstractmethod
+    def refuses(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
+        """Why this backend does not serve one call; what :meth:`lacks` says is not asked again.
+
+        Args:
+            query: ``[B, Hq, Tq, D]``, at most :data:`CODE_QUERIES` of them.
+            view: What may be read; it holds encoded blocks.
+            call: The rest of the call.
+
+        Returns:
+            The reason, None if it does.
+        """
+
+    @abstractmethod
+    def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
+        """Attend on encoded blocks, sinks and tail.
+
+        Args:
+            query: ``[B, Hq, Tq, D]``; the last Tq tokens of the view are the queries' own.
+            view: What may be read; it holds encoded blocks.
+            call: The rest of the call.
+
+        Returns:
+            ``[B, Tq, Hq, Dv]`` in the query's dtype.
+        """
+
+    @without_autocast
+    def encode(self, codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+        """Encode n blocks of one side.
+
+        Args:
+            codec: The side's codec.
+            x: ``[B, H, n * 64, D]``.
+            places: Where the blocks lie, ``[n, 3]`` (see ``SideCodec``).
+            starts: What is to be taken from a slot for its position, by row ``[B]``, or None; ``[B, n * 64]`` where
+                tokens of a row differ.
+
+        Returns:
+            The blocks in this backend's layout.
+        """
+        mixed = starts is not None and starts.ndim == 2
+        if not isinstance(codec, SpectralCodec) or mixed or self.lacks(codec, x.dtype) is not None:
+            return self.from_portable(codec, codec.encode(x, places, starts))
+        return self._encode(codec, x, places, starts)
+
+    @without_autocast
+    def decode(self, codec: SideCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+        """Decode n blocks of one side, for a long query.
+
+        Args:
+            codec: The side's codec.
+            fields: The blocks in this backend's layout.
+            places: Where they lie, ``[n, 3]``.
+            starts: What is to be taken from a slot for its position, by row ``[B]``, or None.
+
+        Returns:
+            ``[B, H, n * 64, D]`` float32, slots beyond a block's valid length included.
+        """
+        if not isinstance(codec, SpectralCodec) or "shifts" in fields or self.lacks(codec, torch.float32) is not None:
+            return codec.decode(self.to_portable(codec, fields), places, starts).float()
+        return self._decode(codec, fields, places, starts)
+
+    @abstractmethod
+    def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields: ...
+
+    @abstractmethod
+    def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor: ...
+
+    def to_portable(self, codec: SideCodec, fields: Fields) -> Fields:
+        """Blocks in the portable layout, made of this backend's.
+
+        Args:
+            codec: The side's codec.
+            fields: Whole blocks in this backend's layout.
+
+        Returns:
+            The same blocks as the codec's own ``encode`` gives them; fields that are not the codec's as they are.
+        """
+        return fields
+
+    def from_portable(self, codec: SideCodec, fields: Fields) -> Fields:
+        """Invert :meth:`to_portable`.
+
+        Args:
+            codec: The side's codec.
+            fields: Whole blocks in the portable layout.
+
+        Returns:
+            The same blocks in this backend's layout.
+        """
+        return fields
+
+
+def refused_by_kernels(query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
+    """What every kernel so far refuses.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``.
+        view: What may be read.
+        call: The rest of the call.
+
+    Returns:
+        The reason, None if there is none.
+    """
+    mask, logits = call.mask, call.sink_logits
+    if torch.is_grad_enabled() and (query.requires_grad or (logits is not None and logits.requires_grad)):
+        return "gradients are wanted"
+    if mask is not None and not _is_plain(mask, query, view.length):
+        return "the mask is not boolean, differs between heads or does not cover the cache"
+    if view.shifted or view.origins is not None:
+        return "positions do not count up from the end of the padding"
+    if shows_padding(mask, view.starts, view.length):
+        return "a query attends to padding"
+    return None
+
+
+def _is_plain(mask: Tensor, query: Tensor, length: int) -> bool:
+    """Whether kernels take a mask: boolean, ``[B or 1, 1, Tq or 1, T or more]``, beside the queries."""
+    batch, _, count, _ = query.shape
+    return (
+        mask.dtype == torch.bool
+        and mask.device == query.device
+        and mask.dim() == 4
+        and mask.shape[0] in (1, batch)
+        and mask.shape[1] == 1
+        and mask.shape[2] in (1, count)
+        and mask.shape[3] >= length
+    )
+
+
+@dataclass
+class BackendReport:
+    """Which backend serves a layer, and why not a faster one.
+
+    Attributes:
+        name: The backend.
+        passed_over: Faster backends that cannot serve the layer, with the reason.
+        attends: Why attention runs in plain torch although blocks are encoded by the backend; None if it does not.
+        refused: Calls that plain torch served in the backend's place, by reason.
+    """
+
+    name: str
+    passed_over: dict[str, str] = field(default_factory=dict)
+    attends: str | None = None
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        parts = [self.name, *(f"not {name}: {reason}" for name, reason in self.passed_over.items())]
+        parts += [f"attention in plain torch: {self.attends}"] if self.attends else []
+        parts += [f"{count} calls in plain torch: {reason}" for reason, count in self.refused.items()]
+        return "; ".join(parts)

@@ -1,0 +1,69 @@
+"""The C++ kernels of ``quantcache_kernels.cpu``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantcache.backends.base import Backend, Fields, refused_by_kernels
+from quantcache.backends.view import CacheView
+from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache_kernels import cpu
+from quantcache_kernels.interface import AttentionCall
+
+
+class CpuBackend(Backend):
+    """Encodes and attends in C++; the blocks that long queries read are decoded in plain torch."""
+
+    name = "cpu"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """The device is another one, or there is no compiled library."""
+        if device.type != "cpu":
+            return f"the keys and values are on {device}"
+        return None if cpu.available() else cpu.reason()
+
+    def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
+        """Another kind of blocks, or dtype."""
+        if not isinstance(codec, SpectralCodec):
+            return f"blocks are coded by {type(codec).__name__}"
+        return None if dtype in cpu.DTYPES else f"keys or values are of {dtype}"
+
+    def refuses(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
+        """What no kernel takes, and the queries' dtype and device."""
+        if query.dtype not in cpu.DTYPES or query.device.type != "cpu":
+            return f"the queries are of {query.dtype} on {query.device}"
+        return refused_by_kernels(query, view, call)
+
+    def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
+        """Attend with one call of the library."""
+        assert isinstance(view.key.codec, SpectralCodec)
+        assert isinstance(view.value.codec, SpectralCodec)
+        blocks = cpu.Blocks(*view.packed(), view.places, view.starts, view.encoded_end)
+        return cpu.attend(
+            query, constants(view.key.codec), constants(view.value.codec), blocks, view.dense_parts(), call
+        )
+
+    def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+        codes, gains = cpu.encode(x, constants(codec), places, starts)
+        return {"codes": codes, "gains": gains}
+
+    def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+        return codec.decode(fields, places, starts)
+
+
+def constants(codec: SpectralCodec) -> cpu.Constants:
+    """A codec's constants in the form of the CPU kernels, made once.
+
+    Args:
+        codec: The codec, on the CPU.
+
+    Returns:
+        The constants.
+    """
+    found = codec.derived.get("cpu")
+    if not isinstance(found, cpu.Constants):
+        # What another thread has made in the meantime stays: its kernels may be reading it.
+        found = codec.derived.setdefault("cpu", cpu.make(codec.constants()))
+        assert isinstance(found, cpu.Constants)
+    return found

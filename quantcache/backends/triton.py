@@ -1,0 +1,204 @@
+"""The Triton kernels of ``quantcache_kernels.triton``, each tried beside plain torch before its first use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantcache.backends import reference, trials
+from quantcache.backends.base import Backend, Fields, refused_by_kernels
+from quantcache.backends.view import CacheView
+from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache_kernels.interface import AttentionCall
+
+if TYPE_CHECKING:
+    from quantcache_kernels.triton.ops import PreparedSide
+
+# quantcache_kernels.triton.ops is imported where it is used: importing it imports Triton.
+
+TRIAL_BLOCKS = 2
+
+UNTRIED = {"cpu"}
+"""Devices where a kernel is not tried: on a CPU it is the interpreter's, which nobody uses but tests."""
+
+Trial = tuple[Callable[[], Tensor], Tensor, Tensor]
+"""See :func:`quantcache.backends.trials.passes`."""
+
+
+class TritonBackend(Backend):
+    """Encodes, decodes and attends on a GPU."""
+
+    name = "triton"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Triton is not installed, or does not know the device."""
+        from quantcache_kernels.triton.runtime import unavailable
+
+        return unavailable(device)
+
+    def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
+        """Coding or geometry."""
+        if not isinstance(codec, SpectralCodec):
+            return f"blocks are coded by {type(codec).__name__}"
+        if codec.coding != "scalar":
+            return "codes are coded by a trellis"
+        from quantcache_kernels.triton.ops import unsupported
+
+        return unsupported(codec.dim, codec.frame.num_fast, codec.num_words)
+
+    def refuses(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
+        """What no kernel takes, and a kernel that has failed its trial."""
+        reason = refused_by_kernels(query, view, call)
+        if reason is None and not self._attends_rightly(query, view, call):
+            reason = "the kernel has failed its trial (see the log, or quantcache env --check)"
+        return reason
+
+    def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
+        """Attend with the kernels of queries, codes, dense tokens and their merge."""
+        from quantcache_kernels.triton.ops import attend
+
+        assert isinstance(view.key.codec, SpectralCodec)
+        assert isinstance(view.value.codec, SpectralCodec)
+        dense, count, mask = view.dense_parts(), query.shape[2], call.mask
+        if mask is not None and mask.shape[2] != count:
+            mask = mask.expand(-1, -1, count, -1)
+        dtype = dense[2].dtype
+        keys, values = prepared(view.key.codec, dtype).keys, prepared(view.value.codec, dtype).values
+        output, _ = attend(
+            query,
+            view.packed(),
+            list(dense),
+            view.places,
+            view.starts,
+            mask,
+            call.sink_logits,
+            keys.tensors,
+            keys.sizes,
+            values.tensors,
+            values.sizes,
+            view.encoded_end,
+            call.scaling,
+            call.softcap,
+            call.hides_the_future(count),
+            not view.cut,
+        )
+        return output
+
+    def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+        work = functools.partial(_encoding_trial, codec, x, places, starts)
+        geometry = (codec.dim, codec.frame.num_fast, x.dtype, starts is not None)
+        if not _trusted("encode", x.device, geometry, work):
+            return codec.encode(x, places, starts)
+        return encode(codec, x, places, starts)
+
+    def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+        work = functools.partial(_decoding_trial, codec, fields, places, starts)
+        geometry = (codec.dim, codec.frame.num_fast, codec.frame.is_identity, starts is None)
+        if not _trusted("decode", fields["codes"].device, geometry, work):
+            return codec.decode(fields, places, starts)
+        return decode(codec, fields, places, starts)
+
+    def _attends_rightly(self, query: Tensor, view: CacheView, call: AttentionCall) -> bool:
+        keys, values = view.key.codec, view.value.codec
+        assert isinstance(keys, SpectralCodec)
+        assert isinstance(values, SpectralCodec)
+        heads, count = query.shape[1] // keys.num_heads, query.shape[2]
+        dims = (keys.dim, keys.frame.num_fast, values.dim, heads, count > 1, heads * count <= 8)
+        given = (view.starts is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
+        work = functools.partial(_attention_trial, self, query, view, call)
+        return _trusted("attend", query.device, (*dims, query.dtype, *given), work)
+
+
+def prepared(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
+    """A codec's constants in the form of the Triton kernels, made once.
+
+    Args:
+        codec: The codec; the tables go to its device.
+        dtype: The model's.
+
+    Returns:
+        The tables.
+    """
+    from quantcache_kernels.triton.ops import PreparedSide, compute_dtype, prepare
+
+    name = f"triton {compute_dtype(dtype)}"
+    found = codec.derived.get(name)
+    if not isinstance(found, PreparedSide):
+        found = codec.derived.setdefault(name, prepare(codec.constants(), dtype, codec.mean.device))
+        assert isinstance(found, PreparedSide)
+    return found
+
+
+def encode(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+    """Encode n blocks with the kernel; arguments as for :meth:`Backend.encode`."""
+    from quantcache_kernels.triton.ops import encode_blocks
+
+    tables = prepared(codec, x.dtype).encode
+    codes, gains = encode_blocks(x, places, starts, tables.tensors, tables.sizes)
+    return {"codes": codes, "gains": gains}
+
+
+def decode(codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+    """Decode n blocks with the kernel; arguments as for :meth:`Backend.decode`."""
+    from quantcache_kernels.triton.ops import decode_blocks
+
+    tables = prepared(codec, torch.float32).decode
+    codes, gains = fields["codes"], fields["gains"]
+    decoded: Tensor = decode_blocks(codes, gains, places, starts, tables.tensors, tables.sizes, torch.float32)
+    return decoded
+
+
+# ----------------------------------------------------------------------- first use
+
+
+@contextmanager
+def without_trials() -> Iterator[None]:
+    """Use the kernels whatever their trials say, inside the context: for whoever judges them by another measure.
+
+    Yields:
+        Nothing.
+    """
+    before = set(UNTRIED)
+    UNTRIED.update(("cuda", "xpu"))
+    try:
+        yield
+    finally:
+        UNTRIED.clear()
+        UNTRIED.update(before)
+
+
+def _trusted(operation: str, device: torch.device, geometry: Hashable, work: Callable[[], Trial]) -> bool:
+    """Whether a kernel may be used."""
+    return device.type in UNTRIED or trials.passes(operation, "triton", device, geometry, work)
+
+
+@torch.no_grad()
+def _attention_trial(backend: TritonBackend, query: Tensor, view: CacheView, call: AttentionCall) -> Trial:
+    small = view.first_blocks(TRIAL_BLOCKS)
+    if call.mask is not None:
+        call = replace(call, mask=call.mask.new_ones(*call.mask.shape[:3], small.length))
+    plain = reference.attend(query.float(), small, call)
+    return functools.partial(backend.attend, query, small, call), plain, reference.own_precision(query, small, call)
+
+
+@torch.no_grad()
+def _encoding_trial(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Trial:
+    """The kernel's error on some tokens beside plain torch's."""
+    some, where = x[:, :, : TRIAL_BLOCKS * BLOCK].nan_to_num(0.0, 0.0, 0.0), places[:TRIAL_BLOCKS]
+    decoded = codec.decode(codec.encode(some, where, starts), where, starts)
+    return lambda: codec.decode(encode(codec, some, where, starts), where, starts), some.float(), decoded
+
+
+@torch.no_grad()
+def _decoding_trial(codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Trial:
+    """The kernel's distance from the reference in float64 beside that of the reference in float32."""
+    some, where = {name: field[:TRIAL_BLOCKS] for name, field in fields.items()}, places[:TRIAL_BLOCKS]
+    exact = codec.decode(some, where, starts, torch.float64)
+    return lambda: decode(codec, some, where, starts), exact, codec.decode(some, where, starts)

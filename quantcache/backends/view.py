@@ -1,0 +1,212 @@
+"""What the queries of one call may read: a snapshot of one layer's sinks, encoded blocks and tail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantcache.backends.padding import Grid
+from quantcache.backends.spans import Span
+from quantcache.backends.store import BlockStore
+from quantcache.coding.codec import SideCodec, SpectralCodec, block_slots
+from quantcache.coding.packing import BLOCK
+from quantcache.common.ambient import without_autocast
+
+if TYPE_CHECKING:
+    from quantcache.backends.base import Backend, BackendReport
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(slots=True)
+class SideView:
+    """One side of a :class:`CacheView`.
+
+    Attributes:
+        codec: How blocks are decoded.
+        store: Encoded blocks.
+        sinks: First valid tokens of every row, ``[B, H, S, D]``; None before the first block.
+        tail: Everything behind the last block, the new tokens last, ``[B, H, t, D]``.
+        lead: Tokens of the slots before the first block, ``[B, H, S, D]``; None where these are the sinks.
+    """
+
+    codec: SideCodec | None
+    store: BlockStore
+    sinks: Tensor | None
+    tail: Tensor
+    lead: Tensor | None = None
+
+
+@dataclass(slots=True)
+class CacheView:
+    """What the queries of one call may read: a snapshot of one layer, valid until the layer's next update.
+
+    The tokens of the call itself are in the tails, exact; only what is read again later is quantized.
+
+    Attributes:
+        key: The keys.
+        value: The values.
+        places: Places of the n encoded blocks, ``[n, 3]`` int32 (see ``SideCodec``).
+        encoded_end: Slot behind the last encoded token; 0 before the first block.
+        cut: Whether some block is not full.
+        starts: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0. It hides nothing.
+        origins: Slot at which every row's positions count from zero, ``[B]``; None where that is its start.
+        spans: ``places`` as Python knows them.
+        backend: Who attends on the blocks, and in whose layout they are; None before the first block.
+        report: Where the backend says which calls it left to plain torch.
+        flush: To be called when the new tokens have been read: the layer may then encode.
+        touched: Sides that were asked for as tensors.
+    """
+
+    key: SideView
+    value: SideView
+    places: Tensor
+    encoded_end: int
+    cut: bool
+    starts: Tensor | None
+    origins: Tensor | None = None
+    spans: Sequence[Span] = ()
+    backend: Backend | None = None
+    report: BackendReport | None = None
+    flush: Callable[[], None] | None = None
+    touched: set[str] = field(default_factory=set)
+
+    def side(self, name: str) -> SideView:
+        """The view of ``"key"`` or ``"value"``."""
+        return self.key if name == "key" else self.value
+
+    @property
+    def num_blocks(self) -> int:
+        """Encoded blocks, n."""
+        return self.places.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the view, T."""
+        return self.encoded_end + self.key.tail.shape[2]
+
+    @property
+    def frames(self) -> Tensor | None:
+        """What is to be taken from a slot for its position, ``[B]``; None for zero."""
+        return Grid(self.starts, self.origins).frames
+
+    @property
+    def on_codes(self) -> bool:
+        """Whether few queries can be multiplied with codes: both codecs are SpectralCodecs, and frames are plain."""
+        return (
+            isinstance(self.key.codec, SpectralCodec)
+            and isinstance(self.value.codec, SpectralCodec)
+            and not self.shifted
+        )
+
+    def fields(self, name: str, first: int, last: int) -> dict[str, Tensor]:
+        """Some blocks of ``"key"`` or ``"value"`` in the portable layout.
+
+        Args:
+            name: The side.
+            first: First block.
+            last: One past the last block.
+
+        Returns:
+            The codec's fields, ``[last - first, B, ...]`` each.
+        """
+        side = self.side(name)
+        assert side.codec is not None
+        fields = side.store.slice(first, last)
+        return fields if self.backend is None else self.backend.to_portable(side.codec, fields)
+
+    def dense_parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values of the sinks, then of the tail, all of one dtype."""
+        keys, values = self.key, self.value
+        assert keys.sinks is not None
+        assert values.sinks is not None
+        parts = keys.sinks, values.sinks, keys.tail, values.tail
+        if keys.tail.dtype == values.tail.dtype:
+            return parts
+        wide = torch.promote_types(keys.tail.dtype, values.tail.dtype)  # autocast gives some models such
+        sinks, value_sinks, tail, value_tail = (part.to(wide) for part in parts)
+        return sinks, value_sinks, tail, value_tail
+
+    def packed(self) -> list[Tensor]:
+        """Codes and gains of all blocks in the backend's layout, the keys' first."""
+        sides = (self.key, self.value)
+        return [side.store.buffers[name][: self.num_blocks] for side in sides for name in ("codes", "gains")]
+
+    @property
+    def shifted(self) -> bool:
+        """Whether tokens of one row differ in what is to be taken from their slots for their positions."""
+        return "shifts" in self.key.store.buffers
+
+    def first_blocks(self, count: int) -> CacheView:
+        """A view of the first blocks, the sinks and the tail, without padding: a small piece of the work at hand."""
+        spans = self.spans[: min(count, self.num_blocks)]
+        starts = None if self.starts is None else torch.zeros_like(self.starts)
+        places, end = self.places[: len(spans)], spans[-1].end
+        return replace(self, places=places, spans=spans, encoded_end=end, starts=starts, flush=None, touched=set())
+
+    def sink_slots(self) -> Tensor:
+        """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""
+        assert self.key.sinks is not None
+        offsets = torch.arange(self.key.sinks.shape[2], dtype=torch.int64, device=self.key.sinks.device)
+        return offsets[None] if self.starts is None else self.starts[:, None] + offsets
+
+    def tiles(self, blocks_per_tile: int) -> list[tuple[int, int]]:
+        """Ranges of blocks to work on at once.
+
+        Args:
+            blocks_per_tile: Largest size of a range.
+
+        Returns:
+            (first block, one past the last block) of every tile.
+        """
+        edges = range(0, self.num_blocks, blocks_per_tile)
+        return [(i, min(i + blocks_per_tile, self.num_blocks)) for i in edges]
+
+    @without_autocast
+    def dense(self, name: str) -> Tensor:
+        """Keys or values of all slots, in the model's dtype.
+
+        Args:
+            name: ``"key"`` or ``"value"``.
+
+        Returns:
+            ``[B, H, T, D]``.
+        """
+        side = self.side(name)
+        if not self.num_blocks:
+            return side.tail
+        assert side.codec is not None
+        assert side.sinks is not None
+        batch, heads, _, dim = side.tail.shape
+        out = side.tail.new_zeros(batch, heads, self.length, dim)
+        for first, last in self.tiles(16):
+            places = self.places[first:last]
+            decoded = side.codec.decode(self.fields(name, first, last), places, self.frames)
+            if out.dtype == torch.float16:  # a token near float16's limit may decode to beyond it
+                decoded = decoded.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+            decoded = decoded.to(out.dtype)
+            slots = block_slots(places)
+            if self.cut:
+                inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK)).nonzero().flatten()
+                slots, decoded = slots[inside], decoded[:, :, inside]
+            out.index_copy_(2, slots, decoded)
+        if side.lead is not None:
+            out[:, :, : side.lead.shape[2]] = side.lead
+        self._place_sinks(out, side.sinks)
+        out[:, :, self.encoded_end :] = side.tail
+        return out
+
+    def _place_sinks(self, out: Tensor, sinks: Tensor) -> None:
+        if self.starts is None:
+            out[:, :, : sinks.shape[2]] = sinks
+            return
+        slots = self.sink_slots()
+        inside = (slots < self.encoded_end)[:, None, :, None]
+        index = slots.clamp_max(self.encoded_end - 1)[:, None, :, None].expand(
+            -1, *sinks.shape[1:2], -1, sinks.shape[3]
+        )
+        out.scatter_(2, index, torch.where(inside, sinks, out.gather(2, index)))

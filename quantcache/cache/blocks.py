@@ -1,0 +1,399 @@
+"""What a layer of a spectral cache stores, and how that is read, cut, reordered, moved and copied.
+
+How tokens come in and become blocks is :mod:`quantcache.cache.layer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from quantcache.attention import guards
+from quantcache.attention.lazy import LazyKV
+from quantcache.backends import (
+    REFERENCE,
+    Backend,
+    BackendName,
+    BackendReport,
+    CacheView,
+    Choice,
+    Fields,
+    SideView,
+    padding,
+)
+from quantcache.backends.padding import Grid
+from quantcache.backends.spans import Span, places_of
+from quantcache.backends.store import BlockStore, moved
+from quantcache.cache.rows import chosen_rows, repeated_rows
+from quantcache.cache.transaction import commit, glimpse
+from quantcache.coding.codec import SideCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import SIDES
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError, TokensNotFinite
+
+SINK_LENGTH = 4
+RESIDUAL_LENGTH = 64
+
+CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
+"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
+
+With tails of no tokens it is asked for the same codecs on another device.
+"""
+
+ShapeCheck = Callable[[Tensor, Tensor], None]
+"""Raises if a layer's first keys and values do not fit its codecs."""
+
+
+class BlockLayer(DynamicLayer):
+    """A layer's sinks, encoded blocks and tail; :class:`quantcache.cache.layer.SpectralLayer` fills them.
+
+    Whatever changes the layer prepares everything first and puts it in place at once: a failure or an interrupt on the
+    way leaves the layer as it was.
+
+    Args:
+        make_codecs: Gives the codecs of both sides when the first block is due.
+        shape_check: Called with the first keys and values; raises if they do not fit.
+        sink_length: Tokens at the start of every row that stay in the model's dtype.
+        residual_length: At least this many recent tokens stay in the model's dtype.
+        backend: Which implementation encodes and attends on codes.
+        index: Which layer of the model this is, for messages.
+    """
+
+    spans: list[Span]
+    stores: dict[str, BlockStore]
+    places: BlockStore  # the spans once more, as a tensor for attention to read
+    sinks: dict[str, Tensor]
+    tails: dict[str, Tensor]
+    leads: dict[str, Tensor]  # what lies before the first block, where that is not the sinks
+    starts: Tensor | None
+    origins: Tensor | None
+    trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
+    cut: bool  # whether a crop has left some block less than full
+    pending: bool  # whether new tokens await their reader before they may be encoded
+    gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
+    refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
+    look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
+    layout: Backend  # in whose layout the blocks are
+
+    def __init__(
+        self,
+        make_codecs: CodecFactory,
+        shape_check: ShapeCheck | None = None,
+        sink_length: int = SINK_LENGTH,
+        residual_length: int = RESIDUAL_LENGTH,
+        backend: BackendName = "auto",
+        index: int | None = None,
+    ):
+        super().__init__()
+        self.make_codecs = make_codecs
+        self.shape_check = shape_check
+        self.sink_length, self.residual_length, self.backend = sink_length, residual_length, backend
+        self.index = index
+        self.codecs: dict[str, SideCodec] = {}
+        self._choice = Choice()
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(tokens={self.get_seq_length()}, blocks={len(self.spans)})"
+
+    # ------------------------------------------------------------------ state
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._commit(
+            spans=[],
+            stores={side: BlockStore() for side in SIDES},
+            places=BlockStore(),
+            sinks={},
+            tails={},
+            leads={},
+            gains={},
+            starts=None,
+            origins=None,
+            trail=None,
+            cut=False,
+            pending=False,
+            layout=REFERENCE,
+            is_initialized=False,
+        )
+
+    def _commit(self, **state: Any) -> None:
+        """Put a new state in place at once."""
+        commit([self], [{"look": None, "refused": False, **state}])
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and geometry from the first keys and values."""
+        if self.shape_check is not None:
+            self.shape_check(key_states, value_states)
+        self._commit(
+            dtype=key_states.dtype,
+            device=key_states.device,
+            tails={"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()},
+            is_initialized=True,
+        )
+
+    @property
+    def encoded_end(self) -> int:
+        """Slot behind the last encoded token; 0 before the first block."""
+        return self.spans[-1].end if self.spans else 0
+
+    def get_seq_length(self) -> int:
+        """Tokens cached, T."""
+        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
+        return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Dense keys of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
+        return LazyKV(self.snapshot(), "key", guarded=True) if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Dense values of all slots, ``[B, H, T, D]``, for code that reads a layer's tensors."""
+        return LazyKV(self.snapshot(), "value", guarded=True) if self.is_initialized else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    def _refuse_assignment(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise QuantCacheError("a spectral layer's keys and values are packed: use update(), crop() or reset()")
+
+    def snapshot(self) -> CacheView:
+        """What may be read now.
+
+        Returns:
+            A view that stays valid until the next update.
+        """
+        if self.spans:
+            self._relay(self._served()[0])
+        now = glimpse(self)
+        sides = {
+            side: SideView(
+                now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side], now.leads.get(side)
+            )
+            for side in SIDES
+        }
+        places = (
+            now.places.buffers["places"][: now.places.count]
+            if now.spans
+            else torch.zeros(0, 3, dtype=torch.int32, device=now.device)
+        )
+        return CacheView(
+            key=sides["key"],
+            value=sides["value"],
+            places=places,
+            encoded_end=now.encoded_end,
+            cut=now.cut,
+            starts=now.starts,
+            origins=now.origins,
+            spans=now.spans,
+            backend=now.layout if now.spans else None,
+            report=now.backend_report(),
+            flush=self.flush,
+        )
+
+    # ------------------------------------------------------------------ backend
+
+    def _served(self, codecs: dict[str, SideCodec] | None = None) -> tuple[Backend, BackendReport]:
+        """Who encodes and attends."""
+        codecs = codecs or self.codecs
+        return self._choice.of(self.backend, self.device, {side: self.tails[side].dtype for side in SIDES}, codecs)
+
+    def backend_report(self) -> BackendReport | None:
+        """Who encodes and attends here, and why not a faster backend; None before the first block."""
+        return self._served()[1] if self.spans else None
+
+    def fields(self, side: str) -> Fields:
+        """All blocks of a side in the portable layout.
+
+        Args:
+            side: ``"key"`` or ``"value"``.
+
+        Returns:
+            The codec's fields, ``[n, B, ...]`` each.
+        """
+        store = self.stores[side]
+        return self.layout.to_portable(self.codecs[side], store.slice(0, store.count)) if store.count else {}
+
+    def _relay(self, backend: Backend) -> None:
+        """Bring the blocks into a backend's layout."""
+        if backend.layout != self.layout.layout:
+            stores = {
+                side: store.mapped_fields(backend.from_portable(self.codecs[side], self.fields(side)))
+                for side, store in self.stores.items()
+                if store.count
+            }
+            commit([self], [{"stores": {**self.stores, **stores}, "layout": backend}])
+        elif backend is not self.layout:
+            commit([self], [{"layout": backend}])
+
+    @property
+    def grid(self) -> Grid:
+        """Where the rows lie in the slots."""
+        return Grid(self.starts, self.origins)
+
+    def flush(self) -> None:
+        """Encode what is due; nothing here."""
+
+    def flush_if_finite(self) -> None:
+        """Encode what is due, unless it is not finite.
+
+        It then stays as it is and can be copied, cut, selected from and saved; the next update tries again.
+        """
+        with contextlib.suppress(TokensNotFinite):
+            self.flush()
+
+    # ------------------------------------------------------------------ cache semantics
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens.
+
+        A cut inside an encoded block keeps the block's codes and shortens its valid length.
+
+        Args:
+            tokens_to_remove: Zero or negative, as transformers defines it.
+        """
+        if not self.is_initialized:
+            return
+        self.flush_if_finite()
+        length = self.get_seq_length()
+        keep = length - compat.tokens_to_remove(tokens_to_remove, length)
+        state: dict[str, Any] = {} if keep else {"starts": None, "origins": None, "trail": None, "pending": False}
+        if keep and self.trail is not None:
+            state["trail"] = self.trail[:, :, : max(0, keep - self.encoded_end)].clone()
+        if keep >= self.encoded_end:
+            state["tails"] = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
+        elif keep <= self.sink_length:
+            view = self.snapshot()
+            state["tails"] = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
+            if keep and self.trail is not None:
+                state["trail"] = padding.plain(self.grid, self.trail.shape[0], 0, keep, self.trail.device)
+            state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "places": BlockStore()}
+            state |= {"starts": None, "origins": None}
+            state["stores"] = {side: BlockStore() for side in SIDES}
+        else:
+            spans = [span for span in self.spans if span.start < keep]
+            last = spans[-1]
+            spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
+            cut = places_of(spans[-1:], self.device)
+            state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
+            state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
+            state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
+            state["tails"] = {side: tail[:, :, :0].clone() for side, tail in self.tails.items()}
+        self._commit(**state)
+
+    def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
+        """Apply a function of (tensor, batch dimension) to everything stored."""
+        if not self.is_initialized:
+            return
+        self.flush_if_finite()
+        self._commit(
+            stores={side: store.mapped(lambda buffer: function(buffer, 1)) for side, store in self.stores.items()},
+            tails={side: function(tail, 0) for side, tail in self.tails.items()},
+            sinks={side: function(sinks, 0) for side, sinks in self.sinks.items()},
+            leads={side: function(lead, 0) for side, lead in self.leads.items()},
+            starts=None if self.starts is None else function(self.starts, 0),
+            origins=None if self.origins is None else function(self.origins, 0),
+            trail=None if self.trail is None else function(self.trail, 0),
+        )
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Gather rows, for beam search.
+
+        Args:
+            beam_idx: Row of the present cache that each new row continues, ``[B']``.
+
+        Raises:
+            RowError: A row does not exist.
+        """
+        if self.is_initialized:
+            rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
+            self._map_batch(lambda tensor, dim: tensor.index_select(dim, rows))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep some rows.
+
+        Args:
+            indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
+
+        Raises:
+            RowError: A row does not exist.
+        """
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
+        """Repeat every row in place.
+
+        Args:
+            repeats: How often; or one number for each row.
+
+        Raises:
+            RowError: A number is negative, or there are not as many as rows.
+        """
+        if self.is_initialized:
+            self.reorder_cache(repeated_rows(repeats, self.tails["key"].shape[0]))
+
+    def _move(self, device: torch.device | str) -> None:
+        self.flush_if_finite()
+        self._relay(REFERENCE)
+        self._commit(
+            places=self.places.moved(device),
+            starts=None if self.starts is None else moved(self.starts, device),
+            origins=None if self.origins is None else moved(self.origins, device),
+            trail=None if self.trail is None else moved(self.trail, device),
+            leads={side: moved(lead, device) for side, lead in self.leads.items()},
+            stores={side: store.moved(device) for side, store in self.stores.items()},
+            tails={side: moved(tail, device) for side, tail in self.tails.items()},
+            sinks={side: moved(sinks, device) for side, sinks in self.sinks.items()},
+        )
+
+    def offload(self) -> None:
+        """Move what is stored to CPU memory; the calibration's constants stay."""
+        if self.is_initialized:
+            self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move what is stored back to the layer's device; the next update does so by itself."""
+        if self.is_initialized and self.tails["key"].device != self.device:
+            self._move(self.device)
+
+    def fork(self) -> Self:
+        """A layer of the same tokens that shares what is stored; whichever of the two changes copies what it changes.
+
+        Returns:
+            The new layer.
+        """
+        self.flush_if_finite()
+        new = glimpse(self)
+        new.stores = {side: store.fork() for side, store in new.stores.items()}
+        new.places = new.places.fork()
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy what is stored; constants are shared."""
+        self.flush_if_finite()
+        new = glimpse(self)
+        memo[id(self)] = new
+        new.stores = {side: store.copy() for side, store in new.stores.items()}
+        new.places = new.places.copy()
+        new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
+        new.tails = {side: tensor.clone() for side, tensor in new.tails.items()}
+        new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
+        new.starts = None if new.starts is None else new.starts.clone()
+        new.origins = None if new.origins is None else new.origins.clone()
+        new.trail = None if new.trail is None else new.trail.clone()
+        return new

@@ -1,0 +1,369 @@
+"""A filled cache on disk: one safetensors file with its description as JSON in the header.
+
+The file holds what the cache stores, codes as codes. The calibration's constants are not in it: their fingerprint is,
+and a file is read only with the calibration it was written with. Every flaw of a file gives one clear error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import astuple
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.checks import check_header
+from quantcache.artifact.files import TensorReader
+from quantcache.backends.padding import Grid
+from quantcache.backends.spans import Span
+from quantcache.backends.store import BlockStore
+from quantcache.cache.fingerprints import fingerprint, model_fingerprint
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.mixed_layers import MIXED
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.coding.schema import SIDES, LayerCalibration, Rate
+from quantcache.common import compat
+from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
+from quantcache.common.jsonfile import as_type, parse_json
+from quantcache.common.tensor_file import TensorFile, checksum
+from quantcache.common.writing import current_umask, partial_folder
+
+FORMAT = "quantcache-cache"
+SCHEMA_VERSION = "2.1"
+DESCRIPTION = "quantcache"
+"""Key of the JSON description in the safetensors header."""
+
+_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write_cache(
+    path: Path,
+    cache: Cache,
+    calibration: Calibration,
+    model: PreTrainedModel | None,
+    unchanged: Callable[[], bool] = lambda: True,
+) -> None:
+    """Write a cache, complete or not at all.
+
+    Args:
+        path: File to write; an existing one is replaced.
+        cache: Cache between two forward passes.
+        calibration: Calibration the cache was filled with.
+        model: The model that filled it.
+        unchanged: Says, once all is written, whether the cache still holds what was read.
+
+    Raises:
+        QuantCacheError: The cache holds something that cannot be written, a forward pass was interrupted, or another
+            thread has changed the cache in the meantime.
+    """
+    lengths = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)]
+    if len(set(lengths)) > 1:
+        raise QuantCacheError(
+            f"some layers hold {min(lengths)} tokens and others {max(lengths)}: call rollback() or reset() first"
+        )
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        entry: dict[str, Any] = {"kind": type(layer).__name__}
+        if isinstance(layer, SpectralLayer) and not isinstance(layer, MIXED):
+            held = layer.get_seq_length() > 0
+            tensors |= _layer_tensors(layer, calibration, index) if held else {}
+            entry |= _describe(layer) if held else {"tokens": 0}
+        else:
+            state = None if isinstance(layer, MIXED) else compat.stock_layer_state(layer)
+            if state is None:
+                raise QuantCacheError(f"layer {index} is a {entry['kind']}, which cannot be written to a file")
+            tensors |= {f"layers.{index}.{name}": tensor for name, tensor in state.tensors.items()}
+            entry |= state.numbers
+        layers.append(entry)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    spectral = [layer for layer in cache.layers if isinstance(layer, SpectralLayer)]
+    description = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "cache_config": calibration.metadata.cache_config,
+        "rate": calibration.metadata.rate.to_dict(),
+        "sink_length": spectral[0].sink_length if spectral else 0,
+        "residual_length": spectral[0].residual_length if spectral else 0,
+        "calibration": fingerprint(calibration),
+        "model": None if model is None else model_fingerprint(model),
+        "layers": layers,
+        "sha256": checksum(tensors),
+        "environment": compat.versions(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial_folder(path.parent) as folder:
+        temporary = folder / path.name
+        save_file(tensors, temporary, metadata={"format": "pt", DESCRIPTION: json.dumps(description)})
+        os.chmod(temporary, 0o666 & ~current_umask())  # safetensors may write owner-only files
+        if not unchanged():
+            raise QuantCacheError(f"another thread changed the cache while it was being written to {path}")
+        os.replace(temporary, path)
+
+
+def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -> dict[str, Tensor]:
+    """What a layer stores, by name in the file."""
+    layer.flush_if_finite()
+    heads, whole = layer.tails["key"].shape[1], calibration.layers[index].key.num_heads
+    if heads != whole:
+        raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")
+    prefix = f"layers.{index}"
+    told = {"starts": layer.starts, "origins": layer.origins, "trail": layer.trail}
+    found = {f"{prefix}.{name}": tensor for name, tensor in told.items() if tensor is not None}
+    if layer.spans:
+        found[f"{prefix}.places"] = layer.places.buffers["places"][: layer.places.count]
+    for side in SIDES:
+        found[f"{prefix}.{side}.tail"] = layer.tails[side]
+        if layer.spans:
+            found[f"{prefix}.{side}.sinks"] = layer.sinks[side]
+            if side in layer.leads:
+                found[f"{prefix}.{side}.lead"] = layer.leads[side]
+            found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in layer.fields(side).items()}
+    return found
+
+
+def _describe(layer: SpectralLayer) -> dict[str, Any]:
+    return {
+        "tokens": layer.get_seq_length(),
+        "rows": layer.tails["key"].shape[0],
+        "blocks": len(layer.spans),
+        "tail": layer.tails["key"].shape[2],
+        "dtypes": [str(layer.tails[side].dtype) for side in SIDES],
+        "padded": layer.starts is not None,
+        "displaced": layer.origins is not None,
+        "shifted": "shifts" in layer.stores["key"].buffers,
+        "trail": layer.trail is not None,
+    }
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The description of a cache file.
+
+    Args:
+        path: File that ``save`` has written.
+
+    Returns:
+        The JSON object; its bits and lengths have been checked.
+
+    Raises:
+        ArtifactError: The file cannot be read, or is something else.
+    """
+    try:
+        check_header(path)
+        with TensorFile(path) as file:
+            description = parse_json(file.metadata.get(DESCRIPTION, "null"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is not a saved cache: its header has no {FORMAT!r} description")
+    version = str(description.get("schema_version"))
+    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ArtifactError(f"{path} has schema version {version}, this quantcache reads {SCHEMA_VERSION}")
+    for name in ("sink_length", "residual_length"):
+        if type(description.get(name)) is not int or not 0 <= description[name] < 1 << 30:
+            raise ArtifactError(f"{path}: {name} must be a number of tokens, got {description.get(name)!r}")
+    return description
+
+
+def calibration_at(description: dict[str, Any], calibration: Calibration, path: Path) -> Calibration:
+    """A calibration at the bits that a file was written at.
+
+    Args:
+        description: From :func:`read_description`.
+        calibration: The model's calibration at any bits.
+        path: The file, for messages.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        ArtifactError: The bits in the description are malformed.
+    """
+    try:
+        rate: Rate = as_type(Rate, description.get("rate"), "rate")
+        if rate == calibration.metadata.rate:
+            return calibration
+        return calibration.with_bits(
+            rate.bits, key_bits=rate.key_bits, value_bits=rate.value_bits, min_bits=rate.min_bits
+        )
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: the rate is malformed: {error}") from error
+
+
+def check_model(description: dict[str, Any], model: PreTrainedModel, path: Path) -> None:
+    """Refuse a model of other weights.
+
+    Args:
+        description: From :func:`read_description`.
+        model: Model that will continue the cache.
+        path: The file, for messages.
+
+    Raises:
+        CalibrationMismatch: The file was written by another model.
+    """
+    theirs = description.get("model")
+    if theirs is not None and theirs != (ours := model_fingerprint(model)):
+        raise CalibrationMismatch(f"{path} was filled by model {str(theirs)[:12]}, this one is {ours[:12]}")
+
+
+def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibration: Calibration) -> None:
+    """Fill an empty cache from a file.
+
+    Args:
+        path: File that ``save`` has written.
+        description: From :func:`read_description`.
+        cache: An empty SpectralCache of the bits and lengths described.
+        calibration: Calibration at the file's bits.
+
+    Raises:
+        ArtifactError: The file is damaged or malformed.
+        CalibrationMismatch: It was written with another calibration.
+    """
+    ours, theirs = fingerprint(calibration), description.get("calibration")
+    if ours != theirs:
+        raise CalibrationMismatch(f"{path} was written with calibration {str(theirs)[:12]}, this one is {ours[:12]}")
+    entries = description.get("layers")
+    if not isinstance(entries, list) or len(entries) != len(cache.layers):
+        found = len(entries) if isinstance(entries, list) else entries
+        raise ArtifactError(f"{path} describes {found} layers, the model has {len(cache.layers)}")
+    with TensorFile(path) as file:
+        reader = TensorReader(file, path, finite=False)  # a model's tokens may hold anything
+        for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
+            _read_layer(reader, layer, entry, index, calibration)
+        if reader.unread:
+            raise ArtifactError(f"{path} has unknown tensors {', '.join(sorted(reader.unread)[:5])}")
+        found = checksum(reader.found)
+    if found != description.get("sha256"):
+        raise ArtifactError(
+            f"{path} is damaged: its tensors have checksum {found[:12]}, expected {str(description.get('sha256'))[:12]}"
+        )
+    lengths = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)}
+    if len(lengths) > 1:
+        raise ArtifactError(f"{path}: layers hold {sorted(lengths)} tokens, all must hold the same")
+
+
+def _read_layer(reader: TensorReader, layer: Any, entry: Any, index: int, calibration: Calibration) -> None:
+    kind = entry.get("kind") if isinstance(entry, dict) else entry
+    if kind != type(layer).__name__:
+        raise ArtifactError(f"{reader.path}: layer {index} is a {kind}, the model has a {type(layer).__name__}")
+    if not isinstance(layer, SpectralLayer):
+        shapes = compat.stock_layer_shapes(layer, entry, f"{reader.path}: layer {index}")
+        found = {
+            name: reader.read(f"layers.{index}.{name}", shape, _dtype(reader, entry, i))
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+        compat.restore_stock_layer(layer, found, entry)
+    elif _size(reader, entry, "tokens"):
+        _read_spectral(reader, layer, entry, index, calibration.layers[index])
+
+
+def _size(reader: TensorReader, entry: dict[str, Any], name: str) -> int:
+    value = entry.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
+        raise ArtifactError(f"{reader.path}: {name} must be a whole number from 0 up, got {value!r}")
+    return value
+
+
+def _dtype(reader: TensorReader, entry: dict[str, Any], place: int) -> torch.dtype:
+    names = entry.get("dtypes")
+    name = names[place] if isinstance(names, list) and len(names) == len(SIDES) else names
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ArtifactError(f"{reader.path}: dtypes must be two of {', '.join(_DTYPES)}, got {names!r}")
+    return _DTYPES[name]
+
+
+def _read_spectral(
+    reader: TensorReader, layer: SpectralLayer, entry: dict[str, Any], index: int, constants: LayerCalibration
+) -> None:
+    rows, blocks, tail = (_size(reader, entry, name) for name in ("rows", "blocks", "tail"))
+    prefix = f"layers.{index}"
+    sizes = {side: (constants.side(side).num_heads, constants.side(side).dim) for side in SIDES}
+    empty = {
+        side: torch.zeros(rows, heads, 0, dim, dtype=torch.float32, device="cpu")
+        for side, (heads, dim) in sizes.items()
+    }
+    codecs = layer.make_codecs(torch.device("cpu"), empty, Grid())
+    state: dict[str, Any] = {"tails": {}, "sinks": {}, "leads": {}}
+    padded = entry.get("padded") is True
+    for name, there in (("starts", padded), ("origins", entry.get("displaced") is True)):
+        state[name] = reader.read(f"{prefix}.{name}", (rows,), torch.int64) if there else None
+    if padded and bool(((state["starts"] < 0) | (state["starts"] > entry["tokens"])).any()):
+        raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
+    state["trail"] = None
+    if entry.get("trail") is True:
+        state["trail"] = reader.read(f"{prefix}.trail", (rows, 2, tail), torch.int32)
+    stores = {side: BlockStore() for side in SIDES}
+    for place, side in enumerate(SIDES):
+        codec, dtype = codecs[side], _dtype(reader, entry, place)
+        heads, dim = sizes[side]
+        state["tails"][side] = reader.read(f"{prefix}.{side}.tail", (rows, heads, tail, dim), dtype)
+        if blocks:
+            sinks = (rows, heads, layer.sink_length, dim)
+            state["sinks"][side] = reader.read(f"{prefix}.{side}.sinks", sinks, dtype)
+            if padded:
+                # Files of schema 2.0 lack it: what lay before the first block was padding, which nobody may look at.
+                name, known = f"{prefix}.{side}.lead", f"{prefix}.{side}.lead" in reader.unread
+                lead = reader.read(name, sinks, dtype) if known else torch.zeros(sinks, dtype=dtype, device="cpu")
+                state["leads"][side] = lead
+            fields = _field_shapes(codec, (blocks, rows, heads, dim), dtype)
+            if side == "key" and entry.get("shifted") is True:
+                fields["shifts"] = ((blocks, rows, BLOCK), torch.int32)
+            stores[side] = BlockStore(
+                blocks, {name: reader.read(f"{prefix}.{side}.{name}", *expected) for name, expected in fields.items()}
+            )
+    spans: list[Span] = []
+    if blocks:
+        places = reader.read(f"{prefix}.places", (blocks, 3), torch.int32)
+        spans = _read_spans(reader, places, layer.sink_length)
+        state["places"] = BlockStore(blocks, {"places": places})
+    layer.lazy_initialization(*(state["tails"][side] for side in SIDES))
+    cut = any(span.length < BLOCK for span in spans)
+    vars(layer).update(state, spans=spans, stores=stores, codecs=codecs if blocks else {}, cut=cut)
+    if layer.get_seq_length() != entry["tokens"]:
+        raise ArtifactError(
+            f"{reader.path}: layer {index} holds {layer.get_seq_length()} tokens, the header says {entry['tokens']}"
+        )
+
+
+def _field_shapes(
+    codec: SideCodec, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of a codec's fields for (blocks, rows, heads, dimension)."""
+    blocks, rows, heads, dim = shape
+    if isinstance(codec, SpectralCodec):
+        return {
+            "codes": ((blocks, rows, codec.num_words), torch.int32),
+            "gains": ((blocks, rows, heads, BLOCK), torch.uint8),
+        }
+    return {"dense": ((blocks, rows, heads, BLOCK, dim), dtype)}
+
+
+def _read_spans(reader: TensorReader, places: Tensor, sink_length: int) -> list[Span]:
+    """The spans of a table of places, if they follow each other as a layer's do."""
+    spans = [Span(*place) for place in places.tolist()]
+    previous = Span(sink_length, 0, sink_length)
+    for first, second in pairwise([previous, *spans]):
+        fits = second.start == first.end and 1 <= second.length <= BLOCK
+        anchored = (
+            second.anchor in (first.anchor, second.start) and second.start + BLOCK <= second.anchor + ANCHOR_LENGTH
+        )
+        if not fits or not anchored:
+            raise ArtifactError(f"{reader.path}: a block at {astuple(second)} cannot follow one at {astuple(first)}")
+    return spans

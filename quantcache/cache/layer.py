@@ -1,0 +1,214 @@
+"""One layer of a spectral cache: how tokens come in, and how the oldest of them become blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcache.attention import alignment, guards
+from quantcache.attention.lazy import LazyKV
+from quantcache.backends import padding
+from quantcache.backends.padding import Arrivals, Grid
+from quantcache.backends.spans import next_spans, places_of
+from quantcache.cache.blocks import RESIDUAL_LENGTH as RESIDUAL_LENGTH
+from quantcache.cache.blocks import SINK_LENGTH as SINK_LENGTH
+from quantcache.cache.blocks import BlockLayer
+from quantcache.cache.blocks import CodecFactory as CodecFactory
+from quantcache.cache.blocks import ShapeCheck as ShapeCheck
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import SIDES
+from quantcache.common.ambient import without_autocast
+
+LOOK_AHEAD = 8
+"""Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
+
+
+class SpectralLayer(BlockLayer):
+    """One layer: sinks, encoded blocks and a tail of recent tokens.
+
+    Slots 0 ... T-1 are the layer's tokens in order of arrival, one grid for the whole batch. Until the first block is
+    due everything is in the tail. From then on the first ``sink_length`` valid tokens of every row are kept aside, and
+    whenever the tail holds ``residual_length + 64`` tokens its oldest 64 become a block, never to be encoded again
+    (but for padding, once the row behind it begins elsewhere than was thought). Padding is a matter of fidelity alone:
+    every slot is kept, and what a query may look at is for its own mask to say.
+
+    Arguments are those of :class:`quantcache.cache.blocks.BlockLayer`.
+    """
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        arrivals: Arrivals | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values.
+
+        Args:
+            key_states: ``[B, Hkv, Tnew, D]``, rotated as the model caches them.
+            value_states: ``[B, Hkv, Tnew, Dv]``.
+            args: Ignored, as by DynamicLayer.
+            arrivals: What the pass says of padding and positions; None where nobody knows.
+            kwargs: Ignored, as by DynamicLayer.
+
+        Returns:
+            Lazy keys and values of all T tokens, the new ones exact.
+
+        Raises:
+            QuantCacheError: Batch size, heads, dimension or dtype differ from what is cached, or what is to be encoded
+                is not finite.
+        """
+        if not self.get_seq_length():
+            self.lazy_initialization(key_states, value_states)
+        new = {"key": key_states, "value": value_states}
+        for side, tensor in new.items():
+            guards.require_continuation(self.index, side, self.tails[side], tensor)
+        if key_states.device != self.tails["key"].device:
+            self._follow(key_states.device)
+        self.flush()
+        self._leave_inference_mode()
+        length = self.get_seq_length() + key_states.shape[2]
+        trail = padding.extended(self.trail, arrivals, self.grid, self.encoded_end, length, key_states)
+        if key_states.requires_grad or value_states.requires_grad:
+            return self._update_differentiably(new, trail)
+        tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
+        self._commit(tails=tails, trail=trail, pending=True, look=self.look)
+        view = self.snapshot()
+        return LazyKV(view, "key"), LazyKV(view, "value")
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what torch's inference mode has made, once it is over: autograd refuses to keep such tensors."""
+        held = (*self.sinks.values(), *(buffer for store in self.stores.values() for buffer in store.buffers.values()))
+        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in held):
+            self._map_batch(lambda tensor, dim: tensor.clone())
+
+    def _follow(self, device: torch.device) -> None:
+        """Go where the model has gone, or come back from an offload."""
+        self.flush()
+        if device != self.device and self.codecs:
+            empty = {side: tail[:, :, :0] for side, tail in self.tails.items()}
+            self.codecs = self.make_codecs(device, empty, Grid())
+        self._move(device)
+        self.device = device
+
+    def _update_differentiably(self, new: dict[str, Tensor], trail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Append under autograd: plain tensors, with gradients to the new keys and values; the past is constant."""
+        view = self.snapshot()
+        dense = {side: torch.cat((view.dense(side), new[side]), dim=2) for side in SIDES}
+        tails = {side: torch.cat((self.tails[side], new[side].detach()), dim=2) for side in SIDES}
+        self._commit(tails=tails, trail=trail, pending=True)
+        return dense["key"], dense["value"]
+
+    @without_autocast
+    def flush(self) -> None:
+        """Encode what is due, once the newest tokens have been read."""
+        if not self.pending:
+            return
+        lead = 0 if self.spans else self.sink_length
+        due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
+        if due > 0:
+            self._encode(lead, due)
+        else:
+            self._commit(pending=False, look=self._look_ahead(lead))
+
+    finish = flush
+    """The name of :meth:`flush` before 0.3."""
+
+    def _look_ahead(self, lead: int) -> guards.Look | None:
+        """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
+        length = self.tails["key"].shape[2] - lead
+        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK:
+            return self.look
+        if length < BLOCK + self.residual_length - LOOK_AHEAD:
+            return None
+        return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
+
+    @torch.no_grad()
+    def _encode(self, lead: int, due: int) -> None:
+        """Make blocks of the tail's oldest tokens.
+
+        Args:
+            lead: Tokens before them, which become sinks.
+            due: How many blocks.
+        """
+        grid, count = self.grid, lead + due * BLOCK
+        if self.trail is not None:
+            grid = padding.settled(self.trail, grid, self.encoded_end)
+        codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
+        backend = self._served(codecs)[0]
+        self._relay(backend)
+        framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
+        grid = grid if framed else Grid(grid.starts)
+        shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
+        spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
+        places = places_of(spans, self.device)
+        coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
+        look = self.look if self.look is not None and due == 1 else guards.Look(coded)
+        if not look.finite():
+            self._commit(refused=True)
+            for side, tokens in coded.items():
+                guards.require_finite(self.index, side, tokens, spans[0].start, grid.starts)
+        tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
+        gains: dict[str, guards.Later] = {}
+        for side in SIDES:
+            tail, store = self.tails[side], self.stores[side]
+            encoded = tail[:, :, lead:count]
+            sinks[side] = self.sinks[side] if self.spans else tail[:, :, :lead].clone()
+            if grid.starts is not None:
+                if not self.spans:
+                    # Padding may hold anything; of NaN no more is kept than codes would.
+                    leads[side] = sinks[side] if codecs[side].bits is None else sinks[side].nan_to_num()
+                    sinks[side] = alignment.with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
+                sinks[side] = alignment.with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
+            frames = grid.frames
+            if framed and side == "key":
+                held, grids = self.places.slice(0, self.places.count).get("places", places), (self.grid, grid)
+                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, backend)
+                if shifts is not None:
+                    store, frames = alignment.with_shifts(store, grid, tail.shape[0], tail.device), shifts
+            fields = backend.encode(codecs[side], encoded, places, frames)
+            if frames is not None and frames.ndim == 2:
+                fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
+            if isinstance(codec := codecs[side], SpectralCodec):
+                stored = backend.to_portable(codec, fields)["gains"]
+                gains[side] = guards.Later(codec.saturated(stored, places, self.first_read(grid)))
+            stores[side] = store.appended(fields)
+            tails[side] = tail[:, :, count:].clone()
+        # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
+        guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
+        self._commit(
+            starts=grid.starts,
+            origins=grid.origins,
+            trail=None if self.trail is None else self.trail[:, :, count:].clone(),
+            leads=leads,
+            codecs=codecs,
+            spans=self.spans + spans,
+            stores=stores,
+            places=self.places.appended({"places": places}),
+            sinks=sinks,
+            tails=tails,
+            gains=gains if guards.Later.pays(self.device) else {},
+            pending=False,
+        )
+
+    def first_read(self, grid: Grid) -> Tensor | None:
+        """First slot of every row whose gain counts, ``[B]``: sinks are read elsewhere, padding hardly at all."""
+        return None if grid.starts is None else grid.starts + self.sink_length
+
+    def saturated_gains(self) -> tuple[int, int]:
+        """How many tokens' gains lie beyond the largest and below the smallest that can be stored, heads counted apart.
+
+        Returns:
+            (above, below): the former are decoded too small, the latter as the mean.
+        """
+        above = below = 0
+        for side, codec in self.codecs.items():
+            if isinstance(codec, SpectralCodec) and self.spans:
+                where = self.places.slice(0, self.places.count)["places"]
+                found = codec.saturated(self.fields(side)["gains"], where, self.first_read(self.grid)).tolist()
+                above, below = above + found[0], below + found[1]
+        return above, below

@@ -1,0 +1,251 @@
+"""Compressed layers that hold more than keys and values: recurrent states, or the keys of an indexer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from quantcache.backends import BackendName
+from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
+
+
+class SpectralRecurrentLayer(LinearAttentionLayer, SpectralLayer):  # type: ignore[misc, override]
+    """Attention and recurrence in one layer (Falcon-H1, Zamba2): keys and values are compressed, states are not.
+
+    Args:
+        make_codecs: See :class:`SpectralLayer`.
+        shape_check: See :class:`SpectralLayer`.
+        sink_length: See :class:`SpectralLayer`.
+        residual_length: See :class:`SpectralLayer`.
+        backend: See :class:`SpectralLayer`.
+        index: See :class:`SpectralLayer`.
+        number_of_states: How many states of a kind the layer has.
+    """
+
+    is_compileable = False  # as of any layer that grows
+
+    def __init__(
+        self,
+        make_codecs: CodecFactory,
+        shape_check: ShapeCheck | None = None,
+        sink_length: int = SINK_LENGTH,
+        residual_length: int = RESIDUAL_LENGTH,
+        backend: BackendName = "auto",
+        index: int | None = None,
+        number_of_states: int = 1,
+    ):
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.beside = ("record_past", *(name for name, value in vars(self).items() if isinstance(value, dict)))
+        SpectralLayer.__init__(self, make_codecs, shape_check, sink_length, residual_length, backend, index)
+
+    def __repr__(self) -> str:
+        return SpectralLayer.__repr__(self)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Take dtype and device from the first keys and values, or, by keywords, from the first states."""
+        part = SpectralLayer if args else LinearAttentionLayer
+        part.lazy_initialization(self, *args, **kwargs)
+
+    def get_max_length(self) -> int:
+        """No maximum, -1."""
+        return -1
+
+    def offload(self) -> None:
+        """Move everything to CPU memory."""
+        SpectralLayer.offload(self)
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        """Move everything back to the layer's device."""
+        SpectralLayer.prefetch(self)
+        LinearAttentionLayer.prefetch(self)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        LinearAttentionLayer.reset(self)
+        SpectralLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens, where the states can go back too.
+
+        Args:
+            tokens_to_remove: Zero or negative.
+
+        Raises:
+            RuntimeError: The states are not recorded, see ``activate_past_recording``.
+        """
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        SpectralLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Gather rows.
+
+        Args:
+            beam_idx: Row of the present cache that each new row continues, ``[B']``.
+        """
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+        SpectralLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
+        """Repeat every row in place.
+
+        Args:
+            repeats: How often; or one number for each row.
+        """
+        SpectralLayer.batch_repeat_interleave(self, repeats)  # by way of reorder_cache
+
+    def fork(self) -> Self:
+        """See :meth:`SpectralLayer.fork`; the states are copied."""
+        new: Self = copy_beside(SpectralLayer.fork(self), self)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy what is stored; constants are shared."""
+        new: Self = copy_beside(SpectralLayer.__deepcopy__(self, memo), self)
+        return new
+
+
+class SpectralIndexedLayer(DynamicIndexedLayer, SpectralLayer):
+    """A layer with an indexer (GLM-5, DeepSeek V3.2): keys and values are compressed, the indexer's keys are not.
+
+    Args:
+        make_codecs: See :class:`SpectralLayer`.
+        shape_check: See :class:`SpectralLayer`.
+        sink_length: See :class:`SpectralLayer`.
+        residual_length: See :class:`SpectralLayer`.
+        backend: See :class:`SpectralLayer`.
+        index: See :class:`SpectralLayer`.
+    """
+
+    beside = ("indexer_keys", "indexer_position_ids", "is_indexer_initialized", "indexer_dtype", "indexer_device")
+
+    def __init__(
+        self,
+        make_codecs: CodecFactory,
+        shape_check: ShapeCheck | None = None,
+        sink_length: int = SINK_LENGTH,
+        residual_length: int = RESIDUAL_LENGTH,
+        backend: BackendName = "auto",
+        index: int | None = None,
+    ):
+        self._drop_indexer()
+        SpectralLayer.__init__(self, make_codecs, shape_check, sink_length, residual_length, backend, index)
+
+    def _drop_indexer(self) -> None:
+        self.indexer_keys: Tensor | None = None
+        self.indexer_position_ids: Tensor | None = None
+        self.is_indexer_initialized = False
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        SpectralLayer.reset(self)
+        self._drop_indexer()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens, and what the indexer knows of them.
+
+        Args:
+            tokens_to_remove: Zero or negative.
+        """
+        SpectralLayer.crop(self, tokens_to_remove)
+        keep = self.get_seq_length()
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, :keep]
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids[..., :keep]
+
+    def _map_indexer(self, function: Callable[[Tensor, int], Tensor]) -> None:
+        """Apply a function of (tensor, batch dimension) to what the indexer holds."""
+        if self.indexer_keys is not None and self.indexer_keys.numel():
+            self.indexer_keys = function(self.indexer_keys, 0)
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = function(self.indexer_position_ids, 1)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Gather rows.
+
+        Args:
+            beam_idx: Row of the present cache that each new row continues, ``[B']``.
+        """
+        self._map_indexer(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
+        SpectralLayer.reorder_cache(self, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows.
+
+        Args:
+            indices: Row indices, or a boolean mask over rows.
+        """
+        SpectralLayer.batch_select_indices(self, indices)  # by way of reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
+        """Repeat every row in place.
+
+        Args:
+            repeats: How often; or one number for each row.
+        """
+        SpectralLayer.batch_repeat_interleave(self, repeats)  # by way of reorder_cache
+
+    def _move(self, device: torch.device | str) -> None:
+        SpectralLayer._move(self, device)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys.to(device)
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids.to(device)
+
+    def offload(self) -> None:
+        """Move everything to CPU memory."""
+        SpectralLayer.offload(self)
+
+    def prefetch(self) -> None:
+        """Move everything back to the layer's device."""
+        SpectralLayer.prefetch(self)
+
+    def fork(self) -> Self:
+        """See :meth:`SpectralLayer.fork`; the indexer's keys are copied."""
+        new: Self = copy_beside(SpectralLayer.fork(self), self)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy what is stored; constants are shared."""
+        new: Self = copy_beside(SpectralLayer.__deepcopy__(self, memo), self)
+        return new
+
+
+MIXED = (SpectralRecurrentLayer, SpectralIndexedLayer)
+
+
+def copy_beside(layer: Any, other: Any) -> Any:
+    """Copy what another layer of the same kind holds beside keys and values.
+
+    Args:
+        layer: The layer to fill.
+        other: One of ours, or transformers' own.
+
+    Returns:
+        The layer; of a kind that holds nothing else it stays as it is.
+    """
+    for name in getattr(layer, "beside", ()):
+        if name in vars(other):
+            setattr(layer, name, copy.deepcopy(getattr(other, name)))
+    return layer
+
+
+def spectral_layer(stock: Any, *arguments: Any) -> SpectralLayer:
+    """The compressed layer that takes the place of one of transformers' own.
+
+    Args:
+        stock: The empty layer, of a kind that :func:`compat.is_full_attention` accepts.
+        arguments: All those of :class:`SpectralLayer`.
+
+    Returns:
+        An empty layer.
+    """
+    if isinstance(stock, LinearAttentionAndFullAttentionLayer):
+        return SpectralRecurrentLayer(*arguments, number_of_states=stock.number_of_states)  # type: ignore[misc]
+    return SpectralIndexedLayer(*arguments) if isinstance(stock, DynamicIndexedLayer) else SpectralLayer(*arguments)

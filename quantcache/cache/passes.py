@@ -1,0 +1,180 @@
+"""Whether the last forward pass that updated a cache has returned.
+
+A pass goes on after its last layer has taken its tokens: the rest of that layer, the final norm, the head. If it fails
+there, every layer holds the new tokens, and nothing about the cache tells that nobody ever got logits for them.
+
+A cache does not know its model, and a hook registered in the middle of a call is not called for it. But the call is on
+the stack while it uses the cache. So :func:`watch` finds the outermost call of a model that was given the cache and
+lays a mark among the arguments of torch's ``Module.__call__``. The mark goes when that call returns, while its caller
+is still where it called. When the call fails, its frame is kept with the traceback, and the mark goes later, when the
+caller is somewhere else. Nothing is left on the model, and nothing outlives the call but the answer.
+"""
+
+from __future__ import annotations
+
+import dis
+import gc
+import operator
+import sys
+import threading
+import weakref
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import chain
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+_CALL: CodeType = torch.nn.Module._wrapped_call_impl.__code__
+"""What ``Module.__call__`` runs. It hands its arguments on and does not look at them again."""
+
+
+class Outcome(Enum):
+    """How far a forward pass is."""
+
+    RUNNING = "running"
+    RETURNED = "returned"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One forward pass over a cache.
+
+    Attributes:
+        start: Tokens that were cached before it.
+        thread: The thread it runs in.
+        call: Identity of the frame of the model's call.
+        ended: Whether that frame is gone.
+        returned: Whether the call has returned.
+    """
+
+    start: int
+    call: int
+    thread: int = field(default_factory=threading.get_ident)
+    ended: bool = False
+    returned: bool = False
+    _mark: weakref.ref[_Mark] | None = None
+
+    def outcome(self, search: bool = False) -> Outcome:
+        """How far it is.
+
+        Args:
+            search: Whether to search all of memory for what a failed pass of another thread may have left behind;
+                without, it counts as running for as long as somebody keeps its traceback.
+        """
+        if not self.ended:
+            if self.thread == threading.get_ident():
+                running = _is_on_stack(self.call)
+            else:
+                running = not (search and _is_left_behind(self._mark))
+            if running:
+                return Outcome.RUNNING
+            frame = _frame_left_behind(self._mark)
+            if frame is not None:
+                self.returned = _has_returned(frame)
+        return Outcome.RETURNED if self.returned else Outcome.FAILED
+
+
+class _Mark:
+    """Lies among the arguments of a call, and goes with them.
+
+    Nobody may hold one while its call is running: it would not go when the call ends.
+
+    Args:
+        forward_pass: Told how the call ended.
+        caller: The frame that called.
+    """
+
+    __slots__ = ("__weakref__", "caller", "forward_pass")
+
+    def __init__(self, forward_pass: ForwardPass, caller: FrameType):
+        self.forward_pass = forward_pass
+        self.caller = (id(caller), caller.f_lasti)  # not the frame: it would be kept, and all its variables
+
+    def __del__(self) -> None:
+        now = sys._getframe(1)
+        # What dies in a cycle was kept by somebody who looked at frames, and says nothing about the call.
+        cyclic = sys.getrefcount(self) > _LAST_REFERENCES
+        if cyclic or (id(now), now.f_lasti) == self.caller:
+            self.forward_pass.returned = True
+        self.forward_pass.ended = True
+
+
+class _Probe:
+    """Counts the references that an object has in its finalizer, if nothing else refers to it."""
+
+    found = 0
+
+    def __del__(self) -> None:
+        _Probe.found = sys.getrefcount(self)
+
+
+_Probe()
+_LAST_REFERENCES = _Probe.found
+
+
+def watch(cache: Any, start: int) -> ForwardPass | None:
+    """Find the forward pass that is calling, and see to it that its end is noticed.
+
+    Args:
+        cache: The cache it uses.
+        start: Tokens cached before it.
+
+    Returns:
+        The pass; None where no module was given the cache.
+    """
+    found: FrameType | None = None
+    of_model = False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            arguments = frame.f_locals
+            if any(value is cache for value in (*arguments["args"], *arguments["kwargs"].values())):
+                is_model = isinstance(arguments["self"], PreTrainedModel)
+                if is_model or not of_model:  # the outermost model; else, such as under torch.compile, any module
+                    found, of_model = frame, is_model
+        frame = frame.f_back
+    if found is None or found.f_back is None:
+        return None
+    forward_pass = ForwardPass(start, id(found))
+    mark = _Mark(forward_pass, found.f_back)
+    forward_pass._mark = weakref.ref(mark)
+    found.f_locals["kwargs"][f"quantcache pass {id(cache)}"] = mark
+    return forward_pass
+
+
+def _is_on_stack(call: int) -> bool:
+    """Whether a frame is one that this thread is in. (Those of other threads cannot be walked while they run.)"""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (id(frame) != call or frame.f_code is not _CALL):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_left_behind(mark: weakref.ref[_Mark] | None) -> bool:
+    """Whether the frame of a call has ended and is kept: one that runs is not seen by the garbage collector.
+
+    All of it is one call into C, so that the mark is held by nobody when another thread goes on.
+    """
+    marks = filter(None, map(operator.call, [mark] if mark is not None else []))
+    arguments = chain.from_iterable(map(gc.get_referrers, marks))
+    return FrameType in map(type, chain.from_iterable(map(gc.get_referrers, arguments)))
+
+
+def _frame_left_behind(mark: weakref.ref[_Mark] | None) -> FrameType | None:
+    """That frame."""
+    found = None if mark is None else mark()
+    for arguments in [] if found is None else gc.get_referrers(found):
+        if isinstance(arguments, dict):
+            for frame in gc.get_referrers(arguments):
+                if isinstance(frame, FrameType) and frame.f_code is _CALL:
+                    return frame
+    return None
+
+
+def _has_returned(frame: FrameType) -> bool:
+    """Whether a frame stopped at a return: a frame that an exception has left stopped where that came from."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN_")

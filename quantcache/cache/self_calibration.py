@@ -1,0 +1,67 @@
+"""Caches without an artifact: each layer fits its transforms to the first tokens it has to encode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import Calibration, CodecSettings, Metadata
+from quantcache.attention import guards
+from quantcache.attention.probe import detect_ropes, evaluating, observed_values
+from quantcache.backends.padding import Grid
+from quantcache.cache.codecs import calibrated_codecs
+from quantcache.cache.spectral_cache import BlockCache, CodecFactory, SpectralCache
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
+from quantcache.common.ambient import standard_settings
+from quantcache.common.defaults import SINK_LENGTH
+from quantcache.common.errors import QuantCacheError
+
+FIT_SHRINKAGE = 0.1
+"""Isotropic share of a covariance known from as many tokens as it has dimensions; it falls with more tokens."""
+
+
+def self_calibrating_cache(
+    cls: type[SpectralCache], model: PreTrainedModel, bits: float = 3.0, **kwargs: Any
+) -> SpectralCache:
+    """See :meth:`quantcache.SpectralCache.self_calibrating`."""
+    if not 0 <= bits <= 8:
+        raise ValueError(f"bits must lie between 0 and 8, got {bits}")
+    settings = CodecSettings()
+    layers = cache_layout.compressible_layers(model.config)
+    with evaluating(model), standard_settings():
+        ropes = detect_ropes(model, layers)
+        outputs = output_metrics(model, observed_values(model, layers))
+
+    def codecs_of(index: int) -> tuple[CodecFactory, None]:
+        def fit(device: torch.device, tails: dict[str, Tensor], grid: Grid) -> dict[str, SideCodec]:
+            if not tails["key"].shape[2]:
+                raise QuantCacheError(
+                    f"a self-calibrating cache cannot follow its model to {device}: reset() it, or calibrate"
+                )
+            for side, tail in tails.items():
+                guards.require_finite(index, side, tail, 0, grid.starts)
+            statistics = LayerStatistics(index, ropes[index], tails["key"], tails["value"], settings)
+            for row in range(tails["key"].shape[0]):
+                first = 0 if grid.starts is None else int(grid.starts[row])
+                origin = 0 if grid.frames is None else int(grid.frames[row])
+                if tails["key"].shape[2] - first > SINK_LENGTH:
+                    for side, tail in tails.items():
+                        statistics.add(side, tail[row : row + 1, :, first:], first - origin)
+            metric = outputs.get(index)
+            count = max(statistics.moments["key"].count, 1)
+            share = max(COVARIANCE_SHRINKAGE, FIT_SHRINKAGE * tails["key"].shape[-1] / count)
+            layer = statistics.solve(metric, share)
+            fitted = Calibration({index: layer}, Metadata(codec=settings, joint=False)).with_bits(bits)
+            return calibrated_codecs(fitted, index)[0](device, tails, grid)
+
+        return fit, None
+
+    cache = cls.__new__(cls)
+    BlockCache.__init__(cache, model.config, codecs_of, **kwargs)
+    cache.calibration = None
+    return cache

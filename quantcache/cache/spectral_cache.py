@@ -1,0 +1,376 @@
+"""SpectralCache: a DynamicCache whose full-attention layers hold packed codes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, SupportsIndex
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from quantcache import backends
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import CacheMemory
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.checks import stand_in_config
+from quantcache.attention.function import register_attention
+from quantcache.attention.lazy import LazyKV
+from quantcache.backends import BackendName, BackendReport
+from quantcache.backends.padding import Arrivals
+from quantcache.cache import files as cache_files
+from quantcache.cache.codecs import calibrated_codecs
+from quantcache.cache.consistency import ConsistentCache
+from quantcache.cache.layer import CodecFactory, ShapeCheck, SpectralLayer
+from quantcache.cache.mixed_layers import copy_beside, spectral_layer
+from quantcache.coding.schema import SideBits
+from quantcache.common import compat, processes
+from quantcache.common.ambient import default_device
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common.errors import CalibrationMismatch, QuantCacheError
+from quantcache.common.writing import steadily
+
+__all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
+
+
+class BlockCache(ConsistentCache):
+    """A DynamicCache whose full-attention layers store blocks through codecs of the caller's choice.
+
+    Args:
+        config: A config with the model's cache attributes.
+        codecs_of: Gives codec factory and shape check of a layer, by index.
+        sink_length: First tokens of every row that stay in the model's dtype.
+        residual_length: Recent tokens that stay in the model's dtype.
+        backend: Which implementation attends on codes.
+
+    Raises:
+        ValueError: A length or the backend is out of range.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        codecs_of: Callable[[int], tuple[CodecFactory, ShapeCheck | None]],
+        sink_length: int = SINK_LENGTH,
+        residual_length: int = RESIDUAL_LENGTH,
+        backend: BackendName = "auto",
+    ):
+        for name, length in (("sink_length", sink_length), ("residual_length", residual_length)):
+            if length < 0:
+                raise ValueError(f"{name} must not be negative, got {length}")
+        backends.known_name(backend)
+        processes.use_living_threads()
+        register_attention()
+        with default_device():  # a sliding-window layer of transformers states none
+            super().__init__(config=config)
+        self.foreign = frozenset(cache_layout.cross_attention_layers(config))
+        for index, layer in enumerate(self.layers):
+            if compat.is_full_attention(layer) and index not in self.foreign:
+                arguments = (*codecs_of(index), sink_length, residual_length, backend, index)
+                self.layers[index] = spectral_layer(layer, *arguments)
+        self.announced: tuple[Tensor | None, Tensor | None] | None = None  # 2D mask and positions of the next pass
+        self.arrivals: tuple[int, int, Arrivals] | None = None  # T and Tnew of this pass, and what those say
+
+    @property
+    def spectral_layers(self) -> list[SpectralLayer]:
+        """The layers that store blocks."""
+        return [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
+
+    @torch.compiler.disable  # see spectral_attention_forward
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values, with what the model says of padding; see :class:`ConsistentCache`."""
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, SpectralLayer):
+            kwargs["arrivals"] = self._arrivals(layer, key_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Length and offset of a mask; see DynamicCache. Whoever asks is about to say which tokens are padding."""
+        told = compat.mask_arguments()
+        if told is not None:
+            self.announced = told
+        return super().get_mask_sizes(*args, **kwargs)
+
+    def _arrivals(self, layer: SpectralLayer, keys: Tensor) -> Arrivals | None:
+        """What the present pass says of a layer's new tokens; None where it has said nothing."""
+        sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
+        if self.announced is not None:
+            (mask, positions), self.announced = self.announced, None
+            fits = mask is None or mask.shape[0] == keys.shape[0]
+            if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, keys.shape[0])):
+                positions = None  # several for every token
+            self.arrivals = (*sizes, Arrivals.of(mask, positions, *sizes)) if fits else None
+        elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
+            self.arrivals = None
+        return self.arrivals[2] if self.arrivals is not None and self.arrivals[:2] == sizes else None
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.announced = self.arrivals = None
+
+    def memory(self) -> CacheMemory:
+        """Bytes held, by kind.
+
+        Returns:
+            The record; its ``str()`` is a table.
+        """
+        return measure(self.glimpse())
+
+    def backend_report(self) -> dict[int, BackendReport]:
+        """Who encodes and attends in each layer, and why not a faster backend.
+
+        Returns:
+            By index of the layer; layers that have encoded nothing yet are left out.
+        """
+        layers: dict[int, Any] = dict(enumerate(self.layers))
+        found = {i: layer.backend_report() for i, layer in layers.items() if isinstance(layer, SpectralLayer)}
+        return {i: report for i, report in found.items() if report is not None}
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Yield dense (keys, values, sliding window) of every layer, as DynamicCache does."""
+        for keys, values, window in DynamicCache.__iter__(self.fork()):
+            if isinstance(keys, LazyKV) and isinstance(values, LazyKV):
+                keys, values = keys.materialize(), values.materialize()
+            yield keys, values, window
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise QuantCacheError(f"a {type(self).__name__} cannot be pickled: use save() and load()")
+
+
+class SpectralCache(BlockCache):
+    """A key/value cache that stores packed spectral codes.
+
+    Pass it to ``generate`` as ``past_key_values``. Every plain full-attention layer is compressed; sliding-window,
+    linear and placeholder layers stay as transformers makes them. Load the model with
+    ``attn_implementation="spectral"`` to attend on the codes; any other implementation gives the same results from
+    dense tensors made on the fly.
+
+    Args:
+        calibration: Calibration of the model that will use the cache.
+        config: The model's config; without it the cache's layers follow from the calibration alone.
+        model: The model itself, in place of its config: its weights are compared with those calibrated, too.
+        strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
+        bits: Mean code width in bits, 0 to 8; by default the calibration's.
+        key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
+        value_bits: The same for the values.
+        min_bits: Smallest width given to any coefficient.
+        sink_length: First tokens of every row that stay in the model's dtype.
+        residual_length: Recent tokens that stay in the model's dtype.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        CalibrationMismatch: The calibration is for another geometry than ``config``.
+        UnsupportedModel: ``config`` is an encoder-decoder's.
+        ValueError: A length or a number of bits is out of range.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        config: PreTrainedConfig | None = None,
+        *,
+        bits: float | None = None,
+        key_bits: SideBits = "joint",
+        value_bits: SideBits = "joint",
+        min_bits: int | None = None,
+        sink_length: int = SINK_LENGTH,
+        residual_length: int = RESIDUAL_LENGTH,
+        backend: BackendName = "auto",
+        model: PreTrainedModel | None = None,
+        strict: bool = False,
+    ):
+        if not isinstance(calibration, Calibration):
+            raise TypeError(f"SpectralCache needs a Calibration, got {type(calibration).__name__}")
+        config = config if model is None else model.config
+        if config is not None:
+            cache_layout.compressible_layers(config)
+            calibration.check_compatible(config if model is None else model, strict=strict)
+        if bits is not None or key_bits != "joint" or value_bits != "joint" or min_bits is not None:
+            calibration = calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits or 0)
+        super().__init__(
+            config or stand_in_config(calibration.metadata.cache_config),
+            lambda index: calibrated_codecs(calibration, index),
+            sink_length,
+            residual_length,
+            backend,
+        )
+        self.calibration: Calibration | None = calibration
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        config: PreTrainedConfig | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> SpectralCache:
+        """A fresh cache from a calibration in a folder or on the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub repository id.
+            config: The model's config, to check the calibration against.
+            revision: Hub branch, tag or commit.
+            token: Hub access token; by default that of the login.
+            cache_dir: Hub cache folder.
+            local_files_only: Never go to the network.
+            subfolder: Folder inside the repository.
+            kwargs: Arguments of :class:`SpectralCache`, such as ``model``, ``bits`` or ``residual_length``.
+
+        Returns:
+            An empty cache.
+
+        Raises:
+            ArtifactError: The artifact is missing or malformed.
+            CalibrationMismatch: It is for another geometry, or with ``strict`` for another model.
+        """
+        calibration = Calibration.from_pretrained(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        return cls(calibration, config, **kwargs)
+
+    @classmethod
+    def from_dynamic_cache(
+        cls,
+        cache: DynamicCache,
+        calibration: Calibration,
+        config: PreTrainedConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SpectralCache:
+        """Compress a cache that transformers filled.
+
+        Args:
+            cache: A DynamicCache; it is left as it is.
+            calibration: Calibration of the model that filled ``cache``.
+            config: ``model.config``.
+            attention_mask: The mask its tokens came with, ``[B, T]``, where rows are padded: says where they begin.
+            kwargs: Arguments of :class:`SpectralCache`.
+
+        Returns:
+            A cache of the same tokens.
+
+        Raises:
+            CalibrationMismatch: Number of layers or their geometry differ.
+        """
+        new = cls(calibration, config, **kwargs)
+        if len(new.layers) != len(cache.layers):
+            raise CalibrationMismatch(
+                f"calibration has {len(new.layers)} layers, the cache to compress has {len(cache.layers)}"
+            )
+        old: Any
+        for index, old in enumerate(cache.layers):
+            layer = new.layers[index]
+            if not isinstance(layer, SpectralLayer):
+                new.layers[index] = copy.deepcopy(old)
+            elif getattr(old, "is_initialized", False) and old.get_seq_length():
+                length = old.get_seq_length()
+                told = Arrivals.of(attention_mask, None, length, length)
+                layer.update(old.keys.detach(), old.values.detach(), arrivals=told)
+                layer.flush()
+                copy_beside(layer, old)
+        return new
+
+    def save(self, path: str | Path, model: PreTrainedModel | None = None) -> None:
+        """Write what is cached to one safetensors file: a prefix that need not be computed again.
+
+        Args:
+            path: The file; complete or not at all.
+            model: The model that filled the cache: its weights are then checked when the file is loaded.
+
+        Raises:
+            QuantCacheError: The cache holds something that cannot be written.
+        """
+        if self.calibration is None:
+            raise QuantCacheError("a self-calibrating cache has no calibration to be read with and cannot be saved")
+        seen = self.settled()
+        cache_files.write_cache(Path(path), seen.glimpse(), self.calibration, model, lambda: self.holds(seen.layers))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        calibration: Calibration,
+        model: PreTrainedModel | None = None,
+        config: PreTrainedConfig | None = None,
+        backend: BackendName = "auto",
+    ) -> SpectralCache:
+        """Read a cache that :meth:`save` has written, at the bits and with the lengths it had.
+
+        It comes back in CPU memory, and each layer follows the model to its device with its next update.
+
+        Args:
+            path: File that :meth:`save` has written.
+            calibration: The calibration it was filled with, at any bits.
+            model: The model that is to read it: weights that differ from those it was saved with are refused.
+            config: The model's config, if the model itself is not at hand.
+            backend: As for :class:`SpectralCache`.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ArtifactError: The file is missing, damaged or malformed.
+            CalibrationMismatch: It was written with another calibration or model.
+        """
+        path = Path(path)
+        return steadily([path], lambda: cls._read(path, calibration, model, config, backend))
+
+    @classmethod
+    def _read(
+        cls,
+        path: Path,
+        calibration: Calibration,
+        model: PreTrainedModel | None,
+        config: PreTrainedConfig | None,
+        backend: BackendName,
+    ) -> SpectralCache:
+        description = cache_files.read_description(path)
+        cache = cls(
+            cache_files.calibration_at(description, calibration, path),
+            config,
+            sink_length=description["sink_length"],
+            residual_length=description["residual_length"],
+            backend=backend,
+            model=model,
+        )
+        assert cache.calibration is not None
+        if model is not None:
+            cache_files.check_model(description, model, path)
+        cache_files.read_cache(path, description, cache, cache.calibration)
+        return cache
+
+    @classmethod
+    def self_calibrating(cls, model: Any, bits: float = 3.0, **kwargs: Any) -> SpectralCache:
+        """A cache that needs no artifact: it fits itself to the first prompt it sees.
+
+        Each layer takes the statistics of the first tokens that leave its residual window, without a backward pass, and
+        compresses from there on. Fidelity is lower than with a calibration.
+
+        Args:
+            model: Model that will use the cache.
+            bits: Mean code width of every layer's keys and values.
+            kwargs: ``sink_length``, ``residual_length`` and ``backend``.
+
+        Returns:
+            An empty cache.
+        """
+        from quantcache.cache.self_calibration import self_calibrating_cache
+
+        return self_calibrating_cache(cls, model, bits, **kwargs)

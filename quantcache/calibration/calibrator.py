@@ -1,0 +1,320 @@
+"""Calibration: streaming statistics of a model's keys and values on text, and the transforms they give."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache.artifact import cache_layout
+from quantcache.artifact.calibration import (
+    SIDES,
+    Calibration,
+    CodecSettings,
+    Metadata,
+    Rate,
+    SideBits,
+)
+from quantcache.artifact.identity import FINGERPRINT, fingerprint
+from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
+from quantcache.calibration.passages import sketch
+from quantcache.calibration.yardstick import measure_yardstick
+from quantcache.coding.allocation import check_rates
+from quantcache.coding.rope import Rope
+from quantcache.coding.spectral import METRIC_SHRINKAGE
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
+from quantcache.common import compat
+from quantcache.common.ambient import standard_settings
+from quantcache.common.defaults import SINK_LENGTH
+from quantcache.common.errors import QuantCacheError
+
+Metric = Literal["fisher", "query", "identity"]
+
+
+@torch.inference_mode(False)
+@standard_settings()
+def calibrate(
+    model: PreTrainedModel,
+    data: str | Sequence[str] | Iterable[Tensor],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    bits: float = 3.0,
+    *,
+    key_bits: SideBits = "joint",
+    value_bits: SideBits = "joint",
+    min_bits: int = 0,
+    metric: Metric = "fisher",
+    max_tokens: int = 32_768,
+    seq_len: int | None = None,
+    seed: int = 0,
+    codec: CodecSettings | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Calibrate a model's key/value cache on text.
+
+    One pass gathers means and second moments of every layer's keys and values, in memory that does not depend on the
+    number of tokens. With the Fisher metric one backward pass for each sequence measures what an error in any of them
+    costs: the loss is the negative log-likelihood of tokens sampled from the model itself, one for each position of
+    the text.
+
+    Args:
+        model: A decoder-only model, on any device or placed by ``device_map``.
+        data: Texts (with ``tokenizer``), or batches of token ids ``[B, T]`` or ``[T]``.
+        tokenizer: Turns texts into tokens.
+        bits: Mean code width in bits, 0 to 8; the per-token gains come on top (8 bits per head and token).
+        key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
+        value_bits: The same for the values.
+        min_bits: Smallest width given to any coefficient.
+        metric: ``fisher``; ``query`` needs no backward pass (keys weighted by the queries, values by the output
+            projection); ``identity`` weighs all errors alike.
+        max_tokens: Tokens to use at most.
+        seq_len: Length of the sequences that texts are cut into; by default 2,048 or the model's limit.
+        seed: Seed of the sampled labels.
+        codec: Codec choices; the defaults if None.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        UnsupportedModel: The model's cache cannot be compressed, or its attention has no known interface.
+        QuantCacheError: The data are empty or too short.
+        ValueError: ``metric`` or a number of bits is out of range.
+    """
+    if metric not in ("fisher", "query", "identity"):
+        raise ValueError(f"metric must be 'fisher', 'query' or 'identity', got {metric!r}")
+    check_rates(Rate(bits, key_bits, value_bits, min_bits))
+    settings = codec or CodecSettings()
+    layers = cache_layout.compressible_layers(model.config)
+    sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        statistics: dict[int, LayerStatistics] = {}
+        console = Console(stderr=True)
+        bar = Progress(console=console, disable=not (progress and console.is_terminal), transient=True)
+        with evaluating(model), bar:
+            ropes = detect_ropes(model, layers)
+            task = bar.add_task("calibrating", total=sum(s.numel() for s in sequences))
+            for sequence in sequences:
+                _gather(model, sequence, metric, ropes, statistics, settings, generator)
+                bar.advance(task, sequence.numel())
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+    outputs = output_metrics(model, {i: s.kv_shape for i, s in statistics.items()}) if metric == "query" else {}
+    solved = {index: statistics[index].solve(outputs.get(index)) for index in layers}
+    metadata = Metadata(
+        base_model={
+            "id": public_name(model),
+            "revision": getattr(model.config, "_commit_hash", None),
+            "model_type": model.config.model_type,
+            FINGERPRINT: fingerprint(model),
+        },
+        cache_config=cache_layout.cache_config(model.config),
+        recipe={
+            "metric": metric,
+            "tokens": sum(s.numel() for s in sequences),
+            "sequences": len(sequences),
+            "seq_len": max(s.shape[-1] for s in sequences),
+            "seed": seed,
+            "sink_length": SINK_LENGTH,
+            "metric_shrinkage": METRIC_SHRINKAGE,
+            "covariance_shrinkage": COVARIANCE_SHRINKAGE,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "text_sha256": digests,
+            "passages": passages,
+        },
+        codec=settings,
+        joint=metric == "fisher",
+        environment=compat.versions(),
+    )
+    calibration = Calibration(solved, metadata)
+    yardstick = measure_yardstick(model, sequences, calibration)
+    if yardstick is not None:
+        metadata.recipe["yardstick"] = yardstick
+    return calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
+
+
+def public_name(model: PreTrainedModel) -> str | None:
+    """A model's Hub id; of a local folder only the name, so that no path of this machine gets into the artifact.
+
+    Args:
+        model: Model as ``from_pretrained`` returned it.
+
+    Returns:
+        The name, None if the model has none.
+    """
+    name = getattr(model.config, "_name_or_path", "") or None
+    return Path(name).name if name and os.path.isdir(name) else name
+
+
+def _sequences(
+    model: PreTrainedModel,
+    data: str | Sequence[str] | Iterable[Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_len: int | None,
+    max_tokens: int,
+) -> tuple[list[Tensor], list[str], str]:
+    """Token batches ``[B, T]`` of at most ``max_tokens`` tokens, SHA-256 of every text or batch given, and a sketch."""
+    digests: list[str] = []
+    given, passages = 0, ""
+    limit = compat.position_limit(model.config) or 2048
+    length = min(seq_len or 2048, limit)
+    if seq_len is not None and seq_len > limit:
+        warnings.warn(f"seq_len {seq_len} exceeds the model's limit; using {limit}", stacklevel=3)
+    if isinstance(data, str):
+        data = [data]
+    batches: list[Tensor] = []
+    texts: list[str] = []
+    for item in data:
+        if isinstance(item, str):
+            texts.append(item)
+        else:
+            batch = torch.as_tensor(item, device="cpu")
+            batches.append(batch[None] if batch.ndim == 1 else batch)
+            digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
+            given += batch.numel()
+            if given >= max_tokens:
+                break  # data may be a stream without end
+    if texts:
+        if tokenizer is None:
+            raise QuantCacheError("texts need a tokenizer: pass tokenizer=, or batches of token ids")
+        joined = "\n\n".join(texts)
+        digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
+        tokens = tokenize(joined, tokenizer, max_tokens)
+        batches += list(tokens[:max_tokens].unsqueeze(0).split(length, dim=1))
+        passages = sketch(str(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True)))
+    kept: list[Tensor] = []
+    room = max_tokens
+    for batch in batches:
+        batch = batch[:, : limit if limit < batch.shape[1] else None]
+        rows = min(batch.shape[0], max(room // max(batch.shape[1], 1), 0))
+        if not rows and not kept and room:
+            batch, rows = batch[:1, :room], 1
+        if rows and batch.shape[1] > 4 * SINK_LENGTH:
+            kept.append(batch[:rows])
+            room -= kept[-1].numel()
+    if not kept:
+        found = max((b.shape[1] for b in batches), default=0)
+        raise QuantCacheError(
+            f"calibration needs sequences of more than {4 * SINK_LENGTH} tokens, the longest given has {found}"
+        )
+    return kept, digests, passages
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tensor:
+    """Tokens of the start of a text, without tokenizing megabytes that are not needed.
+
+    Args:
+        text: Plain text of any length.
+        tokenizer: Tokenizer; it adds its usual special tokens.
+        max_tokens: Tokens that are wanted.
+
+    Returns:
+        ``[N]``, at least ``max_tokens`` if the text has so many.
+    """
+    size = max_tokens * 16
+    while True:
+        tokens = tokenizer(text[:size], return_tensors="pt", verbose=False).input_ids[0]
+        if len(tokens) >= max_tokens or size >= len(text):
+            return tokens
+        size *= 4
+
+
+def _gather(
+    model: PreTrainedModel,
+    sequence: Tensor,
+    metric: Metric,
+    ropes: dict[int, Rope],
+    statistics: dict[int, LayerStatistics],
+    settings: CodecSettings,
+    generator: torch.Generator,
+) -> None:
+    """Add one batch of sequences to the statistics."""
+    leaves: dict[tuple[int, str], Tensor] = {}
+
+    def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        if index not in ropes:
+            return None
+        for side, tensor in zip(SIDES, (keys, values), strict=True):
+            require_finite(tensor, f"{side}s of layer {index}")
+        if index not in statistics:
+            statistics[index] = LayerStatistics(index, ropes[index], keys, values, settings)
+        added = []
+        for side, tensor in zip(SIDES, (keys, values), strict=True):
+            statistics[index].add(side, tensor)
+            if metric == "fisher":
+                # A zero leaf: its gradient is the loss gradient at this tensor, with the graph left whole.
+                leaf = torch.zeros_like(tensor, requires_grad=True)
+                leaves[index, side] = leaf
+                tensor = tensor + leaf
+            added.append(tensor)
+        return added[0], added[1]
+
+    cache = RecordingCache(model.config, record)
+    if metric == "fisher":
+        with torch.enable_grad():
+            logits = run(model, sequence, cache).logits
+            require_finite(logits, "logits")
+            sampled_loss(logits, generator).backward()
+        for (index, side), leaf in leaves.items():
+            if leaf.grad is not None:
+                statistics[index].add_gradient(side, leaf.grad)
+    elif metric == "query":
+
+        def on_query(index: int, query: Tensor) -> None:
+            if index in ropes:
+                statistics[index].add_queries(query, generator)
+
+        with torch.no_grad(), recorded_queries(model, on_query):
+            require_finite(run(model, sequence, cache).logits, "logits")
+    else:
+        with torch.no_grad():
+            require_finite(run(model, sequence, cache).logits, "logits")
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Refuse what nothing can be learnt from.
+
+    Args:
+        tensor: What a model computed, tokens second to last.
+        what: What to call it.
+
+    Raises:
+        QuantCacheError: It has NaN or infinite values.
+    """
+    tensor = tensor.detach()
+    if not bool(torch.isfinite(tensor).all()):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
+        raise QuantCacheError(
+            f"the model cannot be calibrated in {str(tensor.dtype).removeprefix('torch.')}: {what} have {kind} values"
+        )
+
+
+def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed negative log-likelihood of one label per position, drawn from the model's own distribution.
+
+    Args:
+        logits: ``[B, T, V]``.
+        generator: Draws the labels.
+
+    Returns:
+        A scalar; its gradients at keys and values give the Fisher metric.
+    """
+    logits = logits.flatten(0, 1).float()
+    with torch.no_grad():
+        # Sampled on the CPU, so that a seed means the same on every device.
+        labels = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(-1).to(logits.device)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -1,0 +1,185 @@
+"""Bit allocation: how many bits each dimension of each head and layer gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcache.coding.packing import MAX_WIDTH
+from quantcache.coding.rope import Frame
+from quantcache.coding.schema import SIDES, CodecSettings, Coding, LayerCalibration, Rate
+from quantcache.coding.trellis import code_distortions
+
+
+@dataclass(frozen=True)
+class Group:
+    """Dimensions that share one width.
+
+    Attributes:
+        weight: Sum of their spectrum: what quantizing all of them with distortion 1 costs.
+        size: How many scalar dimensions they are.
+    """
+
+    weight: float
+    size: int
+
+
+def check_rate(bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> None:
+    """Refuse rates that no allocation can have.
+
+    Args:
+        bits: Mean code width in bits.
+        min_bits: Smallest width that may be given.
+        max_bits: Largest width that may be given.
+
+    Raises:
+        ValueError: ``min_bits`` is negative, or ``bits`` outside ``[min_bits, max_bits]``.
+    """
+    if min_bits < 0:
+        raise ValueError(f"min_bits must not be negative, got {min_bits}")
+    if not min_bits <= bits <= max_bits:  # also refuses NaN
+        raise ValueError(f"bits must lie between min_bits ({min_bits}) and {max_bits}, got {bits}")
+
+
+def check_rates(rate: Rate) -> None:
+    """Refuse bits that no allocation can have, for everything or for one side.
+
+    Args:
+        rate: Common bits, those of keys and of values, and the smallest width.
+
+    Raises:
+        ValueError: A number is outside ``[min_bits, 8]``, or something else than a number, "dense" or "joint".
+    """
+    check_rate(rate.bits, rate.min_bits)
+    for name, own in (("key_bits", rate.key_bits), ("value_bits", rate.value_bits)):
+        if own is None or own in ("dense", "joint"):
+            continue
+        if isinstance(own, str):
+            raise ValueError(f"{name} must be a number, 'dense' or 'joint', got {own!r}")
+        check_rate(own, rate.min_bits)
+
+
+def allocate(
+    groups: Sequence[Group], bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH, coding: Coding = "scalar"
+) -> list[int]:
+    """Reverse water-filling over integer widths.
+
+    Minimises Σ weight * D(width), with D the distortion of a unit Gaussian under the coding, at a mean width of at most
+    ``bits``. D falls convexly with the width, so taking single-bit steps in order of gain per bit is optimal (up to the
+    last group, when group sizes differ). Source: reverse water-filling (Cover and Thomas, "Elements of Information
+    Theory", section 10.3), in the integer form of A. Segall, "Bit allocation and encoding for vector sources" (1976).
+
+    Args:
+        groups: Everything that shares the budget.
+        bits: Mean width wanted, in bits per dimension.
+        min_bits: Smallest width that may be given.
+        max_bits: Largest width that may be given.
+        coding: Whose distortions count.
+
+    Returns:
+        One width for each group; their mean weighted by size is at most ``bits``.
+
+    Raises:
+        ValueError: ``bits`` is outside ``[min_bits, max_bits]``.
+    """
+    check_rate(bits, min_bits, max_bits)
+    distortion = code_distortions(coding)
+    weights = np.array([g.weight for g in groups], dtype=np.float64)
+    sizes = np.array([g.size for g in groups], dtype=np.int64)
+    # Gain per bit of every single step, [group, step]; rounding must not let a later step overtake an earlier one.
+    steps = np.array([distortion[w] - distortion[w + 1] for w in range(min_bits, max_bits)])
+    gains = (weights / sizes)[:, None] * steps[None, :]
+    order = np.argsort(-gains, axis=None, kind="stable")
+    widths = np.full(len(groups), min_bits, dtype=np.int64)
+    budget = round(float(bits) * int(sizes.sum()), 6) - min_bits * int(sizes.sum())
+    blocked = np.zeros(len(groups), dtype=bool)
+    for index in order:
+        group = int(index) // len(steps)
+        if blocked[group]:
+            continue
+        if sizes[group] > budget:
+            blocked[group] = True  # its later steps must not be taken without this one
+            continue
+        widths[group] += 1
+        budget -= int(sizes[group])
+        if budget <= 0:
+            break
+    return [int(w) for w in widths]
+
+
+def budgets(layers: dict[int, LayerCalibration], rate: Rate, joint: bool) -> list[tuple[float, list[tuple[int, str]]]]:
+    """What shares a budget.
+
+    One budget serves everything that shares a unit: all layers and both sides under the Fisher metric, one side of one
+    layer otherwise. A side with a budget of its own leaves the common one; a dense side has none.
+
+    Args:
+        layers: Constants by layer index.
+        rate: Common bits, and those of keys and values.
+        joint: Whether all spectra share one unit.
+
+    Returns:
+        Mean width in bits, and the (layer, side) pairs that share it.
+    """
+    found: dict[tuple[Any, ...], tuple[float, list[tuple[int, str]]]] = {}
+    for index in layers:
+        for side, own in zip(SIDES, (rate.key_bits, rate.value_bits), strict=True):
+            if own != "dense" and own is not None:
+                pool = "all" if own == "joint" else side
+                bits = rate.bits if own == "joint" else float(own)
+                place = (pool,) if joint else (index, side)
+                found.setdefault(place, (bits, []))[1].append((index, side))
+    return list(found.values())
+
+
+def allocate_layers(
+    layers: dict[int, LayerCalibration], rate: Rate, codec: CodecSettings, joint: bool
+) -> dict[int, LayerCalibration]:
+    """Give every layer and side its widths; see :func:`budgets` for what shares one."""
+    widths: dict[tuple[int, str], Tensor] = {}
+    for bits, members in budgets(layers, rate, joint):
+        groups: list[Group] = []
+        places: list[tuple[tuple[int, str], int, slice]] = []  # side, head (-1: all), dimensions
+        for member in members:
+            layer = layers[member[0]]
+            spectrum = layer.side(member[1]).spectrum
+            heads = range(spectrum.shape[0]) if codec.profile == "head" else (-1,)
+            for head in heads:
+                rows = spectrum if head < 0 else spectrum[head : head + 1]
+                for dims in width_groups(layer, member[1], codec):
+                    groups.append(Group(float(rows[:, dims].sum()), rows[:, dims].numel()))
+                    places.append((member, head, dims))
+            widths[member] = torch.zeros(spectrum.shape, dtype=torch.uint8, device="cpu")
+        for (member, head, dims), width in zip(
+            places, allocate(groups, bits, rate.min_bits, coding=codec.coding), strict=True
+        ):
+            widths[member][slice(None) if head < 0 else head, dims] = width
+    return {
+        index: replace(
+            layer,
+            key=replace(layer.key, widths=widths.get((index, "key"))),
+            value=replace(layer.value, widths=widths.get((index, "value"))),
+        )
+        for index, layer in layers.items()
+    }
+
+
+def width_groups(layer: LayerCalibration, side: str, codec: CodecSettings) -> list[slice]:
+    """The width groups of one side; no group straddles the slow and the fast part of a key."""
+    dim = layer.side(side).dim
+    parts = [dim]
+    if side == "key":
+        frame = Frame(dim, layer.rope, codec.fast_wavelength)
+        parts = [frame.num_slow, frame.num_fast]
+    groups, offset = [], 0
+    for size in parts:
+        groups += [
+            slice(i, min(i + codec.group_size, offset + size)) for i in range(offset, offset + size, codec.group_size)
+        ]
+        offset += size
+    return groups

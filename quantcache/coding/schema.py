@@ -1,0 +1,137 @@
+"""The parts of a calibration: constants of each layer, codec settings, bits and provenance.
+
+Shape legend: H is the layer's number of key/value heads (Hkv), D the dimension of a key or a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from quantcache.coding.rope import FAST_WAVELENGTH, Rope
+
+SIDES = ("key", "value")
+
+SideBits = float | Literal["joint", "dense"] | None
+"""Bits of one side: a mean width of its own, ``"joint"`` for a share of the common budget, ``"dense"`` (or None)."""
+
+
+Coding = Literal["scalar", "trellis"]
+"""What a code stands for: a level by itself, or a level among those that the tokens before it leave (trellis.py)."""
+
+
+@dataclass(frozen=True)
+class SideCalibration:
+    """The constants of the keys or the values of one layer.
+
+    Attributes:
+        mean: μ in the frame, ``[H, D]`` float32.
+        analysis: A, ``[H, D, D]`` float32; block-diagonal over the slow and fast dimensions of a key.
+        spectrum: Variance of every coefficient in units of the metric, ``[H, D]`` float64, descending in each part.
+        widths: Code width of every coefficient in bits, ``[H, D]`` uint8; None leaves the side dense.
+    """
+
+    mean: Tensor
+    analysis: Tensor
+    spectrum: Tensor
+    widths: Tensor | None = None
+
+    @property
+    def num_heads(self) -> int:
+        """Hkv."""
+        return self.mean.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.mean.shape[1]
+
+    def heads(self, rank: int, size: int) -> SideCalibration:
+        """The rank-th of ``size`` equal runs of heads."""
+        count = self.num_heads // size
+        run = slice(rank * count, (rank + 1) * count)
+        widths = None if self.widths is None else self.widths[run]
+        return SideCalibration(self.mean[run], self.analysis[run], self.spectrum[run], widths)
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """One compressed layer: its rotation and the constants of both sides."""
+
+    rope: Rope
+    key: SideCalibration
+    value: SideCalibration
+
+    def side(self, name: str) -> SideCalibration:
+        """The constants of ``"key"`` or ``"value"``."""
+        return self.key if name == "key" else self.value
+
+
+@dataclass(frozen=True)
+class CodecSettings:
+    """Choices that fix what the codes mean, recorded in every artifact.
+
+    Attributes:
+        group_size: Neighbouring coefficients that share a width.
+        profile: ``head`` gives every head its own widths, ``layer`` shares them between the heads of a layer.
+        fast_wavelength: Rotary pairs that turn once in fewer tokens than this are un-rotated fully.
+        gain_search: Multiples of a token's gain that encoding tries; the one with least weighted error is kept.
+        coding: Whether codes are scalar or path through a trellis.
+    """
+
+    group_size: int = 2
+    profile: Literal["head", "layer"] = "head"
+    fast_wavelength: float = FAST_WAVELENGTH
+    gain_search: tuple[float, ...] = (0.6, 0.75, 0.9, 1.05, 1.25)
+    coding: Coding = "scalar"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The bits an artifact is allocated at.
+
+    Attributes:
+        bits: Mean code width over all compressed dimensions, in bits (the 8-bit gain of each token comes on top).
+        key_bits: The keys' own mean width, ``"joint"`` or ``"dense"``.
+        value_bits: The values' own mean width, ``"joint"`` or ``"dense"``.
+        min_bits: Smallest width given to any dimension.
+    """
+
+    bits: float = 3.0
+    key_bits: SideBits = "joint"
+    value_bits: SideBits = "joint"
+    min_bits: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("key_bits", "value_bits"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, "dense")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of artifacts and saved caches, in which a dense side is null."""
+        return {name: None if value == "dense" else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Everything about a calibration that is not a tensor.
+
+    Attributes:
+        base_model: ``{"id", "revision", "model_type"}`` of the model calibrated, and a ``fingerprint`` of its weights.
+        cache_config: The attributes of the model's text config from which transformers derives its cache layers.
+        recipe: How the statistics were gathered (metric, tokens, seq_len, seed, text_sha256, ...).
+        codec: What the codes mean.
+        rate: The present allocation.
+        joint: Whether all spectra share one unit, so that one budget can serve all layers and both sides.
+        environment: Versions the artifact was made with.
+    """
+
+    base_model: dict[str, Any] = field(default_factory=dict)
+    cache_config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    codec: CodecSettings = field(default_factory=CodecSettings)
+    rate: Rate = field(default_factory=Rate)
+    joint: bool = True
+    environment: dict[str, Any] = field(default_factory=dict)
