@@ -281,7 +281,7 @@ def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:
 
 def table(title: str, results: dict[str, dict]) -> Table:
     """The results of a part for people."""
-    columns = ("method", "bits/elt", "bits in all", "KL mean", "KL p99", "KL max", "top-1", "perplexity")
+    columns = ("method", "bits/elt", "with sinks and recent", "KL mean", "KL p99", "KL max", "top-1", "perplexity")
     result = Table(*columns, title=title)
     for column in result.columns[1:]:
         column.justify = "right"

@@ -36,7 +36,7 @@ def predict(
     Stock layers (sliding windows and the like) are not in it.
 
     Args:
-        calibration: The model's calibration.
+        calibration: Calibration of the model that will use the cache.
         tokens: T (rows without left padding).
         batch: B.
         sink_length: First tokens kept aside.

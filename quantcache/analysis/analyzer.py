@@ -232,7 +232,7 @@ def _notes(
                 "uncompressed, and only the inputs of their weights are shown."
             )
         if gathered.sinks is None:
-            notes.append("The model's attention cannot be looked into, so sink tokens were not searched for.")
+            notes.append("The model's attention cannot be observed, so sink tokens were not searched for.")
         elif not gathered.sinks:
             notes.append(f"No token draws {SINK_SHARE:.0%} of a layer's attention from afar: there are no sink tokens.")
     if all(target.name not in INPUTS for target in targets):

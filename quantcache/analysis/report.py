@@ -17,7 +17,7 @@ RATES = (2.0, 3.0, 4.0)
 
 
 class ReportError(QuantCacheError):
-    """A file is no report, or a report lacks something or contradicts itself."""
+    """A file is not a report, or a report lacks something or contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Report:
             The report; what a later version added is left out.
 
         Raises:
-            ReportError: It cannot be read, or is no sound report.
+            ReportError: It cannot be read, or is not a sound report.
         """
         where = "report"
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else None

@@ -40,7 +40,7 @@ def layer_configs(text_config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The config of every layer; transformers refuses to read from the whole what differs between layers.
 
     Args:
-        text_config: A decoder's config.
+        text_config: ``config.get_text_config(decoder=True)``.
 
     Returns:
         One config for each layer; only one where all layers are alike.
@@ -54,8 +54,8 @@ def declared(text_config: PreTrainedConfig, name: str) -> Any:
     """What a config says of its layers.
 
     Args:
-        text_config: A decoder's config.
-        name: An attribute.
+        text_config: ``config.get_text_config(decoder=True)``.
+        name: Attribute to look up.
 
     Returns:
         Its value, None if there is none; a list with one value for each layer where they differ.
@@ -68,7 +68,7 @@ def largest(text_config: PreTrainedConfig, *names: str) -> int | None:
     """The largest number that a config declares under any of some names, for any layer.
 
     Args:
-        text_config: A decoder's config.
+        text_config: ``config.get_text_config(decoder=True)``.
         names: Attributes, of which the first that is declared counts.
 
     Returns:
@@ -88,8 +88,8 @@ def kv_geometry(text_config: PreTrainedConfig, layer: int = 0) -> tuple[int, int
     Some models cache something else: see :func:`cached_shapes`.
 
     Args:
-        text_config: A decoder's config.
-        layer: The layer.
+        text_config: ``config.get_text_config(decoder=True)``.
+        layer: Index of the layer.
 
     Returns:
         Hkv and D.
@@ -106,7 +106,7 @@ def kv_geometry(text_config: PreTrainedConfig, layer: int = 0) -> tuple[int, int
     if not isinstance(heads, int) or not heads or not dim:
         raise UnsupportedModel(
             f"the config of a {config.model_type} model declares {heads!r} attention heads and a head dimension of "
-            f"{dim!r}: its cache cannot be foretold from it"
+            f"{dim!r}: the shape of its cache cannot be computed from them"
         )
     return getattr(config, "num_key_value_heads", None) or heads, dim
 
@@ -115,7 +115,7 @@ def cache_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The attributes of a model's config that decide its cache.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         JSON-ready attributes, those that the text config has; lists with one entry for each layer where layers differ.
@@ -168,8 +168,8 @@ def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
     Only for stand-ins: calibration measures the layout on the model itself.
 
     Args:
-        text_config: A decoder's config.
-        layer: Layer index.
+        text_config: ``config.get_text_config(decoder=True)``.
+        layer: Index of the layer.
 
     Returns:
         A half-split rotation; ``Rope()`` if the config has no RoPE parameters.
@@ -204,7 +204,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     """The layers of transformers' own cache for a model.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Empty layers.
@@ -218,7 +218,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModel(
-            f"transformers makes no key/value cache from the config of a {config.model_type} model: {reason}"
+            f"transformers cannot build a key/value cache from the config of a {config.model_type} model: {reason}"
         ) from error
 
 
@@ -226,7 +226,7 @@ def full_attention_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers whose cache grows with the whole text.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices; without the layers that hold another input's tokens, such as an image's.
@@ -240,7 +240,7 @@ def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
     """Indices of the layers whose keys and values are of another input than the text (Llama 3.2 Vision's images).
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices.
@@ -252,7 +252,7 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
     """The layers that a SpectralCache compresses: the one check of all that calibrates or makes caches.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices, at least one.
@@ -283,5 +283,5 @@ def _why_nothing(config: PreTrainedConfig) -> str:
     if recurrent:
         parts.append(f"{len(recurrent)} layers hold recurrent states of fixed size")
     for name, count in Counter(type(layer).__name__ for layer in unknown).items():
-        parts.append(f"{count} layers are of the kind {name}, which quantcache does not support")
+        parts.append(f"{count} layers are of type {name}, which quantcache does not support")
     return " and ".join(parts) or "its cache has no layers"

@@ -1,4 +1,4 @@
-"""The calibration artifact: what a model's cache needs to know, as safetensors and JSON, on disk or on the Hub.
+"""The calibration artifact: the constants a model's cache needs, as safetensors and JSON, on disk or on the Hub.
 
 A folder holds ``calibration.safetensors`` (tensors), ``calibration_config.json`` (everything else) and ``README.md``
 (the card). Names are chosen so that the artifact can lie inside a model's own folder. Shape legend: H is the layer's
@@ -24,7 +24,7 @@ from quantcache.artifact.files import CONFIG_NAME, DIGEST, TENSORS_NAME, from_fi
 from quantcache.artifact.identity import check_identity
 from quantcache.artifact.index import bundled_index, find_entry, read_index
 from quantcache.artifact.synthetic import random_constants
-from quantcache.coding.allocation import allocate_layers, check_rate
+from quantcache.coding.allocation import allocate_layers, check_rates
 from quantcache.coding.schema import (
     SIDES,
     CodecSettings,
@@ -60,7 +60,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
     Args:
         layers: Constants of every compressed layer, by layer index.
-        metadata: Provenance, codec settings and rate.
+        metadata: Provenance, codec settings and bits.
     """
 
     def __init__(self, layers: dict[int, LayerCalibration], metadata: Metadata):
@@ -96,11 +96,11 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         value_bits: SideBits = "joint",
         min_bits: int = 0,
     ) -> Calibration:
-        """Allocate another rate from the stored spectra, without recalibrating.
+        """Allocate other bits from the stored spectra, without recalibrating.
 
         Args:
             bits: Mean code width in bits, 0 to 8, fractional allowed. None keeps the present one.
-            key_bits: A budget of the keys' own, None to leave them dense, or ``"joint"``.
+            key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
             value_bits: The same for the values.
             min_bits: Smallest width given to any dimension.
 
@@ -108,17 +108,15 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             A calibration that shares this one's transforms.
 
         Raises:
-            ValueError: A rate is outside ``[min_bits, 8]``.
+            ValueError: A number of bits is outside ``[min_bits, 8]``.
         """
         rate = Rate(self.metadata.rate.bits if bits is None else float(bits), key_bits, value_bits, min_bits)
-        for own in (rate.bits, rate.key_bits, rate.value_bits):
-            if own is not None and own != "joint":
-                check_rate(own, min_bits)
+        check_rates(rate)
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
 
     def with_coding(self, coding: Coding) -> Calibration:
-        """Let codes mean something else, at the same rate and without recalibrating.
+        """Let codes mean something else, at the same bits and without recalibrating.
 
         Args:
             coding: ``"scalar"`` or ``"trellis"``.
@@ -127,7 +125,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             A calibration that shares this one's transforms, allocated anew.
 
         Raises:
-            ValueError: There is no such coding.
+            ValueError: ``coding`` is not one of these.
         """
         if coding not in get_args(Coding):
             raise ValueError(f"coding must be one of {', '.join(get_args(Coding))}, got {coding!r}")
@@ -143,7 +141,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             size: How many share them.
 
         Returns:
-            A calibration of this one's layers, rate and metadata with 1/size of the heads; made once.
+            A calibration of this one's layers, bits and metadata with 1/size of the heads; made once.
 
         Raises:
             CalibrationMismatch: The heads cannot be shared out evenly.
@@ -155,7 +153,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             for index, layer in self.layers.items():
                 if layer.key.num_heads % size or layer.value.num_heads % size:
                     raise CalibrationMismatch(
-                        f"layer {index} has {layer.key.num_heads} key/value heads, which {size} processes cannot share"
+                        f"layer {index} has {layer.key.num_heads} key/value heads: they cannot be split "
+                        f"over {size} processes"
                     )
                 layers[index] = LayerCalibration(layer.rope, layer.key.heads(rank, size), layer.value.heads(rank, size))
             self.shards.setdefault((rank, size), Calibration(layers, self.metadata))
@@ -184,7 +183,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """A stand-in of the right geometry for speed and memory work; its codes mean nothing for fidelity.
 
         Args:
-            config: The model's config.
+            config: ``model.config``.
             bits: Mean code width.
             seed: Seed of the random transforms.
 
@@ -212,7 +211,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Args:
             save_directory: Folder to write into; created if missing.
             repo_id: Hub repository, for ``push_to_hub``.
-            push_to_hub: Also push.
+            push_to_hub: Whether to push the folder afterwards, to ``repo_id``.
             config: Ignored; the signature is ModelHubMixin's.
             model_card_kwargs: ``metrics``, a list of table rows for the card.
             push_to_hub_kwargs: Passed on to ``push_to_hub``.
@@ -240,7 +239,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """Push the artifact to the Hub in one commit, creating the repository where there is none.
 
         Args:
-            repo_id: The repository.
+            repo_id: Hub repository, ``owner/name``.
             model_card_kwargs: ``metrics``, a list of table rows for the card.
             kwargs: ModelHubMixin's own: ``token``, ``private``, ``branch``, ``commit_message`` and others.
 
@@ -277,10 +276,10 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             args: Ignored; the signature is ModelHubMixin's.
             metrics: Rows of a measured table, as ``quantcache eval --json`` gives them.
             repo_id: The calibration's own repository, if it is known.
-            kwargs: Ignored.
+            kwargs: Accepted for huggingface_hub's sake, and ignored.
 
         Returns:
-            A card naming base model, rate and recipe.
+            A card naming base model, bits and recipe.
         """
         _, config = to_files(self.layers, self.metadata)
         return ModelCard(render_card(config, self.bits, self.bits_per_element, metrics, repo_id))
@@ -303,7 +302,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Args:
             pretrained_model_name_or_path: Folder, or Hub repository id.
             force_download: Download even what is cached.
-            token: Hub token.
+            token: Hub access token; by default that of the login.
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
             revision: Hub branch, tag or commit.
@@ -314,7 +313,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             The calibration.
 
         Raises:
-            ArtifactError: A file is missing, malformed, or of an unknown major schema, or cannot be had from the Hub.
+            ArtifactError: A file is missing, malformed, or of an unknown major schema, or the download failed.
         """
         if os.path.isdir(pretrained_model_name_or_path):
             folder = Path(pretrained_model_name_or_path) / (subfolder or "")
@@ -322,7 +321,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                 folder = folder / SUBFOLDER
             missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
             if missing:
-                raise ArtifactError(f"{folder} is no calibration: it has no {' and no '.join(missing)}")
+                raise ArtifactError(f"{folder} is not a calibration folder: missing {' and '.join(missing)}")
             files = folder / CONFIG_NAME, folder / TENSORS_NAME
             return cls(*steadily(files, lambda: from_files(*files)))
         repo_id = hub.require_repo_id(pretrained_model_name_or_path)
@@ -360,7 +359,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             model: A loaded model, or its Hub id; ``wiki11m`` is the bundled one.
             revision: The model's commit, where only its id is given.
             index: The index to look into; the one that comes with quantcache if None.
-            token: Hub token.
+            token: Hub access token; by default that of the login.
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
 

@@ -44,7 +44,7 @@ def empty_model(config: PreTrainedConfig, attention: str | None = None) -> PreTr
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "Unrecognized configuration class" in reason:
-            reason = "transformers has no causal language model of this kind"
+            reason = "transformers has no causal language model of this type"
         raise UnsupportedModel(f"a {config.model_type} model cannot be built from its config: {reason}") from error
     model.train(False)
     return model
@@ -118,5 +118,7 @@ def cached_shapes(config: PreTrainedConfig) -> dict[int, Shape]:
         shapes = dict.fromkeys(layers, ((1, latent), (1, rotated)))
     if len(shapes) < len(layers):
         missing = [index for index in layers if index not in shapes]
-        raise UnsupportedModel(f"the shapes that layers {missing} of a {config.model_type} model cache are not known")
+        raise UnsupportedModel(
+            f"quantcache does not know the key/value shapes of layers {missing} of a {config.model_type} model"
+        )
     return shapes

@@ -318,7 +318,7 @@ class BlockLayer(DynamicLayer):
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
         """
         if self.is_initialized:
             rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
@@ -331,7 +331,7 @@ class BlockLayer(DynamicLayer):
             indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
         """
         self.reorder_cache(indices)
 

@@ -1,4 +1,4 @@
-"""A cache whose layers stay in step, whatever is interrupted and whichever thread asks.
+"""A cache whose layers stay consistent through interruptions and concurrent use by threads.
 
 Every forward pass brings each layer its tokens, one layer after the other, so there are moments at which layers
 disagree. Nothing may be built on such a moment: a pass that failed is noticed by whatever comes next, operations
@@ -53,7 +53,7 @@ class ConsistentCache(DynamicCache):
         Args:
             key_states: ``[B, Hkv, Tnew, D]``.
             value_states: ``[B, Hkv, Tnew, Dv]``.
-            layer_idx: The layer.
+            layer_idx: Index of the layer.
             args: Passed on.
             kwargs: Passed on.
 
@@ -199,7 +199,7 @@ class ConsistentCache(DynamicCache):
         for layer, length in zip(layers, held, strict=True):
             if length > keep and not isinstance(layer, SpectralLayer):
                 raise QuantCacheError(
-                    f"a {type(layer).__name__} holds {length} tokens and cannot go back to {keep}: call reset()"
+                    f"a {type(layer).__name__} holds {length} tokens and cannot be rolled back to {keep}: call reset()"
                 )
 
         def cut(layer: Any) -> None:
@@ -251,7 +251,7 @@ class ConsistentCache(DynamicCache):
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
         self._gather(lambda count: chosen_rows(beam_idx, count))
@@ -263,7 +263,7 @@ class ConsistentCache(DynamicCache):
             indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
         self._gather(lambda count: chosen_rows(indices, count))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,9 @@ def write_cache(
     """Write a cache, complete or not at all.
 
     Args:
-        path: The file.
-        cache: A SpectralCache.
-        calibration: Its calibration.
+        path: File to write; an existing one is replaced.
+        cache: Cache between two forward passes.
+        calibration: Calibration the cache was filled with.
         model: The model that filled it.
         unchanged: Says, once all is written, whether the cache still holds what was read.
 
@@ -96,7 +96,7 @@ def write_cache(
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "cache_config": calibration.metadata.cache_config,
-        "rate": asdict(calibration.metadata.rate),
+        "rate": calibration.metadata.rate.to_dict(),
         "sink_length": spectral[0].sink_length if spectral else 0,
         "residual_length": spectral[0].residual_length if spectral else 0,
         "calibration": fingerprint(calibration),
@@ -157,10 +157,10 @@ def read_description(path: Path) -> dict[str, Any]:
     """The description of a cache file.
 
     Args:
-        path: The file.
+        path: File that ``save`` has written.
 
     Returns:
-        The JSON object; its rate and lengths have been checked.
+        The JSON object; its bits and lengths have been checked.
 
     Raises:
         ArtifactError: The file cannot be read, or is something else.
@@ -172,29 +172,29 @@ def read_description(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no saved cache: its header has no {FORMAT!r} description")
+        raise ArtifactError(f"{path} is not a saved cache: its header has no {FORMAT!r} description")
     version = str(description.get("schema_version"))
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ArtifactError(f"{path} has schema version {version}, this quantcache reads {SCHEMA_VERSION}")
     for name in ("sink_length", "residual_length"):
         if type(description.get(name)) is not int or not 0 <= description[name] < 1 << 30:
-            raise ArtifactError(f"{path}: {name} must be a length, got {description.get(name)!r}")
+            raise ArtifactError(f"{path}: {name} must be a number of tokens, got {description.get(name)!r}")
     return description
 
 
 def calibration_at(description: dict[str, Any], calibration: Calibration, path: Path) -> Calibration:
-    """A calibration at the rate that a file was written at.
+    """A calibration at the bits that a file was written at.
 
     Args:
-        description: The file's description.
-        calibration: The model's calibration at any rate.
+        description: From :func:`read_description`.
+        calibration: The model's calibration at any bits.
         path: The file, for messages.
 
     Returns:
         The calibration.
 
     Raises:
-        ArtifactError: The description's rate is malformed.
+        ArtifactError: The bits in the description are malformed.
     """
     try:
         rate: Rate = as_type(Rate, description.get("rate"), "rate")
@@ -211,8 +211,8 @@ def check_model(description: dict[str, Any], model: PreTrainedModel, path: Path)
     """Refuse a model of other weights.
 
     Args:
-        description: The file's description.
-        model: The model.
+        description: From :func:`read_description`.
+        model: Model that will continue the cache.
         path: The file, for messages.
 
     Raises:
@@ -227,10 +227,10 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
     """Fill an empty cache from a file.
 
     Args:
-        path: The file.
-        description: Its description.
-        cache: An empty SpectralCache of the description's rate and lengths.
-        calibration: Its calibration.
+        path: File that ``save`` has written.
+        description: From :func:`read_description`.
+        cache: An empty SpectralCache of the bits and lengths described.
+        calibration: Calibration at the file's bits.
 
     Raises:
         ArtifactError: The file is damaged or malformed.
@@ -252,8 +252,7 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
         found = checksum(reader.found)
     if found != description.get("sha256"):
         raise ArtifactError(
-            f"{path} is damaged: its tensors have checksum {found[:12]}, written were "
-            f"{str(description.get('sha256'))[:12]}"
+            f"{path} is damaged: its tensors have checksum {found[:12]}, expected {str(description.get('sha256'))[:12]}"
         )
     lengths = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)}
     if len(lengths) > 1:
@@ -278,7 +277,7 @@ def _read_layer(reader: TensorReader, layer: Any, entry: Any, index: int, calibr
 def _size(reader: TensorReader, entry: dict[str, Any], name: str) -> int:
     value = entry.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
-        raise ArtifactError(f"{reader.path}: {name} must be a size, got {value!r}")
+        raise ArtifactError(f"{reader.path}: {name} must be a whole number from 0 up, got {value!r}")
     return value
 
 
@@ -339,7 +338,7 @@ def _read_spectral(
     vars(layer).update(state, spans=spans, stores=stores, codecs=codecs if blocks else {}, cut=cut)
     if layer.get_seq_length() != entry["tokens"]:
         raise ArtifactError(
-            f"{reader.path}: layer {index} holds {layer.get_seq_length()} tokens, described are {entry['tokens']}"
+            f"{reader.path}: layer {index} holds {layer.get_seq_length()} tokens, the header says {entry['tokens']}"
         )
 
 

@@ -21,7 +21,7 @@ def fingerprint(calibration: Calibration) -> str:
     """Digest of everything that gives codes their meaning.
 
     Args:
-        calibration: The calibration, at some rate.
+        calibration: The calibration, at some bits.
 
     Returns:
         SHA-256 in hex.
@@ -55,7 +55,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise QuantCacheError(f"{name} is offloaded: such a model cannot be told by its weights, leave model out")
+            raise QuantCacheError(
+                f"{name} is offloaded, so the model cannot be identified by its weights: leave model out"
+            )
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float()
         digest.update(f"{name}{list(parameter.shape)}".encode())

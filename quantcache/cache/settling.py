@@ -30,7 +30,7 @@ def lengths(cache: ConsistentCache, layers: list[Any]) -> set[int]:
 
 
 def unsettled(cache: ConsistentCache, layers: list[Any]) -> str | None:
-    """Why there is no telling which tokens the cache holds.
+    """Why it is uncertain which tokens the cache holds.
 
     Args:
         cache: The cache.
@@ -72,4 +72,4 @@ def busy(cache: ConsistentCache, search: bool = False) -> str | None:
 
 def unusable(reason: str) -> str:
     """The error of a cache that must be put in order first."""
-    return f"the cache cannot be used as it is: {reason}; call rollback() or reset()"
+    return f"the cache is in an inconsistent state: {reason}; call rollback() or reset()"

@@ -36,7 +36,7 @@ def calibrate(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one. A recipe names its own.",
+            help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one. A recipe names its model.",
         ),
     ] = None,
     text: Annotated[
@@ -47,7 +47,7 @@ def calibrate(
         str | None,
         typer.Option(metavar="NAME|FILE", help="Text and settings from a recipe (calibrations/recipes)."),
     ] = None,
-    bits: Annotated[float, typer.Option(min=0, max=8, help="Mean code width in bits.")] = 3.0,
+    bits: Annotated[float, typer.Option(min=0, max=8, help="Bits per element on average, without scales.")] = 3.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Hub repository to push to.")] = None,
     metrics: MetricsOption = None,
@@ -56,9 +56,13 @@ def calibrate(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a sequence. Default: 2048 or the limit.")
     ] = None,
-    key_bits: Annotated[str, typer.Option(help="A budget of the keys' own, or 'dense'.")] = "joint",
-    value_bits: Annotated[str, typer.Option(help="A budget of the values' own, or 'dense'.")] = "joint",
-    min_bits: Annotated[int, typer.Option(min=0, max=8, help="Smallest width of any coefficient.")] = 0,
+    key_bits: Annotated[
+        str, typer.Option(help="Separate bits for keys, 'dense' for uncompressed keys, or 'joint'.")
+    ] = "joint",
+    value_bits: Annotated[
+        str, typer.Option(help="Separate bits for values, 'dense' for uncompressed values, or 'joint'.")
+    ] = "joint",
+    min_bits: Annotated[int, typer.Option(min=0, max=8, help="Fewest bits of any coefficient.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the sampled labels.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -74,7 +78,7 @@ def calibrate(
     """
     with session(json, debug) as run, contextlib.ExitStack() as stack:
         if output is None and push_to_hub is None:
-            raise ValueError("nowhere to write to: give -o DIR, --push-to-hub REPO, or both")
+            raise ValueError("no output: give -o DIR, --push-to-hub REPO, or both")
         rows = None if metrics is None else read_metrics(metrics)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
         if recipe is not None:
@@ -158,8 +162,8 @@ def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | No
     """Push a calibration, and keep it where that fails: it may have taken hours.
 
     Args:
-        calibration: The calibration.
-        repo_id: The repository.
+        calibration: Freshly made, perhaps not saved yet.
+        repo_id: Hub repository, ``owner/name``.
         rows: Measurements for its card.
         saved: Where it has been saved already.
 
@@ -215,22 +219,20 @@ def refuse_options(context: typer.Context) -> None:
 
 
 def side_bits(option: str, given: str) -> SideBits:
-    """Read the budget of one side.
+    """Read the bits of one side.
 
     Args:
         option: The option's name, for the error.
-        given: Its value.
+        given: What the user wrote.
 
     Returns:
         What ``Calibration.with_bits`` takes.
 
     Raises:
-        ValueError: It is no number from 0 to 8, ``dense`` or ``joint``.
+        ValueError: It is not a number from 0 to 8, ``dense`` or ``joint``.
     """
-    if given == "joint":
-        return "joint"
-    if given == "dense":
-        return None
+    if given == "joint" or given == "dense":
+        return given  # type: ignore[return-value]
     try:
         bits = float(given)
     except ValueError:

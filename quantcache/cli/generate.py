@@ -32,12 +32,16 @@ def generate(
     model: ModelArgument,
     calibration: CalibrationOption,
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
-    bits: Annotated[float | None, typer.Option(min=0, max=8, help="Another rate than the calibration's.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
     residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
     backend: Annotated[str, typer.Option(help="auto, cpu, triton or torch.")] = "auto",
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of sampling.")] = 0,
     chat: Annotated[
         bool | None,
@@ -104,7 +108,8 @@ def generate(
         report(
             "note",
             f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
-            f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} in all",
+            f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} including "
+            "sinks and recent tokens",
         )
         run.finish(data, data["text"])
 

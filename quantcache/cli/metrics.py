@@ -11,7 +11,7 @@ from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import MOST_RESULT_BYTES, read_json
 
 MetricsOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="What 'quantcache eval -o' wrote: a table for the model card.")
+    Path | None, typer.Option(metavar="FILE", help="Result of 'quantcache eval -o', to show on the model card.")
 ]
 
 _CARD_COLUMNS = ("bits_per_element", "bits_per_element_total", "kl_mean", "top1_agreement", "perplexity")
@@ -21,13 +21,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read what ``quantcache eval -o`` wrote, as rows of a model card's table.
 
     Args:
-        path: The file.
+        path: JSON of ``quantcache eval``.
 
     Returns:
         One row for each method that could be measured.
 
     Raises:
-        QuantCacheError: It is no such file.
+        QuantCacheError: ``quantcache eval`` did not write it.
     """
     try:
         methods = read_json(path, MOST_RESULT_BYTES)["methods"]

@@ -45,7 +45,7 @@ DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, else the checkpoint's.")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes from the Hub.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Allow model code from the Hub to run.")]
 
 
 class Session:
@@ -112,7 +112,7 @@ def describe(error: Exception) -> str:
     """One line about an exception.
 
     Args:
-        error: The exception.
+        error: Any exception.
 
     Returns:
         Its message; with its type in front where it was not raised on purpose.
@@ -135,7 +135,7 @@ def show_cells(cells: Cells, bar: Progress) -> None:
 
     Args:
         cells: Its callbacks are set.
-        bar: The progress bar.
+        bar: Bar to add the lines to.
     """
     tasks: dict[str, TaskID] = {}
 
@@ -150,7 +150,7 @@ def show_cells(cells: Cells, bar: Progress) -> None:
 
 
 def progress_bar() -> Progress:
-    """A progress bar on stderr that leaves nothing behind, and shows nothing where stderr is no terminal.
+    """A progress bar on stderr that leaves nothing behind, and shows nothing where stderr is not a terminal.
 
     Returns:
         The bar, to be used as a context manager.
@@ -164,7 +164,7 @@ def read_text(path: Path) -> str:
     """Read a text file.
 
     Args:
-        path: The file.
+        path: UTF-8 text file.
 
     Returns:
         Its text.
@@ -180,7 +180,7 @@ def read_text(path: Path) -> str:
 
 
 def load_calibration(name: str) -> Calibration:
-    """Load a calibration, saying what was looked for where it cannot be had.
+    """Load a calibration; an error says what was looked for.
 
     Args:
         name: Folder or Hub id.
@@ -197,7 +197,9 @@ def load_calibration(name: str) -> Calibration:
     try:
         return Calibration.from_pretrained(name)
     except (HubError, OSError, ValueError) as error:
-        raise QuantCacheError(f"no calibration {name}: there is no such folder, and the Hub says: {error}") from error
+        raise QuantCacheError(
+            f"cannot load calibration {name}: there is no such folder, and from the Hub: {error}"
+        ) from error
 
 
 def load_model(
@@ -217,7 +219,7 @@ def load_model(
         attention: Attention implementation; transformers' choice if None.
         device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
         dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
-        revision: Hub revision.
+        revision: Branch, tag or commit on the Hub.
         trust_remote_code: Allow model code from the Hub.
         encoders: Also load models without a cache, with transformers' choice of attention.
 
@@ -225,7 +227,7 @@ def load_model(
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        QuantCacheError: It is no decoder-only language model.
+        QuantCacheError: It is not a decoder-only language model.
         OSError: It cannot be found.
         ValueError: An argument makes no sense.
     """
@@ -287,7 +289,7 @@ def require_folder(name: str) -> None:
         name: Folder or Hub id.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: The folder does not exist.
     """
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
     if looks_like_path and not Path(name).exists():

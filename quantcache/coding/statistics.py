@@ -138,7 +138,7 @@ def output_metrics(model: PreTrainedModel, shapes: dict[int, tuple[int, int]]) -
 
 @torch.no_grad()
 def _weight_of(projection: nn.Module) -> Tensor | None:
-    """What a linear projection multiplies by, ``[out, in]``, however it stores that; None if it cannot be had."""
+    """What a linear projection multiplies by, ``[out, in]``, however it stores that; None if it is not accessible."""
     weight: Any = getattr(projection, "weight", None)
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
     if plain and not weight.is_meta and type(projection) in (nn.Linear, Conv1D):

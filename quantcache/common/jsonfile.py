@@ -23,7 +23,7 @@ MOST_DEPTH = 32
 """Nesting of what is read."""
 
 LARGEST = 1e300
-"""Numbers beyond this are none that anything finds, and sums of them would overflow."""
+"""No measurement is beyond this, and sums of such numbers would overflow."""
 
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -166,7 +166,7 @@ def to_json(data: Any) -> str:
     """Serialize a result; numbers that JSON cannot hold (infinite, not a number) become null.
 
     Args:
-        data: The result.
+        data: Dicts, lists, strings and numbers.
 
     Returns:
         Indented JSON; characters that a terminal would obey, and halves of characters, are escaped.
@@ -184,7 +184,7 @@ def finite(data: Any) -> Any:
     """A copy of a result in which numbers that JSON cannot hold are None.
 
     Args:
-        data: The result.
+        data: Dicts, lists, strings and numbers.
 
     Returns:
         Dicts, lists and values of the same structure.
@@ -201,7 +201,7 @@ def write_json(path: Path, data: Any) -> None:
 
     Args:
         path: The file; its folder must exist.
-        data: The result.
+        data: Dicts, lists, strings and numbers.
     """
     write_file(path, (to_json(data) + "\n").encode())
 

@@ -1,4 +1,4 @@
-"""Reading safetensors files into memory of our own.
+"""Reading safetensors files into memory, without keeping them mapped.
 
 The library maps a file and hands out views of the mapping: a file that is cut short or rewritten in place then takes
 the process down, or changes numbers that had been checked. Here every byte is read once, and nothing refers to the
@@ -41,7 +41,7 @@ class TensorFile:
     """A safetensors file, open for reading; a context manager.
 
     Args:
-        path: The file.
+        path: File to read.
 
     Attributes:
         metadata: The strings of its header, by name.
@@ -115,7 +115,7 @@ class TensorFile:
         """Shape of a tensor, without reading it.
 
         Args:
-            name: Its name.
+            name: Name in the file.
 
         Returns:
             The shape.
@@ -126,13 +126,13 @@ class TensorFile:
         """Read a tensor.
 
         Args:
-            name: Its name.
+            name: Name in the file.
 
         Returns:
             The tensor, in CPU memory of its own.
 
         Raises:
-            ArtifactError: The file is shorter than it was, or the dtype is none that artifacts use.
+            ArtifactError: The file is shorter than it was, or has a dtype that artifacts do not use.
         """
         dtype, shape, first, last = self._entries[name]
         if dtype not in _DTYPES:
@@ -159,7 +159,7 @@ def content_bytes(tensor: Tensor) -> bytes:
     """The elements of a tensor in order.
 
     Args:
-        tensor: Any tensor.
+        tensor: Any dtype, shape and stride.
 
     Returns:
         Their bytes.
@@ -172,7 +172,7 @@ def checksum(tensors: dict[str, Tensor], text: str = "") -> str:
     """Digest of tensors by name, and of a text.
 
     Args:
-        tensors: The tensors.
+        tensors: Tensors by name, in any order.
         text: What else is to be told apart.
 
     Returns:

@@ -56,13 +56,13 @@ def text_path(name: str) -> Path:
     """A bundled text.
 
     Args:
-        name: Its file name.
+        name: Name of a file in ``quantcache/data/texts``.
 
     Returns:
         The file.
 
     Raises:
-        FileNotFoundError: There is no such text.
+        FileNotFoundError: No bundled text has that name.
     """
     return _resource("texts", name)
 

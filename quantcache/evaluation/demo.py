@@ -42,7 +42,7 @@ class DemoSettings:
         bits: Mean code width.
         calibration_tokens: Tokens calibrated on.
         context: Tokens of a window of the evaluation text.
-        windows: Windows measured.
+        windows: Number of windows measured.
         recall_context: Tokens of the context in which the secret code is planted, and from which text is generated.
         new_tokens: Tokens of text generated.
         seed: Seed of the calibration and of the code.

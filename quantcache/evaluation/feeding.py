@@ -22,7 +22,7 @@ def dense_method(model: PreTrainedModel) -> Method:
     """The reference: transformers' own cache.
 
     Args:
-        model: The model.
+        model: Model whose config the cache is made from.
 
     Returns:
         The method.
@@ -52,8 +52,8 @@ def feed(model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int = CHUN
     """Fill a cache.
 
     Args:
-        model: The model.
-        cache: The cache.
+        model: Model that reads the tokens.
+        cache: Cache to fill, changed in place.
         tokens: ``[B, T]``.
         chunk: Tokens fed at once.
     """
@@ -66,7 +66,7 @@ def greedy(model: PreTrainedModel, cache: Cache, tokens: Tensor, count: int) -> 
     """The most likely continuation.
 
     Args:
-        model: The model.
+        model: Model that continues.
         cache: A cache of everything before ``tokens``.
         tokens: Tokens that the cache does not hold yet, ``[B, T]``, T at least 1.
         count: Tokens to add.
@@ -87,8 +87,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Tokens of a text, without special tokens.
 
     Args:
-        tokenizer: The tokenizer.
-        text: The text.
+        tokenizer: Any transformers tokenizer.
+        text: Plain text of any length.
 
     Returns:
         ``[T]``.
@@ -101,7 +101,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The special tokens that a tokenizer puts in front of every text.
 
     Args:
-        tokenizer: The tokenizer.
+        tokenizer: Any transformers tokenizer.
 
     Returns:
         ``[T]``, empty for many.
@@ -116,7 +116,7 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[Tensor, Te
     """What stands before and behind a prompt.
 
     Args:
-        tokenizer: The tokenizer.
+        tokenizer: Any transformers tokenizer.
         chat: Put the prompt into the tokenizer's chat template, as one message of the user.
 
     Returns:
@@ -142,7 +142,7 @@ def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> 
     """Refuse contexts beyond a model's limit.
 
     Args:
-        model: The model.
+        model: Model whose positions are the limit.
         lengths: Tokens of every context.
         what: What the error calls them.
 

@@ -38,7 +38,7 @@ class FidelityResult:
         kl_mean: Mean KL divergence from the dense predictions, nats per token.
         kl_stderr: Standard error of that mean over tokens.
         kl_p99: Its 99th percentile.
-        kl_max: Its maximum.
+        kl_max: Largest KL of any position.
         perplexity: exp of the mean negative log-likelihood of the text.
         perplexity_stderr: Standard error of the perplexity over tokens.
         top1_agreement: Share of positions with the same most likely token.
@@ -92,9 +92,7 @@ class _Tally:
         assert self.sizes is not None
         lost = int((~kl.isfinite()).sum())
         if lost:
-            status = (
-                f"failed: at {lost} of {len(kl)} positions logits are not finite, or rule out what the dense ones say"
-            )
+            status = f"failed: at {lost} of {len(kl)} positions the KL divergence is not finite"
             return FidelityResult(method.family, method.simulated, status)
         perplexity = float(nll.mean().exp())
         return FidelityResult(

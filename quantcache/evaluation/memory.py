@@ -1,4 +1,4 @@
-"""Memory: what caches hold on a ladder of lengths, counted on their tensors, beside the formula and the process's peak.
+"""Memory: bytes that caches hold at several lengths, next to the formula's and the process's peak.
 
 Caches are filled with random keys and values of the model's geometry in one update of each layer, so that lengths
 beyond the model's limit can be measured. Bytes do not depend on what the keys and values are.
@@ -41,7 +41,7 @@ class MemoryRung:
 
     Attributes:
         status: ``ok``, or what went wrong.
-        tokens: Cached tokens.
+        tokens: Cached tokens of each row.
         bytes: Bytes held, shared constants apart. Of a simulated rival: those that its codes would take.
         predicted_bytes: What the formula says; None where there is none for the method.
         bits_per_element_total: Bits of everything held per cached element.
@@ -110,7 +110,7 @@ def measure_memory(
         model: The model; only its geometry, dtype and device matter.
         methods: What to measure.
         lengths: Cached tokens.
-        batch: Rows.
+        batch: B, rows of the cache.
         cells: Where finished cells are kept.
 
     Returns:

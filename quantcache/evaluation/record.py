@@ -22,7 +22,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 class RecordError(QuantCacheError):
-    """A file is no record, or a record lacks something or contradicts itself."""
+    """A file is not a record, or a record lacks something or contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Record:
         created: When it ended, ISO 8601 with time zone.
         commit: Commit of the checkout that ran; None if there was none.
         dirty: Whether files differed from that commit.
-        command: The command line.
+        command: Command line that made it.
         environment: Versions and hardware (see :func:`quantcache.common.env.environment`).
         settings: Everything that was chosen.
         metrics: Everything that was measured. Averages carry ``n`` and ``stderr``, times ``n``, ``p20``, ``median`` and
@@ -75,7 +75,7 @@ class Record:
         """Check parsed JSON.
 
         Args:
-            data: The JSON.
+            data: Parsed JSON.
             where: What errors call it.
 
         Returns:
@@ -92,7 +92,7 @@ def check(data: Any, where: str = "record") -> None:
     """Check a record's JSON against the schema.
 
     Args:
-        data: The JSON.
+        data: Parsed JSON.
         where: What the error calls it.
 
     Raises:
@@ -105,7 +105,7 @@ def check(data: Any, where: str = "record") -> None:
 
     require(isinstance(data, dict), f"a record must be an object, got {data!r:.60}")
     version = data.get("schema_version")
-    require(version is not None, "it is no record: it has no schema_version")
+    require(version is not None, "not a record: missing schema_version")
     known = isinstance(version, int) and not isinstance(version, bool) and version == SCHEMA_VERSION
     require(known, f"schema version {version!r}, this quantcache reads {SCHEMA_VERSION}")
     try:
@@ -133,11 +133,11 @@ def _is_time(text: str) -> bool:
 
 
 def _flaw(value: Any, path: str) -> str | None:
-    """The first thing that is no JSON value, or a summary that contradicts itself."""
+    """The first thing that is not a JSON value, or a summary that contradicts itself."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                return f"{path} has a key that is no string: {key!r}"
+                return f"{path} has a key that is not a string: {key!r}"
             found = _flaw(item, f"{path}.{key}")
             if found:
                 return found
@@ -185,7 +185,7 @@ def write_record(path: Path, record: Record, extra: dict[str, Any] | None = None
 
     Args:
         path: The file; its folder must exist.
-        record: The record.
+        record: Finished run.
         extra: Further top-level entries, for readers of other layouts.
 
     Returns:
@@ -204,13 +204,13 @@ def read_record(path: Path) -> Record:
     """Read a record.
 
     Args:
-        path: The file.
+        path: File that :func:`write_record` has written.
 
     Returns:
         The record.
 
     Raises:
-        RecordError: The file cannot be read, is no JSON, or is no sound record.
+        RecordError: The file cannot be read, is not JSON, or is not a sound record.
     """
     return Record.from_dict(read_strict_json(path), str(path))
 
@@ -219,7 +219,7 @@ def read_strict_json(path: Path) -> Any:
     """Parse a JSON file, without the extensions that Python's parser allows.
 
     Args:
-        path: The file.
+        path: JSON file.
 
     Returns:
         Its content.

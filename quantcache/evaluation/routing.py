@@ -110,7 +110,7 @@ def measure_routing(
     Queries of a window's first chunk see nothing that was compressed and are not counted.
 
     Args:
-        model: The model.
+        model: Decoder-only model to measure.
         tokens: Text, ``[N]``.
         methods: What to measure.
         context: Tokens in a window.
@@ -195,8 +195,8 @@ def _measure_window(
             started = True
     if not seen:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not call attention through transformers' attention interface, so routing "
-            "cannot be seen"
+            f"{type(model).__name__} does not call attention through transformers' attention interface, so its routing "
+            "cannot be observed"
         )
     for name, result in results.items():
         if result["status"] == "ok":

@@ -217,7 +217,7 @@ def _transfer(material: Material, plan: Plan, methods: list[Method], cells: Cell
             lengths=(256, context),
         )
     if not sources:
-        return {"status": "skipped: there is no calibration and no text to calibrate on"}
+        return {"status": "skipped: neither a calibration nor a text to calibrate on was given"}
     return transfer.measure_transfer(
         model,
         tokenizer,

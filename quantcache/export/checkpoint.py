@@ -30,7 +30,7 @@ class Checkpoint:
     """The weights of a model's folder.
 
     Args:
-        folder: The folder.
+        folder: Folder with safetensors files, with or without an index.
 
     Raises:
         QuantCacheError: It holds no safetensors weights, or they are truncated, malformed or incomplete.
@@ -47,7 +47,7 @@ class Checkpoint:
         missing = [name for name in self.shards if not (folder / name).is_file()]
         if missing:
             found = "its index names them" if weight_map else "weights in other formats are not read"
-            raise QuantCacheError(f"{folder} has no {', no '.join(missing)} ({found})")
+            raise QuantCacheError(f"{folder} is missing {', '.join(missing)} ({found})")
         self._places: dict[str, tuple[str, int, int]] = {}  # shard, first byte, number of bytes
         self.tensors: dict[str, TensorInfo] = {}
         """Every tensor, by name."""
@@ -56,7 +56,7 @@ class Checkpoint:
         for name, shard in (weight_map or {}).items():
             actual = self._places[name][0] if name in self._places else "no shard"
             if actual != shard:
-                raise QuantCacheError(f"{folder / INDEX_NAME} has {name} in {shard}, it is in {actual}")
+                raise QuantCacheError(f"{folder / INDEX_NAME} lists {name} in {shard}, but it is in {actual}")
 
     def _add(self, shard: str) -> None:
         path = self.folder / shard
@@ -108,8 +108,8 @@ class Checkpoint:
         """Overwrite a tensor in a copy of this checkpoint.
 
         Args:
-            folder: Folder of the copy.
-            name: Name of the tensor.
+            folder: Copy to write into.
+            name: Tensor to overwrite.
             tensor: What it becomes, of the same shape and dtype.
         """
         shard, first, size = self._places[name]
@@ -126,9 +126,11 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = read_json(path, MOST_RESULT_BYTES)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QuantCacheError(f"{path} is no index of a sharded checkpoint: {type(error).__name__} {error}") from error
+        raise QuantCacheError(
+            f"{path} is not the index of a sharded checkpoint: {type(error).__name__} {error}"
+        ) from error
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise QuantCacheError(f"{path} is no index of a sharded checkpoint: weight_map must map names to files")
+        raise QuantCacheError(f"{path} is not the index of a sharded checkpoint: weight_map must map names to files")
     outside = [name for name in weight_map.values() if os.path.basename(name) != name]
     if outside:
         raise QuantCacheError(f"{path} names a shard outside its folder: {outside[0]}")

@@ -21,7 +21,7 @@ class Demand:
         batch: Rows.
         max_kl: Largest mean KL divergence accepted, nats per token.
         min_agreement: Smallest share of positions with the same most likely token accepted.
-        weights: Format of the weights.
+        weights: Name of the weights' format, such as ``bf16``.
         chunk: Prompt tokens that go through the model at once.
     """
 
@@ -94,7 +94,7 @@ class Recommendation:
     Attributes:
         model: The model, as it was named.
         demand: What was asked for.
-        weights_bytes: Bytes of the weights.
+        weights_bytes: Bytes of the weights in the demand's format.
         geometry: Where heads and dimensions are from: ``traced`` or ``declared``.
         position_limit: Positions that the model was made for; None if it declares none.
         best: The format with the least expected KL of those that fit, can be used and meet the constraint; None if

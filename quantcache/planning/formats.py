@@ -71,7 +71,7 @@ def parse_format(name: str) -> Format:
         The format.
 
     Raises:
-        QuantCacheError: There is none of that name.
+        QuantCacheError: The name is unknown.
     """
     stem, _, number = name.rpartition("-")
     plain = "dense" if name == DENSE else name
@@ -173,7 +173,7 @@ def require_full_attention(form: Format, geometry: Geometry) -> None:
         UnsupportedModel: It has layers that are not plain full attention.
     """
     if geometry.state_bytes or not all(layer.blocks for layer in geometry.layers):
-        raise UnsupportedModel(f"{form.name}: transformers' quantized cache takes models of full attention only")
+        raise UnsupportedModel(f"{form.name}: transformers' quantized cache supports only full-attention models")
 
 
 def missing_package(form: Format) -> str | None:

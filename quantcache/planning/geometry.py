@@ -49,7 +49,7 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
 
     Args:
         name: A ``config.json``, a folder that has one, a Hub id, or ``wiki11m``.
-        revision: Hub revision.
+        revision: Branch, tag or commit on the Hub.
         trust_remote_code: Allow model code from the Hub.
 
     Returns:
@@ -63,9 +63,11 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()
-        raise QuantCacheError(f"no config of {name}: {first[0] if first else type(error).__name__}") from error
+        raise QuantCacheError(
+            f"cannot load the config of {name}: {first[0] if first else type(error).__name__}"
+        ) from error
     if not isinstance(config, PreTrainedConfig):
-        raise QuantCacheError(f"no config of {name}: it is a {type(config).__name__}")
+        raise QuantCacheError(f"cannot load the config of {name}: it is a {type(config).__name__}")
     compat.require_decoder(config)
     return config
 
@@ -74,7 +76,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
     """The layers of a model's cache.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Its layers.
@@ -93,7 +95,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
             continue
         grows = compat.is_full_attention(layer)
         if not grows and not compat.is_window(layer):
-            raise UnsupportedModel(f"layer {index} is a {type(layer).__name__}, whose bytes cannot be foretold")
+            raise UnsupportedModel(f"memory cannot be estimated: layer {index} is a {type(layer).__name__}")
         holder = layer if traced is None else traced[index]
         shape = (cache_layout.kv_geometry(text, index),) * 2 if traced is None else tracing.held_shape(holder)
         if shape is None:

@@ -50,7 +50,7 @@ def estimate_memory(
         config: The model's config, or what :func:`quantcache.planning.load_config` takes.
         format: Name of the format: ``bf16``, ``spectral-3``, ``quanto-4`` and so on.
         tokens: T, for rows without left padding.
-        batch: B.
+        batch: B, rows of the batch.
         calibration: The model's calibration, for ours; its allocation then says what codes take.
         dtype: The model's dtype, in which sinks, recent tokens and layers that are not compressed stay.
         sink_length: First tokens kept as they are.
@@ -61,7 +61,7 @@ def estimate_memory(
         The sizes by kind, ``constants`` zero.
 
     Raises:
-        QuantCacheError: The format is unknown, a number is out of range, or the model's cache cannot be foretold.
+        QuantCacheError: The format is unknown, a number is out of range, or the model's cache cannot be estimated.
     """
     if not isinstance(config, PreTrainedConfig):
         config = load_config(config)
@@ -101,10 +101,10 @@ def cache_memory(
     """As :func:`estimate_memory`, for a model whose geometry is known.
 
     Args:
-        form: The format.
+        form: How the cache is stored.
         geometry: The model's cache.
-        tokens: T.
-        batch: B.
+        tokens: T, cached tokens of each row.
+        batch: B, rows of the batch.
         calibration: The model's calibration, for ours.
         element_bytes: Bytes per element of the model's dtype.
         sink_length: First tokens kept as they are.
@@ -153,10 +153,10 @@ def largest_cache(
     more than its size after one update. It never decreases with T.
 
     Args:
-        form: The format.
+        form: How the cache is stored.
         geometry: The model's cache.
-        tokens: T.
-        batch: B.
+        tokens: T, cached tokens of each row.
+        batch: B, rows of the batch.
         calibration: The model's calibration, for ours.
 
     Returns:
@@ -183,7 +183,7 @@ def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration |
     That is encoder and decoder in float32, and tables of each coefficient. What kernels keep beside them is not in it.
 
     Args:
-        form: The format.
+        form: How the cache is stored.
         geometry: The model's cache.
         calibration: The model's calibration, for ours.
 
@@ -233,11 +233,11 @@ def estimate_activations(
     """Estimate what a forward pass needs beside weights and cache, with attention that keeps no scores.
 
     Args:
-        config: The model's config.
-        form: The format.
+        config: ``model.config``.
+        form: How the cache is stored.
         geometry: The model's cache.
-        tokens: T.
-        batch: B.
+        tokens: T, cached tokens of each row.
+        batch: B, rows of the batch.
         chunk: Prompt tokens that go through the model at once, C.
 
     Returns:

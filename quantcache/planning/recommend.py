@@ -38,9 +38,9 @@ class ModelSizes:
     """What decides how much memory a model takes.
 
     Attributes:
-        config: Its config.
-        geometry: Its cache.
-        weights: Its weights.
+        config: ``model.config``.
+        geometry: Layers of its cache.
+        weights: Shapes of its weights.
     """
 
     config: PreTrainedConfig
@@ -52,13 +52,13 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     """The sizes of a model, from its config alone.
 
     Args:
-        config: The config.
+        config: ``model.config``, or what :func:`load_config` returns.
 
     Returns:
         The sizes.
 
     Raises:
-        UnsupportedModel: The model cannot be built from its config, or its cache not be foretold.
+        UnsupportedModel: The model cannot be built from its config, or its cache cannot be estimated.
     """
     return ModelSizes(config, read_geometry(config), list_weights(tracing.empty_model(config)))
 
@@ -76,7 +76,7 @@ def recommend(
     """Choose a format.
 
     Args:
-        sizes: The model's sizes.
+        sizes: From :func:`model_sizes`.
         demand: What has to fit.
         measurements: Figures to go by.
         model: What the model is called.
@@ -206,7 +206,7 @@ def _meets(quality: Quality, demand: Demand) -> bool:
 
 
 def _preference(candidate: Candidate) -> tuple[bool, float, int]:
-    """Least expected KL first; formats of which nothing is known last; the smaller cache of two alike."""
+    """Least expected KL first; formats without figures last; the smaller cache of two alike."""
     kl = candidate.quality.kl
     return kl is None, 0.0 if kl is None else kl, candidate.cache_bytes_largest
 
@@ -226,7 +226,7 @@ def _reason(
             return f"nothing needs compressing: {total}"
         kl = best.quality.kl
         if kl is None:
-            return f"{total}; nothing is known of its fidelity: measure it with 'quantcache eval'"
+            return f"{total}; its fidelity has not been measured: use 'quantcache eval'"
         return f"{total}; of all that fit it has the least expected KL, {kl:.5f} nats per token"
     if fitting:
         closest = min(fitting, key=_preference)

@@ -221,7 +221,7 @@ def test_a_killed_writer(killed_at: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert told(Calibration.from_pretrained(tmp_path)) == told(calibration("a"))
     else:
         monkeypatch.setattr(writing, "PATIENCE", 0.05)
-        with pytest.raises(ArtifactError, match="its writer was stopped halfway"):
+        with pytest.raises(ArtifactError, match="or saving was interrupted"):
             Calibration.from_pretrained(tmp_path)
     new.save_pretrained(tmp_path)
     assert not list(tmp_path.glob(".quantcache-*"))

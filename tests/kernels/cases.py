@@ -14,7 +14,7 @@ from quantcache.backends import BackendName
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Frame, Rope, anchor_of
-from quantcache.coding.schema import CodecSettings
+from quantcache.coding.schema import CodecSettings, Coding
 from quantcache_kernels.cpu.library import find
 from quantcache_kernels.triton import runtime
 from tests.builders import gaussian_vectors, random_side
@@ -37,6 +37,7 @@ class Kernel:
         multiple: What a dimension must be a multiple of.
         least_width: What widths the kernel needs at least; with none it leaves the case to torch.
         longest: Longest case that is worth its time.
+        trellis: Whether it takes codes that are paths through a trellis.
     """
 
     backend: BackendName
@@ -47,6 +48,7 @@ class Kernel:
     multiple: int = 4
     least_width: int = 0
     longest: int = 5000
+    trellis: bool = True
 
     def leaves(self, case: Case) -> str:
         """Why a case is not for this kernel; empty if it is."""
@@ -54,6 +56,8 @@ class Kernel:
             return f"dimensions must be multiples of {self.multiple}"
         if case.widths != "mixed" and int(case.widths) < self.least_width:
             return "there are no codes"
+        if "trellis" in case.coding and not self.trellis:
+            return "codes are coded by a trellis"
         return f"takes too long beyond {self.longest} tokens" if case.tokens > self.longest else ""
 
 
@@ -78,6 +82,7 @@ TRITON = Kernel(
     multiple=16,
     least_width=1,
     longest=1000 if TRITON_DEVICE == CPU else 5000,
+    trellis=False,
 )
 
 TORCH = Kernel("torch", lambda: "")
@@ -111,6 +116,7 @@ class Case:
         sink_length: Sinks of every row.
         cut: Whether a crop has cut a block.
         strided: Whether queries, keys and values are slices of larger tensors.
+        coding: Of keys and of values.
     """
 
     tokens: int = 172
@@ -132,6 +138,7 @@ class Case:
     sink_length: int = 4
     cut: bool = False
     strided: bool = False
+    coding: tuple[Coding, Coding] = ("scalar", "scalar")
 
 
 BASE = Case()
@@ -189,6 +196,31 @@ CODES = {
 """Cases of encoding, by test id."""
 
 
+PATHS = replace(BASE, tokens=132, coding=("trellis", "trellis"))
+SHORT = replace(PATHS, tokens=100)
+
+TRELLIS = {
+    "trellis": replace(PATHS, heads=2, queries=2),
+    "trellis-keys": replace(SHORT, coding=("trellis", "scalar")),
+    "trellis-values": replace(SHORT, coding=("scalar", "trellis")),
+    **{f"trellis-width{width}": replace(SHORT, widths=width) for width in range(9)},
+    "trellis-D256": replace(SHORT, dim=256, groups=4),
+    "trellis-D128-bfloat16": replace(PATHS, dim=128, groups=8, dtype=torch.bfloat16),
+    "trellis-D100-Dv72": replace(SHORT, dim=100, value_dim=72, groups=4, queries=5),
+    "trellis-partial-rope": replace(SHORT, dim=80, rotary=0.4),
+    "trellis-few-fast": replace(SHORT, dim=128, theta=1e7),
+    "trellis-all-fast": replace(SHORT, theta=10.0),
+    "trellis-no-rope": replace(SHORT, rope="none"),
+    "trellis-padded": replace(PATHS, tokens=180, pads=(0, 5, 150), queries=2, strided=True),
+    "trellis-cut": replace(PATHS, tokens=172, cut=True, pads=(0, 70), queries=2),
+    "trellis-float16": replace(SHORT, dtype=torch.float16),
+    "trellis-zero": replace(SHORT, scale=0.0),
+    "trellis-1e4": replace(SHORT, scale=1e4),
+    "trellis-1e-6": replace(SHORT, scale=1e-6),
+}
+"""Cases of codes that are paths through a trellis, by test id; those of plain torch take their time to encode."""
+
+
 @dataclass
 class Filled:
     """A case's layer, its queries and its mask.
@@ -225,9 +257,10 @@ def codecs(case: Case, device: torch.device | str = "cpu") -> dict[str, Spectral
     parts = tuple(size for size in (frame.num_slow, frame.num_fast) if size)
     keys = random_side(case.heads, case.dim, widths(case.dim), parts, seed=1, decay=0.95)
     values = random_side(case.heads, value_dim, widths(value_dim), seed=2, decay=0.95)
+    settings = [CodecSettings(coding=coding) for coding in case.coding]
     return {
-        "key": SpectralCodec(keys, rope, CodecSettings(), device),
-        "value": SpectralCodec(values, Rope(), CodecSettings(), device),
+        "key": SpectralCodec(keys, rope, settings[0], device),
+        "value": SpectralCodec(values, Rope(), settings[1], device),
     }
 
 

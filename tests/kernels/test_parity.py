@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from quantcache.attention.function import spectral_attention
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
-from quantcache.coding.schema import SIDES
+from quantcache.coding.schema import SIDES, Coding
 from tests.helpers import attend_by_kernel, implementation
 from tests.kernels import encoding, truth
 from tests.kernels.cases import (
@@ -21,6 +22,7 @@ from tests.kernels.cases import (
     CODES,
     KERNELS,
     TORCH,
+    TRELLIS,
     Case,
     Filled,
     Kernel,
@@ -30,6 +32,8 @@ from tests.kernels.cases import (
     shared,
     vectors,
 )
+
+CODINGS = get_args(Coding)
 
 
 @pytest.fixture(params=[pytest.param(kernel, id=name) for name, kernel in KERNELS.items()])
@@ -79,7 +83,7 @@ def own_error(case: Case, half: bool) -> float:
     return float((output.double() - truth_of(case)).norm())
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in ATTENTION.items()])
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (ATTENTION | TRELLIS).items()])
 def test_attention(kernel: Kernel, case: Case) -> None:
     if kernel.leaves(case):
         pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
@@ -111,7 +115,7 @@ def encoded_by_torch(case: Case, side: str) -> tuple[SpectralCodec, Given, dict[
     return codec, given, fields
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CODES.items()])
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (CODES | TRELLIS).items()])
 def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, object], None]) -> None:
     if kernel.leaves(case):
         pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
@@ -129,8 +133,25 @@ def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, objec
         assert not wrong, f"{wrong} tokens are encoded as no gain factor says, besides {ties} ties"
 
 
-def test_company_does_not_change_codes(kernel: Kernel) -> None:
-    case = Case(tokens=260, pads=(0, 9))
+@pytest.mark.parametrize("part", ["path", "level", "gain"])
+def test_a_path_that_is_not_the_best_is_found(part: str) -> None:
+    """The rule itself: one wrong bit of a path or a code, and one wrong gain, is wrong."""
+    codec, given, expected = encoded_by_torch(TRELLIS["trellis-width4"], "key")
+    found = {name: field.clone() for name, field in expected.items()}
+    if part == "gain":
+        found["gains"][0, 0, 0, 40] += 2
+    else:
+        found["codes"][0, 0, 6 if part == "path" else 0] ^= 1 << 9  # of the first coefficient
+    wrong, ties = encoding.compare(codec, *given, found, expected)
+    assert wrong
+    assert not ties
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_company_does_not_change_codes(kernel: Kernel, coding: Coding) -> None:
+    case = Case(tokens=260, pads=(0, 9), coding=(coding, coding))
+    if kernel.leaves(case):
+        pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
     view = on_device(fill(case).layer, kernel).snapshot()
     codec = view.key.codec
     assert codec is not None
@@ -143,10 +164,11 @@ def test_company_does_not_change_codes(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_threads_change_nothing(kernel: Kernel, threads: int) -> None:
+@pytest.mark.parametrize("coding", CODINGS)
+def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) -> None:
     if kernel.backend != "cpu":
         pytest.skip("only the CPU kernels have threads")
-    case = Case(tokens=3000, pads=(0, 9), widths=3)
+    case = Case(tokens=3000 if coding == "scalar" else 700, pads=(0, 9), widths=3, coding=(coding, coding))
     filled, before = shared(case), torch.get_num_threads()
     view = on_device(filled.layer, kernel).snapshot()
     assert view.key.codec is not None

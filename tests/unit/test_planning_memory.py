@@ -159,7 +159,7 @@ def test_the_bound_holds_at_every_length(name: str, family: str) -> None:
     """Whatever the first update brought, the cache never exceeds the bound, which never decreases."""
     form, known = formats.parse_format(name), geometry.read_geometry(shared_model(BY_NAME[family]).config)
     if form.kind == "quantized" and family == "gemma2":
-        with pytest.raises(UnsupportedModel, match="transformers' quantized cache takes models of full attention only"):
+        with pytest.raises(UnsupportedModel, match="transformers' quantized cache supports only full-attention models"):
             largest_cache(form, known, 100, 1)
         return
     bounds = [largest_cache(form, known, tokens, 2) for tokens in range(1, 700)]

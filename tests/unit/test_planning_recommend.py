@@ -275,7 +275,7 @@ def test_formats_that_a_model_does_not_take() -> None:
     windowed = Geometry((replace(known.layers[0], blocks=False, window=8), known.layers[1]), 0, "traced")
     found = {row.format: row for row in table.rows(windowed, "another", BUNDLED)}
     assert found["quanto-4"].bits_per_element is None
-    assert found["quanto-4"].obstacle == "transformers' quantized cache takes models of full attention only"
+    assert found["quanto-4"].obstacle == "transformers' quantized cache supports only full-attention models"
     assert found["spectral-3"].bytes_per_token == 3.125 * 2 * 2 * 64 / 8
 
 
@@ -311,8 +311,8 @@ def test_filters(filters: list[str], kept: Callable[[table.Row], bool]) -> None:
     ("text", "message"),
     [
         ("price<3", "unknown column 'price': known are bits, bytes, kl, agreement, speed"),
-        ("bits<cheap", "filter 'bits<cheap': 'cheap' is no number"),
-        ("bits<nan", "filter 'bits<nan': 'nan' is no number"),
+        ("bits<cheap", "filter 'bits<cheap': 'cheap' is not a number"),
+        ("bits<nan", "filter 'bits<nan': 'nan' is not a number"),
         ("<3", "a filter is a comparison such as bits<=4.5, or a pattern of names, got '<3'"),
         ("zip-*", "filter 'zip-*' matches no format: known are bf16"),
         ("", "filter '' matches no format"),

@@ -73,7 +73,7 @@ def test_folder_of_all_committed_records() -> None:
     found = read_measurements([RESULTS])
     assert set(found.models()) == {"wiki11m"}
     (path,) = RESULTS.rglob("findings__*.json")
-    with pytest.raises(RecordError, match=r"findings.*\.json: a record of suite 'findings' has no such figures"):
+    with pytest.raises(RecordError, match=r"findings.*\.json: records of suite 'findings' are not used here"):
         read_measurements([path])
 
 
@@ -181,7 +181,7 @@ def test_any_value_may_be_of_another_kind(path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "is no digest of measurements"),
+        ([], "is not a digest of measurements"),
         ({"format": records.DIGEST_FORMAT, "schema_version": 2}, "has schema version 2, this quantcache reads 1"),
         ({"format": records.DIGEST_FORMAT, "schema_version": 1}, "is a damaged digest of measurements: 'origins'"),
     ],
@@ -192,7 +192,7 @@ def test_damaged_digest(content: Any, message: str) -> None:
 
 
 def test_missing_records(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"there are no records at .*nowhere"):
+    with pytest.raises(RecordError, match=r"no records found at .*nowhere"):
         read_measurements([tmp_path / "nowhere"])
 
 

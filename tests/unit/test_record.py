@@ -70,7 +70,7 @@ def test_committed_records_are_sound() -> None:
 
 FLAWS = {
     "no status": (("status",), None, "it lacks status"),
-    "no schema version": (("schema_version",), None, "no schema_version"),
+    "no schema version": (("schema_version",), None, "missing schema_version"),
     "future schema": (("schema_version",), 2, "schema version 2, this quantcache reads 1"),
     "schema version true": (("schema_version",), True, "schema version True"),
     "dirty a number": (("dirty",), 1, "dirty must be true or false, got 1"),

@@ -58,7 +58,7 @@ class Setting:
     """Everything that a recipe may build a cache from.
 
     Attributes:
-        config: The model's config.
+        config: ``model.config``.
         calibration: The model's calibration, for our own methods.
         statistics: Moments of the model's cache on a calibration text, for calibrated rivals.
         sink_length: First tokens to keep.
@@ -195,10 +195,10 @@ def uniform(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
 
 
 def hadamard(dim: int) -> Tensor:
-    """An orthonormal Hadamard matrix, block-diagonal where the dimension is no power of two.
+    """An orthonormal Hadamard matrix, block-diagonal where the dimension is not a power of two.
 
     Args:
-        dim: D.
+        dim: D, rows and columns of the matrix.
 
     Returns:
         ``[D, D]`` float32; its blocks are as large as the largest power of two that divides D.

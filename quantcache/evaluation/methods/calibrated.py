@@ -38,7 +38,7 @@ class PcaCodec(SimulatedCodec):
     (github.com/Dynamis-Labs/spectralquant); widths by exact water-filling instead of a split at an effective rank.
 
     Args:
-        moments: Moments of the vectors.
+        moments: Moments of the keys or values, per head.
         bits: Mean width over the components of a head.
         device: Where the constants live.
     """
@@ -78,8 +78,8 @@ class RankCodec(SimulatedCodec):
     """The first K principal components of every head, in bfloat16.
 
     Args:
-        moments: Moments of the vectors.
-        rank: K.
+        moments: Moments of the keys or values, per head.
+        rank: K, components kept of D.
         device: Where the constants live.
     """
 
@@ -103,7 +103,7 @@ def oscar_codec(layer: LayerMoments, side: str, bits: int, device: torch.device 
     rotations here are per key/value head.
 
     Args:
-        layer: Moments of the layer.
+        layer: Moments of one layer, and of the queries and outputs of its attention.
         side: ``"key"`` or ``"value"``.
         bits: Width of every code.
         device: Where the constants live.

@@ -49,7 +49,7 @@ class TokenInt8Codec(SimulatedCodec):
     """Symmetric int8 with one float16 scale per token and head.
 
     Args:
-        dim: D.
+        dim: D, dimension of a head.
     """
 
     def __init__(self, dim: int):

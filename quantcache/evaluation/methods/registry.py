@@ -1,4 +1,4 @@
-"""From names to methods."""
+"""Methods by name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def all_methods(config: PreTrainedConfig) -> list[str]:
     """What ``all`` stands for.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Names of every family at the numbers it is compared at.
@@ -94,7 +94,7 @@ def parse_methods(
 
     Args:
         names: Names as in :data:`METHOD_NAMES`, or ``all``.
-        config: The model's config.
+        config: ``model.config``.
         calibration: The model's calibration, for ``spectral-B``.
         sink_length: First tokens kept by every method that can.
         residual_length: Recent tokens kept by every method that can.
@@ -105,7 +105,7 @@ def parse_methods(
         The methods in the order given, each once. One that cannot be run here says why in ``unsupported``.
 
     Raises:
-        QuantCacheError: A name is unknown, its number out of range, or there is no calibration for it.
+        QuantCacheError: A name is unknown, its number out of range, or it needs a calibration and none is given.
     """
     expanded = [each for name in names for each in (all_methods(config) if name == ALL else (name,))]
     methods = []

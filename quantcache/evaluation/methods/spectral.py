@@ -1,4 +1,4 @@
-"""Ours."""
+"""SpectralCache as a method to measure."""
 
 from __future__ import annotations
 

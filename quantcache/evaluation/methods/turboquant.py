@@ -32,9 +32,9 @@ class TurboQuantCodec(SimulatedCodec):
     Source: A. Zandieh et al., "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate" (2025).
 
     Args:
-        dim: D.
+        dim: D, dimension of a head.
         bits: Width of every code; 0 leaves nothing.
-        seed: Seed of the rotation.
+        seed: Decides the random rotation.
         device: Where the constants live.
     """
 
@@ -64,7 +64,7 @@ class TurboQuantQJLCodec(SimulatedCodec):
     Overhead" (2024).
 
     Args:
-        dim: D.
+        dim: D, dimension of a head.
         bits: Bits per coordinate, the sketch's included.
         seed: Seed of rotation and sketch.
         device: Where the constants live.
