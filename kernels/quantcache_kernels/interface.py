@@ -67,6 +67,10 @@ class SideConstants:
         gain_search: Multiples of a token's gain that encoding tries.
         frame: The frame.
         words: 32-bit words of a block and batch row.
+        coding: ``"scalar"`` or ``"trellis"``: what the codes name levels of.
+        unions: The trellis' union codebook of every width from 0 to 8, ascending.
+        union_terms: Coefficients of x, x³, ..., x⁹ of every width's union codebook, x the place in it centred, scaled
+            to (-½, ½).
     """
 
     widths: Tensor
@@ -82,6 +86,9 @@ class SideConstants:
     gain_search: tuple[float, ...]
     frame: Frame
     words: int
+    coding: str
+    unions: Sequence[Sequence[float]]
+    union_terms: Sequence[tuple[float, ...]]
 
     @property
     def dim(self) -> int:

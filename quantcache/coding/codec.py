@@ -232,6 +232,9 @@ class SpectralCodec:
             gain_search=self.gain_search,
             frame=interface.Frame(frame.order.cpu(), frame.frequencies.cpu(), frame.slow_pairs, frame.num_slow),
             words=self.num_words,
+            coding=self.coding,
+            unions=[trellis.union_levels(width) for width in range(MAX_WIDTH + 1)],
+            union_terms=[trellis.union_terms(width) for width in range(MAX_WIDTH + 1)],
         )
 
     def tensors(self) -> list[Tensor]:

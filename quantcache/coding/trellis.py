@@ -139,6 +139,19 @@ def union_levels(width: int) -> tuple[float, ...]:
     return tuple(sum(c * x ** (2 * i + 1) for i, c in enumerate(TERMS[width][0])) for x in places)
 
 
+def union_terms(width: int) -> tuple[float, ...]:
+    """The polynomial behind :func:`union_levels`.
+
+    Args:
+        width: k, 0 to 8.
+
+    Returns:
+        Coefficients of x, x³, x⁵, x⁷ and x⁹.
+    """
+    terms = TERMS[width][0]
+    return terms + (0.0,) * (5 - len(terms))
+
+
 @cache
 def code_distortions(coding: Coding) -> tuple[float, ...]:
     """Mean squared error of a unit Gaussian by code width.
