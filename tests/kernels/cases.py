@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quantcache import backends
 from quantcache.backends import BackendName
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Frame, Rope, anchor_of
-from quantcache.coding.schema import CodecSettings
+from quantcache.coding.schema import CodecSettings, Coding
 from quantcache_kernels.cpu.library import find
 from quantcache_kernels.triton import runtime
 from tests.builders import gaussian_vectors, random_side
@@ -54,6 +55,10 @@ class Kernel:
             return f"dimensions must be multiples of {self.multiple}"
         if case.widths != "mixed" and int(case.widths) < self.least_width:
             return "there are no codes"
+        if case.is_trellis:
+            found = (backends.find(self.backend).lacks(codec, case.dtype) for codec in codecs(case).values())
+            if lacking := next(filter(None, found), None):
+                return lacking
         return f"takes too long beyond {self.longest} tokens" if case.tokens > self.longest else ""
 
 
@@ -99,6 +104,8 @@ class Case:
         groups: Query heads of each key/value head.
         queries: Tq.
         widths: A width for all, or ``"mixed"``: 0 to 8 at random for every coefficient of every head.
+        coding: Coding of keys.
+        value_coding: Coding of values; that of keys if None.
         rope: Layout of the rotation, ``none``, ``half`` or ``interleaved``.
         rotary: Share of the dimensions that rotate.
         theta: Base of the rotation.
@@ -120,6 +127,8 @@ class Case:
     groups: int = 3
     queries: int = 1
     widths: int | str = "mixed"
+    coding: Coding = "scalar"
+    value_coding: Coding | None = None
     rope: str = "half"
     rotary: float = 1.0
     theta: float = 1e4
@@ -132,6 +141,11 @@ class Case:
     sink_length: int = 4
     cut: bool = False
     strided: bool = False
+
+    @property
+    def is_trellis(self) -> bool:
+        """Whether either side is coded by a trellis."""
+        return "trellis" in (self.coding, self.value_coding)
 
 
 BASE = Case()
@@ -180,10 +194,43 @@ ATTENTION = {
 }
 """Cases of attention, by test id."""
 
+TRELLIS = replace(BASE, tokens=140, coding="trellis")
+
+TRELLIS_CASES = {
+    "trellis": TRELLIS,
+    **{f"trellis-width{width}": replace(TRELLIS, tokens=74, widths=width) for width in range(1, 9)},
+    "trellis-D128": replace(TRELLIS, dim=128, groups=4, heads=2, tokens=74),
+    "trellis-D256": replace(TRELLIS, dim=256, groups=2, tokens=74),
+    "trellis-D96-Dv32": replace(TRELLIS, dim=96, value_dim=32, tokens=74, queries=5),
+    "trellis-few-fast": replace(TRELLIS, dim=128, theta=1e7, tokens=74),
+    "trellis-all-fast": replace(TRELLIS, theta=10.0),
+    "trellis-no-rope": replace(TRELLIS, rope="none", tokens=74),
+    "trellis-padded": replace(TRELLIS, tokens=150, pads=(0, 70), queries=2),
+    "trellis-cut": replace(TRELLIS, cut=True),
+    "trellis-zero": replace(TRELLIS, scale=0.0, tokens=74),
+    "trellis-1e4": replace(TRELLIS, scale=1e4, tokens=74),
+    "trellis-1e-6": replace(TRELLIS, scale=1e-6, tokens=74),
+    "trellis-softcap-sink-logits": replace(TRELLIS, softcap=5.0, sinks=True),
+    "trellis-keys": replace(TRELLIS, value_coding="scalar"),
+    "trellis-values": replace(TRELLIS, coding="scalar", value_coding="trellis"),
+    **{
+        f"trellis-{str(dtype).removeprefix('torch.')}-{name}": replace(case, dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+        for name, case in {
+            "D128": replace(TRELLIS, dim=128, groups=8, queries=2, tokens=74),
+            "wide": replace(TRELLIS, widths=7),
+            "padded": replace(TRELLIS, tokens=150, pads=(0, 33), strided=True),
+        }.items()
+    },
+}
+"""Cases of trellis codes: few tokens, since every one is a step of an interpreted kernel's search."""
+
+ATTENTION |= TRELLIS_CASES
+
 CODES = {
     name: ATTENTION[name]
     for name in ATTENTION
-    if name.startswith(("D", "width", "padded", "cut", "zero", "1e", "bfloat16", "float16"))
+    if name.startswith(("D", "trellis", "width", "padded", "cut", "zero", "1e", "bfloat16", "float16"))
     or name in ("no-rope", "interleaved", "partial-rope", "few-fast", "all-fast", "strided", "T1000")
 }
 """Cases of encoding, by test id."""
@@ -226,8 +273,8 @@ def codecs(case: Case, device: torch.device | str = "cpu") -> dict[str, Spectral
     keys = random_side(case.heads, case.dim, widths(case.dim), parts, seed=1, decay=0.95)
     values = random_side(case.heads, value_dim, widths(value_dim), seed=2, decay=0.95)
     return {
-        "key": SpectralCodec(keys, rope, CodecSettings(), device),
-        "value": SpectralCodec(values, Rope(), CodecSettings(), device),
+        "key": SpectralCodec(keys, rope, CodecSettings(coding=case.coding), device),
+        "value": SpectralCodec(values, Rope(), CodecSettings(coding=case.value_coding or case.coding), device),
     }
 
 

@@ -41,6 +41,7 @@ GEOMETRIES = {
     "gemma-3": replace(HALF, dim=256, groups=2, theta=1e6),
     "D64": replace(HALF, dim=64, groups=4, theta=1e4),
 }
+GEOMETRIES |= {f"{name}-trellis": replace(GEOMETRIES[name], coding="trellis") for name in ("llama-8b", "gemma-2")}
 """Models' head geometries. ``widths`` is what all coefficients get; kernels do not depend on it but for wide codes."""
 
 

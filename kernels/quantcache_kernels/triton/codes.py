@@ -167,10 +167,11 @@ def levels_of(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexp
         cubic, quintic = tl.load(meaning + S + slot)[:, None], tl.load(meaning + 2 * S + slot)[:, None]
         if TRELLIS:
             seventh, ninth = tl.load(meaning + 3 * S + slot)[:, None], tl.load(meaning + 4 * S + slot)[:, None]
+            # x + x p rounds once where x (1 + p) would round twice: these coefficients are not chosen for half precision.
             square = low * low
-            low = low * (1 + square * (cubic + square * (quintic + square * (seventh + square * ninth))))
+            low += low * (square * (cubic + square * (quintic + square * (seventh + square * ninth))))
             square = high * high
-            high = high * (1 + square * (cubic + square * (quintic + square * (seventh + square * ninth))))
+            high += high * (square * (cubic + square * (quintic + square * (seventh + square * ninth))))
         else:
             square = low * low
             low = low * (1 + square * (cubic + square * quintic))

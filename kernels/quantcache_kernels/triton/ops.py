@@ -35,6 +35,7 @@ from quantcache_kernels.triton.tables import (
     make_slots,
     power_of_two_above,
 )
+from quantcache_kernels.triton.trellis import make_union_search
 
 QUERY_ROWS = 64
 """Rows of queries, anchors times rows of a head, that a program brings into coded coordinates."""
@@ -147,6 +148,10 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
     unit = power_of_two_above(torch.maximum(decoder.abs().amax((1, 2)), constants.mean.abs().amax(1)))
     width = slots.gather(constants.widths.int(), 1)
     books, bins, search = make_search(constants.levels)
+    path: list[Tensor] = []
+    if codes.trellis:
+        unions, union_search = make_union_search(constants.unions)
+        path = [union_search[width].transpose(1, 2), *unions]
     whole = [constants.dim, constants.num_slow, slots.slow_tiles, slots.fast_tiles]
 
     def on_device(tensors: list[Tensor]) -> list[Tensor]:
@@ -167,6 +172,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                     *books,
                     bins,
                     torch.tensor(constants.gain_search, dtype=torch.float32, device="cpu"),
+                    *path,
                 ]
             ),
             [
@@ -175,6 +181,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                 slots.tiles * TILE,
                 int(2 * constants.widths.sum()),
                 int(not constants.frame.is_identity),
+                int(codes.trellis),
             ],
         ),
         Prepared(
