@@ -53,8 +53,8 @@ def load_tile(words, table, slot, S: tl.constexpr, TRELLIS: tl.constexpr):
 
 
 @jit
-def subset_planes(own, other, is_even):
-    """c1 and c0 of a trellis' tokens, as planes of bits: the convolution of the path with octal 13 and octal 04.
+def convolve(own, other, is_even):
+    """c1 of a trellis' tokens as a plane of bits, the convolution of the path with octal 13; c0 is ``own << 1``.
 
     Args:
         own: Words of the path's bits, of even tokens or of odd ones.
@@ -65,7 +65,7 @@ def subset_planes(own, other, is_even):
         Words of the same tokens as ``own``.
     """
     # A token before this one is in the other word, at the same bit for odd tokens and one bit further down for even.
-    return own ^ ((other ^ (other << 1)) << is_even), own << 1
+    return own ^ (other << is_even) ^ (other << (is_even + 1))
 
 
 @jit
@@ -74,11 +74,12 @@ def subset_field(path):
     even, odd = path.split()
     column = tl.arange(0, 4)[None, :]
     is_even = 1 - (column & 1).to(tl.uint32)
-    c1, c0 = subset_planes(
-        tl.where(is_even != 0, even[:, None], odd[:, None]), tl.where(is_even != 0, odd[:, None], even[:, None]), is_even
-    )
-    later = (column >> 1).to(tl.uint32)  # a word of this field has every fourth token, one of a plane every second
-    return (((c1 >> later) & 0x55555555) << 1) | ((c0 >> later) & 0x55555555)
+    own = tl.where(is_even != 0, even[:, None], odd[:, None])
+    c1 = convolve(own, tl.where(is_even != 0, odd[:, None], even[:, None]), is_even)
+    # A word of this field has every fourth token: those at even bits of a plane, or those at odd bits. Where the bits of
+    # c1 are then in place, those of c0 lie at the bits of the path itself.
+    earlier = 1 - (column >> 1).to(tl.uint32)
+    return ((c1 << earlier) & 0xAAAAAAAA) | ((own << earlier) & 0x55555555)
 
 
 @jit

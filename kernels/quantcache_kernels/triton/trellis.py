@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.interface import MAX_WIDTH
-from quantcache_kernels.triton.codes import subset_planes
+from quantcache_kernels.triton.codes import convolve
 from quantcache_kernels.triton.packing import store_codes, store_gains, warps
 from quantcache_kernels.triton.runtime import jit, kernel, power_of_two, tl
 
@@ -163,11 +163,9 @@ def level_kernel(
     coded = coded_width > 0
     even = tl.load(words + offset + 2 * (width - 1), mask=coded, other=0).to(tl.uint32, bitcast=True)
     odd = tl.load(words + offset + 2 * (width - 1) + 1, mask=coded, other=0).to(tl.uint32, bitcast=True)
-    even1, even0 = subset_planes(even, odd, 1)
-    odd1, odd0 = subset_planes(odd, even, 0)
     is_even, bit = ((token & 1) == 0)[:, None], (token >> 1).to(tl.uint32)[:, None]
-    c1 = (tl.where(is_even, even1[None, :], odd1[None, :]) >> bit) & 1
-    c0 = (tl.where(is_even, even0[None, :], odd0[None, :]) >> bit) & 1
+    c1 = (tl.where(is_even, convolve(even, odd, 1)[None, :], convolve(odd, even, 0)[None, :]) >> bit) & 1
+    c0 = ((tl.where(is_even, even[None, :], odd[None, :]) << 1) >> bit) & 1
     subset = (2 * c1 + c0).to(tl.int32)
 
     y = tl.load(coefficients + row[:, None] * S + slot[None, :], mask=real[None, :], other=0.0)
