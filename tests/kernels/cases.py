@@ -198,14 +198,14 @@ TRELLIS = replace(BASE, tokens=140, coding="trellis")
 
 TRELLIS_CASES = {
     "trellis": TRELLIS,
-    **{f"trellis-width{width}": replace(TRELLIS, tokens=74, widths=width) for width in range(1, 9)},
+    **{f"trellis-width{width}": replace(TRELLIS, tokens=74, widths=width) for width in (1, 2, 4, 8)},
     "trellis-D128": replace(TRELLIS, dim=128, groups=4, heads=2, tokens=74),
     "trellis-D256": replace(TRELLIS, dim=256, groups=2, tokens=74),
     "trellis-D96-Dv32": replace(TRELLIS, dim=96, value_dim=32, tokens=74, queries=5),
     "trellis-few-fast": replace(TRELLIS, dim=128, theta=1e7, tokens=74),
     "trellis-all-fast": replace(TRELLIS, theta=10.0),
     "trellis-no-rope": replace(TRELLIS, rope="none", tokens=74),
-    "trellis-padded": replace(TRELLIS, tokens=150, pads=(0, 70), queries=2),
+    "trellis-padded": replace(TRELLIS, tokens=90, pads=(0, 30), queries=2),
     "trellis-cut": replace(TRELLIS, cut=True),
     "trellis-zero": replace(TRELLIS, scale=0.0, tokens=74),
     "trellis-1e4": replace(TRELLIS, scale=1e4, tokens=74),
@@ -218,20 +218,23 @@ TRELLIS_CASES = {
         for dtype in (torch.bfloat16, torch.float16)
         for name, case in {
             "D128": replace(TRELLIS, dim=128, groups=8, queries=2, tokens=74),
-            "wide": replace(TRELLIS, widths=7),
+            "wide": replace(TRELLIS, widths=7, tokens=74),
             "padded": replace(TRELLIS, tokens=150, pads=(0, 33), strided=True),
         }.items()
     },
 }
 """Cases of trellis codes: few tokens, since every one is a step of an interpreted kernel's search."""
 
+TRELLIS_CODES = ("", "-width1", "-width8", "-D128", "-D256", "-no-rope", "-padded", "-zero", "-1e-6", "-bfloat16-D128", "-values")
+
 ATTENTION |= TRELLIS_CASES
 
 CODES = {
     name: ATTENTION[name]
     for name in ATTENTION
-    if name.startswith(("D", "trellis", "width", "padded", "cut", "zero", "1e", "bfloat16", "float16"))
+    if name.startswith(("D", "width", "padded", "cut", "zero", "1e", "bfloat16", "float16"))
     or name in ("no-rope", "interleaved", "partial-rope", "few-fast", "all-fast", "strided", "T1000")
+    or name in [f"trellis{which}" for which in TRELLIS_CODES]
 }
 """Cases of encoding, by test id."""
 
