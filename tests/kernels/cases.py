@@ -199,12 +199,12 @@ TRELLIS = replace(BASE, tokens=140, coding="trellis")
 TRELLIS_CASES = {
     "trellis": TRELLIS,
     **{f"trellis-width{width}": replace(TRELLIS, tokens=74, widths=width) for width in (1, 2, 4, 8)},
-    "trellis-D128": replace(TRELLIS, dim=128, groups=4, heads=2, tokens=74),
+    "trellis-D128": replace(TRELLIS, dim=128, groups=4, tokens=74),
     "trellis-D256": replace(TRELLIS, dim=256, groups=2, tokens=74),
     "trellis-D96-Dv32": replace(TRELLIS, dim=96, value_dim=32, tokens=74, queries=5),
     "trellis-few-fast": replace(TRELLIS, dim=128, theta=1e7, tokens=74),
     "trellis-all-fast": replace(TRELLIS, theta=10.0),
-    "trellis-no-rope": replace(TRELLIS, rope="none", tokens=74),
+    "trellis-no-rope": replace(TRELLIS, rope="none", heads=2, tokens=74),
     "trellis-padded": replace(TRELLIS, tokens=90, pads=(0, 30), queries=2),
     "trellis-cut": replace(TRELLIS, cut=True),
     "trellis-zero": replace(TRELLIS, scale=0.0, tokens=74),
@@ -225,8 +225,6 @@ TRELLIS_CASES = {
 }
 """Cases of trellis codes: few tokens, since every one is a step of an interpreted kernel's search."""
 
-TRELLIS_CODES = ("", "-width1", "-width8", "-D128", "-D256", "-no-rope", "-padded", "-zero", "-1e-6", "-bfloat16-D128", "-values")
-
 ATTENTION |= TRELLIS_CASES
 
 CODES = {
@@ -234,7 +232,19 @@ CODES = {
     for name in ATTENTION
     if name.startswith(("D", "width", "padded", "cut", "zero", "1e", "bfloat16", "float16"))
     or name in ("no-rope", "interleaved", "partial-rope", "few-fast", "all-fast", "strided", "T1000")
-    or name in [f"trellis{which}" for which in TRELLIS_CODES]
+    or name.removeprefix("trellis")
+    in (
+        "",
+        "-width1",
+        "-width8",
+        "-D128",
+        "-D256",
+        "-no-rope",
+        "-padded",
+        "-zero",
+        "-1e-6",
+        "-values",
+    )
 }
 """Cases of encoding, by test id."""
 

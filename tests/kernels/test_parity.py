@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.kernels.cases import (
     CODES,
     KERNELS,
     TORCH,
+    TRELLIS,
     Case,
     Filled,
     Kernel,
@@ -127,6 +129,20 @@ def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, objec
         wrong, ties = encoding.compare(codec, *given, found, expected)
         record_property(f"{side} tokens encoded otherwise", ties)
         assert not wrong, f"{wrong} tokens are encoded as no gain factor says, besides {ties} ties"
+
+
+@pytest.mark.parametrize("what", ["path", "level", "gain"])
+def test_a_path_that_is_not_the_best_is_wrong(what: str) -> None:
+    """The rule itself: one bit of one token's path or level, or a gain two steps off, is found in its head alone."""
+    codec, given, fields = encoded_by_torch(replace(TRELLIS, heads=2, widths=3, tokens=74), "key")
+    changed = {name: field.clone() for name, field in fields.items()}
+    if what == "gain":
+        changed["gains"][0, 0, 1, 30] += 2
+    else:
+        word = int(codec.offsets[1, 5]) + (4 if what == "path" else 0)
+        changed["codes"][0, 0, word] ^= 1 << 9
+    wrong = encoding.wrong(codec, *given, changed)
+    assert wrong == (1 if what == "gain" else BLOCK)
 
 
 def test_company_does_not_change_codes(kernel: Kernel) -> None:

@@ -76,8 +76,8 @@ def subset_field(path):
     is_even = 1 - (column & 1).to(tl.uint32)
     own = tl.where(is_even != 0, even[:, None], odd[:, None])
     c1 = convolve(own, tl.where(is_even != 0, odd[:, None], even[:, None]), is_even)
-    # A word of this field has every fourth token: those at even bits of a plane, or those at odd bits. Where the bits of
-    # c1 are then in place, those of c0 lie at the bits of the path itself.
+    # A word of this field has every fourth token: those at even bits of a plane, or those at odd bits. Where the bits
+    # of c1 are then in place, those of c0 lie at the bits of the path itself.
     earlier = 1 - (column >> 1).to(tl.uint32)
     return ((c1 << earlier) & 0xAAAAAAAA) | ((own << earlier) & 0x55555555)
 
@@ -168,7 +168,7 @@ def levels_of(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexp
         cubic, quintic = tl.load(meaning + S + slot)[:, None], tl.load(meaning + 2 * S + slot)[:, None]
         if TRELLIS:
             seventh, ninth = tl.load(meaning + 3 * S + slot)[:, None], tl.load(meaning + 4 * S + slot)[:, None]
-            # x + x p rounds once where x (1 + p) would round twice: these coefficients are not chosen for half precision.
+            # x + x p rounds once where x (1 + p) would round twice.
             square = low * low
             low += low * (square * (cubic + square * (quintic + square * (seventh + square * ninth))))
             square = high * high

@@ -176,7 +176,9 @@ def attend_kernel(
                 x = unpack(now, flags, value_factors + tables, place, one_half, VS, VALUE_TRELLIS)
                 if WIDE and not VALUE_TRELLIS:
                     x += second_nibble(values, value_words + tables, value_factors + tables, place, flags, False, VS)
-                tile = value_levels(x, value_meaning + tables, value_levels_, place, VS, VALUE_POLYNOMIAL, VALUE_TRELLIS)
+                tile = value_levels(
+                    x, value_meaning + tables, value_levels_, place, VS, VALUE_POLYNOMIAL, VALUE_TRELLIS
+                )
                 sum_ = tl.dot(tile, weights, sum_, input_precision=PRECISION)
             updated += (sum_,)
         sums = updated

@@ -160,7 +160,7 @@ def launch(
     if not is_trellis:
         _launch(x, places, starts, tables, sizes, codes, gains, gains, gains)
         return
-    tables, trellis_tables = tables[:-trellis.TABLES], tables[-trellis.TABLES :]
+    tables, trellis_tables = tables[: -trellis.TABLES], tables[-trellis.TABLES :]
     # Coefficients go through memory: so many blocks at once that it is a piece of what the model itself needs.
     lines = x.shape[0] * x.shape[1] * BLOCK
     count = max(1, SCRATCH // (4 * lines * sizes[2]))

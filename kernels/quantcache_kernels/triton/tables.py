@@ -92,6 +92,22 @@ LEAST_PAYLOAD = 8
 """Words a block must have: the largest field, which is read even for a slot that has none."""
 
 
+HALF_TERMS: tuple[tuple[float, ...], ...] = (
+    (1.0, 0.0, 0.0, 0.0, 0.0),
+    (2.93740992, 0.5444335938, 0.0, 0.0, 0.0),
+    (3.098092141, 1.333984375, -6.0234375, 48.5, 0.0),
+    (3.365124087, 1.639648438, -7.828125, 70.875, -64.3125),
+    (3.933173605, 0.3718261719, 13.8671875, -92.25, 328.5),
+    (4.247510198, -0.1961669922, 27.828125, -205.25, 609.5),
+    (4.365526149, -0.61328125, 38.75, -292.25, 827.0),
+    (4.412767614, -0.8955078125, 45.96875, -352.25, 986.0),
+    (4.424798038, -1.026367188, 48.65625, -372.0, 1032.0),
+)
+"""By width, the union levels of a trellis in half precision: c, a, b, ... of ``c (x + x (a x² + b x⁴ + ...))``. Next to
+the coefficients of ``SideConstants.union_terms`` those that, rounded at every step, come nearest to the levels; fitted
+by ``benchmarks/trellis_half_terms.py``."""
+
+
 @dataclass(frozen=True)
 class CodeTables:
     """Where the words of every slot are, and what its codes mean.
@@ -102,11 +118,11 @@ class CodeTables:
         factors: What the fields are multiplied by to take their place in a ten-bit code whose highest bits are the
             code's (the first field is masked instead), zero where a slot lacks the field, ``[H, 4, S]`` int32.
         flags: Which fields a tile has: 1, 2, 4 and 8 in the order of ``words``, ``[H, tiles]`` int32.
-        meaning: In half precision, for computing levels: -(1 + center) and the polynomial's coefficients over its first,
-            ``[H, 3, S]`` float16, ``[H, 5, S]`` of a trellis. Otherwise, for looking them up: shift and first level of
-            the slot's codebook, ``[H, 2, S]`` int32.
+        meaning: In half precision, for computing levels: -(1 + center) and the polynomial's ratios, ``[H, 3, S]``
+            float16, ``[H, 5, S]`` of a trellis. Otherwise, for looking them up: shift and first level of the slot's
+            codebook, ``[H, 2, S]`` int32.
         levels: All codebooks, one after the other; empty where levels are computed.
-        scale: The polynomial's first coefficient of every slot where levels are computed, else ones, ``[H, S]`` float32.
+        scale: c of every slot where levels are computed, else ones, ``[H, S]`` float32.
         trellis: Whether the codes are those of a trellis.
     """
 
@@ -163,9 +179,7 @@ def make_codes(constants: SideConstants, slots: Slots, dtype: torch.dtype) -> Co
     below = 2 * int(is_trellis)
     last = 1 << (10 - length) if is_trellis else 4 + 0 * width
     places = (0x03C003C0 + 0 * width, 1 << (10 - length + below + (inner & 1)), 1 << (10 - length + below), last)
-    factors = torch.stack(
-        [torch.where(h, p, 0) for h, p in zip(has_fields(width, inner), places, strict=True)], dim=1
-    )
+    factors = torch.stack([torch.where(h, p, 0) for h, p in zip(has_fields(width, inner), places, strict=True)], dim=1)
     flags = sum((h.unflatten(1, (-1, TILE)).any(-1).to(torch.int32) << i) for i, h in enumerate(has))
     assert isinstance(flags, Tensor)
 
@@ -193,10 +207,7 @@ def make_codes(constants: SideConstants, slots: Slots, dtype: torch.dtype) -> Co
 def _polynomials(constants: SideConstants) -> Tensor:
     """By width, what levels are computed from in half precision, ``meaning`` of :class:`CodeTables` and ``scale``."""
     if constants.coding == "trellis":
-        rows = [
-            (2.0 ** -(w + 2) - 1.5, *(term / first for term in more), first)
-            for w, (first, *more) in enumerate(constants.union_terms[1:], start=1)
-        ]
+        rows = [(2.0 ** -(w + 2) - 1.5, *more, first) for w, (first, *more) in enumerate(HALF_TERMS[1:], start=1)]
     else:
         rows = [(2.0 ** -(w + 1) - 1.5, a, b, c) for w, (c, a, b) in enumerate(constants.polynomials[1:], start=1)]
     nothing = (-1.0, *(0.0 for _ in rows[0][2:]), 1.0)  # width 0: the level of code 0 is zero

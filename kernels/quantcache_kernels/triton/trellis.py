@@ -67,6 +67,18 @@ def subset_errors(u, weight, width, scale, origin, union, bins):
 
 
 @jit
+def start(slot):
+    """Costs of the eight states before the first token, and empty words of their paths: it starts in state zero."""
+    none = tl.zeros_like(slot)
+    costs, evens, odds = (none.to(tl.float32),), (none.to(tl.uint32),), (none.to(tl.uint32),)
+    for _ in tl.static_range(7):
+        costs += (none.to(tl.float32) + float("inf"),)
+        evens += (none.to(tl.uint32),)
+        odds += (none.to(tl.uint32),)
+    return costs, evens, odds
+
+
+@jit
 def advance(cost, own, other, error):
     """One token further: costs of the eight states and words of their paths, the token's bits in the words ``own``.
 
@@ -107,11 +119,7 @@ def path_kernel(
     steps += (line * tl.num_programs(1) + head) * 64
     coefficients += (line * tl.num_programs(1) + head) * 64 * S + slot
 
-    cost, even, odd = (), (), ()
-    for s in tl.static_range(8):
-        cost += (tl.full((SLOTS,), float("inf") if s else 0.0, tl.float32),)
-        even += (tl.zeros((SLOTS,), tl.uint32),)
-        odd += (tl.zeros((SLOTS,), tl.uint32),)
+    cost, even, odd = start(slot)
     for pair in range(32):
         step = tl.load(steps + 2 * pair)
         u = tl.where(step > 0, tl.load(coefficients + 2 * pair * S, mask=real, other=0.0) / step, 0.0)
