@@ -19,11 +19,14 @@ from quantcache import backends
 from quantcache.attention.function import spectral_attention
 from quantcache.backends import Backend
 from quantcache.backends.triton import prepared
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import Coding
 from quantcache.coding.trellis import union_levels
 from quantcache.common.errors import QuantCacheError
 from quantcache_kernels.triton import encode, ops
 from quantcache_kernels.triton.tables import HALF_TERMS
+from tests.kernels import encoding as rule
 from tests.kernels import truth
 from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device, shared
 
@@ -116,15 +119,14 @@ def test_levels_of_a_trellis_in_half_precision(width: int) -> None:
 
 
 def test_a_trellis_is_encoded_some_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(BASE, tokens=140, dim=16, coding="trellis")
-    filled = shared(case)
-    view = on_device(filled.layer, TRITON).snapshot()
-    x = filled.given["value"][:, :, 4:132].to(TRITON_DEVICE)
-    codec = view.value.codec
-    together = backends.find("triton").encode(codec, x, view.places, view.starts)
-    monkeypatch.setattr(encode, "SCRATCH", 64 * 16 * 4)  # one block
-    apart = backends.find("triton").encode(codec, x, view.places, view.starts)
-    assert all(torch.equal(apart[name], together[name]) for name in ("codes", "gains"))
+    filled = shared(replace(BASE, tokens=4 + 5 * BLOCK, dim=16, coding="trellis"))
+    side, moved = filled.layer.snapshot().value, on_device(filled.layer, TRITON).snapshot()
+    x, places = filled.given["value"][:, :, 4:], filled.layer.snapshot().places
+    monkeypatch.setattr(encode, "SCRATCH", 1)  # four blocks, then the fifth
+    fields = backends.find("triton").encode(moved.value.codec, x.to(TRITON_DEVICE), moved.places, None)
+    found = {name: field.cpu() for name, field in fields.items()}
+    assert isinstance(side.codec, SpectralCodec)
+    assert rule.compare(side.codec, x, places, None, found, side.store.slice(0, 5))[0] == 0
 
 
 def packed_arguments() -> tuple[Any, ...]:

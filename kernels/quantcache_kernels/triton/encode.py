@@ -161,9 +161,10 @@ def launch(
         _launch(x, places, starts, tables, sizes, codes, gains, gains, gains)
         return
     tables, trellis_tables = tables[: -trellis.TABLES], tables[-trellis.TABLES :]
-    # Coefficients go through memory: so many blocks at once that it is a piece of what the model itself needs.
+    # Coefficients go through memory, of some blocks at a time. Fours of them keep pointers aligned: those that are not
+    # would be variants of their own to Triton.
     lines = x.shape[0] * x.shape[1] * BLOCK
-    count = max(1, SCRATCH // (4 * lines * sizes[2]))
+    count = 4 * max(1, SCRATCH // (16 * lines * sizes[2]))
     coefficients, steps = (
         torch.empty(min(count, codes.shape[0]) * lines * width, dtype=torch.float32, device=x.device)
         for width in (sizes[2], 1)
