@@ -15,20 +15,14 @@ from quantcache import Calibration
 from quantcache.attention.probe import RecordingCache, run
 from quantcache.cache.layer import CodecFactory
 from quantcache.cache.spectral_cache import BlockCache
+from quantcache.coding.blocks import SideCodec, block_positions, join_blocks, split_blocks
 from quantcache.coding.codebook import lloyd_max
-from quantcache.coding.codec import (
-    GAIN_CENTER,
-    GAIN_STEPS,
-    SideCodec,
-    SpectralCodec,
-    block_positions,
-    join_blocks,
-    split_blocks,
-)
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_CENTER, GAIN_STEPS
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import SIDES
-from quantcache.coding.statistics import SINK_LENGTH
+from quantcache.common.defaults import SINK_LENGTH
 
 Gain = Literal["none", "plain", "corrected", "searched"]
 

@@ -24,7 +24,8 @@ from quantcache.attention.probe import RecordingCache, detect_ropes, recorded_qu
 from quantcache.calibration.calibrator import sampled_loss
 from quantcache.coding.rope import ANCHOR_LENGTH, FAST_WAVELENGTH, Frame, Rope
 from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, output_metrics
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, output_metrics
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.evaluation.methods.statistics import eigenbasis
 
 DEFAULT_FRAME = f"{FAST_WAVELENGTH:g}"

@@ -29,13 +29,16 @@ from transformers import Cache, PreTrainedModel
 from quantcache import Calibration, SpectralCache, data
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import CodecSettings, LayerCalibration, Metadata, Rate
-from quantcache.cli.session import BUNDLED_MODEL, load_model, position_limit
+from quantcache.cli.session import load_model
 from quantcache.coding.allocation import allocate_layers
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codebook import gaussian_codebook
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES
+from quantcache.common import compat
+from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import Method, measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import model_sha256
 
@@ -155,7 +158,7 @@ def main() -> None:
     options = parse_arguments()
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     name = Path(options.model).name
-    limit = position_limit(model) or options.context or SEQUENCE
+    limit = compat.position_limit(model.config) or options.context or SEQUENCE
     context = options.context or min(SEQUENCE, limit)
     if context > limit:
         sys.exit(f"error: context {context} exceeds the model's limit of {limit} positions")
@@ -166,7 +169,7 @@ def main() -> None:
     chosen = {name: rows for name, rows in ablations().items() if not options.only or name in options.only}
     unknown = set(options.only) - set(chosen)
     if unknown:
-        sys.exit(f"error: there is no ablation {', '.join(sorted(unknown))}: known are {', '.join(ablations())}")
+        sys.exit(f"error: unknown ablation {', '.join(sorted(unknown))}: known are {', '.join(ablations())}")
     checkpoints = [count for count in CHECKPOINTS if count <= options.max_tokens]
     calibration_tokens = tokenized(tokenizer, calibration_text, checkpoints[-1])
     tokens = tokenized(tokenizer, evaluation_text, options.windows * context)
@@ -223,7 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=BUNDLED_MODEL, help="folder or Hub id; the record's suite is named after it")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="ablations to run; all by default")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2.0, 3.0, 4.0], help="mean code widths")
+    parser.add_argument("--bits", dest="rates", type=float, nargs="+", default=[2.0, 3.0, 4.0], help="mean code widths")
     parser.add_argument("--context", type=int, help=f"tokens in a window; by default {SEQUENCE} or the model's limit")
     parser.add_argument("--windows", type=int, default=2, help="windows of the evaluation text")
     parser.add_argument("--calibration-tokens", type=int, default=32_768, help="tokens of all other ablations")

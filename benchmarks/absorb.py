@@ -28,7 +28,8 @@ from quantcache import Calibration, SpectralCache, data, register_attention
 from quantcache.attention.probe import RecordingCache
 from quantcache.backends.padding import Grid
 from quantcache.cache.spectral_cache import BlockCache, CodecFactory
-from quantcache.coding.codec import SideCodec, SpectralCodec, join_blocks, split_blocks
+from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import Rope
 from quantcache.evaluation import measure_fidelity

@@ -27,8 +27,7 @@ from transformers.cache_utils import DynamicLayer, QuantizedCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import quantcache
-from quantcache import Calibration, SpectralCache
-from quantcache.accounting import memory as accounting
+from quantcache import Calibration, SpectralCache, accounting
 from quantcache.attention.function import spectral_attention
 from quantcache.cache.spectral_cache import SpectralLayer
 from quantcache.evaluation.summaries import quantiles

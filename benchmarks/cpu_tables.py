@@ -72,7 +72,7 @@ def cpu_models_table(path: Path, record: dict[str, Any], page: Path) -> str:
     caption = "Random weights and random cached tokens, float32, batch 1."
     if found := record["metrics"].get("encoding"):
         caption += (
-            f" Encoding {found['tokens']:,} tokens takes {found['encoding_milliseconds']['median']:.0f} ms in all "
+            f" Encoding {found['tokens']:,} tokens takes {found['encoding_milliseconds']['median']:.0f} ms over all "
             f"layers of the qwen2.5-0.5b geometry, {found['share']:.2%} of its prefill."
         )
     return f"{markdown(header, rows)}\n\n{caption} {origin(path, record, page)}"

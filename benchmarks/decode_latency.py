@@ -136,7 +136,7 @@ def time_steps(model: PreTrainedModel, filled: dict[str, Cache], warmup: int, st
 
 def held(cache: Cache) -> int:
     """Bytes that a cache holds."""
-    from quantcache.accounting.memory import measure
+    from quantcache.accounting.measuring import measure
 
     return measure(cache).total
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import Calibration, calibrate, data
-from quantcache.cli.session import load_model, position_limit
+from quantcache.cli.session import load_model
+from quantcache.common import compat
 from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
 from quantcache.evaluation.methods import RECIPES, RivalStatistics
 from quantcache.evaluation.weights import KINDS, quantize_weights, weights_library
@@ -165,7 +166,7 @@ def make_parts(
     options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> list[Part]:
     """The tables to measure."""
-    limit = position_limit(model) or options.context
+    limit = compat.position_limit(model.config) or options.context
     for context in (options.context, *options.contexts):
         if context > limit:
             sys.exit(f"error: context {context} exceeds the model's limit of {limit} positions")
@@ -280,7 +281,7 @@ def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:
 
 def table(title: str, results: dict[str, dict]) -> Table:
     """The results of a part for people."""
-    columns = ("method", "bits/elt", "bits in all", "KL mean", "KL p99", "KL max", "top-1", "perplexity")
+    columns = ("method", "bits/elt", "with sinks and recent", "KL mean", "KL p99", "KL max", "top-1", "perplexity")
     result = Table(*columns, title=title)
     for column in result.columns[1:]:
         column.justify = "right"

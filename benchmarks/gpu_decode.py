@@ -132,7 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     if options.sweep and "sweep" not in options.parts:
         options.parts.append("sweep")
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     if options.bits is None:
         options.bits = [3.0] if options.quick or options.tiny else [3.0, 2.0, 4.0]
     if options.tiny:

@@ -12,8 +12,7 @@ from gpu_run import Run, fill
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 import quantcache
-from quantcache import SpectralCache
-from quantcache.accounting import memory as accounting
+from quantcache import SpectralCache, accounting
 from quantcache.evaluation.summaries import quantiles
 
 

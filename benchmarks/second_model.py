@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from quantcache import data
 from quantcache.calibration.passages import shared, sketch
-from quantcache.cli.session import BUNDLED_MODEL, load_model
+from quantcache.cli.session import load_model
+from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.provenance import MOST_SHARED, model_sha256, text_sha256
 
 COPIED = (

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from quantcache import Calibration, data
 from quantcache.cli.eval_tables import tables
-from quantcache.cli.session import BUNDLED_MODEL, load_model, progress_bar, show_cells
+from quantcache.cli.session import load_model, progress_bar, show_cells
+from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import runner
 from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
 from quantcache.evaluation.provenance import calibration_sha256, check_material, model_sha256, text_sha256

@@ -75,7 +75,7 @@ def newest_record(results: Path, suite: str) -> tuple[Path, dict[str, Any]] | No
         Its file and content; None if there is none.
 
     Raises:
-        RecordError: A file is no record.
+        RecordError: A file is not a record.
     """
     found = []
     for path in results.rglob(f"{suite}__*.json"):
@@ -106,7 +106,7 @@ def render(text: str, root: Path, page: Path) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in TABLES:
-            raise ValueError(f"{page}: there is no table {name!r}: known are {', '.join(TABLES)}")
+            raise ValueError(f"{page}: unknown table {name!r}: known are {', '.join(TABLES)}")
         suite, make = TABLES[name]
         newest = newest_record(root / "benchmarks" / "results", suite)
         body = NO_RECORD if newest is None else make(newest[0].relative_to(root), newest[1], page)
@@ -140,7 +140,7 @@ def digest(root: Path) -> dict[str, Any]:
         The content of :data:`DIGEST`.
 
     Raises:
-        RecordError: A file is no record.
+        RecordError: A file is not a record.
     """
     found = Measurements()
     for suite in DIGEST_SUITES:

@@ -12,7 +12,7 @@ from quantcache.data import demo_model_path, evaluation_text
 model_name = demo_model_path()
 folder = sys.argv[1] if len(sys.argv) > 1 else "calibration"
 
-# Importing quantcache has made "spectral" known to transformers. It attends on the codes; "sdpa" and "eager" work too.
+# Importing quantcache registers "spectral" with transformers. It attends on the codes; "sdpa" and "eager" work too.
 model = AutoModelForCausalLM.from_pretrained(model_name, dtype="float32", attn_implementation="spectral")
 tokenizer = AutoTokenizer.from_pretrained(model_name)
 prompt = evaluation_text()[:3500].rsplit(". ", 1)[0] + "."

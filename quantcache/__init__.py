@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from quantcache.accounting import CacheMemory
     from quantcache.artifact import Calibration
     from quantcache.attention import register_attention
-    from quantcache.cache import SpectralCache, SpectralLayer, disable, enable, enabled
+    from quantcache.cache import BlockCache, SpectralCache, SpectralLayer, disable, enable, enabled
     from quantcache.calibration import calibrate
+    from quantcache.coding import SideCodec
     from quantcache.common.errors import (
         ArtifactError,
         CalibrationMismatch,
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ArtifactError": "common.errors",
+    "BlockCache": "cache",
     "CacheMemory": "accounting",
     "Calibration": "artifact",
     "CalibrationMismatch": "common.errors",
     "CalibrationWarning": "common.errors",
     "HubError": "common.errors",
     "QuantCacheError": "common.errors",
+    "SideCodec": "coding",
     "SpectralCache": "cache",
     "SpectralLayer": "cache",
     "UnsupportedModel": "common.errors",
@@ -56,12 +59,14 @@ _HOMES = {
 
 __all__ = [
     "ArtifactError",
+    "BlockCache",
     "CacheMemory",
     "Calibration",
     "CalibrationMismatch",
     "CalibrationWarning",
     "HubError",
     "QuantCacheError",
+    "SideCodec",
     "SpectralCache",
     "SpectralLayer",
     "UnsupportedModel",

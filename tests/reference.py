@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from quantcache.cache.spectral_cache import BlockCache, SpectralLayer
-from quantcache.coding.codec import SideCodec
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH
 from tests.helpers import implementation

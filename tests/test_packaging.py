@@ -108,6 +108,14 @@ def test_rooms_are_all_there_is() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__"}
 
 
+def test_versions_of_transformers_are_told_apart_in_one_place() -> None:
+    telltale = re.compile(
+        r"transformers\.__version__|is_transformers_version|version\.parse|hasattr\((cache_utils|transformers)"
+    )
+    places = {path.relative_to(PACKAGE).parts[:2] for _, path in modules() if telltale.search(path.read_text("utf-8"))}
+    assert places == {("common", "compat")}
+
+
 def test_kernels_do_not_import_quantcache() -> None:
     for path in (ROOT / "kernels" / "quantcache_kernels").rglob("*.py"):
         assert not imported_modules(path), f"{path} imports quantcache"
@@ -283,7 +291,7 @@ def test_the_map_of_the_source_is_whole() -> None:
     assert set(ROOMS) <= set(re.findall(r"^\| `(\w+)` \|", page, re.M))
     paths = re.findall(r"`(\w+/\w+\.py)`", page)
     assert paths
-    assert not [path for path in paths if not (PACKAGE / path).exists()]
+    assert not [path for path in paths if not any((base / path).exists() for base in (PACKAGE, ROOT))]
 
 
 def test_attention_runs_where_nothing_of_quantcache_was_used_yet() -> None:

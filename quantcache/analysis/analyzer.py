@@ -75,15 +75,7 @@ def analyze(
         QuantCacheError: The text is too short, is what was calibrated on, or the calibration is another model's.
         UnsupportedModel: The model is an encoder-decoder.
     """
-    compat.require_decoder(model.config)
-    encoder = compat.is_encoder(model.config)
-    if calibration is not None and encoder:
-        raise QuantCacheError(
-            f"{model.config.model_type} is an encoder: it has no cache that a calibration could serve"
-        )
-    if calibration is not None:
-        calibration.check_compatible(model)
-        check_overlap(calibration, text, text_name)
+    encoder = _check(model, calibration, text, text_name)
     sequences = _sequences(model, tokenizer, text, max_tokens, seq_len)
     notes: list[str] = []
     layers = [] if encoder else cache_layout.full_attention_layers(model.config)
@@ -105,14 +97,9 @@ def analyze(
         targets.sort(key=lambda t: (ORDER.index(t.name), t.layer, t.head or 0))
         grades: list[Grade] = []
         divergences: list[Divergence] = []
-        source = None
+        source = _source(calibration) if layers else None
         if layers:
-            source = "given"
-            if calibration is not None and "tokens" in calibration.metadata.recipe:
-                source = f"given, made from {calibration.metadata.recipe['tokens']:,} tokens of another text"
-            if calibration is None:
-                calibration = calibrate(model, sequences[:-1], progress=progress)
-                source = "made from the text, without its last sequence"
+            calibration = calibration or calibrate(model, sequences[:-1], progress=progress)
             with _bar(progress) as bar:
                 samples, places = collect_samples(model, sequences[-1], layers)
                 task = bar.add_task("encoding samples", total=len(RATES) * len(samples))
@@ -145,11 +132,34 @@ def analyze(
     )
 
 
+def _check(model: PreTrainedModel, calibration: Calibration | None, text: str, text_name: str) -> bool:
+    """Whether the model is an encoder; refuses models and calibrations that cannot be analyzed."""
+    compat.require_decoder(model.config)
+    encoder = compat.is_encoder(model.config)
+    if calibration is not None and encoder:
+        raise QuantCacheError(
+            f"{model.config.model_type} is an encoder: it has no cache that a calibration could serve"
+        )
+    if calibration is not None:
+        calibration.check_compatible(model)
+        check_overlap(calibration, text, text_name)
+    return encoder
+
+
+def _source(calibration: Calibration | None) -> str:
+    """Where the calibration is from."""
+    if calibration is None:
+        return "made from the text, without its last sequence"
+    if "tokens" in calibration.metadata.recipe:
+        return f"given, made from {calibration.metadata.recipe['tokens']:,} tokens of another text"
+    return "given"
+
+
 def _sequences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, seq_len: int | None
 ) -> list[Tensor]:
     """At least two sequences of one length, each ``[1, T]``."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    limit = compat.position_limit(model.config) or 2048
     ids = tokenize(text, tokenizer, max_tokens)[:max_tokens]
     length = min(seq_len or 2048, limit, len(ids) // 2)
     if length < min(MIN_SEQUENCE, limit):
@@ -222,7 +232,7 @@ def _notes(
                 "uncompressed, and only the inputs of their weights are shown."
             )
         if gathered.sinks is None:
-            notes.append("The model's attention cannot be looked into, so sink tokens were not searched for.")
+            notes.append("The model's attention cannot be observed, so sink tokens were not searched for.")
         elif not gathered.sinks:
             notes.append(f"No token draws {SINK_SHARE:.0%} of a layer's attention from afar: there are no sink tokens.")
     if all(target.name not in INPUTS for target in targets):

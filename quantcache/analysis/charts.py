@@ -1,4 +1,4 @@
-"""The charts of a report, as numbers: drawn as SVG in the page and by matplotlib in the picture."""
+"""The charts of a report, as numbers."""
 
 from __future__ import annotations
 

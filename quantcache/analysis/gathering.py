@@ -18,8 +18,8 @@ from quantcache.attention.function import spectral_attention_forward
 from quantcache.attention.probe import RecordingCache, replaced_attention, run
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.spectral import Moments
-from quantcache.coding.statistics import SINK_LENGTH
 from quantcache.common import compat
+from quantcache.common.defaults import SINK_LENGTH
 
 MOMENT_BYTES = 2 << 30
 """Memory that the second moments of weights' inputs may take at a time."""

@@ -19,7 +19,7 @@ from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK, MAX_WIDTH
 from quantcache.coding.rope import Rope, anchor_of
 from quantcache.coding.schema import SIDES
-from quantcache.coding.statistics import SINK_LENGTH
+from quantcache.common.defaults import SINK_LENGTH
 
 SAMPLE_BLOCKS = 8
 """Blocks of a sequence that are encoded, spread over it."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
-from quantcache.analysis import svg
-from quantcache.analysis.charts import charts
-from quantcache.analysis.page import SCRIPT, STYLE
+from quantcache.analysis.charts import Chart, charts
+from quantcache.analysis.drawing import draw_svg
+from quantcache.analysis.page import SCRIPT, STYLE, css_class
 from quantcache.analysis.report import Report
 from quantcache.analysis.tables import Card, Cell, Table, cards, provenance, tables, title
 
@@ -26,7 +26,7 @@ def render(report: Report) -> str:
     heading = escape(title(report))
     drawn = "".join(
         f'<figure><figcaption>{escape(chart.title)} <span class="unit">{escape(chart.y_label)}</span></figcaption>'
-        f"{svg.draw(chart)}{svg.legend(chart)}</figure>"
+        f"{draw_svg(chart)}{_legend(chart)}</figure>"
         for chart in charts(report)
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
@@ -46,6 +46,14 @@ def render(report: Report) -> str:
         + "\n".join(part for part in body if part)
         + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
+
+
+def _legend(chart: Chart) -> str:
+    items = (
+        f'<li><span class="swatch {css_class(series.name)}" aria-hidden="true"></span>{escape(series.label)}</li>'
+        for series in chart.series
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _card(card: Card) -> str:

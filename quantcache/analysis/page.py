@@ -1,18 +1,48 @@
-"""Style and script of the page."""
+"""Colours, style and script of the page."""
 
-STYLE = """
-:root {
-  --page: #fcfcfb; --text: #1c1d20; --soft: #62656d; --line: #e3e3df; --panel: #ffffff; --shade: #f3f3f0;
-  --accent: #2f5fd0; --note: #fbf4dd;
-  --key: #2f5fd0; --rotated: #86a5ec; --value: #d0672f; --qkv: #26856a; --o: #8a4fc0; --up: #b3861b; --down: #6b7280;
+from __future__ import annotations
+
+import re
+
+LIGHT = {
+    **{"page": "#fcfcfb", "text": "#1c1d20", "soft": "#62656d", "line": "#e3e3df", "panel": "#ffffff"},
+    **{"shade": "#f3f3f0", "accent": "#2f5fd0", "note": "#fbf4dd"},
+    **{"key": "#2f5fd0", "rotated": "#86a5ec", "value": "#d0672f", "qkv": "#26856a", "o": "#8a4fc0"},
+    **{"up": "#b3861b", "down": "#6b7280"},
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #141518; --text: #e8e8e4; --soft: #a0a3ab; --line: #303238; --panel: #1b1d21; --shade: #23252a;
-    --accent: #86a9ff; --note: #2b2718;
-    --key: #86a9ff; --rotated: #5470b8; --value: #f29a68; --qkv: #5fc4a4; --o: #c496f0; --up: #e0b94e; --down: #9aa0ab;
-  }
+"""Colours by name; the picture has them too."""
+
+DARK = {
+    **{"page": "#141518", "text": "#e8e8e4", "soft": "#a0a3ab", "line": "#303238", "panel": "#1b1d21"},
+    **{"shade": "#23252a", "accent": "#86a9ff", "note": "#2b2718"},
+    **{"key": "#86a9ff", "rotated": "#5470b8", "value": "#f29a68", "qkv": "#5fc4a4", "o": "#c496f0"},
+    **{"up": "#e0b94e", "down": "#9aa0ab"},
 }
+"""The same for readers who prefer dark pages."""
+
+SERIES = {"key": "key", "rotated key": "rotated", "value": "value", "qkv": "qkv", "o": "o", "gate_up": "up"}
+SERIES |= {"down": "down", "predicted": "key", "measured": "value"}
+"""Colour of every series of a chart, by name."""
+
+
+def _variables(colors: dict[str, str]) -> str:
+    return ":root { " + " ".join(f"--{name}: {color};" for name, color in colors.items()) + " }"
+
+
+def css_class(series: str) -> str:
+    """The class of what shows a series; its name may come from a file."""
+    return "c-" + re.sub("[^a-z0-9]", "-", series)
+
+
+_COLORS = f"""
+{_variables(LIGHT)}
+@media (prefers-color-scheme: dark) {{ {_variables(DARK)} }}
+{" ".join(f".{css_class(series)} {{ color: var(--{color}); }}" for series, color in SERIES.items())}
+"""
+
+STYLE = (
+    _COLORS
+    + """\
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--text);
@@ -49,13 +79,6 @@ svg { display: block; width: 100%; height: auto; font: inherit; }
   font-size: 13px; color: var(--soft); }
 .swatch { display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: currentColor;
   margin-right: 6px; vertical-align: middle; }
-.c-key, .c-predicted { color: var(--key); }
-.c-rotated-key { color: var(--rotated); }
-.c-value, .c-measured { color: var(--value); }
-.c-qkv { color: var(--qkv); }
-.c-o { color: var(--o); }
-.c-gate-up { color: var(--up); }
-.c-down { color: var(--down); }
 .scroll { overflow-x: auto; margin-top: 12px; border: 1px solid var(--line); border-radius: 8px;
   background: var(--panel); }
 #overview, #layers, #heads { font-size: 13px; }
@@ -92,6 +115,7 @@ code { font-size: 12px; overflow-wrap: anywhere; }
 }
 @media print { details > :not(summary) { display: block; } .scroll { overflow: visible; max-height: none; } }
 """
+)
 
 SCRIPT = """
 for (const table of document.querySelectorAll("table")) {

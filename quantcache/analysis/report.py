@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import types
-import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import finite, to_json, write_file
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, as_type, finite, parse_json, read_json, to_json, write_file
 
 FORMAT = "quantcache-analysis"
 SCHEMA_VERSION = 1
@@ -20,7 +17,7 @@ RATES = (2.0, 3.0, 4.0)
 
 
 class ReportError(QuantCacheError):
-    """A file is no report, or a report lacks something or contradicts itself."""
+    """A file is not a report, or a report lacks something or contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -237,9 +234,9 @@ class Report:
         Args:
             path: The file, written complete or not at all.
         """
-        from quantcache.analysis.picture import draw
+        from quantcache.analysis.drawing import draw_png
 
-        write_file(Path(path), draw(self))
+        write_file(Path(path), draw_png(self))
 
     def summary(self) -> str:
         """The report in some lines of plain text."""
@@ -258,16 +255,17 @@ class Report:
             The report; what a later version added is left out.
 
         Raises:
-            ReportError: It cannot be read, or is no sound report.
+            ReportError: It cannot be read, or is not a sound report.
         """
         where = "report"
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else None
         try:
             if text is None:
                 where = str(source)
-                text = Path(source).read_text("utf-8")
-            data = json.loads(text, parse_constant=_refuse)
-        except (OSError, ValueError, RecursionError) as error:
+                data = read_json(Path(source), MOST_RESULT_BYTES)
+            else:
+                data = parse_json(text, MOST_RESULT_BYTES)
+        except (OSError, ValueError) as error:
             raise ReportError(f"{where} cannot be read as JSON: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -275,10 +273,13 @@ class Report:
         if data.get("schema_version") != SCHEMA_VERSION or isinstance(data["schema_version"], bool):
             found = data.get("schema_version")
             raise ReportError(f"{where} has schema version {found!r}, this quantcache reads {SCHEMA_VERSION}")
-        report: Report = _read(cls, data, where)
+        try:
+            report: Report = as_type(cls, data)
+        except ValueError as error:
+            raise ReportError(f"{where}: {error}") from error
         flaw = _contradiction(report)
         if flaw:
-            raise ReportError(f"{where}.{flaw}")
+            raise ReportError(f"{where}: {flaw}")
         return report
 
 
@@ -298,46 +299,3 @@ def _contradiction(report: Report) -> str | None:
             if value is not None and value < 0:
                 return f"divergences[{number}].{name} must not be negative, got {value}"
     return None
-
-
-LARGEST = 1e300
-"""Numbers beyond this are none that an analysis finds, and sums of them would overflow."""
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """A value of a field's type from JSON, every part checked."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _read(next(each for each in arguments if each is not type(None)), value, where)
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ReportError(f"{where} must be an object, got {value!r:.60}")
-        hints = typing.get_type_hints(kind)
-        missing = [field.name for field in fields(kind) if field.name not in value]
-        if missing:
-            raise ReportError(f"{where} lacks {', '.join(missing)}")
-        read = {
-            field.name: _read(hints[field.name], value[field.name], f"{where}.{field.name}") for field in fields(kind)
-        }
-        return kind(**read)  # type: ignore[operator]
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ReportError(f"{where} must be a list, got {value!r:.60}")
-        return tuple(_read(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ReportError(f"{where} must be an object, got {value!r:.60}")
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    words = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[kind]
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ReportError(f"{where} must be {words}, got {value!r:.60}")
-    if kind in (int, float) and not abs(value) < LARGEST:
-        raise ReportError(f"{where} must be a number below {LARGEST:g}, got {value!r:.60}")
-    return float(value) if kind is float else value

@@ -1,15 +1,12 @@
-"""What a model's cache consists of: kinds of layers, heads and dimensions, and which of it can be compressed."""
+"""What a config says of a model's cache: kinds of layers, heads and dimensions, and what can be compressed."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections import Counter
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quantcache.coding.rope import Rope
@@ -36,10 +33,6 @@ _PER_LAYER = ("sliding_window", "attention_chunk_size", "number_of_conv_states")
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Kinds of RoPE whose frequencies change with the length of the context."""
 
-Shape = tuple[tuple[int, int], tuple[int, int]]
-"""(heads, dimension) of a layer's keys and of its values."""
-
-
 # ---------------------------------------------------------------------- what a config declares
 
 
@@ -47,7 +40,7 @@ def layer_configs(text_config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The config of every layer; transformers refuses to read from the whole what differs between layers.
 
     Args:
-        text_config: A decoder's config.
+        text_config: ``config.get_text_config(decoder=True)``.
 
     Returns:
         One config for each layer; only one where all layers are alike.
@@ -61,8 +54,8 @@ def declared(text_config: PreTrainedConfig, name: str) -> Any:
     """What a config says of its layers.
 
     Args:
-        text_config: A decoder's config.
-        name: An attribute.
+        text_config: ``config.get_text_config(decoder=True)``.
+        name: Attribute to look up.
 
     Returns:
         Its value, None if there is none; a list with one value for each layer where they differ.
@@ -75,7 +68,7 @@ def largest(text_config: PreTrainedConfig, *names: str) -> int | None:
     """The largest number that a config declares under any of some names, for any layer.
 
     Args:
-        text_config: A decoder's config.
+        text_config: ``config.get_text_config(decoder=True)``.
         names: Attributes, of which the first that is declared counts.
 
     Returns:
@@ -95,8 +88,8 @@ def kv_geometry(text_config: PreTrainedConfig, layer: int = 0) -> tuple[int, int
     Some models cache something else: see :func:`cached_shapes`.
 
     Args:
-        text_config: A decoder's config.
-        layer: The layer.
+        text_config: ``config.get_text_config(decoder=True)``.
+        layer: Index of the layer.
 
     Returns:
         Hkv and D.
@@ -113,7 +106,7 @@ def kv_geometry(text_config: PreTrainedConfig, layer: int = 0) -> tuple[int, int
     if not isinstance(heads, int) or not heads or not dim:
         raise UnsupportedModel(
             f"the config of a {config.model_type} model declares {heads!r} attention heads and a head dimension of "
-            f"{dim!r}: its cache cannot be foretold from it"
+            f"{dim!r}: the shape of its cache cannot be computed from them"
         )
     return getattr(config, "num_key_value_heads", None) or heads, dim
 
@@ -122,7 +115,7 @@ def cache_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The attributes of a model's config that decide its cache.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         JSON-ready attributes, those that the text config has; lists with one entry for each layer where layers differ.
@@ -175,8 +168,8 @@ def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
     Only for stand-ins: calibration measures the layout on the model itself.
 
     Args:
-        text_config: A decoder's config.
-        layer: Layer index.
+        text_config: ``config.get_text_config(decoder=True)``.
+        layer: Index of the layer.
 
     Returns:
         A half-split rotation; ``Rope()`` if the config has no RoPE parameters.
@@ -211,7 +204,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     """The layers of transformers' own cache for a model.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Empty layers.
@@ -225,7 +218,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModel(
-            f"transformers makes no key/value cache from the config of a {config.model_type} model: {reason}"
+            f"transformers cannot build a key/value cache from the config of a {config.model_type} model: {reason}"
         ) from error
 
 
@@ -233,7 +226,7 @@ def full_attention_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers whose cache grows with the whole text.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices; without the layers that hold another input's tokens, such as an image's.
@@ -247,7 +240,7 @@ def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
     """Indices of the layers whose keys and values are of another input than the text (Llama 3.2 Vision's images).
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices.
@@ -259,7 +252,7 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
     """The layers that a SpectralCache compresses: the one check of all that calibrates or makes caches.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Layer indices, at least one.
@@ -290,112 +283,5 @@ def _why_nothing(config: PreTrainedConfig) -> str:
     if recurrent:
         parts.append(f"{len(recurrent)} layers hold recurrent states of fixed size")
     for name, count in Counter(type(layer).__name__ for layer in unknown).items():
-        parts.append(f"{count} layers are of the kind {name}, which quantcache does not support")
+        parts.append(f"{count} layers are of type {name}, which quantcache does not support")
     return " and ".join(parts) or "its cache has no layers"
-
-
-# ---------------------------------------------------------------------- what really reaches the cache
-
-
-def empty_model(config: PreTrainedConfig, attention: str | None = None) -> PreTrainedModel:
-    """A model without weights, in bfloat16 on the meta device.
-
-    Args:
-        config: Its config.
-        attention: Attention implementation; transformers' choice if None.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        UnsupportedModel: transformers has no model of this kind that generates text.
-    """
-    config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
-        with contextlib.suppress(StrictDataclassError):  # some configs insist on having one
-            part.pad_token_id = None  # some models would look for padding among tokens that have no values here
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = compat.auto_class(config).from_config(config, dtype=torch.bfloat16, **options)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "Unrecognized configuration class" in reason:
-            reason = "transformers has no causal language model of this kind"
-        raise UnsupportedModel(f"a {config.model_type} model cannot be built from its config: {reason}") from error
-    model.train(False)
-    return model
-
-
-def traced_layers(config: PreTrainedConfig) -> list[Any] | None:
-    """The cache's layers after a forward pass of one token without weights.
-
-    Args:
-        config: The model's config.
-
-    Returns:
-        The layers, their tensors on the meta device; None if the model cannot do one.
-
-    Raises:
-        UnsupportedModel: The model cannot be built from its config.
-    """
-    for attention in (None, "eager"):
-        try:
-            model = empty_model(config, attention)
-            if model._can_set_experts_implementation():
-                model.set_experts_implementation("batched_mm")  # the others choose experts by looking at values
-            cache = DynamicCache(config=config)
-            token = torch.zeros(1, 1, dtype=torch.long, device="meta")
-            with torch.no_grad():
-                model(input_ids=token, past_key_values=cache, use_cache=True)
-        except UnsupportedModel:
-            raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError):
-            continue  # it branches on values somewhere
-        return list(cache.layers)
-    return None
-
-
-def held_shape(layer: Any) -> Shape | None:
-    """(heads, dimension) of the keys and the values that a layer holds.
-
-    Args:
-        layer: A layer of a cache.
-
-    Returns:
-        Both; None if it holds none.
-    """
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or values is None:
-        return None
-    return (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
-
-
-def cached_shapes(config: PreTrainedConfig) -> dict[int, Shape]:
-    """What the layers that grow with the text cache: as declared, or read off the model where it caches otherwise.
-
-    Args:
-        config: The model's config.
-
-    Returns:
-        Shapes by layer.
-
-    Raises:
-        UnsupportedModel: Neither the config nor a forward pass without weights tells.
-    """
-    layers = full_attention_layers(config)
-    text = config.get_text_config(decoder=True)
-    plain = not any(declared(text, name) for name in ("kv_lora_rank", "multi_query", "global_head_dim"))
-    if plain and isinstance(declared(text, "num_attention_heads"), int | list):
-        return {index: (kv_geometry(text, index),) * 2 for index in layers}
-    traced = traced_layers(config) or []
-    shapes = {index: shape for index in layers if index < len(traced) and (shape := held_shape(traced[index]))}
-    latent, rotated = (declared(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
-    if not traced and isinstance(latent, int) and isinstance(rotated, int):
-        shapes = dict.fromkeys(layers, ((1, latent), (1, rotated)))
-    if len(shapes) < len(layers):
-        missing = [index for index in layers if index not in shapes]
-        raise UnsupportedModel(f"the shapes that layers {missing} of a {config.model_type} model cache are not known")
-    return shapes

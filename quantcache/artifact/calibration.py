@@ -1,4 +1,4 @@
-"""The calibration artifact: what a model's cache needs to know, as safetensors and JSON, on disk or on the Hub.
+"""The calibration artifact: the constants a model's cache needs, as safetensors and JSON, on disk or on the Hub.
 
 A folder holds ``calibration.safetensors`` (tensors), ``calibration_config.json`` (everything else) and ``README.md``
 (the card). Names are chosen so that the artifact can lie inside a model's own folder. Shape legend: H is the layer's
@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,9 +23,8 @@ from quantcache.artifact.card import render_card
 from quantcache.artifact.files import CONFIG_NAME, DIGEST, TENSORS_NAME, from_files, to_files
 from quantcache.artifact.identity import check_identity
 from quantcache.artifact.index import bundled_index, find_entry, read_index
-from quantcache.coding import linalg
-from quantcache.coding.allocation import allocate_layers, check_rate
-from quantcache.coding.rope import Frame, Rope
+from quantcache.artifact.synthetic import random_constants
+from quantcache.coding.allocation import allocate_layers, check_rates
 from quantcache.coding.schema import (
     SIDES,
     CodecSettings,
@@ -62,7 +60,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
     Args:
         layers: Constants of every compressed layer, by layer index.
-        metadata: Provenance, codec settings and rate.
+        metadata: Provenance, codec settings and bits.
     """
 
     def __init__(self, layers: dict[int, LayerCalibration], metadata: Metadata):
@@ -98,11 +96,11 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         value_bits: SideBits = "joint",
         min_bits: int = 0,
     ) -> Calibration:
-        """Allocate another rate from the stored spectra, without recalibrating.
+        """Allocate other bits from the stored spectra, without recalibrating.
 
         Args:
             bits: Mean code width in bits, 0 to 8, fractional allowed. None keeps the present one.
-            key_bits: A budget of the keys' own, None to leave them dense, or ``"joint"``.
+            key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
             value_bits: The same for the values.
             min_bits: Smallest width given to any dimension.
 
@@ -110,17 +108,15 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             A calibration that shares this one's transforms.
 
         Raises:
-            ValueError: A rate is outside ``[min_bits, 8]``.
+            ValueError: A number of bits is outside ``[min_bits, 8]``.
         """
         rate = Rate(self.metadata.rate.bits if bits is None else float(bits), key_bits, value_bits, min_bits)
-        for own in (rate.bits, rate.key_bits, rate.value_bits):
-            if own is not None and own != "joint":
-                check_rate(own, min_bits)
+        check_rates(rate)
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
 
     def with_coding(self, coding: Coding) -> Calibration:
-        """Let codes mean something else, at the same rate and without recalibrating.
+        """Let codes mean something else, at the same bits and without recalibrating.
 
         Args:
             coding: ``"scalar"`` or ``"trellis"``.
@@ -129,7 +125,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             A calibration that shares this one's transforms, allocated anew.
 
         Raises:
-            ValueError: There is no such coding.
+            ValueError: ``coding`` is not one of these.
         """
         if coding not in get_args(Coding):
             raise ValueError(f"coding must be one of {', '.join(get_args(Coding))}, got {coding!r}")
@@ -145,7 +141,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             size: How many share them.
 
         Returns:
-            A calibration of this one's layers, rate and metadata with 1/size of the heads; made once.
+            A calibration of this one's layers, bits and metadata with 1/size of the heads; made once.
 
         Raises:
             CalibrationMismatch: The heads cannot be shared out evenly.
@@ -157,7 +153,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             for index, layer in self.layers.items():
                 if layer.key.num_heads % size or layer.value.num_heads % size:
                     raise CalibrationMismatch(
-                        f"layer {index} has {layer.key.num_heads} key/value heads, which {size} processes cannot share"
+                        f"layer {index} has {layer.key.num_heads} key/value heads: they cannot be split "
+                        f"over {size} processes"
                     )
                 layers[index] = LayerCalibration(layer.rope, layer.key.heads(rank, size), layer.value.heads(rank, size))
             self.shards.setdefault((rank, size), Calibration(layers, self.metadata))
@@ -186,36 +183,14 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """A stand-in of the right geometry for speed and memory work; its codes mean nothing for fidelity.
 
         Args:
-            config: The model's config.
+            config: ``model.config``.
             bits: Mean code width.
             seed: Seed of the random transforms.
 
         Returns:
             A calibration with random orthogonal transforms and geometric spectra.
         """
-        text_config = config.get_text_config(decoder=True)
-        generator = torch.Generator().manual_seed(seed)
-        cache_layout.compressible_layers(config)
-        codec = CodecSettings()
-        layers = {}
-        for index, (key, value) in cache_layout.cached_shapes(config).items():
-            rope = cache_layout.rope_from_config(text_config, index)
-            if rope.rotary_dim > key[1] or key != value:
-                rope = Rope()  # what is cached is not the rotated keys
-            frame = Frame(key[1], rope, codec.fast_wavelength)
-            layers[index] = LayerCalibration(
-                rope,
-                _random_side(*key, (frame.num_slow, frame.num_fast), generator),
-                _random_side(*value, (value[1],), generator),
-            )
-        metadata = Metadata(
-            base_model={"id": None, "revision": None, "model_type": text_config.model_type},
-            cache_config=cache_layout.cache_config(config),
-            recipe={"metric": "synthetic", "seed": seed},
-            codec=codec,
-            environment=compat.versions(),
-        )
-        return cls(layers, metadata).with_bits(bits)
+        return cls(*random_constants(config, seed)).with_bits(bits)
 
     # -------------------------------------------------------------- files and Hub
 
@@ -236,7 +211,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Args:
             save_directory: Folder to write into; created if missing.
             repo_id: Hub repository, for ``push_to_hub``.
-            push_to_hub: Also push.
+            push_to_hub: Whether to push the folder afterwards, to ``repo_id``.
             config: Ignored; the signature is ModelHubMixin's.
             model_card_kwargs: ``metrics``, a list of table rows for the card.
             push_to_hub_kwargs: Passed on to ``push_to_hub``.
@@ -264,7 +239,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """Push the artifact to the Hub in one commit, creating the repository where there is none.
 
         Args:
-            repo_id: The repository.
+            repo_id: Hub repository, ``owner/name``.
             model_card_kwargs: ``metrics``, a list of table rows for the card.
             kwargs: ModelHubMixin's own: ``token``, ``private``, ``branch``, ``commit_message`` and others.
 
@@ -301,10 +276,10 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             args: Ignored; the signature is ModelHubMixin's.
             metrics: Rows of a measured table, as ``quantcache eval --json`` gives them.
             repo_id: The calibration's own repository, if it is known.
-            kwargs: Ignored.
+            kwargs: Accepted for huggingface_hub's sake, and ignored.
 
         Returns:
-            A card naming base model, rate and recipe.
+            A card naming base model, bits and recipe.
         """
         _, config = to_files(self.layers, self.metadata)
         return ModelCard(render_card(config, self.bits, self.bits_per_element, metrics, repo_id))
@@ -327,7 +302,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Args:
             pretrained_model_name_or_path: Folder, or Hub repository id.
             force_download: Download even what is cached.
-            token: Hub token.
+            token: Hub access token; by default that of the login.
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
             revision: Hub branch, tag or commit.
@@ -338,7 +313,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             The calibration.
 
         Raises:
-            ArtifactError: A file is missing, malformed, or of an unknown major schema, or cannot be had from the Hub.
+            ArtifactError: A file is missing, malformed, or of an unknown major schema, or the download failed.
         """
         if os.path.isdir(pretrained_model_name_or_path):
             folder = Path(pretrained_model_name_or_path) / (subfolder or "")
@@ -346,7 +321,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                 folder = folder / SUBFOLDER
             missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
             if missing:
-                raise ArtifactError(f"{folder} is no calibration: it has no {' and no '.join(missing)}")
+                raise ArtifactError(f"{folder} is not a calibration folder: missing {' and '.join(missing)}")
             files = folder / CONFIG_NAME, folder / TENSORS_NAME
             return cls(*steadily(files, lambda: from_files(*files)))
         repo_id = hub.require_repo_id(pretrained_model_name_or_path)
@@ -384,7 +359,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             model: A loaded model, or its Hub id; ``wiki11m`` is the bundled one.
             revision: The model's commit, where only its id is given.
             index: The index to look into; the one that comes with quantcache if None.
-            token: Hub token.
+            token: Hub access token; by default that of the login.
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
 
@@ -411,15 +386,3 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         if not isinstance(model, str):
             calibration.check_compatible(model)
         return calibration
-
-
-def _random_side(heads: int, dim: int, parts: tuple[int, ...], generator: torch.Generator) -> SideCalibration:
-    analysis = torch.zeros(heads, dim, dim, dtype=torch.float32, device="cpu")
-    offset = 0
-    for size in parts:
-        if size:
-            noise = torch.randn(heads, size, size, generator=generator, dtype=torch.float32, device="cpu")
-            analysis[:, offset : offset + size, offset : offset + size] = linalg.qr(noise)[0]
-        offset += size
-    spectrum = torch.cat([0.9 ** torch.arange(size, dtype=torch.float64, device="cpu") for size in parts])
-    return SideCalibration(torch.zeros_like(analysis[..., 0]), analysis, spectrum.expand(heads, dim).contiguous())

@@ -1,4 +1,4 @@
-"""What the values of an artifact may be: every one is checked before anything is made of it.
+"""Bounds of an artifact's values: all are checked before anything is built from them.
 
 Bounds are far outside of what calibration writes. Within them the constants that kernels derive, and what they compute
 from keys and values of any real model, stay finite in float32.
@@ -71,7 +71,7 @@ def check_header(path: Path) -> None:
     """Refuse a safetensors file whose header is too large to be parsed for a stranger.
 
     Args:
-        path: The file.
+        path: safetensors file; only its first 8 bytes are read.
 
     Raises:
         ArtifactError: The header claims more bytes, or the file cannot be read.
@@ -107,7 +107,7 @@ def check_description(path: Path, config: dict[str, Any]) -> None:
                 f"{path}: {name} of base_model must be null or at most {MOST_CHARACTERS} characters, got {value!r:.100}"
             )
     if not is_fingerprint(config["base_model"].get(FINGERPRINT, {})):
-        raise ArtifactError(f"{path}: fingerprint of base_model must be samples of weights by their names")
+        raise ArtifactError(f"{path}: fingerprint of base_model must map names of weights to samples of them")
     _check_cache_config(path, config["cache_config"])
     _check_recipe(path, config["recipe"])
     if len(config["layers"]) > MOST_LAYERS:
@@ -132,7 +132,9 @@ def _check_cache_config(path: Path, attributes: dict[str, Any]) -> None:
         raise ArtifactError(f"{path}: kv_sharing_modes of cache_config must be a list of names, got {modes!r:.100}")
     crossing = attributes.get("cross_attention_layers", [])
     if not (isinstance(crossing, list) and all(is_integer(layer, 0, MOST_LAYERS) for layer in crossing)):
-        raise ArtifactError(f"{path}: cross_attention_layers of cache_config must be layers, got {crossing!r:.100}")
+        raise ArtifactError(
+            f"{path}: cross_attention_layers of cache_config must be layer indices, got {crossing!r:.100}"
+        )
     kind = attributes.get("model_type")
     if kind is not None and not isinstance(kind, str):
         raise ArtifactError(f"{path}: model_type of cache_config must be a name, got {kind!r:.100}")
@@ -184,8 +186,8 @@ def check_sizes(where: str, heads: int, dim: int) -> None:
 
     Args:
         where: What to call the side in messages.
-        heads: Hkv.
-        dim: D.
+        heads: Hkv, as the file declares it.
+        dim: D, as the file declares it.
 
     Raises:
         ArtifactError: One is out of bounds, or the transforms would be too large.
@@ -199,7 +201,7 @@ def check_rope(where: str, layout: str, inv_freq: Tensor) -> None:
 
     Args:
         where: What to call it in messages.
-        layout: Its layout.
+        layout: ``none``, ``half`` or ``interleaved``.
         inv_freq: Radians per token of each pair, ``[pairs]``.
 
     Raises:
@@ -218,7 +220,7 @@ def check_side(where: str, side: SideCalibration, rope: Rope, fast_wavelength: f
 
     Args:
         where: What to call it in messages.
-        side: The constants.
+        side: Constants of the keys or values of one layer.
         rope: The rotation of its vectors; ``Rope()`` for values.
         fast_wavelength: The codec's setting.
 
@@ -253,17 +255,17 @@ def check_side(where: str, side: SideCalibration, rope: Rope, fast_wavelength: f
     decoder = float((sigma.amax(-1) / smallest).max())
     if max(encoder, decoder) > MOST_SCALE:
         raise ArtifactError(
-            f"{where}.analysis and spectrum do not fit each other: constants up to {max(encoder, decoder):.1e}, at "
+            f"{where}.analysis and spectrum do not match: constants up to {max(encoder, decoder):.1e}, at "
             f"most {MOST_SCALE:.0e}"
         )
 
 
 def check_widths(path: Path, layers: dict[int, LayerCalibration], metadata: Metadata) -> None:
-    """Compare the widths with the rate they are said to be allocated at.
+    """Compare the widths with the bits they are said to be allocated at.
 
     Args:
         path: The file, for messages.
-        layers: The layers.
+        layers: Every layer's constants, by layer index.
         metadata: Rate and codec settings.
 
     Raises:

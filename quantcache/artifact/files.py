@@ -1,4 +1,4 @@
-"""Reading and writing the files of a calibration; every flaw of a file gives one clear error."""
+"""Reading and writing the files of a calibration. Malformed files raise ArtifactError."""
 
 from __future__ import annotations
 
@@ -92,10 +92,7 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
             "coding": meta.codec.coding,
         },
         "rate": {
-            "bits": meta.rate.bits,
-            "key_bits": meta.rate.key_bits,
-            "value_bits": meta.rate.value_bits,
-            "min_bits": meta.rate.min_bits,
+            **meta.rate.to_dict(),
             "joint": meta.joint,
         },
         "recipe": meta.recipe,
@@ -161,9 +158,9 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
             key_dim = _integer(entry, "key_dim", f"layer {index}", max(1, rope.rotary_dim))
             value_dim = _integer(entry, "value_dim", f"layer {index}")
             wavelength = metadata.codec.fast_wavelength
-            keys = _read_side(reader, f"layers.{index}.key", (heads, key_dim), rate["key_bits"], rope, wavelength)
+            keys = _read_side(reader, f"layers.{index}.key", (heads, key_dim), metadata.rate.key_bits, rope, wavelength)
             values = _read_side(
-                reader, f"layers.{index}.value", (heads, value_dim), rate["value_bits"], Rope(), wavelength
+                reader, f"layers.{index}.value", (heads, value_dim), metadata.rate.value_bits, Rope(), wavelength
             )
             layers[index] = LayerCalibration(rope, keys, values)
         reader.warn_unknown()
@@ -176,8 +173,8 @@ def _require_pair(config_path: Path, ours: Any, tensors_path: Path, theirs: str 
     if ours != theirs:
         told = [str(digest)[:12] if digest is not None else "no digest" for digest in (ours, theirs)]
         raise TornFiles(
-            f"{config_path} ({told[0]}) and {tensors_path.name} ({told[1]}) were not written together: one of them is "
-            "another calibration's, or its writer was stopped halfway; save the calibration again"
+            f"{config_path} ({told[0]}) and {tensors_path.name} ({told[1]}) were not written together: one belongs "
+            "to another calibration, or saving was interrupted; save the calibration again"
         )
 
 
@@ -240,7 +237,7 @@ def _check_rate(path: Path, rate: dict[str, Any]) -> None:
     _number(rate, "bits", str(path), MAX_WIDTH)
     _integer(rate, "min_bits", str(path), 0, MAX_WIDTH)
     for name in ("key_bits", "value_bits"):
-        if rate[name] is not None and rate[name] != "joint":
+        if rate[name] not in (None, "joint", "dense"):
             _number(rate, name, str(path), MAX_WIDTH)
 
 
@@ -266,7 +263,7 @@ class TensorReader:
     """Hands out tensors of a safetensors file after checking name, shape, dtype and finiteness.
 
     Args:
-        file: The open file.
+        file: An open safetensors file.
         path: Its path, for messages.
         finite: Whether NaN and infinity are refused.
 
@@ -284,7 +281,7 @@ class TensorReader:
         """One tensor.
 
         Args:
-            name: Its name.
+            name: Name in the file.
             shape: The shape it must have; checked before anything is read.
             dtype: The dtype it must have.
 
@@ -336,7 +333,7 @@ def _read_side(
     analysis = reader.read(f"{prefix}.analysis", (heads, dim, dim), torch.float32)
     spectrum = reader.read(f"{prefix}.spectrum", size, torch.float64)
     widths = None
-    if bits is not None:
+    if bits != "dense":
         widths = reader.read(f"{prefix}.widths", size, torch.uint8)
         if int(widths.max()) > MAX_WIDTH:
             raise ArtifactError(f"{reader.path}: {prefix}.widths has {int(widths.max())} bits, at most {MAX_WIDTH}")

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: downloads that end in one clear error, and uploads of folders.
+"""The Hugging Face Hub: downloads and uploads, each failure one clear error.
 
 Cache, tokens, offline mode and endpoint are huggingface_hub's own (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``,
 ``HF_ENDPOINT``).
@@ -36,7 +36,7 @@ class FileNotOnHub(HubError):
 
 
 def require_repo_id(name: str | Path) -> str:
-    """Refuse a name that is no folder and cannot be a repository's.
+    """Refuse a name that is neither a folder nor a valid repository id.
 
     Args:
         name: What was asked for.
@@ -45,14 +45,14 @@ def require_repo_id(name: str | Path) -> str:
         The repository id.
 
     Raises:
-        ArtifactError: No repository can have that name.
+        ArtifactError: It is not a valid repository id.
     """
     try:
         if isinstance(name, Path):
             raise HFValidationError  # a path is never a repository
         validate_repo_id(name)
     except HFValidationError:
-        raise ArtifactError(f"there is no folder {name}, and no Hub repository can have that name") from None
+        raise ArtifactError(f"there is no folder {name}, and it is not a valid Hub repository id") from None
     return name
 
 
@@ -62,9 +62,9 @@ def download(
     """Download one file, or find it in the cache.
 
     Args:
-        repo_id: The repository.
-        filename: The file.
-        subfolder: Its folder.
+        repo_id: Hub repository, ``owner/name``.
+        filename: Name of the file inside the repository or subfolder.
+        subfolder: Folder inside the repository.
         revision: Branch, tag or commit.
         options: ``token``, ``cache_dir``, ``force_download`` and ``local_files_only`` of ``hf_hub_download``.
 
@@ -73,7 +73,7 @@ def download(
 
     Raises:
         FileNotOnHub: The repository has no such file.
-        HubError: It cannot be had.
+        HubError: The download failed.
     """
     what = f"{subfolder}/{filename}" if subfolder else filename
     return checked(
@@ -105,7 +105,7 @@ def download_model(repo_id: str, *, revision: str | None = None, ignore: list[st
     """Download a model's repository, or find it in the cache.
 
     Args:
-        repo_id: The repository.
+        repo_id: Hub repository, ``owner/name``.
         revision: Branch, tag or commit.
         ignore: Patterns of files that are not wanted.
         options: ``token``, ``cache_dir`` and ``local_files_only`` of ``snapshot_download``.
@@ -114,7 +114,7 @@ def download_model(repo_id: str, *, revision: str | None = None, ignore: list[st
         A folder, named after its commit.
 
     Raises:
-        HubError: It cannot be had.
+        HubError: The download failed.
     """
     return checked(
         lambda: Path(
@@ -138,10 +138,10 @@ def push_folder(
     """Upload a folder in one commit, creating the repository where there is none.
 
     Args:
-        folder: The folder.
-        repo_id: The repository.
-        message: The commit's message.
-        token: Hub token.
+        folder: Local folder; its files go to the root of the repository.
+        repo_id: Hub repository, ``owner/name``.
+        message: Title of the commit.
+        token: Hub access token; by default that of the login.
         private: Whether a new repository is private.
         revision: Branch to push to.
 
@@ -166,11 +166,11 @@ def check_push(repo_id: str, token: str | bool | None = None) -> None:
     """Refuse a push that cannot succeed, before the work that it is for.
 
     Args:
-        repo_id: The repository.
-        token: Hub token.
+        repo_id: Hub repository, ``owner/name``.
+        token: Hub access token; by default that of the login.
 
     Raises:
-        ArtifactError: No repository can have that name.
+        ArtifactError: It is not a valid repository id.
         HubError: The Hub cannot be reached, nobody is logged in, or the repository is somebody else's.
     """
     owner, slash, _ = require_repo_id(repo_id).partition("/")
@@ -181,7 +181,7 @@ def check_push(repo_id: str, token: str | bool | None = None) -> None:
 
     names = checked(who, repo_id, None, "a push")
     if slash and owner not in names:
-        raise HubError(f"{repo_id} cannot be pushed to: the token is of {', '.join(sorted(names))}, not of {owner}")
+        raise HubError(f"cannot push to {repo_id}: the token belongs to {', '.join(sorted(names))}, not to {owner}")
 
 
 def checked(action: Callable[[], _Result], repo_id: str, revision: str | None, what: str) -> _Result:
@@ -204,24 +204,24 @@ def checked(action: Callable[[], _Result], repo_id: str, revision: str | None, w
     try:
         return action()
     except GatedRepoError as error:
-        raise HubError(f"{where} is gated: ask for access on its page, and log in or pass a token") from error
+        raise HubError(f"{where} is gated: request access on its page, then log in or pass a token") from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repo_id} has no revision {revision}") from error
     except RepositoryNotFoundError as error:
-        raise HubError(f"the Hub has no repository {repo_id}, or it is private and no token opens it") from error
+        raise HubError(f"the Hub has no repository {repo_id}, or it is private and the token has no access") from error
     except LocalEntryNotFoundError as error:
-        message = f"{what} of {where} is not in the cache, and the Hub cannot be reached or must not be asked"
+        message = f"{what} of {where} is not in the local cache, and the Hub is unreachable or offline mode is on"
         raise HubError(message) from error
     except EntryNotFoundError as error:
         raise FileNotOnHub(f"{where} has no {what}") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status == 401:
-            raise HubError(f"the Hub refuses the token for {where} (401): log in, or pass another token") from error
-        raise HubError(f"the Hub answers {status} for {what} of {where}: {_first_line(error)}") from error
+            raise HubError(f"the Hub rejected the token for {where} (401): log in, or pass another token") from error
+        raise HubError(f"the Hub answered {status} for {what} of {where}: {_first_line(error)}") from error
     except Exception as error:
         # Connections that break, files that come short, disks that fill up: the client's own classes differ by version.
-        raise HubError(f"{what} of {where} could not be transferred: {_first_line(error)}") from error
+        raise HubError(f"transfer of {what} of {where} failed: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -58,7 +58,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     quantized, split or not in memory are left out.
 
     Args:
-        model: The model.
+        model: Model with its weights loaded; offloaded weights are left out.
 
     Returns:
         Samples by name of the parameter, ready for JSON; empty where no weight is plain.
@@ -85,10 +85,10 @@ def without_projections(base_model: dict[str, Any]) -> dict[str, Any]:
     """What an artifact says of its model, for a copy of the model whose projections have been rewritten.
 
     Args:
-        base_model: The artifact's ``base_model``.
+        base_model: The artifact's section of that name.
 
     Returns:
-        A copy whose fingerprint has only the weights that are no projections of keys or values.
+        A copy whose fingerprint leaves out the projections of keys and values.
     """
     if FINGERPRINT not in base_model:
         return base_model
@@ -120,8 +120,8 @@ def check_identity(
     """Say so where a calibration was made for another model of the same geometry.
 
     Args:
-        layers: The calibration's layers.
-        metadata: Its metadata.
+        layers: Constants of the calibration, by layer index.
+        metadata: Its model, codec and recipe.
         model: The model, or where none is at hand its config: then only rotation and name are compared.
         strict: Refuse instead of warning.
 
@@ -132,7 +132,7 @@ def check_identity(
     reasons = [other_rotation(layers, given)]
     differs = None if isinstance(model, PreTrainedConfig) else other_weights(metadata.base_model, model)
     if differs:
-        reasons.append(f"{differs} has other weights")
+        reasons.append(f"the weights of {differs} differ")
     if differs != "":  # the same weights may go by another name
         reasons.append(other_name(metadata.base_model, given))
     found = "; ".join(reason for reason in reasons if reason)
@@ -142,7 +142,7 @@ def check_identity(
     if strict:
         raise CalibrationMismatch(message)
     warnings.warn(
-        f"{message}. What is generated will be worse than with the model's own calibration; strict=True refuses",
+        f"{message}. Output quality will be lower than with the model's own calibration; strict=True refuses it",
         CalibrationWarning,
         stacklevel=4,
     )
@@ -152,8 +152,8 @@ def other_weights(base_model: dict[str, Any], model: PreTrainedModel) -> str | N
     """Compare a model's weights with an artifact's fingerprint.
 
     Args:
-        base_model: The artifact's ``base_model``.
-        model: The model.
+        base_model: The artifact's section of that name, with the fingerprint.
+        model: Model to compare with.
 
     Returns:
         The first weight that differs, ``""`` if none does, None where nothing can be compared.
@@ -182,8 +182,8 @@ def other_rotation(layers: dict[int, LayerCalibration], config: PreTrainedConfig
     """Compare the frequencies that a calibration's keys were rotated with to those that a config declares.
 
     Args:
-        layers: The calibration's layers.
-        config: The model's config.
+        layers: Constants of the calibration, by layer index.
+        config: ``model.config``.
 
     Returns:
         How they differ; None if they do not, or where a config does not say enough.
@@ -205,8 +205,8 @@ def declared_frequencies(text_config: PreTrainedConfig, layer: int) -> tuple[flo
     """Radians per token of every rotary pair that a config declares for a layer.
 
     Args:
-        text_config: A decoder's config.
-        layer: Layer index.
+        text_config: ``config.get_text_config(decoder=True)``.
+        layer: Index of the layer.
 
     Returns:
         The frequencies; none where they depend on the length, or the config does not say.
@@ -229,10 +229,10 @@ def other_name(base_model: dict[str, Any], config: PreTrainedConfig) -> str | No
 
     Args:
         base_model: What the artifact says of its model.
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
-        How they differ; None if they do not, or if either is no Hub id.
+        How they differ; None if they do not, or if either is not a Hub id.
     """
     ours, theirs = base_model.get("id"), str(getattr(config, "_name_or_path", "") or "")
     if not is_repo_id(ours) or not is_repo_id(theirs) or os.path.isdir(theirs):
@@ -241,7 +241,7 @@ def other_name(base_model: dict[str, Any], config: PreTrainedConfig) -> str | No
     quantized = getattr(config, "quantization_config", None) is not None
     if mine == other or (quantized and other.startswith(mine)):
         return None
-    return f"it is of {ours}, this one is {theirs}"
+    return f"it was made on {ours}, this model is {theirs}"
 
 
 def _is_plain(parameter: Tensor) -> bool:

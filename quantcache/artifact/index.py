@@ -25,7 +25,7 @@ class IndexEntry:
         model: Hub id of the model calibrated, or ``wiki11m``.
         revision: Its commit; None where the model comes with quantcache.
         repo: The artifact's repository, or None.
-        artifact_revision: The artifact's commit.
+        artifact_revision: Commit of the repository that holds the artifact.
         folder: The artifact's folder where it comes with the index, or None.
         sha256: Digest of each of the artifact's files, by name.
     """
@@ -41,7 +41,7 @@ class IndexEntry:
         """Compare a file with its digest.
 
         Args:
-            path: The file.
+            path: File of the artifact, downloaded or local.
 
         Raises:
             ArtifactError: They differ.
@@ -63,7 +63,7 @@ def read_index(path: Path, names: tuple[str, ...]) -> list[IndexEntry]:
     """Read and check an index.
 
     Args:
-        path: The file.
+        path: An ``index.json``.
         names: The files that every artifact has.
 
     Returns:
@@ -77,7 +77,7 @@ def read_index(path: Path, names: tuple[str, ...]) -> list[IndexEntry]:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no calibration index: its format must be {FORMAT!r}")
+        raise ArtifactError(f"{path} is not a calibration index: its format must be {FORMAT!r}")
     version = str(content.get("schema_version"))
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ArtifactError(f"{path} has schema version {version}, this quantcache reads {SCHEMA_VERSION}")
@@ -115,8 +115,8 @@ def find_entry(entries: list[IndexEntry], model: str, revision: str | None) -> I
     """The calibration of a model.
 
     Args:
-        entries: An index.
-        model: The model's id.
+        entries: Entries of an index.
+        model: Hub id, or ``wiki11m``.
         revision: Its commit; None takes the last entry of the model.
 
     Returns:

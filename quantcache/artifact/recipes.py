@@ -1,4 +1,4 @@
-"""Recipes: everything that decides what a calibration comes out as, in one YAML file.
+"""Recipes: everything that determines the result of a calibration, in one YAML file.
 
 The recipes of popular models come with quantcache (``calibrations/recipes/``).
 """
@@ -35,8 +35,8 @@ class Recipe:
         text: ``{"bundled": NAME, "sha256": ...}``, or ``{"files": {PATH: SHA256}}`` relative to the recipe.
         tokens: Tokens to use at most.
         seq_len: Tokens in a sequence.
-        bits: Mean code width.
-        key_bits: A budget of the keys' own, ``"dense"`` or ``"joint"``.
+        bits: Mean code width in bits.
+        key_bits: Separate bits for the keys, ``"dense"`` or ``"joint"``.
         value_bits: The same for the values.
         min_bits: Smallest width of any coefficient.
         metric: ``fisher``, ``query`` or ``identity``.
@@ -85,11 +85,9 @@ class Recipe:
         return found
 
     def side_bits(self, side: str) -> SideBits:
-        """The budget of ``"key"`` or ``"value"``, as ``calibrate`` takes it."""
+        """The bits of ``"key"`` or ``"value"``, as ``calibrate`` takes them."""
         own = self.key_bits if side == "key" else self.value_bits
-        if own == "joint":
-            return "joint"
-        return None if isinstance(own, str) else float(own)
+        return own if isinstance(own, str) else float(own)  # type: ignore[return-value]
 
 
 def recipe_names() -> list[str]:
@@ -107,13 +105,13 @@ def load_recipe(name: str | Path) -> Recipe:
         The recipe.
 
     Raises:
-        QuantCacheError: There is no such recipe, or it is malformed.
+        QuantCacheError: The recipe is unknown or malformed.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = data.calibrations_path() / "recipes" / f"{name}.yaml"
         if str(name) not in recipe_names():
-            message = f"there is no recipe {name}: give a .yaml file, or one of {', '.join(recipe_names())}"
+            message = f"unknown recipe {name}: give a .yaml file, or one of {', '.join(recipe_names())}"
             raise QuantCacheError(message)
     try:
         content = _read_yaml(path)
@@ -135,7 +133,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse references and repeated keys."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"it refers to *{self.peek_event().anchor}: write the value out")
+            raise yaml.YAMLError(f"aliases such as *{self.peek_event().anchor} are not supported: write the value out")
         node: yaml.Node | None = super().compose_node(parent, index)
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -153,7 +151,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.load(content.decode("utf-8"), _Loader)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def _check(path: Path, content: dict[str, Any]) -> None:

@@ -124,11 +124,12 @@ def warn_of_saturation(index: int | None, gains: dict[str, Later]) -> None:
     for side, counts in gains.items():
         above, below, count = counts.tolist()
         if above:
-            _warn_once(
-                f"layer {index}: some {side}s are 16 times as large as calibrated, or more, and lose size: {advice}"
-            )
+            found = f"some {side}s are at least 16 times larger than in calibration and lose magnitude"
+            _warn_once(f"layer {index}: {found}: {advice}")
         if below and below == count:
-            _warn_once(f"layer {index}: {side}s are 16 times as small as calibrated, or less, and are lost: {advice}")
+            _warn_once(
+                f"layer {index}: {side}s are at least 16 times smaller than in calibration and become 0: {advice}"
+            )
 
 
 @functools.cache
@@ -183,7 +184,7 @@ def fitting_mask(mask: Tensor | None, query: Tensor, length: int) -> Tensor | No
     if not fits:
         raise QuantCacheError(
             f"the attention mask has shape {list(mask.shape)}, {count} queries of {batch} rows and {heads} heads on "
-            f"{length} tokens need [{batch}, {heads}, {count}, {length}], or 1 for what is the same for all"
+            f"{length} tokens need [{batch}, {heads}, {count}, {length}], or 1 in a dimension to broadcast"
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise QuantCacheError(f"the attention mask is of {mask.dtype}, it must be boolean or floating point")
@@ -222,7 +223,7 @@ def fitting_softcap(softcap: float | None) -> float | None:
     """A soft cap of scores.
 
     Args:
-        softcap: The cap; 0 and None are no cap.
+        softcap: The cap; 0 and None mean no cap.
 
     Returns:
         The cap, or None.

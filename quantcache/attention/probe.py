@@ -104,7 +104,7 @@ def recorded_queries(
     if not seen:
         raise UnsupportedModel(
             f"{type(model).__name__} does not call attention through transformers' attention interface, so its queries "
-            "cannot be seen: use metric='fisher'"
+            "cannot be observed: use metric='fisher'"
         )
 
 
@@ -257,7 +257,7 @@ def _probes(model: PreTrainedModel) -> Iterator[tuple[Tensor, dict[int, Tensor]]
 
 
 def _some_token(model: PreTrainedModel) -> int:
-    """A token that is no special token, if the vocabulary has one."""
+    """A token that is not a special token, if the vocabulary has one."""
     text_config = model.config.get_text_config(decoder=True)
     special: set[Any] = set()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from quantcache.backends.padding import shows_padding
 from quantcache.backends.view import CacheView
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
 from quantcache_kernels.interface import AttentionCall
 
@@ -174,9 +175,9 @@ def refused_by_kernels(query: Tensor, view: CacheView, call: AttentionCall) -> s
     if mask is not None and not _is_plain(mask, query, view.length):
         return "the mask is not boolean, differs between heads or does not cover the cache"
     if view.shifted or view.origins is not None:
-        return "the positions of some row are not its slots behind its padding"
+        return "positions do not count up from the end of the padding"
     if shows_padding(mask, view.starts, view.length):
-        return "some query looks at padding"
+        return "a query attends to padding"
     return None
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from quantcache.backends.base import Backend, Fields, refused_by_kernels
 from quantcache.backends.view import CacheView
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache_kernels import cpu
 from quantcache_kernels.interface import AttentionCall
 
@@ -24,11 +25,9 @@ class CpuBackend(Backend):
         return None if cpu.available() else cpu.reason()
 
     def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
-        """Coding or dtype."""
+        """Another kind of blocks, or dtype."""
         if not isinstance(codec, SpectralCodec):
             return f"blocks are coded by {type(codec).__name__}"
-        if codec.coding != "scalar":
-            return "codes are coded by a trellis"
         return None if dtype in cpu.DTYPES else f"keys or values are of {dtype}"
 
     def refuses(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:

@@ -32,14 +32,12 @@ from quantcache.backends.spans import Span, places_of
 from quantcache.backends.store import BlockStore, moved
 from quantcache.cache.rows import chosen_rows, repeated_rows
 from quantcache.cache.transaction import commit, glimpse
-from quantcache.coding.codec import SideCodec
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from quantcache.common import compat
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
-
-SINK_LENGTH = 4
-RESIDUAL_LENGTH = 64
 
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
 """Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
@@ -318,7 +316,7 @@ class BlockLayer(DynamicLayer):
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
         """
         if self.is_initialized:
             rows = chosen_rows(beam_idx, self.tails["key"].shape[0]).to(self.tails["key"].device)
@@ -331,7 +329,7 @@ class BlockLayer(DynamicLayer):
             indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
         """
         self.reorder_cache(indices)
 

@@ -8,7 +8,8 @@ from torch import Tensor, distributed
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.padding import Grid
 from quantcache.cache.layer import CodecFactory, ShapeCheck
-from quantcache.coding.codec import DenseCodec, SideCodec, SpectralCodec
+from quantcache.coding.blocks import DenseCodec, SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import CalibrationMismatch
@@ -18,8 +19,8 @@ def calibrated_codecs(calibration: Calibration, index: int) -> tuple[CodecFactor
     """How a calibrated layer gets its codecs.
 
     Args:
-        calibration: The model's calibration.
-        index: Layer index.
+        calibration: Calibration of the whole model.
+        index: Layer to make codecs for.
 
     Returns:
         The factory and the shape check of :class:`SpectralLayer`.
@@ -55,8 +56,8 @@ def own_heads(calibration: Calibration, index: int, heads: int) -> Calibration:
     run of heads, in the order of the ranks.
 
     Args:
-        calibration: The model's calibration.
-        index: The layer.
+        calibration: Calibration with all heads.
+        index: Layer that has keys and values already.
         heads: Key/value heads that reach the cache.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A cache whose layers stay in step, whatever is interrupted and whichever thread asks.
+"""A cache whose layers stay consistent through interruptions and concurrent use by threads.
 
 Every forward pass brings each layer its tokens, one layer after the other, so there are moments at which layers
 disagree. Nothing may be built on such a moment: a pass that failed is noticed by whatever comes next, operations
@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.passes import ForwardPass, Outcome, watch
 from quantcache.cache.rows import chosen_rows, held_rows, repeated_rows
+from quantcache.cache.settling import busy, first_layer, follows_text, lengths, unsettled, unusable
 from quantcache.cache.transaction import commit, frozen, is_unchanged
 from quantcache.common import processes
 from quantcache.common.errors import QuantCacheError
@@ -52,7 +53,7 @@ class ConsistentCache(DynamicCache):
         Args:
             key_states: ``[B, Hkv, Tnew, D]``.
             value_states: ``[B, Hkv, Tnew, Dv]``.
-            layer_idx: The layer.
+            layer_idx: Index of the layer.
             args: Passed on.
             kwargs: Passed on.
 
@@ -70,7 +71,7 @@ class ConsistentCache(DynamicCache):
                 self._break("two threads use it at once")
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
             if isinstance(layer, DynamicLayer):
-                if self._follows_text(layer_idx, layer):
+                if follows_text(self, layer_idx, layer):
                     self._check_lengths(layer, layer_idx, key_states.shape[2])
                 if not isinstance(layer, SpectralLayer) and layer.is_initialized and layer.device != key_states.device:
                     layer.device = key_states.device
@@ -88,23 +89,9 @@ class ConsistentCache(DynamicCache):
 
     # ------------------------------------------------------------------ what is refused
 
-    @property
-    def _first(self) -> int:
-        """The layer that every forward pass comes to first, of those that count their tokens."""
-        return next(i for i, each in enumerate(self.layers) if self._follows_text(i, each))
-
-    def _follows_text(self, index: int, layer: Any) -> bool:
-        """Whether a layer gets keys and values of every token of the text."""
-        return isinstance(layer, DynamicLayer) and index not in self.foreign
-
-    def _lengths(self, layers: list[Any]) -> set[int]:
-        """How many tokens layers hold that get those of the text."""
-        followers: list[Any] = [each for i, each in enumerate(layers) if self._follows_text(i, each)]
-        return {int(each.get_seq_length()) for each in followers if each.is_initialized}
-
     def _break(self, reason: str) -> NoReturn:
         """Refuse to go on until somebody has put the cache in order."""
-        self.broken = _unusable(reason)
+        self.broken = unusable(reason)
         raise QuantCacheError(self.broken)
 
     def _is_ours(self, me: int) -> bool:
@@ -117,44 +104,20 @@ class ConsistentCache(DynamicCache):
         self.updating = me  # that thread has ended
         return True
 
-    def _unsettled(self, layers: list[Any]) -> str | None:
-        """Why there is no telling which tokens the cache holds, if so."""
-        lengths = self._lengths(layers)
-        failed = self.forward_pass is not None and self.forward_pass.outcome() is Outcome.FAILED
-        if len(lengths) > 1:
-            cause = "because a forward pass was interrupted or another thread is in one"
-            return f"some layers hold {min(lengths)} tokens and others {max(lengths)}, {cause}"
-        if failed and self.forward_pass is not None:
-            start, held = self.forward_pass.start, max(lengths, default=0)
-            if held != start:
-                return f"it held {start} tokens and holds {held}, because a forward pass was interrupted"
-            if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers[: self._first + 1]):
-                return f"a forward pass was interrupted after {start} tokens, and some layers do not count theirs"
-        return None
-
-    def _busy(self, search: bool = False) -> str | None:
-        """What another thread is doing with the cache, if it is; ``search`` is :meth:`ForwardPass.outcome`'s."""
-        me, forward_pass = threading.get_ident(), self.forward_pass
-        if forward_pass is not None and forward_pass.thread != me and forward_pass.outcome(search) is Outcome.RUNNING:
-            return "another thread is in a forward pass with the cache"
-        if vars(self).get("updating", me) != me:
-            return "another thread is changing the cache"
-        return None
-
     def _require_settled(self, layers: list[Any]) -> None:
         """Refuse what needs to know which tokens there are."""
-        busy = self._busy()
-        if busy is not None:
-            raise QuantCacheError(f"{busy}: wait until it has returned")
-        reason = self._unsettled(layers)
+        other = busy(self)
+        if other is not None:
+            raise QuantCacheError(f"{other}: wait until it has returned")
+        reason = unsettled(self, layers)
         if self.broken is not None or reason is not None:
-            raise QuantCacheError(self.broken or _unusable(str(reason)))
+            raise QuantCacheError(self.broken or unusable(str(reason)))
 
     def _check_lengths(self, layer: DynamicLayer, index: int, count: int) -> None:
         """Refuse an update that finds some layers ahead of others: each forward pass brings every layer its tokens."""
         if self.broken is not None:
             raise QuantCacheError(self.broken)
-        first = self._first
+        first = first_layer(self)
         if index == first:
             self._begin_pass(layer.get_seq_length())
             return
@@ -169,7 +132,7 @@ class ConsistentCache(DynamicCache):
         last = self.forward_pass
         if last is not None and last.thread != threading.get_ident() and last.outcome() is Outcome.RUNNING:
             self._break("another thread is in one of its forward passes")
-        reason = self._unsettled(self.layers)
+        reason = unsettled(self, self.layers)
         if reason is not None:
             self._break(reason)
         self.forward_pass = watch(self, start)
@@ -190,7 +153,7 @@ class ConsistentCache(DynamicCache):
     def _drop_refused(self) -> None:
         """Roll back a pass that ended because tokens of an earlier one are not finite: they cost no other row."""
         refused = any(isinstance(layer, SpectralLayer) and layer.refused for layer in self.layers)
-        if refused and self._busy() is None and (self.broken is not None or self._unsettled(self.layers) is not None):
+        if refused and busy(self) is None and (self.broken is not None or unsettled(self, self.layers) is not None):
             self._roll_back()
 
     def _apply(self, operation: Callable[[Any], None], settled: bool = True, **state: Any) -> None:
@@ -214,29 +177,29 @@ class ConsistentCache(DynamicCache):
                 thread is using the cache.
         """
         self._change(self._roll_back)
-        return max(self._lengths(self.layers), default=0)
+        return max(lengths(self, self.layers), default=0)
 
     def _roll_back(self) -> None:
-        busy = self._busy(search=True)
-        if busy is not None:
-            raise QuantCacheError(f"{busy}: wait until it has returned")
-        layers: list[Any] = [layer for i, layer in enumerate(self.layers) if self._follows_text(i, layer)]
-        lengths = [layer.get_seq_length() for layer in layers]
-        keep = min(lengths)
+        other = busy(self, search=True)
+        if other is not None:
+            raise QuantCacheError(f"{other}: wait until it has returned")
+        layers: list[Any] = [layer for i, layer in enumerate(self.layers) if follows_text(self, i, layer)]
+        held = [layer.get_seq_length() for layer in layers]
+        keep = min(held)
         if self.forward_pass is not None and self.forward_pass.outcome(search=True) is Outcome.FAILED:
-            keep = min([self.forward_pass.start, *filter(None, lengths)])
-        elif self.broken is None and len(self._lengths(self.layers)) < 2:
+            keep = min([self.forward_pass.start, *filter(None, held)])
+        elif self.broken is None and len(lengths(self, self.layers)) < 2:
             return  # nothing was interrupted
         if not keep:
             self._clear()
             return
-        other = next((each for each in self.layers if isinstance(each, LinearAttentionCacheLayerMixin)), None)
-        if other is not None:
-            raise QuantCacheError(f"a {type(other).__name__} cannot go back: call reset()")
-        for layer, length in zip(layers, lengths, strict=True):
+        stateful = next((each for each in self.layers if isinstance(each, LinearAttentionCacheLayerMixin)), None)
+        if stateful is not None:
+            raise QuantCacheError(f"a {type(stateful).__name__} cannot go back: call reset()")
+        for layer, length in zip(layers, held, strict=True):
             if length > keep and not isinstance(layer, SpectralLayer):
                 raise QuantCacheError(
-                    f"a {type(layer).__name__} holds {length} tokens and cannot go back to {keep}: call reset()"
+                    f"a {type(layer).__name__} holds {length} tokens and cannot be rolled back to {keep}: call reset()"
                 )
 
         def cut(layer: Any) -> None:
@@ -253,15 +216,15 @@ class ConsistentCache(DynamicCache):
         """
 
         def clear() -> None:
-            busy = self._busy(search=True)
-            if busy is not None:
-                raise QuantCacheError(f"{busy}: wait until it has returned")
+            other = busy(self, search=True)
+            if other is not None:
+                raise QuantCacheError(f"{other}: wait until it has returned")
             self._clear()
 
         self._change(clear)
 
     def _clear(self) -> None:
-        self.broken = _unusable("reset() was interrupted")  # transformers' own layers may be cleared in place
+        self.broken = unusable("reset() was interrupted")  # transformers' own layers may be cleared in place
         super().reset()
         for layer in self.layers:
             if isinstance(layer, DynamicLayer) and not isinstance(layer, SpectralLayer):
@@ -288,7 +251,7 @@ class ConsistentCache(DynamicCache):
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
         self._gather(lambda count: chosen_rows(beam_idx, count))
@@ -300,7 +263,7 @@ class ConsistentCache(DynamicCache):
             indices: Row numbers, negative ones counted from the end, or a mask over rows: tensor, array or list.
 
         Raises:
-            RowError: There is no such row.
+            RowError: A row does not exist.
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
         self._gather(lambda count: chosen_rows(indices, count))
@@ -385,7 +348,7 @@ class ConsistentCache(DynamicCache):
         Returns:
             True if so.
         """
-        return self._busy() is None and all(map(is_unchanged, self.layers, layers))
+        return busy(self) is None and all(map(is_unchanged, self.layers, layers))
 
     def fork(self) -> Self:
         """A cache of the same tokens that shares the encoded blocks: of one prefix, as many as are wanted.
@@ -413,7 +376,3 @@ class ConsistentCache(DynamicCache):
         memo[id(self)] = new
         memo.update((id(old), copied) for old, copied in zip(self.layers, new.layers, strict=True))
         return new
-
-
-def _unusable(reason: str) -> str:
-    return f"the cache cannot be used as it is: {reason}; call rollback() or reset()"

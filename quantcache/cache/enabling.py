@@ -46,7 +46,7 @@ class _Generate:
     """Stands in for a model's ``generate`` and passes a fresh cache where the caller passes none.
 
     Args:
-        model: The model.
+        model: Model whose ``generate`` this replaces.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -117,7 +117,7 @@ def enable(
     says why.
 
     Args:
-        model: The model.
+        model: Model to change, in place.
         calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
         options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
@@ -158,7 +158,7 @@ def enabled(
     with that one; other threads, such as one that a streamer needs, with the newest.
 
     Args:
-        model: The model.
+        model: Model to change, in place, until the context ends.
         calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
         options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.

@@ -6,11 +6,10 @@ and a file is read only with the calibration it was written with. Every flaw of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,18 @@ from quantcache.artifact.files import TensorReader
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore
+from quantcache.cache.fingerprints import fingerprint, model_fingerprint
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import MIXED
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES, LayerCalibration, Rate
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
-from quantcache.common.jsonfile import parse_json
-from quantcache.common.tensor_file import TensorFile, checksum, content_bytes
+from quantcache.common.jsonfile import as_type, parse_json
+from quantcache.common.tensor_file import TensorFile, checksum
 from quantcache.common.writing import current_umask, partial_folder
 
 FORMAT = "quantcache-cache"
@@ -43,56 +44,7 @@ SCHEMA_VERSION = "2.1"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
 
-WEIGHT_SAMPLES = 64
-"""Elements of every parameter that go into a model's fingerprint."""
-
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-
-
-def fingerprint(calibration: Calibration) -> str:
-    """Digest of everything that gives codes their meaning.
-
-    Args:
-        calibration: The calibration, at some rate.
-
-    Returns:
-        SHA-256 in hex.
-    """
-    settings = asdict(calibration.metadata.codec)
-    if settings["coding"] == "scalar":
-        del settings["coding"]  # files written before there was a choice have the digest without it
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for index, layer in calibration.layers.items():
-        digest.update(json.dumps([index, layer.rope.layout, layer.rope.inv_freq]).encode())
-        for side in SIDES:
-            for name, tensor in sorted(vars(layer.side(side)).items()):
-                digest.update(f"{side}.{name}{None if tensor is None else list(tensor.shape)}".encode())
-                if tensor is not None:
-                    digest.update(content_bytes(tensor))
-    return digest.hexdigest()
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Digest of a sample of a model's weights: two checkpoints of one architecture differ in it.
-
-    Args:
-        model: The model.
-
-    Returns:
-        SHA-256 in hex.
-
-    Raises:
-        QuantCacheError: Some weights are not in memory.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise QuantCacheError(f"{name} is offloaded: such a model cannot be told by its weights, leave model out")
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float()
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(content_bytes(sample))
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- writing
@@ -108,9 +60,9 @@ def write_cache(
     """Write a cache, complete or not at all.
 
     Args:
-        path: The file.
-        cache: A SpectralCache.
-        calibration: Its calibration.
+        path: File to write; an existing one is replaced.
+        cache: Cache between two forward passes.
+        calibration: Calibration the cache was filled with.
         model: The model that filled it.
         unchanged: Says, once all is written, whether the cache still holds what was read.
 
@@ -144,7 +96,7 @@ def write_cache(
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "cache_config": calibration.metadata.cache_config,
-        "rate": asdict(calibration.metadata.rate),
+        "rate": calibration.metadata.rate.to_dict(),
         "sink_length": spectral[0].sink_length if spectral else 0,
         "residual_length": spectral[0].residual_length if spectral else 0,
         "calibration": fingerprint(calibration),
@@ -205,10 +157,10 @@ def read_description(path: Path) -> dict[str, Any]:
     """The description of a cache file.
 
     Args:
-        path: The file.
+        path: File that ``save`` has written.
 
     Returns:
-        The JSON object; its rate and lengths have been checked.
+        The JSON object; its bits and lengths have been checked.
 
     Raises:
         ArtifactError: The file cannot be read, or is something else.
@@ -220,32 +172,32 @@ def read_description(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no saved cache: its header has no {FORMAT!r} description")
+        raise ArtifactError(f"{path} is not a saved cache: its header has no {FORMAT!r} description")
     version = str(description.get("schema_version"))
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ArtifactError(f"{path} has schema version {version}, this quantcache reads {SCHEMA_VERSION}")
     for name in ("sink_length", "residual_length"):
         if type(description.get(name)) is not int or not 0 <= description[name] < 1 << 30:
-            raise ArtifactError(f"{path}: {name} must be a length, got {description.get(name)!r}")
+            raise ArtifactError(f"{path}: {name} must be a number of tokens, got {description.get(name)!r}")
     return description
 
 
 def calibration_at(description: dict[str, Any], calibration: Calibration, path: Path) -> Calibration:
-    """A calibration at the rate that a file was written at.
+    """A calibration at the bits that a file was written at.
 
     Args:
-        description: The file's description.
-        calibration: The model's calibration at any rate.
+        description: From :func:`read_description`.
+        calibration: The model's calibration at any bits.
         path: The file, for messages.
 
     Returns:
         The calibration.
 
     Raises:
-        ArtifactError: The description's rate is malformed.
+        ArtifactError: The bits in the description are malformed.
     """
     try:
-        rate = Rate(**description.get("rate"))  # type: ignore[arg-type]
+        rate: Rate = as_type(Rate, description.get("rate"), "rate")
         if rate == calibration.metadata.rate:
             return calibration
         return calibration.with_bits(
@@ -259,8 +211,8 @@ def check_model(description: dict[str, Any], model: PreTrainedModel, path: Path)
     """Refuse a model of other weights.
 
     Args:
-        description: The file's description.
-        model: The model.
+        description: From :func:`read_description`.
+        model: Model that will continue the cache.
         path: The file, for messages.
 
     Raises:
@@ -275,10 +227,10 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
     """Fill an empty cache from a file.
 
     Args:
-        path: The file.
-        description: Its description.
-        cache: An empty SpectralCache of the description's rate and lengths.
-        calibration: Its calibration.
+        path: File that ``save`` has written.
+        description: From :func:`read_description`.
+        cache: An empty SpectralCache of the bits and lengths described.
+        calibration: Calibration at the file's bits.
 
     Raises:
         ArtifactError: The file is damaged or malformed.
@@ -300,8 +252,7 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
         found = checksum(reader.found)
     if found != description.get("sha256"):
         raise ArtifactError(
-            f"{path} is damaged: its tensors have checksum {found[:12]}, written were "
-            f"{str(description.get('sha256'))[:12]}"
+            f"{path} is damaged: its tensors have checksum {found[:12]}, expected {str(description.get('sha256'))[:12]}"
         )
     lengths = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, SpectralLayer)}
     if len(lengths) > 1:
@@ -326,7 +277,7 @@ def _read_layer(reader: TensorReader, layer: Any, entry: Any, index: int, calibr
 def _size(reader: TensorReader, entry: dict[str, Any], name: str) -> int:
     value = entry.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
-        raise ArtifactError(f"{reader.path}: {name} must be a size, got {value!r}")
+        raise ArtifactError(f"{reader.path}: {name} must be a whole number from 0 up, got {value!r}")
     return value
 
 
@@ -387,7 +338,7 @@ def _read_spectral(
     vars(layer).update(state, spans=spans, stores=stores, codecs=codecs if blocks else {}, cut=cut)
     if layer.get_seq_length() != entry["tokens"]:
         raise ArtifactError(
-            f"{reader.path}: layer {index} holds {layer.get_seq_length()} tokens, described are {entry['tokens']}"
+            f"{reader.path}: layer {index} holds {layer.get_seq_length()} tokens, the header says {entry['tokens']}"
         )
 
 

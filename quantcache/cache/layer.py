@@ -12,8 +12,6 @@ from quantcache.attention.lazy import LazyKV
 from quantcache.backends import padding
 from quantcache.backends.padding import Arrivals, Grid
 from quantcache.backends.spans import next_spans, places_of
-from quantcache.cache.blocks import RESIDUAL_LENGTH as RESIDUAL_LENGTH
-from quantcache.cache.blocks import SINK_LENGTH as SINK_LENGTH
 from quantcache.cache.blocks import BlockLayer
 from quantcache.cache.blocks import CodecFactory as CodecFactory
 from quantcache.cache.blocks import ShapeCheck as ShapeCheck

@@ -1,4 +1,4 @@
-"""Whether the forward pass that last brought a cache its tokens has returned.
+"""Whether the last forward pass that updated a cache has returned.
 
 A pass goes on after its last layer has taken its tokens: the rest of that layer, the final norm, the head. If it fails
 there, every layer holds the new tokens, and nothing about the cache tells that nobody ever got logits for them.
@@ -104,7 +104,7 @@ class _Mark:
 
 
 class _Probe:
-    """Counts the references that an object has in its finalizer, if there are no others."""
+    """Counts the references that an object has in its finalizer, if nothing else refers to it."""
 
     found = 0
 

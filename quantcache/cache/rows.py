@@ -1,4 +1,4 @@
-"""Rows of a batch as callers name them."""
+"""Rows of a batch in every way that callers may index them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def chosen_rows(indices: Any, count: int) -> Tensor:
         Row numbers from 0 to count - 1, ``[B']`` int64, in CPU memory.
 
     Raises:
-        RowError: There is no such row, or it is not one dimension of indices.
+        RowError: A row does not exist, or the indices have more than one dimension.
     """
     index = indices
     try:
@@ -53,7 +53,7 @@ def repeated_rows(repeats: Any, count: int) -> Tensor:
     try:
         numbers = torch.as_tensor(repeats, device="cpu")
         if numbers.is_floating_point() or numbers.dtype == torch.bool:
-            raise TypeError(f"repeats are integers, not {numbers.dtype}")
+            raise TypeError(f"repeats must be integers, got {numbers.dtype}")
         return torch.arange(count, dtype=torch.int64, device="cpu").repeat_interleave(numbers)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RowError(f"cannot repeat the rows of a batch of {count} {_described(repeats)} times: {error}") from error

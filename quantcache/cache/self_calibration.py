@@ -15,9 +15,10 @@ from quantcache.attention.probe import detect_ropes, evaluating, observed_values
 from quantcache.backends.padding import Grid
 from quantcache.cache.codecs import calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, CodecFactory, SpectralCache
-from quantcache.coding.codec import SideCodec
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, LayerStatistics, output_metrics
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
 from quantcache.common.ambient import standard_settings
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 
 FIT_SHRINKAGE = 0.1

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from quantcache import backends
-from quantcache.accounting.memory import CacheMemory, measure
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import CacheMemory
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.checks import stand_in_config
@@ -23,11 +24,12 @@ from quantcache.backends.padding import Arrivals
 from quantcache.cache import files as cache_files
 from quantcache.cache.codecs import calibrated_codecs
 from quantcache.cache.consistency import ConsistentCache
-from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
+from quantcache.cache.layer import CodecFactory, ShapeCheck, SpectralLayer
 from quantcache.cache.mixed_layers import copy_beside, spectral_layer
 from quantcache.coding.schema import SideBits
 from quantcache.common import compat, processes
 from quantcache.common.ambient import default_device
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.writing import steadily
 
@@ -150,13 +152,13 @@ class SpectralCache(BlockCache):
     dense tensors made on the fly.
 
     Args:
-        calibration: The model's calibration.
+        calibration: Calibration of the model that will use the cache.
         config: The model's config; without it the cache's layers follow from the calibration alone.
         model: The model itself, in place of its config: its weights are compared with those calibrated, too.
         strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
-        bits: Mean code width in bits, if another than the calibration's.
-        key_bits: A rate of the keys' own, or None to leave keys dense.
-        value_bits: A rate of the values' own, or None to leave values dense.
+        bits: Mean code width in bits, 0 to 8; by default the calibration's.
+        key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
+        value_bits: The same for the values.
         min_bits: Smallest width given to any coefficient.
         sink_length: First tokens of every row that stay in the model's dtype.
         residual_length: Recent tokens that stay in the model's dtype.
@@ -165,7 +167,7 @@ class SpectralCache(BlockCache):
     Raises:
         CalibrationMismatch: The calibration is for another geometry than ``config``.
         UnsupportedModel: ``config`` is an encoder-decoder's.
-        ValueError: A length or rate is out of range.
+        ValueError: A length or a number of bits is out of range.
     """
 
     def __init__(
@@ -219,7 +221,7 @@ class SpectralCache(BlockCache):
             pretrained_model_name_or_path: Folder or Hub repository id.
             config: The model's config, to check the calibration against.
             revision: Hub branch, tag or commit.
-            token: Hub token.
+            token: Hub access token; by default that of the login.
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
             subfolder: Folder inside the repository.
@@ -256,8 +258,8 @@ class SpectralCache(BlockCache):
 
         Args:
             cache: A DynamicCache; it is left as it is.
-            calibration: The model's calibration.
-            config: The model's config.
+            calibration: Calibration of the model that filled ``cache``.
+            config: ``model.config``.
             attention_mask: The mask its tokens came with, ``[B, T]``, where rows are padded: says where they begin.
             kwargs: Arguments of :class:`SpectralCache`.
 
@@ -309,15 +311,15 @@ class SpectralCache(BlockCache):
         config: PreTrainedConfig | None = None,
         backend: BackendName = "auto",
     ) -> SpectralCache:
-        """Read a cache that :meth:`save` has written, at the rate and with the lengths it had.
+        """Read a cache that :meth:`save` has written, at the bits and with the lengths it had.
 
         It comes back in CPU memory, and each layer follows the model to its device with its next update.
 
         Args:
-            path: The file.
-            calibration: The calibration it was filled with, at any rate.
+            path: File that :meth:`save` has written.
+            calibration: The calibration it was filled with, at any bits.
             model: The model that is to read it: weights that differ from those it was saved with are refused.
-            config: The model's config, where there is no model at hand.
+            config: The model's config, if the model itself is not at hand.
             backend: As for :class:`SpectralCache`.
 
         Returns:
@@ -362,7 +364,7 @@ class SpectralCache(BlockCache):
         compresses from there on. Fidelity is lower than with a calibration.
 
         Args:
-            model: The model.
+            model: Model that will use the cache.
             bits: Mean code width of every layer's keys and values.
             kwargs: ``sink_length``, ``residual_length`` and ``backend``.
 

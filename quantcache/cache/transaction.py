@@ -43,7 +43,7 @@ def commit(things: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
     """Put new attributes in place: one call into C, which no signal handler and no other thread can come between.
 
     Args:
-        things: The objects.
+        things: Objects to change.
         states: New attributes of each.
     """
     targets = [vars(thing) for thing in things]
@@ -56,8 +56,8 @@ def is_unchanged(thing: Any, since: Any) -> bool:
     """Whether an object still has the attributes that :func:`frozen` has found.
 
     Args:
-        thing: The object.
-        since: The copy.
+        thing: Object that was copied.
+        since: What :func:`frozen` returned for it.
 
     Returns:
         True if every attribute is the same object, or a dict or list of the same objects.

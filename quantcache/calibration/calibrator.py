@@ -21,18 +21,20 @@ from quantcache.artifact.calibration import (
     Calibration,
     CodecSettings,
     Metadata,
+    Rate,
     SideBits,
 )
 from quantcache.artifact.identity import FINGERPRINT, fingerprint
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.calibration.passages import sketch
 from quantcache.calibration.yardstick import measure_yardstick
-from quantcache.coding.allocation import check_rate
+from quantcache.coding.allocation import check_rates
 from quantcache.coding.rope import Rope
 from quantcache.coding.spectral import METRIC_SHRINKAGE
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, SINK_LENGTH, LayerStatistics, output_metrics
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 
 Metric = Literal["fisher", "query", "identity"]
@@ -44,7 +46,7 @@ def calibrate(
     model: PreTrainedModel,
     data: str | Sequence[str] | Iterable[Tensor],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    bits_per_element: float = 3.0,
+    bits: float = 3.0,
     *,
     key_bits: SideBits = "joint",
     value_bits: SideBits = "joint",
@@ -67,8 +69,8 @@ def calibrate(
         model: A decoder-only model, on any device or placed by ``device_map``.
         data: Texts (with ``tokenizer``), or batches of token ids ``[B, T]`` or ``[T]``.
         tokenizer: Turns texts into tokens.
-        bits_per_element: Mean code width, in bits; the per-token gains come on top (8 bits per head and token).
-        key_bits: A budget of the keys' own, None to leave them dense, or ``"joint"``.
+        bits: Mean code width in bits, 0 to 8; the per-token gains come on top (8 bits per head and token).
+        key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
         value_bits: The same for the values.
         min_bits: Smallest width given to any coefficient.
         metric: ``fisher``; ``query`` needs no backward pass (keys weighted by the queries, values by the output
@@ -85,13 +87,11 @@ def calibrate(
     Raises:
         UnsupportedModel: The model's cache cannot be compressed, or its attention has no known interface.
         QuantCacheError: The data are empty or too short.
-        ValueError: ``metric`` or a rate is out of range.
+        ValueError: ``metric`` or a number of bits is out of range.
     """
     if metric not in ("fisher", "query", "identity"):
         raise ValueError(f"metric must be 'fisher', 'query' or 'identity', got {metric!r}")
-    for own in (bits_per_element, key_bits, value_bits):
-        if own is not None and own != "joint":
-            check_rate(own, min_bits)
+    check_rates(Rate(bits, key_bits, value_bits, min_bits))
     settings = codec or CodecSettings()
     layers = cache_layout.compressible_layers(model.config)
     sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
@@ -144,14 +144,14 @@ def calibrate(
     yardstick = measure_yardstick(model, sequences, calibration)
     if yardstick is not None:
         metadata.recipe["yardstick"] = yardstick
-    return calibration.with_bits(bits_per_element, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
+    return calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
 
 
 def public_name(model: PreTrainedModel) -> str | None:
     """A model's Hub id; of a local folder only the name, so that no path of this machine gets into the artifact.
 
     Args:
-        model: The model.
+        model: Model as ``from_pretrained`` returned it.
 
     Returns:
         The name, None if the model has none.
@@ -170,7 +170,7 @@ def _sequences(
     """Token batches ``[B, T]`` of at most ``max_tokens`` tokens, SHA-256 of every text or batch given, and a sketch."""
     digests: list[str] = []
     given, passages = 0, ""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    limit = compat.position_limit(model.config) or 2048
     length = min(seq_len or 2048, limit)
     if seq_len is not None and seq_len > limit:
         warnings.warn(f"seq_len {seq_len} exceeds the model's limit; using {limit}", stacklevel=3)
@@ -218,8 +218,8 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> 
     """Tokens of the start of a text, without tokenizing megabytes that are not needed.
 
     Args:
-        text: The text.
-        tokenizer: The model's tokenizer.
+        text: Plain text of any length.
+        tokenizer: Tokenizer; it adds its usual special tokens.
         max_tokens: Tokens that are wanted.
 
     Returns:

@@ -33,7 +33,7 @@ def sketch(text: str, size: int = SKETCH_SIZE) -> str:
     Source: A. Broder, "On the resemblance and containment of documents" (1997): the smallest hashes.
 
     Args:
-        text: The text.
+        text: Plain text of any length.
         size: Hashes to keep at most.
 
     Returns:
@@ -47,13 +47,13 @@ def shared(known: str, text: str) -> tuple[int, int]:
 
     Args:
         known: A text's :func:`sketch`.
-        text: The other text.
+        text: Text to search.
 
     Returns:
         Number of hashes found, and number of hashes in the sketch.
 
     Raises:
-        QuantCacheError: ``known`` is no sketch.
+        QuantCacheError: ``known`` is malformed.
     """
     if not isinstance(known, str) or not _SKETCH.fullmatch(known):
         raise QuantCacheError(f"a sketch of passages must be hashes of {DIGITS} hexadecimal digits, got {known!r:.60}")

@@ -1,4 +1,4 @@
-"""Short runs through the real cache, which tell how far a calibration's own estimate of its cost is off."""
+"""Short runs through the real cache, to scale a calibration's own estimate of its cost."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from transformers import DynamicCache, PreTrainedModel
 from quantcache.accounting.memory import num_blocks
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention.probe import evaluating, run
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH, SpectralCache
+from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.distortion import expected_cost
 from quantcache.coding.packing import BLOCK
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 
 YARDSTICK_BITS = (2.0, 4.0)
-"""The rates measured; between them lies most of what is used."""
+"""Bits at which divergence is measured; most use lies between them."""
 
 YARDSTICK_TOKENS = 2048
 """Tokens of a sequence that are measured at most."""
@@ -30,19 +31,19 @@ YARDSTICK_SEQUENCES = 2
 def measure_yardstick(
     model: PreTrainedModel, sequences: Sequence[Tensor], calibration: Calibration
 ) -> dict[str, Any] | None:
-    """Measure the divergence between the dense cache and the compressed one, fed block by block, at two rates.
+    """Measure the divergence between the dense cache and the compressed one, fed block by block, at 2 and 4 bits.
 
     Chunks are cut as ``quantcache eval`` cuts them: each starts at a block, and reads codes of everything but the sinks
     and the residual window.
 
     Args:
-        model: The model calibrated.
+        model: Model the calibration was made on.
         sequences: Batches of token ids ``[B, T]``; the first rows of some of them are used.
-        calibration: The model's calibration, at any rate.
+        calibration: The model's calibration, at any bits.
 
     Returns:
         ``tokens``, and ``points`` with ``bits``, ``cost`` (see :func:`expected_cost`) and ``kl`` (mean, nats per token)
-        of every rate; None if no sequence is long enough for a token to read codes, or nothing can be told apart.
+        at each; None if no sequence is long enough for a token to read codes, or a divergence is not above 0.
     """
     first = BLOCK + SINK_LENGTH
     usable = [s for s in sequences if num_blocks(s.shape[1] - 1, SINK_LENGTH, RESIDUAL_LENGTH)]

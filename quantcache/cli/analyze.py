@@ -31,7 +31,7 @@ def analyze(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")],
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to look at. Default: a bundled Wikipedia text.")
+        Path | None, typer.Option(metavar="FILE", help="Text to analyze. Default: a bundled Wikipedia text.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to use at most.")] = 8192,
     seq_len: Annotated[
@@ -43,7 +43,7 @@ def analyze(
             "--calibration", "-c", metavar="ARTIFACT", help="The model's calibration. Default: one made from the text."
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Measure the divergences that are predicted.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Also measure the predicted divergences.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,

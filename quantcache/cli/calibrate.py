@@ -27,6 +27,7 @@ from quantcache.common.errors import HubError
 
 if TYPE_CHECKING:
     from quantcache.artifact.calibration import Calibration, SideBits
+    from quantcache.artifact.recipes import Recipe
 
 
 def calibrate(
@@ -35,7 +36,7 @@ def calibrate(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one. A recipe names its own.",
+            help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one. A recipe names its model.",
         ),
     ] = None,
     text: Annotated[
@@ -46,7 +47,7 @@ def calibrate(
         str | None,
         typer.Option(metavar="NAME|FILE", help="Text and settings from a recipe (calibrations/recipes)."),
     ] = None,
-    bits: Annotated[float, typer.Option(min=0, max=8, help="Mean code width in bits.")] = 3.0,
+    bits: Annotated[float, typer.Option(min=0, max=8, help="Bits per element on average, without scales.")] = 3.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Hub repository to push to.")] = None,
     metrics: MetricsOption = None,
@@ -55,9 +56,13 @@ def calibrate(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a sequence. Default: 2048 or the limit.")
     ] = None,
-    key_bits: Annotated[str, typer.Option(help="A budget of the keys' own, or 'dense'.")] = "joint",
-    value_bits: Annotated[str, typer.Option(help="A budget of the values' own, or 'dense'.")] = "joint",
-    min_bits: Annotated[int, typer.Option(min=0, max=8, help="Smallest width of any coefficient.")] = 0,
+    key_bits: Annotated[
+        str, typer.Option(help="Separate bits for keys, 'dense' for uncompressed keys, or 'joint'.")
+    ] = "joint",
+    value_bits: Annotated[
+        str, typer.Option(help="Separate bits for values, 'dense' for uncompressed values, or 'joint'.")
+    ] = "joint",
+    min_bits: Annotated[int, typer.Option(min=0, max=8, help="Fewest bits of any coefficient.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the sampled labels.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -73,14 +78,11 @@ def calibrate(
     """
     with session(json, debug) as run, contextlib.ExitStack() as stack:
         if output is None and push_to_hub is None:
-            raise ValueError("nowhere to write to: give -o DIR, --push-to-hub REPO, or both")
+            raise ValueError("no output: give -o DIR, --push-to-hub REPO, or both")
         rows = None if metrics is None else read_metrics(metrics)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
         if recipe is not None:
-            from quantcache.artifact.recipes import load_recipe
-
-            refuse_options(context)
-            chosen = load_recipe(recipe)
+            chosen = _recipe(recipe, context)
             model, revision, texts = model or chosen.model, chosen.revision, chosen.texts()
             bits, min_bits = chosen.bits, chosen.min_bits
             keys, values = chosen.side_bits("key"), chosen.side_bits("value")
@@ -124,30 +126,44 @@ def calibrate(
             calibration.save_pretrained(output, model_card_kwargs={"metrics": rows})
         if push_to_hub is not None:
             url = push(calibration, push_to_hub, rows, output)
-        data = {
-            "model": model,
-            "output": None if output is None else str(output),
-            "url": url,
-            "layers": len(calibration.layers),
-            "bits": calibration.bits,
-            "bits_per_element": calibration.bits_per_element,
-            "recipe": calibration.metadata.recipe,
-            "seconds": time.perf_counter() - started,
-        }
-        where = " and ".join(str(place) for place in (output, url) if place)
-        line = (
-            f"{where}: {data['layers']} layers at {data['bits_per_element']:.3f} bits per element, gains included "
-            f"({calibration.metadata.recipe['tokens']:,} tokens, {data['seconds']:.0f} s)"
-        )
-        run.finish(data, line)
+        where = {"output": None if output is None else str(output), "url": url}
+        run.finish(*_result(calibration, model, where, time.perf_counter() - started))
+
+
+def _result(
+    calibration: Calibration, model: str, where: dict[str, str | None], seconds: float
+) -> tuple[dict[str, Any], str]:
+    """What is said of a calibration that has been made: as JSON, and in a line."""
+    data = {
+        "model": model,
+        **where,
+        "layers": len(calibration.layers),
+        "bits": calibration.bits,
+        "bits_per_element": calibration.bits_per_element,
+        "recipe": calibration.metadata.recipe,
+        "seconds": seconds,
+    }
+    line = (
+        f"{' and '.join(place for place in where.values() if place)}: {data['layers']} layers at "
+        f"{calibration.bits_per_element:.3f} bits per element, gains included "
+        f"({calibration.metadata.recipe['tokens']:,} tokens, {seconds:.0f} s)"
+    )
+    return data, line
+
+
+def _recipe(name: str, context: typer.Context) -> Recipe:
+    from quantcache.artifact.recipes import load_recipe
+
+    refuse_options(context)
+    return load_recipe(name)
 
 
 def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | None, saved: Path | None) -> str:
     """Push a calibration, and keep it where that fails: it may have taken hours.
 
     Args:
-        calibration: The calibration.
-        repo_id: The repository.
+        calibration: Freshly made, perhaps not saved yet.
+        repo_id: Hub repository, ``owner/name``.
         rows: Measurements for its card.
         saved: Where it has been saved already.
 
@@ -203,22 +219,20 @@ def refuse_options(context: typer.Context) -> None:
 
 
 def side_bits(option: str, given: str) -> SideBits:
-    """Read the budget of one side.
+    """Read the bits of one side.
 
     Args:
         option: The option's name, for the error.
-        given: Its value.
+        given: What the user wrote.
 
     Returns:
         What ``Calibration.with_bits`` takes.
 
     Raises:
-        ValueError: It is no number from 0 to 8, ``dense`` or ``joint``.
+        ValueError: It is not a number from 0 to 8, ``dense`` or ``joint``.
     """
-    if given == "joint":
-        return "joint"
-    if given == "dense":
-        return None
+    if given == "joint" or given == "dense":
+        return given  # type: ignore[return-value]
     try:
         bits = float(given)
     except ValueError:

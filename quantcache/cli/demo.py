@@ -28,7 +28,7 @@ def _table(data: dict[str, Any]) -> Table:
         title=f"{data['model']} in {data['dtype']}, calibrated on {data['calibration_tokens']:,} tokens",
         caption=f"Sizes: {tokens:,} cached tokens; the calibration's constants ({data['constants_bytes']:,} bytes) are "
         f"shared by all caches. Fidelity: {data['evaluated_tokens']:,} tokens of other text in windows of "
-        f"{data['context']:,}, read through the caches. {data['seconds']:.0f} s in all.",
+        f"{data['context']:,}, read through the caches. It took {data['seconds']:.0f} s.",
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -37,7 +37,7 @@ def _table(data: dict[str, Any]) -> Table:
         "bytes per token", f"{dense / tokens:,.0f}", f"{packed / tokens:,.0f} ({dense / packed:.2f}× smaller)"
     )
     table.add_row("bits per encoded element", "16", f"{data['bits_per_element']:.3f}")
-    table.add_row("bits per element in all", "16", f"{data['bits_per_element_total']:.3f}")
+    table.add_row("including sinks and recent tokens", "16", f"{data['bits_per_element_total']:.3f}")
     table.add_row("mean KL divergence, nats", "", f"{data['kl_mean']:.5f}")
     table.add_row("same most likely token", "", f"{data['top1_agreement']:.2%}")
     table.add_row("perplexity", f"{data['perplexity_dense']:.3f}", f"{data['perplexity_spectral']:.3f}")

@@ -12,7 +12,7 @@ from quantcache.cli.session import DebugFlag, JsonFlag, session
 
 
 def env(
-    check: Annotated[bool, typer.Option("--check", help="Also try every kernel beside plain torch.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also compare every kernel with plain torch.")] = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 import time
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,21 +22,20 @@ from quantcache.cli.session import (
     TrustOption,
     load_calibration,
     load_model,
-    position_limit,
     progress_bar,
     read_text,
     session,
     show_cells,
 )
 from quantcache.cli.terminal import report
-from quantcache.common.errors import QuantCacheError
+from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel
 
     from quantcache.evaluation.cells import Cells
-    from quantcache.evaluation.plan import Material, Plan
+    from quantcache.evaluation.needle import NeedleFormat
 
 METHODS = "dense,spectral-2,spectral-3,spectral-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4"
 CONTEXT = 2048
@@ -57,9 +56,11 @@ def evaluate(
         str | None, typer.Option(help="Tokens in a window; several for fidelity. Default: 2048 or the limit.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to use at most.")] = 16_384,
-    residual: Annotated[str, typer.Option(help="Recent tokens that every method keeps; several for fidelity.")] = "64",
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that every method keeps.")] = 4,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at once.")] = 64,
+    residual: Annotated[str, typer.Option(help="Recent tokens that every method keeps; several for fidelity.")] = str(
+        RESIDUAL_LENGTH
+    ),
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that every method keeps.")] = SINK_LENGTH,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at once.")] = CHUNK,
     stride: Annotated[
         int | None, typer.Option(help="Fidelity: windows slide by so many tokens instead of lying side by side.")
     ] = None,
@@ -99,7 +100,7 @@ def evaluate(
     """
     with session(json, debug) as run:
         started = time.perf_counter()
-        names = _names("--methods", methods, "method")
+        names = tuple(_names("--methods", methods, "method"))
         contexts = None if context is None else _numbers("--context", context, 2)
         residuals = _numbers("--residual", residual, 0)
         if output is not None:
@@ -107,52 +108,36 @@ def evaluate(
         content = read_text(text)
         constants = None if calibration is None else load_calibration(calibration)
 
-        from quantcache.evaluation import needs_statistics, runner, text_statistics
+        from quantcache.evaluation import evaluator, needs_statistics, text_statistics
         from quantcache.evaluation import qa as questions
-        from quantcache.evaluation.fidelity import check_stride
-        from quantcache.evaluation.needle import NeedleFormat
         from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
-        from quantcache.evaluation.provenance import check_material, check_overlap, text_sha256
+        from quantcache.evaluation.provenance import check_overlap
         from quantcache.evaluation.weights import quantize_weights, weights_library
 
         if weights is not None:
             weights_library(weights)  # a wrong name is told before a model is loaded
         if constants is not None:
             check_overlap(constants, content, str(text), used="")  # the whole text first, before a model is loaded
-
         suites = _suites(suite, SUITES, qa)
         asked = None if qa is None else questions.load_questions(qa)
-        domains = {path.stem: read_text(path) for path in domain or ()}
-        if len(domains) != len(domain or ()):
-            raise ValueError("--domain files must differ in name")
+        domains = _domains(domain or ())
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded, tokenizer = load_model(model, revision=revision, **loading)
         if constants is not None:
             constants.check_compatible(loaded)
         quantized = None if weights is None else quantize_weights(loaded, weights)
-        limit = position_limit(loaded)
-        contexts = contexts or (min(CONTEXT, limit or CONTEXT),)
-        if limit is not None and max(contexts) > limit:
-            raise ValueError(f"--context {max(contexts)} exceeds the model's limit of {limit} positions")
-        if stride is not None:
-            check_stride(stride, min(contexts))
         wanted = min(tokens, QUICK_TOKENS) if quick else tokens
-        if wanted < max(contexts):
-            raise ValueError(
-                f"{wanted} tokens are less than one window of {max(contexts)}: raise --tokens or lower --context"
-            )
-        form = NeedleFormat()
         plan = Plan(
             suites=suites,
-            methods=tuple(names),
-            contexts=contexts,
+            methods=names,
+            contexts=_contexts(contexts, stride, wanted, loaded),
             tokens=wanted,
             residuals=residuals,
             sinks=sinks,
             chunk=chunk,
             stride=stride,
             sizes=QUICK if quick else Sizes(),
-            needle_form=NeedleFormat(needle_fact or form.fact, needle_question or form.question),
+            needle_form=_needle_form(needle_fact, needle_question),
             chat=chat,
             text_name=text.stem,
         )
@@ -167,45 +152,10 @@ def evaluate(
             draft=None if draft is None else load_model(draft, **loading)[0],
             statistics=text_statistics(loaded, tokenizer) if needs_statistics(names) else None,
         )
-        if material.statistics is not None and text_sha256(content) in material.statistics.text_sha256:
-            raise QuantCacheError(f"{text} is the text that pca, oscar and rank are fitted to: evaluate on another one")
-        for residual_length in residuals:
-            runner.make_methods(material, plan, residual_length)  # a wrong name is told before anything is hashed
-        ids = runner.used_tokens(material, plan)
-        used = str(tokenizer.decode(ids, skip_special_tokens=True))
-        gates = {} if constants is None else check_material(constants, material, str(text), used)
-        inputs = _inputs(material)
+        called = evaluator.Names(model, text, calibration, quantized)
         with progress_bar() as bar:
-            cells = _cells(output, _fingerprint(plan, inputs, loaded), restart, bar)
-            if cells.reused:
-                report("note", f"going on with {cells.reused} finished cells of {cells.path}")
-            try:
-                results = runner.run(material, plan, cells)
-            except KeyboardInterrupt:
-                kept = "" if cells.path is None else f"; the same command goes on with what is in {cells.path}"
-                raise KeyboardInterrupt(f"interrupted{kept}") from None
-        failures = runner.failures(results)
-        step = stride or contexts[0]
-        if not runner.measured(results):
-            raise QuantCacheError(f"no method could be measured; {(failures or runner.skipped(results))[0]}")
-        data = {
-            "model": model,
-            "calibration": calibration,
-            "context": contexts[0],
-            "tokens": (len(ids.unfold(0, contexts[0], step)) - 1) * step + contexts[0],
-            "stride": stride,
-            "weights": quantized,
-            "residual": residuals[0],
-            "sinks": sinks,
-            "chunk": chunk,
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-            "device": str(loaded.device),
-            "text": {"name": text.name, "sha256": inputs["text"]},
-            "seconds": time.perf_counter() - started,
-            **({"methods": results["fidelity"][0]["methods"]} if "fidelity" in results else {}),
-        }
-        data = _record(plan, results, data, inputs, gates, output, bool(failures))
-        cells.close()
+            watch = functools.partial(_watch, bar=bar)
+            data = evaluator.evaluate(material, plan, called, output, restart=restart, started=started, on_start=watch)
         run.finish(data, *tables(data))
 
 
@@ -245,72 +195,43 @@ def _length_text() -> str:
     return calibration_text()
 
 
-def _inputs(material: Material) -> dict[str, str | None]:
-    """SHA-256 of everything that is measured with."""
-    from quantcache.evaluation import provenance
-
-    questions = None if material.questions is None else repr(list(material.questions))
-    found = {
-        "model": provenance.model_sha256(material.model),
-        "tokenizer": provenance.tokenizer_sha256(material.tokenizer),
-        "calibration": None if material.calibration is None else provenance.calibration_sha256(material.calibration),
-        "text": provenance.text_sha256(material.text),
-        "questions": None if questions is None else provenance.text_sha256(questions),
-        "draft": None if material.draft is None else provenance.model_sha256(material.draft),
-        "code": provenance.code_sha256(),
-    }
-    return {**found, **{f"domain {name}": provenance.text_sha256(text) for name, text in material.domains.items()}}
+def _domains(paths: Sequence[Path]) -> dict[str, str]:
+    """Texts by the names of their files."""
+    domains = {path.stem: read_text(path) for path in paths}
+    if len(domains) != len(paths):
+        raise ValueError("--domain files must differ in name")
+    return domains
 
 
-def _fingerprint(plan: Plan, inputs: dict[str, str | None], model: PreTrainedModel) -> dict[str, Any]:
-    """What decides a cell's figures: more methods or suites may be asked for later, nothing else may change."""
-    from quantcache.common.env import environment
+def _needle_form(fact: str | None, question: str | None) -> NeedleFormat:
+    from quantcache.evaluation.needle import NeedleFormat
 
-    settings = {key: value for key, value in plan.to_dict().items() if key not in ("methods", "suites")}
-    machine = {key: value for key, value in environment().items() if key in ("versions", "cpu", "gpus")}
-    where = {"device": str(model.device), "dtype": str(model.dtype), **machine}
-    return {**{f"{name} hash": digest for name, digest in inputs.items()}, **settings, **where}
+    usual = NeedleFormat()
+    return NeedleFormat(fact or usual.fact, question or usual.question)
 
 
-def _cells(output: Path | None, fingerprint: dict[str, Any], restart: bool, bar: Progress) -> Cells:
-    """Cells that are kept beside the output and shown on a progress bar."""
-    from quantcache.evaluation.cells import Cells
+def _contexts(
+    given: tuple[int, ...] | None, stride: int | None, tokens: int, model: PreTrainedModel
+) -> tuple[int, ...]:
+    """Tokens in a window, within the model's limit and within the text."""
+    from quantcache.common import compat
+    from quantcache.evaluation.fidelity import check_stride
 
-    path = None if output is None else output.with_name(f"{output.name}.cells")
-    cells = Cells(path, fingerprint, restart)
+    limit = compat.position_limit(model.config)
+    contexts = given or (min(CONTEXT, limit or CONTEXT),)
+    if limit is not None and max(contexts) > limit:
+        raise ValueError(f"--context {max(contexts)} exceeds the model's limit of {limit} positions")
+    if stride is not None:
+        check_stride(stride, min(contexts))
+    if tokens < max(contexts):
+        raise ValueError(
+            f"{tokens} tokens are less than one window of {max(contexts)}: raise --tokens or lower --context"
+        )
+    return contexts
+
+
+def _watch(cells: Cells, bar: Progress) -> None:
+    """Show cells on a progress bar, and say what is there already."""
     show_cells(cells, bar)
-    return cells
-
-
-def _record(
-    plan: Plan,
-    results: dict[str, Any],
-    data: dict[str, Any],
-    inputs: dict[str, str | None],
-    gates: dict[str, Any],
-    output: Path | None,
-    partial: bool,
-) -> dict[str, Any]:
-    """The record of the run, written where it was asked for."""
-    from quantcache.common.env import environment
-    from quantcache.evaluation.record import Record, write_record
-
-    surroundings = environment()
-    git = surroundings.pop("git") or {"commit": None, "dirty": True}
-    record = Record(
-        suite="eval",
-        status="partial" if partial else "ok",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=git["commit"],
-        dirty=git["dirty"] or git["commit"] is None,
-        command=" ".join(["quantcache", *sys.argv[1:]]),
-        environment=surroundings,
-        settings=plan.to_dict(),
-        metrics=results,
-        inputs=inputs,
-        seeds=plan.seeds,
-        gates=gates,
-    )
-    if output is None:
-        return {**data, **record.to_dict()}
-    return write_record(output, record, data)
+    if cells.reused:
+        report("note", f"going on with {cells.reused} finished cells of {cells.path}")

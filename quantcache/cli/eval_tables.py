@@ -1,4 +1,4 @@
-"""What ``quantcache eval`` shows people: one table for each suite."""
+"""The tables that ``quantcache eval`` prints, one for each suite."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _fidelity(part: dict[str, Any], data: dict[str, Any]) -> Table:
         f"{data['model']}: {data['tokens']:,} tokens in windows of {part['context']:,}, "
         f"residual {part['residual']}, sinks {data['sinks']}, {data['dtype']}"
     )
-    columns = ["bits/elt", "bits in all", "KL mean", "KL p99", "top-1 agreement", "perplexity", "cache bytes"]
+    columns = ["bits/elt", "with sinks and recent", "KL mean", "KL p99", "top-1 agreement", "perplexity", "cache bytes"]
 
     def row(entry: dict[str, Any]) -> list[str]:
         if entry["status"] != "ok":

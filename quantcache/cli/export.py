@@ -14,7 +14,6 @@ import typer
 
 from quantcache.cli.metrics import MetricsOption, read_metrics
 from quantcache.cli.session import (
-    BUNDLED_MODEL,
     CalibrationOption,
     DebugFlag,
     JsonFlag,
@@ -27,6 +26,7 @@ from quantcache.cli.session import (
     session,
 )
 from quantcache.common.errors import HubError
+from quantcache.data import BUNDLED_MODEL
 
 
 def export(

@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from quantcache.cli.session import (
-    BUNDLED_MODEL,
     DebugFlag,
     JsonFlag,
     RevisionOption,
@@ -18,6 +17,7 @@ from quantcache.cli.session import (
     require_folder,
     session,
 )
+from quantcache.data import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from quantcache.planning.records import Measurements
@@ -28,7 +28,7 @@ WIDTH = 80
 
 RecordsOption = Annotated[
     list[Path] | None,
-    typer.Option(metavar="PATH", help="What 'quantcache eval -o' wrote, or a folder of records; may be repeated."),
+    typer.Option(metavar="PATH", help="Result of 'quantcache eval -o', or a folder of them; may be repeated."),
 ]
 
 
@@ -44,7 +44,7 @@ def formats(
         list[str] | None,
         typer.Option("--filter", metavar="EXPR", help="'bits<=4.5', 'kl<0.01', 'spectral-*,quanto-*'; repeatable."),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Every format beside every other.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare every format with every other.")] = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonFlag = False,
@@ -100,7 +100,7 @@ def compact_table(*columns: str, title: str | None = None) -> Table:
 
     Args:
         columns: Heads; the first column is text.
-        title: The title.
+        title: Line above the table.
 
     Returns:
         The table.
@@ -133,8 +133,8 @@ def _notes(found: Sequence[Row], model: str, measurements: Measurements) -> list
     from quantcache.planning.quality import describe
 
     notes = [
-        "bits: of an encoded element, scales and gains included. bytes/token: that, in all layers that grow with the "
-        "context; sinks and recent tokens come on top. KL: mean divergence from the dense cache, nats per token. "
+        "bits: per encoded element, scales and gains included. bytes/token: that, over all layers that grow with the "
+        "context, sinks and recent tokens not included. KL: mean divergence from the dense cache, nats per token. "
         "agreement: same most likely token. speed: decoding, against the dense cache beside it.",
     ]
     if any(row.simulated for row in found):

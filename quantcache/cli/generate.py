@@ -23,6 +23,7 @@ from quantcache.cli.session import (
     session,
 )
 from quantcache.cli.terminal import report
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.plaintext import read_utf8
 
@@ -31,12 +32,16 @@ def generate(
     model: ModelArgument,
     calibration: CalibrationOption,
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
-    bits: Annotated[float | None, typer.Option(min=0, max=8, help="Another rate than the calibration's.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = 4,
-    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = 64,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
+    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
     backend: Annotated[str, typer.Option(help="auto, cpu, triton or torch.")] = "auto",
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of sampling.")] = 0,
     chat: Annotated[
         bool | None,
@@ -74,16 +79,8 @@ def generate(
             residual_length=residual,
             backend=backend,  # type: ignore[arg-type]
         )
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        chat = has_template if chat is None else chat
-        if chat and not has_template:
-            raise QuantCacheError(f"{model} has no chat template: leave --chat out")
-        if chat:
-            message: Any = [{"role": "user", "content": text}]
-            text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        # A template writes the special tokens itself.
-        encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
-        inputs = encoded.to(loaded.get_input_embeddings().weight.device)
+        chat = has_template(tokenizer, model, chat)
+        inputs = encoded(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
         prompt_tokens = inputs.input_ids.shape[1]
         torch.manual_seed(seed)
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -111,9 +108,47 @@ def generate(
         report(
             "note",
             f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
-            f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} in all",
+            f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} including "
+            "sinks and recent tokens",
         )
         run.finish(data, data["text"])
+
+
+def has_template(tokenizer: Any, model: str, wanted: bool | None) -> bool:
+    """Whether to use a chat template.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        model: What the model is called.
+        wanted: Whether it is asked for; None where nobody says.
+
+    Returns:
+        What is asked for, else whether there is one.
+
+    Raises:
+        QuantCacheError: It is asked for, and there is none.
+    """
+    there = bool(getattr(tokenizer, "chat_template", None))
+    if wanted and not there:
+        raise QuantCacheError(f"{model} has no chat template: omit --chat")
+    return there if wanted is None else wanted
+
+
+def encoded(tokenizer: Any, text: str, chat: bool) -> Any:
+    """The tokens of a prompt.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The prompt.
+        chat: Whether to put it into the chat template, which writes the special tokens itself.
+
+    Returns:
+        Token ids and mask.
+    """
+    if chat:
+        message = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    return tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
 
 
 def read_prompt(given: str) -> str:

@@ -18,9 +18,11 @@ TOKENS = 8192
 
 def inspect(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Folder or Hub id of a calibration.")],
-    bits: Annotated[float | None, typer.Option(min=0, max=8, help="Show this rate instead of the stored one.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
+    ] = None,
     cache: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Show what a cache holds that was saved with this calibration.")
+        Path | None, typer.Option(metavar="FILE", help="Show what a saved cache (of this calibration) holds.")
     ] = None,
     json: JsonFlag = False,
     debug: DebugFlag = False,
@@ -30,7 +32,7 @@ def inspect(
     Example: quantcache inspect calibration/ --bits 4
     """
     with session(json, debug) as run:
-        from quantcache.accounting.memory import predict
+        from quantcache.accounting.predicting import predict
 
         calibration = load_calibration(artifact)
         if bits is not None:
@@ -81,7 +83,7 @@ def mean_width(side: Any) -> float | None:
     """Mean code width of one side.
 
     Args:
-        side: A ``SideCalibration``.
+        side: ``SideCalibration`` of one layer.
 
     Returns:
         Bits, None where the side stays dense.
@@ -96,12 +98,13 @@ def _summary(data: dict[str, Any]) -> Table:
     table.add_row("base model", f"{base.get('id') or 'unknown'}{revision} ({base.get('model_type')})")
     table.add_row("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if key not in _UNSHOWN))
     sides = [f"{side}s {rate[f'{side}_bits']}" for side in ("key", "value") if rate[f"{side}_bits"] != "joint"]
-    table.add_row("rate", ", ".join([f"{rate['bits']:g} bits", *sides, f"at least {rate['min_bits']}"]))
+    table.add_row("bits", ", ".join([f"{rate['bits']:g} bits", *sides, f"at least {rate['min_bits']}"]))
     table.add_row("bits per element", f"{data['bits_per_element']:.3f} (codes {data['bits']:.3f}, the rest gains)")
     table.add_row(
         f"at {TOKENS:,} tokens",
         f"{data['bytes_per_token']:,.0f} bytes per token, bfloat16 takes {data['bytes_per_token_bfloat16']:,.0f}: "
-        f"{data['memory']['bits_per_element_total']:.3f} bits per element in all, {data['times_smaller']:.2f}× smaller",
+        f"{data['memory']['bits_per_element_total']:.3f} bits per element including sinks and recent tokens, "
+        f"{data['times_smaller']:.2f}× smaller",
     )
     if "cache" in data:
         held = data["cache"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, read_json
 
 MetricsOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="What 'quantcache eval -o' wrote: a table for the model card.")
+    Path | None, typer.Option(metavar="FILE", help="Result of 'quantcache eval -o', to show on the model card.")
 ]
 
 _CARD_COLUMNS = ("bits_per_element", "bits_per_element_total", "kl_mean", "top1_agreement", "perplexity")
@@ -21,21 +21,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read what ``quantcache eval -o`` wrote, as rows of a model card's table.
 
     Args:
-        path: The file.
+        path: JSON of ``quantcache eval``.
 
     Returns:
         One row for each method that could be measured.
 
     Raises:
-        QuantCacheError: It is no such file.
+        QuantCacheError: ``quantcache eval`` did not write it.
     """
     try:
-        methods = json.loads(path.read_text("utf-8"))["methods"]
+        methods = read_json(path, MOST_RESULT_BYTES)["methods"]
         return [
             {"method": name} | {column: f"{result[column]:.4g}" for column in _CARD_COLUMNS}
             for name, result in methods.items()
             if result["status"] == "ok"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path} is not what quantcache eval writes: {type(error).__name__} {error}"
         raise QuantCacheError(message) from error

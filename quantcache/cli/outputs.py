@@ -1,4 +1,4 @@
-"""Places to write to, checked before the work is done."""
+"""Checks of output files and folders before the work starts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check_output_file(path: Path) -> None:
     """Refuse a file that cannot be written, before the work is done.
 
     Args:
-        path: The file.
+        path: File that will be written or replaced.
 
     Raises:
         OSError: Its folder is missing or cannot be written to, or it is a folder itself.

@@ -18,10 +18,11 @@ from quantcache.cli.session import (
     require_folder,
     session,
 )
+from quantcache.common.defaults import PREFILL_CHUNK
 from quantcache.common.errors import QuantCacheError
 
 if TYPE_CHECKING:
-    from quantcache.planning.recommend import Candidate, Recommendation
+    from quantcache.planning.demand import Candidate, Recommendation
 
 
 def recommend(
@@ -46,7 +47,9 @@ def recommend(
         typer.Option("--calibration", "-c", metavar="ARTIFACT", help="The model's calibration, to predict from."),
     ] = None,
     records: RecordsOption = None,
-    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens that go through the model at once.")] = 512,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Prompt tokens that go through the model at once.")
+    ] = PREFILL_CHUNK,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonFlag = False,
@@ -58,13 +61,14 @@ def recommend(
     """
     with session(json, debug) as run:
         from quantcache.planning import recommend as planning
+        from quantcache.planning.demand import Demand
         from quantcache.planning.geometry import load_config
         from quantcache.planning.units import parse_bytes, parse_tokens
 
         for name, value in (("--max-kl", max_kl), ("--min-agreement", min_agreement)):
             if value is not None and math.isnan(value):
                 raise ValueError(f"{name} must be a number, got {value}")
-        demand = planning.Demand(
+        demand = Demand(
             memory=parse_bytes(memory, "--memory"),
             context=parse_tokens(context, "--context"),
             batch=batch,

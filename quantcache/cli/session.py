@@ -21,14 +21,13 @@ from quantcache.common.interrupts import INTERRUPTED, Interrupted
 from quantcache.common.jsonfile import to_json
 from quantcache.common.jsonfile import write_json as write_json  # verbs and benchmarks find it here
 from quantcache.common.plaintext import read_utf8
+from quantcache.data import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quantcache.artifact.calibration import Calibration
     from quantcache.evaluation.cells import Cells, Key
-
-BUNDLED_MODEL = "wiki11m"
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -46,7 +45,7 @@ DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, else the checkpoint's.")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes from the Hub.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Allow model code from the Hub to run.")]
 
 
 class Session:
@@ -113,7 +112,7 @@ def describe(error: Exception) -> str:
     """One line about an exception.
 
     Args:
-        error: The exception.
+        error: Any exception.
 
     Returns:
         Its message; with its type in front where it was not raised on purpose.
@@ -136,7 +135,7 @@ def show_cells(cells: Cells, bar: Progress) -> None:
 
     Args:
         cells: Its callbacks are set.
-        bar: The progress bar.
+        bar: Bar to add the lines to.
     """
     tasks: dict[str, TaskID] = {}
 
@@ -151,7 +150,7 @@ def show_cells(cells: Cells, bar: Progress) -> None:
 
 
 def progress_bar() -> Progress:
-    """A progress bar on stderr that leaves nothing behind, and shows nothing where stderr is no terminal.
+    """A progress bar on stderr that leaves nothing behind, and shows nothing where stderr is not a terminal.
 
     Returns:
         The bar, to be used as a context manager.
@@ -165,7 +164,7 @@ def read_text(path: Path) -> str:
     """Read a text file.
 
     Args:
-        path: The file.
+        path: UTF-8 text file.
 
     Returns:
         Its text.
@@ -181,7 +180,7 @@ def read_text(path: Path) -> str:
 
 
 def load_calibration(name: str) -> Calibration:
-    """Load a calibration, saying what was looked for where it cannot be had.
+    """Load a calibration; an error says what was looked for.
 
     Args:
         name: Folder or Hub id.
@@ -198,7 +197,9 @@ def load_calibration(name: str) -> Calibration:
     try:
         return Calibration.from_pretrained(name)
     except (HubError, OSError, ValueError) as error:
-        raise QuantCacheError(f"no calibration {name}: there is no such folder, and the Hub says: {error}") from error
+        raise QuantCacheError(
+            f"cannot load calibration {name}: there is no such folder, and from the Hub: {error}"
+        ) from error
 
 
 def load_model(
@@ -218,7 +219,7 @@ def load_model(
         attention: Attention implementation; transformers' choice if None.
         device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
         dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
-        revision: Hub revision.
+        revision: Branch, tag or commit on the Hub.
         trust_remote_code: Allow model code from the Hub.
         encoders: Also load models without a cache, with transformers' choice of attention.
 
@@ -226,7 +227,7 @@ def load_model(
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        QuantCacheError: It is no decoder-only language model.
+        QuantCacheError: It is not a decoder-only language model.
         OSError: It cannot be found.
         ValueError: An argument makes no sense.
     """
@@ -288,7 +289,7 @@ def require_folder(name: str) -> None:
         name: Folder or Hub id.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: The folder does not exist.
     """
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
     if looks_like_path and not Path(name).exists():
@@ -321,15 +322,3 @@ def quiet_unless_watched() -> Iterator[None]:
     finally:
         if hide:
             logging.enable_progress_bar()
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions a model was made for.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Its limit, None if it declares none.
-    """
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""Streams of the command line: what is shown is safe to show, and streams that fail end in one line."""
+"""The command line's streams: output is escaped, and a failing stream ends in a one-line error."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def print_result(text: str) -> None:
     """Print JSON on stdout, in ASCII where stdout takes no more.
 
     Args:
-        text: The JSON.
+        text: One line of JSON.
 
     Raises:
         StdoutFailed: It cannot be written.
@@ -126,7 +126,7 @@ def report(kind: str, message: str) -> None:
 
     Args:
         kind: ``error``, ``warning`` or ``note``.
-        message: The message.
+        message: Line without a line break.
     """
     with contextlib.suppress(OSError, ValueError):
         print(f"{kind}:", one_line(message), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Integer rate allocation: which dimension of which head of which layer gets how many bits."""
+"""Bit allocation: how many bits each dimension of each head and layer gets."""
 
 from __future__ import annotations
 
@@ -44,6 +44,24 @@ def check_rate(bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> Non
         raise ValueError(f"min_bits must not be negative, got {min_bits}")
     if not min_bits <= bits <= max_bits:  # also refuses NaN
         raise ValueError(f"bits must lie between min_bits ({min_bits}) and {max_bits}, got {bits}")
+
+
+def check_rates(rate: Rate) -> None:
+    """Refuse bits that no allocation can have, for everything or for one side.
+
+    Args:
+        rate: Common bits, those of keys and of values, and the smallest width.
+
+    Raises:
+        ValueError: A number is outside ``[min_bits, 8]``, or something else than a number, "dense" or "joint".
+    """
+    check_rate(rate.bits, rate.min_bits)
+    for name, own in (("key_bits", rate.key_bits), ("value_bits", rate.value_bits)):
+        if own is None or own in ("dense", "joint"):
+            continue
+        if isinstance(own, str):
+            raise ValueError(f"{name} must be a number, 'dense' or 'joint', got {own!r}")
+        check_rate(own, rate.min_bits)
 
 
 def allocate(
@@ -101,8 +119,8 @@ def budgets(layers: dict[int, LayerCalibration], rate: Rate, joint: bool) -> lis
     layer otherwise. A side with a budget of its own leaves the common one; a dense side has none.
 
     Args:
-        layers: The layers.
-        rate: The rate.
+        layers: Constants by layer index.
+        rate: Common bits, and those of keys and values.
         joint: Whether all spectra share one unit.
 
     Returns:
@@ -111,7 +129,7 @@ def budgets(layers: dict[int, LayerCalibration], rate: Rate, joint: bool) -> lis
     found: dict[tuple[Any, ...], tuple[float, list[tuple[int, str]]]] = {}
     for index in layers:
         for side, own in zip(SIDES, (rate.key_bits, rate.value_bits), strict=True):
-            if own is not None:
+            if own != "dense" and own is not None:
                 pool = "all" if own == "joint" else side
                 bits = rate.bits if own == "joint" else float(own)
                 place = (pool,) if joint else (index, side)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quantcache.coding.codec import GAIN_STEPS
+from quantcache.coding.gains import GAIN_STEPS
 from quantcache.coding.schema import Coding, LayerCalibration, SideCalibration
 from quantcache.coding.trellis import code_distortions
 
@@ -41,7 +41,7 @@ def side_cost(side: SideCalibration, coding: Coding = "scalar") -> float:
     """Half the expected squared error of one side's coefficients, Σ ½ λ D(b), over all heads and dimensions.
 
     Args:
-        side: The side's constants.
+        side: Spectrum ``[H, D]`` and widths ``[H, D]`` of one side.
         coding: What its codes stand for.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Factorizations of stacks of matrices: one matrix at a time, and each checked against what defines it.
+"""Factorizations of stacks of matrices, one matrix at a time, each verified against its definition.
 
 What LAPACK returns cannot be taken on trust: once ``torch.set_num_threads`` has been called, torch 2.13 inverts a
 stack of matrices of 160 and more wrongly on the CPU, mostly without an error. One matrix at a time is right, and there
@@ -44,7 +44,7 @@ def _require(residual: Tensor, dtype: torch.dtype, name: str, identity: str) -> 
 def _compare(residual: Tensor, bound: float, identity: str) -> None:
     if not bool((residual <= bound).all()):  # NaN is refused as well
         raise QuantCacheError(
-            f"{identity} is broken by {float(residual.max()):.1e}, at most {bound:.1e} is rounding: the linear algebra "
+            f"{identity} is violated by {float(residual.max()):.1e}, rounding explains {bound:.1e}: the linear algebra "
             "library returned a wrong result"
         )
 

@@ -63,7 +63,7 @@ class Frame:
     """The orthogonal change of coordinates between cached vectors and the coordinates they are coded in.
 
     Args:
-        head_dim: D.
+        head_dim: D, rotating and other dimensions together.
         rope: The rotation that the vectors carry; ``Rope()`` makes the frame the identity (values, models without
             RoPE).
         fast_wavelength: Pairs with a shorter wavelength (in tokens) are fast.
@@ -167,7 +167,7 @@ class Frame:
         """Invert :meth:`enter`.
 
         Args:
-            framed: ``[..., D]``.
+            framed: ``[..., D]``, slow part first.
             positions: Position of each vector, broadcastable to ``framed.shape[:-1]``.
             anchors: Position of each vector's anchor, the shape of ``positions``.
 
@@ -184,7 +184,7 @@ def anchor_of(slots: Tensor, first: int) -> Tensor:
     """Anchor of each token of an uninterrupted run of blocks.
 
     Args:
-        slots: Token slots.
+        slots: Slots of tokens, integers of any shape.
         first: Slot of the first encoded token (the number of sinks).
 
     Returns:

@@ -1,11 +1,11 @@
-"""The parts of a calibration: constants of each layer, codec settings, rate and provenance.
+"""The parts of a calibration: constants of each layer, codec settings, bits and provenance.
 
 Shape legend: H is the layer's number of key/value heads (Hkv), D the dimension of a key or a value.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -14,8 +14,8 @@ from quantcache.coding.rope import FAST_WAVELENGTH, Rope
 
 SIDES = ("key", "value")
 
-SideBits = float | None | Literal["joint"]
-"""Budget of one side: a mean width in bits, None to leave it dense, or ``"joint"`` for a share of the common budget."""
+SideBits = float | Literal["joint", "dense"] | None
+"""Bits of one side: a mean width of its own, ``"joint"`` for a share of the common budget, ``"dense"`` (or None)."""
 
 
 Coding = Literal["scalar", "trellis"]
@@ -90,12 +90,12 @@ class CodecSettings:
 
 @dataclass(frozen=True)
 class Rate:
-    """The rate an artifact is allocated at.
+    """The bits an artifact is allocated at.
 
     Attributes:
         bits: Mean code width over all compressed dimensions, in bits (the 8-bit gain of each token comes on top).
-        key_bits: The keys' own budget, if not joint.
-        value_bits: The values' own budget, if not joint.
+        key_bits: The keys' own mean width, ``"joint"`` or ``"dense"``.
+        value_bits: The values' own mean width, ``"joint"`` or ``"dense"``.
         min_bits: Smallest width given to any dimension.
     """
 
@@ -103,6 +103,15 @@ class Rate:
     key_bits: SideBits = "joint"
     value_bits: SideBits = "joint"
     min_bits: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("key_bits", "value_bits"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, "dense")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of artifacts and saved caches, in which a dense side is null."""
+        return {name: None if value == "dense" else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

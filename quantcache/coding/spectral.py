@@ -17,8 +17,8 @@ class Moments:
     """Count, mean and second moment of a stream of vectors per head, in memory independent of its length.
 
     Args:
-        num_heads: Hkv.
-        dim: D.
+        num_heads: Hkv; each head has moments of its own.
+        dim: D, the dimension of the vectors.
         device: Where the sums are kept (float64).
     """
 

@@ -13,10 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from quantcache.coding.rope import Frame, Rope, anchor_of
 from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, SideCalibration
 from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import UnsupportedModel
-
-SINK_LENGTH = 4
-"""First tokens of every sequence that are left out of the statistics, as the cache leaves them out of the codes."""
 
 COVARIANCE_SHRINKAGE = 1e-4
 """Share of isotropic covariance mixed in, so that directions the text never took stay representable."""
@@ -140,7 +138,7 @@ def output_metrics(model: PreTrainedModel, shapes: dict[int, tuple[int, int]]) -
 
 @torch.no_grad()
 def _weight_of(projection: nn.Module) -> Tensor | None:
-    """What a linear projection multiplies by, ``[out, in]``, however it stores that; None if it cannot be had."""
+    """What a linear projection multiplies by, ``[out, in]``, however it stores that; None if it is not accessible."""
     weight: Any = getattr(projection, "weight", None)
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
     if plain and not weight.is_meta and type(projection) in (nn.Linear, Conv1D):

@@ -1,4 +1,4 @@
-"""Shields against what a program has set for all of torch: it may change a model's arithmetic, never this library's.
+"""Shields this library's arithmetic against torch's global settings.
 
 Tensors state their dtype and device where they are made, so that default dtype and default device do not matter. What
 is left is here: autocast, and matrix products in less than float32.
@@ -43,7 +43,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """A function that computes in the dtypes that are written down in it.
 
     Args:
-        function: The function.
+        function: Function to wrap.
 
     Returns:
         The same function, outside of autocast.

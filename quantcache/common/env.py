@@ -48,7 +48,7 @@ def git_state(root: Path) -> dict[str, Any] | None:
         root: The checkout's top folder.
 
     Returns:
-        ``{"commit", "dirty"}``, the commit None before the first; None if ``root`` is no checkout or there is no git.
+        ``{"commit", "dirty"}``, the commit None before the first; None if ``root`` is not a checkout or git is missing.
     """
     if not (root / ".git").exists():
         return None

@@ -29,7 +29,7 @@ class ArtifactError(QuantCacheError):
 
 
 class HubError(ArtifactError):
-    """Something cannot be had from the Hub, or not be put there."""
+    """A download from the Hub or an upload to it failed."""
 
 
 class UnsupportedModel(QuantCacheError):

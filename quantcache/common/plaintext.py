@@ -1,4 +1,4 @@
-"""Text from strangers, made safe to show: what a terminal, a line or a page would obey is written out."""
+"""Untrusted text made safe to show: control characters and markup are escaped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def printable(text: str, keep: str = "") -> str:
     """Write out the characters that a terminal would obey instead of showing them.
 
     Args:
-        text: The text.
+        text: Text that may come from a stranger.
         keep: Characters to leave, such as a line feed.
 
     Returns:
@@ -35,7 +35,7 @@ def one_line(text: str) -> str:
     """A message on one line.
 
     Args:
-        text: The message.
+        text: Text of any number of lines.
 
     Returns:
         The message with white space folded, and nothing in it that a terminal obeys.
@@ -47,7 +47,7 @@ def markdown(value: object) -> str:
     """A value as plain text of a Markdown page, in a table too.
 
     Args:
-        value: The value.
+        value: Shown by its ``str()``.
 
     Returns:
         One line without markup.
@@ -59,7 +59,7 @@ def read_utf8(content: bytes, name: str | Path) -> str:
     """Decode a text.
 
     Args:
-        content: Its bytes.
+        content: Bytes of a whole file.
         name: What the error calls it.
 
     Returns:

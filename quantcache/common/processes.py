@@ -1,4 +1,4 @@
-"""What a ``fork()`` leaves behind: torch's threads, for which their products would then wait for ever.
+"""Child processes made by ``fork()``: they lack torch's threads, and torch would wait for them for ever.
 
 A forked child has only the thread that called ``fork()``, while OpenMP still counts on the others. Anything that torch
 divides among threads then hangs, as do this library's kernels, which share those threads. One thread is right.
@@ -20,7 +20,7 @@ def _before_fork() -> None:
     global _had_threads
     try:
         _had_threads = len(os.listdir("/proc/self/task")) > threading.active_count()
-    except OSError:  # not Linux: there is no telling
+    except OSError:  # not Linux: unknown
         _had_threads = True
 
 
@@ -43,8 +43,8 @@ def use_living_threads() -> None:
     if threads > 1:
         torch.set_num_threads(1)
         warnings.warn(
-            f"this process was forked from one whose threads it does not have, and torch counts on {threads}: "
-            "torch.set_num_threads(1) was called, or products would hang; start processes by 'spawn' to use more",
+            f"this process was forked from one that had torch's {threads} threads, and forking does not copy threads: "
+            "torch.set_num_threads(1) was called to avoid a deadlock; start processes with 'spawn' to use more",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Reading safetensors files into memory of our own.
+"""Reading safetensors files into memory, without keeping them mapped.
 
 The library maps a file and hands out views of the mapping: a file that is cut short or rewritten in place then takes
 the process down, or changes numbers that had been checked. Here every byte is read once, and nothing refers to the
@@ -8,7 +8,6 @@ file afterwards.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantcache.common.errors import ArtifactError
+from quantcache.common.jsonfile import parse_json
 
 MOST_HEADER = 100_000_000
 """Largest header in bytes; the library's own limit."""
@@ -41,7 +41,7 @@ class TensorFile:
     """A safetensors file, open for reading; a context manager.
 
     Args:
-        path: The file.
+        path: File to read.
 
     Attributes:
         metadata: The strings of its header, by name.
@@ -91,12 +91,12 @@ class TensorFile:
         if not 2 <= length <= min(MOST_HEADER, size - 8):
             raise self._unreadable(f"its header has {length} bytes, the file {size}")
         try:
-            header = json.loads(self._bytes(8, length).numpy().tobytes().decode("utf-8"), object_pairs_hook=_unique)
+            header = parse_json(self._bytes(8, length).numpy().tobytes(), MOST_HEADER)
             metadata = header.pop("__metadata__", {})
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("its metadata are not strings")
             entries = {name: _entry(name, entry) for name, entry in header.items()}
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise self._unreadable(f"the header is malformed: {error}") from error
         end = 0
         for name, (_, _, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -115,7 +115,7 @@ class TensorFile:
         """Shape of a tensor, without reading it.
 
         Args:
-            name: Its name.
+            name: Name in the file.
 
         Returns:
             The shape.
@@ -126,25 +126,18 @@ class TensorFile:
         """Read a tensor.
 
         Args:
-            name: Its name.
+            name: Name in the file.
 
         Returns:
             The tensor, in CPU memory of its own.
 
         Raises:
-            ArtifactError: The file is shorter than it was, or the dtype is none that artifacts use.
+            ArtifactError: The file is shorter than it was, or has a dtype that artifacts do not use.
         """
         dtype, shape, first, last = self._entries[name]
         if dtype not in _DTYPES:
             raise ArtifactError(f"{self.path}: {name} has dtype {dtype!r}, expected one of {', '.join(_DTYPES)}")
         return self._bytes(self._start + first, last - first).view(_DTYPES[dtype]).reshape(shape)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
@@ -166,7 +159,7 @@ def content_bytes(tensor: Tensor) -> bytes:
     """The elements of a tensor in order.
 
     Args:
-        tensor: Any tensor.
+        tensor: Any dtype, shape and stride.
 
     Returns:
         Their bytes.
@@ -179,7 +172,7 @@ def checksum(tensors: dict[str, Tensor], text: str = "") -> str:
     """Digest of tensors by name, and of a text.
 
     Args:
-        tensors: The tensors.
+        tensors: Tensors by name, in any order.
         text: What else is to be told apart.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, whoever is killed, and whoever reads or writes beside us."""
+"""Files that are written completely or not at all, also with concurrent readers, writers and kills."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def steadily(paths: Sequence[Path], read: Callable[[], _Result]) -> _Result:
     """Read files that somebody may be replacing: what failed because they changed is tried again.
 
     Args:
-        paths: The files.
-        read: Reads them.
+        paths: Files that ``read`` opens.
+        read: Called again if a file changed meanwhile.
 
     Returns:
         What it returns.

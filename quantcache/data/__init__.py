@@ -5,6 +5,9 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+BUNDLED_MODEL = "wiki11m"
+"""What the bundled model is called, wherever it is installed."""
+
 
 def _resource(*parts: str) -> Path:
     path = Path(str(files(__name__).joinpath(*parts)))
@@ -22,7 +25,7 @@ def demo_model_path() -> Path:
     Raises:
         FileNotFoundError: The installation lacks the weights.
     """
-    return _resource("wiki11m", "model.safetensors").parent
+    return _resource(BUNDLED_MODEL, "model.safetensors").parent
 
 
 def calibrations_path() -> Path:
@@ -53,13 +56,13 @@ def text_path(name: str) -> Path:
     """A bundled text.
 
     Args:
-        name: Its file name.
+        name: Name of a file in ``quantcache/data/texts``.
 
     Returns:
         The file.
 
     Raises:
-        FileNotFoundError: There is no such text.
+        FileNotFoundError: No bundled text has that name.
     """
     return _resource("texts", name)
 

@@ -1,4 +1,4 @@
-"""Finished cells of a run: kept in a file as they come, so that a run that was interrupted goes on where it was.
+"""Finished cells of a run, kept in a file so that an interrupted run can be resumed.
 
 A cell is the smallest piece of work that is measured at once: (suite, method, cell), with a JSON object as its result.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import finite
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, finite, parse_json
 
 Key = tuple[str, str, str]
 
@@ -62,11 +62,13 @@ class Cells:
     def _read(self, path: Path) -> None:
         lines = path.read_bytes().split(b"\n")
         try:
-            found = json.loads(lines[0])["fingerprint"]
+            found = parse_json(lines[0], MOST_RESULT_BYTES)["fingerprint"]
             if not isinstance(found, dict):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise QuantCacheError(f"{path} is no state of a run: delete it, or start afresh with --restart") from None
+        except (ValueError, KeyError, TypeError):
+            raise QuantCacheError(
+                f"{path} is not the saved state of a run: delete it, or start afresh with --restart"
+            ) from None
         differing = [key for key in {**found, **self.fingerprint} if found.get(key) != self.fingerprint.get(key)]
         if differing:
             name = differing[0]
@@ -78,11 +80,11 @@ class Cells:
         sound = len(lines[0]) + 1
         for line in lines[1:-1]:  # what follows the last line feed was cut off while it was being written
             try:
-                entry = json.loads(line)
+                entry = parse_json(line, MOST_RESULT_BYTES)
                 key = (str(entry["suite"]), str(entry["method"]), str(entry["cell"]))
                 if not isinstance(entry["result"], dict):
                     raise TypeError
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 break
             self.finished[key] = entry["result"]
             sound += len(line) + 1
@@ -92,7 +94,7 @@ class Cells:
         """Say how many cells a suite has.
 
         Args:
-            suite: The suite.
+            suite: Name of the suite.
             count: Number of cells, finished ones included.
         """
         if self.on_plan is not None:
@@ -102,9 +104,9 @@ class Cells:
         """Methods for which a cell is not finished.
 
         Args:
-            suite: The suite.
-            methods: Names of methods.
-            cell: The cell.
+            suite: Name of the suite.
+            methods: Names to look for.
+            cell: Name of the cell.
 
         Returns:
             Names, in the order given. Finished ones are reported as done.
@@ -121,10 +123,10 @@ class Cells:
         """Keep a finished cell.
 
         Args:
-            suite: The suite.
-            method: The method's name.
-            cell: The cell.
-            result: Its figures.
+            suite: Name of the suite.
+            method: Name of the method.
+            cell: Name of the cell.
+            result: Figures, as JSON holds them.
         """
         result = finite(result)
         self.finished[suite, method, cell] = result
@@ -144,9 +146,9 @@ class Cells:
         """A cell's figures: those kept, or else those measured now.
 
         Args:
-            suite: The suite.
-            method: The method's name.
-            cell: The cell.
+            suite: Name of the suite.
+            method: Name of the method.
+            cell: Name of the cell.
             work: Measures it. What it raises becomes the cell's status.
 
         Returns:
@@ -193,7 +195,7 @@ def describe_failure(error: Exception) -> str:
     """What went wrong, as a table says it.
 
     Args:
-        error: The exception.
+        error: What a method raised.
 
     Returns:
         ``out of memory``, ``unsupported: ...`` or ``failed: ...``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 
 from quantcache import data
-from quantcache.accounting.memory import measure
+from quantcache.accounting import CacheMemory, measure
 from quantcache.attention.function import register_attention
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
@@ -41,7 +42,7 @@ class DemoSettings:
         bits: Mean code width.
         calibration_tokens: Tokens calibrated on.
         context: Tokens of a window of the evaluation text.
-        windows: Windows measured.
+        windows: Number of windows measured.
         recall_context: Tokens of the context in which the secret code is planted, and from which text is generated.
         new_tokens: Tokens of text generated.
         seed: Seed of the calibration and of the code.
@@ -70,13 +71,7 @@ def run_demo(settings: DemoSettings | None = None, progress: bool = True) -> dic
     settings = settings or DemoSettings()
     started = time.perf_counter()
     register_attention()
-    path = data.demo_model_path()
-    with _without_loading_bar():
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        # The same weights twice: CPUs without bfloat16 arithmetic take minutes for a backward pass in it.
-        exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="spectral").eval()
-    _multiply_in_float32(model)
+    tokenizer, exact, model = _load()
     calibration = calibrate(
         exact,
         data.calibration_text(),
@@ -94,37 +89,27 @@ def run_demo(settings: DemoSettings | None = None, progress: bool = True) -> dic
     console = Console(stderr=True)
     with Progress(console=console, disable=not progress or not console.is_terminal, transient=True) as bar:
         task = bar.add_task("measuring", total=len(measured) + 2 * (len(context) + 2 * settings.new_tokens))
-
-        def advance(count: int) -> None:
-            bar.advance(task, count)
-
+        advance = functools.partial(bar.advance, task)
         methods = parse_methods(["dense", f"spectral-{settings.bits}"], model.config, calibration)
-        dense, spectral = measure_fidelity(
-            model, measured, methods, context=settings.context, on_progress=advance
-        ).values()
+        found = measure_fidelity(model, measured, methods, context=settings.context, on_progress=advance)
+        dense, spectral = found.values()
         bar.update(task, description="generating")
         caches: dict[str, Cache] = {
             "dense": DynamicCache(config=model.config),
             "spectral": SpectralCache(calibration, model.config),
         }
-        memory, texts, answers = {}, {}, {}
-        for name, cache in caches.items():
-            _fill(model, cache, context[:-1], advance)
-            memory[name] = measure(cache)
-            torch.manual_seed(settings.seed)  # both draw the same random numbers
-            texts[name] = _continue(model, tokenizer, context, copy.deepcopy(cache), settings.new_tokens, **SAMPLING)
-            advance(settings.new_tokens)
-            answers[name] = _continue(model, tokenizer, torch.cat((context, question)), cache, 8)
-            advance(settings.new_tokens)
-    packed = memory["spectral"]
+        used = {
+            name: _use(model, tokenizer, cache, context, question, settings, advance) for name, cache in caches.items()
+        }
+    packed = used["spectral"].memory
     return {
-        "model": "wiki11m",
+        "model": data.BUNDLED_MODEL,
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": settings.context,
         "calibration_tokens": calibration.metadata.recipe["tokens"],
         "evaluated_tokens": spectral.tokens,
         "cached_tokens": packed.tokens,
-        "dense_bytes": memory["dense"].total,
+        "dense_bytes": used["dense"].memory.total,
         "cache_bytes": packed.total,
         "constants_bytes": packed.constants,
         "bits_per_element": packed.bits_per_element,
@@ -135,14 +120,47 @@ def run_demo(settings: DemoSettings | None = None, progress: bool = True) -> dic
         "perplexity_dense": dense.perplexity,
         "perplexity_spectral": spectral.perplexity,
         "needle": code,
-        "needle_found": code in answers["spectral"],
-        "needle_found_dense": code in answers["dense"],
-        "answer_dense": answers["dense"],
-        "answer_spectral": answers["spectral"],
-        "text_dense": texts["dense"],
-        "text_spectral": texts["spectral"],
+        "needle_found": code in used["spectral"].answer,
+        "needle_found_dense": code in used["dense"].answer,
+        "answer_dense": used["dense"].answer,
+        "answer_spectral": used["spectral"].answer,
+        "text_dense": used["dense"].text,
+        "text_spectral": used["spectral"].text,
         "seconds": time.perf_counter() - started,
     }
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What came of one cache: its size when it held the context, a continuation, and an answer."""
+
+    memory: CacheMemory
+    text: str
+    answer: str
+
+
+def _use(
+    model: Any, tokenizer: Any, cache: Cache, context: Tensor, question: Tensor, settings: DemoSettings, advance: Any
+) -> _Use:
+    _fill(model, cache, context[:-1], advance)
+    memory = measure(cache)
+    torch.manual_seed(settings.seed)  # both caches draw the same random numbers
+    text = _continue(model, tokenizer, context, copy.deepcopy(cache), settings.new_tokens, **SAMPLING)
+    advance(settings.new_tokens)
+    answer = _continue(model, tokenizer, torch.cat((context, question)), cache, 8)
+    advance(settings.new_tokens)
+    return _Use(memory, text, answer)
+
+
+def _load() -> tuple[Any, PreTrainedModel, PreTrainedModel]:
+    """Tokenizer and model, in float32 and in bfloat16: many CPUs take minutes for a backward pass in the latter."""
+    path = data.demo_model_path()
+    with _without_loading_bar():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="spectral").eval()
+    _multiply_in_float32(model)
+    return tokenizer, exact, model
 
 
 def _multiply_in_float32(model: PreTrainedModel) -> None:

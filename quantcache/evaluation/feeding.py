@@ -10,11 +10,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.common import compat
+from quantcache.common.defaults import CHUNK
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import Method, parse_methods
-
-CHUNK = 64
-"""Tokens fed at once by default: each chunk reads what the earlier ones left in the cache."""
 
 PROMPT_CHUNK = 256
 """The same for prompts of which only the answer is looked at."""
@@ -24,7 +22,7 @@ def dense_method(model: PreTrainedModel) -> Method:
     """The reference: transformers' own cache.
 
     Args:
-        model: The model.
+        model: Model whose config the cache is made from.
 
     Returns:
         The method.
@@ -54,8 +52,8 @@ def feed(model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int = CHUN
     """Fill a cache.
 
     Args:
-        model: The model.
-        cache: The cache.
+        model: Model that reads the tokens.
+        cache: Cache to fill, changed in place.
         tokens: ``[B, T]``.
         chunk: Tokens fed at once.
     """
@@ -68,7 +66,7 @@ def greedy(model: PreTrainedModel, cache: Cache, tokens: Tensor, count: int) -> 
     """The most likely continuation.
 
     Args:
-        model: The model.
+        model: Model that continues.
         cache: A cache of everything before ``tokens``.
         tokens: Tokens that the cache does not hold yet, ``[B, T]``, T at least 1.
         count: Tokens to add.
@@ -89,8 +87,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Tokens of a text, without special tokens.
 
     Args:
-        tokenizer: The tokenizer.
-        text: The text.
+        tokenizer: Any transformers tokenizer.
+        text: Plain text of any length.
 
     Returns:
         ``[T]``.
@@ -103,7 +101,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The special tokens that a tokenizer puts in front of every text.
 
     Args:
-        tokenizer: The tokenizer.
+        tokenizer: Any transformers tokenizer.
 
     Returns:
         ``[T]``, empty for many.
@@ -118,7 +116,7 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[Tensor, Te
     """What stands before and behind a prompt.
 
     Args:
-        tokenizer: The tokenizer.
+        tokenizer: Any transformers tokenizer.
         chat: Put the prompt into the tokenizer's chat template, as one message of the user.
 
     Returns:
@@ -140,30 +138,18 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[Tensor, Te
     return encode(tokenizer, before), encode(tokenizer, behind)
 
 
-def context_limit(model: PreTrainedModel) -> int | None:
-    """How many positions a model was made for.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Its limit, None if it declares none.
-    """
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> None:
     """Refuse contexts beyond a model's limit.
 
     Args:
-        model: The model.
+        model: Model whose positions are the limit.
         lengths: Tokens of every context.
         what: What the error calls them.
 
     Raises:
         QuantCacheError: A length is below 2 or above the limit.
     """
-    limit = context_limit(model)
+    limit = compat.position_limit(model.config)
     for length in lengths:
         if length < 2:
             raise QuantCacheError(f"{what} {length} is too short: at least 2 tokens")

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache.accounting.memory import measure
+from quantcache.accounting.measuring import measure
 from quantcache.common import compat
+from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import Method, MethodUnavailable, parse_methods
 
@@ -37,7 +38,7 @@ class FidelityResult:
         kl_mean: Mean KL divergence from the dense predictions, nats per token.
         kl_stderr: Standard error of that mean over tokens.
         kl_p99: Its 99th percentile.
-        kl_max: Its maximum.
+        kl_max: Largest KL of any position.
         perplexity: exp of the mean negative log-likelihood of the text.
         perplexity_stderr: Standard error of the perplexity over tokens.
         top1_agreement: Share of positions with the same most likely token.
@@ -91,9 +92,7 @@ class _Tally:
         assert self.sizes is not None
         lost = int((~kl.isfinite()).sum())
         if lost:
-            status = (
-                f"failed: at {lost} of {len(kl)} positions logits are not finite, or rule out what the dense ones say"
-            )
+            status = f"failed: at {lost} of {len(kl)} positions the KL divergence is not finite"
             return FidelityResult(method.family, method.simulated, status)
         perplexity = float(nll.mean().exp())
         return FidelityResult(
@@ -155,8 +154,8 @@ def measure_fidelity(
     methods: Sequence[Method],
     *,
     context: int,
-    chunk: int = 64,
-    sink_length: int = 4,
+    chunk: int = CHUNK,
+    sink_length: int = SINK_LENGTH,
     stride: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, FidelityResult]:

@@ -1,4 +1,4 @@
-"""Memory: what caches hold on a ladder of lengths, counted on their tensors, beside the formula and the process's peak.
+"""Memory: bytes that caches hold at several lengths, next to the formula's and the process's peak.
 
 Caches are filled with random keys and values of the model's geometry in one update of each layer, so that lengths
 beyond the model's limit can be measured. Bytes do not depend on what the keys and values are.
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quantcache.accounting.memory import dtype_bytes, measure, predict
-from quantcache.artifact import cache_layout
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import dtype_bytes
+from quantcache.accounting.predicting import predict
+from quantcache.artifact import cache_layout, tracing
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
@@ -39,7 +41,7 @@ class MemoryRung:
 
     Attributes:
         status: ``ok``, or what went wrong.
-        tokens: Cached tokens.
+        tokens: Cached tokens of each row.
         bytes: Bytes held, shared constants apart. Of a simulated rival: those that its codes would take.
         predicted_bytes: What the formula says; None where there is none for the method.
         bits_per_element_total: Bits of everything held per cached element.
@@ -108,7 +110,7 @@ def measure_memory(
         model: The model; only its geometry, dtype and device matter.
         methods: What to measure.
         lengths: Cached tokens.
-        batch: Rows.
+        batch: B, rows of the cache.
         cells: Where finished cells are kept.
 
     Returns:
@@ -166,7 +168,7 @@ def _measure_rung(model: PreTrainedModel, method: Method, length: int, batch: in
 def _fill(model: PreTrainedModel, cache: Cache, length: int, batch: int, device: torch.device) -> None:
     """One update of every layer of the model's cache."""
     text = model.config.get_text_config(decoder=True)
-    shapes = cache_layout.cached_shapes(model.config)
+    shapes = tracing.cached_shapes(model.config)
     foreign = cache_layout.cross_attention_layers(model.config)
     generator = torch.Generator(device).manual_seed(length)
     for index, stock in enumerate(cache_layout.stock_layers(model.config)):

@@ -32,7 +32,7 @@ class NeedleFormat:
     Attributes:
         fact: Holds ``{name}`` and ``{code}``.
         question: Holds ``{name}``; the answer follows it.
-        digits: Digits of a code.
+        digits: Length of a code.
         chat: Put text and question into the tokenizer's chat template.
     """
 
@@ -111,8 +111,8 @@ def measure_needle(
     """Plant codes in a text and ask for them.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
+        model: Decoder-only model to measure.
+        tokenizer: Tokenizer of that model.
         text: The haystack; every seed takes another stretch of it where it is long enough.
         methods: What to measure.
         lengths: Tokens of a whole prompt, question included.

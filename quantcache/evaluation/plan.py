@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.evaluation import memory, needle, qa
-from quantcache.evaluation.feeding import CHUNK
 from quantcache.evaluation.methods import RivalStatistics
 
 SUITES = ("fidelity", "needle", "routing", "transfer", "qa", "memory", "speed")
@@ -23,18 +22,18 @@ class Sizes:
     """How much each suite does.
 
     Attributes:
-        needle_depths: Depths of needles.
+        needle_depths: Places of a needle, 0 (start) to 1 (end).
         needle_seeds: Trials of each length and depth.
-        routing_windows: Windows of the routing suite.
+        routing_windows: Number of windows that the routing suite reads.
         transfer_tokens: Tokens calibrated on, for each calibration.
         transfer_windows: Windows of every text that calibrations are compared on.
-        questions: Questions asked.
+        questions: Number of questions asked.
         answer_tokens: Tokens of an answer at most.
         ladder: Lengths of the memory suite.
         speed_batches: Rows of the speed suite.
         speed_context: Tokens of its prompts at most.
         steps: Decoding steps timed.
-        prefills: Prefills timed.
+        prefills: Number of prefills timed.
         draft_tokens: Tokens generated with a draft model.
         longest: Tokens of a needle's prompt and of a routing window at most. Needles are planted in prompts of half the
             context as well where it is None.
@@ -84,7 +83,7 @@ class Plan:
 
     Attributes:
         suites: Names out of ``SUITES``.
-        methods: Names of methods.
+        methods: Names such as ``dense`` and ``spectral-3``.
         contexts: Tokens in a window; fidelity is measured at each, the other suites use the last.
         tokens: Tokens of text to use at most.
         residuals: Recent tokens that every method keeps; fidelity is measured at each, the other suites use the first.
@@ -125,9 +124,9 @@ class Material:
     """What to measure it on.
 
     Attributes:
-        model: The model.
-        tokenizer: Its tokenizer.
-        text: The evaluation text.
+        model: Decoder-only model to measure.
+        tokenizer: Tokenizer of that model.
+        text: Text to evaluate on.
         calibration: The model's calibration, for methods that need one.
         questions: For the ``qa`` suite.
         domains: Further texts by name, for the ``transfer`` suite: calibrated on in their first half, evaluated on in

@@ -1,4 +1,4 @@
-"""What a measurement was taken with: hashes of model, calibration and code, and the check that texts do not overlap."""
+"""Hashes of a measurement's model, calibration and code, and the check that texts do not overlap."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def text_sha256(text: str) -> str:
     """Hash of a text, as calibrations record it.
 
     Args:
-        text: The text.
+        text: Plain text, hashed as UTF-8.
 
     Returns:
         SHA-256 in hexadecimal.
@@ -39,7 +39,7 @@ def model_sha256(model: PreTrainedModel) -> str:
     """Hash of a model's config and weights.
 
     Args:
-        model: The model.
+        model: Model with its weights loaded.
 
     Returns:
         SHA-256 in hexadecimal; the same wherever the model lies and on whatever device, for one dtype.
@@ -67,7 +67,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of a tokenizer's vocabulary and chat template.
 
     Args:
-        tokenizer: The tokenizer.
+        tokenizer: Any transformers tokenizer.
 
     Returns:
         SHA-256 in hexadecimal.
@@ -80,7 +80,7 @@ def calibration_sha256(calibration: Calibration) -> str:
     """Hash of everything that a calibration's artifact holds.
 
     Args:
-        calibration: The calibration.
+        calibration: At any bits.
 
     Returns:
         SHA-256 in hexadecimal.
@@ -112,8 +112,8 @@ def check_overlap(calibration: Calibration, text: str, name: str, used: str | No
     """Refuse to evaluate on what was calibrated on.
 
     Args:
-        calibration: The calibration.
-        text: The evaluation text.
+        calibration: Its recipe names the texts that it was made on.
+        text: Text to evaluate on.
         name: What the error calls it.
         used: The part of it that is evaluated on; all of it if None.
 
@@ -144,7 +144,7 @@ def check_material(calibration: Calibration, material: Material, name: str, used
     """Refuse to evaluate on texts or questions that were calibrated on.
 
     Args:
-        calibration: The calibration.
+        calibration: Its recipe names the texts that it was made on.
         material: What is evaluated on.
         name: What the error calls its text.
         used: The part of the text that is evaluated on.
@@ -160,3 +160,25 @@ def check_material(calibration: Calibration, material: Material, name: str, used
         paragraphs = "\n".join(dict.fromkeys(question.context for question in material.questions))
         found["qa"] = check_overlap(calibration, paragraphs, "the text of the questions")
     return found
+
+
+def inputs(material: Material) -> dict[str, str | None]:
+    """SHA-256 of everything that is measured with.
+
+    Args:
+        material: Model, texts and whatever else there is.
+
+    Returns:
+        Hashes by name; None for what there is not.
+    """
+    questions = None if material.questions is None else repr(list(material.questions))
+    found = {
+        "model": model_sha256(material.model),
+        "tokenizer": tokenizer_sha256(material.tokenizer),
+        "calibration": None if material.calibration is None else calibration_sha256(material.calibration),
+        "text": text_sha256(material.text),
+        "questions": None if questions is None else text_sha256(questions),
+        "draft": None if material.draft is None else model_sha256(material.draft),
+        "code": code_sha256(),
+    }
+    return {**found, **{f"domain {name}": text_sha256(text) for name, text in material.domains.items()}}

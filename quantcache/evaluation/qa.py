@@ -6,7 +6,6 @@ model answers wrongly whatever its cache; therefore agreement with the dense cac
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import string
@@ -22,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, parse_json
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
-from quantcache.evaluation.feeding import PROMPT_CHUNK, context_limit, dense_method, encode, feed, frame_of
+from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
 from quantcache.evaluation.methods import Method
 
 SUITE = "qa"
@@ -38,8 +38,8 @@ class Question:
 
     Attributes:
         id: Names it in records.
-        context: The paragraph.
-        question: The question.
+        context: Paragraph that holds the answer.
+        question: What is asked about it.
         answers: Acceptable answers, one or more.
     """
 
@@ -107,8 +107,8 @@ def load_questions(path: Path) -> list[Question]:
     except UnicodeDecodeError as error:
         raise QuantCacheError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
+        whole = parse_json(text, MOST_RESULT_BYTES)
+    except ValueError:
         whole = None
     try:
         if isinstance(whole, dict) and "data" in whole:
@@ -123,16 +123,16 @@ def load_questions(path: Path) -> list[Question]:
             found = []
             for number, line in lines:
                 try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise QuantCacheError(f"{path}, line {number} is no JSON: {error}") from None
+                    entry = parse_json(line, MOST_RESULT_BYTES)
+                except ValueError as error:
+                    raise QuantCacheError(f"{path}, line {number} is not JSON: {error}") from None
                 answers = entry["answers"] if "answers" in entry else entry["answer"]
                 found.append(_question(entry.get("id", f"{number}"), entry["context"], entry["question"], answers))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         flaw = f"{type(error).__name__}: {error}"
-        raise QuantCacheError(f"{path} is no file of context, question and answers ({flaw})") from None
+        raise QuantCacheError(f"{path} is not a file of context, question and answers ({flaw})") from None
     if not found:
-        raise QuantCacheError(f"{path} holds no question")
+        raise QuantCacheError(f"{path} holds no questions")
     return found
 
 
@@ -156,7 +156,7 @@ def normalize(answer: str) -> str:
     Source: the evaluation script of P. Rajpurkar et al., "SQuAD" (2016).
 
     Args:
-        answer: The answer.
+        answer: Any text.
 
     Returns:
         Its words, one space between them.
@@ -171,7 +171,7 @@ def f1(answer: str, reference: str) -> float:
     Source: as :func:`normalize`.
 
     Args:
-        answer: The answer.
+        answer: What the model said.
         reference: What it is held against.
 
     Returns:
@@ -188,7 +188,7 @@ def exact(answer: str, reference: str) -> bool:
     """Whether two answers are the same once normalized.
 
     Args:
-        answer: The answer.
+        answer: What the model said.
         reference: What it is held against.
 
     Returns:
@@ -214,12 +214,12 @@ def measure_qa(
     """Ask questions about paragraphs.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        questions: The questions.
+        model: Decoder-only model to measure.
+        tokenizer: Tokenizer of that model.
+        questions: From :func:`load_questions`.
         methods: What to measure.
         count: Questions to ask at most, drawn at random from those that fit into the model's context.
-        seed: Seed of the draw.
+        seed: Decides which questions are drawn.
         new_tokens: Tokens of an answer at most; it also ends at a line's end.
         template: Holds ``{context}`` and ``{question}``.
         chat: Put the prompt into the tokenizer's chat template.
@@ -272,7 +272,7 @@ def _choose(
 ) -> list[tuple[Question, Tensor]]:
     """Questions that fit, with their prompts ``[T]``."""
     before, behind = frame_of(tokenizer, chat)
-    room = context_limit(model)
+    room = compat.position_limit(model.config)
     chosen = []
     for question in random.Random(seed).sample(list(questions), len(questions)):
         text = template.replace("{context}", question.context).replace("{question}", question.question)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import finite, write_json
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, as_type, finite, read_json, write_json
 
 SCHEMA_VERSION = 1
 
@@ -23,7 +22,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 class RecordError(QuantCacheError):
-    """A file is no record, or a record lacks something or contradicts itself."""
+    """A file is not a record, or a record lacks something or contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Record:
         created: When it ended, ISO 8601 with time zone.
         commit: Commit of the checkout that ran; None if there was none.
         dirty: Whether files differed from that commit.
-        command: The command line.
+        command: Command line that made it.
         environment: Versions and hardware (see :func:`quantcache.common.env.environment`).
         settings: Everything that was chosen.
         metrics: Everything that was measured. Averages carry ``n`` and ``stderr``, times ``n``, ``p20``, ``median`` and
@@ -76,7 +75,7 @@ class Record:
         """Check parsed JSON.
 
         Args:
-            data: The JSON.
+            data: Parsed JSON.
             where: What errors call it.
 
         Returns:
@@ -89,28 +88,11 @@ class Record:
         return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
 
 
-_KINDS: dict[str, tuple[Any, str, bool]] = {
-    "schema_version": (int, "a whole number", True),
-    "suite": (str, "a string", True),
-    "status": (str, "a string", True),
-    "created": (str, "a string", True),
-    "commit": ((str, type(None)), "a string or null", True),
-    "dirty": (bool, "true or false", True),
-    "command": (str, "a string", True),
-    "environment": (dict, "an object", True),
-    "settings": (dict, "an object", True),
-    "metrics": (dict, "an object", True),
-    "inputs": (dict, "an object", False),
-    "seeds": (list, "a list", False),
-    "gates": (dict, "an object", False),
-}
-
-
 def check(data: Any, where: str = "record") -> None:
     """Check a record's JSON against the schema.
 
     Args:
-        data: The JSON.
+        data: Parsed JSON.
         where: What the error calls it.
 
     Raises:
@@ -121,16 +103,15 @@ def check(data: Any, where: str = "record") -> None:
         if not holds:
             raise RecordError(f"{where}: {flaw}")
 
-    require(isinstance(data, dict), f"a record is an object, this is {_kind(data)}")
+    require(isinstance(data, dict), f"a record must be an object, got {data!r:.60}")
     version = data.get("schema_version")
-    require(version is not None, "it is no record: it has no schema_version")
+    require(version is not None, "not a record: missing schema_version")
     known = isinstance(version, int) and not isinstance(version, bool) and version == SCHEMA_VERSION
     require(known, f"schema version {version!r}, this quantcache reads {SCHEMA_VERSION}")
-    for name, (kind, words, needed) in _KINDS.items():
-        require(name in data or not needed, f"it lacks {name}")
-        if name in data:
-            wrong = not isinstance(data[name], kind) or (kind is int and isinstance(data[name], bool))
-            require(not wrong, f"{name} must be {words}, got {_kind(data[name])}")
+    try:
+        as_type(Record, data)
+    except ValueError as error:
+        raise RecordError(f"{where}: {error}") from error
     require(data["status"] in STATUSES, f"status must be one of {', '.join(STATUSES)}, got {data['status']!r}")
     require(_is_time(data["created"]), f"created must be a time with its zone, got {data['created']!r}")
     commit = data["commit"]
@@ -139,16 +120,9 @@ def check(data: Any, where: str = "record") -> None:
     for name, digest in data.get("inputs", {}).items():
         good = digest is None or (isinstance(digest, str) and bool(HASH.fullmatch(digest)))
         require(good, f"inputs[{name!r}] must be a SHA-256 in hexadecimal or null, got {digest!r}")
-    for seed in data.get("seeds", []):
-        require(isinstance(seed, int) and not isinstance(seed, bool), f"seeds must be whole numbers, got {seed!r}")
     for name in ("environment", "settings", "metrics", "gates"):
         flaw = _flaw(data.get(name, {}), name)
         require(flaw is None, str(flaw))
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def _is_time(text: str) -> bool:
@@ -159,11 +133,11 @@ def _is_time(text: str) -> bool:
 
 
 def _flaw(value: Any, path: str) -> str | None:
-    """The first thing that is no JSON value, or a summary that contradicts itself."""
+    """The first thing that is not a JSON value, or a summary that contradicts itself."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                return f"{path} has a key that is no string: {key!r}"
+                return f"{path} has a key that is not a string: {key!r}"
             found = _flaw(item, f"{path}.{key}")
             if found:
                 return found
@@ -211,7 +185,7 @@ def write_record(path: Path, record: Record, extra: dict[str, Any] | None = None
 
     Args:
         path: The file; its folder must exist.
-        record: The record.
+        record: Finished run.
         extra: Further top-level entries, for readers of other layouts.
 
     Returns:
@@ -230,13 +204,13 @@ def read_record(path: Path) -> Record:
     """Read a record.
 
     Args:
-        path: The file.
+        path: File that :func:`write_record` has written.
 
     Returns:
         The record.
 
     Raises:
-        RecordError: The file cannot be read, is no JSON, or is no sound record.
+        RecordError: The file cannot be read, is not JSON, or is not a sound record.
     """
     return Record.from_dict(read_strict_json(path), str(path))
 
@@ -245,7 +219,7 @@ def read_strict_json(path: Path) -> Any:
     """Parse a JSON file, without the extensions that Python's parser allows.
 
     Args:
-        path: The file.
+        path: JSON file.
 
     Returns:
         Its content.
@@ -253,11 +227,7 @@ def read_strict_json(path: Path) -> Any:
     Raises:
         RecordError: It cannot be read or parsed.
     """
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
-
     try:
-        return json.loads(path.read_text("utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path, MOST_RESULT_BYTES)
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error

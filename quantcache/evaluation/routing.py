@@ -22,12 +22,12 @@ from quantcache.attention.function import spectral_attention_forward
 from quantcache.attention.probe import replaced_attention
 from quantcache.backends import AttentionCall
 from quantcache.backends.online_softmax import QueryRows
-from quantcache.cache.layer import SINK_LENGTH
 from quantcache.common import compat
+from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, attempt
-from quantcache.evaluation.feeding import CHUNK, check_lengths, pieces
+from quantcache.evaluation.feeding import check_lengths, pieces
 from quantcache.evaluation.methods import Method
 
 SUITE = "routing"
@@ -110,7 +110,7 @@ def measure_routing(
     Queries of a window's first chunk see nothing that was compressed and are not counted.
 
     Args:
-        model: The model.
+        model: Decoder-only model to measure.
         tokens: Text, ``[N]``.
         methods: What to measure.
         context: Tokens in a window.
@@ -195,8 +195,8 @@ def _measure_window(
             started = True
     if not seen:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not call attention through transformers' attention interface, so routing "
-            "cannot be seen"
+            f"{type(model).__name__} does not call attention through transformers' attention interface, so its routing "
+            "cannot be observed"
         )
     for name, result in results.items():
         if result["status"] == "ok":

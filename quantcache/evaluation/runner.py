@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import memory, needle, qa, routing, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells, attempt
-from quantcache.evaluation.feeding import check_lengths, context_limit
+from quantcache.evaluation.feeding import check_lengths
 from quantcache.evaluation.fidelity import check_stride, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.plan import SUITES, Material, Plan
@@ -216,7 +217,7 @@ def _transfer(material: Material, plan: Plan, methods: list[Method], cells: Cell
             lengths=(256, context),
         )
     if not sources:
-        return {"status": "skipped: there is no calibration and no text to calibrate on"}
+        return {"status": "skipped: neither a calibration nor a text to calibrate on was given"}
     return transfer.measure_transfer(
         model,
         tokenizer,
@@ -251,7 +252,7 @@ def _speed(
     material: Material, plan: Plan, tokens: Tensor, methods: list[Method], cells: Cells
 ) -> dict[str, dict[str, Any]]:
     sizes, warmup = plan.sizes, 4
-    limit = context_limit(material.model)
+    limit = compat.position_limit(material.model.config)
     room = max(sizes.steps + warmup, sizes.draft_tokens)
     context = min(plan.contexts[-1], sizes.speed_context, *(() if limit is None else (limit - room,)))
     timed = speed.measure_speed(

@@ -73,7 +73,7 @@ def early_exit_draft(model: PreTrainedModel, layers: int | None = None) -> PreTr
     Source: M. Elhoushi et al., "LayerSkip" (2024); without its training the draft is a weak one.
 
     Args:
-        model: The model.
+        model: Model whose weights the draft shares.
         layers: Layers to keep; half of them if None.
 
     Returns:
@@ -88,7 +88,9 @@ def early_exit_draft(model: PreTrainedModel, layers: int | None = None) -> PreTr
         raise UnsupportedModel(f"{type(model).__name__} does not keep layers in base_model.layers: give a draft model")
     keep = layers or len(found) // 2
     if not 1 <= keep < len(found):
-        raise QuantCacheError(f"a draft of {keep} layers of a model of {len(found)} makes no sense")
+        raise QuantCacheError(
+            f"the draft must have from 1 to {len(found) - 1} of the model's {len(found)} layers, got {keep}"
+        )
     draft, trunk = _shallow(model), _shallow(inner)
     draft.config = copy.deepcopy(model.config)
     text_config = draft.config.get_text_config(decoder=True)
@@ -125,7 +127,7 @@ def measure_speculative(
     """Decode with and without a draft model.
 
     Args:
-        model: The target.
+        model: Target model, whose tokens count.
         tokens: Text, ``[N]``; prompts are stretches of it.
         methods: Caches of the target.
         draft: The draft model, of the same vocabulary; its own cache is transformers'.
@@ -157,7 +159,7 @@ def measure_speculative(
     entries = {}
     for method in methods:
         if method.simulated:
-            skipped = "skipped: simulated, its times would say nothing"
+            skipped = "skipped: simulated, so its times mean nothing"
             entries[method.name] = SpeculativeEntry(method.family, True, skipped)
             continue
         results = []
@@ -176,7 +178,7 @@ class _Calls:
     """Watches the target's forward passes: tokens of each, and when the first, which reads the prompt, was over.
 
     Args:
-        model: The target.
+        model: Target model.
     """
 
     def __init__(self, model: nn.Module):

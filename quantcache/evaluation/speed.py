@@ -1,4 +1,4 @@
-"""Speed: how long reading a prompt and taking one more token last, dense and compressed caches taking turns.
+"""Speed: time of a prefill and of a decoding step, dense and compressed caches taking turns.
 
 Every method is timed beside a dense cache in the same minute, repetition by repetition, so that whatever else the
 machine does meets both. Ratios are therefore more reliable than times.
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from quantcache.common import compat
+from quantcache.common.defaults import PREFILL_CHUNK
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
@@ -24,9 +25,6 @@ from quantcache.evaluation.feeding import check_lengths, dense_method
 from quantcache.evaluation.methods import Method
 
 SUITE = "speed"
-
-PREFILL_CHUNK = 512
-"""Tokens of a prompt fed at once, as serving engines do; each chunk reads what the earlier ones left in the cache."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,14 @@ def measure_speed(
     """Time prefill and decoding.
 
     Args:
-        model: The model.
+        model: Decoder-only model to measure.
         tokens: Text, ``[N]``; rows of a batch are taken from it one after the other, from its start again at its end.
         methods: What to measure.
         context: Tokens of the prompt; decoding goes on behind it.
-        batches: Rows.
+        batches: Numbers of rows to time.
         steps: Decoding steps timed.
         warmup: Decoding steps discarded before them; one prefill is discarded as well.
-        prefills: Prefills timed.
+        prefills: Number of prefills timed.
         cells: Where finished cells are kept.
 
     Returns:
@@ -134,7 +132,7 @@ def measure_speed(
                 return _time(model, method, reference, prompt, steps, warmup, prefills)
 
             if method.simulated:
-                found[str(batch)] = SpeedRung("skipped: simulated, its times would say nothing")
+                found[str(batch)] = SpeedRung("skipped: simulated, so its times mean nothing")
             else:
                 found[str(batch)] = SpeedRung(**cells.measure(SUITE, method.name, f"batch {batch}", work))
         bad = next((rung.status for rung in found.values() if rung.status != "ok"), "ok")
@@ -215,7 +213,7 @@ def wait(device: torch.device) -> None:
     """Wait until a device has done what it was told.
 
     Args:
-        device: The device.
+        device: CPU returns at once.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -18,7 +18,7 @@ def quantiles(samples: Sequence[float]) -> Summary:
         ``median``, ``p20``, ``p80``, ``mean`` and ``n``; quantiles are interpolated between neighbours.
 
     Raises:
-        ValueError: There are no samples.
+        ValueError: ``samples`` is empty.
     """
     if not samples:
         raise ValueError("no samples to summarize")
@@ -49,7 +49,7 @@ def mean(samples: Sequence[float]) -> Summary:
         ``mean``, ``stderr`` (sample standard deviation over √n; None for a single sample) and ``n``.
 
     Raises:
-        ValueError: There are no samples.
+        ValueError: ``samples`` is empty.
     """
     if not samples:
         raise ValueError("no samples to summarize")
@@ -75,10 +75,10 @@ def share(successes: int, trials: int, z: float = 1.959963984540054) -> Summary:
         ``share``, ``low`` and ``high`` (Wilson score interval), ``successes`` and ``n``.
 
     Raises:
-        ValueError: The counts make no sense.
+        ValueError: ``trials`` is below 1, or ``successes`` not between 0 and ``trials``.
     """
     if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"{successes} successes of {trials} trials cannot be")
+        raise ValueError(f"trials must be at least 1 and successes from 0 to trials, got {successes} of {trials}")
     p, square = successes / trials, z * z
     center = (p + square / (2 * trials)) / (1 + square / trials)
     half = z / (1 + square / trials) * math.sqrt(p * (1 - p) / trials + square / (4 * trials * trials))

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.calibration.calibrator import calibrate
+from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.cells import Cells, attempt
-from quantcache.evaluation.feeding import CHUNK, check_lengths
+from quantcache.evaluation.feeding import check_lengths
 from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.provenance import check_overlap
@@ -33,9 +33,9 @@ class TransferEntry:
     """One method with one calibration on one text.
 
     Attributes:
-        method: The method.
-        calibrated_on: The calibration.
-        evaluated_on: The text.
+        method: Name of the method.
+        calibrated_on: Name of the calibration's text.
+        evaluated_on: Name of the evaluation text.
         status: ``ok``, or what went wrong.
         figures: What :class:`~quantcache.evaluation.fidelity.FidelityResult` says of it.
         ratio: Mean KL over that of the calibration that belongs to the text; None where there is none.
@@ -72,7 +72,7 @@ class Source:
 
     Attributes:
         name: What results call it.
-        make: Makes it.
+        make: Makes the calibration.
         home: The text that it belongs to: ratios are taken to its figures there.
     """
 
@@ -85,7 +85,7 @@ def split_domain(text: str) -> tuple[str, str]:
     """Cut a text into one half to calibrate on and one to evaluate on.
 
     Args:
-        text: The text.
+        text: Plain text, cut at its middle.
 
     Returns:
         Both halves; the cut is at a line's end where there is one near.
@@ -100,8 +100,8 @@ def needs_calibration(name: str, model: PreTrainedModel) -> bool:
     """Whether a method's cache depends on a calibration.
 
     Args:
-        name: The method.
-        model: The model.
+        name: Name of the method.
+        model: Model that the method is made for.
 
     Returns:
         Whether it cannot be made without one.
@@ -130,9 +130,9 @@ def measure_transfer(
     """Measure every calibration on every text.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        sources: The calibrations.
+        model: Decoder-only model to measure.
+        tokenizer: Tokenizer of that model.
+        sources: Calibrations to compare.
         texts: The texts to evaluate on, by name.
         methods: Names of methods that take a calibration.
         context: Tokens in a window.
@@ -223,8 +223,8 @@ def domain_sources(
     """Calibrations on several texts.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
+        model: Model to calibrate.
+        tokenizer: Tokenizer of that model.
         texts: The texts to calibrate on, by the name of the text to evaluate on that they belong to.
         tokens: Tokens to calibrate on.
         seq_len: Tokens of a sequence.
@@ -250,8 +250,8 @@ def length_sources(
     """Calibrations on one text in sequences of several lengths.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
+        model: Model to calibrate.
+        tokenizer: Tokenizer of that model.
         text: The text to calibrate on.
         home: The text to evaluate on; the longest sequences belong to it.
         tokens: Tokens to calibrate on, the same for all.

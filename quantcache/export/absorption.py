@@ -55,7 +55,7 @@ def value_map(side: SideCalibration, basis: Basis, absorb_mean: bool) -> ValueMa
 
     Args:
         side: The constants of the layer's values.
-        basis: Which basis.
+        basis: ``spectral`` or ``flat``.
         absorb_mean: Whether the weights take the mean as well.
 
     Returns:
@@ -210,7 +210,7 @@ def absorbed_values(side: SideCalibration, values: ValueMap, basis: Basis) -> Si
 
     Args:
         side: The constants of the values before.
-        values: The map.
+        values: Change of basis of the values.
         basis: The basis the map was made for; ``spectral`` leaves an exactly diagonal transform.
 
     Returns:

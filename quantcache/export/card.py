@@ -105,7 +105,7 @@ def render_export_card(
     Args:
         base_model: ``{"id", "revision"}`` of the model exported.
         repo_id: The export's own repository, if it is known.
-        basis: The basis absorbed.
+        basis: ``spectral`` or ``flat``.
         mean_in_weights: Whether the biases took the mean of the values.
         bits: Mean code width of the calibration that comes with it.
         total: Bits per encoded element, gains included.
@@ -144,7 +144,7 @@ def card_header(path: Path) -> dict[str, Any]:
     """The YAML header of a card.
 
     Args:
-        path: The card.
+        path: A ``README.md``.
 
     Returns:
         Its header; empty where there is none, or none that can be read.

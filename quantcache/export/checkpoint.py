@@ -7,7 +7,6 @@ of the tensors that change are overwritten: nothing else can change, and one ten
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, parse_json, read_json
 from quantcache.export.projections import TensorInfo
 
 SINGLE_NAME = "model.safetensors"
@@ -30,7 +30,7 @@ class Checkpoint:
     """The weights of a model's folder.
 
     Args:
-        folder: The folder.
+        folder: Folder with safetensors files, with or without an index.
 
     Raises:
         QuantCacheError: It holds no safetensors weights, or they are truncated, malformed or incomplete.
@@ -47,7 +47,7 @@ class Checkpoint:
         missing = [name for name in self.shards if not (folder / name).is_file()]
         if missing:
             found = "its index names them" if weight_map else "weights in other formats are not read"
-            raise QuantCacheError(f"{folder} has no {', no '.join(missing)} ({found})")
+            raise QuantCacheError(f"{folder} is missing {', '.join(missing)} ({found})")
         self._places: dict[str, tuple[str, int, int]] = {}  # shard, first byte, number of bytes
         self.tensors: dict[str, TensorInfo] = {}
         """Every tensor, by name."""
@@ -56,7 +56,7 @@ class Checkpoint:
         for name, shard in (weight_map or {}).items():
             actual = self._places[name][0] if name in self._places else "no shard"
             if actual != shard:
-                raise QuantCacheError(f"{folder / INDEX_NAME} has {name} in {shard}, it is in {actual}")
+                raise QuantCacheError(f"{folder / INDEX_NAME} lists {name} in {shard}, but it is in {actual}")
 
     def _add(self, shard: str) -> None:
         path = self.folder / shard
@@ -67,7 +67,7 @@ class Checkpoint:
             raise QuantCacheError(f"{path} cannot be read: {error}") from error
         with open(path, "rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(size))
+            header: dict[str, Any] = parse_json(file.read(size), MOST_RESULT_BYTES)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in self._places:
@@ -108,8 +108,8 @@ class Checkpoint:
         """Overwrite a tensor in a copy of this checkpoint.
 
         Args:
-            folder: Folder of the copy.
-            name: Name of the tensor.
+            folder: Copy to write into.
+            name: Tensor to overwrite.
             tensor: What it becomes, of the same shape and dtype.
         """
         shard, first, size = self._places[name]
@@ -124,11 +124,13 @@ class Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        weight_map = read_json(path, MOST_RESULT_BYTES)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QuantCacheError(f"{path} is no index of a sharded checkpoint: {type(error).__name__} {error}") from error
+        raise QuantCacheError(
+            f"{path} is not the index of a sharded checkpoint: {type(error).__name__} {error}"
+        ) from error
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise QuantCacheError(f"{path} is no index of a sharded checkpoint: weight_map must map names to files")
+        raise QuantCacheError(f"{path} is not the index of a sharded checkpoint: weight_map must map names to files")
     outside = [name for name in weight_map.values() if os.path.basename(name) != name]
     if outside:
         raise QuantCacheError(f"{path} names a shard outside its folder: {outside[0]}")

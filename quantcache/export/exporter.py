@@ -55,17 +55,17 @@ class ExportReport:
     """What an export did.
 
     Attributes:
-        output: Its folder.
+        output: Folder written.
         base_model: ``{"id", "revision", "model_type"}`` of the model exported.
-        basis: The basis absorbed.
-        layers: Layers changed.
-        tensors: Tensors changed.
+        basis: ``spectral`` or ``flat``.
+        layers: Number of layers changed.
+        tensors: Number of tensors changed.
         shards: Files of weights.
         mean_in_weights: Whether the biases took the mean of the values.
         keys_scaled: Layers whose keys were scaled.
         left_out: Files of the model that were not copied: weights in other formats.
         difference: The measured difference of the logits; None where it was not measured.
-        calibration: The export's calibration.
+        calibration: Calibration that belongs to the export.
     """
 
     output: Path
@@ -105,17 +105,17 @@ def export_checkpoint(
 
     Args:
         model: Folder or Hub id of a model with safetensors weights.
-        calibration: Its calibration.
+        calibration: Calibration of the model as it is.
         output: Folder to write; it must not exist, or be empty.
         basis: ``spectral`` for SpectralCache, ``flat`` for quantizers with one step per token.
         verify: Load the model and then the export, and compare their logits.
         revision: Hub branch, tag or commit.
-        token: Hub token.
+        token: Hub access token; by default that of the login.
         cache_dir: Hub cache folder.
         local_files_only: Never go to the network.
         repo_id: The export's own repository, for its card.
         metrics: Rows of a measured table for its card.
-        on_progress: Told of progress.
+        on_progress: Called with a phase, what is done of it, and how much there is.
 
     Returns:
         What was done.
@@ -123,7 +123,7 @@ def export_checkpoint(
     Raises:
         UnsupportedModel: The architecture is unknown, or the weights are quantized.
         CalibrationMismatch: The calibration is for another model.
-        HubError: The model cannot be had from the Hub.
+        HubError: The model cannot be downloaded.
         QuantCacheError: The weights are malformed, or ``output`` is taken.
     """
     tell = on_progress or (lambda what, done, total: None)
@@ -180,7 +180,7 @@ def compare_logits(original: Path, export: Path, tokens: int = VERIFY_TOKENS) ->
 
     Args:
         original: The model's folder.
-        export: The export's folder.
+        export: Folder of the export.
         tokens: Tokens of the bundled evaluation text to compare on.
 
     Returns:
@@ -204,7 +204,7 @@ def _logits(folder: Path, count: int) -> tuple[Tensor, torch.dtype]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model.eval()
     text_config = model.config.get_text_config(decoder=True)
-    count = min(count, getattr(text_config, "max_position_embeddings", None) or count)
+    count = min(count, compat.position_limit(model.config) or count)
     ids = _text_tokens(folder, count)
     if ids.shape[1] < count or int(ids.max()) >= text_config.vocab_size:
         ids = torch.randint(
@@ -264,7 +264,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
-        raise QuantCacheError(f"{folder} is no model that transformers knows: {message}") from error
+        raise QuantCacheError(f"transformers cannot read the config in {folder}: {message}") from error
     return config
 
 
@@ -288,7 +288,7 @@ def _name_or_warn(base_model: dict[str, Any], folder: Path, calibration: Calibra
     for key in ("id", "revision"):
         ours, other = base_model[key], theirs.get(key)
         if ours and other and ours != other and not os.path.isabs(other):
-            warnings.warn(f"the calibration is of {key} {other}, the model's is {ours}", stacklevel=3)
+            warnings.warn(f"the calibration's {key} is {other}, the model's is {ours}", stacklevel=3)
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:

@@ -37,9 +37,9 @@ def check(config: PreTrainedConfig, calibration: Calibration, basis: str) -> Non
     """Refuse what cannot be absorbed, before any weight is read.
 
     Args:
-        config: The model's config.
-        calibration: The model's calibration.
-        basis: The basis wanted.
+        config: ``model.config``.
+        calibration: Calibration of that model.
+        basis: ``spectral`` or ``flat``.
 
     Raises:
         ValueError: The basis is unknown.
@@ -67,7 +67,7 @@ class LayerMaps:
     """What one layer's weights take in.
 
     Attributes:
-        values: The map of the values.
+        values: Change of basis of the values.
         keys: Scales of cached keys, ``[H, D]`` float64; None where keys stay as they are.
     """
 
@@ -83,9 +83,9 @@ def layer_maps(
     Keys are scaled for ``flat`` only: SpectralCache's codes of scaled keys are the codes of the keys.
 
     Args:
-        calibration: The model's calibration.
+        calibration: Calibration of the model.
         projections: Every layer's projections.
-        basis: The basis wanted.
+        basis: ``spectral`` or ``flat``.
         tensors: All tensors of the checkpoint or model.
 
     Returns:
@@ -160,13 +160,13 @@ def absorbed_calibration(
     """The calibration of the model after absorption.
 
     Args:
-        calibration: Its calibration before.
+        calibration: Calibration before absorption.
         maps: Every layer's maps.
         projections: Every layer's projections.
         basis: The basis the maps were made for.
 
     Returns:
-        A calibration that codes the same coefficients at the same rate.
+        A calibration that codes the same coefficients at the same bits.
     """
     layers = {}
     for index, layer in calibration.layers.items():
@@ -189,7 +189,7 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
 
     Args:
         model: A decoder-only model with float weights.
-        calibration: Its calibration.
+        calibration: Calibration of the model as it is.
         basis: ``spectral``, the codec's own coefficients; or ``flat``, in which every coordinate carries the same
             energy and rotary pairs of keys are scaled too.
 
@@ -207,7 +207,7 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
     names = [name for found in projections.values() for name in found.names()]
     offloaded = next((name for name in names if parameters[name].is_meta), None)
     if offloaded is not None:
-        raise UnsupportedModel(f"{offloaded} is not in memory: absorb a model that is loaded as a whole")
+        raise UnsupportedModel(f"{offloaded} is offloaded: load the whole model into memory before absorbing")
     maps = layer_maps(calibration, projections, basis, tensors)
     for index, found in projections.items():
         for name, tensor in changed_tensors(found, maps[index], lambda name: parameters[name].detach().cpu()):

@@ -86,7 +86,7 @@ class Projection:
     """One projection, or its share of a fused one.
 
     Attributes:
-        weight: Name of the weight.
+        weight: Name of the weight in the checkpoint.
         bias: Name of the bias, or None.
         rows: Its outputs, head by head.
     """
@@ -102,8 +102,8 @@ class Projections:
 
     Attributes:
         query: Projection of the queries.
-        key: Projection of the keys.
-        value: Projection of the values.
+        key: Where the keys are computed.
+        value: Where the values are computed.
         output: The output projection; its rows are not used.
         norms: Weights of the norms of queries and keys, or None.
         norm_offset: What the norms add to their weights.
@@ -134,9 +134,9 @@ def input_rows(layout: Layout, heads: int, groups: int, dim: int) -> tuple[Tenso
 
     Args:
         layout: How they are laid out.
-        heads: H.
-        groups: G.
-        dim: D.
+        heads: H, key/value heads.
+        groups: G, query heads on each of them.
+        dim: D, dimension of a head.
 
     Returns:
         Indices, head by head: ``[H * G * D]``, ``[H * D]`` and ``[H * D]``.
@@ -160,7 +160,7 @@ def find_projections(
     """Find every tensor that is to change, and check it.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
         calibration: A calibration that fits the config.
         tensors: All tensors of the checkpoint or model.
 
@@ -179,7 +179,7 @@ def find_projections(
         if query_heads % heads or layer.key.dim != dim:
             raise UnsupportedModel(
                 f"layer {index} has {query_heads} query heads on {heads} value heads, and keys of dimension "
-                f"{layer.key.dim} with values of {dim}: absorption knows whole groups and one dimension"
+                f"{layer.key.dim} with values of {dim}: absorption needs whole groups and one dimension"
             )
         groups = query_heads // heads
         prefix = _prefix(architecture, index, tensors)
@@ -219,7 +219,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     """How a model lays out its projections.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         The entry of the table.
@@ -240,7 +240,9 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     clip = getattr(config, "clip_qkv", None)
     clip = clip if clip is not None else getattr(getattr(config, "attn_config", None), "clip_qkv", None)
     if clip is not None:
-        raise UnsupportedModel(f"the model clips its values (clip_qkv is {clip}), which no change of basis survives")
+        raise UnsupportedModel(
+            f"the model clips its values (clip_qkv is {clip}), so the basis of its values cannot be changed"
+        )
     if getattr(config, "new_decoder_architecture", False):
         raise UnsupportedModel(
             "a Falcon model of the new decoder architecture caches a copy of its values for every query head, each "
@@ -268,7 +270,7 @@ def _check(tensors: Mapping[str, TensorInfo], name: str, axis: int = 0, size: in
         raise UnsupportedModel(f"the model has no tensor {name}")
     info = tensors[name]
     if info.dtype not in FLOATS:
-        found = info.dtype or "stored in a dtype of its own"
+        found = info.dtype or "a dtype of its own"
         raise UnsupportedModel(f"{name} is quantized ({found}): absorption needs float weights")
     if size is not None and (len(info.shape) != 2 or info.shape[axis] != size):
         raise UnsupportedModel(f"{name} has shape {list(info.shape)}, expected {size} at dimension {axis}")

@@ -5,16 +5,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from quantcache.accounting.memory import LayerSize, SideSize, calibrated_sizes
+from quantcache.accounting.memory import DENSE_BITS, LayerSize, SideSize, calibrated_sizes
 from quantcache.artifact.calibration import Calibration
-from quantcache.coding.schema import CodecSettings
+from quantcache.coding.schema import SIDES, CodecSettings
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation.methods import RECIPES, Recipe
-from quantcache.evaluation.methods.base import SimulatedCodec, hadamard
-from quantcache.evaluation.methods.installed import Fp8Codec
-from quantcache.evaluation.methods.integer import QUAROT_CLIP, KiviCodec, QuarotCodec, TokenInt8Codec
-from quantcache.evaluation.methods.turboquant import TurboQuantCodec, TurboQuantQJLCodec
 from quantcache.planning.geometry import Geometry
 
 DENSE = "bf16"
@@ -29,9 +25,6 @@ FORMAT_NAMES = (
     *("spectral-4", "spectral-3", "spectral-2.5", "spectral-2"),
 )
 """The formats that tables list. Other numbers of bits can be named where a family takes them."""
-
-GROUP = 64
-"""Elements that share a scale and a zero point in transformers' quantized caches (its default)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ def parse_format(name: str) -> Format:
         The format.
 
     Raises:
-        QuantCacheError: There is none of that name.
+        QuantCacheError: The name is unknown.
     """
     stem, _, number = name.rpartition("-")
     plain = "dense" if name == DENSE else name
@@ -118,15 +111,18 @@ def bits_per_element(form: Format, geometry: Geometry) -> float:
     Raises:
         UnsupportedModel: The format cannot hold this model's cache.
     """
-    if form.kind == "dense":
-        return 16.0
     if form.kind == "quantized":
         require_full_attention(form, geometry)
-        return form.bits + 32 / GROUP if form.bits else 8.0
+    if form.kind in ("dense", "quantized"):
+        keys, values = ([getattr(layer, side) for layer in geometry.layers] for side in SIDES)
+        elements = sum(side.elements for side in (*keys, *values))
+        bits = sum(side.elements * form.recipe.bits(form.bits, "key", side.dim) for side in keys)
+        bits += sum(side.elements * form.recipe.bits(form.bits, "value", side.dim) for side in values)
+        return bits / elements if elements else float(DENSE_BITS)
     sides = [side for layer in coded_layers(form, geometry) if layer.blocks for side in (layer.key, layer.value)]
     elements = sum(side.elements for side in sides)
     bits = sum((side.code_bits or 0) + 8 * side.gain_bytes for side in sides)
-    return bits / elements if elements else 16.0
+    return bits / elements if elements else float(DENSE_BITS)
 
 
 @functools.lru_cache(maxsize=32)
@@ -177,7 +173,7 @@ def require_full_attention(form: Format, geometry: Geometry) -> None:
         UnsupportedModel: It has layers that are not plain full attention.
     """
     if geometry.state_bytes or not all(layer.blocks for layer in geometry.layers):
-        raise UnsupportedModel(f"{form.name}: transformers' quantized cache takes models of full attention only")
+        raise UnsupportedModel(f"{form.name}: transformers' quantized cache supports only full-attention models")
 
 
 def missing_package(form: Format) -> str | None:
@@ -195,26 +191,4 @@ def missing_package(form: Format) -> str | None:
 
 
 def _simulated(form: Format, side: str, size: SideSize) -> SideSize:
-    return replace(size, code_bits=size.elements * _simulated_bits(form.stem, form.bits, side, size.dim))
-
-
-@functools.cache
-def _simulated_bits(stem: str, bits: float, side: str, dim: int) -> float:
-    """Bits of an element of one side, as the method itself counts them where it is measured."""
-    width = int(bits)
-    codec: SimulatedCodec
-    match stem:
-        case "fp8":
-            codec = Fp8Codec()
-        case "int8-token":
-            codec = TokenInt8Codec(dim)
-        case "kivi":
-            codec = KiviCodec(side, dim, width)
-        case "quarot":
-            codec = QuarotCodec(hadamard(dim), width, QUAROT_CLIP)
-        case "turboquant-qjl" if side == "key":
-            codec = TurboQuantQJLCodec(dim, width, seed=0)
-        case _:
-            codec = TurboQuantCodec(dim, width, seed=0)
-    assert codec.bits is not None
-    return codec.bits
+    return replace(size, code_bits=size.elements * form.recipe.bits(form.bits, side, size.dim))

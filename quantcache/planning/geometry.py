@@ -10,12 +10,10 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from quantcache.accounting.memory import LayerSize, SideSize
-from quantcache.artifact import cache_layout
+from quantcache.artifact import cache_layout, tracing
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.data import demo_model_path
-
-BUNDLED_MODEL = "wiki11m"
+from quantcache.data import BUNDLED_MODEL, demo_model_path
 
 Basis = Literal["traced", "declared"]
 
@@ -51,7 +49,7 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
 
     Args:
         name: A ``config.json``, a folder that has one, a Hub id, or ``wiki11m``.
-        revision: Hub revision.
+        revision: Branch, tag or commit on the Hub.
         trust_remote_code: Allow model code from the Hub.
 
     Returns:
@@ -65,9 +63,11 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()
-        raise QuantCacheError(f"no config of {name}: {first[0] if first else type(error).__name__}") from error
+        raise QuantCacheError(
+            f"cannot load the config of {name}: {first[0] if first else type(error).__name__}"
+        ) from error
     if not isinstance(config, PreTrainedConfig):
-        raise QuantCacheError(f"no config of {name}: it is a {type(config).__name__}")
+        raise QuantCacheError(f"cannot load the config of {name}: it is a {type(config).__name__}")
     compat.require_decoder(config)
     return config
 
@@ -76,7 +76,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
     """The layers of a model's cache.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Its layers.
@@ -85,7 +85,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
         UnsupportedModel: It has layers whose bytes are not known, or cannot be built from its config.
     """
     stock = cache_layout.stock_layers(config)
-    traced = cache_layout.traced_layers(config)
+    traced = tracing.traced_layers(config)
     text = config.get_text_config(decoder=True)
     foreign = cache_layout.cross_attention_layers(config)  # as long as the image, which nobody has told
     layers = []
@@ -95,9 +95,9 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
             continue
         grows = compat.is_full_attention(layer)
         if not grows and not compat.is_window(layer):
-            raise UnsupportedModel(f"layer {index} is a {type(layer).__name__}, whose bytes cannot be foretold")
+            raise UnsupportedModel(f"memory cannot be estimated: layer {index} is a {type(layer).__name__}")
         holder = layer if traced is None else traced[index]
-        shape = (cache_layout.kv_geometry(text, index),) * 2 if traced is None else cache_layout.held_shape(holder)
+        shape = (cache_layout.kv_geometry(text, index),) * 2 if traced is None else tracing.held_shape(holder)
         if shape is None:
             continue
         window = None if grows else layer.sliding_window

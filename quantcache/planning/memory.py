@@ -11,29 +11,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from quantcache.accounting.memory import (
-    CacheMemory,
-    capacity,
-    dtype_bytes,
-    largest_capacity,
-    num_blocks,
-    predict_layers,
-    predict_quantized,
-)
+from quantcache.accounting.memory import CacheMemory, capacity, dtype_bytes, largest_capacity, num_blocks
+from quantcache.accounting.predicting import predict_layers, predict_quantized
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.reference import QUERY_CHUNK, TILE_BLOCKS
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.coding.packing import BLOCK
+from quantcache.common.defaults import PREFILL_CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
-from quantcache.planning.formats import GROUP, Format, coded_layers, parse_format, require_full_attention
+from quantcache.evaluation.methods.installed import FP8_BITS, GROUP
+from quantcache.planning.formats import Format, coded_layers, parse_format, require_full_attention
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
 
 QUANTIZED_RESIDUAL = 128
 """Recent tokens that transformers' quantized caches keep at most (its default)."""
-
-PREFILL_CHUNK = 512
-"""Prompt tokens that go through the model at once, where nobody says otherwise."""
 
 
 def estimate_memory(
@@ -59,7 +50,7 @@ def estimate_memory(
         config: The model's config, or what :func:`quantcache.planning.load_config` takes.
         format: Name of the format: ``bf16``, ``spectral-3``, ``quanto-4`` and so on.
         tokens: T, for rows without left padding.
-        batch: B.
+        batch: B, rows of the batch.
         calibration: The model's calibration, for ours; its allocation then says what codes take.
         dtype: The model's dtype, in which sinks, recent tokens and layers that are not compressed stay.
         sink_length: First tokens kept as they are.
@@ -70,7 +61,7 @@ def estimate_memory(
         The sizes by kind, ``constants`` zero.
 
     Raises:
-        QuantCacheError: The format is unknown, a number is out of range, or the model's cache cannot be foretold.
+        QuantCacheError: The format is unknown, a number is out of range, or the model's cache cannot be estimated.
     """
     if not isinstance(config, PreTrainedConfig):
         config = load_config(config)
@@ -110,10 +101,10 @@ def cache_memory(
     """As :func:`estimate_memory`, for a model whose geometry is known.
 
     Args:
-        form: The format.
+        form: How the cache is stored.
         geometry: The model's cache.
-        tokens: T.
-        batch: B.
+        tokens: T, cached tokens of each row.
+        batch: B, rows of the batch.
         calibration: The model's calibration, for ours.
         element_bytes: Bytes per element of the model's dtype.
         sink_length: First tokens kept as they are.
@@ -134,7 +125,7 @@ def cache_memory(
         return predict_quantized(
             geometry.layers,
             tokens,
-            bits=int(form.bits) or 8,
+            bits=int(form.bits or FP8_BITS),
             group=GROUP if form.bits else None,
             batch=batch,
             recent=recent,
@@ -162,10 +153,10 @@ def largest_cache(
     more than its size after one update. It never decreases with T.
 
     Args:
-        form: The format.
+        form: How the cache is stored.
         geometry: The model's cache.
-        tokens: T.
-        batch: B.
+        tokens: T, cached tokens of each row.
+        batch: B, rows of the batch.
         calibration: The model's calibration, for ours.
 
     Returns:
@@ -178,7 +169,7 @@ def largest_cache(
         require_full_attention(form, geometry)
         recent = min(tokens, QUANTIZED_RESIDUAL - 1) if form.bits else 0
         group = GROUP if form.bits else None
-        bits = int(form.bits) or 8
+        bits = int(form.bits or FP8_BITS)
         return predict_quantized(geometry.layers, tokens, bits=bits, group=group, batch=batch, recent=recent).total
     blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH)
     full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + 1) - 1 if blocks else tokens
@@ -192,7 +183,7 @@ def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration |
     That is encoder and decoder in float32, and tables of each coefficient. What kernels keep beside them is not in it.
 
     Args:
-        form: The format.
+        form: How the cache is stored.
         geometry: The model's cache.
         calibration: The model's calibration, for ours.
 
@@ -242,11 +233,11 @@ def estimate_activations(
     """Estimate what a forward pass needs beside weights and cache, with attention that keeps no scores.
 
     Args:
-        config: The model's config.
-        form: The format.
+        config: ``model.config``.
+        form: How the cache is stored.
         geometry: The model's cache.
-        tokens: T.
-        batch: B.
+        tokens: T, cached tokens of each row.
+        batch: B, rows of the batch.
         chunk: Prompt tokens that go through the model at once, C.
 
     Returns:

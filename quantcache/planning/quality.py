@@ -1,4 +1,4 @@
-"""What a format is expected to cost in fidelity, and how far that can be trusted."""
+"""Expected fidelity of a format, and how reliable that figure is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from quantcache.analysis.prediction import predict_kl_at
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.planning.formats import Format
 from quantcache.planning.records import Fidelity, Measurements
 
@@ -51,10 +51,10 @@ def expected_quality(
     """What is known of a format on a model: measured on it, else predicted, else measured on others.
 
     Args:
-        form: The format.
+        form: How the cache is stored.
         names: What the model is called; records of any of these names are of this model.
         context: Tokens that will be cached.
-        measurements: Figures.
+        measurements: Figures of records.
         calibration: The model's calibration, for predictions of ours.
 
     Returns:
@@ -90,7 +90,7 @@ def describe(figure: Fidelity) -> str:
     """Where a figure was measured, in a line.
 
     Args:
-        figure: The figure.
+        figure: A measured figure.
 
     Returns:
         Model, dtype, context, residual, positions, hardware, commit and file.

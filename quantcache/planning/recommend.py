@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from quantcache.artifact import cache_layout
+from quantcache.artifact import tracing
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common import compat
-from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common.errors import UnsupportedModel
 from quantcache.planning import usage
+from quantcache.planning.demand import Candidate, Demand, Recommendation
 from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package
 from quantcache.planning.geometry import Geometry, read_geometry
 from quantcache.planning.memory import (
-    PREFILL_CHUNK,
     cache_memory,
     constants_bytes,
     estimate_activations,
@@ -38,9 +38,9 @@ class ModelSizes:
     """What decides how much memory a model takes.
 
     Attributes:
-        config: Its config.
-        geometry: Its cache.
-        weights: Its weights.
+        config: ``model.config``.
+        geometry: Layers of its cache.
+        weights: Shapes of its weights.
     """
 
     config: PreTrainedConfig
@@ -52,138 +52,15 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     """The sizes of a model, from its config alone.
 
     Args:
-        config: The config.
+        config: ``model.config``, or what :func:`load_config` returns.
 
     Returns:
         The sizes.
 
     Raises:
-        UnsupportedModel: The model cannot be built from its config, or its cache not be foretold.
+        UnsupportedModel: The model cannot be built from its config, or its cache cannot be estimated.
     """
-    return ModelSizes(config, read_geometry(config), list_weights(cache_layout.empty_model(config)))
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What has to fit.
-
-    Attributes:
-        memory: Bytes.
-        context: Tokens cached in each row.
-        batch: Rows.
-        max_kl: Largest mean KL divergence accepted, nats per token.
-        min_agreement: Smallest share of positions with the same most likely token accepted.
-        weights: Format of the weights.
-        chunk: Prompt tokens that go through the model at once.
-    """
-
-    memory: int
-    context: int
-    batch: int = 1
-    max_kl: float | None = None
-    min_agreement: float | None = None
-    weights: str = "bf16"
-    chunk: int = PREFILL_CHUNK
-
-    def check(self) -> None:
-        """Refuse what makes no sense.
-
-        Raises:
-            QuantCacheError: A number is out of range, or the weights' format is unknown.
-        """
-        for name in ("memory", "context", "batch", "chunk"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise QuantCacheError(f"{name} must be a whole number from 1 up, got {value!r}")
-        if self.max_kl is not None and not 0 <= self.max_kl < float("inf"):
-            raise QuantCacheError(f"max_kl must be a number from 0 up, got {self.max_kl}")
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise QuantCacheError(f"min_agreement must lie between 0 and 1, got {self.min_agreement}")
-        if self.weights not in WEIGHTS_FORMATS:
-            known = ", ".join(WEIGHTS_FORMATS)
-            raise QuantCacheError(f"unknown weights format {self.weights!r}: known are {known}")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One format under a demand.
-
-    Attributes:
-        format: Its name.
-        bits_per_element: Bits of an encoded element, scales and gains included.
-        cache_bytes: Bytes of the cache after one prompt of the whole context, exact (see ``estimate_memory``).
-        cache_bytes_largest: Bytes that it may take on the way there, in whatever steps; this is what must fit.
-        constants_bytes: Bytes of what all caches of the model share.
-        activation_bytes: Estimate of what a forward pass needs beside.
-        total_bytes: Weights, largest cache, constants and activations.
-        fits: Whether that is within the memory.
-        max_context: Longest context that fits; None where the cache does not grow.
-        usable: Whether there is a cache that stores it packed, here.
-        obstacle: Why not.
-        meets: Whether its expected fidelity meets the constraint.
-        quality: Its expected fidelity.
-    """
-
-    format: str
-    bits_per_element: float
-    cache_bytes: int
-    cache_bytes_largest: int
-    constants_bytes: int
-    activation_bytes: int
-    total_bytes: int
-    fits: bool
-    max_context: int | None
-    usable: bool
-    obstacle: str | None
-    meets: bool
-    quality: Quality
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """What to take.
-
-    Attributes:
-        model: The model, as it was named.
-        demand: What was asked for.
-        weights_bytes: Bytes of the weights.
-        geometry: Where heads and dimensions are from: ``traced`` or ``declared``.
-        position_limit: Positions that the model was made for; None if it declares none.
-        best: The format with the least expected KL of those that fit, can be used and meet the constraint; None if
-            there is none.
-        reason: Why, or why none, in a sentence.
-        commands: Shell commands that use it.
-        python: Lines of Python that use it.
-        notes: What else to know.
-        candidates: All formats.
-    """
-
-    model: str
-    demand: Demand
-    weights_bytes: int
-    geometry: str
-    position_limit: int | None
-    best: str | None
-    reason: str
-    commands: list[str]
-    python: str
-    notes: list[str]
-    candidates: list[Candidate]
-
-    def candidate(self, name: str) -> Candidate:
-        """The entry of a format.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            The entry.
-        """
-        return next(each for each in self.candidates if each.format == name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return asdict(self)
+    return ModelSizes(config, read_geometry(config), list_weights(tracing.empty_model(config)))
 
 
 def recommend(
@@ -199,7 +76,7 @@ def recommend(
     """Choose a format.
 
     Args:
-        sizes: The model's sizes.
+        sizes: From :func:`model_sizes`.
         demand: What has to fit.
         measurements: Figures to go by.
         model: What the model is called.
@@ -232,7 +109,7 @@ def recommend(
     eligible = [each for each in fitting if each.meets]
     best = min(eligible, key=_preference, default=None)
     reason = _reason(best, fitting, candidates, demand, weights, functools.partial(show_bytes, like=unit))
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = compat.position_limit(config)
     return Recommendation(
         model=model,
         demand=demand,
@@ -329,7 +206,7 @@ def _meets(quality: Quality, demand: Demand) -> bool:
 
 
 def _preference(candidate: Candidate) -> tuple[bool, float, int]:
-    """Least expected KL first; formats of which nothing is known last; the smaller cache of two alike."""
+    """Least expected KL first; formats without figures last; the smaller cache of two alike."""
     kl = candidate.quality.kl
     return kl is None, 0.0 if kl is None else kl, candidate.cache_bytes_largest
 
@@ -349,7 +226,7 @@ def _reason(
             return f"nothing needs compressing: {total}"
         kl = best.quality.kl
         if kl is None:
-            return f"{total}; nothing is known of its fidelity: measure it with 'quantcache eval'"
+            return f"{total}; its fidelity has not been measured: use 'quantcache eval'"
         return f"{total}; of all that fit it has the least expected KL, {kl:.5f} nats per token"
     if fitting:
         closest = min(fitting, key=_preference)

@@ -6,13 +6,13 @@ package has no benchmark records; their figures come with it as one digest, made
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from quantcache import data
+from quantcache.common.jsonfile import as_type
 from quantcache.evaluation.record import Record, RecordError, check, read_strict_json
 
 DIGEST_FORMAT = "quantcache-measurements"
@@ -50,16 +50,16 @@ class Fidelity:
     """How far one method moved one model's predictions.
 
     Attributes:
-        method: The method.
+        method: Name, such as ``spectral-3``.
         model: The model, as the record names it.
-        dtype: The model's dtype.
+        dtype: Dtype of the model's weights.
         context: Tokens in a window.
         residual: Recent tokens kept as they are; None where the method decides for itself.
         tokens: Positions measured.
         kl_mean: Mean KL divergence from the dense cache's predictions, nats per token.
         kl_stderr: Its standard error over tokens; None if not recorded.
         top1_agreement: Share of positions with the same most likely token.
-        perplexity: Perplexity of the text.
+        perplexity: Perplexity of the text with this cache.
         bits_per_element: Codes and scales over encoded elements.
         origin: Where it is from.
     """
@@ -83,10 +83,10 @@ class Speed:
     """How fast one model decoded with one method.
 
     Attributes:
-        method: The method.
+        method: Name, such as ``spectral-3``.
         model: The model, as the record names it.
         context: Cached tokens.
-        batch: Rows.
+        batch: B, rows decoded together.
         decode_ms: Median time of a decoding step.
         speedup: Time of the dense cache, measured beside it, over that time.
         origin: Where it is from.
@@ -119,8 +119,8 @@ class Measurements:
         """The figure to go by: at the wanted residual if there is one, at the longest context, the newest.
 
         Args:
-            method: The method.
-            model: The model.
+            method: Name, such as ``spectral-3``.
+            model: Name, as records have it.
             residual: Recent tokens that the cache will keep.
 
         Returns:
@@ -133,8 +133,8 @@ class Measurements:
         """The figure to go by: at batch 1, at the longest context, the newest.
 
         Args:
-            method: The method.
-            model: The model.
+            method: Name, such as ``spectral-3``.
+            model: Name, as records have it.
 
         Returns:
             The figure; None if there is none.
@@ -176,7 +176,7 @@ def read_measurements(paths: Iterable[Path]) -> Measurements:
     """Read records.
 
     Args:
-        paths: Files, or folders whose records are all read. JSON in a folder that is no record is left out.
+        paths: Files, or folders whose records are all read. JSON files in a folder that are not records are left out.
 
     Returns:
         Their figures.
@@ -187,7 +187,7 @@ def read_measurements(paths: Iterable[Path]) -> Measurements:
     found = Measurements()
     for path in paths:
         if not path.exists():
-            raise RecordError(f"there are no records at {path}")
+            raise RecordError(f"no records found at {path}")
         if path.is_file():
             found += measurements_of(read_strict_json(path), path)
             continue
@@ -202,19 +202,19 @@ def measurements_of(content: Any, path: Path) -> Measurements:
     """The figures of one record.
 
     Args:
-        content: Its JSON.
+        content: Parsed JSON of the record.
         path: Its file, for messages and for saying where figures are from.
 
     Returns:
         Its figures; methods that could not be measured are left out.
 
     Raises:
-        RecordError: It is no record, or its figures are not as its suite writes them.
+        RecordError: It is not a record, or its figures are not as its suite writes them.
     """
     check(content, str(path))
     if content["suite"] not in SUITES:
         known = ", ".join(SUITES)
-        raise RecordError(f"{path}: a record of suite {content['suite']!r} has no such figures: read are {known}")
+        raise RecordError(f"{path}: records of suite {content['suite']!r} are not used here, only those of {known}")
     record = Record.from_dict(content, str(path))
     try:
         origin = Origin(path.name, record.created, record.commit, record.dirty, _hardware(record.environment))
@@ -304,21 +304,14 @@ def _cpu_speed(record: Record, origin: Origin) -> list[Speed]:
 
 Figure = TypeVar("Figure", Fidelity, Speed)
 
-_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "None": (type(None),)}
-
 
 def _checked(figure: Figure) -> Figure:
     """Refuse figures of the wrong kind: they come from files."""
-    for name, value in vars(figure).items():
-        if name == "origin":
-            continue
-        wanted = str(type(figure).__annotations__[name])
-        kinds = tuple(kind for part in wanted.split(" | ") for kind in _KINDS[part])
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise TypeError(f"{name} of {figure.method} must be of type {wanted}, got {value!r}")
-        if isinstance(value, int | float) and not math.isfinite(value):
-            raise ValueError(f"{name} of {figure.method} must be finite, got {value!r}")
-    return figure
+    try:
+        found: Figure = as_type(type(figure), asdict(figure))
+    except ValueError as error:
+        raise ValueError(f"method {figure.method!r}: {error}") from error
+    return found
 
 
 # ------------------------------------------------------------------ the digest
@@ -328,7 +321,7 @@ def to_digest(measurements: Measurements) -> dict[str, Any]:
     """Figures as one JSON object, each origin once.
 
     Args:
-        measurements: The figures.
+        measurements: Figures of any number of records.
 
     Returns:
         What :func:`from_digest` reads.
@@ -351,25 +344,27 @@ def from_digest(content: Any, where: str) -> Measurements:
     """Read what :func:`to_digest` made.
 
     Args:
-        content: The JSON.
+        content: Parsed JSON.
         where: What errors call it.
 
     Returns:
         The figures.
 
     Raises:
-        RecordError: It is no digest, or of another version.
+        RecordError: It is not a digest, or of another version.
     """
     if not isinstance(content, dict) or content.get("format") != DIGEST_FORMAT:
-        raise RecordError(f"{where} is no digest of measurements: its format must be {DIGEST_FORMAT!r}")
+        raise RecordError(f"{where} is not a digest of measurements: its format must be {DIGEST_FORMAT!r}")
     if content.get("schema_version") != DIGEST_VERSION:
         raise RecordError(
             f"{where} has schema version {content.get('schema_version')!r}, this quantcache reads {DIGEST_VERSION}"
         )
     try:
-        origins = [Origin(**origin) for origin in content["origins"]]
-        fidelity = [_checked(Fidelity(**{**row, "origin": origins[row["origin"]]})) for row in content["fidelity"]]
-        speed = [_checked(Speed(**{**row, "origin": origins[row["origin"]]})) for row in content["speed"]]
+        origins = content["origins"]
+        tables = {
+            name: [{**row, "origin": origins[row["origin"]]} for row in content[name]] for name in ("fidelity", "speed")
+        }
+        found: Measurements = as_type(Measurements, tables)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise RecordError(f"{where} is a damaged digest of measurements: {error}") from error
-    return Measurements(fidelity, speed)
+    return found

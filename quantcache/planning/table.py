@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.planning.formats import bits_per_element, list_formats, missing_package
 from quantcache.planning.geometry import Geometry
@@ -22,7 +22,7 @@ class Row:
     """One format on one model.
 
     Attributes:
-        format: Its name.
+        format: Name, such as ``spectral-3``.
         description: What it does, in one line.
         source: Where it is from.
         simulated: Whether no cache stores it packed; sizes are then what its codes would take.
@@ -76,7 +76,7 @@ def rows(geometry: Geometry, model: str, measurements: Measurements) -> list[Row
     Args:
         geometry: The model's cache.
         model: The model, as records name it.
-        measurements: Figures.
+        measurements: Figures of records.
 
     Returns:
         One row for each format.
@@ -109,7 +109,7 @@ def select(found: Sequence[Row], filters: Sequence[str]) -> list[Row]:
     """The rows that hold to every filter.
 
     Args:
-        found: Rows.
+        found: Rows from :func:`rows`.
         filters: Each a comparison such as ``bits<=4.5``, or a pattern of names such as ``spectral-*,quanto-*``.
 
     Returns:
@@ -135,7 +135,7 @@ def _compared(found: Sequence[Row], text: str) -> list[Row]:
     except ValueError:
         limit = math.nan
     if math.isnan(limit):
-        raise QuantCacheError(f"filter {text!r}: {number!r} is no number")
+        raise QuantCacheError(f"filter {text!r}: {number!r} is not a number")
     return [row for row in found if (value := read(row)) is not None and _COMPARISONS[sign](value, limit)]
 
 
@@ -158,14 +158,14 @@ def sort(found: Sequence[Row], column: str | None) -> list[Row]:
     """Rows with the best first.
 
     Args:
-        found: Rows.
+        found: Rows from :func:`rows`.
         column: A name in :data:`COLUMNS`, ``format``, or None for the usual order.
 
     Returns:
         The rows; those without a figure there come last.
 
     Raises:
-        QuantCacheError: There is no such column.
+        QuantCacheError: The column is unknown.
     """
     if column is None:
         return list(found)
@@ -186,7 +186,7 @@ def compare(found: Sequence[Row]) -> dict[str, dict[str, dict[str, Value]]]:
     """Every format beside every other.
 
     Args:
-        found: Rows.
+        found: Rows from :func:`rows`.
 
     Returns:
         ``size`` (bits of the first over bits of the second), ``kl`` (of the first minus that of the second) and

@@ -1,4 +1,4 @@
-"""Amounts as people write them: 24GB and 24GiB are different, and 128K tokens are 131,072."""
+"""Amounts as users write them: 24GB and 24GiB differ, and 128K tokens are 131,072."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse_bytes(text: str, what: str = "memory") -> int:
     unit = match[2].upper() if match else ""
     if not match or unit not in _SIZES:
         raise QuantCacheError(
-            f"{what} must be a number and a unit, GB (1000³ bytes) or GiB (1024³ bytes) for instance 24GB, got {text!r}"
+            f"{what} must be a number and a unit, GB (1000³ bytes) or GiB (1024³ bytes), such as 24GB, got {text!r}"
         )
     found = int(float(_digits(match[1])) * _SIZES[unit])
     if found < 1:
@@ -51,7 +51,7 @@ def parse_tokens(text: str, what: str = "context") -> int:
         Tokens.
 
     Raises:
-        QuantCacheError: It is no whole number from 1 up.
+        QuantCacheError: It is not a whole number from 1 up.
     """
     match = _AMOUNT.fullmatch(text)
     unit = match[2].upper() if match else "?"
@@ -73,7 +73,7 @@ def show_bytes(count: float, like: str = "GB") -> str:
     """A number of bytes for people.
 
     Args:
-        count: Bytes.
+        count: Number of bytes.
         like: A size in whose kind of units it is shown: decimal, or binary where it contains ``iB``.
 
     Returns:

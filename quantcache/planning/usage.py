@@ -6,9 +6,9 @@ import shlex
 import textwrap
 
 from quantcache import data
+from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.methods.installed import OPTIONS
 from quantcache.planning.formats import Format
-from quantcache.planning.geometry import BUNDLED_MODEL
 
 PROMPT = "The city of Leiden"
 NEW_TOKENS = 32
@@ -38,7 +38,7 @@ def commands(form: Format, model: str, calibration: str | None) -> list[str]:
     """What to type to use a format.
 
     Args:
-        form: The format.
+        form: How the cache is stored.
         model: The model, as given on the command line.
         calibration: Its calibration; None if there is none yet.
 
@@ -76,9 +76,9 @@ def python_lines(
         form: The format; one that a cache exists for.
         model: The model, as given on the command line.
         calibration: Its calibration; None if there is none yet.
-        batch: Rows.
+        batch: B, rows of the batch.
         chunk: Prompt tokens that go through the model at once.
-        weights: Format of the weights.
+        weights: Name of the weights' format, such as ``bf16``.
         loader: The class of transformers that loads the model.
 
     Returns:

@@ -25,8 +25,8 @@ class Weight:
     Attributes:
         kind: ``matrix`` (of a linear layer or of an expert), ``output`` (what gives the logits), ``embedding``, or
             ``other``.
-        rows: Output features, of all experts together; 1 of what is no matrix.
-        columns: Input features; all elements of what is no matrix.
+        rows: Output features, of all experts together; 1 for tensors that are not matrices.
+        columns: Input features; all elements of tensors that are not matrices.
         dims: Number of its dimensions.
         experts: Matrices stacked in it.
     """
@@ -50,7 +50,7 @@ class WeightsFormat:
     Attributes:
         name: As given on the command line.
         layout: What is stored, in one line.
-        matrix: Bytes of a matrix.
+        matrix: Bytes of a matrix, from its shape.
         others: Bytes of any other tensor.
         use: How transformers runs it, in one line.
     """

@@ -438,7 +438,7 @@ def test_nothing_factorizes_past_the_checks(folder: str) -> None:
     unsafe |= {"solve", "solve_triangular", "svd", "svdvals", "inverse", "pinverse", "det", "cholesky_solve", "logdet"}
     found = []
     for source in sorted((ROOT / folder).rglob("*.py")):
-        if source == ROOT / "quantcache" / "linalg.py":
+        if source == ROOT / "quantcache" / "coding" / "linalg.py":
             continue
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in unsafe:

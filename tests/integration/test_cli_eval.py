@@ -172,7 +172,7 @@ BAD_INPUT = {
     "calibration text": (("eval", "wiki11m", "-c", "calibration", "--text", "calibrated.txt"), "was calibrated on"),
     "shared passages": ((*EVAL[:5], "mixed.txt", *EVAL[6:]), "mixed.txt holds"),
     "qa without questions": ((*EVAL, "--suite", "qa"), "--suite qa needs --qa FILE"),
-    "questions malformed": ((*EVAL, "--suite", "qa", "--qa", "bad.jsonl"), "bad.jsonl, line 1 is no JSON"),
+    "questions malformed": ((*EVAL, "--suite", "qa", "--qa", "bad.jsonl"), "bad.jsonl, line 1 is not JSON"),
     "questions missing": ((*EVAL, "--suite", "qa", "--qa", "no.jsonl"), "no.jsonl: No such file"),
     "questions calibrated on": ((*EVAL, "--suite", "qa", "--qa", "leaked.jsonl"), "the text of the questions holds"),
     "residual not a number": ((*EVAL, "--residual", "64,many"), "--residual must be whole numbers"),

@@ -20,9 +20,10 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cli.formats import _table
 from quantcache.cli.recommend import _shown
 from quantcache.planning import table
+from quantcache.planning.demand import Demand
 from quantcache.planning.formats import FORMAT_NAMES
 from quantcache.planning.geometry import load_config
-from quantcache.planning.recommend import Demand, model_sizes, recommend
+from quantcache.planning.recommend import model_sizes, recommend
 from quantcache.planning.records import bundled_measurements
 from tests.builders import eval_record
 from tests.helpers import Run
@@ -183,10 +184,10 @@ def test_lines_and_commands_run(
         (("formats", "--sort", "price"), "unknown column 'price': known are format, bits, bytes, kl"),
         (("formats", "--filter", "price<3"), "unknown column 'price': known are bits, bytes, kl"),
         (("formats", "--records", "cut.json"), "cut.json cannot be read as JSON"),
-        (("formats", "--records", "nowhere"), "there are no records at nowhere"),
-        (("formats", "--records", "bare/config.json"), "it is no record: it has no schema_version"),
+        (("formats", "--records", "nowhere"), "no records found at nowhere"),
+        (("formats", "--records", "bare/config.json"), "not a record: missing schema_version"),
         (("formats", "--model", "./nowhere"), "there is no folder ./nowhere"),
-        (("formats", "--model", "broken"), "no config of broken"),
+        (("formats", "--model", "broken"), "cannot load the config of broken"),
         (("recommend", "t5", *RECOMMEND[2:]), "t5 is an encoder-decoder model"),
         (("recommend", "vit", *RECOMMEND[2:]), "a vit model cannot be built from its config"),
         ((*RECOMMEND[:2], "--memory", "-4GB", "--context", "32K"), "--memory must be more than 0 bytes, got '-4GB'"),

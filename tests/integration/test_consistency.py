@@ -159,7 +159,7 @@ def test_other_models_that_fail_late(family: Family) -> None:
     with pytest.raises(QuantCacheError, match="held 132 tokens and holds 137"):
         go_on(cache, model=model)
     if family is GEMMA3:
-        with pytest.raises(QuantCacheError, match=r"holds 137 tokens and cannot go back to 132: call reset\(\)"):
+        with pytest.raises(QuantCacheError, match=r"holds 137 tokens and cannot be rolled back to 132: call reset\(\)"):
             cache.rollback()
         cache.reset()
         assert torch.equal(go_on(cache, model=model), go_on(empty(family), model=model))

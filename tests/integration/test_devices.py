@@ -148,7 +148,9 @@ def test_shards_are_runs_of_heads(calibration: Calibration) -> None:
                 parts = [getattr(shard.layers[index].side(side), name) for shard in shards]
                 assert torch.equal(torch.cat(parts), whole)
     assert shards[0].metadata == calibration.metadata
-    with pytest.raises(CalibrationMismatch, match="layer 0 has 2 key/value heads, which 3 processes cannot share"):
+    with pytest.raises(
+        CalibrationMismatch, match="layer 0 has 2 key/value heads: they cannot be split over 3 processes"
+    ):
         calibration.shard(0, 3)
     with pytest.raises(ValueError, match="rank must lie between 0 and 1, got 2"):
         calibration.shard(2, 2)

@@ -410,7 +410,7 @@ def test_sliding_windows_cannot_be_rolled_back() -> None:
         feed(model, cache, random_tokens(1, 3, seed=2), (3,))
     with pytest.raises(QuantCacheError, match="some layers hold 150 tokens and others 153"):
         go_on(cache, 3, family=family)
-    with pytest.raises(QuantCacheError, match=r"holds 153 tokens and cannot go back to 150: call reset\(\)"):
+    with pytest.raises(QuantCacheError, match=r"holds 153 tokens and cannot be rolled back to 150: call reset\(\)"):
         cache.rollback()
 
 

@@ -22,8 +22,8 @@ from transformers.cache_utils import DynamicLayer
 
 import quantcache
 from quantcache import Calibration, SpectralCache
-from quantcache.accounting.memory import measure
-from quantcache.artifact import cache_layout
+from quantcache.accounting.measuring import measure
+from quantcache.artifact import cache_layout, tracing
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, NothingToCompress, QuantCacheError, UnsupportedModel
@@ -198,10 +198,10 @@ def test_shapes_and_bytes_are_those_of_the_cache(name: str) -> None:
     cache = DynamicCache(config=config)
     with torch.no_grad():
         model(random_tokens(1, 70), past_key_values=cache)
-    held = {index: cache_layout.held_shape(cache.layers[index]) for index in LAYOUTS[BY_NAME[name]]}
+    held = {index: tracing.held_shape(cache.layers[index]) for index in LAYOUTS[BY_NAME[name]]}
     if LAYOUTS[BY_NAME[name]] is not INDEXED or compat.HAS_FP8_CACHE:  # older versions cache what they expand
         assert held == LAYOUTS[BY_NAME[name]]
-    assert cache_layout.cached_shapes(config) == held
+    assert tracing.cached_shapes(config) == held
     assert estimate_memory(config, "bf16", 70, dtype=torch.float32).total == measure(cache).total
     estimate_memory(config, "spectral-3", 4096)
 
@@ -397,14 +397,12 @@ def test_one_refusal_everywhere_and_a_warning_from_enable(family: Family, reason
 @pytest.mark.support("nothing to compress: windows only, recurrent, layers of a model's own kind", refused=True)
 def test_layers_of_a_models_own_kind_are_named() -> None:
     model = OWN_KIND.make()
-    with pytest.raises(
-        NothingToCompress, match="1 layers are of the kind DeepseekV4HCACache, which quantcache does not"
-    ):
+    with pytest.raises(NothingToCompress, match="1 layers are of type DeepseekV4HCACache, which quantcache does not"):
         SpectralCache.self_calibrating(model)
 
 
 def test_a_config_without_a_cache_is_refused_with_transformers_reason() -> None:
-    with pytest.raises(UnsupportedModel, match="transformers makes no key/value cache from the config"):
+    with pytest.raises(UnsupportedModel, match="transformers cannot build a key/value cache from the config"):
         SpectralCache(calibration_of("llama"), PreTrainedConfig())
 
 

@@ -212,7 +212,7 @@ def test_a_model_repository_carries_its_calibration(
 
 
 def test_without_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
-    nothing = "the Hub has no repository some-org/some-calibration, or it is private and no token opens it"
+    nothing = "the Hub has no repository some-org/some-calibration, or it is private and the token has no access"
     assert client.error(load(tmp_path)) == nothing  # 401 without a token
     assert client.error(load(tmp_path, token=TOKEN)) == nothing  # 404 with one
     hub.repos[REPO] = Repo(private=True)
@@ -221,8 +221,8 @@ def test_without_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
     assert "token" in client.error(load(tmp_path, token="hf_wrong"))
     hub.repos[REPO] = Repo(gated=True)
     hub.repos[REPO].commit({CONFIG_NAME: b"{}"})
-    assert client.error(load(tmp_path)).startswith(f"{REPO} is gated: ask for access")
-    assert client.error(load(tmp_path, token=TOKEN)).startswith(f"{REPO} is gated: ask for access")
+    assert client.error(load(tmp_path)).startswith(f"{REPO} is gated: request access")
+    assert client.error(load(tmp_path, token=TOKEN)).startswith(f"{REPO} is gated: request access")
     assert finished_files(tmp_path) == []
 
 
@@ -257,7 +257,7 @@ def test_broken_downloads_leave_nothing(
 
 
 def test_offline(published: Repo, hub: HubServer, client: Client, tmp_path: Path) -> None:
-    wanted = f"{CONFIG_NAME} of {REPO} is not in the cache"
+    wanted = f"{CONFIG_NAME} of {REPO} is not in the local cache"
     assert client.error(load(tmp_path, local_files_only=True)).startswith(wanted)
     bits = client.value(load(tmp_path))
     hub.requests.clear()
@@ -309,13 +309,13 @@ def test_corrupt_downloads_are_found_out_by_the_index(
 
 
 def test_a_push_is_checked_before_the_work(hub: HubServer, client: Client) -> None:
-    check = "__import__('quantcache.artifact.hub').hub.check_push"
-    assert client.error(f"{check}({REPO!r}, token='hf_wrong')").startswith("the Hub refuses the token")
+    check = "hub.check_push"
+    assert client.error(f"{check}({REPO!r}, token='hf_wrong')").startswith("the Hub rejected the token")
     assert client.value(f"{check}({REPO!r}, token={TOKEN!r})") is None
     assert client.value(f"{check}('somebody/new', token={TOKEN!r})") is None
     error = client.error(f"{check}('else/new', token={TOKEN!r})")
-    assert error == "else/new cannot be pushed to: the token is of some-org, somebody, not of else"
-    assert "no Hub repository can have that name" in client.error(f"{check}('a b', token={TOKEN!r})")
+    assert error == "cannot push to else/new: the token belongs to some-org, somebody, not to else"
+    assert "not a valid Hub repository id" in client.error(f"{check}('a b', token={TOKEN!r})")
     assert not hub.repos  # nothing is made for a check
 
 
@@ -361,4 +361,4 @@ def test_exporting_what_cannot_be_had(hub: HubServer, client: Client, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration"]
     log = (client.home / "stderr.txt").read_text()
     assert "error: the Hub has no repository some-org/other" in log
-    assert "has no model.safetensors (weights in other formats are not read)" in log
+    assert "is missing model.safetensors (weights in other formats are not read)" in log

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.accounting.memory import capacity, num_blocks, predict
+from quantcache.accounting.memory import capacity, num_blocks
+from quantcache.accounting.predicting import predict
 from quantcache.artifact.calibration import SIDES, Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.packing import BLOCK

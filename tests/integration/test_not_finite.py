@@ -217,8 +217,8 @@ def test_they_are_counted_whatever_happens_to_the_cache(tmp_path: Path) -> None:
 @pytest.mark.support("gains that saturate")
 def test_saturation_is_never_silent(caplog: pytest.LogCaptureFixture) -> None:
     messages = {
-        1.0: "layer 0: some keys are 16 times as large as calibrated, or more, and lose size",
-        1e-3: "layer 1: values are 16 times as small as calibrated, or less, and are lost",
+        1.0: "layer 0: some keys are at least 16 times larger than in calibration and lose magnitude",
+        1e-3: "layer 1: values are at least 16 times smaller than in calibration and become 0",
     }
     for scale, message in messages.items():
         guards_module._warn_once.cache_clear()

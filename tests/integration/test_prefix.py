@@ -130,7 +130,7 @@ def test_saved_caches_go_on(family: Family, tokens: int, tmp_path: Path) -> None
 
 
 @saving
-@pytest.mark.parametrize("rates", [{}, {"key_bits": None}, {"key_bits": None, "value_bits": None}, {"bits": 0}])
+@pytest.mark.parametrize("rates", [{}, {"key_bits": "dense"}, {"key_bits": None, "value_bits": "dense"}, {"bits": 0}])
 def test_every_rate_is_saved(rates: dict[str, Any], tmp_path: Path) -> None:
     cache = filled(LLAMA, **rates)
     cache.save(tmp_path / "a")
@@ -212,18 +212,18 @@ def edited(data: bytes, edit: Callable[[dict[str, Any], dict[str, Any]], None]) 
 
 
 FLAWS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
-    "another-format": (lambda h, d: d.update(format="x"), "is no saved cache"),
+    "another-format": (lambda h, d: d.update(format="x"), "is not a saved cache"),
     "newer": (lambda h, d: d.update(schema_version="3.0"), "schema version 3.0"),
     "bits": (lambda h, d: d["rate"].update(bits="many"), "rate is malformed"),
     "rate": (lambda h, d: d.update(rate=[1]), "rate is malformed"),
-    "sinks": (lambda h, d: d.update(sink_length=-1), "sink_length must be a length, got -1"),
+    "sinks": (lambda h, d: d.update(sink_length=-1), "sink_length must be a number of tokens, got -1"),
     "more-sinks": (lambda h, d: d.update(sink_length=5), "shape"),
     "fewer-layers": (lambda h, d: d["layers"].pop(), "describes 1 layers, the model has 2"),
     "kind": (lambda h, d: d["layers"][0].update(kind="Other"), "layer 0 is a Other"),
     "rows": (lambda h, d: d["layers"][0].update(rows=1 << 30), "shape"),
     "blocks": (lambda h, d: d["layers"][0].update(blocks=1 << 30), "shape"),
     "no-blocks": (lambda h, d: d["layers"][0].update(blocks=0), "unknown tensors|tokens"),
-    "tokens": (lambda h, d: d["layers"][0].update(tokens=7), "layer 0 holds 150 tokens, described are 7"),
+    "tokens": (lambda h, d: d["layers"][0].update(tokens=7), "layer 0 holds 150 tokens, the header says 7"),
     "forgotten": (lambda h, d: d["layers"][0].update(tokens=0), "unknown tensors"),
     "dtype": (lambda h, d: d["layers"][0].update(dtypes=["torch.float16"] * 2), "is torch.float32, expected"),
     "not-a-dtype": (lambda h, d: d["layers"][0].update(dtypes=["os.system"] * 2), "dtypes must be"),
@@ -263,7 +263,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
         SpectralCache.load(tmp_path / "nowhere", calibration_of(LLAMA))
     calibration_of(LLAMA).save_pretrained(tmp_path)
-    with pytest.raises(ArtifactError, match="is no saved cache"):
+    with pytest.raises(ArtifactError, match="is not a saved cache"):
         SpectralCache.load(tmp_path / "calibration.safetensors", calibration_of(LLAMA))
 
 

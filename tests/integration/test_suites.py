@@ -330,14 +330,14 @@ def test_questions_are_read_from_both_layouts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "holds no question"),
-        ("not json", "line 1 is no JSON"),
-        ('{"context": "C"}', "no file of context, question and answers"),
+        ("", "holds no questions"),
+        ("not json", "line 1 is not JSON"),
+        ('{"context": "C"}', "not a file of context, question and answers"),
         ('{"context": "C", "question": "Q", "answers": []}', "has no answer"),
         ('{"context": 3, "question": "Q", "answers": ["A"]}', "expected a string"),
-        ('{"data": [3]}', "no file of context"),
-        ("[1, 2]", "no file of context"),
-        ('{"context": "C", "question": "Q", "answers": ["A"]}\n{"cont', "line 2 is no JSON"),
+        ('{"data": [3]}', "not a file of context"),
+        ("[1, 2]", "not a file of context"),
+        ('{"context": "C", "question": "Q", "answers": ["A"]}\n{"cont', "line 2 is not JSON"),
     ],
 )
 def test_malformed_questions_are_refused(tmp_path: Path, content: str, expected: str) -> None:
@@ -465,7 +465,7 @@ def test_an_early_exit_draft_is_the_model_cut_short(tiny: PreTrainedModel, token
         whole = tiny(tokens[None, :40]).logits
     assert len(tiny.model.layers) == tiny.config.num_hidden_layers == 3
     assert not torch.equal(whole, short(tokens[None, :40]).logits)
-    with pytest.raises(QuantCacheError, match="a draft of 3 layers of a model of 3"):
+    with pytest.raises(QuantCacheError, match=r"from 1 to 2 of the model.s 3 layers, got 3"):
         speculative.early_exit_draft(tiny, 3)
 
 

@@ -336,10 +336,10 @@ def test_a_push_is_checked_first(run: Run, folder: Path, tmp_path: Path, monkeyp
     arguments = ("calibrate", "wiki11m", "--text", folder / "text.txt", "-o", tmp_path / "out", "--push-to-hub")
     status, _, err = run(*arguments, "not a name")
     assert (status, err.count("\n")) == (1, 1)
-    assert "no Hub repository can have that name" in err
+    assert "not a valid Hub repository id" in err
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me", "orgs": [{"name": "us"}]})
     status, _, err = run(*arguments, "them/model")
-    assert "them/model cannot be pushed to: the token is of me, us, not of them" in err
+    assert "cannot push to them/model: the token belongs to me, us, not to them" in err
     assert not (tmp_path / "out").exists()
     hub.check_push("me/model")
     hub.check_push("us/model")
@@ -411,4 +411,4 @@ def test_chat(run: Run, folder: Path, tmp_path: Path) -> None:
         counts.append(found["prompt_tokens"])
     assert counts[0] == counts[1] > counts[2] == counts[3]
     status, _, err = run("generate", "wiki11m", *asked, "--chat")
-    assert (status, err) == (1, "error: wiki11m has no chat template: leave --chat out\n")
+    assert (status, err) == (1, "error: wiki11m has no chat template: omit --chat\n")

@@ -1,24 +1,23 @@
 """What an encoder may answer: the nearest codes and the best gain, up to rounding that float64 bounds.
 
-A kernel sums in another order than torch. Where a coefficient lies on a decision boundary, or two gain factors explain
-a token equally well, rounding decides, and either answer is right. How near is near is not chosen here: it is twice the
-error of torch's own float32 arithmetic against float64, on the same block.
-
-A trellis has one answer for a coefficient's whole block: the path of least error. Where another path costs the same in
-float64, up to rounding, it is right too. Which gain factor a token has is not in its codes: where two explain it
-equally well, the paths of either may be found.
+A kernel sums in another order than torch. Where a coefficient lies on a decision boundary, two gain factors explain a
+token equally well, or two paths through a trellis a block, rounding decides, and either answer is right. How near is
+near is not chosen here: it is twice the error of torch's own float32 arithmetic against float64, on the same block.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantcache.coding import trellis
-from quantcache.coding.codec import GAIN_CENTER, GAIN_STEPS, SpectralCodec, block_positions
+from quantcache.coding.blocks import block_positions
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_CENTER, GAIN_STEPS
 from quantcache.coding.packing import BLOCK, unpack
+from quantcache.coding.trellis import STATES, branch_subsets, unpack_path
 
 FLOOR = 1e-6
 """Relative error allowed on top, as everywhere in the suite."""
@@ -81,9 +80,9 @@ def explained(
     codec: SpectralCodec, block: Tensor, place: Tensor, starts: Tensor | None, codes: Tensor, gains: Tensor
 ) -> Tensor:
     """Where codes ``[B, H, D, 64]`` and gains ``[B, H, 64]`` are what some best gain factor gives, ``[B, H, 64]``."""
-    rough, exact = codec.coefficients(block, place, starts), coefficients(codec, block, place, starts)
     if codec.coding == "trellis":
-        return _explained_by_paths(codec, rough, exact, codes, gains)
+        return _explained_paths(codec, block, place, starts, codes, gains)
+    rough, exact = codec.coefficients(block, place, starts), coefficients(codec, block, place, starts)
     candidates, least = [], []
     for factor in codec.gain_search:
         nearest, single = _try(codec, exact, factor), _try(codec, rough, factor)
@@ -102,67 +101,6 @@ def explained(
         near = (gains - own.exponent.clamp(0, 255)).abs() <= 0.5 + drift
         right |= fits & (own.saved >= best - 2 * lost) & near
     return right
-
-
-def _explained_by_paths(codec: SpectralCodec, rough: Tensor, exact: Tensor, codes: Tensor, gains: Tensor) -> Tensor:
-    """:func:`explained` for a trellis, with coefficients in float32 and float64, ``[B, H, D, 64]``."""
-    tries = [(_try(codec, exact, factor), _try(codec, rough, factor)) for factor in codec.gain_search]
-    saved = torch.stack([own.saved for own, _ in tries])  # [F, B, H, 64]
-    lost = torch.stack([2 * _largest(again.saved.double() - own.saved) for own, again in tries])
-    best, lost = saved.amax(0), lost + FLOOR * saved.amax(0)
-    fits = saved >= best - 2 * lost  # the factors that explain a token as well as the best
-    first = saved.argmax(0)
-    choices = [first, torch.stack([again.saved for _, again in tries]).argmax(0)]
-    for factor, token in fits.any(1).any(1).nonzero().tolist():  # and another factor for one token after the other
-        there = fits[factor] & (torch.arange(BLOCK) == token)
-        choices.append(torch.where(there, factor, first))
-    own, again = _path_levels(codec, codes, exact.dtype), _path_levels(codec, codes, rough.dtype)
-    exponent, rounded = _gain(codec, exact, own)[1], _gain(codec, rough, again)[1]
-    drift = 2 * _largest(rounded.double() - exponent) + FLOOR * GAIN_CENTER
-    near = (gains - exponent.clamp(0, 255)).abs() <= 0.5 + drift
-    right = torch.zeros(gains.shape, dtype=torch.bool)
-    for choice in choices:
-        steps = [_step(codec, y, codec.gain_search).gather(0, choice[None])[0].unsqueeze(-2) for y in (exact, rough)]
-        costs, least = _costs(codec, exact, steps[0], own), _least_cost(codec, exact, steps[0])
-        error = 2 * _largest((_costs(codec, rough, steps[1], again) - costs).abs().sum(-1)) + FLOOR * least
-        right |= (costs.sum(-1) <= least + 2 * error).all(-1, keepdim=True) & near
-        if right.all():
-            break
-    return right
-
-
-def _step(codec: SpectralCodec, y: Tensor, factors: tuple[float, ...]) -> Tensor:
-    """Steps of some gain factors, ``[F, B, H, 64]``."""
-    power = torch.where(codec.coded[..., None], y * y, 0.0).sum(-2) / codec.coded.sum(-1).clamp_min(1)[:, None]
-    return torch.stack([power.sqrt() * factor for factor in factors])
-
-
-def _path_levels(codec: SpectralCodec, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Levels of places in the union codebooks, ``[B, H, D, 64]``."""
-    flat, levels = codes.flatten(1, 2), torch.zeros(codes.flatten(1, 2).shape, dtype=dtype)
-    for c in codec.classes:
-        assert c.union is not None
-        levels[:, c.columns] = c.union.to(dtype)[flat[:, c.columns].long()]
-    return levels.view(codes.shape)
-
-
-def _costs(codec: SpectralCodec, y: Tensor, step: Tensor, levels: Tensor) -> Tensor:
-    """What every level costs, ``[B, H, D, 64]``."""
-    u = torch.where(step > 0, y / step, 0.0)
-    return torch.where(codec.coded[..., None], (u - levels).square() * step.square(), 0.0)
-
-
-def _least_cost(codec: SpectralCodec, y: Tensor, step: Tensor) -> Tensor:
-    """What the best path of every coefficient costs, ``[B, H, D]``."""
-    u = torch.where(step > 0, y / step, 0.0)
-    flat, weights = u.flatten(1, 2), step.square().expand_as(u).flatten(1, 2)
-    levels = torch.zeros_like(flat)
-    for c in codec.classes:
-        assert c.union is not None
-        values = flat[:, c.columns]
-        path = trellis.search(values.flatten(0, 1), weights[:, c.columns].flatten(0, 1), c.union.to(y.dtype))
-        levels[:, c.columns] = path.quantized.view(values.shape)
-    return _costs(codec, y, step, levels.view(y.shape)).sum(-1)
 
 
 def coefficients(codec: SpectralCodec, block: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
@@ -199,7 +137,7 @@ def _try(
     codec: SpectralCodec, y: Tensor, factor: float, codes: Tensor | None = None, shift: Tensor | float = 0.0
 ) -> Try:
     """A gain factor on coefficients ``[B, H, D, 64]``, with given codes or those nearest to it, shifted."""
-    step = _step(codec, y, (factor,))[0].unsqueeze(-2)
+    step = _rms(codec, y) * factor
     u = torch.where(step > 0, y / step, 0.0)
     flat, levels = (u + shift).flatten(1, 2), torch.zeros_like(u.flatten(1, 2))
     for c in codec.classes:
@@ -209,16 +147,113 @@ def _try(
             index = codes.flatten(1, 2)[:, c.columns].long()
         levels[:, c.columns] = c.levels.to(y.dtype)[index]
     quantized = levels.view(u.shape)
+    saved, exponent = _gain(codec, y, quantized)
     distance = torch.where(codec.coded[..., None], (u - quantized).abs(), 0.0)
-    return Try(u, distance, *_gain(codec, y, quantized))
+    return Try(u, distance, saved, exponent)
 
 
-def _gain(codec: SpectralCodec, y: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Energy explained by levels ``[B, H, D, 64]`` with the best gain, and its exponent, both ``[B, H, 64]``."""
-    weighted = levels * codec.weights.to(y.dtype)[..., None]
-    cross, energy = (weighted * y).sum(-2), (weighted * levels).sum(-2)
+def _rms(codec: SpectralCodec, y: Tensor) -> Tensor:
+    """Root mean square of every token's coded coefficients, ``[B, H, 1, 64]``."""
+    power = torch.where(codec.coded[..., None], y * y, 0.0).sum(-2) / codec.coded.sum(-1).clamp_min(1)[:, None]
+    return power.sqrt().unsqueeze(-2)
+
+
+def _gain(codec: SpectralCodec, y: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+    """The energy that levels explain, and their best gain in its code's steps, ``[B, H, 64]``."""
+    weighted = quantized * codec.weights.to(y.dtype)[..., None]
+    cross, energy = (weighted * y).sum(-2), (weighted * quantized).sum(-2)
     gain = torch.where(energy > 0, cross / energy, 0.0).clamp_min(0.0)
     return gain * cross, gain.clamp_min(1e-30).log2() * GAIN_STEPS + GAIN_CENTER
+
+
+def _explained_paths(
+    codec: SpectralCodec, block: Tensor, place: Tensor, starts: Tensor | None, codes: Tensor, gains: Tensor
+) -> Tensor:
+    """:func:`explained` for codes that are places in union codebooks: a head's paths are right together, or wrong."""
+    rough, exact = codec.coefficients(block, place, starts), coefficients(codec, block, place, starts)
+    rms, levels = _rms(codec, exact), _levels(codec, codes)
+    least, most, lost, fits = [], [], [], []
+    for factor in codec.gain_search:
+        nearest, single = _try(codec, exact, factor), _try(codec, rough, factor)
+        off = 2 * (single.u.double() - nearest.u).abs().amax((-2, -1), keepdim=True) + FLOOR
+        sides = torch.stack([_try(codec, exact, factor, shift=shift).saved for shift in (-off, 0 * off, off)])
+        least.append(sides.amin(0))
+        most.append(sides.amax(0))
+        lost.append(2 * _largest(single.saved.double() - nearest.saved))
+        # Whatever the path, every level is the nearest of its subset.
+        closest = _distances(codec, nearest.u).gather(0, (codes % 4).long()[None])[0]
+        fits.append((~codec.coded[..., None] | ((nearest.u - levels).abs() <= closest + 2 * off)).all(-2))
+    best = torch.stack(least).amax(0)
+    may = torch.stack(most) >= best - 2 * (torch.stack(lost) + FLOOR * best)  # [factors, B, H, 64]
+    may &= torch.stack(fits)
+    may[1:] &= rms.squeeze(-2) > 0  # else every step is zero
+    factors = torch.tensor(codec.gain_search, dtype=torch.float64)
+    first = factors[may.int().argmax(0)].unsqueeze(-2)
+    right = may.any(0).all(-1) & _best_paths(codec, exact, rough, codes, rms * first)  # [B, H]
+    for row, head in (~right & may.any(0).all(-1)).nonzero().tolist():
+        free = (may[:, row, head].sum(0) > 1).nonzero().flatten().tolist()
+        assert len(free) <= MOST_TIES, f"{len(free)} tokens of a block have gain factors that are as good"
+        for chosen in itertools.product(*(factors[may[:, row, head, t]].tolist() for t in free)):
+            tried = first.clone()
+            tried[row, head, 0, free] = torch.tensor(chosen, dtype=torch.float64)
+            right[row, head] |= _best_paths(codec, exact, rough, codes, rms * tried)[row, head]
+    exponent, again = _gain(codec, exact, levels)[1], _gain(codec, rough, levels.float())[1]
+    drift = 2 * _largest(again.double() - exponent) + FLOOR * GAIN_CENTER
+    return right[..., None] & ((gains - exponent.clamp(0, 255)).abs() <= 0.5 + drift)
+
+
+MOST_TIES = 5
+"""Tokens of one block whose gain factors are tried in all combinations."""
+
+
+def _levels(codec: SpectralCodec, codes: Tensor) -> Tensor:
+    """Levels of places in union codebooks, ``[B, H, D, 64]`` float64."""
+    flat, levels = codes.flatten(1, 2), torch.zeros(codes.shape, dtype=torch.float64).flatten(1, 2)
+    for c in codec.classes:
+        assert c.union is not None
+        levels[:, c.columns] = c.union.double()[flat[:, c.columns].long()]
+    return levels.view(codes.shape)
+
+
+def _best_paths(codec: SpectralCodec, exact: Tensor, rough: Tensor, codes: Tensor, steps: Tensor) -> Tensor:
+    """Whether no path is better than a head's, by more than rounding, with steps ``[B, H, 1, 64]``; ``[B, H]``."""
+    u = torch.where(steps > 0, exact / steps, 0.0)
+    levels, weights = _levels(codec, codes), steps.square()
+    cost = ((u - levels).square() * weights).sum(-1)  # [B, H, D]
+    short = steps.float()
+    single = torch.where(short > 0, rough / short, 0.0)
+    rounded = ((single - levels.float()).square() * short.square()).sum(-1)
+    best = _least_cost(_distances(codec, u).square() * weights)
+    lost = torch.zeros_like(cost).flatten(1)
+    for c in codec.classes:
+        off = (rounded.double() - cost).abs().flatten(1)[:, c.columns]
+        lost[:, c.columns] = 2 * off.amax(-1, keepdim=True)
+    return (~codec.coded | (cost <= best + 2 * (lost.view_as(cost) + FLOOR * best))).all(-1)
+
+
+def _distances(codec: SpectralCodec, u: Tensor) -> Tensor:
+    """How far the nearest level of each subset is from ``[B, H, D, 64]`` in float64, ``[4, B, H, D, 64]``."""
+    found = torch.zeros(4, *u.shape, dtype=torch.float64).flatten(2, 3)
+    for c in codec.classes:
+        assert c.union is not None
+        values = u.flatten(1, 2)[:, c.columns]
+        for subset in range(4):
+            own = c.union.double()[subset::4].contiguous()
+            above = torch.searchsorted(own, values).clamp(1, max(len(own) - 1, 1))
+            sides = (own[above - 1], own[above.clamp_max(len(own) - 1)])
+            found[subset][:, c.columns] = torch.minimum(*((values - side).abs() for side in sides))
+    return found.view(4, *u.shape)
+
+
+def _least_cost(errors: Tensor) -> Tensor:
+    """The cost of the best path, by the errors in each subset ``[4, ..., 64]``."""
+    branches, before = branch_subsets(), torch.arange(STATES) >> 1
+    cost = torch.full((STATES, *errors.shape[1:-1]), float("inf"), dtype=errors.dtype)
+    cost[0] = 0.0
+    for error in errors.unbind(-1):
+        low, high = cost[before] + error[branches[:, 0]], cost[before + STATES // 2] + error[branches[:, 1]]
+        cost = torch.minimum(low, high)
+    return cost.amin(0)
 
 
 def _largest(error: Tensor) -> Tensor:
@@ -227,9 +262,9 @@ def _largest(error: Tensor) -> Tensor:
 
 
 def codes_of(codec: SpectralCodec, words: Tensor) -> Tensor:
-    """Codes of one block's words ``[B, W]``, places in the union codebooks of a trellis, as ``[B, H, D, 64]``."""
+    """Codes of one block's words ``[B, W]``, or places in union codebooks, as ``[B, H, D, 64]``."""
     flat = torch.zeros(words.shape[0], codec.num_heads * codec.dim, BLOCK, dtype=torch.int32)
     for c in codec.classes:
-        read = unpack if c.union is None else trellis.unpack_path
-        flat[:, c.columns] = read(words[:, c.words].unflatten(-1, (-1, 2 * c.width)), c.width)
+        own = words[:, c.words].unflatten(-1, (-1, 2 * c.width))
+        flat[:, c.columns] = unpack(own, c.width) if c.union is None else unpack_path(own, c.width)
     return flat.unflatten(1, (codec.num_heads, codec.dim))

@@ -23,10 +23,12 @@ from quantcache.attention.function import spectral_attention
 from quantcache.backends.padding import Arrivals
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.schema import Coding
 from quantcache_kernels.cpu.library import find
 from tests.kernels import truth
 from tests.kernels.cases import Case, codecs
 
+CODINGS: tuple[Coding, ...] = ("scalar", "trellis")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 MOST_ROWS = 4
 
@@ -76,6 +78,7 @@ def _round(chance: random.Random, counts: Counter[str]) -> None:
         rope=chance.choice(("none", "half", "half", "interleaved")),
         rotary=chance.choice((1.0, 1.0, 0.5)),
         theta=chance.choice((10.0, 1e4, 1e7)),
+        coding=(chance.choice(CODINGS), chance.choice(CODINGS)),
     )
     made, failures = codecs(case), []
     lives = [_Life(case, made, random.Random(chance.random())) for _ in range(chance.choice((1, 3, 4)))]

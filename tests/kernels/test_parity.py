@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from quantcache.attention.function import spectral_attention
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
-from quantcache.coding.schema import SIDES
+from quantcache.coding.schema import SIDES, Coding
+from quantcache_kernels import cpu
+from quantcache_kernels.cpu.library import find
 from tests.helpers import attend_by_kernel, implementation
 from tests.kernels import encoding, truth
 from tests.kernels.cases import (
@@ -26,12 +29,15 @@ from tests.kernels.cases import (
     Case,
     Filled,
     Kernel,
+    codecs,
     fill,
     on_device,
     select,
     shared,
     vectors,
 )
+
+CODINGS = get_args(Coding)
 
 
 @pytest.fixture(params=[pytest.param(kernel, id=name) for name, kernel in KERNELS.items()])
@@ -81,7 +87,7 @@ def own_error(case: Case, half: bool) -> float:
     return float((output.double() - truth_of(case)).norm())
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in ATTENTION.items()])
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (ATTENTION | TRELLIS).items()])
 def test_attention(kernel: Kernel, case: Case) -> None:
     if kernel.leaves(case):
         pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
@@ -113,10 +119,10 @@ def encoded_by_torch(case: Case, side: str) -> tuple[SpectralCodec, Given, dict[
     return codec, given, fields
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CODES.items()])
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (CODES | TRELLIS).items()])
 def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, object], None]) -> None:
-    if kernel.leaves(case):
-        pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
+    if kernel.leaves_codes(case):
+        pytest.skip(f"not for {kernel.backend}: {kernel.leaves_codes(case)}")
     theirs = on_device(shared(case).layer, kernel)
     for side in SIDES:
         codec, given, expected = encoded_by_torch(case, side)
@@ -131,22 +137,23 @@ def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, objec
         assert not wrong, f"{wrong} tokens are encoded as no gain factor says, besides {ties} ties"
 
 
-@pytest.mark.parametrize("what", ["path", "level", "gain"])
-def test_a_path_that_is_not_the_best_is_wrong(what: str) -> None:
-    """The rule itself: one bit of one token's path or level, or a gain two steps off, is found in its head alone."""
-    codec, given, fields = encoded_by_torch(replace(TRELLIS, heads=2, widths=3, tokens=74), "key")
-    changed = {name: field.clone() for name, field in fields.items()}
-    if what == "gain":
-        changed["gains"][0, 0, 1, 30] += 2
+@pytest.mark.parametrize("part", ["path", "level", "gain"])
+def test_a_path_that_is_not_the_best_is_found(part: str) -> None:
+    """The rule itself: one wrong bit of a path or a code, and one wrong gain, is wrong."""
+    codec, given, expected = encoded_by_torch(TRELLIS["trellis-width4"], "key")
+    found = {name: field.clone() for name, field in expected.items()}
+    if part == "gain":
+        found["gains"][0, 0, 0, 40] += 2
     else:
-        word = int(codec.offsets[1, 5]) + (4 if what == "path" else 0)
-        changed["codes"][0, 0, word] ^= 1 << 9
-    wrong = encoding.wrong(codec, *given, changed)
-    assert wrong == (1 if what == "gain" else BLOCK)
+        found["codes"][0, 0, 6 if part == "path" else 0] ^= 1 << 9  # of the first coefficient
+    wrong, ties = encoding.compare(codec, *given, found, expected)
+    assert wrong
+    assert not ties
 
 
-def test_company_does_not_change_codes(kernel: Kernel) -> None:
-    case = Case(tokens=260, pads=(0, 9))
+@pytest.mark.parametrize("coding", CODINGS)
+def test_company_does_not_change_codes(kernel: Kernel, coding: Coding) -> None:
+    case = Case(tokens=260, pads=(0, 9)) if coding == "scalar" else Case(tokens=132, coding=(coding, coding))
     view = on_device(fill(case).layer, kernel).snapshot()
     codec = view.key.codec
     assert codec is not None
@@ -159,10 +166,11 @@ def test_company_does_not_change_codes(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_threads_change_nothing(kernel: Kernel, threads: int) -> None:
+@pytest.mark.parametrize("coding", CODINGS)
+def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) -> None:
     if kernel.backend != "cpu":
         pytest.skip("only the CPU kernels have threads")
-    case = Case(tokens=3000, pads=(0, 9), widths=3)
+    case = Case(tokens=3000 if coding == "scalar" else 700, pads=(0, 9), widths=3, coding=(coding, coding))
     filled, before = shared(case), torch.get_num_threads()
     view = on_device(filled.layer, kernel).snapshot()
     assert view.key.codec is not None
@@ -177,6 +185,24 @@ def test_threads_change_nothing(kernel: Kernel, threads: int) -> None:
         torch.set_num_threads(before)
     for name, alone in results[0].items():
         assert torch.equal(alone, results[1][name])
+
+
+@pytest.mark.skipif(find()[0] is None, reason=f"no CPU kernels: {find()[1]}")
+def test_operators_take_trellis_constants() -> None:
+    """What a compiled model calls: the constants go through it as tensors and sizes."""
+    codec, (x, places, starts), _ = encoded_by_torch(TRELLIS["trellis"], "key")
+    constants = cpu.make(codec.constants())
+    direct = cpu.encode(x, constants, places, starts)
+    through = torch.ops.quantcache_kernels.cpu_encode(x, places, starts, *constants.flatten())
+    assert all(torch.equal(*pair) for pair in zip(direct, through, strict=True))
+
+
+def test_a_lopsided_union_codebook_is_refused() -> None:
+    given = codecs(TRELLIS["trellis-width3"])["key"].constants()
+    unions = [list(book) for book in given.unions]
+    unions[3][0] -= 1
+    with pytest.raises(ValueError, match="the union codebook of 3 bits is not symmetric about zero"):
+        cpu.make(replace(given, unions=unions))
 
 
 def test_masks_of_their_own_fall_back(kernel: Kernel) -> None:

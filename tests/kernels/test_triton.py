@@ -28,7 +28,7 @@ from quantcache_kernels.triton import encode, ops
 from quantcache_kernels.triton.tables import HALF_TERMS
 from tests.kernels import encoding as rule
 from tests.kernels import truth
-from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device, shared
+from tests.kernels.cases import ATTENTION, BASE, TRELLIS, TRITON, TRITON_DEVICE, fill, on_device, shared
 
 pytestmark = pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}")
 
@@ -82,15 +82,16 @@ DECODING = (
     "all-fast",
     "padded",
     "cut-padded",
-    "trellis-D96-Dv32",
+    "trellis",
     "trellis-padded",
-    *(f"trellis-width{width}" for width in (1, 2, 4, 8)),
+    "trellis-few-fast",
+    *(f"trellis-width{width}" for width in range(1, 9)),
 )
 
 
 @pytest.mark.parametrize("name", [*DECODING, *(f"width{width}" for width in range(1, 9))])
 def test_triton_decoding(name: str) -> None:
-    case = ATTENTION[name]
+    case = (ATTENTION | TRELLIS)[name]
     if TRITON.leaves(case):
         case = replace(case, value_dim=80)
     layer = shared(case).layer
@@ -119,7 +120,7 @@ def test_levels_of_a_trellis_in_half_precision(width: int) -> None:
 
 
 def test_a_trellis_is_encoded_some_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    filled = shared(replace(BASE, tokens=4 + 5 * BLOCK, dim=16, coding="trellis"))
+    filled = shared(replace(BASE, tokens=4 + 5 * BLOCK, dim=16, coding=("trellis", "trellis")))
     side, moved = filled.layer.snapshot().value, on_device(filled.layer, TRITON).snapshot()
     x, places = filled.given["value"][:, :, 4:], filled.layer.snapshot().places
     monkeypatch.setattr(encode, "SCRATCH", 1)  # four blocks, then the fifth
@@ -154,7 +155,7 @@ def test_triton_ops_can_be_traced() -> None:
 
 @pytest.mark.parametrize("coding", ["scalar", "trellis"])
 def test_triton_encoding_and_decoding_can_be_traced(coding: Coding) -> None:
-    view = on_device(fill(replace(BASE, coding=coding, tokens=74)).layer, TRITON).snapshot()
+    view = on_device(fill(replace(BASE, coding=(coding, coding), tokens=74)).layer, TRITON).snapshot()
     tables = prepared(view.key.codec, torch.float32)
     x = torch.randn(1, 1, 64, 64, device=TRITON_DEVICE)
     utilities = ("test_schema", "test_faketensor")

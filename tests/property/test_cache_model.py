@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from quantcache.accounting.memory import PLACE_BYTES, measure
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import PLACE_BYTES
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends import BackendName
 from quantcache.backends.padding import Arrivals
 from quantcache.backends.store import GROWTH
 from quantcache.cache.files import read_cache, read_description, write_cache
 from quantcache.cache.layer import SpectralLayer
-from quantcache.coding.codec import DenseCodec, SideCodec, SpectralCodec
+from quantcache.coding.blocks import DenseCodec, SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration

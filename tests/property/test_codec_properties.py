@@ -15,7 +15,8 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.allocation import Group, allocate
 from quantcache.coding.codebook import gaussian_codebook
-from quantcache.coding.codec import GAIN_STEPS, SpectralCodec, dequantize_gain, quantize_gain
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_STEPS, dequantize_gain, quantize_gain
 from quantcache.coding.packing import BLOCK, MAX_WIDTH, pack, unpack
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, CodecSettings

@@ -19,7 +19,8 @@ import quantcache
 from quantcache import Calibration, calibrate
 from quantcache.artifact.calibration import CodecSettings, Metadata
 from quantcache.coding.codebook import lloyd_max
-from quantcache.coding.codec import SpectralCodec, dequantize_gain, quantize_gain
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import dequantize_gain, quantize_gain
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.spectral import METRIC_SHRINKAGE
 

@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from quantcache.accounting.memory import (
-    CacheMemory,
-    bits_per_encoded_element,
-    capacity,
-    dtype_bytes,
-    measure,
-    num_blocks,
-    predict,
-)
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import CacheMemory, bits_per_encoded_element, capacity, dtype_bytes, num_blocks
+from quantcache.accounting.predicting import predict
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends import BackendName
 from quantcache.cache.spectral_cache import SpectralCache

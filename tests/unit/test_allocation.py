@@ -190,7 +190,7 @@ def test_a_side_with_its_own_budget(joint: bool) -> None:
 
 
 def test_dense_side_takes_no_budget() -> None:
-    done = allocate_layers(layers(), Rate(3.0, key_bits=None), CodecSettings(), joint=True)
+    done = allocate_layers(layers(), Rate(3.0, key_bits="dense"), CodecSettings(), joint=True)
     assert all(layer.key.widths is None for layer in done.values())
     assert mean_width(*(layer.value.widths for layer in done.values())) == pytest.approx(3.0, abs=8 / 96)
 

@@ -30,7 +30,7 @@ from quantcache.artifact.calibration import Calibration, CodecSettings
 from quantcache.artifact.files import CONFIG_NAME, SCHEMA_VERSION, TENSORS_NAME
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.rope import Rope
-from quantcache.coding.schema import SIDES
+from quantcache.coding.schema import SIDES, Rate
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
 from tests.builders import llama_config
 
@@ -86,7 +86,7 @@ def assert_same(found: Calibration, expected: Calibration) -> None:
     [
         {},
         {"bits": 2.75, "min_bits": 1},
-        {"bits": 3.0, "key_bits": None},
+        {"bits": 3.0, "key_bits": "dense"},
         {"bits": 3.0, "key_bits": 2, "value_bits": 4.5},
     ],
     ids=str,
@@ -155,7 +155,7 @@ def test_subfolders(saved: Path, tmp_path: Path) -> None:
     assert_same(Calibration.from_pretrained(model), make())
     (model / "quantcache").rename(model / "other")
     assert_same(Calibration.from_pretrained(model, subfolder="other"), make())
-    with pytest.raises(ArtifactError, match="is no calibration"):
+    with pytest.raises(ArtifactError, match="is not a calibration folder: missing"):
         Calibration.from_pretrained(model)
 
 
@@ -302,13 +302,23 @@ def test_rates_of_the_sides() -> None:
     apart = calibration.with_bits(key_bits=2.5, value_bits=4)
     assert float(widths_of(apart, "key").mean()) == pytest.approx(2.5, abs=8 / (LAYERS * HEADS * DIM))
     assert float(widths_of(apart, "value").mean()) == 4
-    values_only = calibration.with_bits(3.0, key_bits=None)
+    values_only = calibration.with_bits(3.0, key_bits="dense")
     assert all(layer.key.widths is None for layer in values_only.layers.values())
     assert float(widths_of(values_only, "value").mean()) == pytest.approx(3.0, abs=8 / (LAYERS * HEADS * DIM))
     assert values_only.bits == float(widths_of(values_only, "value").mean())
-    dense = calibration.with_bits(key_bits=None, value_bits=None)
+    dense = calibration.with_bits(key_bits="dense", value_bits="dense")
     assert dense.bits == dense.bits_per_element == 0.0
     assert_same(dense.with_bits(3.0), calibration)
+
+
+def test_none_is_dense_and_stays_null_on_disk(tmp_path: Path) -> None:
+    calibration = make().with_bits(3.0, value_bits=None)
+    assert calibration.metadata.rate == Rate(3.0, value_bits="dense") == Rate(3.0, value_bits=None)
+    assert_same(calibration, make().with_bits(3.0, value_bits="dense"))
+    calibration.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / CONFIG_NAME).read_text("utf-8"))["rate"]
+    assert (stored["key_bits"], stored["value_bits"]) == ("joint", None)
+    assert Calibration.from_pretrained(tmp_path).metadata.rate.value_bits == "dense"
 
 
 def test_min_bits() -> None:
@@ -327,6 +337,7 @@ def test_min_bits() -> None:
         ({"bits": 1.0, "min_bits": 2}, r"min_bits \(2\) and 8, got 1.0"),
         ({"key_bits": 9}, "got 9"),
         ({"value_bits": -0.5}, "got -0.5"),
+        ({"key_bits": "thin"}, "key_bits must be a number, 'dense' or 'joint', got 'thin'"),
         ({"bits": 3.0, "min_bits": -1}, "-1"),
         # No side is left to share the common budget, but it is recorded, and would be refused when loaded.
         ({"bits": 9.0, "key_bits": 2.0, "value_bits": 2.0}, "got 9"),
@@ -536,11 +547,11 @@ def test_truncated_tensors(saved: Path, keep: int) -> None:
 @pytest.mark.parametrize("name", [CONFIG_NAME, TENSORS_NAME])
 def test_missing_file(saved: Path, name: str) -> None:
     (saved / name).unlink()
-    assert load_error(saved) == f"{saved} is no calibration: it has no {name}"
+    assert load_error(saved) == f"{saved} is not a calibration folder: missing {name}"
 
 
 def test_folder_of_something_else(tmp_path: Path) -> None:
-    assert load_error(tmp_path) == f"{tmp_path} is no calibration: it has no {CONFIG_NAME} and no {TENSORS_NAME}"
+    assert load_error(tmp_path) == f"{tmp_path} is not a calibration folder: missing {CONFIG_NAME} and {TENSORS_NAME}"
 
 
 @pytest.mark.parametrize(

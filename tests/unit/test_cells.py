@@ -66,7 +66,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run.cells"
     path.write_bytes(content)
-    with pytest.raises(QuantCacheError, match="no state of a run"):
+    with pytest.raises(QuantCacheError, match="not the saved state of a run"):
         Cells(path, PRINT)
     assert path.read_bytes() == content
 

@@ -10,17 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantcache.coding.blocks import DenseCodec, block_positions, join_blocks, split_blocks
 from quantcache.coding.codebook import gaussian_codebook
-from quantcache.coding.codec import (
-    GAIN_STEPS,
-    DenseCodec,
-    SpectralCodec,
-    block_positions,
-    dequantize_gain,
-    join_blocks,
-    quantize_gain,
-    split_blocks,
-)
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.gains import GAIN_STEPS, dequantize_gain, quantize_gain
 from quantcache.coding.packing import BLOCK, MAX_WIDTH, unpack
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import CodecSettings, SideCalibration

@@ -104,7 +104,7 @@ def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, w
 
     call[name](stack(2, 16))
     monkeypatch.setattr(torch.linalg, name, spoilt)
-    with pytest.raises(QuantCacheError, match=r"is broken by .*, at most 1\.5e-08 is rounding"):
+    with pytest.raises(QuantCacheError, match=r"is violated by .*, rounding explains 1\.5e-08"):
         call[name](stack(2, 16))
 
 
@@ -132,6 +132,6 @@ def test_a_wrong_decoder_is_named(monkeypatch: pytest.MonkeyPatch, side: str) ->
         return found
 
     monkeypatch.setattr(linalg, "inverse", spoilt)
-    message = re.escape(f"layer 2, {side}s: with A the transform and F its decoder, A F = σ on cpu is broken by")
-    with pytest.raises(QuantCacheError, match=message + r" \d\.\de-0[456], at most 1\.2e-07 is rounding"):
+    message = re.escape(f"layer 2, {side}s: with A the transform and F its decoder, A F = σ on cpu is violated by")
+    with pytest.raises(QuantCacheError, match=message + r" \d\.\de-0[456], rounding explains 1\.2e-07"):
         make(torch.device("cpu"), tails, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import quantcache
 from quantcache import Calibration
-from quantcache.accounting.memory import measure
+from quantcache.accounting.measuring import measure
 from quantcache.coding.spectral import Moments
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
@@ -23,17 +23,22 @@ from quantcache.evaluation.methods import (
     RECIPES,
     Method,
     MethodUnavailable,
+    Recipe,
     RivalStatistics,
     all_methods,
     collect_statistics,
     needs_statistics,
     parse_methods,
+    register,
 )
-from quantcache.evaluation.methods.base import SimulatedCodec, hadamard, uniform
+from quantcache.evaluation.methods.base import SimulatedCodec, hadamard, simulated_cache, uniform
 from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec, oscar_codec
 from quantcache.evaluation.methods.installed import Fp8Codec
 from quantcache.evaluation.methods.integer import KiviCodec, QuarotCodec, TokenInt8Codec
+from quantcache.evaluation.methods.registry import find_recipe
 from quantcache.evaluation.methods.turboquant import TurboQuantCodec, TurboQuantQJLCodec
+from quantcache.planning import formats
+from quantcache.planning.geometry import read_geometry
 
 DIM = 64
 CONFIG = llama_config(head_dim=DIM, layers=2, kv_heads=2)
@@ -381,7 +386,7 @@ def test_own_lengths() -> None:
 def test_a_method_that_cannot_run_says_why_and_keeps_its_place(
     model: PreTrainedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "is_optimum_quanto_available", lambda: False)
+    monkeypatch.setattr(compat.quantizers, "is_optimum_quanto_available", lambda: False)
     methods = [parsed(name) for name in ("dense", "quanto-4", "pca-3", "kivi-4")]
     with pytest.raises(MethodUnavailable, match="needs optimum-quanto"):
         methods[1].make_cache()
@@ -470,3 +475,75 @@ def test_bad_strides(model: PreTrainedModel, tokens: Tensor) -> None:
     for stride in (0, 128):
         with pytest.raises(QuantCacheError, match=f"between 1 and 127, the window less one, got {stride}"):
             fidelity.measure_fidelity(model, tokens, [parsed("dense")], context=128, stride=stride)
+
+
+# ---------------------------------------------------------------------- what an element takes
+
+
+@pytest.fixture
+def restored_recipes() -> Iterator[None]:
+    before = dict(RECIPES)
+    yield
+    RECIPES.clear()
+    RECIPES.update(before)
+
+
+def toy(**changes: object) -> Recipe:
+    """A method of one's own: values rounded to multiples of 1/4."""
+
+    class Rounding(SimulatedCodec):
+        def reconstruct(self, x: Tensor) -> Tensor:
+            return (4 * x).round() / 4
+
+    given: dict[str, object] = {
+        "stem": "toy",
+        "family": "rival",
+        "simulated": True,
+        "description": "multiples of 1/4",
+        "source": "here",
+        "make": lambda number, setting: simulated_cache(setting, lambda *args: Rounding(5.0)),
+        "bits": lambda number, side, dim: 5.0,
+    }
+    return Recipe(**(given | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("restored_recipes")
+def test_a_method_of_ones_own_is_measured_and_sized_at_its_own_bits() -> None:
+    register(toy())
+    (method,) = parse_methods(["toy"], CONFIG, None, 4, 0)
+    cache = method.make_cache()
+    keys = torch.randn(1, 2, 4 + 64, DIM)
+    for index in range(2):
+        cache.update(keys, keys, index)
+        cache.layers[index].flush()
+    assert measure(cache).bits_per_element == 5.0
+    form = formats.parse_format("toy")
+    assert formats.bits_per_element(form, read_geometry(CONFIG)) == 5.0
+
+
+@pytest.mark.parametrize("bits", [None, 0.0, math.nan, math.inf, "5"])
+def test_a_method_without_bits_of_its_own_is_refused(bits: object) -> None:
+    for stated in (lambda number, side, dim: bits, lambda number, side, dim: 5.0 if side == "key" else bits):
+        with pytest.raises(QuantCacheError, match="method 'toy' must state the bits that an element of its"):
+            register(toy(bits=stated))
+    with pytest.raises(QuantCacheError, match="must state the bits that an element of its keys takes, got None"):
+        register(toy(bits=None))
+    assert "toy" not in RECIPES
+
+
+def test_a_stem_is_registered_once() -> None:
+    with pytest.raises(QuantCacheError, match="method 'kivi' is registered already"):
+        register(toy(stem="kivi"))
+
+
+@pytest.mark.parametrize("name", [name for name in all_methods(CONFIG) if find_recipe(name, CONFIG)[0].simulated])
+def test_simulated_codecs_have_the_bits_that_their_recipe_states(name: str, statistics: RivalStatistics) -> None:
+    recipe, number = find_recipe(name, CONFIG)
+    cache = parsed(name, statistics).make_cache()
+    keys = torch.randn(1, 2, 64, DIM)
+    cache.update(keys, keys, 0)
+    cache.layers[0].flush()
+    for side, codec in cache.layers[0].codecs.items():
+        stated = recipe.bits(number, side, DIM)
+        # Water-filled widths are whole numbers, whose mean may stay a little below the budget.
+        assert stated - (1 / DIM if recipe.stem == "pca" else 0) <= codec.bits <= stated

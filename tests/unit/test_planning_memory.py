@@ -12,8 +12,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 import quantcache
 from benchmarks import tables
-from quantcache.accounting.memory import PLACE_BYTES, CacheMemory, capacity, largest_capacity, measure, num_blocks
-from quantcache.artifact import cache_layout
+from quantcache.accounting.measuring import measure
+from quantcache.accounting.memory import PLACE_BYTES, CacheMemory, capacity, largest_capacity, num_blocks
+from quantcache.artifact import cache_layout, tracing
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
@@ -158,7 +159,7 @@ def test_the_bound_holds_at_every_length(name: str, family: str) -> None:
     """Whatever the first update brought, the cache never exceeds the bound, which never decreases."""
     form, known = formats.parse_format(name), geometry.read_geometry(shared_model(BY_NAME[family]).config)
     if form.kind == "quantized" and family == "gemma2":
-        with pytest.raises(UnsupportedModel, match="transformers' quantized cache takes models of full attention only"):
+        with pytest.raises(UnsupportedModel, match="transformers' quantized cache supports only full-attention models"):
             largest_cache(form, known, 100, 1)
         return
     bounds = [largest_cache(form, known, tokens, 2) for tokens in range(1, 700)]
@@ -209,7 +210,7 @@ def test_estimate_memory_is_public() -> None:
 def test_weights_in_bfloat16(family: Family) -> None:
     model = family.make(dtype=torch.bfloat16)
     real = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
-    found = weights.list_weights(cache_layout.empty_model(model.config))
+    found = weights.list_weights(tracing.empty_model(model.config))
     assert weights.weights_bytes(found, "bf16") == sum(real.values())
 
 
@@ -246,7 +247,7 @@ def test_a_model_in_every_format(name: str) -> None:
     config = llama_config(64, layers, 2)
     config.update({"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocabulary})
     config.tie_word_embeddings = False
-    found = weights.weights_bytes(weights.list_weights(cache_layout.empty_model(config)), name)
+    found = weights.weights_bytes(weights.list_weights(tracing.empty_model(config)), name)
     sizes = [(256, hidden), (128, hidden), (128, hidden), (hidden, 256), (inner, hidden), (inner, hidden)]
     matrices = sum(sum(t.nbytes for t in packed(*size)[name]) for size in [*sizes, (hidden, inner)]) * layers
     vectors = (2 * layers + 1) * hidden
@@ -259,12 +260,12 @@ def test_a_model_in_every_format(name: str) -> None:
 
 def test_experts_are_packed_and_tied_weights_counted_once() -> None:
     config = shared_model(BY_NAME["mixtral"]).config
-    experts = [w for w in weights.list_weights(cache_layout.empty_model(config)) if w.experts > 1]
+    experts = [w for w in weights.list_weights(tracing.empty_model(config)) if w.experts > 1]
     assert {(w.kind, w.experts, w.rows, w.columns) for w in experts} == {
         ("matrix", 4, 4 * 2 * 128, 96),
         ("matrix", 4, 4 * 96, 128),
     }
-    tied = cache_layout.empty_model(geometry.load_config("wiki11m"))
+    tied = tracing.empty_model(geometry.load_config("wiki11m"))
     assert [w.kind for w in weights.list_weights(tied) if w.kind in ("embedding", "output")] == ["output"]
 
 

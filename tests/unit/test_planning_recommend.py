@@ -15,10 +15,11 @@ from quantcache.analysis.prediction import predict_kl_at
 from quantcache.artifact.calibration import Calibration
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.planning import quality, table, usage
+from quantcache.planning.demand import Demand, Recommendation
 from quantcache.planning.formats import DENSE, list_formats, parse_format
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
 from quantcache.planning.memory import estimate_activations, estimate_memory
-from quantcache.planning.recommend import Demand, ModelSizes, Recommendation, longest, model_sizes, recommend
+from quantcache.planning.recommend import ModelSizes, longest, model_sizes, recommend
 from quantcache.planning.records import Measurements, bundled_measurements, measurements_of
 from quantcache.planning.units import parse_bytes, parse_tokens, show_bytes
 from tests.builders import eval_record, llama_config
@@ -274,7 +275,7 @@ def test_formats_that_a_model_does_not_take() -> None:
     windowed = Geometry((replace(known.layers[0], blocks=False, window=8), known.layers[1]), 0, "traced")
     found = {row.format: row for row in table.rows(windowed, "another", BUNDLED)}
     assert found["quanto-4"].bits_per_element is None
-    assert found["quanto-4"].obstacle == "transformers' quantized cache takes models of full attention only"
+    assert found["quanto-4"].obstacle == "transformers' quantized cache supports only full-attention models"
     assert found["spectral-3"].bytes_per_token == 3.125 * 2 * 2 * 64 / 8
 
 
@@ -310,8 +311,8 @@ def test_filters(filters: list[str], kept: Callable[[table.Row], bool]) -> None:
     ("text", "message"),
     [
         ("price<3", "unknown column 'price': known are bits, bytes, kl, agreement, speed"),
-        ("bits<cheap", "filter 'bits<cheap': 'cheap' is no number"),
-        ("bits<nan", "filter 'bits<nan': 'nan' is no number"),
+        ("bits<cheap", "filter 'bits<cheap': 'cheap' is not a number"),
+        ("bits<nan", "filter 'bits<nan': 'nan' is not a number"),
         ("<3", "a filter is a comparison such as bits<=4.5, or a pattern of names, got '<3'"),
         ("zip-*", "filter 'zip-*' matches no format: known are bf16"),
         ("", "filter '' matches no format"),

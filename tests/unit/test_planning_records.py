@@ -73,7 +73,7 @@ def test_folder_of_all_committed_records() -> None:
     found = read_measurements([RESULTS])
     assert set(found.models()) == {"wiki11m"}
     (path,) = RESULTS.rglob("findings__*.json")
-    with pytest.raises(RecordError, match=r"findings.*\.json: a record of suite 'findings' has no such figures"):
+    with pytest.raises(RecordError, match=r"findings.*\.json: records of suite 'findings' are not used here"):
         read_measurements([path])
 
 
@@ -111,10 +111,13 @@ def test_one_folder_by_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (lambda r: r["environment"].pop("cpu"), "it lacks 'cpu'"),
         (lambda r: r["metrics"].update(fidelity=[3]), "is not what the suite 'eval' writes"),
         (lambda r: r["metrics"].update(speed={"methods": {"x": 1}}), "is not what the suite 'eval' writes"),
-        (lambda r: r["metrics"]["fidelity"][0].update(context="512"), "context of spectral-3 must be of type int"),
+        (
+            lambda r: r["metrics"]["fidelity"][0].update(context="512"),
+            "method 'spectral-3': context must be a whole number, got '512'",
+        ),
         (
             lambda r: r["metrics"]["fidelity"][0]["methods"]["spectral-3"].update(kl_mean=None),
-            "kl_mean of spectral-3 must be of type float, got None",
+            "method 'spectral-3': kl_mean must be a number, got None",
         ),
         (lambda r: r["metrics"]["fidelity"][0]["methods"]["spectral-3"].pop("kl_mean"), "it lacks 'kl_mean'"),
         (lambda r: r["metrics"]["speed"]["methods"]["spectral-3"]["batches"]["4"].update(decode_ratio=0), "division"),
@@ -178,7 +181,7 @@ def test_any_value_may_be_of_another_kind(path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "is no digest of measurements"),
+        ([], "is not a digest of measurements"),
         ({"format": records.DIGEST_FORMAT, "schema_version": 2}, "has schema version 2, this quantcache reads 1"),
         ({"format": records.DIGEST_FORMAT, "schema_version": 1}, "is a damaged digest of measurements: 'origins'"),
     ],
@@ -189,7 +192,7 @@ def test_damaged_digest(content: Any, message: str) -> None:
 
 
 def test_missing_records(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"there are no records at .*nowhere"):
+    with pytest.raises(RecordError, match=r"no records found at .*nowhere"):
         read_measurements([tmp_path / "nowhere"])
 
 

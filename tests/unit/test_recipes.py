@@ -67,7 +67,7 @@ def write(folder: Path, content: Any) -> Path:
 def test_a_recipe_of_ones_own(content: dict[str, Any], tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, content))
     assert recipe.texts() == ["Once upon a time."]
-    assert (recipe.side_bits("key"), recipe.side_bits("value")) == (None, 2.5)
+    assert (recipe.side_bits("key"), recipe.side_bits("value")) == ("dense", 2.5)
     (tmp_path / "text.txt").write_text("Once upon a crime.")
     with pytest.raises(QuantCacheError, match=r"text.txt has SHA-256 [0-9a-f]{64}, the recipe says [0-9a-f]{64}"):
         recipe.texts()
@@ -109,7 +109,7 @@ def test_flawed_recipes(content: dict[str, Any], tmp_path: Path, flaw: str) -> N
 
 
 def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(QuantCacheError, match=r"there is no recipe llama-9: give a .yaml file, or one of .*qwen3-8b"):
+    with pytest.raises(QuantCacheError, match=r"unknown recipe llama-9: give a .yaml file, or one of .*qwen3-8b"):
         load_recipe("llama-9")
     with pytest.raises(QuantCacheError, match=r"no.yaml cannot be read: .*No such file"):
         load_recipe(tmp_path / "no.yaml")
@@ -197,8 +197,8 @@ def test_a_file_that_is_not_the_published_one(index: Path) -> None:
 
 
 INDEX_FLAWS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "format": (lambda c: c | {"format": "x"}, "is no calibration index"),
-    "list": (lambda c: [c], "is no calibration index"),
+    "format": (lambda c: c | {"format": "x"}, "is not a calibration index"),
+    "list": (lambda c: [c], "is not a calibration index"),
     "version": (lambda c: c | {"schema_version": "2.0"}, "has schema version 2.0, this quantcache reads 1.0"),
     "entries": (lambda c: c | {"calibrations": {}}, "calibrations must be a list, got dict"),
     "model": (lambda c: c | {"calibrations": [{"artifact": {}}]}, "entry 0 must have a model and an artifact"),
@@ -250,9 +250,9 @@ def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join(f'*a{i - 1}' for _ in range(9))}]\n" for i in range(1, 40))
 
 HARD_TO_PARSE = {
-    "a billion laughs": (LAUGHS, "refers to *a0"),
-    "text that is itself": ("text: &t\n  files: *t\n", "refers to *t"),
-    "a merge": ("base: &b {bits: 3}\nmore:\n  <<: *b\n", "refers to *b"),
+    "a billion laughs": (LAUGHS, "aliases such as *a0 are not supported"),
+    "text that is itself": ("text: &t\n  files: *t\n", "aliases such as *t are not supported"),
+    "a merge": ("base: &b {bits: 3}\nmore:\n  <<: *b\n", "aliases such as *b are not supported"),
     "deep lists": ("text: " + "[" * 20_000 + "]" * 20_000, "nested too deep"),
     "deep blocks": ("".join(" " * i + "- \n" for i in range(1, 300)) + "x: [", "cannot be read"),
     "a key twice": ("bits: 3\nbits: 8\n", "says bits twice"),

@@ -54,6 +54,7 @@ def record(created: str, kl: float, dirty: bool = False) -> dict[str, Any]:
             "residual_64": {
                 "spectral-3": method(kl),
                 "turboquant-mse-3": method(2 * kl, simulated=True),
+                "hqq-4": {"status": "RuntimeError: no compiler", "simulated": False},
                 "turboquant-mse-8": {"status": "RuntimeError: out of memory", "simulated": True},
             },
             "residual_0": {"spectral-3": method(3 * kl), "turboquant-mse-3": method(4 * kl, simulated=True)},
@@ -93,6 +94,13 @@ def test_newest_record_wins_and_dirty_ones_do_not_count(checkout: Path) -> None:
     add(checkout, "c", record("2026-01-04T00:00:00+00:00", 0.009, dirty=True))
     assert tables.main([], checkout) == 0
     text = (checkout / "README.md").read_text("utf-8")
+    assert "| spectral-3 | 3.125 | 3.500 | 0.00100 | 98.0% | 30.12 |" in text
+    assert "| hqq-4 | RuntimeError: no compiler |" in text
+    assert "turboquant" not in text
+    assert "0.009" not in text
+    (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:fidelity-all"), "utf-8")
+    assert tables.main([], checkout) == 0
+    text = (checkout / "README.md").read_text("utf-8")
     assert "| spectral-3 | 3.125 | 3.500 | 0.00100 | 98.00% | 30.12 | 0.00300 |" in text
     assert "| turboquant-mse-3 (simulated) | 3.125 | 3.500 | 0.00200 |" in text
     assert "| turboquant-mse-8 | RuntimeError: out of memory |" in text
@@ -106,7 +114,7 @@ def test_newest_record_wins_and_dirty_ones_do_not_count(checkout: Path) -> None:
 
 def test_unknown_table(checkout: Path) -> None:
     (checkout / "README.md").write_text(PAGE.replace("fidelity", "luck"), "utf-8")
-    with pytest.raises(ValueError, match="no table 'luck'"):
+    with pytest.raises(ValueError, match="unknown table 'luck'"):
         tables.main([], checkout)
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from quantcache import Calibration, SpectralCache
 from quantcache.artifact.calibration import CodecSettings
+from quantcache.backends import BackendName
 from quantcache.coding.packing import BLOCK, pack, unpack
 from quantcache.coding.trellis import (
     CODES,
@@ -105,14 +106,16 @@ def test_a_calibration_serves_both_codings(tmp_path: Path) -> None:
         scalar.with_coding("turbo")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("cuts", [(64, 64, 64), (1, 63, 128), (100, 50, 42), (192,)])
-def test_codes_do_not_depend_on_how_tokens_arrive(cuts: tuple[int, ...]) -> None:
+def test_codes_do_not_depend_on_how_tokens_arrive(cuts: tuple[int, ...], backend: BackendName) -> None:
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32, hidden_size=32)
     calibration = Calibration.synthetic(config, 2.5).with_coding("trellis")
     keys, values = torch.randn(2, 2, 1, 192, 32, generator=torch.Generator().manual_seed(1))
     fields = []
     for sizes in ((192,), cuts):
-        layer = SpectralCache(calibration, config, residual_length=0, sink_length=0).spectral_layers[0]
+        cache = SpectralCache(calibration, config, residual_length=0, sink_length=0, backend=backend)
+        layer = cache.spectral_layers[0]
         for piece in zip(keys.split(sizes, dim=2), values.split(sizes, dim=2), strict=True):
             layer.update(*piece)
             layer.flush()

@@ -66,7 +66,7 @@ def test_what_cannot_be_done_is_refused(model: LlamaForCausalLM, monkeypatch: py
     for name in ("int3", "gptq-int4", "quanto", ""):
         with pytest.raises(QuantCacheError, match=f"unknown weights '{name}': known are int8, int4, quanto-int8"):
             quantize_weights(model, name)
-    monkeypatch.setattr(compat, "is_optimum_quanto_available", lambda: False)
+    monkeypatch.setattr(compat.quantizers, "is_optimum_quanto_available", lambda: False)
     with pytest.raises(QuantCacheError, match="weights 'quanto-int4': needs optimum-quanto"):
         quantize_weights(model, "quanto-int4")
     assert model_sha256(model) == digest

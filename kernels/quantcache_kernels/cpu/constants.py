@@ -21,6 +21,9 @@ Role = Literal["encode", "key", "value"]
 PAD = 16
 TABLE = 256
 
+Books = dict[int, Tensor]
+"""Codebooks by width."""
+
 _TENSORS = (
     "counts",
     "coded",
@@ -37,6 +40,8 @@ _TENSORS = (
     "weights",
     "trees",
     "factors",
+    "unions",
+    "subsets",
 )
 
 
@@ -87,7 +92,7 @@ class Constants:
     """The constants of one side of a layer. Any number of threads may use them at once.
 
     Attributes:
-        sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors.
+        sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors, 1 with a trellis.
         tensors: The arrays of :class:`Side`, by name.
         decoder: ``[H, D, D]``, of which attention takes the part it needs.
         structures: The C structures made so far, with the tensor that each one's ``map`` points to. An entry is never
@@ -127,8 +132,8 @@ class Constants:
         if found is None:
             self._check()
             table = None if role == "encode" else _map(self, role)
-            _, dim, slow, slow_pairs, fast_pairs, words, num_factors = self.sizes
-            side = Side(dim, slow, slow_pairs, fast_pairs, words, 0, num_factors)
+            _, dim, slow, slow_pairs, fast_pairs, words, num_factors, trellis = self.sizes
+            side = Side(dim, slow, slow_pairs, fast_pairs, words, 0, num_factors, trellis)
             for name, tensor in self.tensors.items():
                 setattr(side, name, tensor.data_ptr())
             if table is not None:
@@ -139,7 +144,7 @@ class Constants:
 
     def _check(self) -> None:
         """Refuse arrays of other sizes than ``sizes`` says."""
-        heads, dim, slow, slow_pairs, fast_pairs, _, num_factors = self.sizes
+        heads, dim, slow, slow_pairs, fast_pairs, _, num_factors, trellis = self.sizes
         fast, pairs = dim - slow, slow_pairs + fast_pairs
         if fast != 2 * fast_pairs or fast % 4 or not 0 <= 2 * slow_pairs <= slow <= dim:
             raise ValueError(
@@ -161,6 +166,8 @@ class Constants:
             "weights": (torch.float32, (heads, dim)),
             "trees": (torch.float32, (MAX_WIDTH + 1, TABLE)),
             "factors": (torch.float32, (num_factors,)),
+            "unions": (torch.float32, ((MAX_WIDTH + 1) * trellis, 2 * TABLE)),
+            "subsets": (torch.float32, ((MAX_WIDTH + 1) * trellis, 4, 2, TABLE // 2)),
         }
         for name, (dtype, shape) in shapes.items():
             require(name, self.tensors[name], dtype, *shape)
@@ -228,13 +235,17 @@ def make(source: SideConstants) -> Constants:
     angles = frame.frequencies[frame.slow_pairs :, None] * offsets  # [pairs, offsets]
     levels, trees = (torch.zeros(MAX_WIDTH + 1, TABLE, dtype=torch.float32, device="cpu") for _ in range(2))
     planes = torch.zeros(MAX_WIDTH + 1, 4 * TABLE, dtype=torch.uint8, device="cpu")
-    for width in sorted({*source.widths.flatten().tolist()} - {0}):
-        book = torch.tensor(source.levels[width], dtype=torch.float32, device="cpu")
+    used, trellis = sorted({*source.widths.flatten().tolist()} - {0}), source.coding == "trellis"
+    books = {width: torch.tensor(source.levels[width], dtype=torch.float32, device="cpu") for width in used}
+    joint = {width: torch.tensor(source.unions[width], dtype=torch.float32, device="cpu") for width in used}
+    for width, book in books.items():
         levels[width, : 1 << width] = book
-        if width >= 4:
-            by_bytes = book.view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
-            planes[width, : 4 << width] = by_bytes.permute(1, 2, 0).flatten()
         trees[width, 1 : 1 << width] = _search_tree(source.boundaries[width])
+    for width, book in (_halves(joint) if trellis else books).items():
+        if 16 <= book.numel() < TABLE:
+            by_bytes = book.contiguous().view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
+            planes[width, : 4 * book.numel()] = by_bytes.permute(1, 2, 0).flatten()
+    unions, subsets = _unions(joint if trellis else None)
     tensors = {
         "counts": counts,
         "coded": coded,
@@ -251,8 +262,11 @@ def make(source: SideConstants) -> Constants:
         "weights": source.weights,
         "trees": trees,
         "factors": torch.tensor(source.gain_search, dtype=torch.float32, device="cpu"),
+        "unions": unions,
+        "subsets": subsets,
     }
-    sizes = (heads, dim, slow, frame.slow_pairs, frame.fast_pairs, source.words, len(source.gain_search))
+    pairs = (frame.slow_pairs, frame.fast_pairs)
+    sizes = (heads, dim, slow, *pairs, source.words, len(source.gain_search), int(trellis))
     return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
 
 
@@ -268,6 +282,28 @@ def _in_fours(pairs: int) -> Tensor:
     """The fast dimensions in fours, ``[pairs / 2, 4]``: two first halves of pairs, then their second halves."""
     first = torch.arange(pairs, dtype=torch.int64, device="cpu").view(-1, 2)
     return torch.cat((first, first + pairs), dim=1)
+
+
+def _unions(books: Books | None) -> tuple[Tensor, Tensor]:
+    """Union codebooks by width, and their subsets as levels and search trees; empty without a trellis."""
+    widths = 0 if books is None else MAX_WIDTH + 1
+    unions = torch.zeros(widths, 2 * TABLE, dtype=torch.float32, device="cpu")
+    subsets = torch.zeros(widths, 4, 2, TABLE // 2, dtype=torch.float32, device="cpu")
+    for width, book in (books or {}).items():
+        unions[width, : 2 << width] = book
+        for subset in range(4):
+            own, count = book[subset::4], 1 << (width - 1)
+            subsets[width, subset, 0, :count] = own
+            subsets[width, subset, 1, 1:count] = _search_tree(((own[1:] + own[:-1]) / 2).tolist())
+    return unions, subsets
+
+
+def _halves(books: Books) -> dict[int, Tensor]:
+    """The upper halves of union codebooks, from which kernels know the lower ones; the whole one of 3 bits."""
+    for width, book in books.items():
+        if not torch.equal(book, -book.flip(0)):
+            raise ValueError(f"the union codebook of {width} bits is not symmetric about zero")
+    return {width: book if width == 3 else book[1 << width :] for width, book in books.items()}
 
 
 def _search_tree(boundaries: Sequence[float]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 4
+ABI = 5
 """Version of the structures; a library of another version is refused."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -21,6 +21,7 @@ class Side(ctypes.Structure):
         ("words", _INT),
         ("map_columns", _INT),
         ("num_factors", _INT),
+        ("trellis", _INT),
         ("counts", _POINTER),
         ("coded", _POINTER),
         ("order", _POINTER),
@@ -37,6 +38,8 @@ class Side(ctypes.Structure):
         ("weights", _POINTER),
         ("trees", _POINTER),
         ("factors", _POINTER),
+        ("unions", _POINTER),
+        ("subsets", _POINTER),
     )
 
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from quantcache.evaluation.methods.base import Method, MethodUnavailable, Recipe, Setting
-from quantcache.evaluation.methods.registry import METHOD_NAMES, RECIPES, all_methods, needs_statistics, parse_methods
+from quantcache.evaluation.methods.registry import (
+    METHOD_NAMES,
+    RECIPES,
+    all_methods,
+    needs_statistics,
+    parse_methods,
+    register,
+)
 from quantcache.evaluation.methods.statistics import RivalStatistics, collect_statistics, text_statistics
 
 __all__ = [
@@ -18,5 +25,6 @@ __all__ = [
     "collect_statistics",
     "needs_statistics",
     "parse_methods",
+    "register",
     "text_statistics",
 ]

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedConfig
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.padding import Grid
 from quantcache.cache.spectral_cache import BlockCache, CodecFactory
-from quantcache.coding.codec import SideCodec, join_blocks, split_blocks
+from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.statistics import RivalStatistics
 
@@ -58,7 +58,7 @@ class Setting:
     """Everything that a recipe may build a cache from.
 
     Attributes:
-        config: The model's config.
+        config: ``model.config``.
         calibration: The model's calibration, for our own methods.
         statistics: Moments of the model's cache on a calibration text, for calibrated rivals.
         sink_length: First tokens to keep.
@@ -83,6 +83,7 @@ class Recipe:
         description: What it does, in one line.
         source: Where it is from.
         make: Turns the number (0 where there is none) and a setting into a maker of caches.
+        bits: Bits that an element takes, scales and gains included, by number, side and dimension D.
         parameter: What the number is: bits, a rank, or nothing.
         numbers: The numbers that may be given; None for any in ``limits``.
         limits: Smallest and largest number, for bits that need not be whole.
@@ -99,6 +100,7 @@ class Recipe:
     description: str
     source: str
     make: Callable[[float, Setting], Callable[[], Cache]]
+    bits: Callable[[float, str, int], float]
     parameter: Literal["", "B", "K"] = ""
     numbers: tuple[int, ...] | None = None
     limits: tuple[float, float] = (0, 8)
@@ -193,10 +195,10 @@ def uniform(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
 
 
 def hadamard(dim: int) -> Tensor:
-    """An orthonormal Hadamard matrix, block-diagonal where the dimension is no power of two.
+    """An orthonormal Hadamard matrix, block-diagonal where the dimension is not a power of two.
 
     Args:
-        dim: D.
+        dim: D, rows and columns of the matrix.
 
     Returns:
         ``[D, D]`` float32; its blocks are as large as the largest power of two that divides D.

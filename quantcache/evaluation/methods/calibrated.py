@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
+from quantcache.accounting.memory import DENSE_BITS
 from quantcache.artifact import cache_layout
 from quantcache.coding.allocation import Group, allocate
 from quantcache.coding.codebook import lloyd_max
@@ -22,11 +23,9 @@ from quantcache.evaluation.methods.base import (
     simulated_cache,
     two_to_four,
 )
-from quantcache.evaluation.methods.integer import QuarotCodec
+from quantcache.evaluation.methods.integer import QuarotCodec, quarot_bits
+from quantcache.evaluation.methods.spectral import GAIN_BITS
 from quantcache.evaluation.methods.statistics import LayerMoments, eigenbasis
-
-GAIN_BITS = 8
-"""Of our gain of every token and head."""
 
 OSCAR_CLIPS = {"key": 0.96, "value": 0.92}
 """Share of a token's range that the codes span, as in OSCAR's serving scripts."""
@@ -39,7 +38,7 @@ class PcaCodec(SimulatedCodec):
     (github.com/Dynamis-Labs/spectralquant); widths by exact water-filling instead of a split at an effective rank.
 
     Args:
-        moments: Moments of the vectors.
+        moments: Moments of the keys or values, per head.
         bits: Mean width over the components of a head.
         device: Where the constants live.
     """
@@ -70,12 +69,17 @@ class PcaCodec(SimulatedCodec):
         return components @ self.basis.transpose(-1, -2) + self.mean
 
 
+def rank_bits(rank: float, dim: int) -> float:
+    """Bits per element of K of D components."""
+    return DENSE_BITS * rank / dim
+
+
 class RankCodec(SimulatedCodec):
     """The first K principal components of every head, in bfloat16.
 
     Args:
-        moments: Moments of the vectors.
-        rank: K.
+        moments: Moments of the keys or values, per head.
+        rank: K, components kept of D.
         device: Where the constants live.
     """
 
@@ -83,7 +87,7 @@ class RankCodec(SimulatedCodec):
         _, vectors = eigenbasis(moments.covariance.cpu())
         self.mean = moments.mean.float().to(device)[:, None]  # [H, 1, D]
         self.basis = vectors[..., :rank].float().contiguous().to(device)  # [H, D, K]
-        super().__init__(16 * rank / vectors.shape[-1], [self.mean, self.basis])
+        super().__init__(rank_bits(rank, vectors.shape[-1]), [self.mean, self.basis])
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Project onto the components, and back."""
@@ -99,7 +103,7 @@ def oscar_codec(layer: LayerMoments, side: str, bits: int, device: torch.device 
     rotations here are per key/value head.
 
     Args:
-        layer: Moments of the layer.
+        layer: Moments of one layer, and of the queries and outputs of its attention.
         side: ``"key"`` or ``"value"``.
         bits: Width of every code.
         device: Where the constants live.
@@ -126,7 +130,7 @@ def our_rates(config: PreTrainedConfig) -> tuple[float, ...]:
 def matched_ranks(config: PreTrainedConfig) -> tuple[float, ...]:
     """The smallest ranks that store at least as much as ours."""
     _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
-    return tuple(dict.fromkeys(float(math.ceil(dim * bits / 16)) for bits in our_rates(config)))
+    return tuple(dict.fromkeys(float(math.ceil(dim * bits / DENSE_BITS)) for bits in our_rates(config)))
 
 
 def _fitted(
@@ -158,6 +162,7 @@ RECIPES = (
         description="principal components of every head, water-filled Lloyd-Max codes, no scale per token",
         source="the SpectralQuant recipe",
         make=_pca,
+        bits=lambda bits, side, dim: bits,
         parameter="B",
         defaults=our_rates,
         own_lengths=(0, 0),
@@ -170,6 +175,7 @@ RECIPES = (
         description="rotation by the queries' (values: the attention outputs') second moment and Hadamard, flat codes",
         source="an OSCAR-like recipe (2026)",
         make=_oscar,
+        bits=quarot_bits,
         parameter="B",
         numbers=tuple(range(1, 9)),
         defaults=two_to_four,
@@ -183,6 +189,7 @@ RECIPES = (
         description="the first K principal components of every head, in bfloat16",
         source="rank reduction",
         make=_rank,
+        bits=lambda rank, side, dim: rank_bits(rank, dim),
         parameter="K",
         defaults=matched_ranks,
         own_lengths=(0, 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import DynamicCache
 
+from quantcache.accounting.memory import DENSE_BITS
 from quantcache.evaluation.methods.base import Recipe
 
 RECIPES = (
@@ -14,6 +15,7 @@ RECIPES = (
         description="keys and values in the model's dtype",
         source="transformers DynamicCache",
         make=lambda number, setting: lambda: DynamicCache(config=setting.config),
+        bits=lambda number, side, dim: DENSE_BITS,
         keeps_lengths=False,
     ),
 )

@@ -19,16 +19,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """The axes that transformers' documentation recommends for each back end."""
 
 
+GROUP = 64
+"""Elements that share a 16-bit scale and zero point in transformers' quantized caches (its default)."""
+
+FP8_BITS = 8.0
+
+
 class Fp8Codec(SimulatedCodec):
     """A cast to float8 e4m3 with scale 1, as vLLM does where a checkpoint brings no scales."""
 
     def __init__(self) -> None:
-        super().__init__(8.0)
+        super().__init__(FP8_BITS)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Cast there and back; what exceeds the format saturates."""
         limit = torch.finfo(torch.float8_e4m3fn).max
         return x.clamp(-limit, limit).to(torch.float8_e4m3fn).float()
+
+
+def _grouped_bits(bits: float, side: str, dim: int) -> float:
+    return bits + 32 / GROUP
 
 
 def _integer(backend: str) -> Callable[[float, Setting], Callable[[], Cache]]:
@@ -66,6 +76,7 @@ RECIPES = (
         description="min-max codes in groups of 64; everything is coded anew whenever the residual is full; no sinks",
         source="transformers QuantizedCache with optimum-quanto",
         make=_integer("quanto"),
+        bits=_grouped_bits,
         parameter="B",
         numbers=(2, 4),
         defaults=lambda config: (2, 4),
@@ -79,6 +90,7 @@ RECIPES = (
         description="half-quadratic codes in groups of 64; all coded anew whenever the residual is full; no sinks",
         source="transformers QuantizedCache with hqq",
         make=_integer("hqq"),
+        bits=_grouped_bits,
         parameter="B",
         numbers=(1, 2, 3, 4, 8),
         defaults=lambda config: (2, 4),
@@ -94,6 +106,7 @@ RECIPES = (
         else "float8 e4m3 with scale 1",
         source="transformers QuantizedCache with fp8" if compat.HAS_FP8_CACHE else "vLLM's fp8 cache",
         make=_fp8,
+        bits=lambda number, side, dim: FP8_BITS,
         own_lengths=(0, 0),
         keeps_lengths=not compat.HAS_FP8_CACHE,
     ),

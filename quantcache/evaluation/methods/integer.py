@@ -25,15 +25,35 @@ QUAROT_CLIP = 0.95
 """Share of a token's range that the codes span, as in QuaRot's released settings for keys and values."""
 
 
+def int8_bits(dim: int) -> float:
+    """Bits per element of int8 codes with one 16-bit scale per token and head."""
+    return 8 + 16 / dim
+
+
+def kivi_group(side: str, dim: int) -> int:
+    """Elements that share a scale and a zero point: 32 tokens of a key channel, up to 32 channels of a value."""
+    return KIVI_GROUP if side == "key" else math.gcd(dim, KIVI_GROUP)
+
+
+def kivi_bits(bits: float, side: str, dim: int) -> float:
+    """Bits per element of KIVI: codes, and a 16-bit scale and zero point per group."""
+    return bits + 32 / kivi_group(side, dim)
+
+
+def quarot_bits(bits: float, side: str, dim: int) -> float:
+    """Bits per element of QuaRot: codes, and a 16-bit scale and zero point per token and head."""
+    return bits + 32 / dim
+
+
 class TokenInt8Codec(SimulatedCodec):
     """Symmetric int8 with one float16 scale per token and head.
 
     Args:
-        dim: D.
+        dim: D, dimension of a head.
     """
 
     def __init__(self, dim: int):
-        super().__init__(8 + 16 / dim)
+        super().__init__(int8_bits(dim))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Round to 255 levels between -max and max of each token."""
@@ -54,8 +74,8 @@ class KiviCodec(SimulatedCodec):
 
     def __init__(self, side: str, dim: int, bits: int):
         self.side, self.width = side, bits
-        self.group = KIVI_GROUP if side == "key" else math.gcd(dim, KIVI_GROUP)
-        super().__init__(bits + 32 / self.group)
+        self.group = kivi_group(side, dim)
+        super().__init__(kivi_bits(bits, side, dim))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Quantize each channel over 32 tokens (keys), or each token over 32 channels (values)."""
@@ -78,7 +98,7 @@ class QuarotCodec(SimulatedCodec):
     """
 
     def __init__(self, rotation: Tensor, bits: int, clip: float):
-        super().__init__(bits + 32 / rotation.shape[-1], [rotation])
+        super().__init__(quarot_bits(bits, "key", rotation.shape[-1]), [rotation])
         self.rotation, self.width, self.clip = rotation, bits, clip
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -109,6 +129,7 @@ RECIPES = (
         description="symmetric int8, one 16-bit scale per token and head",
         source="the usual int8 cache",
         make=_int8,
+        bits=lambda number, side, dim: int8_bits(dim),
         own_lengths=(0, 0),
     ),
     Recipe(
@@ -118,6 +139,7 @@ RECIPES = (
         description="asymmetric codes in groups of 32: keys per channel over tokens, values per token over channels",
         source="KIVI (ICML 2024)",
         make=_kivi,
+        bits=kivi_bits,
         parameter="B",
         numbers=tuple(range(1, 9)),
         defaults=two_to_four,
@@ -130,6 +152,7 @@ RECIPES = (
         description="Hadamard rotation, asymmetric codes per token and head, range clipped to 95 %",
         source="QuaRot (NeurIPS 2024)",
         make=_quarot,
+        bits=quarot_bits,
         parameter="B",
         numbers=tuple(range(1, 9)),
         defaults=two_to_four,

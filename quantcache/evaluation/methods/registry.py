@@ -1,28 +1,52 @@
-"""From names to methods."""
+"""Methods by name."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from transformers import Cache, PreTrainedConfig
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.coding.schema import SIDES
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods import calibrated, dense, installed, integer, spectral, turboquant
 from quantcache.evaluation.methods.base import Method, MethodUnavailable, Recipe, Setting
 from quantcache.evaluation.methods.statistics import RivalStatistics
 
-RECIPES: dict[str, Recipe] = {
-    recipe.stem: recipe
-    for module in (dense, spectral, installed, integer, turboquant, calibrated)
-    for recipe in module.RECIPES
-}
+RECIPES: dict[str, Recipe] = {}
 """Every family of methods, by the stem of its name."""
 
+
+def register(recipe: Recipe) -> None:
+    """Add a family of methods to those that can be measured.
+
+    Args:
+        recipe: The family.
+
+    Raises:
+        QuantCacheError: Another family has its stem, or it does not state the bits that an element takes.
+    """
+    if recipe.stem in RECIPES:
+        raise QuantCacheError(f"method {recipe.stem!r} is registered already")
+    number = float(recipe.numbers[0] if recipe.numbers else recipe.limits[1] if recipe.parameter else 0)
+    for side in SIDES:
+        bits = recipe.bits(number, side, 64) if callable(recipe.bits) else None
+        if not isinstance(bits, int | float) or not 0 < bits < math.inf:
+            raise QuantCacheError(
+                f"method {recipe.stem!r} must state the bits that an element of its {side}s takes, got {bits!r}"
+            )
+    RECIPES[recipe.stem] = recipe
+
+
+for _module in (dense, spectral, installed, integer, turboquant, calibrated):
+    for _each in _module.RECIPES:
+        register(_each)
+
 METHOD_NAMES: tuple[str, ...] = tuple(recipe.pattern for recipe in RECIPES.values())
-"""Every name that can be given, B a number of bits and K a rank."""
+"""Every name that can be given without a method of the caller's own, B a number of bits and K a rank."""
 
 ALL = "all"
 
@@ -31,7 +55,7 @@ def all_methods(config: PreTrainedConfig) -> list[str]:
     """What ``all`` stands for.
 
     Args:
-        config: The model's config.
+        config: ``model.config``.
 
     Returns:
         Names of every family at the numbers it is compared at.
@@ -70,7 +94,7 @@ def parse_methods(
 
     Args:
         names: Names as in :data:`METHOD_NAMES`, or ``all``.
-        config: The model's config.
+        config: ``model.config``.
         calibration: The model's calibration, for ``spectral-B``.
         sink_length: First tokens kept by every method that can.
         residual_length: Recent tokens kept by every method that can.
@@ -81,12 +105,12 @@ def parse_methods(
         The methods in the order given, each once. One that cannot be run here says why in ``unsupported``.
 
     Raises:
-        QuantCacheError: A name is unknown, its number out of range, or there is no calibration for it.
+        QuantCacheError: A name is unknown, its number out of range, or it needs a calibration and none is given.
     """
     expanded = [each for name in names for each in (all_methods(config) if name == ALL else (name,))]
     methods = []
     for name in dict.fromkeys(expanded):
-        recipe, number = _recipe(name, config)
+        recipe, number = find_recipe(name, config)
         lengths = recipe.own_lengths if own_lengths else None
         sinks, residual = lengths or (sink_length, residual_length)
         make, unsupported = _maker(recipe, number, Setting(config, calibration, statistics, sinks, residual))
@@ -97,8 +121,19 @@ def parse_methods(
     return methods
 
 
-def _recipe(name: str, config: PreTrainedConfig) -> tuple[Recipe, float]:
-    """The recipe that a name asks for, and its number (0 where it has none)."""
+def find_recipe(name: str, config: PreTrainedConfig) -> tuple[Recipe, float]:
+    """The family that a name asks for, and its number.
+
+    Args:
+        name: A name as in :data:`METHOD_NAMES`.
+        config: The model's config, which bounds ranks.
+
+    Returns:
+        The family, and the number; 0 where it has none.
+
+    Raises:
+        QuantCacheError: The name is unknown, or its number out of range.
+    """
     if name in RECIPES and not RECIPES[name].parameter:
         return RECIPES[name], 0.0
     stem, _, text = name.rpartition("-")
@@ -108,7 +143,7 @@ def _recipe(name: str, config: PreTrainedConfig) -> tuple[Recipe, float]:
     except ValueError:
         recipe = None
     if recipe is None or not recipe.parameter:
-        raise QuantCacheError(f"unknown method {name!r}: known are {', '.join(METHOD_NAMES)}")
+        raise QuantCacheError(f"unknown method {name!r}: known are {', '.join(r.pattern for r in RECIPES.values())}")
     if recipe.parameter == "K":
         _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
         if number not in range(1, dim + 1):

@@ -1,4 +1,4 @@
-"""Ours."""
+"""SpectralCache as a method to measure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Callable
 
 from transformers import Cache
 
-from quantcache.cache.spectral_cache import RESIDUAL_LENGTH, SINK_LENGTH, SpectralCache
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.base import Recipe, Setting
+
+GAIN_BITS = 8
+"""Of the gain of every token and head."""
 
 
 def _make(bits: float, setting: Setting) -> Callable[[], Cache]:
@@ -28,6 +32,7 @@ RECIPES = (
         description="loss-aware transform, water-filled Lloyd-Max codes, one 8-bit gain per token and head, packed",
         source="quantcache SpectralCache",
         make=_make,
+        bits=lambda bits, side, dim: bits + GAIN_BITS / dim,
         parameter="B",
         defaults=lambda config: (2, 2.5, 3, 4),
         own_lengths=(SINK_LENGTH, RESIDUAL_LENGTH),

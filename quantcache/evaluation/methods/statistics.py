@@ -18,7 +18,8 @@ from quantcache.artifact import cache_layout
 from quantcache.attention.probe import RecordingCache, recorded_queries, run
 from quantcache.coding import linalg
 from quantcache.coding.spectral import Moments
-from quantcache.coding.statistics import SINK_LENGTH
+from quantcache.common import compat
+from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 
 STATISTICS_TOKENS = 8192
@@ -30,8 +31,8 @@ class LayerMoments:
     """Moments of one layer, per key/value head.
 
     Attributes:
-        key: Rotated keys.
-        value: Values.
+        key: Moments of keys as cached, after rotation.
+        value: Moments of values.
         query: Rotated queries of all query heads of the group.
         output: Attention outputs before the output projection, of all query heads of the group. With S the attention
             weights and V the values, their second moment is VᵀSᵀSV per query.
@@ -68,7 +69,7 @@ def collect_statistics(
     """Gather the moments in one forward pass; the first tokens of every sequence, the sinks, are left out.
 
     Args:
-        model: The model.
+        model: Model that reads the tokens.
         tokens: Token ids of a calibration text, ``[N]``.
         sequence_length: Tokens of a sequence; at most the model's limit.
         text: The text itself, for its hash.
@@ -80,7 +81,7 @@ def collect_statistics(
         QuantCacheError: The text is too short.
         UnsupportedModel: The model's attention has no known interface.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sequence_length
+    limit = compat.position_limit(model.config) or sequence_length
     sequences = [s for s in tokens.split(min(sequence_length, limit)) if len(s) > 4 * SINK_LENGTH]
     if not sequences:
         raise QuantCacheError(
@@ -131,8 +132,8 @@ def text_statistics(
     """Moments on the start of a text.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
+        model: Model that reads the text.
+        tokenizer: Tokenizer of that model.
         text: A calibration text, never one that is evaluated on; the bundled one if None.
         max_tokens: Tokens to use at most.
 

@@ -16,15 +16,25 @@ from quantcache.evaluation.methods.base import Recipe, Setting, SimulatedCodec, 
 SOURCE = "TurboQuant (2025)"
 
 
+def mse_bits(bits: float, dim: int) -> float:
+    """Bits per element: codes, and one 16-bit norm per token and head."""
+    return bits + 16 / dim
+
+
+def qjl_bits(bits: float, dim: int) -> float:
+    """Bits per element: codes and sketch, and the 16-bit norms of token and residual."""
+    return bits + 32 / dim
+
+
 class TurboQuantCodec(SimulatedCodec):
     """TurboQuant-MSE: random rotation, per-token norm in float16, Lloyd-Max codes of one width.
 
     Source: A. Zandieh et al., "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate" (2025).
 
     Args:
-        dim: D.
+        dim: D, dimension of a head.
         bits: Width of every code; 0 leaves nothing.
-        seed: Seed of the rotation.
+        seed: Decides the random rotation.
         device: Where the constants live.
     """
 
@@ -36,7 +46,7 @@ class TurboQuantCodec(SimulatedCodec):
         book = lloyd_max(bits)
         self.levels = torch.tensor(book.levels, dtype=torch.float32, device=device)
         self.boundaries = torch.tensor(book.boundaries, dtype=torch.float32, device=device)
-        super().__init__(bits + 16 / dim, [self.rotation, self.levels, self.boundaries])
+        super().__init__(mse_bits(bits, dim), [self.rotation, self.levels, self.boundaries])
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Normalize, rotate, round every coordinate to its nearest level, and back."""
@@ -54,7 +64,7 @@ class TurboQuantQJLCodec(SimulatedCodec):
     Overhead" (2024).
 
     Args:
-        dim: D.
+        dim: D, dimension of a head.
         bits: Bits per coordinate, the sketch's included.
         seed: Seed of rotation and sketch.
         device: Where the constants live.
@@ -64,7 +74,7 @@ class TurboQuantQJLCodec(SimulatedCodec):
         self.coarse = TurboQuantCodec(dim, bits - 1, seed, device)
         generator = torch.Generator().manual_seed(seed + (1 << 32))
         self.sketch = torch.randn(dim, dim, generator=generator, dtype=torch.float32, device="cpu").to(device)
-        super().__init__(bits + 32 / dim, [*self.coarse.tensors(), self.sketch])
+        super().__init__(qjl_bits(bits, dim), [*self.coarse.tensors(), self.sketch])
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Quantize, and add the estimate of what is left."""
@@ -103,6 +113,7 @@ RECIPES = (
         description="random rotation, one 16-bit norm per token and head, Lloyd-Max codes",
         source=SOURCE,
         make=_mse,
+        bits=lambda bits, side, dim: mse_bits(bits, dim),
         parameter="B",
         numbers=tuple(range(1, 9)),
         defaults=two_to_four,
@@ -115,6 +126,7 @@ RECIPES = (
         description="keys: codes of one bit less and a one-bit sketch of the residual; values: as turboquant-mse",
         source=SOURCE,
         make=_qjl,
+        bits=lambda bits, side, dim: (qjl_bits if side == "key" else mse_bits)(bits, dim),
         parameter="B",
         numbers=tuple(range(1, 9)),
         defaults=two_to_four,

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QUANTCACHE_ABI 4
+#define QUANTCACHE_ABI 5
 
 namespace quantcache {
 
@@ -41,6 +41,7 @@ struct Side {
     int32_t words;              // words of a block and batch row
     int32_t map_columns;        // stride of `map`, a multiple of PAD
     int32_t num_factors;        // gain factors that encoding tries
+    int32_t trellis;            // whether codes are paths through a trellis
     const int32_t* counts;      // coded coefficients of the slow and of the fast part [H][2]
     const Coded* coded;         // [H][D]
     const int32_t* order;       // dimension of the cached vector at each place of the frame [D]
@@ -53,12 +54,16 @@ struct Side {
     const float* offset_cos;    // rotation by the offset from the anchor [fast_pairs][ANCHOR_LENGTH]
     const float* offset_sin;
     const float* levels;        // codebook of each width [9][TABLE]
-    const uint8_t* planes;      // the same, byte by byte: [9] of [low bits of the code][4 bytes][high 4 bits]
+    const uint8_t* planes;      // what codes stand for, byte by byte: [9] of [low bits][4 bytes][high 4 bits]; with a
+                                // trellis and more than 3 bits the union codebook's upper half
     const float* gains;         // value of every gain code [256]
     const float* encoder;       // [H][D][D]
     const float* weights;       // error weight of each coefficient [H][D]
     const float* trees;         // decision boundaries of each width as a search tree, root at 1 [9][TABLE]
     const float* factors;       // [num_factors]
+    const float* unions;        // with a trellis: union codebook of each width [9][2 * TABLE]
+    const float* subsets;       // with a trellis: the four subsets of each union codebook, each as its levels and the
+                                // search tree of the boundaries between them [9][4][2][TABLE / 2]
 };
 
 // [B][H][tokens][dimension] with a dense last dimension; strides in elements.

@@ -1,4 +1,4 @@
-// Encoding of one block of one key/value head: frame, transform, gain search, nearest codewords, packing.
+// Encoding of one block of one key/value head: frame, transform, gain search, nearest codewords or best paths, packing.
 
 #pragma once
 
@@ -6,6 +6,7 @@
 #include "attend.h" // Arena
 #include "codes.h"
 #include "dense.h"
+#include "viterbi.h"
 
 #include <math.h>
 
@@ -16,10 +17,15 @@ struct EncodeScratch {
     EncodeScratch(const Side& side, char* base) : arena(base) {
         x = arena.floats(static_cast<size_t>(side.dim) * BLOCK);
         y = arena.floats(static_cast<size_t>(side.dim + 3) * BLOCK);
+        const size_t group = static_cast<size_t>(side.trellis ? LANES : 0) * BLOCK;
+        paths.errors = arena.floats(SUBSETS * group);
+        paths.inner = reinterpret_cast<uint32_t*>(arena.floats(group));
+        paths.survivors = reinterpret_cast<uint32_t*>(arena.floats(group));
     }
     Arena arena;
     float* x; // centred vectors in the frame [D][BLOCK]
     float* y; // coded coefficients [C][BLOCK]
+    Paths paths;
 };
 
 // Turn `count` rotary pairs back: rows `first` + i and `first` + count + i of x, by each token's own position or by
@@ -66,27 +72,16 @@ inline void transform(const float* const* encoder, const float* x, int low, int 
     }
 }
 
-// The number of boundaries below u, by descent through their search tree: a value on a boundary takes the lower code.
-template <int WIDTH, int LEVEL = 0> QC_INLINE vuint nearest(vfloat u, const float* tree, vuint code = vuint{}) {
-    if constexpr (LEVEL == WIDTH) {
-        return code;
-    } else {
-        const vfloat boundary = lookup<LEVEL>(tree + (1 << LEVEL), code);
-        const vuint above = bit_cast<vuint>(u > boundary); // all ones where true
-        return nearest<WIDTH, LEVEL + 1>(u, tree, code + code - above);
-    }
-}
-
 // <y, û> and <û, û> in the metric of the error, over coefficients of one width.
 template <int WIDTH>
 QC_INLINE void correlate(const Side& side, const Coded* coded, const float* weights, const float* y, vfloat inverse,
                          vfloat& cross, vfloat& energy) {
     const float* tree = side.trees + WIDTH * TABLE;
-    const float* table = side.levels + WIDTH * TABLE;
+    const Table<WIDTH> levels(side.levels + WIDTH * TABLE);
     const int count = coded->run;
     for (int c = 0; c < count; ++c) {
         const vfloat value = load(y + c * BLOCK);
-        const vfloat level = lookup<WIDTH>(table, nearest<WIDTH>(value * inverse, tree));
+        const vfloat level = levels[nearest<WIDTH>(value * inverse, tree)];
         const vfloat weighted = level * weights[coded[c].index];
         cross += weighted * value;
         energy += weighted * level;
@@ -94,24 +89,10 @@ QC_INLINE void correlate(const Side& side, const Coded* coded, const float* weig
 }
 
 // The codes of one coefficient with the chosen steps, packed.
-template <int WIDTH> QC_INLINE void pack(const Side& side, const float* y, const float* inverses, uint32_t* words) {
+template <int WIDTH>
+QC_INLINE void pack_nearest(const Side& side, const float* y, const float* inverses, uint32_t* words) {
     const float* tree = side.trees + WIDTH * TABLE;
-    vuint high = {}, low = {};
-    for (int v = 0; v < VECTORS; ++v) {
-        const vuint code = nearest<WIDTH>(load(y + v * LANES) * load(inverses + v * LANES), tree);
-        if constexpr (WIDTH <= 4) {
-            low |= code << (STEP * v);
-        } else {
-            high |= (code >> (WIDTH - 4)) << (STEP * v);
-            low |= (code & ((1u << (WIDTH - 4)) - 1)) << (STEP * v);
-        }
-    }
-    if constexpr (WIDTH <= 4) {
-        gather_words<WIDTH>(low, words);
-    } else {
-        gather_words<4>(high, words);
-        gather_words<WIDTH - 4>(low, words + 8);
-    }
+    pack<WIDTH>([&](int v) { return nearest<WIDTH>(load(y + v * LANES) * load(inverses + v * LANES), tree); }, words);
 }
 
 inline uint8_t quantize_gain(float gain) {
@@ -120,8 +101,9 @@ inline uint8_t quantize_gain(float gain) {
     return static_cast<uint8_t>(code < 0.0f ? 0.0f : code > 255.0f ? 255.0f : code);
 }
 
-// Choose every token's gain among the factors: the inverses of the steps, and the gains corrected for quantization.
-inline void search_gains(const Side& side, int head, int count, const float* y, float* inverses, float* gains) {
+// Choose every token's gain among the factors: the steps, their inverses, and the gains corrected for quantization.
+inline void search_gains(const Side& side, int head, int count, const float* y, float* steps, float* inverses,
+                         float* gains) {
     const Coded* coded = side.coded + static_cast<size_t>(head) * side.dim;
     const float* weights = side.weights + static_cast<size_t>(head) * side.dim;
     for (int v = 0; v < VECTORS; ++v) {
@@ -131,7 +113,7 @@ inline void search_gains(const Side& side, int head, int count, const float* y, 
         power /= static_cast<float>(count > 1 ? count : 1);
         vfloat rms;
         for (int lane = 0; lane < LANES; ++lane) rms[lane] = sqrtf(power[lane]);
-        vfloat best_saved = splat(-1.0f), best_gain = {}, best_inverse = {};
+        vfloat best_saved = splat(-1.0f), best_gain = {}, best_step = {}, best_inverse = {};
         for (int f = 0; f < side.num_factors; ++f) {
             const vfloat step = rms * side.factors[f];
             const vfloat inverse = step > 0.0f ? 1.0f / step : vfloat{};
@@ -147,9 +129,11 @@ inline void search_gains(const Side& side, int head, int count, const float* y, 
             const auto better = saved > best_saved;
             best_saved = better ? saved : best_saved;
             best_gain = better ? gain : best_gain;
+            best_step = better ? step : best_step;
             best_inverse = better ? inverse : best_inverse;
         }
         store(gains + v * LANES, best_gain);
+        store(steps + v * LANES, best_step);
         store(inverses + v * LANES, best_inverse);
     }
 }
@@ -185,14 +169,18 @@ inline void encode(const Encode& e, int block, int row, int head, char* scratch)
         }
     }
 
-    float inverses[BLOCK], gains[BLOCK];
-    search_gains(side, head, count, s.y, inverses, gains);
+    float steps[BLOCK], inverses[BLOCK], gains[BLOCK];
+    search_gains(side, head, count, s.y, steps, inverses, gains);
     const int64_t at = static_cast<int64_t>(block) * e.batch + row;
     uint32_t* words = reinterpret_cast<uint32_t*>(e.codes + at * side.words);
-    for (int c = 0; c < count; ++c) {
-#define QC_PACK(W) pack<W>(side, s.y + c * BLOCK, inverses, words + coded[c].offset)
-        QC_FOR_WIDTH(coded[c].width, QC_PACK)
+    if (side.trellis) {
+        encode_paths(side, head, count, s.y, inverses, steps, s.paths, words, gains);
+    } else {
+        for (int c = 0; c < count; ++c) {
+#define QC_PACK(W) pack_nearest<W>(side, s.y + c * BLOCK, inverses, words + coded[c].offset)
+            QC_FOR_WIDTH(coded[c].width, QC_PACK)
 #undef QC_PACK
+        }
     }
     uint8_t* codes = e.gains + (at * e.heads + head) * BLOCK;
     for (int t = 0; t < BLOCK; ++t) codes[t] = quantize_gain(gains[t]);

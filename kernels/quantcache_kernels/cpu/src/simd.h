@@ -90,7 +90,15 @@ QC_INLINE float4 sums(vfloat a, vfloat b, vfloat c, vfloat d) {
 
 // COUNT words, again and again.
 template <int COUNT> QC_INLINE vuint repeat(const uint32_t* p) {
-#if defined(QC_AVX512) || defined(QC_AVX2)
+#if defined(QC_AVX512)
+    if constexpr (COUNT == 8) {
+        return bit_cast<vuint>(_mm512_broadcast_i32x8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    } else if constexpr (COUNT == 4) {
+        return bit_cast<vuint>(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    } else {
+        return bit_cast<vuint>(_mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
+#elif defined(QC_AVX2)
     __m256i eight;
     if constexpr (COUNT == 8) {
         eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -99,11 +107,7 @@ template <int COUNT> QC_INLINE vuint repeat(const uint32_t* p) {
     } else {
         eight = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
-#if defined(QC_AVX512)
-    return bit_cast<vuint>(_mm512_broadcast_i32x8(eight));
-#else
     return bit_cast<vuint>(eight);
-#endif
 #else
     vuint words;
     for (int i = 0; i < LANES; ++i) words[i] = p[i % COUNT];
@@ -111,42 +115,97 @@ template <int COUNT> QC_INLINE vuint repeat(const uint32_t* p) {
 #endif
 }
 
-// Look up a table of 2**BITS floats (readable up to a multiple of LANES). For BITS up to 4 only the low 4 bits of an
-// index count, and they must be below 2**BITS; otherwise the whole index must be.
-template <int BITS> QC_INLINE vfloat lookup(const float* table, vuint index) {
-    if constexpr (BITS == 0) return splat(table[0]);
 #if defined(QC_AVX512)
-    const auto at = [&](int i) { return _mm512_loadu_ps(table + 16 * i); };
-    const __m512i bits = bit_cast<__m512i>(index);
-    if constexpr (BITS <= 4) return _mm512_permutexvar_ps(bits, at(0));
-    if constexpr (BITS == 5) return _mm512_permutex2var_ps(at(0), bits, at(1));
-    if constexpr (BITS == 6) {
-        const __mmask16 upper = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(32));
-        return _mm512_mask_blend_ps(
-            upper, _mm512_permutex2var_ps(at(0), bits, at(1)), _mm512_permutex2var_ps(at(2), bits, at(3)));
-    }
-    return _mm512_i32gather_ps(bits, table, 4);
-#else
-#if defined(QC_AVX2)
-    const auto at = [&](int i) { return _mm256_loadu_ps(table + 8 * i); };
-    const __m256i bits = bit_cast<__m256i>(index);
-    if constexpr (BITS <= 3) return _mm256_permutevar8x32_ps(at(0), bits);
-    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 28)); // a blend looks at the sign bit
-    const auto sixteen = [&](int i) {
-        return _mm256_blendv_ps(
-            _mm256_permutevar8x32_ps(at(i), bits), _mm256_permutevar8x32_ps(at(i + 1), bits), bit3);
-    };
-    if constexpr (BITS == 4) return sixteen(0);
-    if constexpr (BITS == 5) {
-        return _mm256_blendv_ps(sixteen(0), sixteen(2), _mm256_castsi256_ps(_mm256_slli_epi32(bits, 27)));
-    }
+// Each lane rotated towards its low bits.
+QC_INLINE vuint rotate_down(vuint v, vuint by) {
+    return bit_cast<vuint>(_mm512_rorv_epi32(bit_cast<__m512i>(v), bit_cast<__m512i>(by)));
+}
 #endif
-    if constexpr (BITS <= 4) index &= 15;
-    vfloat found;
-    for (int i = 0; i < LANES; ++i) found[i] = table[index[i]]; // as fast as a gather, or faster
-    return found;
+
+// Lanes 1 0 3 2 5 4 ...
+QC_INLINE vuint swap_neighbours(vuint v) {
+#if defined(QC_AVX512)
+    return bit_cast<vuint>(_mm512_shuffle_epi32(bit_cast<__m512i>(v), _MM_PERM_CDAB));
+#elif defined(QC_AVX2)
+    return bit_cast<vuint>(_mm256_shuffle_epi32(bit_cast<__m256i>(v), 0xb1));
+#else
+    vuint swapped;
+    for (int i = 0; i < LANES; ++i) swapped[i] = v[i ^ 1];
+    return swapped;
 #endif
 }
+
+// Up to how many bits of an index the bits above them do not count.
+#if defined(QC_AVX512)
+constexpr int FREE_LOOKUP = 7;
+#else
+constexpr int FREE_LOOKUP = 4;
+#endif
+
+// A table of 2**BITS floats (readable up to a multiple of LANES), in registers where the instructions can look it up
+// there. For BITS up to 4 only the low 4 bits of an index count, and they must be below 2**BITS; beyond FREE_LOOKUP the
+// whole index must be.
+template <int BITS> class Table {
+  public:
+    QC_INLINE explicit Table(const float* table) : table_(table) {
+        if constexpr (HELD) {
+#pragma GCC unroll 8
+            for (int i = 0; i < SIZE; ++i) held_[i] = load(table + LANES * i);
+        }
+    }
+
+    QC_INLINE vfloat operator[](vuint index) const {
+        if constexpr (BITS == 0) return splat(table_[0]);
+#if defined(QC_AVX512)
+        const __m512i bits = bit_cast<__m512i>(index);
+        if constexpr (BITS <= 4) return _mm512_permutexvar_ps(bits, held_[0]);
+        if constexpr (BITS == 5) return _mm512_permutex2var_ps(held_[0], bits, held_[1]);
+        const auto sixty_four = [&](int i) {
+            return _mm512_mask_blend_ps(_mm512_test_epi32_mask(bits, _mm512_set1_epi32(32)),
+                                        _mm512_permutex2var_ps(held_[i], bits, held_[i + 1]),
+                                        _mm512_permutex2var_ps(held_[i + 2], bits, held_[i + 3]));
+        };
+        if constexpr (BITS == 6) return sixty_four(0);
+        if constexpr (BITS == 7) {
+            return _mm512_mask_blend_ps(
+                _mm512_test_epi32_mask(bits, _mm512_set1_epi32(64)), sixty_four(0), sixty_four(4));
+        }
+        return _mm512_i32gather_ps(bits, table_, 4);
+#else
+#if defined(QC_AVX2)
+        const __m256i bits = bit_cast<__m256i>(index);
+        if constexpr (BITS <= 3) return _mm256_permutevar8x32_ps(held_[0], bits);
+        const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 28)); // a blend looks at the sign bit
+        const auto sixteen = [&](int i) {
+            return _mm256_blendv_ps(_mm256_permutevar8x32_ps(held_[i], bits),
+                                    _mm256_permutevar8x32_ps(held_[i + 1], bits), bit3);
+        };
+        if constexpr (BITS == 4) return sixteen(0);
+        if constexpr (BITS == 5) {
+            return _mm256_blendv_ps(sixteen(0), sixteen(2), _mm256_castsi256_ps(_mm256_slli_epi32(bits, 27)));
+        }
+#endif
+        if constexpr (BITS <= 4) index &= 15;
+        vfloat found;
+        for (int i = 0; i < LANES; ++i) found[i] = table_[index[i]]; // as fast as a gather, or faster
+        return found;
+#endif
+    }
+
+  private:
+#if defined(QC_AVX512)
+    static constexpr bool HELD = BITS > 0 && BITS <= 7;
+#elif defined(QC_AVX2)
+    static constexpr bool HELD = BITS > 0 && BITS <= 5;
+#else
+    static constexpr bool HELD = false;
+#endif
+    static constexpr int SIZE = HELD && (1 << BITS) > LANES ? (1 << BITS) / LANES : 1;
+    const float* table_;
+    vfloat held_[SIZE];
+};
+
+template <int BITS> QC_INLINE vfloat lookup(const float* table, vuint index) { return Table<BITS>(table)[index]; }
 
 // e**x to about one unit in the last place; 0 below -87, for minus infinity too, and NaN for NaN. x must not exceed 88.
 QC_INLINE vfloat exponential(vfloat x) {

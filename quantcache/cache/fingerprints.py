@@ -1,0 +1,65 @@
+"""Digests by which a saved cache knows the calibration and the model that it was filled with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+
+from transformers import PreTrainedModel
+
+from quantcache.artifact.calibration import Calibration
+from quantcache.coding.schema import SIDES
+from quantcache.common.errors import QuantCacheError
+from quantcache.common.tensor_file import content_bytes
+
+WEIGHT_SAMPLES = 64
+"""Elements of every parameter that go into a model's fingerprint."""
+
+
+def fingerprint(calibration: Calibration) -> str:
+    """Digest of everything that gives codes their meaning.
+
+    Args:
+        calibration: The calibration, at some bits.
+
+    Returns:
+        SHA-256 in hex.
+    """
+    settings = asdict(calibration.metadata.codec)
+    if settings["coding"] == "scalar":
+        del settings["coding"]  # files written before there was a choice have the digest without it
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for index, layer in calibration.layers.items():
+        digest.update(json.dumps([index, layer.rope.layout, layer.rope.inv_freq]).encode())
+        for side in SIDES:
+            for name, tensor in sorted(vars(layer.side(side)).items()):
+                digest.update(f"{side}.{name}{None if tensor is None else list(tensor.shape)}".encode())
+                if tensor is not None:
+                    digest.update(content_bytes(tensor))
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Digest of a sample of a model's weights: two checkpoints of one architecture differ in it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        SHA-256 in hex.
+
+    Raises:
+        QuantCacheError: Some weights are not in memory.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise QuantCacheError(
+                f"{name} is offloaded, so the model cannot be identified by its weights: leave model out"
+            )
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float()
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(content_bytes(sample))
+    return digest.hexdigest()

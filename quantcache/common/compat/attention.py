@@ -1,0 +1,67 @@
+"""How a model attends: its attention implementations, and the mask of the pass under way."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers import PreTrainedModel
+
+
+def attention_implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Attention implementations of a model and of its parts.
+
+    Args:
+        model: The model.
+
+    Returns:
+        By name of the sub-config, the model's own under ``""``: what :func:`use_attention` takes.
+    """
+    subs = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    own = {"": model.config._attn_implementation}
+    return own | {name: config._attn_implementation for name, config in subs.items() if config is not None}
+
+
+def can_change_attention(model: PreTrainedModel) -> bool:
+    """Whether a model goes through transformers' attention interface, so that its attention can be replaced.
+
+    Args:
+        model: The model.
+
+    Returns:
+        False for models with an attention of their own.
+    """
+    return bool(model._can_set_attn_implementation())
+
+
+def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) -> None:
+    """Change attention implementations, of a model that lets them be changed.
+
+    Args:
+        model: The model.
+        implementation: One for all parts, or what :func:`attention_implementations` gave.
+    """
+    if can_change_attention(model) and attention_implementations(model) != implementation:
+        model.set_attn_implementation(implementation)
+
+
+def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """The 2D mask and the positions of the forward pass that is just asking a cache for the sizes of its mask.
+
+    transformers tells a cache how many tokens come, never which of them are padding, and most attention functions see
+    neither that nor positions. But the one function that prepares masks, for every attention implementation, asks the
+    cache first: its arguments are read from the call stack. A custom 4D mask never gets there.
+
+    Returns:
+        ``attention_mask`` ``[B, T]`` and ``position_ids``, either may be None; None if somebody else is asking.
+    """
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame.f_code.co_name == "_preprocess_mask_arguments":
+            mask, positions = (frame.f_locals.get(name) for name in ("attention_mask", "position_ids"))
+            plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
+            return (mask if plain else None, positions) if plain or mask is None else None
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None

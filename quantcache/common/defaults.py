@@ -1,0 +1,15 @@
+"""What holds where nobody says otherwise. Imports nothing: the command line shows it before anything is loaded."""
+
+from __future__ import annotations
+
+SINK_LENGTH = 4
+"""First tokens of every row that stay in the model's dtype."""
+
+RESIDUAL_LENGTH = 64
+"""Recent tokens that stay in the model's dtype, at least."""
+
+CHUNK = 64
+"""Tokens fed at once when a cache's fidelity is measured: each chunk reads what the earlier ones left in it."""
+
+PREFILL_CHUNK = 512
+"""Prompt tokens that go through the model at once."""
