@@ -64,6 +64,9 @@ class BlockLayer(DynamicLayer):
         index: Which layer of the model this is, for messages.
     """
 
+    blocks_at_once = 1
+    """Blocks that are encoded together, for codecs whose tiles are longer than a block; fewer wait in the tail."""
+
     spans: list[Span]
     stores: dict[str, BlockStore]
     places: BlockStore  # the spans once more, as a tensor for attention to read
