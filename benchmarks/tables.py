@@ -65,7 +65,7 @@ TABLES: dict[str, tuple[str, Render]] = {
 
 
 def newest_record(results: Path, suite: str) -> tuple[Path, dict[str, Any]] | None:
-    """The latest record of a suite.
+    """The latest record of a suite; a quick run does not stand in for a whole one.
 
     Args:
         results: Folder of the records.
@@ -80,7 +80,7 @@ def newest_record(results: Path, suite: str) -> tuple[Path, dict[str, Any]] | No
     found = []
     for path in results.rglob(f"{suite}__*.json"):
         record = read_record(path)
-        if record.status == "ok" and record.clean:
+        if record.status == "ok" and record.clean and not record.settings.get("quick"):
             found.append((record.created, path, record.to_dict()))
     if not found:
         return None
