@@ -52,13 +52,14 @@ def demo(
 
 def _chat_table(data: dict[str, Any]) -> Table:
     tokens, dense, packed = data["cached_tokens"], data["dense"], data["spectral"]
+    slow = " Dense attention runs in bfloat16 here, which many CPUs do slowly." if data["device"] == "cpu" else ""
     table = Table(
         "",
         "dense cache",
         "spectral cache",
         title=f"{data['model']} in {data['dtype']} has read the article {data['article']!r}",
         caption=f"Sizes: {tokens:,} cached tokens; the calibration's constants ({data['constants_bytes']:,} bytes) are "
-        f"shared by all caches. Speeds are those of this run on this machine. It took {data['seconds']:.0f} s.",
+        f"shared by all caches. Speeds are those of this run on this machine.{slow} It took {data['seconds']:.0f} s.",
     )
     for column in table.columns[1:]:
         column.justify = "right"

@@ -11,15 +11,15 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import write_file
 from quantcache.common.plaintext import one_line
-from quantcache.common.writing import only_writer, partial_folder
+from quantcache.common.writing import current_umask, only_writer, partial_folder
 from quantcache.data import BUNDLED_MODEL, demo_model_path
 
 EXTRA = "quantcache[real]"
@@ -154,9 +154,9 @@ def _converted(parts: Sequence[Path], name: str, on_convert: Callable[[str], Non
             return target
         if on_convert is not None:
             on_convert(f"{name} is converted once, into {target}")
-        with partial_folder(parent) as partial, _whole(parts, partial) as file:
+        with partial_folder(parent) as partial:
             try:
-                _convert(file, partial / "model")
+                _convert(_whole(parts, partial), partial / "model")
             except Exception as error:  # a damaged file leads to errors of every class
                 reason = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
                 raise QuantCacheError(f"{parts[0]} cannot be converted: {reason}") from error
@@ -186,19 +186,16 @@ def _digest(parts: Sequence[Path]) -> str:
     return found.hexdigest()
 
 
-@contextmanager
-def _whole(parts: Sequence[Path], folder: Path) -> Iterator[Path]:
-    """One file of all parts; gone afterwards if it had to be put together."""
+def _whole(parts: Sequence[Path], folder: Path) -> Path:
+    """One file of all parts: put together in a folder if there are several."""
     if len(parts) == 1:
-        yield parts[0].absolute()
-        return
+        return parts[0].absolute()
     joined = folder / "model.gguf"
     with open(joined, "wb") as file:
         for part in parts:
             with open(part, "rb") as source:
                 shutil.copyfileobj(source, file, _READ)
-    yield joined
-    joined.unlink()
+    return joined
 
 
 def _convert(file: Path, target: Path) -> None:
@@ -208,3 +205,5 @@ def _convert(file: Path, target: Path) -> None:
     model, tokenizer = compat.load_gguf(file)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    for written in target.iterdir():
+        written.chmod(0o666 & ~current_umask())  # safetensors are written for their owner only

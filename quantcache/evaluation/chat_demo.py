@@ -94,6 +94,7 @@ def run_chat_demo(
     return {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "article": settings.article,
         "cached_tokens": packed.memory.tokens,
         "constants_bytes": packed.memory.constants,

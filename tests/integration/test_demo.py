@@ -12,7 +12,7 @@ import pytest
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.cli import main
-from quantcache.cli.demo import _chat
+from quantcache.cli.demo import _chat, _chat_table
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import chat_demo, demo
 from tests.helpers import Run
@@ -83,6 +83,7 @@ def test_chat_demo(monkeypatch: pytest.MonkeyPatch, chatting: Path, run: Run) ->
     assert not second["right_dense"]
     assert not second["right_spectral"]
     assert "wrong, it is no such words" in _chat(found).plain
+    assert [column.header for column in _chat_table(found).columns] == ["", "dense cache", "spectral cache"]
 
 
 def test_chat_demo_refuses(run: Run, chatting: Path) -> None:

@@ -21,6 +21,7 @@ from quantcache.artifact.index import bundled_calibrations
 from quantcache.common import compat, sources
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sources import Packaged, model_source, source_name
+from quantcache.common.writing import current_umask
 from quantcache.data import BUNDLED_MODEL, demo_model_path
 from tests.helpers import Run
 
@@ -104,6 +105,7 @@ def rotary(weight: np.ndarray, heads: int) -> torch.Tensor:
 
 
 @needs_gguf
+@pytest.mark.support("GGUF files, and models that packages bring")
 def test_a_gguf_file_becomes_a_folder(tmp_path: Path, home: Path) -> None:
     exact = write_gguf(tmp_path / "tiny.Q8_0.gguf")
     told: list[str] = []
@@ -112,6 +114,7 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path, home: Path) -> None:
     assert told == [f"tiny.Q8_0 is converted once, into {folder}"]
     assert (folder.name, folder.parent.parent) == ("tiny.Q8_0", home / "models")
     assert not list(folder.parent.glob(".*")), "a partial folder is left"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~current_umask()}
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = model.state_dict()
@@ -134,6 +137,7 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path, home: Path) -> None:
 
 
 @needs_gguf
+@pytest.mark.support("GGUF files that are damaged, replaced, or converted by two processes")
 def test_a_file_that_changed_is_converted_again(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
@@ -148,6 +152,7 @@ def test_a_file_that_changed_is_converted_again(tmp_path: Path) -> None:
 
 
 @needs_gguf
+@pytest.mark.support("GGUF files that are damaged, replaced, or converted by two processes")
 def test_two_processes_convert_once(tmp_path: Path, home: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     context = multiprocessing.get_context("fork")
@@ -173,6 +178,7 @@ def test_two_processes_convert_once(tmp_path: Path, home: Path) -> None:
 
 
 @needs_gguf
+@pytest.mark.support("GGUF files that are damaged, replaced, or converted by two processes")
 @pytest.mark.parametrize("flaw", ["cut", "text", "empty", "missing tensor", "unknown architecture"])
 def test_files_that_cannot_be_converted(tmp_path: Path, home: Path, run: Run, flaw: str) -> None:
     path = tmp_path / "bad.gguf"
@@ -218,6 +224,7 @@ def test_missing_gguf_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_gguf
+@pytest.mark.support("GGUF files, and models that packages bring")
 def test_a_model_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     """A file in two parts, in two packages that cannot even be imported."""
     write_gguf(tmp_path / "tiny.gguf")
