@@ -48,6 +48,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "rows named by tensors, arrays, lists, masks and negative numbers",
         "offloading to CPU and back",
         "from a filled DynamicCache",
+        "a codec of one's own (BlockCache)",
         "iteration over dense keys and values",
         "keys and values to numpy, pickle, torch.save and safetensors",
         "keys and values changed in place",

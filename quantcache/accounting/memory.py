@@ -124,18 +124,20 @@ def bits_per_encoded_element(layers: Mapping[int, LayerCalibration]) -> float:
     return bits / elements if elements else 0.0
 
 
-def num_blocks(tokens: int, sink_length: int, residual_length: int) -> int:
+def num_blocks(tokens: int, sink_length: int, residual_length: int, blocks_at_once: int = 1) -> int:
     """Blocks that a cache of some tokens has encoded, however they arrived.
 
     Args:
         tokens: T (rows without left padding).
         sink_length: First tokens kept aside.
         residual_length: Recent tokens kept.
+        blocks_at_once: Blocks that are encoded together.
 
     Returns:
         The number of 64-token blocks.
     """
-    return max(0, (tokens - sink_length - residual_length) // BLOCK)
+    blocks = max(0, (tokens - sink_length - residual_length) // BLOCK)
+    return blocks - blocks % blocks_at_once
 
 
 def capacity(blocks: int, prefilled: int) -> int:

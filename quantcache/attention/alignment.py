@@ -11,7 +11,7 @@ from torch import Tensor
 from quantcache.backends import Backend, padding
 from quantcache.backends.padding import Grid
 from quantcache.backends.store import BlockStore
-from quantcache.coding.codec import SideCodec
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 
 

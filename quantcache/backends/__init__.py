@@ -19,7 +19,8 @@ from quantcache.backends.cpu import CpuBackend
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.triton import TritonBackend
 from quantcache.backends.view import CacheView, SideView
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
 from quantcache.common.errors import QuantCacheError
 from quantcache_kernels.interface import AttentionCall

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from quantcache.backends.padding import shows_padding
 from quantcache.backends.view import CacheView
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
 from quantcache_kernels.interface import AttentionCall
 

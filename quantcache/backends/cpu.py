@@ -7,7 +7,8 @@ from torch import Tensor
 
 from quantcache.backends.base import Backend, Fields, refused_by_kernels
 from quantcache.backends.view import CacheView
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache_kernels import cpu
 from quantcache_kernels.interface import AttentionCall
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from quantcache.backends.base import CODE_QUERIES, Backend, Fields
 from quantcache.backends.online_softmax import OnlineSoftmax, QueryRows
 from quantcache.backends.view import CacheView
-from quantcache.coding.codec import SideCodec, SpectralCodec, block_slots
+from quantcache.coding.blocks import SideCodec, block_slots
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import matmul
 from quantcache_kernels.interface import AttentionCall

@@ -12,7 +12,8 @@ from torch import Tensor
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore
-from quantcache.coding.codec import SideCodec, SpectralCodec, block_slots
+from quantcache.coding.blocks import SideCodec, block_slots
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import without_autocast
 

@@ -32,14 +32,12 @@ from quantcache.backends.spans import Span, places_of
 from quantcache.backends.store import BlockStore, moved
 from quantcache.cache.rows import chosen_rows, repeated_rows
 from quantcache.cache.transaction import commit, glimpse
-from quantcache.coding.codec import SideCodec
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from quantcache.common import compat
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
-
-SINK_LENGTH = 4
-RESIDUAL_LENGTH = 64
 
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
 """Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
@@ -65,6 +63,9 @@ class BlockLayer(DynamicLayer):
         backend: Which implementation encodes and attends on codes.
         index: Which layer of the model this is, for messages.
     """
+
+    blocks_at_once = 1
+    """Blocks that are encoded together, for codecs whose tiles are longer than a block; fewer wait in the tail."""
 
     spans: list[Span]
     stores: dict[str, BlockStore]

@@ -12,8 +12,6 @@ from quantcache.attention.lazy import LazyKV
 from quantcache.backends import padding
 from quantcache.backends.padding import Arrivals, Grid
 from quantcache.backends.spans import next_spans, places_of
-from quantcache.cache.blocks import RESIDUAL_LENGTH as RESIDUAL_LENGTH
-from quantcache.cache.blocks import SINK_LENGTH as SINK_LENGTH
 from quantcache.cache.blocks import BlockLayer
 from quantcache.cache.blocks import CodecFactory as CodecFactory
 from quantcache.cache.blocks import ShapeCheck as ShapeCheck
@@ -110,6 +108,7 @@ class SpectralLayer(BlockLayer):
             return
         lead = 0 if self.spans else self.sink_length
         due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
+        due -= due % self.blocks_at_once
         if due > 0:
             self._encode(lead, due)
         else:
@@ -121,7 +120,7 @@ class SpectralLayer(BlockLayer):
     def _look_ahead(self, lead: int) -> guards.Look | None:
         """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
         length = self.tails["key"].shape[2] - lead
-        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK:
+        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK or self.blocks_at_once > 1:
             return self.look
         if length < BLOCK + self.residual_length - LOOK_AHEAD:
             return None

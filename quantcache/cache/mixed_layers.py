@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from quantcache.backends import BackendName
-from quantcache.cache.layer import RESIDUAL_LENGTH, SINK_LENGTH, CodecFactory, ShapeCheck, SpectralLayer
+from quantcache.cache.layer import CodecFactory, ShapeCheck, SpectralLayer
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 
 
 class SpectralRecurrentLayer(LinearAttentionLayer, SpectralLayer):  # type: ignore[misc, override]

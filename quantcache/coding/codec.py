@@ -20,13 +20,9 @@ import torch
 from torch import Tensor
 
 from quantcache.coding import linalg, trellis
-from quantcache.coding.blocks import DenseCodec as DenseCodec
-from quantcache.coding.blocks import SideCodec as SideCodec
-from quantcache.coding.blocks import block_positions as block_positions
-from quantcache.coding.blocks import block_slots as block_slots
+from quantcache.coding.blocks import block_positions
 from quantcache.coding.codebook import POLYNOMIALS, gaussian_codebook
-from quantcache.coding.gains import LARGEST_GAIN_CODE, quantize_gain
-from quantcache.coding.gains import dequantize_gain as dequantize_gain
+from quantcache.coding.gains import LARGEST_GAIN_CODE, dequantize_gain, quantize_gain
 from quantcache.coding.packing import BLOCK, MAX_WIDTH, pack, unpack
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import CodecSettings, Coding, SideCalibration

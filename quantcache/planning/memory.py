@@ -141,6 +141,7 @@ def cache_memory(
         residual_length=residual_length,
         element_bytes=element_bytes,
         room=capacity(blocks, first) if form.kind == "spectral" else None,
+        blocks_at_once=form.blocks_at_once,
     )
 
 
@@ -149,8 +150,8 @@ def largest_cache(
 ) -> int:
     """Bytes that a 16-bit model's cache holds at most while it grows to T tokens, in whatever steps.
 
-    Blocks are encoded when 64 tokens have gathered and stores grow by a sixteenth, so that a cache may hold a little
-    more than its size after one update. It never decreases with T.
+    Blocks are encoded when 64 tokens (or those of a longer tile) have gathered and stores grow by a sixteenth, so that
+    a cache may hold a little more than its size after one update. It never decreases with T.
 
     Args:
         form: How the cache is stored.
@@ -171,10 +172,12 @@ def largest_cache(
         group = GROUP if form.bits else None
         bits = int(form.bits or FP8_BITS)
         return predict_quantized(geometry.layers, tokens, bits=bits, group=group, batch=batch, recent=recent).total
-    blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH)
-    full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + 1) - 1 if blocks else tokens
+    once = form.blocks_at_once
+    blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH, once)
+    full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + once) - 1 if blocks else tokens
     layers = coded_layers(form, geometry, calibration)
-    return states + predict_layers(layers, full, batch=batch, room=largest_capacity(blocks)).total
+    room = largest_capacity(blocks)
+    return states + predict_layers(layers, full, batch=batch, room=room, blocks_at_once=once).total
 
 
 def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 from quantcache import Calibration, SpectralCache, backends
 from quantcache.backends import REFERENCE, AttentionCall, CacheView, Fields
 from quantcache.backends.reference import Reference
-from quantcache.coding.codec import SideCodec, SpectralCodec
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError
 from tests.families import FAMILIES, shared_model

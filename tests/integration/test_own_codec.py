@@ -30,6 +30,7 @@ def codecs_of(example: dict[str, Any]) -> Any:
     return example["codecs_of"]
 
 
+@pytest.mark.support("a codec of one's own (BlockCache)")
 def test_the_example_generates_what_a_dense_cache_does(
     example: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +64,7 @@ def logits(model: LlamaForCausalLM, cache: Any, ids: Tensor, chunk: int = 50) ->
     return torch.cat(parts, 1).float()
 
 
+@pytest.mark.support("a codec of one's own (BlockCache)")
 def test_any_attention_reads_it(model: LlamaForCausalLM, codecs_of: Any) -> None:
     ids = torch.arange(230)[None] % 31
     found = {}
@@ -78,6 +80,7 @@ def test_any_attention_reads_it(model: LlamaForCausalLM, codecs_of: Any) -> None
     assert max(error.values()) < 2 * min(error.values()) + 2 * torch.finfo(model.dtype).eps, error
 
 
+@pytest.mark.support("a codec of one's own (BlockCache)")
 def test_operations_on_a_cache(model: LlamaForCausalLM, codecs_of: Any) -> None:
     model.set_attn_implementation("spectral")
     ids = torch.arange(460).view(2, 230) % 31

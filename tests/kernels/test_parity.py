@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -14,6 +15,8 @@ from quantcache.attention.function import spectral_attention
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
+from quantcache_kernels import cpu
+from quantcache_kernels.cpu.library import find
 from tests.helpers import attend_by_kernel, implementation
 from tests.kernels import encoding, truth
 from tests.kernels.cases import (
@@ -26,6 +29,7 @@ from tests.kernels.cases import (
     Case,
     Filled,
     Kernel,
+    codecs,
     fill,
     on_device,
     select,
@@ -117,8 +121,8 @@ def encoded_by_torch(case: Case, side: str) -> tuple[SpectralCodec, Given, dict[
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (CODES | TRELLIS).items()])
 def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, object], None]) -> None:
-    if kernel.leaves(case):
-        pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
+    if kernel.leaves_codes(case):
+        pytest.skip(f"not for {kernel.backend}: {kernel.leaves_codes(case)}")
     theirs = on_device(shared(case).layer, kernel)
     for side in SIDES:
         codec, given, expected = encoded_by_torch(case, side)
@@ -149,9 +153,7 @@ def test_a_path_that_is_not_the_best_is_found(part: str) -> None:
 
 @pytest.mark.parametrize("coding", CODINGS)
 def test_company_does_not_change_codes(kernel: Kernel, coding: Coding) -> None:
-    case = Case(tokens=260, pads=(0, 9), coding=(coding, coding))
-    if kernel.leaves(case):
-        pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
+    case = Case(tokens=260, pads=(0, 9)) if coding == "scalar" else Case(tokens=132, coding=(coding, coding))
     view = on_device(fill(case).layer, kernel).snapshot()
     codec = view.key.codec
     assert codec is not None
@@ -183,6 +185,24 @@ def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) ->
         torch.set_num_threads(before)
     for name, alone in results[0].items():
         assert torch.equal(alone, results[1][name])
+
+
+@pytest.mark.skipif(find()[0] is None, reason=f"no CPU kernels: {find()[1]}")
+def test_operators_take_trellis_constants() -> None:
+    """What a compiled model calls: the constants go through it as tensors and sizes."""
+    codec, (x, places, starts), _ = encoded_by_torch(TRELLIS["trellis"], "key")
+    constants = cpu.make(codec.constants())
+    direct = cpu.encode(x, constants, places, starts)
+    through = torch.ops.quantcache_kernels.cpu_encode(x, places, starts, *constants.flatten())
+    assert all(torch.equal(*pair) for pair in zip(direct, through, strict=True))
+
+
+def test_a_lopsided_union_codebook_is_refused() -> None:
+    given = codecs(TRELLIS["trellis-width3"])["key"].constants()
+    unions = [list(book) for book in given.unions]
+    unions[3][0] -= 1
+    with pytest.raises(ValueError, match="the union codebook of 3 bits is not symmetric about zero"):
+        cpu.make(replace(given, unions=unions))
 
 
 def test_masks_of_their_own_fall_back(kernel: Kernel) -> None:

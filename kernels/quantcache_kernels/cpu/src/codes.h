@@ -75,8 +75,8 @@ QC_INLINE __m256i plane_of(const uint8_t* planes, int low, int byte, __m256i hig
     }
 }
 
-// The levels of codes of 4 high bits and LOW_BITS low bits, each STEP bits apart; with SIGNED, negative where the lowest
-// bit of a step of `negative` is set.
+// The levels of codes of 4 high bits and LOW_BITS low bits, each STEP bits apart; with SIGNED, negative where the
+// lowest bit of a step of `negative` is set.
 template <int LOW_BITS, bool SIGNED = false>
 QC_INLINE void levels_by_bytes(vuint highs, vuint lows, const uint8_t* planes, float* out, vuint negative = vuint{}) {
     // Of each four lanes, bring the first bytes together, then the second bytes, and so on.
@@ -176,7 +176,7 @@ QC_INLINE vuint spread_subsets(const uint32_t* path) {
 #endif
 
 #if defined(QC_AVX2)
-// path_levels for WIDTH 4 to 7: union codebooks are odd, so that half of one, looked up byte by byte, and a sign will do.
+// path_levels for WIDTH 4 to 7: union codebooks are odd, so half of one, looked up byte by byte, and a sign will do.
 template <int WIDTH> QC_INLINE void path_levels_by_bytes(const uint32_t* words, const uint8_t* planes, float* out) {
     constexpr int LOW_BITS = WIDTH - 4; // of a place in the upper half
     const vuint subsets = spread_subsets(words + 2 * (WIDTH - 1));

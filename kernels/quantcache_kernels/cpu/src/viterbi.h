@@ -1,5 +1,5 @@
-// Encoding with a trellis: of all paths through a block's 64 tokens the one of least weighted squared error, by Viterbi's
-// algorithm. See quantcache/trellis.py for the code.
+// Encoding with a trellis: of all paths through a block's 64 tokens the one of least weighted squared error, by
+// Viterbi's algorithm. See quantcache/coding/trellis.py for the code.
 //
 // Every token's error in each subset is found with tokens in the lanes, because the codebook is that of a coefficient's
 // width; the search then has coefficients in the lanes, of whatever widths.
