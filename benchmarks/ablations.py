@@ -19,7 +19,7 @@ import torch
 from ablation_codecs import AnchorCodec, GainCodec, codec_cache, fitted_books, with_books
 from ablation_statistics import ANCHORS, FRAMES, SEQUENCE, WAVELENGTHS, AblationStatistics, Choice, gather
 from fidelity import CHUNK, SINKS, read, tokenized
-from records import ROOT, Run, write_record
+from records import ROOT, Run, suite_of, write_record
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -38,6 +38,7 @@ from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES
 from quantcache.common import compat
+from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import Method, measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import model_sha256
@@ -195,7 +196,7 @@ def main() -> None:
             "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
         },
     }
-    suite = "ablations" if name == BUNDLED_MODEL else f"ablations-{name}"
+    suite = suite_of("ablations", options.model)
     run = Run(suite, {**settings, "max_tokens": options.max_tokens})
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     out = Console(width=None if sys.stdout.isatty() else 120)
@@ -224,7 +225,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default=BUNDLED_MODEL, help="folder or Hub id; the record's suite is named after it")
+    parser.add_argument("--model", default=BUNDLED_MODEL, help=f"{MODEL_HELP} The record's suite is named after it.")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="ablations to run; all by default")
     parser.add_argument("--bits", dest="rates", type=float, nargs="+", default=[2.0, 3.0, 4.0], help="mean code widths")
     parser.add_argument("--context", type=int, help=f"tokens in a window; by default {SEQUENCE} or the model's limit")

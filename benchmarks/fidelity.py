@@ -1,4 +1,4 @@
-"""What compressing wiki11m's cache does to its predictions: every method on the same text.
+"""What compressing a model's cache does to its predictions: every method on the same text.
 
 Parts: all methods with a residual window and without; all with the sinks and the residual that their authors
 recommend; a choice of them at shorter contexts, and on WikiText-2 in sliding windows; ours on models with quantized
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from records import ROOT, Run, write_record
+from records import ROOT, Run, suite_of, write_record
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -30,8 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache import Calibration, calibrate, data
 from quantcache.cli.session import load_model
 from quantcache.common import compat
+from quantcache.common.sources import MODEL_HELP
+from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
 from quantcache.evaluation.methods import RECIPES, RivalStatistics
+from quantcache.evaluation.provenance import model_sha256
 from quantcache.evaluation.weights import KINDS, quantize_weights, weights_library
 
 BITS = 3.0
@@ -80,14 +83,16 @@ class Part:
 def main() -> None:
     """Measure, print a table for each part and write a record."""
     options = parse_arguments()
-    model, tokenizer = load_model("wiki11m", device="cpu", dtype="float32")
+    model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
+    suite = suite_of("fidelity", options.model)
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
     evaluation_text, evaluation_source = read("wiki_eval.txt", data.evaluation_text)
     if calibration_text == evaluation_text:
         sys.exit("error: calibration and evaluation text are the same")
     parts = make_parts(options, model, tokenizer, evaluation_text)
     settings: dict[str, Any] = {
-        "model": "wiki11m",
+        "model": Path(options.model).name,
+        "model_sha256": model_sha256(model),
         "dtype": "float32",
         "bits": BITS,
         "context": options.context,
@@ -123,7 +128,7 @@ def main() -> None:
         asked["calibration"] = hashlib.sha256(
             (options.calibration / "calibration.safetensors").read_bytes()
         ).hexdigest()
-    run = Run("fidelity", {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
+    run = Run(suite, {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     statistics = text_statistics(model, tokenizer, calibration_text, options.calibration_tokens)
@@ -136,7 +141,7 @@ def main() -> None:
         for part in parts:
             metrics[part.name] = measure_part(part, model, calibration, statistics, run, bar)
             out.print(table(part.name, metrics[part.name]))
-    path = write_record("fidelity", settings, metrics, run.git)
+    path = write_record(suite, settings, metrics, run.git)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
@@ -144,6 +149,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=BUNDLED_MODEL, help=f"{MODEL_HELP} The record's suite is named after it.")
     parser.add_argument("--methods", default="all", help="comma-separated")
     parser.add_argument("--choice", default=CHOICE, help="methods for other contexts and WikiText-2")
     parser.add_argument("--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths")
@@ -236,7 +242,7 @@ def measure_part(
         if missing := weights_library(part.weights)[2]:
             status = f"unsupported: {missing}"
             return {m.name: FidelityResult(m.family, m.simulated, status).to_dict() for m in methods}
-        model, _ = load_model("wiki11m", device="cpu", dtype="float32")
+        model, _ = load_model(model.config._name_or_path, device="cpu", dtype="float32")
         quantize_weights(model, part.weights)
     batches = [methods[i : i + BATCH] for i in range(0, len(methods), BATCH)]
     windows = len(part.tokens.unfold(0, part.context, part.stride or part.context))

@@ -16,6 +16,7 @@ from typing import Any
 
 from quantcache.common.env import environment
 from quantcache.common.jsonfile import to_json, write_json
+from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import record as record_schema
 from quantcache.evaluation.cells import Cells
 
@@ -126,6 +127,19 @@ def machine_name(record: dict[str, Any]) -> str:
     else:
         name = f"{record['cpu']['name'] or 'cpu'} {record['cpu']['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def suite_of(suite: str, model: str) -> str:
+    """The name under which a model's record is kept.
+
+    Args:
+        suite: What is measured.
+        model: The model, as it was given.
+
+    Returns:
+        The suite's own name for the bundled model, and one with the model's name behind it for others.
+    """
+    return suite if model == BUNDLED_MODEL else f"{suite}-{Path(model).name}"
 
 
 def write_record(

@@ -1,4 +1,4 @@
-"""What a compressed cache costs and saves beside its predictions: every suite of ``quantcache eval`` on wiki11m.
+"""What a compressed cache costs and saves beside its predictions: every suite of ``quantcache eval`` on a model.
 
 Needle retrieval, routing, transfer between domains and lengths, question answering, memory, speed and speculative
 decoding, in one record. An interrupted run goes on behind the last finished cell.
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fidelity import SHARED, SINKS, calibrated, read
-from records import ROOT, Run, write_record
+from records import ROOT, Run, suite_of, write_record
 from rich.console import Console
 
 from quantcache import Calibration, data
 from quantcache.cli.eval_tables import tables
 from quantcache.cli.session import load_model, progress_bar, show_cells
+from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import runner
 from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
@@ -36,7 +37,7 @@ QUESTIONS = "xquad_en.json"
 def main() -> None:
     """Measure, print the tables and write a record."""
     options = parse_arguments()
-    model, tokenizer = load_model(BUNDLED_MODEL, device="cpu", dtype="float32")
+    model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
     text, source = read("wiki_eval.txt", data.evaluation_text)
     plan = Plan(
@@ -52,7 +53,7 @@ def main() -> None:
     domains = {path.stem: path.read_text(encoding="utf-8") for name in DOMAINS if (path := SHARED / name).is_file()}
     questions = load_questions(SHARED / QUESTIONS) if (SHARED / QUESTIONS).is_file() else None
     settings: dict[str, Any] = {
-        "model": BUNDLED_MODEL,
+        "model": Path(options.model).name,
         "model_sha256": model_sha256(model),
         "dtype": "float32",
         **{name: value for name, value in plan.to_dict().items() if name != "needle_form"},
@@ -64,7 +65,8 @@ def main() -> None:
         None if options.calibration is None else calibration_sha256(Calibration.from_pretrained(options.calibration))
     )
     decides = {"calibration": given, "calibration_tokens": options.calibration_tokens, "metric": options.metric}
-    run = Run("suites", {**settings, **decides, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
+    suite = suite_of("suites", options.model)
+    run = Run(suite, {**settings, **decides, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     settings["calibration"] = {**calibration.metadata.recipe, "source": calibration_source, "seconds": seconds}
@@ -82,9 +84,9 @@ def main() -> None:
         show_cells(run.cells, bar)
         metrics = runner.run(material, plan, run.cells)
     out = Console(width=None if sys.stdout.isatty() else 160)
-    for shown in tables({"metrics": metrics, "model": BUNDLED_MODEL, "sinks": SINKS, "dtype": "float32"}):
+    for shown in tables({"metrics": metrics, "model": settings["model"], "sinks": SINKS, "dtype": "float32"}):
         out.print(shown)
-    path = write_record("suites", settings, metrics, run.git)
+    path = write_record(suite, settings, metrics, run.git)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
@@ -92,6 +94,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=BUNDLED_MODEL, help=f"{MODEL_HELP} The record's suite is named after it.")
     parser.add_argument("--suites", nargs="+", default=list(MEASURED), choices=MEASURED)
     parser.add_argument("--methods", default=METHODS, help="comma-separated")
     parser.add_argument(

@@ -271,6 +271,8 @@ def test_wheel_holds_both_packages_and_the_data(wheel: zipfile.ZipFile) -> None:
         "quantcache/data/calibrations/recipes/wiki11m.yaml",
         "quantcache/data/calibrations/wiki11m/calibration.safetensors",
         "quantcache/data/calibrations/wiki11m/calibration_config.json",
+        "quantcache/data/calibrations/smollm2-135m/calibration.safetensors",
+        "quantcache/data/calibrations/smollm2-135m/calibration_config.json",
         "quantcache/data/texts/wiki_calibration.txt",
         "quantcache/data/texts/wiki_evaluation.txt",
         "quantcache/data/texts/NOTICE.md",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcache import data
+from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
 from quantcache.common.errors import ArtifactError
 from quantcache.common.jsonfile import read_json
 
@@ -22,8 +23,8 @@ class IndexEntry:
     """One published calibration.
 
     Attributes:
-        model: Hub id of the model calibrated, or ``wiki11m``.
-        revision: Its commit; None where the model comes with quantcache.
+        model: Hub id of the model calibrated, or a name of ours, such as ``wiki11m``.
+        revision: Its commit; None where the model has none, like those of installed packages.
         repo: The artifact's repository, or None.
         artifact_revision: Commit of the repository that holds the artifact.
         folder: The artifact's folder where it comes with the index, or None.
@@ -57,6 +58,12 @@ class IndexEntry:
 def bundled_index() -> Path:
     """The index that comes with quantcache, ``calibrations/index.json``."""
     return data.calibrations_path() / INDEX_NAME
+
+
+def bundled_calibrations() -> tuple[str, ...]:
+    """Names of the models whose calibrations come with quantcache, those of the index that have a folder."""
+    entries = read_index(bundled_index(), (CONFIG_NAME, TENSORS_NAME))
+    return tuple(dict.fromkeys(entry.model for entry in entries if entry.folder is not None))
 
 
 def read_index(path: Path, names: tuple[str, ...]) -> list[IndexEntry]:
@@ -116,7 +123,7 @@ def find_entry(entries: list[IndexEntry], model: str, revision: str | None) -> I
 
     Args:
         entries: Entries of an index.
-        model: Hub id, or ``wiki11m``.
+        model: Hub id, or a name of ours.
         revision: Its commit; None takes the last entry of the model.
 
     Returns:

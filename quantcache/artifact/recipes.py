@@ -30,7 +30,7 @@ class Recipe:
     """How to calibrate one model.
 
     Attributes:
-        model: Folder, Hub id, or ``wiki11m``.
+        model: Folder, GGUF file, Hub id, or a name such as ``wiki11m``.
         revision: Branch, tag or commit of the model; None for its default branch.
         text: ``{"bundled": NAME, "sha256": ...}``, or ``{"files": {PATH: SHA256}}`` relative to the recipe.
         tokens: Tokens to use at most.

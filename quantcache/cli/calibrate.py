@@ -24,6 +24,7 @@ from quantcache.cli.session import (
     session,
 )
 from quantcache.common.errors import HubError
+from quantcache.common.sources import MODEL_HELP
 
 if TYPE_CHECKING:
     from quantcache.artifact.calibration import Calibration, SideBits
@@ -36,7 +37,7 @@ def calibrate(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one. A recipe names its model.",
+            help=f"{MODEL_HELP} A recipe names its model.",
         ),
     ] = None,
     text: Annotated[

@@ -2,21 +2,87 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from quantcache.cli.session import DebugFlag, JsonFlag, session
+from quantcache.cli.session import DebugFlag, JsonFlag, find_model, load_calibration, session
+from quantcache.common.sources import MODEL_HELP
+from quantcache.data import BUNDLED_MODEL
 
 
-def demo(json: JsonFlag = False, debug: DebugFlag = False) -> None:
-    """Compress the cache of the bundled model and show what it costs. Needs no network."""
+def demo(
+    model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)] = BUNDLED_MODEL,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration", "-c", metavar="ARTIFACT", help="Folder or Hub id. Default: the published one of the model."
+        ),
+    ] = None,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Compress the cache of the bundled model and show what it costs. Needs no network.
+
+    Any other model must chat: it reads an article, and answers questions about it from a dense and a packed cache.
+
+    Example: quantcache demo --model smollm2-135m
+    """
     with session(json, debug) as run:
-        from quantcache.evaluation.demo import run_demo
+        if model == BUNDLED_MODEL:
+            if calibration is not None:
+                raise ValueError(f"the demo calibrates {BUNDLED_MODEL} itself: leave --calibration out")
+            from quantcache.evaluation.demo import run_demo
 
-        data = run_demo()
-        run.finish(data, _table(data), _texts(data))
+            data = run_demo()
+            run.finish(data, _table(data), _texts(data))
+            return
+        from quantcache.artifact.calibration import Calibration
+
+        constants = Calibration.for_model(model) if calibration is None else load_calibration(calibration)
+        source = find_model(model)
+
+        from quantcache.evaluation.chat_demo import run_chat_demo
+
+        data = run_chat_demo(model, source, constants)
+        run.finish(data, _chat_table(data), _chat(data))
+
+
+def _chat_table(data: dict[str, Any]) -> Table:
+    tokens, dense, packed = data["cached_tokens"], data["dense"], data["spectral"]
+    slow = " Dense attention runs in bfloat16 here, which many CPUs do slowly." if data["device"] == "cpu" else ""
+    table = Table(
+        "",
+        "dense cache",
+        "spectral cache",
+        title=f"{data['model']} in {data['dtype']} has read the article {data['article']!r}",
+        caption=f"Sizes: {tokens:,} cached tokens; the calibration's constants ({data['constants_bytes']:,} bytes) are "
+        f"shared by all caches. Speeds are those of this run on this machine.{slow} It took {data['seconds']:.0f} s.",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row(
+        "bytes", f"{dense['bytes']:,}", f"{packed['bytes']:,} ({dense['bytes'] / packed['bytes']:.2f}× smaller)"
+    )
+    table.add_row("bits per encoded element", "16", f"{data['bits_per_element']:.3f}")
+    table.add_row("including sinks and recent tokens", "16", f"{data['bits_per_element_total']:.3f}")
+    for what in ("reading", "answering"):
+        speeds = [side[f"{what}_tokens_per_second"] for side in (dense, packed)]
+        table.add_row(f"tokens per second, {what}", *("" if speed is None else f"{speed:.1f}" for speed in speeds))
+    return table
+
+
+def _chat(data: dict[str, Any]) -> Text:
+    text = Text()
+    for asked in data["questions"]:
+        text.append(f"\n{asked['question']}\n", style="bold")
+        for kind in ("dense", "spectral"):
+            verdict = "right" if asked[f"right_{kind}"] else f"wrong, it is {', '.join(asked['fact'])}"
+            answer = " ".join(asked[f"answer_{kind}"].split())
+            text.append(f"  {kind} cache: {answer} [{verdict}]\n")
+    return text
 
 
 def _table(data: dict[str, Any]) -> Table:

@@ -19,14 +19,13 @@ from quantcache.cli.session import (
     JsonFlag,
     ModelArgument,
     RevisionOption,
+    find_model,
     load_calibration,
     progress_bar,
     quiet_unless_watched,
-    require_folder,
     session,
 )
 from quantcache.common.errors import HubError
-from quantcache.data import BUNDLED_MODEL
 
 
 def export(
@@ -52,10 +51,8 @@ def export(
     """
     with session(json, debug) as run, ending_on_signals():
         rows = None if metrics is None else read_metrics(metrics)
-        if model != BUNDLED_MODEL:
-            require_folder(model)
+        source = find_model(model)
 
-        from quantcache import data
         from quantcache.artifact import hub
         from quantcache.export import export_checkpoint
 
@@ -66,7 +63,7 @@ def export(
         with quiet_unless_watched(), progress_bar() as bar:
             task = bar.add_task("exporting", total=None)
             report = export_checkpoint(
-                data.demo_model_path() if model == BUNDLED_MODEL else model,
+                source,
                 constants,
                 output,
                 basis=basis,  # type: ignore[arg-type]

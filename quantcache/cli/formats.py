@@ -14,9 +14,10 @@ from quantcache.cli.session import (
     JsonFlag,
     RevisionOption,
     TrustOption,
-    require_folder,
+    find_model,
     session,
 )
+from quantcache.common.sources import CONFIG_HELP
 from quantcache.data import BUNDLED_MODEL
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ RecordsOption = Annotated[
 
 
 def formats(
-    model: Annotated[
-        str, typer.Option(metavar="MODEL", help="Folder, config.json or Hub id; 'wiki11m' is the bundled one.")
-    ] = BUNDLED_MODEL,
+    model: Annotated[str, typer.Option(metavar="MODEL", help=CONFIG_HELP)] = BUNDLED_MODEL,
     records: RecordsOption = None,
     sort: Annotated[
         str | None, typer.Option(metavar="COL", help="format, bits, bytes, kl, agreement or speed; the best first.")
@@ -60,7 +59,7 @@ def formats(
         from quantcache.planning import table
         from quantcache.planning.geometry import load_config, read_geometry
 
-        require_folder(model)
+        find_model(model)
         measurements = load_measurements(records)
         geometry = read_geometry(load_config(model, revision, trust_remote_code))
         found = table.sort(table.select(table.rows(geometry, model, measurements), filters or ()), sort)

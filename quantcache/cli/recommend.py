@@ -14,12 +14,13 @@ from quantcache.cli.session import (
     JsonFlag,
     RevisionOption,
     TrustOption,
+    find_model,
     load_calibration,
-    require_folder,
     session,
 )
 from quantcache.common.defaults import PREFILL_CHUNK
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sources import CONFIG_HELP
 
 if TYPE_CHECKING:
     from quantcache.planning.demand import Candidate, Recommendation
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 def recommend(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="Folder, config.json or Hub id of a decoder-only model; a config is enough."
-        ),
+        typer.Argument(metavar="MODEL", help=f"{CONFIG_HELP} A config is enough."),
     ],
     memory: Annotated[str, typer.Option(metavar="SIZE", help="24GB (1000³ bytes) or 24GiB (1024³ bytes).")],
     context: Annotated[str, typer.Option(metavar="TOKENS", help="Cached tokens of each row; 128K is 131,072.")],
@@ -78,7 +77,7 @@ def recommend(
             chunk=prefill_chunk,
         )
         demand.check()
-        require_folder(model)
+        find_model(model)
         measurements = load_measurements(records)
         found = planning.recommend(
             planning.model_sizes(load_config(model, revision, trust_remote_code)),

@@ -21,7 +21,7 @@ from quantcache.common.interrupts import INTERRUPTED, Interrupted
 from quantcache.common.jsonfile import to_json
 from quantcache.common.jsonfile import write_json as write_json  # verbs and benchmarks find it here
 from quantcache.common.plaintext import read_utf8
-from quantcache.data import BUNDLED_MODEL
+from quantcache.common.sources import MODEL_HELP, is_gguf, model_source, source_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,10 +33,16 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object an
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Folder or Hub id of a decoder-only model; 'wiki11m' is the bundled one."),
+    typer.Argument(metavar="MODEL", help=MODEL_HELP),
 ]
 CalibrationOption = Annotated[
-    str, typer.Option("--calibration", "-c", metavar="ARTIFACT", help="Folder or Hub id of the model's calibration.")
+    str,
+    typer.Option(
+        "--calibration",
+        "-c",
+        metavar="ARTIFACT",
+        help="Folder or Hub id of the model's calibration, or the name of a model whose calibration comes along.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:N, or 'auto' to spread over devices. Default: cuda if there is one.")
@@ -183,7 +189,7 @@ def load_calibration(name: str) -> Calibration:
     """Load a calibration; an error says what was looked for.
 
     Args:
-        name: Folder or Hub id.
+        name: Folder, Hub id, or a model whose calibration comes with quantcache.
 
     Returns:
         The calibration.
@@ -192,8 +198,11 @@ def load_calibration(name: str) -> Calibration:
         QuantCacheError: There is none, or it is malformed.
     """
     from quantcache.artifact.calibration import Calibration
+    from quantcache.artifact.index import bundled_calibrations
 
     require_folder(name)
+    if not os.path.isdir(name) and name in bundled_calibrations():
+        return Calibration.for_model(name)
     try:
         return Calibration.from_pretrained(name)
     except (HubError, OSError, ValueError) as error:
@@ -215,7 +224,7 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        name: Folder, Hub id, or ``wiki11m``.
+        name: Folder, GGUF file, Hub id, or a name that :mod:`quantcache.common.sources` knows.
         attention: Attention implementation; transformers' choice if None.
         device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
         dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
@@ -236,12 +245,8 @@ def load_model(
 
     import quantcache  # registers the attention
     from quantcache.common import compat
-    from quantcache.data import demo_model_path
 
     del quantcache
-    bundled = name == BUNDLED_MODEL
-    if not bundled:
-        require_folder(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "auto":
@@ -256,7 +261,7 @@ def load_model(
         dtype = "float32" if device.startswith("cpu") else "auto"
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
-    source = demo_model_path() if bundled else name
+    source = find_model(name)
     more: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet_unless_watched(), _naming(name):
         config = AutoConfig.from_pretrained(source, **more)
@@ -277,9 +282,29 @@ def load_model(
                 raise
             message = f"transformers has no causal language model of type {config.model_type}"
             raise UnsupportedModel(message) from error  # the original names every model it knows
-    if bundled:
-        model.config._name_or_path = BUNDLED_MODEL  # artifacts name it instead of a folder of this machine
+    ours = source_name(source)
+    if ours is not None:
+        model.config._name_or_path = ours  # artifacts name it instead of a folder of this machine
     return model.eval(), tokenizer
+
+
+def find_model(name: str) -> str | Path:
+    """Find a model's files before anything else is done; of a GGUF file, say that it is being converted.
+
+    Args:
+        name: What the user calls the model.
+
+    Returns:
+        What ``from_pretrained`` takes.
+
+    Raises:
+        QuantCacheError: It is of a package that is not installed, or a GGUF file that cannot be converted.
+        FileNotFoundError: There is no such folder or file.
+    """
+    if not is_gguf(name):
+        require_folder(name)
+    with quiet_unless_watched():
+        return model_source(name, on_convert=lambda what: report("note", what))
 
 
 def require_folder(name: str) -> None:

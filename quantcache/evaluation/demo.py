@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -155,28 +155,31 @@ def _use(
 def _load() -> tuple[Any, PreTrainedModel, PreTrainedModel]:
     """Tokenizer and model, in float32 and in bfloat16: many CPUs take minutes for a backward pass in the latter."""
     path = data.demo_model_path()
-    with _without_loading_bar():
+    with without_loading_bar():
         tokenizer = AutoTokenizer.from_pretrained(path)
         exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="spectral").eval()
-    _multiply_in_float32(model)
+    multiply_in_float32(model)
     return tokenizer, exact, model
 
 
-def _multiply_in_float32(model: PreTrainedModel) -> None:
+def multiply_in_float32(model: PreTrainedModel) -> None:
     """Spare CPUs their bfloat16 matrix products, which many of them do ten times slower than float32 ones.
 
     Inputs, weights and outputs stay rounded to bfloat16 and sums are taken in float32, as hardware with bfloat16
     products does; only the order of summation differs.
+
+    Args:
+        model: Its linear layers are changed.
     """
 
-    def make(weight: Tensor) -> Any:
-        return lambda x: nn.functional.linear(x.float(), weight).to(x.dtype)
+    def make(weight: Tensor, bias: Tensor | None) -> Any:
+        return lambda x: nn.functional.linear(x.float(), weight, bias).to(x.dtype)
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            assert module.bias is None
-            module.forward = make(module.weight.detach().float())
+            bias = None if module.bias is None else module.bias.detach().float()
+            cast(Any, module).forward = make(module.weight.detach().float(), bias)
 
 
 def _plant(tokenizer: Any, haystack: Tensor, code: str) -> tuple[Tensor, Tensor]:
@@ -213,7 +216,12 @@ def _continue(model: Any, tokenizer: Any, tokens: Tensor, cache: Cache, count: i
 
 
 @contextmanager
-def _without_loading_bar() -> Iterator[None]:
+def without_loading_bar() -> Iterator[None]:
+    """Spare the reader transformers' progress bars.
+
+    Yields:
+        Nothing.
+    """
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()

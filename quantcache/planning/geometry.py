@@ -13,7 +13,7 @@ from quantcache.accounting.memory import LayerSize, SideSize
 from quantcache.artifact import cache_layout, tracing
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.data import BUNDLED_MODEL, demo_model_path
+from quantcache.common.sources import model_source
 
 Basis = Literal["traced", "declared"]
 
@@ -48,7 +48,7 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
     """The config of a model.
 
     Args:
-        name: A ``config.json``, a folder that has one, a Hub id, or ``wiki11m``.
+        name: A ``config.json``, a folder that has one, a GGUF file, a Hub id, or ``wiki11m`` and its like.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Allow model code from the Hub.
 
@@ -58,7 +58,7 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
     Raises:
         QuantCacheError: There is none, it cannot be read, or it is an encoder-decoder's.
     """
-    source = demo_model_path() if str(name) == BUNDLED_MODEL else name
+    source = model_source(name)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

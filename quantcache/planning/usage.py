@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import textwrap
 
-from quantcache import data
+from quantcache.artifact.index import bundled_calibrations
+from quantcache.common.sources import PACKAGED, is_gguf
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.methods.installed import OPTIONS
 from quantcache.planning.formats import Format
@@ -49,8 +50,8 @@ def commands(form: Format, model: str, calibration: str | None) -> list[str]:
         return []
     name = shlex.quote(model)
     found = []
-    if calibration is None and model == BUNDLED_MODEL:
-        calibration = str(data.calibrations_path() / BUNDLED_MODEL)
+    if calibration is None and model in bundled_calibrations():
+        calibration = model
     if calibration is None:
         found.append(f"quantcache calibrate {name} --text YOUR_TEXT.txt -o calibration/")
     artifact = shlex.quote(calibration or "calibration/")
@@ -84,15 +85,15 @@ def python_lines(
     Returns:
         A program that generates from one short prompt in every row.
     """
-    bundled = model == BUNDLED_MODEL
+    found_by_us = model == BUNDLED_MODEL or model in PACKAGED or is_gguf(model)
     names = [loader, "AutoTokenizer"]
     extra, loading = _LOADING.get(weights, ("", ""))
     ours: list[str] = []
     cache = ""
     if form.kind == "spectral":
-        if calibration is None and bundled:
+        if calibration is None and model in bundled_calibrations():
             ours.append("from quantcache import Calibration, SpectralCache")
-            source = f'Calibration.for_model("{BUNDLED_MODEL}")'
+            source = f'Calibration.for_model("{model}")'
             cache = f"cache = SpectralCache({source}, model.config, bits={form.bits:g})"
         else:
             ours.append("from quantcache import SpectralCache")
@@ -105,8 +106,8 @@ def python_lines(
         cache = f"cache = QuantizedCache({', '.join(arguments)})"
     if loading:
         names.append(loading.partition("(")[0])
-    if bundled:
-        ours.append("from quantcache.data import demo_model_path")
+    if found_by_us:
+        ours.append("from quantcache.common.sources import model_source")
     lines = [extra] if extra else []
     lines.append(f"from transformers import {', '.join(sorted(names))}")
     lines += ["", *ours] if ours else []
@@ -117,7 +118,7 @@ def python_lines(
     keep = "past_key_values=cache, " if cache else ""
     lines += [
         "",
-        f"name = {'demo_model_path()' if bundled else repr(model)}{comment}",
+        f"name = {f'model_source({model!r})' if found_by_us else repr(model)}{comment}",
         f"model = {loader}.from_pretrained({', '.join(load)})",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         *([cache] if cache else []),

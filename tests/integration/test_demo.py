@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from quantcache import data
+from quantcache.artifact.calibration import Calibration
 from quantcache.cli import main
-from quantcache.evaluation import demo
+from quantcache.cli.demo import _chat, _chat_table
+from quantcache.common.errors import QuantCacheError
+from quantcache.evaluation import chat_demo, demo
+from tests.helpers import Run
 
 SMALL = demo.DemoSettings(calibration_tokens=1536, context=768, recall_context=1300, windows=1, new_tokens=6)
 
@@ -37,3 +44,59 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert result["text_spectral"]
     assert (result["context"], result["evaluated_tokens"]) == (768, 768)
     assert result["seconds"] > 0
+
+
+TALK = chat_demo.ChatSettings(
+    article="Shovelware", questions=(("What is shovelware?", ()), ("Since when?", ("no such words",))), new_tokens=3
+)
+
+
+@pytest.fixture
+def chatting(tmp_path: Path) -> Path:
+    """The bundled model with a chat template, and without its unused room for more tokens."""
+    folder = tmp_path / "chatting"
+    shutil.copytree(data.demo_model_path(), folder)
+    template = "{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_chat_demo(monkeypatch: pytest.MonkeyPatch, chatting: Path, run: Run) -> None:
+    monkeypatch.setattr(chat_demo, "run_chat_demo", functools.partial(chat_demo.run_chat_demo, settings=TALK))
+    status, out, err = run("demo", "--model", chatting, "-c", "wiki11m", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    dense, packed = found["dense"], found["spectral"]
+    assert found["cached_tokens"] > 600
+    assert dense["bytes"] == found["cached_tokens"] * 6 * 2 * 64 * 2 * 2  # bfloat16
+    assert packed["bytes"] * 2.5 < dense["bytes"]
+    assert found["bits_per_element"] == pytest.approx(3.125)
+    for side in (dense, packed):
+        assert 0 < found["cached_tokens"] / side["reading_tokens_per_second"] < found["seconds"]
+        assert 0 < 1 / side["answering_tokens_per_second"] < found["seconds"]
+    first, second = found["questions"]
+    assert first["answer_dense"]
+    assert first["answer_spectral"]
+    assert first["right_dense"]
+    assert first["right_spectral"]
+    assert not second["right_dense"]
+    assert not second["right_spectral"]
+    assert "wrong, it is no such words" in _chat(found).plain
+    assert [column.header for column in _chat_table(found).columns] == ["", "dense cache", "spectral cache"]
+
+
+def test_chat_demo_refuses(run: Run, chatting: Path) -> None:
+    (chatting / "chat_template.jinja").unlink()
+    for arguments, message in (
+        ((chatting, "-c", "wiki11m"), f"{chatting} has no chat template: the demo needs a model that chats"),
+        (("owner/model",), "the index has no calibration of owner/model; it has wiki11m, smollm2-135m"),
+        (("wiki11m", "-c", "wiki11m"), "the demo calibrates wiki11m itself: leave --calibration out"),
+    ):
+        status, _, err = run("demo", "--model", *arguments)
+        assert (status, err.splitlines()[-1]) == (1, f"error: {message}")
+
+
+def test_chat_demo_needs_room(chatting: Path) -> None:
+    with pytest.raises(QuantCacheError, match=r"the demo's context \d+ exceeds the model's limit of \d+ positions"):
+        chat_demo.run_chat_demo("x", chatting, Calibration.for_model("wiki11m"), chat_demo.ChatSettings())

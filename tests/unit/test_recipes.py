@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
@@ -154,6 +154,24 @@ def test_the_bundled_calibration(demo_model: PreTrainedModel) -> None:
         assert (made["tokens"], made["seed"], made["metric"]) == (recipe.tokens, recipe.seed, recipe.metric)
         assert made["seq_len"] == recipe.seq_len
         assert recipe.text["sha256"] in made["text_sha256"]
+
+
+def test_the_calibration_of_smollm2() -> None:
+    """It was made by its recipe, and is of the model that the recipe names."""
+    calibration, recipe = Calibration.for_model("smollm2-135m"), load_recipe("smollm2-135m")
+    made = calibration.metadata.recipe
+    assert [made[name] for name in ("tokens", "seed", "metric", "seq_len", "dtype")] == [
+        recipe.tokens, recipe.seed, recipe.metric, recipe.seq_len, recipe.dtype
+    ]  # fmt: skip
+    assert recipe.text["sha256"] in made["text_sha256"]
+    assert calibration.bits == pytest.approx(recipe.bits)
+    assert calibration.metadata.base_model["id"] == recipe.model
+    assert "fingerprint" in calibration.metadata.base_model
+    calibration.check_compatible(
+        LlamaConfig(
+            hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, rope_theta=100_000.0
+        )
+    )
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from quantcache.common.compat.layers import tokens_to_remove as tokens_to_remove
 from quantcache.common.compat.models import auto_class as auto_class
 from quantcache.common.compat.models import input_device as input_device
 from quantcache.common.compat.models import is_encoder as is_encoder
+from quantcache.common.compat.models import load_gguf as load_gguf
 from quantcache.common.compat.models import model_id as model_id
 from quantcache.common.compat.models import model_revision as model_revision
 from quantcache.common.compat.models import position_limit as position_limit

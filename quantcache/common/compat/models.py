@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from quantcache.common.errors import UnsupportedModel
-from quantcache.data import demo_model_path
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from quantcache.common.sources import source_name
 
 
 def versions() -> dict[str, str]:
@@ -74,6 +85,64 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if images else AutoModelForCausalLM
 
 
+def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a GGUF file.
+
+    Args:
+        file: All of it in one file.
+
+    Returns:
+        The model in float32, and its tokenizer.
+
+    Raises:
+        UnsupportedModel: It is an encoder-decoder model.
+        QuantCacheError: Weights are missing in the file, or of other shapes: transformers would draw them at random.
+    """
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    more: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions may keep the weights packed
+        more["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
+    with _quiet():
+        config = AutoConfig.from_pretrained(**source)
+        require_decoder(config)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        loaded, found = auto_class(config).from_pretrained(
+            **source, **more, dtype=torch.float32, output_loading_info=True
+        )
+    for problem in ("missing", "mismatched"):
+        names = sorted(map(str, found.get(f"{problem}_keys") or ()))
+        if names:
+            raise QuantCacheError(f"{len(names)} weights are {problem}, such as {names[0]}")
+    for kind in (
+        "bos",
+        "eos",
+        "pad",
+    ):  # versions that go by the class of the tokenizer instead of the file get them wrong
+        wanted = getattr(config, f"{kind}_token_id", None)
+        if isinstance(wanted, int) and getattr(tokenizer, f"{kind}_token_id") != wanted:
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(wanted))
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        plain = type(loaded)(config)  # what was loaded counts as quantized, and cannot be saved
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    return plain, tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Spare the user what transformers says of a GGUF file: every key that it has no use for, and a bar if unwanted."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        wanted = transformers.logging.is_progress_bar_enabled()
+        with contextlib.nullcontext() if wanted else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
 def position_limit(config: PreTrainedConfig) -> int | None:
     """How many positions a model was made for.
 
@@ -106,12 +175,12 @@ def model_id(model: PreTrainedModel) -> str:
         model: The model.
 
     Returns:
-        Its Hub id, or the name of its folder; ``wiki11m`` for the bundled model, wherever it is installed.
+        Its Hub id, or the name of its folder; ``wiki11m`` and the names of ``quantcache[real]`` for those models,
+        wherever they are installed.
     """
     name = str(getattr(model.config, "_name_or_path", "") or "")
     if os.path.isdir(name):
-        bundled = demo_model_path()
-        return bundled.name if Path(name).resolve() == bundled.resolve() else Path(name).resolve().as_posix()
+        return source_name(name) or Path(name).resolve().as_posix()
     return name
 
 
