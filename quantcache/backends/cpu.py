@@ -40,7 +40,10 @@ class CpuBackend(Backend):
         """Attend with one call of the library."""
         assert isinstance(view.key.codec, SpectralCodec)
         assert isinstance(view.value.codec, SpectralCodec)
-        blocks = cpu.Blocks(*view.packed(), view.places, view.starts, view.encoded_end)
+        blocks = view.prepared.get(self.name)
+        if blocks is None:
+            blocks = cpu.Blocks(*view.packed(), view.places, view.starts, view.encoded_end)
+            view.prepared[self.name] = blocks
         return cpu.attend(
             query, constants(view.key.codec), constants(view.value.codec), blocks, view.dense_parts(), call
         )
