@@ -77,8 +77,7 @@ class CacheView:
         backend: Who attends on the blocks, and in whose layout they are; None before the first block.
         report: Where the backend says which calls it left to plain torch.
         flush: To be called when the new tokens have been read: the layer may then encode.
-        prepared: What backends have made of the blocks and sinks, by name of the backend; shared with other views of the
-            same.
+        prepared: What backends have made of the blocks and sinks, by name; all views of these share it.
         touched: Sides that were asked for as tensors.
     """
 

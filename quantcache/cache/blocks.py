@@ -32,6 +32,7 @@ from quantcache.backends import (
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span, places_of
 from quantcache.backends.store import BlockStore, moved
+from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
 from quantcache.cache.tails import TailBuffer
 from quantcache.cache.transaction import glimpse, put
@@ -42,21 +43,14 @@ from quantcache.common import compat
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
 
-CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
-"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
-
-With tails of no tokens it is asked for the same codecs on another device.
-"""
-
-ShapeCheck = Callable[[Tensor, Tensor], None]
-"""Raises if a layer's first keys and values do not fit its codecs."""
-
-
 _of_one_moment = itemgetter(
     *("tails", "shared"),
     *("codecs", "spans", "stores", "sinks", "leads", "starts", "origins", "cut", "layout", "places", "backend"),
 )
 """Of a layer's attributes those that views are made of, whatever other threads do."""
+
+_tokens = itemgetter("spans", "tails")
+"""And those that say how many tokens there are."""
 
 
 class BlockLayer(DynamicLayer):
@@ -138,6 +132,10 @@ class BlockLayer(DynamicLayer):
         """Put a new state in place at once. What follows from the old one is gone, unless the new one names it."""
         put(self, {"look": None, "refused": False, "buffer": None, "shared": None, **state})
 
+    def _go_on(self, **state: Any) -> None:
+        """Put a new state in place at once, for blocks that stay as they are."""
+        put(self, {"refused": False, **state})
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
         if self.shape_check is not None:
@@ -156,7 +154,7 @@ class BlockLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens cached, T."""
-        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
+        spans, tails = _tokens(vars(self))
         return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
 
     @property
@@ -194,19 +192,10 @@ class BlockLayer(DynamicLayer):
             tails, _, *lasting = _of_one_moment(vars(self))
             self.shared = shared = self._shared(lasting)
         codecs, spans, stores, sinks, leads, starts, origins, cut, layout, _, _ = lasting
-        return CacheView(
-            *(SideView(codecs.get(s), stores[s], sinks.get(s), tails[s], leads.get(s)) for s in SIDES),
-            shared.places,
-            spans[-1].end if spans else 0,
-            cut,
-            starts,
-            origins,
-            spans,
-            layout if spans else None,
-            shared.report,
-            self.flush,
-            shared.prepared,
-        )
+        key, value = (SideView(codecs.get(s), stores[s], sinks.get(s), tails[s], leads.get(s)) for s in SIDES)
+        end, backend = (spans[-1].end, layout) if spans else (0, None)
+        where = (shared.places, end, cut, starts, origins, spans)
+        return CacheView(key, value, *where, backend, shared.report, self.flush, shared.prepared)
 
     def _shared(self, lasting: list[Any]) -> Shared:
         """What views have in common until blocks change."""

@@ -13,8 +13,8 @@ from quantcache.backends import padding
 from quantcache.backends.padding import Arrivals, Grid
 from quantcache.backends.spans import next_spans, places_of
 from quantcache.cache.blocks import BlockLayer
-from quantcache.cache.blocks import CodecFactory as CodecFactory
-from quantcache.cache.blocks import ShapeCheck as ShapeCheck
+from quantcache.cache.codecs import CodecFactory as CodecFactory
+from quantcache.cache.codecs import ShapeCheck as ShapeCheck
 from quantcache.cache.tails import appended
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
@@ -78,7 +78,7 @@ class SpectralLayer(BlockLayer):
         if key_states.requires_grad or value_states.requires_grad:
             return self._update_differentiably(new, trail)
         tails, buffer = appended(self.tails, new, self.buffer)
-        self._commit(tails=tails, buffer=buffer, trail=trail, pending=True, look=self.look, shared=self.shared)
+        self._go_on(tails=tails, buffer=buffer, trail=trail, pending=True)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
 
@@ -116,7 +116,7 @@ class SpectralLayer(BlockLayer):
         if due > 0:
             self._encode(lead, due)
         else:
-            self._commit(pending=False, look=self._look_ahead(lead), buffer=self.buffer, shared=self.shared)
+            self._go_on(pending=False, look=self._look_ahead(lead))
 
     finish = flush
     """The name of :meth:`flush` before 0.3."""

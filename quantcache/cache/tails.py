@@ -54,10 +54,9 @@ class TailBuffer:
         if newest["key"] is not tails["key"] or newest["value"] is not tails["value"]:
             self._newest.append(newest)
             return None
-        longer = {}
         for side, tokens in new.items():
             self._writable[side].narrow(2, held, count).copy_(tokens)
-            longer[side] = self._memory[side].narrow(2, 0, held + count)
+        longer = {side: memory.narrow(2, 0, held + count) for side, memory in self._memory.items()}
         self._newest.append(longer)
         return longer
 

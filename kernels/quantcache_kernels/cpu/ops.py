@@ -22,6 +22,8 @@ from quantcache_kernels.interface import BLOCK, AttentionCall
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of queries, sinks and tails, with their codes in ``abi.h``."""
 
+_CPU = torch.device("cpu")  # named once: a string would be read at every call
+
 _ERRORS = {
     1: "out of memory",
     2: "a block begins more than 64 tokens behind its anchor, or a block, a row's start or the sinks lie outside of "
@@ -138,7 +140,8 @@ def _readable(name: str, x: Tensor, *shape: int) -> Tensor:
             f"expected {name} of shape {list(shape)} in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, "
             f"got {list(x.shape)} in {x.dtype}"
         )
-    x = in_memory(name, x)
+    if type(x) is not Tensor or not x.is_cpu or x.layout != torch.strided or x.is_neg():
+        x = in_memory(name, x)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -276,7 +279,7 @@ def _attend(
     values = _readable("tail", dense[3], batch, heads, tail, value.dim)
     if not keys.dtype == values.dtype == past.dtype:
         raise ValueError(f"sinks and tail must be of one dtype, got {past.dtype}, {keys.dtype} and {values.dtype}")
-    output = torch.empty(batch, queries, query_heads, value.dim, dtype=query.dtype, device="cpu")
+    output = torch.empty((batch, queries, query_heads, value.dim), dtype=query.dtype, device=_CPU)
     call = Attend.from_buffer_copy(past.call)
     call.groups, call.queries, call.num_tail = query_heads // heads, queries, tail
     call.query_dtype, call.causal, call.scaling, call.softcap = DTYPES[query.dtype], causal, scaling, softcap
