@@ -16,7 +16,6 @@ from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.cache.tails import TailBuffer
-from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from tests.builders import llama_config
 
