@@ -91,7 +91,7 @@ compile-gpu: $(STAMP) ## Compile every Triton kernel of the tests and of real mo
 	PYTHONPATH=.:kernels:benchmarks $(BIN)/python -m tests.kernels.compiling --target 80 90 120 --jobs $(JOBS) $(ARGS)
 
 support: $(STAMP) ## Run the tests behind docs/support.md and write it from their outcomes
-	$(BIN)/python -m pytest -m support --support-table docs/support.md $(ARGS)
+	$(BIN)/python -m pytest -m support tests --support-table docs/support.md $(ARGS)
 
 soak: $(STAMP) ## Long forms of the property, fuzz and long-haul tests, recorded (a quarter of an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/soak.py $(ARGS)

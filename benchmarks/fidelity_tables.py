@@ -123,6 +123,8 @@ def short(results: Results, bits: float = 3.0) -> Results:
     floor = ours["bits_per_element"] if ours and ours["status"] == "ok" else bits
     chosen: Results = {}
     for name, entry in results.items():
+        if entry.get("family") == "floor":
+            continue
         if entry.get("family") != "rival" or entry["status"] != "ok":
             chosen[name] = entry
             continue

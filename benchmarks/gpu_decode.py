@@ -76,7 +76,8 @@ def main() -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if reason := unavailable(device) or (None if options.tiny or device.type == "cuda" else "there is no GPU"):
         sys.exit(f"error: {reason}; --tiny proves the script without one")
-    run = Run(device, options.tiny, time.perf_counter() + 60 * options.minutes, log_path("gpu-decode"))
+    until = time.perf_counter() + 60 * options.minutes
+    run = Run(device, options.tiny, until, log_path("gpu-decode"), coding=options.coding)
     print(f"figures: {run.log}", file=sys.stderr, flush=True)
     metrics: dict[str, Any] = {"gpu": gpu_state()}
     triton.UNTRIED.add(device.type)  # kernels are timed even if they are wrong; parity and "difference" tell
@@ -116,11 +117,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="parity and three attention times")
     parser.add_argument("--sweep", action="store_true", help="also vary the kernels' settings")
     parser.add_argument("--bits", type=float, nargs="+", default=None, help="3, and without --quick also 2 and 4")
+    parser.add_argument("--coding", default="trellis", choices=["scalar", "trellis"])
     parser.add_argument("--rungs", type=int, default=None, help="how many of the attention times, in order")
     parser.add_argument("--models", nargs="+", default=["llama-8b"], choices=list(CONFIGS))
     parser.add_argument("--layers", type=int, default=8, help="of whole models")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="of whole models")
     parser.add_argument("--model-context", type=int, default=16_384)
+    parser.add_argument("--parity-only", default="triton", help="pytest expression of the parity tests to run")
     parser.add_argument("--parity-seconds", type=float, default=150.0, help="when parity is cut short")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes of the parity suite")
     parser.add_argument("--tiny", action="store_true")
@@ -153,7 +156,7 @@ def gpu_state() -> dict[str, Any]:
 
 def parity(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """The parity suite on this device: what failed is reported, and stops nothing."""
-    chosen = "triton and (width3 or through)" if run.tiny else "triton"
+    chosen = "triton and (width3 or through)" if run.tiny else options.parity_only
     report = run.log.with_name(run.log.stem + "-parity.txt")
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-k", chosen, "-m", "not slow"]
     command += ["-p", "no:cacheprovider", "--tb=short", "-rfE", f"--junitxml={report.with_suffix('.xml')}"]

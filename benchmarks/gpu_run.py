@@ -23,7 +23,7 @@ from quantcache.backends.spans import next_spans, places_of
 from quantcache.backends.store import BlockStore
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.packing import BLOCK
-from quantcache.coding.schema import SIDES
+from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.jsonfile import to_json
 from quantcache.evaluation.summaries import quantiles
 
@@ -79,6 +79,7 @@ class Run:
         log: File that every figure is appended to as soon as it is there.
         skipped: What there was no time for, or what failed.
         calibrations: Those made so far.
+        coding: ``"scalar"`` or ``"trellis"``.
     """
 
     device: torch.device
@@ -87,6 +88,7 @@ class Run:
     log: Path
     skipped: list[str] = field(default_factory=list)
     calibrations: dict[Any, Calibration] = field(default_factory=dict)
+    coding: Coding = "trellis"
 
     def keep(self, kind: str, figures: Any) -> Any:
         """Append figures to the log, so that whatever ends the run leaves them, and give them back."""
@@ -117,9 +119,10 @@ class Run:
 
     def calibration(self, name: str, layers: int, bits: float) -> Calibration:
         """A realistic calibration, made once."""
-        key = (name, layers, bits)
+        key = (name, layers, bits, self.coding)
         if key not in self.calibrations:
-            self.calibrations[key] = realistic_calibration(self.config(name, layers), bits)
+            made = realistic_calibration(self.config(name, layers), bits)
+            self.calibrations[key] = made.with_coding(self.coding)
         return self.calibrations[key]
 
     def states(self, batch: int, heads: int, tokens: int, dim: int) -> Tensor:

@@ -127,18 +127,20 @@ def bits_per_encoded_element(layers: Mapping[int, LayerCalibration]) -> float:
     return bits / elements if elements else 0.0
 
 
-def num_blocks(tokens: int, sink_length: int, residual_length: int) -> int:
+def num_blocks(tokens: int, sink_length: int, residual_length: int, blocks_at_once: int = 1) -> int:
     """Blocks that a cache of some tokens has encoded, however they arrived.
 
     Args:
         tokens: T (rows without left padding).
         sink_length: First tokens kept aside.
         residual_length: Recent tokens kept.
+        blocks_at_once: Blocks that are encoded together.
 
     Returns:
         The number of 64-token blocks.
     """
-    return max(0, (tokens - sink_length - residual_length) // BLOCK)
+    blocks = max(0, (tokens - sink_length - residual_length) // BLOCK)
+    return blocks - blocks % blocks_at_once
 
 
 def grown(held: int, needed: int, growth: int = GROWTH) -> int:
@@ -173,7 +175,7 @@ def capacity(count: int, first: int, growth: int = GROWTH) -> int:
     return room
 
 
-def tail_capacity(tokens: int, prefilled: int, sink_length: int, residual_length: int) -> int:
+def tail_capacity(tokens: int, prefilled: int, sink_length: int, residual_length: int, at_once: int = 1) -> int:
     """Tokens that a layer's tail has room for after growing from a prefill one token at a time.
 
     Args:
@@ -181,11 +183,12 @@ def tail_capacity(tokens: int, prefilled: int, sink_length: int, residual_length
         prefilled: Tokens that the first update brought.
         sink_length: First tokens kept aside.
         residual_length: Recent tokens kept.
+        at_once: Blocks that are encoded together.
 
     Returns:
         The capacity.
     """
-    blocks, first = (num_blocks(each, sink_length, residual_length) for each in (tokens, prefilled))
+    blocks, first = (num_blocks(each, sink_length, residual_length, at_once) for each in (tokens, prefilled))
     aside = BLOCK * blocks + (sink_length if blocks else 0)
     # Encoding leaves a tail of its own size; token by token that is the residual.
     return capacity(tokens - aside, prefilled - aside if blocks == first else residual_length, TAIL_GROWTH)

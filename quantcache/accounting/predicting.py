@@ -71,6 +71,7 @@ def predict_layers(
     element_bytes: int = 2,
     room: int | None = None,
     tail_room: int | None = None,
+    blocks_at_once: int = 1,
 ) -> CacheMemory:
     """Bytes that a cache will hold, by formula, stock layers included.
 
@@ -84,11 +85,12 @@ def predict_layers(
         room: Blocks that the stores have room for (see :func:`quantcache.accounting.memory.capacity`); as many as they
             hold if None.
         tail_room: Tokens that the tails have room for (see :func:`quantcache.accounting.memory.tail_capacity`).
+        blocks_at_once: Blocks that are encoded together.
 
     Returns:
         The sizes, ``constants`` zero.
     """
-    blocks = num_blocks(tokens, sink_length, residual_length)
+    blocks = num_blocks(tokens, sink_length, residual_length, blocks_at_once)
     room = blocks if room is None else room
     kinds = ("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack", "encoded_elements", "elements")
     sizes = dict.fromkeys(kinds, 0)

@@ -45,11 +45,9 @@ class TritonBackend(Backend):
         return unavailable(device)
 
     def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
-        """Coding or geometry."""
+        """Another kind of blocks, or geometry."""
         if not isinstance(codec, SpectralCodec):
             return f"blocks are coded by {type(codec).__name__}"
-        if codec.coding != "scalar":
-            return "codes are coded by a trellis"
         from quantcache_kernels.triton.ops import unsupported
 
         return unsupported(codec.dim, codec.frame.num_fast, codec.num_words)
@@ -94,14 +92,14 @@ class TritonBackend(Backend):
 
     def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
         work = functools.partial(_encoding_trial, codec, x, places, starts)
-        geometry = (codec.dim, codec.frame.num_fast, x.dtype, starts is not None)
+        geometry = (codec.coding, codec.dim, codec.frame.num_fast, x.dtype, starts is not None)
         if not _trusted("encode", x.device, geometry, work):
             return codec.encode(x, places, starts)
         return encode(codec, x, places, starts)
 
     def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
         work = functools.partial(_decoding_trial, codec, fields, places, starts)
-        geometry = (codec.dim, codec.frame.num_fast, codec.frame.is_identity, starts is None)
+        geometry = (codec.coding, codec.dim, codec.frame.num_fast, codec.frame.is_identity, starts is None)
         if not _trusted("decode", fields["codes"].device, geometry, work):
             return codec.decode(fields, places, starts)
         return decode(codec, fields, places, starts)
@@ -112,9 +110,10 @@ class TritonBackend(Backend):
         assert isinstance(values, SpectralCodec)
         heads, count = query.shape[1] // keys.num_heads, query.shape[2]
         dims = (keys.dim, keys.frame.num_fast, values.dim, heads, count > 1, heads * count <= 8)
+        codings = (keys.coding, values.coding)
         given = (view.starts is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
         work = functools.partial(_attention_trial, self, query, view, call)
-        return _trusted("attend", query.device, (*dims, query.dtype, *given), work)
+        return _trusted("attend", query.device, (*dims, *codings, query.dtype, *given), work)
 
 
 def prepared(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:

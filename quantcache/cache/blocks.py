@@ -49,8 +49,7 @@ _of_one_moment = itemgetter(
 )
 """Of a layer's attributes those that views are made of, whatever other threads do."""
 
-_tokens = itemgetter("spans", "tails")
-"""And those that say how many tokens there are."""
+_tokens = itemgetter("spans", "tails")  # and those that say how many there are
 
 
 class BlockLayer(DynamicLayer):
@@ -67,6 +66,9 @@ class BlockLayer(DynamicLayer):
         backend: Which implementation encodes and attends on codes.
         index: Which layer of the model this is, for messages.
     """
+
+    blocks_at_once = 1
+    """Blocks that are encoded together, for codecs whose tiles are longer than a block; fewer wait in the tail."""
 
     spans: list[Span]
     stores: dict[str, BlockStore]

@@ -113,6 +113,7 @@ class SpectralLayer(BlockLayer):
             return
         lead = 0 if self.spans else self.sink_length
         due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
+        due -= due % self.blocks_at_once
         if due > 0:
             self._encode(lead, due)
         else:
@@ -124,7 +125,7 @@ class SpectralLayer(BlockLayer):
     def _look_ahead(self, lead: int) -> guards.Look | None:
         """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
         length = self.tails["key"].shape[2] - lead
-        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK:
+        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK or self.blocks_at_once > 1:
             return self.look
         if length < BLOCK + self.residual_length - LOOK_AHEAD:
             return None

@@ -9,13 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache.artifact import cache_layout
-from quantcache.artifact.calibration import Calibration, CodecSettings, Metadata
+from quantcache.artifact.calibration import Calibration
 from quantcache.attention import guards
 from quantcache.attention.probe import detect_ropes, evaluating, observed_values
 from quantcache.backends.padding import Grid
 from quantcache.cache.codecs import calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, CodecFactory, SpectralCache
 from quantcache.coding.blocks import SideCodec
+from quantcache.coding.schema import DEFAULT_CODING, CodecSettings, Metadata
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
@@ -31,7 +32,7 @@ def self_calibrating_cache(
     """See :meth:`quantcache.SpectralCache.self_calibrating`."""
     if not 0 <= bits <= 8:
         raise ValueError(f"bits must lie between 0 and 8, got {bits}")
-    settings = CodecSettings()
+    settings = CodecSettings(coding=DEFAULT_CODING)
     layers = cache_layout.compressible_layers(model.config)
     with evaluating(model), standard_settings():
         ropes = detect_ropes(model, layers)

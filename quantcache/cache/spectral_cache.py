@@ -45,9 +45,10 @@ class BlockCache(ConsistentCache):
         sink_length: First tokens of every row that stay in the model's dtype.
         residual_length: Recent tokens that stay in the model's dtype.
         backend: Which implementation attends on codes.
+        blocks_at_once: Blocks of 64 tokens that are encoded together, for codecs with longer tiles.
 
     Raises:
-        ValueError: A length or the backend is out of range.
+        ValueError: A length, the backend or the number of blocks is out of range.
     """
 
     def __init__(
@@ -57,7 +58,10 @@ class BlockCache(ConsistentCache):
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
         backend: BackendName = "auto",
+        blocks_at_once: int = 1,
     ):
+        if blocks_at_once < 1:
+            raise ValueError(f"blocks_at_once must be at least 1, got {blocks_at_once}")
         for name, length in (("sink_length", sink_length), ("residual_length", residual_length)):
             if length < 0:
                 raise ValueError(f"{name} must not be negative, got {length}")
@@ -70,7 +74,8 @@ class BlockCache(ConsistentCache):
         for index, layer in enumerate(self.layers):
             if compat.is_full_attention(layer) and index not in self.foreign:
                 arguments = (*codecs_of(index), sink_length, residual_length, backend, index)
-                self.layers[index] = spectral_layer(layer, *arguments)
+                own = self.layers[index] = spectral_layer(layer, *arguments)
+                own.blocks_at_once = blocks_at_once
         self.announced: tuple[Tensor | None, Tensor | None] | None = None  # 2D mask and positions of the next pass
         self.arrivals: tuple[int, int, Arrivals] | None = None  # T and Tnew of this pass, and what those say
 

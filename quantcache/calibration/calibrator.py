@@ -30,6 +30,7 @@ from quantcache.calibration.passages import sketch
 from quantcache.calibration.yardstick import measure_yardstick
 from quantcache.coding.allocation import check_rates
 from quantcache.coding.rope import Rope
+from quantcache.coding.schema import DEFAULT_CODING
 from quantcache.coding.spectral import METRIC_SHRINKAGE
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
 from quantcache.common import compat
@@ -78,7 +79,7 @@ def calibrate(
         max_tokens: Tokens to use at most.
         seq_len: Length of the sequences that texts are cut into; by default 2,048 or the model's limit.
         seed: Seed of the sampled labels.
-        codec: Codec choices; the defaults if None.
+        codec: Codec choices; the defaults and trellis coding if None.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -92,7 +93,7 @@ def calibrate(
     if metric not in ("fisher", "query", "identity"):
         raise ValueError(f"metric must be 'fisher', 'query' or 'identity', got {metric!r}")
     check_rates(Rate(bits, key_bits, value_bits, min_bits))
-    settings = codec or CodecSettings()
+    settings = codec or CodecSettings(coding=DEFAULT_CODING)
     layers = cache_layout.compressible_layers(model.config)
     sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)

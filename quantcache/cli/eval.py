@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 METHODS = "dense,spectral-2,spectral-3,spectral-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4"
 CONTEXT = 2048
+TAIL_CONTEXTS = (1024, 4096, 8192)
+TAIL_CHUNK = 128
+"""Of an equal exact tail: the contexts where nothing else is said, and a chunk that fills the longest tiles."""
 QUICK_TOKENS = 2048
 
 
@@ -53,14 +56,24 @@ def evaluate(
     ] = "fidelity",
     methods: Annotated[str, typer.Option(help="Comma-separated: dense, spectral-B, turboquant-mse-B, ...")] = METHODS,
     context: Annotated[
-        str | None, typer.Option(help="Tokens in a window; several for fidelity. Default: 2048 or the limit.")
+        str | None,
+        typer.Option(
+            help="Tokens in a window, such as 1024 or 4K; several for fidelity. Default: 2048 or the limit; "
+            "with --tail 1K, 4K and 8K as far as the model and --tokens allow."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to use at most.")] = 16_384,
     residual: Annotated[str, typer.Option(help="Recent tokens that every method keeps; several for fidelity.")] = str(
         RESIDUAL_LENGTH
     ),
+    tail: Annotated[
+        str | None,
+        typer.Option(help="Fidelity at equal exact tails, such as 0,64,256, in place of --residual: see the docs."),
+    ] = None,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that every method keeps.")] = SINK_LENGTH,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at once.")] = CHUNK,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens fed at once. Default: {CHUNK}, with --tail {TAIL_CHUNK}.")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Fidelity: windows slide by so many tokens instead of lying side by side.")
     ] = None,
@@ -102,7 +115,7 @@ def evaluate(
         started = time.perf_counter()
         names = tuple(_names("--methods", methods, "method"))
         contexts = None if context is None else _numbers("--context", context, 2)
-        residuals = _numbers("--residual", residual, 0)
+        residuals = _numbers("--residual", residual, 0) if tail is None else _numbers("--tail", tail, 0)
         if output is not None:
             check_output_file(output)
         content = read_text(text)
@@ -130,11 +143,12 @@ def evaluate(
         plan = Plan(
             suites=suites,
             methods=names,
-            contexts=_contexts(contexts, stride, wanted, loaded),
+            contexts=_contexts(contexts, stride, wanted, loaded, tail is not None),
             tokens=wanted,
             residuals=residuals,
+            equal_tail=tail is not None,
             sinks=sinks,
-            chunk=chunk,
+            chunk=chunk or (CHUNK if tail is None else TAIL_CHUNK),
             stride=stride,
             sizes=QUICK if quick else Sizes(),
             needle_form=_needle_form(needle_fact, needle_question),
@@ -168,9 +182,11 @@ def _names(option: str, given: str, kind: str) -> list[str]:
 
 
 def _numbers(option: str, given: str, least: int) -> tuple[int, ...]:
-    """The whole numbers of a comma-separated option."""
+    """The whole numbers of a comma-separated option; ``4K`` is 4096."""
     try:
-        numbers = tuple(int(part) for part in _names(option, given, "number"))
+        numbers = tuple(
+            1024 * int(part[:-1]) if part[-1] in "kK" else int(part) for part in _names(option, given, "number")
+        )
     except ValueError:
         raise ValueError(f"{option} must be whole numbers, comma-separated, got {given!r}") from None
     if min(numbers) < least:
@@ -211,14 +227,16 @@ def _needle_form(fact: str | None, question: str | None) -> NeedleFormat:
 
 
 def _contexts(
-    given: tuple[int, ...] | None, stride: int | None, tokens: int, model: PreTrainedModel
+    given: tuple[int, ...] | None, stride: int | None, tokens: int, model: PreTrainedModel, equal_tail: bool
 ) -> tuple[int, ...]:
     """Tokens in a window, within the model's limit and within the text."""
     from quantcache.common import compat
     from quantcache.evaluation.fidelity import check_stride
 
     limit = compat.position_limit(model.config)
-    contexts = given or (min(CONTEXT, limit or CONTEXT),)
+    most = min(tokens, limit or tokens)
+    ladder = tuple(context for context in TAIL_CONTEXTS if equal_tail and context <= most)
+    contexts = given or ladder or (min(CONTEXT, limit or CONTEXT),)
     if limit is not None and max(contexts) > limit:
         raise ValueError(f"--context {max(contexts)} exceeds the model's limit of {limit} positions")
     if stride is not None:

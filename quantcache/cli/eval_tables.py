@@ -26,6 +26,8 @@ def tables(data: dict[str, Any]) -> list[Table | str]:
                 shown.append(f"{suite}: {part['status']}")
             else:
                 shown.append(_TABLES[suite](part, data))
+                if suite == "fidelity":
+                    shown.append(_divergence(part, data))
     return shown
 
 
@@ -54,14 +56,57 @@ def _fidelity(part: dict[str, Any], data: dict[str, Any]) -> Table:
         return [
             f"{entry['bits_per_element']:.3f}",
             f"{entry['bits_per_element_total']:.3f}",
-            f"{entry['kl_mean']:.5f}",
-            f"{entry['kl_p99']:.4f}",
+            f"{entry['kl_mean']:z.5f}",
+            f"{entry['kl_p99']:z.4f}",
             f"{entry['top1_agreement']:.2%}",
             f"{entry['perplexity']:.3f}",
             f"{entry['cache_bytes']:,}",
         ]
 
     return _table(title, part["methods"], columns, row)
+
+
+def _divergence(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    """The spread of the KL divergence, and each rival's over ours."""
+    equal = part.get("tail") is not None
+    title = "KL divergence by position" + (f", {part['tail']} recent tokens exact beside the chunk" if equal else "")
+    columns = [*(["exact tail"] if equal else []), "median", "p99", "p99.9", "max", "mean / ours at most at its bits"]
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        if entry["status"] != "ok":
+            return []
+        kept = entry.get("exact_tail")
+        whole = "all" if entry["family"] in ("dense", "floor") else "its own"
+        figures = [entry.get(name) for name in ("kl_median", "kl_p99", "kl_p999", "kl_max")]
+        cells = ["" if figure is None else f"{figure:.2g}" for figure in figures]
+        return [*([whole if kept is None else str(kept)] if equal else []), *cells, _ratio(entry.get("kl_relative"))]
+
+    return _table(title, part["methods"], columns, row)
+
+
+def _ratio(summary: dict[str, Any] | None) -> str:
+    """A ratio with its standard error, and to what it is."""
+    if summary is None:
+        return ""
+    error = "" if summary["stderr"] is None else f" ± {summary['stderr']:.2g}"
+    return f"{summary['ratio']:.3g}{error} ({summary['to']})"
+
+
+def _with_pairs(part: dict[str, Any], columns: list[str], row: Row) -> tuple[list[str], Row]:
+    """One more column where answers were paired: McNemar's test against the dense cache's."""
+
+    def test(entry: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = entry.get("paired", {}).get("dense", {})
+        return found
+
+    def longer(entry: dict[str, Any]) -> list[str]:
+        cells, found = row(entry), test(entry)
+        pair = f"{found['only_first']} / {found['only_second']} (p {found['p']:.2g})" if found else ""
+        return [*cells, pair] if cells else []
+
+    if not any(map(test, part["methods"].values())):
+        return columns, row
+    return [*columns, "right where dense is wrong / the reverse"], longer
 
 
 def _share(summary: dict[str, Any] | None) -> str:
@@ -91,7 +136,8 @@ def _needle(part: dict[str, Any], data: dict[str, Any]) -> Table:
     def row(entry: dict[str, Any]) -> list[str]:
         return [_share(entry["found"]), *(_share(entry["by_length"].get(length)) for length in lengths)]
 
-    return _table(title, part["methods"], ["all", *(f"{length} tokens" for length in lengths)], row)
+    columns = ["all", *(f"{length} tokens" for length in lengths)]
+    return _table(title, part["methods"], *_with_pairs(part, columns, row))
 
 
 def _routing(part: dict[str, Any], data: dict[str, Any]) -> Table:
@@ -137,7 +183,8 @@ def _qa(part: dict[str, Any], data: dict[str, Any]) -> Table:
         ]
 
     columns = ["F1", "exact", "F1 with dense's answer", "dense's answer"]
-    return _table(f"Question answering: {part['settings']['questions']} questions", part["methods"], columns, row)
+    title = f"Question answering: {part['settings']['questions']} questions"
+    return _table(title, part["methods"], *_with_pairs(part, columns, row))
 
 
 def _memory(part: dict[str, Any], data: dict[str, Any]) -> Table:

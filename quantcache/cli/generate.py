@@ -130,7 +130,7 @@ def has_template(tokenizer: Any, model: str, wanted: bool | None) -> bool:
     """
     there = bool(getattr(tokenizer, "chat_template", None))
     if wanted and not there:
-        raise QuantCacheError(f"{model} has no chat template: leave --chat out")
+        raise QuantCacheError(f"{model} has no chat template: omit --chat")
     return there if wanted is None else wanted
 
 

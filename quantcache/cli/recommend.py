@@ -122,7 +122,7 @@ def _shown(found: Recommendation, unit: str) -> list[Table | str]:
             show_bytes(each.total_bytes, unit),
             "yes" if each.fits else "no",
             "no limit" if each.max_context is None else f"{each.max_context:,}",
-            NOT_MEASURED if quality.kl is None else f"{quality.kl:.5f}",
+            "-" if quality.kl is None else f"{quality.kl:.5f}",  # the last column says that nothing is known
             quality.risk,
         )
     obstacles: dict[str, list[str]] = {}

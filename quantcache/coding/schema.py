@@ -69,6 +69,10 @@ class LayerCalibration:
         return self.key if name == "key" else self.value
 
 
+DEFAULT_CODING: Coding = "trellis"
+"""What new calibrations are made with: a third less loss at the same bits."""
+
+
 @dataclass(frozen=True)
 class CodecSettings:
     """Choices that fix what the codes mean, recorded in every artifact.
@@ -78,7 +82,7 @@ class CodecSettings:
         profile: ``head`` gives every head its own widths, ``layer`` shares them between the heads of a layer.
         fast_wavelength: Rotary pairs that turn once in fewer tokens than this are un-rotated fully.
         gain_search: Multiples of a token's gain that encoding tries; the one with least weighted error is kept.
-        coding: Whether codes are scalar or path through a trellis.
+        coding: Whether codes are scalar or paths through a trellis; scalar in files that do not say.
     """
 
     group_size: int = 2

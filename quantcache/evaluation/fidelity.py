@@ -2,6 +2,9 @@
 
 Text is fed in chunks through real caches, so that every chunk reads the compressed past; only the tokens of the chunk
 itself, the sinks and the residual window are exact. All methods see the same chunks.
+
+At an equal exact tail the first chunk is longer by sinks and tail, so that whenever a later chunk is read everything
+before the tail is coded, whether blocks are of 64 tokens or of 128; only those later chunks count.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ class FidelityResult:
     """What one method did to the predictions.
 
     Attributes:
-        family: ``ours``, ``rival`` or ``dense``.
+        family: ``ours``, ``rival``, ``dense`` or ``floor``.
         simulated: Whether the cache held fake-quantized values instead of codes.
         status: ``ok``, ``unsupported: ...``, ``out of memory`` or ``failed: ...``.
         bits_per_element: Codes and scales over encoded elements, at the end of a window (dense: the dtype's bits).
@@ -37,14 +40,20 @@ class FidelityResult:
         cache_bytes: Bytes of the cache at the end of a window.
         kl_mean: Mean KL divergence from the dense predictions, nats per token.
         kl_stderr: Standard error of that mean over tokens.
-        kl_p99: Its 99th percentile.
+        kl_median: Median over positions.
+        kl_p99: 99th percentile.
+        kl_p999: Percentile 99.9.
         kl_max: Largest KL of any position.
+        kl_windows: Mean of every window, to be paired with another method's.
+        window_tokens: Positions measured in every window.
         perplexity: exp of the mean negative log-likelihood of the text.
         perplexity_stderr: Standard error of the perplexity over tokens.
         top1_agreement: Share of positions with the same most likely token.
         tokens: Positions measured.
         sink_length: First tokens that the method keeps; None where its cache decides for itself.
         residual_length: Recent tokens that it keeps, likewise.
+        exact_tail: Recent tokens that were exact whenever a counted chunk was read; None where none was asked for, or
+            the method cannot keep it.
     """
 
     family: str
@@ -55,14 +64,19 @@ class FidelityResult:
     cache_bytes: int | None = None
     kl_mean: float | None = None
     kl_stderr: float | None = None
+    kl_median: float | None = None
     kl_p99: float | None = None
+    kl_p999: float | None = None
     kl_max: float | None = None
+    kl_windows: list[float] = field(default_factory=list)
+    window_tokens: list[int] = field(default_factory=list)
     perplexity: float | None = None
     perplexity_stderr: float | None = None
     top1_agreement: float | None = None
     tokens: int = 0
     sink_length: int | None = None
     residual_length: int | None = None
+    exact_tail: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -77,6 +91,7 @@ class _Tally:
         self.nll: list[Tensor] = []
         self.agree: list[Tensor] = []
         self.sizes: tuple[float, float, int] | None = None
+        self.windows: list[int] = []
 
     def add(self, dense: Tensor, own: Tensor, targets: Tensor) -> None:
         """Add the log-probabilities ``[T, vocabulary]`` of one chunk, and the next tokens ``[T or T - 1]``."""
@@ -86,7 +101,14 @@ class _Tally:
         self.agree.append((dense.argmax(-1) == own.argmax(-1)).cpu())
         self.nll.append(-own[: len(targets)].gather(-1, targets[:, None]).squeeze(-1).double().cpu())
 
-    def result(self, method: Method) -> FidelityResult:
+    def end_window(self, cache: Any) -> None:
+        """Take the sizes of a cache that holds a whole window."""
+        memory = measure(cache)
+        total = memory.bits_per_element_total
+        self.sizes = (memory.bits_per_element or total, total, memory.total)
+        self.windows.append(sum(map(len, self.kl)) - sum(self.windows))
+
+    def result(self, method: Method, exact_tail: int | None) -> FidelityResult:
         """The method's figures."""
         kl, nll, agree = torch.cat(self.kl), torch.cat(self.nll), torch.cat(self.agree)
         assert self.sizes is not None
@@ -95,6 +117,7 @@ class _Tally:
             status = f"failed: at {lost} of {len(kl)} positions the KL divergence is not finite"
             return FidelityResult(method.family, method.simulated, status)
         perplexity = float(nll.mean().exp())
+        ordered = kl.sort().values
         return FidelityResult(
             family=method.family,
             simulated=method.simulated,
@@ -104,32 +127,45 @@ class _Tally:
             cache_bytes=self.sizes[2],
             kl_mean=float(kl.mean()),
             kl_stderr=float(kl.std()) / math.sqrt(len(kl)),
-            kl_p99=float(kl.quantile(0.99)) if kl.numel() < 1 << 24 else float(kl.kthvalue(int(0.99 * len(kl)))[0]),
-            kl_max=float(kl.max()),
+            kl_median=_quantile(ordered, 0.5),
+            kl_p99=_quantile(ordered, 0.99),
+            kl_p999=_quantile(ordered, 0.999),
+            kl_max=float(ordered[-1]),
+            kl_windows=[float(part.mean()) for part in kl.split(self.windows) if len(part)],
+            window_tokens=[count for count in self.windows if count],
             perplexity=perplexity,
             perplexity_stderr=perplexity * float(nll.std()) / math.sqrt(len(nll)),
             top1_agreement=float(agree.double().mean()),
             tokens=len(kl),
             sink_length=method.sink_length,
             residual_length=method.residual_length,
+            exact_tail=exact_tail,
         )
 
 
-def chunk_edges(context: int, chunk: int, sink_length: int) -> list[tuple[int, int]]:
+def _quantile(ordered: Tensor, share: float) -> float:
+    """A quantile of ordered values, interpolated between neighbours; torch's takes no more than 2^24 of them."""
+    place = share * (len(ordered) - 1)
+    low, high = float(ordered[int(place)]), float(ordered[math.ceil(place)])
+    return low + (high - low) * (place - int(place))
+
+
+def chunk_edges(context: int, chunk: int, sink_length: int, tail: int = 0) -> list[tuple[int, int]]:
     """Where a window is cut.
 
-    The first chunk is longer by the sinks, so that with no residual every later chunk starts at a block and reads
-    nothing but codes and sinks.
+    The first chunk is longer by sinks and tail, so that every later chunk starts where a block has just been filled:
+    it reads nothing but codes, sinks and tail.
 
     Args:
         context: Tokens in a window.
         chunk: Tokens in a chunk.
         sink_length: First tokens kept by every method.
+        tail: Recent tokens kept by every method.
 
     Returns:
         (first token, one past the last) of every chunk.
     """
-    edges = [0, *range(min(context, chunk + sink_length), context, chunk), context]
+    edges = [0, *range(min(context, chunk + sink_length + tail), context, chunk), context]
     return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
 
@@ -147,6 +183,41 @@ def check_stride(stride: int, context: int) -> None:
         raise QuantCacheError(f"the stride must lie between 1 and {context - 1}, the window less one, got {stride}")
 
 
+def check_tail(tail: int, context: int, chunk: int, sink_length: int) -> None:
+    """Refuse windows in which nothing would be read from codes.
+
+    Args:
+        tail: Recent tokens kept by every method.
+        context: Tokens in a window.
+        chunk: Tokens in a chunk.
+        sink_length: First tokens kept by every method.
+
+    Raises:
+        QuantCacheError: The first chunk, with sinks and tail, takes the whole window.
+    """
+    first = chunk + sink_length + tail
+    if first >= context:
+        raise QuantCacheError(
+            f"a window of {context} tokens reads no codes: sinks {sink_length}, tail {tail} and the first chunk of "
+            f"{chunk} take {first}"
+        )
+
+
+def exact_tail(method: Method, tail: int | None, chunk: int) -> int | None:
+    """The tail of recent tokens that a method keeps exact whenever a chunk is read.
+
+    Args:
+        method: The method.
+        tail: What was asked for.
+        chunk: Tokens in a chunk.
+
+    Returns:
+        ``tail``; None where the method's cache decides for itself, or codes more tokens at once than a chunk has.
+    """
+    keeps = method.tile is not None and chunk % method.tile == 0 and method.residual_length == tail
+    return tail if keeps else None
+
+
 @torch.no_grad()
 def measure_fidelity(
     model: PreTrainedModel,
@@ -157,6 +228,7 @@ def measure_fidelity(
     chunk: int = CHUNK,
     sink_length: int = SINK_LENGTH,
     stride: int | None = None,
+    tail: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, FidelityResult]:
     """Measure methods against the dense cache on the same text.
@@ -170,55 +242,76 @@ def measure_fidelity(
         sink_length: First tokens kept by every method, for :func:`chunk_edges`.
         stride: Let windows slide by so many tokens instead; each then predicts the last ``stride`` of its tokens only,
             the first one all of them, so that every token is predicted once and from a long past.
+        tail: Compare at an equal exact tail: methods were made with this residual, and only what reads codes counts.
         on_progress: Called with the tokens of every finished chunk.
 
     Returns:
         One result for each method. A method that fails or cannot be run keeps its place, with the reason as its status.
 
     Raises:
-        QuantCacheError: The text is shorter than one window, or the stride is none.
+        QuantCacheError: The text is shorter than one window, the stride is none, or no token of a window reads codes.
     """
     if len(tokens) < context:
         raise QuantCacheError(f"the text has {len(tokens)} tokens, one window needs {context}")
     if stride is not None:
         check_stride(stride, context)
-    device = compat.input_device(model)
-    tallies = {method.name: _Tally() for method in methods}
-    failed = {method.name: f"unsupported: {method.unsupported}" for method in methods if method.unsupported}
-    dense_method = next((m for m in methods if m.family == "dense"), None)
-    reference = dense_method or parse_methods(["dense"], model.config, None)[0]
-    for number, window in enumerate(tokens.unfold(0, context, stride or context).to(device)):
-        scored = range(0 if not number or stride is None else context - stride - 1, context - (stride is not None))
-        dense_cache = reference.make_cache()
-        caches = {}
-        for method in methods:
-            if method is not dense_method and method.name not in failed:
-                with _recorded(failed, method.name):
-                    caches[method.name] = method.make_cache()
-        for first, last in chunk_edges(context, chunk, sink_length):
-            targets = window[first + 1 : last + 1]
-            rows = slice(max(scored.start - first, 0), max(scored.stop - first, 0))
-            dense = _log_probabilities(model, window[first:last], dense_cache)
-            if dense_method is not None:
-                tallies[dense_method.name].add(dense[rows], dense[rows], targets[rows])
-            for name, cache in caches.items():
-                if name not in failed:
-                    with _recorded(failed, name):
-                        own = _log_probabilities(model, window[first:last], cache)
-                        tallies[name].add(dense[rows], own[rows], targets[rows])
-            if on_progress is not None:
-                on_progress(last - first)
-        for name, cache in [*caches.items(), *([(dense_method.name, dense_cache)] if dense_method else [])]:
-            if name not in failed:
-                memory = measure(cache)
-                total = memory.bits_per_element_total
-                tallies[name].sizes = (memory.bits_per_element or total, total, memory.total)
+    if tail is not None:
+        check_tail(tail, context, chunk, sink_length)
+    edges = chunk_edges(context, chunk, sink_length, tail or 0)
+    run = _Run(model, methods, edges, on_progress)
+    for number, window in enumerate(tokens.unfold(0, context, stride or context).to(compat.input_device(model))):
+        first = 0 if not number or stride is None else context - stride - 1
+        last = context - (stride is not None)
+        run.read(window, range(first if tail is None else max(first, edges[0][1]), last))
     return {
-        method.name: FidelityResult(method.family, method.simulated, failed[method.name])
-        if method.name in failed
-        else tallies[method.name].result(method)
+        method.name: FidelityResult(method.family, method.simulated, run.failed[method.name])
+        if method.name in run.failed
+        else run.tallies[method.name].result(method, exact_tail(method, tail, chunk))
         for method in methods
     }
+
+
+class _Run:
+    """All methods on one text, window by window."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        methods: Sequence[Method],
+        edges: list[tuple[int, int]],
+        on_progress: Callable[[int], None] | None,
+    ):
+        self.model, self.methods, self.edges, self.on_progress = model, methods, edges, on_progress
+        self.tallies = {method.name: _Tally() for method in methods}
+        self.failed = {method.name: f"unsupported: {method.unsupported}" for method in methods if method.unsupported}
+        self.dense = next((method for method in methods if method.family == "dense"), None)
+        self.reference = self.dense or parse_methods(["dense"], model.config, None)[0]
+
+    def read(self, window: Tensor, scored: range) -> None:
+        """Read one window, and add up what is predicted at some places of it."""
+        dense_cache = self.reference.make_cache()
+        caches = {}
+        for method in self.methods:
+            if method is not self.dense and method.name not in self.failed:
+                with _recorded(self.failed, method.name):
+                    caches[method.name] = method.make_cache()
+        halved = {method.name for method in self.methods if method.family == "floor"}
+        for first, last in self.edges:
+            targets = window[first + 1 : last + 1]
+            rows = slice(max(scored.start - first, 0), max(scored.stop - first, 0))
+            dense = _log_probabilities(self.model, window[first:last], dense_cache)
+            if self.dense is not None:
+                self.tallies[self.dense.name].add(dense[rows], dense[rows], targets[rows])
+            for name, cache in caches.items():
+                if name not in self.failed:
+                    with _recorded(self.failed, name):
+                        own = _log_probabilities(self.model, window[first:last], cache, 2 if name in halved else 1)
+                        self.tallies[name].add(dense[rows], own[rows], targets[rows])
+            if self.on_progress is not None:
+                self.on_progress(last - first)
+        for name, cache in [*caches.items(), *([(self.dense.name, dense_cache)] if self.dense else [])]:
+            if name not in self.failed:
+                self.tallies[name].end_window(cache)
 
 
 @contextlib.contextmanager
@@ -234,7 +327,10 @@ def _recorded(failed: dict[str, str], name: str) -> Iterator[None]:
         failed[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
 
 
-def _log_probabilities(model: PreTrainedModel, ids: Tensor, cache: Any) -> Tensor:
-    """Log-probabilities ``[T, vocabulary]`` of one chunk."""
-    logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits
-    return logits[0].float().log_softmax(-1)
+def _log_probabilities(model: PreTrainedModel, ids: Tensor, cache: Any, parts: int = 1) -> Tensor:
+    """Log-probabilities ``[T, vocabulary]`` of one chunk, which is read in one piece or in several."""
+    logits = [
+        model(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0]
+        for part in ids.split(math.ceil(len(ids) / parts))
+    ]
+    return torch.cat(logits).float().log_softmax(-1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, feed, frame_of, greedy
 from quantcache.evaluation.methods import Method
+from quantcache.evaluation.paired import against
 
 SUITE = "needle"
 
@@ -68,6 +69,7 @@ class NeedleEntry:
         found: Trials in which the code was given, with a 95 % Wilson interval.
         by_length: The same for each length.
         by_cell: The same for each ``LENGTH@DEPTH``.
+        paired: McNemar's test against the dense cache, and against ours, on the same needles.
     """
 
     family: str
@@ -76,6 +78,7 @@ class NeedleEntry:
     found: summaries.Summary | None = None
     by_length: dict[str, summaries.Summary] = field(default_factory=dict)
     by_cell: dict[str, summaries.Summary] = field(default_factory=dict)
+    paired: dict[str, summaries.Summary] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def measure_needle(
 
             def work(method: Method = method, prompts: Tensor = prompts, codes: list[str] = codes) -> dict[str, Any]:
                 answers = _answers(model, tokenizer, method, prompts, form, chunk)
-                hits = [code in answer.replace(",", "") for code, answer in zip(codes, answers, strict=True)]
+                hits = _hits(codes, answers)
                 return {"found": sum(hits), "n": len(hits), "answers": answers, "codes": codes}
 
             cells.measure(SUITE, method.name, f"{length}@{depth:g}", work)
@@ -157,7 +160,23 @@ def measure_needle(
         "chunk": chunk,
         "format": asdict(form),
     }
-    return NeedleResult(settings, {method.name: _entry(method, grid, cells) for method in methods})
+    right = {method.name: _right(method, grid, cells) for method in methods}
+    entries = {m.name: replace(_entry(m, grid, cells), paired=against(m.name, methods, right)) for m in methods}
+    return NeedleResult(settings, entries)
+
+
+def _hits(codes: list[str], answers: list[str]) -> list[bool]:
+    return [code in answer.replace(",", "") for code, answer in zip(codes, answers, strict=True)]
+
+
+def _right(method: Method, grid: list[tuple[int, float]], cells: Cells) -> dict[str, bool]:
+    """Whether each needle was found, of those that were asked for."""
+    found: dict[str, bool] = {}
+    for length, depth in grid:
+        result = cells.get(SUITE, method.name, cell := f"{length}@{depth:g}")
+        if result["status"] == "ok":
+            found |= {f"{cell} {seed}": hit for seed, hit in enumerate(_hits(result["codes"], result["answers"]))}
+    return found
 
 
 def _prompts(

@@ -87,6 +87,7 @@ class Plan:
         contexts: Tokens in a window; fidelity is measured at each, the other suites use the last.
         tokens: Tokens of text to use at most.
         residuals: Recent tokens that every method keeps; fidelity is measured at each, the other suites use the first.
+        equal_tail: Count in the fidelity suite only what reads codes, and at an exact tail of the residual's length.
         sinks: First tokens that every method keeps.
         chunk: Tokens fed at once.
         stride: Tokens by which windows of the fidelity suite slide; None if they do not overlap.
@@ -101,6 +102,7 @@ class Plan:
     contexts: tuple[int, ...]
     tokens: int
     residuals: tuple[int, ...] = (RESIDUAL_LENGTH,)
+    equal_tail: bool = False
     sinks: int = SINK_LENGTH
     chunk: int = CHUNK
     stride: int | None = None

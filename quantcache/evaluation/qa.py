@@ -11,7 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
 from quantcache.evaluation.methods import Method
+from quantcache.evaluation.paired import against
 
 SUITE = "qa"
 
@@ -61,6 +62,7 @@ class QAEntry:
         exact: Share of answers that match exactly once articles, capitals and punctuation are gone.
         agreement_f1: Mean F1 with the dense cache's answers.
         agreement_exact: Share of answers that are the dense cache's.
+        paired: McNemar's test of its exact answers against the dense cache's, and against ours.
     """
 
     family: str
@@ -70,6 +72,7 @@ class QAEntry:
     exact: summaries.Summary | None = None
     agreement_f1: summaries.Summary | None = None
     agreement_exact: summaries.Summary | None = None
+    paired: dict[str, summaries.Summary] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,19 @@ def measure_qa(
         "chat": chat,
         "chunk": chunk,
     }
-    return QAResult(settings, {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in methods})
+    entries = {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in methods}
+    right = {method.name: _right(method, [q for q, _ in chosen], cells) for method in asked}
+    return QAResult(settings, {n: replace(e, paired=against(n, asked, right)) for n, e in entries.items()})
+
+
+def _right(method: Method, questions: list[Question], cells: Cells) -> dict[str, bool]:
+    """Which questions a method answered exactly, of those that it answered at all."""
+    found = {}
+    for number, question in enumerate(questions):
+        result = cells.get(SUITE, method.name, f"{number} {question.id}")
+        if result["status"] == "ok":
+            found[f"{number}"] = any(exact(str(result["answer"]), wanted) for wanted in question.answers)
+    return found
 
 
 def _choose(
@@ -327,5 +342,6 @@ def _entry(method: Method, reference: str, questions: list[Question], cells: Cel
         "ok",
         summaries.mean([max(f1(answer, wanted) for wanted in q.answers) for answer, q in pairs]),
         summaries.share(sum(any(exact(a, wanted) for wanted in q.answers) for a, q in pairs), len(pairs)),
-        *agreement,
+        agreement_f1=agreement[0],
+        agreement_exact=agreement[1],
     )

@@ -13,8 +13,9 @@ from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import memory, needle, qa, routing, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths
-from quantcache.evaluation.fidelity import check_stride, measure_fidelity
+from quantcache.evaluation.fidelity import check_stride, check_tail, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.evaluation.paired import relative_kl
 from quantcache.evaluation.plan import SUITES, Material, Plan
 
 GROUP = 4
@@ -64,20 +65,22 @@ def run(material: Material, plan: Plan, cells: Cells | None = None) -> dict[str,
     check_lengths(material.model, plan.contexts, "context")
     if plan.stride is not None:
         check_stride(plan.stride, min(plan.contexts))
+    if plan.equal_tail:
+        check_tail(max(plan.residuals), min(plan.contexts), plan.chunk, plan.sinks)
     tokens = used_tokens(material, plan)
     methods = {residual: make_methods(material, plan, residual) for residual in plan.residuals}
+    # What rounding moves is a question of fidelity alone: elsewhere the floor is the dense cache once more.
+    others = [method for method in methods[plan.residuals[0]] if method.family != "floor"]
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "fidelity": lambda: {"fidelity": _fidelity(material, plan, tokens, methods, cells)},
-        "needle": lambda: {"needle": _needle(material, plan, methods[plan.residuals[0]], cells)},
-        "routing": lambda: {"routing": _routing(material, plan, tokens, methods[plan.residuals[0]], cells)},
-        "transfer": lambda: {"transfer": _transfer(material, plan, methods[plan.residuals[0]], cells)},
-        "qa": lambda: {"qa": _qa(material, plan, methods[plan.residuals[0]], cells)},
+        "needle": lambda: {"needle": _needle(material, plan, others, cells)},
+        "routing": lambda: {"routing": _routing(material, plan, tokens, others, cells)},
+        "transfer": lambda: {"transfer": _transfer(material, plan, others, cells)},
+        "qa": lambda: {"qa": _qa(material, plan, others, cells)},
         "memory": lambda: {
-            "memory": memory.measure_memory(
-                material.model, methods[plan.residuals[0]], lengths=plan.sizes.ladder, cells=cells
-            ).to_dict()
+            "memory": memory.measure_memory(material.model, others, lengths=plan.sizes.ladder, cells=cells).to_dict()
         },
-        "speed": lambda: _speed(material, plan, tokens, methods[plan.residuals[0]], cells),
+        "speed": lambda: _speed(material, plan, tokens, others, cells),
     }
     results: dict[str, Any] = {}
     for suite in SUITES:
@@ -123,15 +126,19 @@ def _fidelity(
             missing = cells.missing("fidelity", by_name, cell)
             for start in range(0, len(missing), GROUP):
                 group = [by_name[name] for name in missing[start : start + GROUP]]
-                for name, result in _fidelity_group(material.model, tokens, group, plan, context).items():
+                for name, result in _fidelity_group(material.model, tokens, group, plan, context, residual).items():
                     cells.put("fidelity", name, cell, result)
-            results = {name: cells.get("fidelity", name, cell) for name in by_name}
-            found.append({"context": context, "residual": residual, "stride": plan.stride, "methods": results})
+            results = {name: dict(cells.get("fidelity", name, cell)) for name in by_name}
+            for name, ratio in relative_kl(results).items():
+                results[name]["kl_relative"] = ratio
+            tail = residual if plan.equal_tail else None
+            setting = {"context": context, "residual": residual, "tail": tail, "stride": plan.stride}
+            found.append({**setting, "methods": results})
     return found
 
 
 def _fidelity_group(
-    model: PreTrainedModel, tokens: Tensor, methods: list[Method], plan: Plan, context: int
+    model: PreTrainedModel, tokens: Tensor, methods: list[Method], plan: Plan, context: int, residual: int
 ) -> dict[str, dict[str, Any]]:
     """Figures of a few methods from one dense pass; each by itself where that fails."""
 
@@ -141,6 +148,7 @@ def _fidelity_group(
             "chunk": plan.chunk,
             "sink_length": plan.sinks,
             "stride": plan.stride,
+            "tail": residual if plan.equal_tail else None,
         }
         return {name: r.to_dict() for name, r in measure_fidelity(model, tokens, few, **how).items()}
 
@@ -150,7 +158,9 @@ def _fidelity_group(
         return results
     if len(methods) > 1:
         return {
-            name: r for method in methods for name, r in _fidelity_group(model, tokens, [method], plan, context).items()
+            name: r
+            for method in methods
+            for name, r in _fidelity_group(model, tokens, [method], plan, context, residual).items()
         }
     (method,) = methods
     return {method.name: {"family": method.family, "simulated": method.simulated, **together}}

@@ -1,4 +1,4 @@
-"""How repeated measurements of one thing are described: quantiles, mean with standard error, share with interval."""
+"""How repeated measurements are described: quantiles, mean with error, share with interval; and two things in pairs."""
 
 from __future__ import annotations
 
@@ -89,3 +89,61 @@ def share(successes: int, trials: int, z: float = 1.959963984540054) -> Summary:
         "successes": successes,
         "n": trials,
     }
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Summary:
+    """Describe the ratio of two sums whose parts are paired, such as two methods' KL divergences by window.
+
+    What makes a window hard moves both: the error is that of the differences from the ratio, not of each sum by itself.
+    Source: W. G. Cochran, "Sampling Techniques" (1977), section 6.3.
+
+    Args:
+        above: Parts of the numerator.
+        below: Parts of the denominator, in the same order.
+
+    Returns:
+        ``ratio``, ``stderr`` (None for a single pair) and ``n``.
+
+    Raises:
+        ValueError: There are no parts, not as many of each, or the denominator's do not sum to more than 0.
+    """
+    if not above or len(above) != len(below):
+        raise ValueError(f"a ratio needs as many parts above as below, got {len(above)} and {len(below)}")
+    total = math.fsum(below)
+    if not total > 0:
+        raise ValueError(f"a ratio needs a denominator above 0, got {total}")
+    value, count = math.fsum(above) / total, len(above)
+    stderr = None
+    if count > 1:
+        squares = math.fsum((a - value * b) ** 2 for a, b in zip(above, below, strict=True))
+        stderr = math.sqrt(squares * count / (count - 1)) / total
+    return {"ratio": value, "stderr": stderr, "n": count}
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> Summary:
+    """Compare two who were asked the same questions: McNemar's exact test.
+
+    Only questions that one of them got right and the other wrong say anything. If both were equally good each of these
+    would be a toss of a coin; the two-sided p-value is how often coins fall at least as unevenly.
+
+    Source: Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or Percentages"
+    (1947), with the binomial distribution in place of its approximation.
+
+    Args:
+        first: Whether one was right, by question.
+        second: Whether the other was, in the same order.
+
+    Returns:
+        ``only_first`` and ``only_second`` (questions that one alone got right), ``p`` and ``n``.
+
+    Raises:
+        ValueError: There are no questions, or not as many of each.
+    """
+    if not first or len(first) != len(second):
+        raise ValueError(f"paired answers must be as many of each, got {len(first)} and {len(second)}")
+    pairs = list(zip(first, second, strict=True))
+    ours = sum(one and not other for one, other in pairs)
+    theirs = sum(other and not one for one, other in pairs)
+    count = ours + theirs
+    tail = sum(math.comb(count, k) for k in range(min(ours, theirs) + 1))
+    return {"only_first": ours, "only_second": theirs, "p": min(1.0, 2 * tail / 2**count), "n": len(pairs)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from quantcache.accounting.memory import DENSE_BITS, LayerSize, SideSize, calibrated_sizes
 from quantcache.artifact.calibration import Calibration
+from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, CodecSettings
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
@@ -20,8 +21,10 @@ FORMAT_NAMES = (
     DENSE,
     "fp8",
     "int8-token",
+    *("q8_0", "q4_0", "int4-token-head"),
     *("quanto-4", "quanto-2", "hqq-4", "hqq-2"),
     *(f"{stem}-{bits}" for stem in ("kivi", "quarot", "turboquant-mse", "turboquant-qjl") for bits in (4, 3, 2)),
+    *(f"kvarn-{widths}-{tile}" for widths in ("k4v4", "k4v2", "k3v3", "k2v2") for tile in (64, 128)),
     *("spectral-4", "spectral-3", "spectral-2.5", "spectral-2"),
 )
 """The formats that tables list. Other numbers of bits can be named where a family takes them."""
@@ -34,7 +37,7 @@ class Format:
     Attributes:
         name: Its name, that of the method in measurements except for ``bf16``.
         stem: The family's name.
-        bits: Its number of bits; 0 where the family has one setting only.
+        bits: Its number: of bits, of KVarN the tokens of a tile; 0 where the family has one setting only.
         recipe: What is known of the family.
     """
 
@@ -56,6 +59,11 @@ class Format:
         return {"dense": "dense", "spectral": "spectral"}.get(self.stem, "quantized")
 
     @property
+    def blocks_at_once(self) -> int:
+        """Blocks of 64 tokens that a cache of this format encodes together."""
+        return max(1, (self.recipe.tile(self.bits) or BLOCK) // BLOCK)
+
+    @property
     def runs(self) -> bool:
         """Whether there is a cache that stores it packed, once its packages are installed."""
         return not self.recipe.simulated
@@ -75,19 +83,20 @@ def parse_format(name: str) -> Format:
     """
     stem, _, number = name.rpartition("-")
     plain = "dense" if name == DENSE else name
-    if plain in RECIPES and not RECIPES[plain].parameter and name != "dense":
+    if plain in RECIPES and not RECIPES[plain].parameter and name not in ("dense", "floor"):
         return Format(name, plain, 0.0, RECIPES[plain])
     recipe = RECIPES.get(stem)
     try:
         bits = float(number)
     except ValueError:
         recipe = None
-    if recipe is None or recipe.parameter != "B" or recipe.needs == "statistics":
+    if recipe is None or recipe.parameter not in ("B", "T") or recipe.needs == "statistics":
         raise QuantCacheError(f"unknown format {name!r}: known are {', '.join(FORMAT_NAMES)}")
     low, high = recipe.limits
     if not (low <= bits <= high if recipe.numbers is None else bits in recipe.numbers):
         allowed = f"{low} to {high}" if recipe.numbers is None else ", ".join(map(str, recipe.numbers))
-        raise QuantCacheError(f"format {name}: bits must be {allowed}, got {number}")
+        what = "the tile" if recipe.parameter == "T" else "bits"
+        raise QuantCacheError(f"format {name}: {what} must be {allowed}, got {number}")
     return Format(name, stem, bits, recipe)
 
 

@@ -150,7 +150,8 @@ def cache_memory(
         residual_length=residual_length,
         element_bytes=element_bytes,
         room=capacity(blocks, first) if form.kind == "spectral" else None,
-        tail_room=tail_capacity(tokens, prefilled, sink_length, residual_length),
+        tail_room=tail_capacity(tokens, prefilled, sink_length, residual_length, form.blocks_at_once),
+        blocks_at_once=form.blocks_at_once,
     )
 
 
@@ -159,8 +160,8 @@ def largest_cache(
 ) -> int:
     """Bytes that a 16-bit model's cache holds at most while it grows to T tokens, in whatever steps.
 
-    Blocks are encoded when 64 tokens have gathered, stores grow by a sixteenth and tails by an eighth, so that a cache
-    may hold a little more than its size after one update. It never decreases with T.
+    Blocks are encoded when 64 tokens (or those of a longer tile) have gathered, stores grow by a sixteenth and tails by
+    an eighth, so that a cache may hold a little more than its size after one update. It never decreases with T.
 
     Args:
         form: How the cache is stored.
@@ -181,12 +182,13 @@ def largest_cache(
         group = GROUP if form.bits else None
         bits = int(form.bits or FP8_BITS)
         return predict_quantized(geometry.layers, tokens, bits=bits, group=group, batch=batch, recent=recent).total
-    blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH)
-    full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + 1) - 1 if blocks else tokens
+    once = form.blocks_at_once
+    blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH, once)
+    full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + once) - 1 if blocks else tokens
     layers = coded_layers(form, geometry, calibration)
     tail_room = largest_capacity(full - BLOCK * blocks - (SINK_LENGTH if blocks else 0), TAIL_GROWTH)
     rooms = {"room": largest_capacity(blocks), "tail_room": tail_room}
-    return states + predict_layers(layers, full, batch=batch, **rooms).total
+    return states + predict_layers(layers, full, batch=batch, blocks_at_once=once, **rooms).total
 
 
 def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> int:

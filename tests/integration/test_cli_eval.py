@@ -176,6 +176,8 @@ BAD_INPUT = {
     "questions missing": ((*EVAL, "--suite", "qa", "--qa", "no.jsonl"), "no.jsonl: No such file"),
     "questions calibrated on": ((*EVAL, "--suite", "qa", "--qa", "leaked.jsonl"), "the text of the questions holds"),
     "residual not a number": ((*EVAL, "--residual", "64,many"), "--residual must be whole numbers"),
+    "tail not a number": ((*EVAL, "--tail", "0,all"), "--tail must be whole numbers, comma-separated, got '0,all'"),
+    "tail too long": ((*EVAL, "--tail", "0,64"), "a window of 128 tokens reads no codes: sinks 4, tail 64 and"),
     "residual negative": ((*EVAL, "--residual=-1"), "--residual must be at least 0, got -1"),
     "context of one": ((*EVAL, "--context", "1"), "--context must be at least 2"),
     "needle template": ((*EVAL, "--suite", "needle", "--needle-fact", "no place"), "lacks {name}"),

@@ -110,7 +110,7 @@ def test_tables_fit_80_columns() -> None:
         lines = narrow(_shown(found, "GiB"))
         for name in FORMAT_NAMES:
             (row,) = (line for line in lines if line.startswith((f"{name} ", f"{name}*")))
-            assert row.split()[-1] in ("none", "low", "medium", "high")
+            assert row.split()[-1] in ("none", "low", "medium", "high", "unknown")
             assert "…" not in row
     rows = table.rows(sizes.geometry, "another", bundled_measurements())
     lines = narrow((_table(rows, "another"),))

@@ -310,7 +310,7 @@ def test_corrupt_downloads_are_found_out_by_the_index(
 
 def test_a_push_is_checked_before_the_work(hub: HubServer, client: Client) -> None:
     check = "hub.check_push"
-    assert client.error(f"{check}({REPO!r}, token='hf_wrong')").startswith("the Hub refuses the token")
+    assert client.error(f"{check}({REPO!r}, token='hf_wrong')").startswith("the Hub rejected the token")
     assert client.value(f"{check}({REPO!r}, token={TOKEN!r})") is None
     assert client.value(f"{check}('somebody/new', token={TOKEN!r})") is None
     error = client.error(f"{check}('else/new', token={TOKEN!r})")

@@ -104,6 +104,10 @@ def test_needles_are_found_in_a_cache_that_keeps_them(
     assert [cell["n"] for cell in entry["by_cell"].values()] == [3, 3]
     assert list(entry["by_cell"]) == ["160@0.2", "200@0.2"]
     assert result["methods"]["damaged"]["found"]["successes"] == 0
+    found = entry["found"]["successes"]
+    wanted = {"dense": {"only_first": 0, "only_second": found, "p": 2 * 0.5**found, "n": 6}}
+    assert result["methods"]["damaged"]["paired"] == wanted
+    assert entry["paired"] == result["methods"]["broken"]["paired"] == {}
     assert (result["methods"]["broken"]["status"], result["methods"]["broken"]["found"]) == ("out of memory", None)
     json.dumps(result, allow_nan=False)
 
@@ -373,6 +377,9 @@ def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer
     assert bad.agreement_exact is not None
     assert bad.agreement_exact["successes"] < 3
     assert failed.status == "out of memory"
+    right = good.exact["successes"]
+    assert bad.paired == {"dense": {"only_first": 0, "only_second": right, "p": 2 * 0.5**right, "n": 3}}
+    assert good.paired == failed.paired == {}
     with pytest.raises(QuantCacheError, match=r"lacks \{question\}"):
         qa.measure_qa(demo_model, demo_tokenizer, questions, methods, template="{context}")
     long = [replace(questions[0], context=hay[:20_000])]

@@ -37,7 +37,6 @@ class Kernel:
         multiple: What a dimension must be a multiple of.
         least_width: What widths the kernel needs at least; with none it leaves the case to torch.
         longest: Longest case that is worth its time.
-        trellis: Whether it takes codes that are paths through a trellis.
     """
 
     backend: BackendName
@@ -48,7 +47,6 @@ class Kernel:
     multiple: int = 4
     least_width: int = 0
     longest: int = 5000
-    trellis: bool = True
 
     def leaves(self, case: Case) -> str:
         """Why a case is not for this kernel; empty if it is."""
@@ -56,9 +54,14 @@ class Kernel:
             return f"dimensions must be multiples of {self.multiple}"
         if case.widths != "mixed" and int(case.widths) < self.least_width:
             return "there are no codes"
-        if "trellis" in case.coding and not self.trellis:
-            return "codes are coded by a trellis"
         return f"takes too long beyond {self.longest} tokens" if case.tokens > self.longest else ""
+
+    def leaves_codes(self, case: Case) -> str:
+        """Why encoding a case is not for this kernel; empty if it is."""
+        few = self.backend == "triton" and self.device == CPU and "trellis" in case.coding
+        if few and case not in [TRELLIS[name] for name in SEARCHED]:
+            return "its paths take the interpreter too long"
+        return self.leaves(case)
 
 
 def _native(level: str) -> Kernel:
@@ -82,7 +85,6 @@ TRITON = Kernel(
     multiple=16,
     least_width=1,
     longest=1000 if TRITON_DEVICE == CPU else 5000,
-    trellis=False,
 )
 
 TORCH = Kernel("torch", lambda: "")
@@ -210,15 +212,38 @@ TRELLIS = {
     "trellis-partial-rope": replace(SHORT, dim=80, rotary=0.4),
     "trellis-few-fast": replace(SHORT, dim=128, theta=1e7),
     "trellis-all-fast": replace(SHORT, theta=10.0),
+    "trellis-two-heads": replace(SHORT, heads=2, dim=96),
     "trellis-no-rope": replace(SHORT, rope="none"),
     "trellis-padded": replace(PATHS, tokens=180, pads=(0, 5, 150), queries=2, strided=True),
     "trellis-cut": replace(PATHS, tokens=172, cut=True, pads=(0, 70), queries=2),
-    "trellis-float16": replace(SHORT, dtype=torch.float16),
+    "trellis-D128-float16": replace(SHORT, dim=128, groups=8, dtype=torch.float16),
+    **{
+        f"trellis-{str(dtype).removeprefix('torch.')}-{name}": replace(case, dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+        for name, case in {
+            "D64": SHORT,
+            "wide": replace(SHORT, widths=7),
+            "padded": replace(SHORT, tokens=110, pads=(0, 33), strided=True),
+        }.items()
+    },
     "trellis-zero": replace(SHORT, scale=0.0),
     "trellis-1e4": replace(SHORT, scale=1e4),
     "trellis-1e-6": replace(SHORT, scale=1e-6),
 }
 """Cases of codes that are paths through a trellis, by test id; those of plain torch take their time to encode."""
+
+SEARCHED = (
+    "trellis-keys",
+    "trellis-values",
+    *(f"trellis-width{width}" for width in (1, 2, 8)),
+    "trellis-D256",
+    "trellis-few-fast",
+    "trellis-two-heads",
+    "trellis-zero",
+    "trellis-1e-6",
+    "trellis-bfloat16-padded",
+)
+"""Cases of them whose paths the interpreter searches too, half a second for every block of every row and head."""
 
 
 @dataclass

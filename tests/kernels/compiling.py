@@ -29,7 +29,7 @@ import torch
 
 from quantcache import SpectralCache, backends
 from tests.helpers import attend_by_kernel
-from tests.kernels.cases import ATTENTION, BASE, TRITON, Case, fill
+from tests.kernels.cases import ATTENTION, BASE, TRELLIS, TRITON, Case, fill
 
 HALF = replace(BASE, dtype=torch.bfloat16, widths=3)
 
@@ -40,6 +40,9 @@ GEOMETRIES = {
     "gemma-2": replace(HALF, dim=256, groups=2, theta=1e4, softcap=50.0),
     "gemma-3": replace(HALF, dim=256, groups=2, theta=1e6),
     "D64": replace(HALF, dim=64, groups=4, theta=1e4),
+}
+GEOMETRIES |= {
+    f"{name}-trellis": replace(GEOMETRIES[name], coding=("trellis", "trellis")) for name in ("llama-8b", "gemma-2")
 }
 """Models' head geometries. ``widths`` is what all coefficients get; kernels do not depend on it but for wide codes."""
 
@@ -174,7 +177,7 @@ def compile_cases(names: list[str], capability: int, keys: set[tuple[str, str]] 
     Returns:
         Every variant, with figures if it was compiled.
     """
-    result, cases = [], ATTENTION | GEOMETRIES
+    result, cases = [], ATTENTION | TRELLIS | GEOMETRIES
     with stopped_launches(capability, lambda *variant: keys is None or variant in keys) as found:
         for name in names:
             count, started = len(found), time.perf_counter()
@@ -263,7 +266,7 @@ def main() -> None:
     if options.steps:
         print(json.dumps(variants_while_decoding(options.steps)))
         return
-    names = [name for name in ATTENTION | GEOMETRIES if re.search(options.only, name)]
+    names = [name for name in ATTENTION | TRELLIS | GEOMETRIES if re.search(options.only, name)]
     failed = False
     for target in options.target:
         variants = [v for v in compile_cases(names, target, set()) if re.search(options.kernel, v.kernel)]

@@ -43,6 +43,7 @@ def test_decoding_compiles_few_variants() -> None:
     ("case", "kernels", "stack"),
     [
         ("llama-8b", "attend|query|dense|merge|decode|encode", 0),
+        ("llama-8b-trellis", "attend|decode|encode|path|level", 16),
         ("gemma-2", "attend", 256),  # more than 32 fast dimensions, and 256 in all
         ("D64", "attend|query", 16),
         ("T69", "attend", None),  # float32: levels are looked up, and products are not for tensor cores

@@ -19,10 +19,16 @@ from quantcache import backends
 from quantcache.attention.function import spectral_attention
 from quantcache.backends import Backend
 from quantcache.backends.triton import prepared
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import Coding
+from quantcache.coding.trellis import union_levels
 from quantcache.common.errors import QuantCacheError
-from quantcache_kernels.triton import ops
+from quantcache_kernels.triton import encode, ops
+from quantcache_kernels.triton.tables import HALF_TERMS
+from tests.kernels import encoding as rule
 from tests.kernels import truth
-from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, fill, on_device, shared
+from tests.kernels.cases import ATTENTION, BASE, TRELLIS, TRITON, TRITON_DEVICE, fill, on_device, shared
 
 pytestmark = pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}")
 
@@ -76,12 +82,16 @@ DECODING = (
     "all-fast",
     "padded",
     "cut-padded",
+    "trellis",
+    "trellis-padded",
+    "trellis-few-fast",
+    *(f"trellis-width{width}" for width in range(1, 9)),
 )
 
 
 @pytest.mark.parametrize("name", [*DECODING, *(f"width{width}" for width in range(1, 9))])
 def test_triton_decoding(name: str) -> None:
-    case = ATTENTION[name]
+    case = (ATTENTION | TRELLIS)[name]
     if TRITON.leaves(case):
         case = replace(case, value_dim=80)
     layer = shared(case).layer
@@ -93,6 +103,31 @@ def test_triton_decoding(name: str) -> None:
         fields = other.store.slice(0, view.num_blocks)
         found = backends.find("triton").decode(other.codec, fields, moved.places, moved.starts)
         assert_near(found, reference, truth.decoded(side, view))
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_levels_of_a_trellis_in_half_precision(width: int) -> None:
+    """Computed as the kernels do, rounded at every step, they are about as good as the levels rounded once."""
+    levels = torch.tensor(union_levels(width), dtype=torch.float64)
+    x = ((torch.arange(len(levels), dtype=torch.float64) + 0.5) / len(levels) - 0.5).half()
+    scale, cubic, quintic, seventh, ninth = HALF_TERMS[width]
+    square = x * x
+    found = x + x * (square * (cubic + square * (quintic + square * (seventh + square * ninth))))
+    weights = torch.exp(-(levels**2) / 2) * torch.gradient(levels)[0]
+    rounded = scale * (levels / scale).half().double()
+    own, theirs = (float(weights @ (other - levels) ** 2) ** 0.5 for other in (rounded, scale * found.double()))
+    assert theirs <= 2 * own + 1e-6, (theirs, own)
+
+
+def test_a_trellis_is_encoded_some_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = shared(replace(BASE, tokens=4 + 5 * BLOCK, dim=16, coding=("trellis", "trellis")))
+    side, moved = filled.layer.snapshot().value, on_device(filled.layer, TRITON).snapshot()
+    x, places = filled.given["value"][:, :, 4:], filled.layer.snapshot().places
+    monkeypatch.setattr(encode, "SCRATCH", 1)  # four blocks, then the fifth
+    fields = backends.find("triton").encode(moved.value.codec, x.to(TRITON_DEVICE), moved.places, None)
+    found = {name: field.cpu() for name, field in fields.items()}
+    assert isinstance(side.codec, SpectralCodec)
+    assert rule.compare(side.codec, x, places, None, found, side.store.slice(0, 5))[0] == 0
 
 
 def packed_arguments() -> tuple[Any, ...]:
@@ -118,10 +153,11 @@ def test_triton_ops_can_be_traced() -> None:
     torch.testing.assert_close(compiled(arguments[0]), double(arguments[0]))
 
 
-def test_triton_encoding_and_decoding_can_be_traced() -> None:
-    view = on_device(fill(BASE).layer, TRITON).snapshot()
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+def test_triton_encoding_and_decoding_can_be_traced(coding: Coding) -> None:
+    view = on_device(fill(replace(BASE, coding=(coding, coding), tokens=74)).layer, TRITON).snapshot()
     tables = prepared(view.key.codec, torch.float32)
-    x = torch.randn(1, 1, 128, 64, device=TRITON_DEVICE)
+    x = torch.randn(1, 1, 64, 64, device=TRITON_DEVICE)
     utilities = ("test_schema", "test_faketensor")
     encoding = (x, view.places, None, tables.encode.tensors, tables.encode.sizes)
     torch.library.opcheck(ops.encode_blocks, encoding, test_utils=utilities)

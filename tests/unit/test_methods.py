@@ -348,6 +348,9 @@ def test_all_names_parse_and_describe_themselves(statistics: RivalStatistics) ->
         ("pca-nan", "pca-nan: bits must lie between 0 and 8, got nan"),
         ("rank-65", "rank-65: the rank must be a whole number from 1 to 64, got 65"),
         ("rank-0", "a whole number from 1 to 64, got 0"),
+        ("kvarn-k4v2-32", "kvarn-k4v2-32: the tile must be one of 64, 128, got 32"),
+        ("kvarn-k4v3-64", "unknown method 'kvarn-k4v3-64'"),
+        ("q4_0-4", "unknown method 'q4_0-4'"),
     ],
 )
 def test_bad_names(name: str, message: str) -> None:
@@ -370,7 +373,7 @@ def test_needs_statistics() -> None:
 def test_own_lengths() -> None:
     lengths = {
         name: (m.sink_length, m.residual_length)
-        for name in ("dense", "spectral-3", "kivi-2", "oscar-2", "turboquant-mse-3")
+        for name in ("dense", "spectral-3", "kivi-2", "oscar-2", "turboquant-mse-3", "kvarn-k4v2-64", "q8_0")
         for m in [parsed(name, own_lengths=True)]
     }
     assert lengths == {
@@ -379,6 +382,8 @@ def test_own_lengths() -> None:
         "kivi-2": (0, 128),
         "oscar-2": (64, 256),
         "turboquant-mse-3": (0, 0),
+        "kvarn-k4v2-64": (128, 0),
+        "q8_0": (0, 0),
     }
     assert (parsed("kivi-2").sink_length, parsed("kivi-2").residual_length) == (4, 0)
 
@@ -540,9 +545,10 @@ def test_a_stem_is_registered_once() -> None:
 def test_simulated_codecs_have_the_bits_that_their_recipe_states(name: str, statistics: RivalStatistics) -> None:
     recipe, number = find_recipe(name, CONFIG)
     cache = parsed(name, statistics).make_cache()
-    keys = torch.randn(1, 2, 64, DIM)
+    keys = torch.randn(1, 2, 4 + 128, DIM)
     cache.update(keys, keys, 0)
     cache.layers[0].flush()
+    assert set(cache.layers[0].codecs) == {"key", "value"}
     for side, codec in cache.layers[0].codecs.items():
         stated = recipe.bits(number, side, DIM)
         # Water-filled widths are whole numbers, whose mean may stay a little below the budget.

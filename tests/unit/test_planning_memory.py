@@ -39,6 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 EVERY = FAMILIES + OTHERS
 BY_NAME = {family.name: family for family in EVERY}
 
+YOUNGER = ("kvarn", "int4-token-head", "q4_0", "q8_0")
+"""Formats that a committed record may lack: they came after it."""
+
 
 def shapes(family: Family) -> list[tuple[int, int]]:
     """(heads, dimension) of keys and values as the table of families states them."""
@@ -148,16 +151,20 @@ def test_sizes_are_those_of_the_committed_measurements() -> None:
     tokens, chunk = settings["context"], settings["chunk"]
     first = chunk + settings["sinks"]
     known = geometry.read_geometry(geometry.load_config("wiki11m"))
-    blocks = num_blocks(tokens, settings["sinks"], 64)
-    tail_spare = tail_capacity(tokens, first, settings["sinks"], 64) - (tokens - settings["sinks"] - BLOCK * blocks)
+    coded = num_blocks(tokens, settings["sinks"], 64)
+    tail_spare = tail_capacity(tokens, first, settings["sinks"], 64) - (tokens - settings["sinks"] - BLOCK * coded)
     # transformers' quantized caches code everything anew with every whole chunk; what the last one brought is left.
     feeding = {"spectral": {"prefill": first}, "quantized": {"prefill": tokens - (tokens - first) % chunk}}
     for form in formats.list_formats():
         if form.name == "fp8" and not compat.HAS_FP8_CACHE:
             continue  # the record has transformers' own
+        if form.method not in entries:
+            assert form.stem.startswith(YOUNGER), form.name
+            continue
         entry = entries[form.method]
         found = cache_memory(form, known, tokens, element_bytes=4, **feeding.get(form.kind, {}))
         # Of a simulated rival only the places of blocks are counted with the room that they have grown to.
+        blocks = num_blocks(tokens, settings["sinks"], 64, form.blocks_at_once)
         grown = PLACE_BYTES * len(known.layers) * (capacity(blocks, 0) - blocks) if form.kind == "simulated" else 0
         # Chunks, unlike single tokens, leave tails without any.
         spare = tail_spare * 4 * sum(layer.elements for layer in known.layers) if form.kind == "spectral" else 0

@@ -1,4 +1,4 @@
-"""Quantiles, averages and shares."""
+"""Quantiles, averages, shares, and comparisons of what is paired."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from quantcache.evaluation import summaries
@@ -43,3 +45,77 @@ def test_what_cannot_be_summarized_is_refused() -> None:
         with pytest.raises(ValueError, match="trials must be at least 1"):
             summaries.share(successes, trials)
     assert math.isfinite(float(summaries.share(1, 1)["low"] or 0))
+
+
+# ---------------------------------------------------------------------- pairs
+
+windows = st.lists(st.tuples(st.floats(0, 10), st.floats(0.01, 10)), min_size=1, max_size=30)
+
+
+@given(windows, st.floats(0.1, 10))
+@settings(deadline=None)
+def test_a_ratio_of_sums(pairs: list[tuple[float, float]], factor: float) -> None:
+    above, below = ([pair[side] for pair in pairs] for side in (0, 1))
+    found = summaries.ratio(above, below)
+    assert found["ratio"] == pytest.approx(np.mean(above) / np.mean(below), rel=1e-9, abs=1e-12)
+    assert found["n"] == len(pairs)
+    assert (found["stderr"] is None) == (len(pairs) == 1)
+    # What is proportional window by window has no error, however far the windows lie apart.
+    exact = summaries.ratio([factor * b for b in below], below)
+    assert exact["ratio"] == pytest.approx(factor, rel=1e-9)
+    assert (exact["stderr"] or 0) < 1e-9 * factor
+    # Neither does the scale of both matter.
+    scaled = summaries.ratio([factor * a for a in above], [factor * b for b in below])
+    assert scaled["ratio"] == pytest.approx(found["ratio"], rel=1e-9, abs=1e-12)
+    if len(pairs) > 1:
+        assert scaled["stderr"] == pytest.approx(found["stderr"], rel=1e-6, abs=1e-9)
+
+
+def test_a_ratios_error_is_the_bootstraps() -> None:
+    random = np.random.default_rng(1)
+    hard = random.gamma(4, size=300)
+    above, below = hard * random.gamma(20, 0.1, size=300), hard * random.gamma(20, 0.05, size=300)
+    found = summaries.ratio(list(above), list(below))
+    again = stats.bootstrap(
+        (above, below),
+        lambda a, b, axis: a.mean(axis) / b.mean(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=4000,
+        rng=np.random.default_rng(2),
+    )
+    # The bootstrap divides by n, and 4,000 samples give its error to 1/√8000.
+    assert found["stderr"] == pytest.approx(again.standard_error, rel=0.05)
+    # Sums that are not paired would be told apart far worse.
+    alone = float(found["ratio"] or 0) * np.hypot(stats.sem(above) / above.mean(), stats.sem(below) / below.mean())
+    assert float(found["stderr"] or 0) < alone / 2
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
+@settings(deadline=None)
+def test_mcnemar_is_scipys_binomial_test(pairs: list[tuple[bool, bool]]) -> None:
+    first, second = ([pair[side] for pair in pairs] for side in (0, 1))
+    found = summaries.mcnemar(first, second)
+    ours, theirs = pairs.count((True, False)), pairs.count((False, True))
+    assert (found["only_first"], found["only_second"], found["n"]) == (ours, theirs, len(pairs))
+    wanted = stats.binomtest(ours, ours + theirs).pvalue if ours + theirs else 1.0
+    assert found["p"] == pytest.approx(wanted, rel=1e-9)
+    assert summaries.mcnemar(second, first)["p"] == found["p"]
+
+
+def test_mcnemar_of_many_questions_is_exact() -> None:
+    found = summaries.mcnemar([True] * 700 + [False] * 1300, [False] * 700 + [True] * 1300)
+    assert found["p"] == pytest.approx(stats.binomtest(700, 2000).pvalue, rel=1e-9)
+    assert 0 < float(found["p"] or 0) < 1e-30
+
+
+def test_what_is_not_paired_is_refused() -> None:
+    for above, below in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match=f"as many parts above as below, got {len(above)} and {len(below)}"):
+            summaries.ratio(above, below)
+    for below in ([0.0, 0.0], [1.0, -1.0], [math.nan, 1.0]):
+        with pytest.raises(ValueError, match="a denominator above 0, got"):
+            summaries.ratio([1.0, 1.0], below)
+    for first, second in (([], []), ([True], [])):
+        with pytest.raises(ValueError, match=f"as many of each, got {len(first)} and {len(second)}"):
+            summaries.mcnemar(first, second)

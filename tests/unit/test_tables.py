@@ -199,7 +199,9 @@ def test_short_table_keeps_one_setting_of_every_rival() -> None:
         "kivi-4": method(0.5, simulated=True, bits_per_element=5.0),
         "rank-8": method(0.5, simulated=True, bits_per_element=2.0),  # nothing nearer
         "quanto-4": {"status": "unsupported: needs optimum-quanto", "simulated": False, "family": "rival"},
+        "floor": method(1e-9, bits_per_element=32.0, family="floor"),
     }
+    assert set(figures.kl_bits({"metrics": {"residual_0": results}})) == {"spectral", "kivi", "rank"}
     assert list(fidelity_tables.short(results)) == ["spectral-3", "kivi-3", "rank-8", "quanto-4"]
 
 

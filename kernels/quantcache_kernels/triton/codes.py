@@ -6,6 +6,9 @@ converted and nothing is shuffled. For values the two halves are tokens t and t 
 them; for keys, whose contraction runs over dimensions, the words of two neighbouring slots are interleaved first.
 
 Fields: see quantcache/coding/packing.py. Word ``c`` of an f-bit field holds tokens ``c + 2 f j`` at bits ``f j``.
+
+A trellis (quantcache/coding/trellis.py) has one bit more in its codes than in memory: the subsets of all tokens, made
+of the plane of path bits, are a 2-bit field like any other, below the fields that are read.
 """
 
 from __future__ import annotations
@@ -38,12 +41,45 @@ def load_words(words, first, FIELD: tl.constexpr):
 
 
 @jit
-def load_tile(words, table, slot, S: tl.constexpr):
-    """Words of a tile's slots: 4-, 2- and 1-bit field, ``[16, 8]``, ``[16, 4]`` and ``[16, 2]``."""
+def load_tile(words, table, slot, S: tl.constexpr, TRELLIS: tl.constexpr):
+    """Words of a tile's slots: 4-, 2- and 1-bit field, ``[16, 8]``, ``[16, 4]`` and ``[16, 2]``, and a path's bits."""
     four = load_words(words, tl.load(table + slot), 4)
     two = load_words(words, tl.load(table + S + slot), 2)
     one = load_words(words, tl.load(table + 2 * S + slot), 1)
-    return four, two, one
+    if TRELLIS:
+        return four, two, one, load_words(words, tl.load(table + 3 * S + slot), 1)
+    else:
+        return four, two, one
+
+
+@jit
+def convolve(own, other, is_even):
+    """c1 of a trellis' tokens as a plane of bits, the convolution of the path with octal 13; c0 is ``own << 1``.
+
+    Args:
+        own: Words of the path's bits, of even tokens or of odd ones.
+        other: The words of the tokens between those.
+        is_even: 1 where ``own`` has the even tokens, else 0.
+
+    Returns:
+        Words of the same tokens as ``own``.
+    """
+    # A token before this one is in the other word, at the same bit for odd tokens and one bit further down for even.
+    return own ^ (other << is_even) ^ (other << (is_even + 1))
+
+
+@jit
+def subset_field(path):
+    """The subsets 2 c1 + c0 as a 2-bit field ``[16, 4]``, of the words ``[16, 2]`` of a path's bits."""
+    even, odd = path.split()
+    column = tl.arange(0, 4)[None, :]
+    is_even = 1 - (column & 1).to(tl.uint32)
+    own = tl.where(is_even != 0, even[:, None], odd[:, None])
+    c1 = convolve(own, tl.where(is_even != 0, odd[:, None], even[:, None]), is_even)
+    # A word of this field has every fourth token: those at even bits of a plane, or those at odd bits. Where the bits
+    # of c1 are then in place, those of c0 lie at the bits of the path itself.
+    earlier = 1 - (column >> 1).to(tl.uint32)
+    return ((c1 << earlier) & 0xAAAAAAAA) | ((own << earlier) & 0x55555555)
 
 
 @jit
@@ -56,9 +92,18 @@ def interleave(words):
 
 
 @jit
-def interleave_tile(four, two, one):
-    """:func:`interleave` of every field of a tile."""
-    return interleave(four), interleave(two), interleave(one)
+def arrange_tile(fields, PAIRS: tl.constexpr, TRELLIS: tl.constexpr):
+    """What :func:`load_tile` gave as :func:`unpack` takes it: interleaved where slots are contracted, with subsets."""
+    four, two, one = fields[0], fields[1], fields[2]
+    if PAIRS:
+        four, two, one = interleave(four), interleave(two), interleave(one)
+    if TRELLIS:
+        subsets = subset_field(fields[3])
+        if PAIRS:
+            subsets = interleave(subsets)
+        return four, two, one, subsets
+    else:
+        return four, two, one
 
 
 @jit
@@ -79,19 +124,18 @@ def spread_top(word):
 
 
 @jit
-def unpack(four, two, one, flags, factors, slot, one_half, S: tl.constexpr):
+def unpack(fields, flags, factors, slot, one_half, S: tl.constexpr, TRELLIS: tl.constexpr):
     """Codes of a tile, the highest bit at bit 9 of its half, under the exponent of 1.0.
 
     Args:
-        four: 4-bit field ``[16, 8]``.
-        two: 2-bit field ``[16, 4]``.
-        one: 1-bit field ``[16, 2]``.
+        fields: 4-, 2- and 1-bit field, ``[16, 8]``, ``[16, 4]`` and ``[16, 2]``, and a trellis' subsets, ``[16, 4]``.
         flags: Which fields some slot of the tile has.
-        factors: What selects the 4-bit field of slots that have one, and takes 2- and 1-bit fields to their place,
-            ``[3, S]``; zero where a slot lacks a field.
+        factors: What selects the 4-bit field of slots that have one, and takes the others to their place, ``[4, S]``;
+            zero where a slot lacks a field.
         slot: Slot of every row, ``[16]``.
         one_half: 0x3C003C00, two 1.0: a variable, because a second constant would cost an instruction each time.
         S: Slots.
+        TRELLIS: Whether the codes are those of a trellis.
 
     Returns:
         ``[16, 32]`` uint32.
@@ -99,16 +143,18 @@ def unpack(four, two, one, flags, factors, slot, one_half, S: tl.constexpr):
     x = tl.zeros((16, 32), tl.uint32) + one_half
     if flags & 1:
         mask = tl.load(factors + slot).to(tl.uint32)[:, None]
-        x = (spread_top(four).reshape(16, 32) & mask) | one_half
+        x = (spread_top(fields[0]).reshape(16, 32) & mask) | one_half
     if flags & 2:
-        x += spread(two, 2) * tl.load(factors + S + slot).to(tl.uint32)[:, None]
+        x += spread(fields[1], 2) * tl.load(factors + S + slot).to(tl.uint32)[:, None]
     if flags & 4:
-        x += spread(one, 1) * tl.load(factors + 2 * S + slot).to(tl.uint32)[:, None]
+        x += spread(fields[2], 1) * tl.load(factors + 2 * S + slot).to(tl.uint32)[:, None]
+    if TRELLIS:
+        x += spread(fields[3], 2) * tl.load(factors + 3 * S + slot).to(tl.uint32)[:, None]
     return x
 
 
 @jit
-def levels_of(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexpr):
+def levels_of(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexpr, TRELLIS: tl.constexpr):
     """Levels of both halves of :func:`unpack`'s codes, two tensors ``[16, 32]``.
 
     The two halves are worked on step by step together: the compiler then keeps them in one register.
@@ -120,10 +166,18 @@ def levels_of(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexp
         low += center
         high += center
         cubic, quintic = tl.load(meaning + S + slot)[:, None], tl.load(meaning + 2 * S + slot)[:, None]
-        square = low * low
-        low = low * (1 + square * (cubic + square * quintic))
-        square = high * high
-        high = high * (1 + square * (cubic + square * quintic))
+        if TRELLIS:
+            seventh, ninth = tl.load(meaning + 3 * S + slot)[:, None], tl.load(meaning + 4 * S + slot)[:, None]
+            # x + x p rounds once where x (1 + p) would round twice.
+            square = low * low
+            low += low * (square * (cubic + square * (quintic + square * (seventh + square * ninth))))
+            square = high * high
+            high += high * (square * (cubic + square * (quintic + square * (seventh + square * ninth))))
+        else:
+            square = low * low
+            low = low * (1 + square * (cubic + square * quintic))
+            square = high * high
+            high = high * (1 + square * (cubic + square * quintic))
         return low, high
     else:
         shift = tl.load(meaning + slot).to(tl.uint32)[:, None]
@@ -134,16 +188,16 @@ def levels_of(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexp
 
 
 @jit
-def value_levels(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexpr):
+def value_levels(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexpr, TRELLIS: tl.constexpr):
     """Levels of a tile of values, ``[16, 64]``: column 2 c + h is token c + 32 h."""
-    low, high = levels_of(x, meaning, levels, slot, S, POLYNOMIAL)
+    low, high = levels_of(x, meaning, levels, slot, S, POLYNOMIAL, TRELLIS)
     return tl.join(low, high).reshape(16, 64)
 
 
 @jit
-def key_levels(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexpr):
+def key_levels(x, meaning, levels, slot, S: tl.constexpr, POLYNOMIAL: tl.constexpr, TRELLIS: tl.constexpr):
     """Levels of a tile of interleaved keys, tokens first, ``[64, 16]``."""
-    low, high = levels_of(x, meaning, levels, slot, S, POLYNOMIAL)
+    low, high = levels_of(x, meaning, levels, slot, S, POLYNOMIAL, TRELLIS)
     return tl.join(low.reshape(8, 64), high.reshape(8, 64)).permute(1, 0, 2).reshape(64, 16)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantcache_kernels.triton.codes import (
     angle,
+    arrange_tile,
     gain_of,
-    interleave_tile,
     key_levels,
     load_tile,
     second_nibble,
@@ -32,7 +32,7 @@ def decode_kernel(
     out,  # [B, H, n * 64, D]
     n, batch, heads, W, one_half,
     D: tl.constexpr, DS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
-    FRAMED: tl.constexpr, POLYNOMIAL: tl.constexpr, HAS_STARTS: tl.constexpr,
+    FRAMED: tl.constexpr, POLYNOMIAL: tl.constexpr, TRELLIS: tl.constexpr, HAS_STARTS: tl.constexpr,
 ):  # fmt: skip
     """Some dimensions of one head of one block."""
     block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2) % batch
@@ -45,7 +45,7 @@ def decode_kernel(
     source = codes + tl.multiple_of(line * W, 2)
     words += head * 4 * S
     factors += head * 4 * S
-    meaning += head * (3 if POLYNOMIAL else 2) * S
+    meaning += head * ((5 if TRELLIS else 3) if POLYNOMIAL else 2) * S
     turned_with = tl.load(partner + column, mask=inside, other=0)
 
     result = tl.zeros((64, COLUMNS), tl.float32)
@@ -53,10 +53,11 @@ def decode_kernel(
     for t in range(TILES):
         flag = tl.load(flags + head * TILES + t)
         if flag != 0:
-            fields = interleave_tile(*load_tile(source, words, 16 * t + slot, S))
-            x = unpack(*fields, flag, factors, 16 * t + slot, one_half, S)
-            x += second_nibble(source, words, factors, 16 * t + slot, flag, True, S)
-            tile = key_levels(x, meaning, levels, 16 * t + slot, S, POLYNOMIAL)
+            fields = arrange_tile(load_tile(source, words, 16 * t + slot, S, TRELLIS), True, TRELLIS)
+            x = unpack(fields, flag, factors, 16 * t + slot, one_half, S, TRELLIS)
+            if not TRELLIS:
+                x += second_nibble(source, words, factors, 16 * t + slot, flag, True, S)
+            tile = key_levels(x, meaning, levels, 16 * t + slot, S, POLYNOMIAL, TRELLIS)
             matrix = decoder + (head * S + 16 * t + slot)[:, None] * D
             own = tl.load(matrix + column[None, :], mask=inside[None, :], other=0.0)
             result = tl.dot(tile, own, result, input_precision="ieee")
@@ -102,12 +103,13 @@ def launch(
         sizes: Prepared sizes.
         out: Filled with ``[B, H, n * 64, D]``.
     """
-    dim, num_slow, slow_tiles, fast_tiles, framed, _ = sizes
+    dim, num_slow, slow_tiles, fast_tiles, framed, is_trellis = sizes
     n, batch, heads, _ = gains.shape
     columns = 64
     decode_kernel[(n, heads, batch * -(-dim // columns))](
         *tables, codes.view(torch.uint32), gains, places, places if starts is None else starts, out,
         n, batch, heads, codes.shape[2], 0x3C003C00,
         D=dim, DS=num_slow, TILES=slow_tiles + fast_tiles, COLUMNS=columns,
-        FRAMED=bool(framed), POLYNOMIAL=tables[7].dtype == torch.float16, HAS_STARTS=starts is not None, num_warps=4,
+        FRAMED=bool(framed), POLYNOMIAL=tables[7].dtype == torch.float16, TRELLIS=bool(is_trellis),
+        HAS_STARTS=starts is not None, num_warps=4,
     )  # fmt: skip

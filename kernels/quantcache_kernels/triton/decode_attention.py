@@ -14,8 +14,8 @@ Shapes: B batch, H key/value heads, R = G Tq rows of queries with the query inde
 from __future__ import annotations
 
 from quantcache_kernels.triton.codes import (
+    arrange_tile,
     gain_of,
-    interleave_tile,
     key_levels,
     load_tile,
     second_nibble,
@@ -44,7 +44,8 @@ def attend_kernel(
     sink_length, softcap, one_half, zero,
     SLOW: tl.constexpr, FAST: tl.constexpr, VALUE: tl.constexpr, P: tl.constexpr,
     WIDE: tl.constexpr,  # whether some tile has 8-bit codes
-    KEY_POLYNOMIAL: tl.constexpr, VALUE_POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr, PAIRED: tl.constexpr,
+    KEY_POLYNOMIAL: tl.constexpr, VALUE_POLYNOMIAL: tl.constexpr,
+    KEY_TRELLIS: tl.constexpr, VALUE_TRELLIS: tl.constexpr, PRECISION: tl.constexpr, PAIRED: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALL_VISIBLE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -63,11 +64,11 @@ def attend_kernel(
     key_words += head * 4 * KS
     key_factors += head * 4 * KS
     key_flags += head * (SLOW + FAST)
-    key_meaning += head * (3 if KEY_POLYNOMIAL else 2) * KS
+    key_meaning += head * ((5 if KEY_TRELLIS else 3) if KEY_POLYNOMIAL else 2) * KS
     value_words += head * 4 * VS
     value_factors += head * 4 * VS
     value_flags += head * VALUE
-    value_meaning += head * (3 if VALUE_POLYNOMIAL else 2) * VS
+    value_meaning += head * ((5 if VALUE_TRELLIS else 3) if VALUE_POLYNOMIAL else 2) * VS
     rows_of_blocks = tl.zeros((), tl.int64) + batch
     first_valid = 0
     if HAS_STARTS:
@@ -94,7 +95,7 @@ def attend_kernel(
         start = tl.load(places + block * 3)
         turning = tl.zeros((64, ROWS), tl.float32)
         if SLOW > 0:
-            four, two, one = load_tile(keys, key_words, slot, KS)  # the first slow tile: on its way all the while
+            coming = load_tile(keys, key_words, slot, KS, KEY_TRELLIS)  # the first slow tile: on its way all the while
         for c in range(P // 16):
             # The fast part is decoded, few dimensions as it is, and turned by the offset from the anchor: 16 pairs at a
             # time, since more would not fit in registers.
@@ -105,11 +106,11 @@ def attend_kernel(
                 flags = tl.load(key_flags + SLOW + f)
                 place = 16 * (SLOW + f) + slot
                 if flags != 0:
-                    fields = interleave_tile(*load_tile(keys, key_words, place, KS))
-                    x = unpack(*fields, flags, key_factors, place, one_half, KS)
-                    if WIDE:
+                    fields = arrange_tile(load_tile(keys, key_words, place, KS, KEY_TRELLIS), True, KEY_TRELLIS)
+                    x = unpack(fields, flags, key_factors, place, one_half, KS, KEY_TRELLIS)
+                    if WIDE and not KEY_TRELLIS:
                         x += second_nibble(keys, key_words, key_factors, place, flags, True, KS)
-                    tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL)
+                    tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL, KEY_TRELLIS)
                     matrix = fast_decoder + ((head * FAST + f) * 16 + slot)[:, None] * (2 * P) + pair[None, :]
                     first = tl.dot(tile, tl.load(matrix), first, input_precision=PRECISION)
                     second = tl.dot(tile, tl.load(matrix + P), second, input_precision=PRECISION)
@@ -129,18 +130,18 @@ def attend_kernel(
             for t in range(SLOW):
                 place = 16 * t + slot
                 flags = tl.load(key_flags + t)
-                now = interleave_tile(four, two, one)
+                now = arrange_tile(coming, True, KEY_TRELLIS)
                 if t + 1 < SLOW:
-                    four, two, one = load_tile(keys, key_words, place + 16, KS)
+                    coming = load_tile(keys, key_words, place + 16, KS, KEY_TRELLIS)
                 if flags != 0:
-                    x = unpack(*now, flags, key_factors, place, one_half, KS)
-                    if WIDE:
+                    x = unpack(now, flags, key_factors, place, one_half, KS, KEY_TRELLIS)
+                    if WIDE and not KEY_TRELLIS:
                         x += second_nibble(keys, key_words, key_factors, place, flags, True, KS)
-                    tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL)
+                    tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL, KEY_TRELLIS)
                     part = query + row[None, :] * Q + place[:, None]
                     part_of_row = tl.load(part, mask=valid_row[None, :], other=0.0)
                     scores = tl.dot(tile, part_of_row, scores, input_precision=PRECISION)
-        coming = load_tile(values, value_words + tables, slot, VS)
+        ahead = load_tile(values, value_words + tables, slot, VS, VALUE_TRELLIS)
         unit = tl.load(scales + query_line * 2 * R + row, mask=valid_row, other=0.0)
         offset = tl.load(scales + query_line * 2 * R + R + row, mask=valid_row, other=0.0)
         scores = (scores * key_gain[:, None] + turning) * unit[None, :] + offset[None, :]
@@ -167,15 +168,17 @@ def attend_kernel(
         for t in tl.static_range(VALUE):
             place = 16 * t + slot
             flags = tl.load(value_flags + t)
-            now = coming
+            now = arrange_tile(ahead, False, VALUE_TRELLIS)
             if t + 1 < VALUE:
-                coming = load_tile(values, value_words + tables, place + 16, VS)
+                ahead = load_tile(values, value_words + tables, place + 16, VS, VALUE_TRELLIS)
             sum_ = sums[t] * decay[None, :]
             if flags != 0:
-                x = unpack(*now, flags, value_factors + tables, place, one_half, VS)
-                if WIDE:
+                x = unpack(now, flags, value_factors + tables, place, one_half, VS, VALUE_TRELLIS)
+                if WIDE and not VALUE_TRELLIS:
                     x += second_nibble(values, value_words + tables, value_factors + tables, place, flags, False, VS)
-                tile = value_levels(x, value_meaning + tables, value_levels_, place, VS, VALUE_POLYNOMIAL)
+                tile = value_levels(
+                    x, value_meaning + tables, value_levels_, place, VS, VALUE_POLYNOMIAL, VALUE_TRELLIS
+                )
                 sum_ = tl.dot(tile, weights, sum_, input_precision=PRECISION)
             updated += (sum_,)
         sums = updated

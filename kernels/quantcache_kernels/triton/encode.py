@@ -1,16 +1,22 @@
 """Encoding: from keys or values as the model caches them to packed codes and gains, one pass over the input.
 
 A program encodes one head of one block: frame, centring and transform into registers, the root mean square, the gain
-search against the Lloyd-Max boundaries, the corrected gain, the packed fields.
+search against the Lloyd-Max boundaries, the corrected gain, the packed fields. Of a trellis it stops after the gain
+search, and leaves the rest to trellis.py.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from quantcache_kernels.triton import runtime
-from quantcache_kernels.triton.codes import GAIN_CENTER, GAIN_STEPS, angle
-from quantcache_kernels.triton.runtime import jit, kernel, power_of_two, tl
+from quantcache_kernels.triton import runtime, trellis
+from quantcache_kernels.triton.codes import angle
+from quantcache_kernels.triton.packing import store_codes, store_gains, warps
+from quantcache_kernels.triton.runtime import BLOCK, jit, kernel, power_of_two, tl
+
+SCRATCH = 64 << 20
+"""Bytes of coefficients that are in memory at once, between the kernels of a trellis."""
 
 
 @kernel("batch", "W")
@@ -28,9 +34,11 @@ def encode_kernel(
     factors,  # [FACTORS] float32: the gain search
     codes,  # [n, B, W] int32
     gains,  # [n, B, H, 64] uint8
+    coefficients,  # [n, B, H, 64, S] float32, of a trellis
+    steps,  # [n, B, H, 64] float32, likewise: the gain that the search has found
     x_batch, x_head, x_token, x_dim, batch, W,
     D: tl.constexpr, DS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, FACTORS: tl.constexpr,
-    FRAMED: tl.constexpr, HAS_STARTS: tl.constexpr, PRECISION: tl.constexpr,
+    FRAMED: tl.constexpr, HAS_STARTS: tl.constexpr, TRELLIS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head of one block."""
     block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -96,19 +104,15 @@ def encode_kernel(
         most = tl.where(better, saved, most)
 
     line = block.to(tl.int64) * batch + b
-    exponent = tl.log2(tl.maximum(gain, 1e-30)) * GAIN_STEPS + GAIN_CENTER
-    exponent = tl.minimum(tl.maximum(tl.floor(exponent + 0.5), 0.0), 255.0)
-    tl.store(gains + (line * heads + head) * 64 + token, exponent.to(tl.uint8))
-
-    code = tl.trans(nearest(y, rms * best, width, book, coded, scale, origin, boundaries, bins)).to(tl.uint32)
-    offset = tl.load(offsets + place, mask=real, other=0)
-    words = codes + line * W
-    wide = width >= 4
-    store_field(words, code >> tl.maximum(width - 4, 0).to(tl.uint32)[:, None], offset, wide, SP, 4)
-    store_field(words, code, offset + 8, width == 8, SP, 4)
-    offset += tl.where(wide, 8, 0)
-    store_field(words, code >> (width & 1).to(tl.uint32)[:, None], offset, (width & 2) > 0, SP, 2)
-    store_field(words, code, offset + 2 * (width & 2), (width & 1) > 0, SP, 1)
+    row = (line * heads + head) * 64 + token
+    if TRELLIS:
+        tl.store(coefficients + row[:, None] * S + slot[None, :], y, mask=real[None, :])
+        tl.store(steps + row, rms * best)
+    else:
+        store_gains(gains + row, gain)
+        code = nearest(y, rms * best, width, book, coded, scale, origin, boundaries, bins)
+        offset = tl.load(offsets + place, mask=real, other=0)
+        store_codes(codes + line * W, tl.trans(code).to(tl.uint32), offset, width, SP)
 
 
 @jit
@@ -132,17 +136,6 @@ def nearest(y, step, width, book, coded, scale, origin, boundaries, bins):
     return code + (u > tl.load(boundaries + (book + code), mask=coded, other=0.0)).to(tl.int32)
 
 
-@jit
-def store_field(words, code, offset, present, SP: tl.constexpr, FIELD: tl.constexpr):
-    """Store the lowest ``FIELD`` bits of codes ``[SP, 64]`` of those slots that have the field."""
-    if tl.max(present.to(tl.int32), axis=0) > 0:
-        shift = (tl.arange(0, 32 // FIELD) * FIELD).to(tl.uint32)[None, :, None]
-        bits = (code & ((1 << FIELD) - 1)).reshape(SP, 32 // FIELD, 2 * FIELD) << shift
-        packed = tl.sum(bits, axis=1).to(tl.int32, bitcast=True)
-        column = tl.arange(0, 2 * FIELD)
-        tl.store(words + offset[:, None] + column[None, :], packed, mask=present[:, None])
-
-
 def launch(
     x: Tensor,
     places: Tensor,
@@ -163,12 +156,43 @@ def launch(
         codes: Filled with codes.
         gains: Filled with gains.
     """
-    dim, num_slow, slots, payload, framed = sizes
-    padded = power_of_two(slots)
+    is_trellis = bool(sizes[-1])
+    if not is_trellis:
+        _launch(x, places, starts, tables, sizes, codes, gains, gains, gains)
+        return
+    tables, trellis_tables = tables[: -trellis.TABLES], tables[-trellis.TABLES :]
+    # Coefficients go through memory, of some blocks at a time. Fours of them keep pointers aligned: those that are not
+    # would be variants of their own to Triton.
+    lines = x.shape[0] * x.shape[1] * BLOCK
+    count = 4 * max(1, SCRATCH // (16 * lines * sizes[2]))
+    coefficients, steps = (
+        torch.empty(min(count, codes.shape[0]) * lines * width, dtype=torch.float32, device=x.device)
+        for width in (sizes[2], 1)
+    )
+    for first in range(0, codes.shape[0], count):
+        some = slice(first, first + count)
+        part = x[:, :, first * BLOCK : (first + count) * BLOCK]
+        _launch(part, places[some], starts, tables, sizes, codes[some], gains[some], coefficients, steps)
+        trellis.launch(coefficients, steps, tables, trellis_tables, sizes, codes[some], gains[some])
+
+
+def _launch(
+    x: Tensor,
+    places: Tensor,
+    starts: Tensor | None,
+    tables: list[Tensor],
+    sizes: list[int],
+    codes: Tensor,
+    gains: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+) -> None:
+    dim, num_slow, slots, payload, framed, is_trellis = sizes
     encode_kernel[(codes.shape[0], x.shape[1], x.shape[0])](
-        x, places, places if starts is None else starts, *tables, codes, gains, *x.stride(), x.shape[0], payload,
-        D=dim, DS=num_slow, S=slots, SP=padded, FACTORS=tables[-1].shape[0], FRAMED=bool(framed),
-        HAS_STARTS=starts is not None,
+        x, places, places if starts is None else starts, *tables, codes, gains, coefficients, steps,
+        *x.stride(), x.shape[0], payload,
+        D=dim, DS=num_slow, S=slots, SP=power_of_two(slots), FACTORS=tables[-1].shape[0], FRAMED=bool(framed),
+        HAS_STARTS=starts is not None, TRELLIS=bool(is_trellis),
         # Three TF32 products are as accurate as float32 here, and 128 multiplications per element go to tensor cores.
-        PRECISION="tf32x3" if runtime.on_cuda(x.device) else "ieee", num_warps=8 if padded <= 64 else 16,
+        PRECISION="tf32x3" if runtime.on_cuda(x.device) else "ieee", num_warps=warps(slots),
     )  # fmt: skip

@@ -35,6 +35,7 @@ from quantcache_kernels.triton.tables import (
     make_slots,
     power_of_two_above,
 )
+from quantcache_kernels.triton.trellis import make_union_search
 
 QUERY_ROWS = 64
 """Rows of queries, anchors times rows of a head, that a program brings into coded coordinates."""
@@ -143,11 +144,14 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
     codes = make_codes(constants, slots, compute)
     frame = make_frame(constants.frame).tensors()
     decoder = slots.gather(constants.decoder, 2) * codes.scale[:, None]  # F in slots, [H, D, S]
-    slow_slots = slots.slow_tiles * TILE
     keys = _keys(constants, slots, decoder, compute)
     unit = power_of_two_above(torch.maximum(decoder.abs().amax((1, 2)), constants.mean.abs().amax(1)))
     width = slots.gather(constants.widths.int(), 1)
     books, bins, search = make_search(constants.levels)
+    path: list[Tensor] = []
+    if codes.trellis:
+        unions, union_search = make_union_search(constants.unions)
+        path = [union_search[width].transpose(1, 2), *unions]
     whole = [constants.dim, constants.num_slow, slots.slow_tiles, slots.fast_tiles]
 
     def on_device(tensors: list[Tensor]) -> list[Tensor]:
@@ -168,6 +172,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                     *books,
                     bins,
                     torch.tensor(constants.gain_search, dtype=torch.float32, device="cpu"),
+                    *path,
                 ]
             ),
             [
@@ -176,15 +181,22 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                 slots.tiles * TILE,
                 int(2 * constants.widths.sum()),
                 int(not constants.frame.is_identity),
+                int(codes.trellis),
             ],
         ),
         Prepared(
             on_device([*frame, *keys[0], *codes.tensors(), *keys[1]]),
-            [*whole, keys[2], codes.wide_tiles(0, slots.slow_tiles), codes.wide_tiles(slots.slow_tiles, slots.tiles)],
+            [
+                *whole,
+                keys[2],
+                codes.wide_tiles(0, slots.slow_tiles),
+                codes.wide_tiles(slots.slow_tiles, slots.tiles),
+                int(codes.trellis),
+            ],
         ),
         Prepared(
             on_device([*codes.tensors(), decoder.transpose(1, 2), constants.mean]),
-            [constants.dim, slots.tiles, codes.wide_tiles(0, slots.tiles)],
+            [constants.dim, slots.tiles, codes.wide_tiles(0, slots.tiles), int(codes.trellis)],
         ),
         Prepared(
             on_device(
@@ -196,7 +208,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                     unit,
                 ]
             ),
-            [*whole, int(not constants.frame.is_identity), slow_slots],
+            [*whole, int(not constants.frame.is_identity), int(codes.trellis)],
         ),
     )
 
@@ -361,8 +373,8 @@ def attend(
     batch, query_heads, count, dim = query.shape
     n, device, heads = places.shape[0], query.device, dense[0].shape[1]
     rows = query_heads // heads * count
-    _, num_slow, slow_tiles, fast_tiles, padded, wide_slow, wide_fast = key_sizes
-    value_dim, value_tiles, wide_value = value_sizes
+    _, num_slow, slow_tiles, fast_tiles, padded, wide_slow, wide_fast, key_trellis = key_sizes
+    value_dim, value_tiles, wide_value, value_trellis = value_sizes
     frame, (slow_decoder, key_mean, norms), key_code, (fast_decoder, fast_mean, rotation) = (
         key_tables[:4], key_tables[4:7], key_tables[7:12], key_tables[12:],
     )  # fmt: skip
@@ -421,6 +433,7 @@ def attend(
             SLOW=slow_tiles, FAST=fast_tiles, VALUE=value_tiles, P=padded,
             WIDE=bool(wide_slow or wide_fast or wide_value),
             KEY_POLYNOMIAL=key_code[3].dtype == torch.float16, VALUE_POLYNOMIAL=value_tables[3].dtype == torch.float16,
+            KEY_TRELLIS=bool(key_trellis), VALUE_TRELLIS=bool(value_trellis),
             PRECISION="ieee", PAIRED=paired, HAS_STARTS=has_starts, HAS_MASK=has_mask, HAS_SOFTCAP=has_softcap,
             ALL_VISIBLE=paired and not has_starts and not has_mask, ROWS=tile,
             num_warps=SETTINGS.warps, num_stages=SETTINGS.stages, **limits,

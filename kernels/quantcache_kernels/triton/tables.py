@@ -92,19 +92,38 @@ LEAST_PAYLOAD = 8
 """Words a block must have: the largest field, which is read even for a slot that has none."""
 
 
+HALF_TERMS: tuple[tuple[float, ...], ...] = (
+    (1.0, 0.0, 0.0, 0.0, 0.0),
+    (2.93740992, 0.5444335938, 0.0, 0.0, 0.0),
+    (3.098092141, 1.333984375, -6.0234375, 48.5, 0.0),
+    (3.365124087, 1.639648438, -7.828125, 70.875, -64.3125),
+    (3.933173605, 0.3718261719, 13.8671875, -92.25, 328.5),
+    (4.247510198, -0.1961669922, 27.828125, -205.25, 609.5),
+    (4.365526149, -0.61328125, 38.75, -292.25, 827.0),
+    (4.412767614, -0.8955078125, 45.96875, -352.25, 986.0),
+    (4.424798038, -1.026367188, 48.65625, -372.0, 1032.0),
+)
+"""By width, the union levels of a trellis in half precision: c, a, b, ... of ``c (x + x (a x² + b x⁴ + ...))``. Next to
+the coefficients of ``SideConstants.union_terms`` those that, rounded at every step, come nearest to the levels; fitted
+by ``benchmarks/trellis_half_terms.py``."""
+
+
 @dataclass(frozen=True)
 class CodeTables:
     """Where the words of every slot are, and what its codes mean.
 
     Attributes:
-        words: First word of the 4-, 2- and 1-bit field and of the second 4-bit field (width 8), ``[H, 4, S]`` int32.
+        words: First word of the 4-, 2- and 1-bit field and of a fourth, ``[H, 4, S]`` int32: the second 4-bit field of
+            8-bit codes, or a trellis' path bits.
         factors: What the fields are multiplied by to take their place in a ten-bit code whose highest bits are the
             code's (the first field is masked instead), zero where a slot lacks the field, ``[H, 4, S]`` int32.
         flags: Which fields a tile has: 1, 2, 4 and 8 in the order of ``words``, ``[H, tiles]`` int32.
-        meaning: In half precision, for computing levels: -(1 + center), a and b, ``[H, 3, S]`` float16. Otherwise, for
-            looking them up: shift and first level of the slot's codebook, ``[H, 2, S]`` int32.
+        meaning: In half precision, for computing levels: -(1 + center) and the polynomial's ratios, ``[H, 3, S]``
+            float16, ``[H, 5, S]`` of a trellis. Otherwise, for looking them up: shift and first level of the slot's
+            codebook, ``[H, 2, S]`` int32.
         levels: All codebooks, one after the other; empty where levels are computed.
         scale: c of every slot where levels are computed, else ones, ``[H, S]`` float32.
+        trellis: Whether the codes are those of a trellis.
     """
 
     words: Tensor
@@ -113,6 +132,7 @@ class CodeTables:
     meaning: Tensor
     levels: Tensor
     scale: Tensor
+    trellis: bool
 
     def tensors(self) -> list[Tensor]:
         """What the kernels read, in the order of their arguments."""
@@ -120,6 +140,8 @@ class CodeTables:
 
     def wide_tiles(self, first: int, last: int) -> int:
         """How many of the tiles ``first`` to ``last`` come up to the last one that has 8-bit codes."""
+        if self.trellis:
+            return 0
         wide = (self.flags[:, first:last] & 8).any(0).nonzero().flatten()
         return int(wide[-1]) + 1 if wide.numel() else 0
 
@@ -135,39 +157,61 @@ def make_codes(constants: SideConstants, slots: Slots, dtype: torch.dtype) -> Co
     Returns:
         The tables.
     """
+    is_trellis = constants.coding == "trellis"
     width = slots.gather(constants.widths.to(torch.int64), 1)
     offset = slots.gather(constants.offsets.to(torch.int64), 1)
-    after4 = offset + 8 * (width >= 4)
-    has = (width >= 4, (width & 2) > 0, (width & 1) > 0, width == 8)
-    where = (offset, after4, after4 + 2 * (width & 2), offset + 8)
+    inner = (width - 1).clamp_min(0) if is_trellis else width  # bits that are packed as scalar codes are
+    after4 = offset + 8 * (inner >= 4)
+    fourth = offset + 2 * inner if is_trellis else offset + 8
+
+    def has_fields(width: Tensor, inner: Tensor) -> tuple[Tensor, ...]:
+        return inner >= 4, (inner & 2) > 0, (inner & 1) > 0, width > 0 if is_trellis else width == 8
+
+    has, where = has_fields(width, inner), (offset, after4, after4 + 2 * (inner & 2), fourth)
     # A field that a slot lacks is read all the same, from words that are read anyway, and multiplied by zero.
     payload = int(2 * constants.widths.sum())
-    spare = [offset.clamp_max(payload - size) for size in (8, 4, 2, 8)]
+    spare = [offset.clamp_max(payload - size) for size in (8, 4, 2, 2 if is_trellis else 8)]
     words = torch.stack([torch.where(h, w, s) for h, w, s in zip(has, where, spare, strict=True)], dim=1)
-    width = width[:, 0::2].repeat_interleave(2, dim=1)  # padding means what the slot it is paired with means
-    # A field of f bits with r bits of the code below it stands at bit 10 - width + r of ten.
-    places = (0x03C003C0 + 0 * width, 1 << (10 - width + (width & 1)), 1 << (10 - width), 4 + 0 * width)
-    paired = (width >= 4, (width & 2) > 0, (width & 1) > 0, width == 8)
-    factors = torch.stack([torch.where(h, p, 0) for h, p in zip(paired, places, strict=True)], dim=1)
+    # Padding means what the slot it is paired with means.
+    width, inner = (each[:, 0::2].repeat_interleave(2, dim=1) for each in (width, inner))
+    # A field of f bits with r bits of the code below it stands at bit 10 - length + r of ten.
+    length = width + 1 if is_trellis else width
+    below = 2 * int(is_trellis)
+    last = 1 << (10 - length) if is_trellis else 4 + 0 * width
+    places = (0x03C003C0 + 0 * width, 1 << (10 - length + below + (inner & 1)), 1 << (10 - length + below), last)
+    factors = torch.stack([torch.where(h, p, 0) for h, p in zip(has_fields(width, inner), places, strict=True)], dim=1)
     flags = sum((h.unflatten(1, (-1, TILE)).any(-1).to(torch.int32) << i) for i, h in enumerate(has))
     assert isinstance(flags, Tensor)
 
     if dtype == torch.float16:
-        rows = [(2.0 ** -(w + 1) - 1.5, a, b, c) for w, (c, a, b) in enumerate(constants.polynomials)]
-        table = torch.tensor(rows, dtype=torch.float32, device="cpu")
-        table[0, 0], table[0, 3] = -1.0, 1.0
-        per_slot = table[width]
-        meaning, scale = per_slot[..., :3].transpose(1, 2).half(), per_slot[..., 3].contiguous()
+        per_slot = _polynomials(constants)[width]
+        meaning, scale = per_slot[..., :-1].transpose(1, 2).half(), per_slot[..., -1].contiguous()
         levels = torch.zeros(1, dtype=dtype, device="cpu")
     else:
-        meaning = torch.stack((10 - width, (1 << width) - 2 + (width == 0)), dim=1).to(torch.int32)
+        first = ((1 << length) - (4 if is_trellis else 2)).clamp_min(0)
+        meaning = torch.stack((10 - length, first), dim=1).to(torch.int32)
         scale = torch.ones(width.shape, dtype=torch.float32, device="cpu")
-        levels = torch.tensor(
-            [x for w in range(1, MAX_WIDTH + 1) for x in constants.levels[w]], dtype=dtype, device="cpu"
-        )
+        books = constants.unions if is_trellis else constants.levels
+        levels = torch.tensor([x for w in range(1, MAX_WIDTH + 1) for x in books[w]], dtype=dtype, device="cpu")
     return CodeTables(
-        words.to(torch.int32), factors.to(torch.int32), flags.to(torch.int32), meaning.contiguous(), levels, scale
+        words.to(torch.int32),
+        factors.to(torch.int32),
+        flags.to(torch.int32),
+        meaning.contiguous(),
+        levels,
+        scale,
+        is_trellis,
     )
+
+
+def _polynomials(constants: SideConstants) -> Tensor:
+    """By width, what levels are computed from in half precision, ``meaning`` of :class:`CodeTables` and ``scale``."""
+    if constants.coding == "trellis":
+        rows = [(2.0 ** -(w + 2) - 1.5, *more, first) for w, (first, *more) in enumerate(HALF_TERMS[1:], start=1)]
+    else:
+        rows = [(2.0 ** -(w + 1) - 1.5, a, b, c) for w, (c, a, b) in enumerate(constants.polynomials[1:], start=1)]
+    nothing = (-1.0, *(0.0 for _ in rows[0][2:]), 1.0)  # width 0: the level of code 0 is zero
+    return torch.tensor([nothing, *rows], dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.backends.padding import Grid
 from quantcache.cache.spectral_cache import BlockCache, CodecFactory
 from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
+from quantcache.coding.packing import BLOCK
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.statistics import RivalStatistics
 
-Family = Literal["ours", "rival", "dense"]
+Family = Literal["ours", "rival", "dense", "floor"]
+"""``floor`` is the dense cache once more, read in other chunks: what rounding alone moves."""
 
 
 class MethodUnavailable(QuantCacheError):
@@ -32,7 +34,7 @@ class Method:
 
     Attributes:
         name: As given on the command line.
-        family: ``ours``, ``rival`` or ``dense``.
+        family: ``ours``, ``rival``, ``dense`` or ``floor``.
         simulated: Whether the cache holds fake-quantized values instead of codes.
         make_cache: Makes an empty cache; raises :class:`MethodUnavailable` where ``unsupported`` says why.
         description: What it does, in one line.
@@ -40,6 +42,8 @@ class Method:
         unsupported: Why it cannot be run here, None if it can.
         sink_length: First tokens that it keeps; None where its cache decides for itself.
         residual_length: Recent tokens that it keeps, likewise.
+        tile: Tokens that it encodes at once, so that how many recent ones are exact can be told; None where its cache
+            decides for itself.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Method:
     unsupported: str | None = None
     sink_length: int | None = None
     residual_length: int | None = None
+    tile: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,19 +83,20 @@ class Recipe:
 
     Attributes:
         stem: The name, without the number.
-        family: ``ours``, ``rival`` or ``dense``.
+        family: ``ours``, ``rival``, ``dense`` or ``floor``.
         simulated: As in :class:`Method`.
         description: What it does, in one line.
         source: Where it is from.
         make: Turns the number (0 where there is none) and a setting into a maker of caches.
         bits: Bits that an element takes, scales and gains included, by number, side and dimension D.
-        parameter: What the number is: bits, a rank, or nothing.
+        parameter: What the number is: bits, a rank, the tokens of a tile, or nothing.
         numbers: The numbers that may be given; None for any in ``limits``.
         limits: Smallest and largest number, for bits that need not be whole.
         defaults: The numbers that ``all`` runs on a model.
         own_lengths: Sinks and residual that its authors recommend, where they do.
         keeps_lengths: Whether it takes sinks and residual at all.
         needs: What it is fitted with.
+        tile: Tokens that it encodes at once, by number; None where its cache decides for itself.
         unsupported: Says why it cannot be run in this environment, None if it can.
     """
 
@@ -101,13 +107,14 @@ class Recipe:
     source: str
     make: Callable[[float, Setting], Callable[[], Cache]]
     bits: Callable[[float, str, int], float]
-    parameter: Literal["", "B", "K"] = ""
+    parameter: Literal["", "B", "K", "T"] = ""
     numbers: tuple[int, ...] | None = None
     limits: tuple[float, float] = (0, 8)
     defaults: Callable[[PreTrainedConfig], tuple[float, ...]] = lambda config: ()
     own_lengths: tuple[int, int] | None = None
     keeps_lengths: bool = True
     needs: Literal["", "calibration", "statistics"] = ""
+    tile: Callable[[float], int | None] = lambda number: BLOCK
     unsupported: Callable[[], str | None] = lambda: None
 
     @property
@@ -151,13 +158,14 @@ class SimulatedCodec(ABC):
 
 
 def simulated_cache(
-    setting: Setting, make_codec: Callable[[int, str, Tensor, torch.device], SideCodec]
+    setting: Setting, make_codec: Callable[[int, str, Tensor, torch.device], SideCodec], tile: int = BLOCK
 ) -> Callable[[], Cache]:
     """A maker of caches that hold what a codec leaves of keys and values.
 
     Args:
         setting: Config, sinks and residual.
         make_codec: Gives the codec of (layer index, side, an example ``[B, H, T, D]``, device); each is made once.
+        tile: Tokens that are encoded together, a multiple of 64.
 
     Returns:
         Makes an empty cache; all of them share their codecs.
@@ -173,7 +181,8 @@ def simulated_cache(
 
         return make, None
 
-    return lambda: BlockCache(setting.config, codecs_of, setting.sink_length, setting.residual_length)
+    lengths = (setting.sink_length, setting.residual_length)
+    return lambda: BlockCache(setting.config, codecs_of, *lengths, blocks_at_once=tile // BLOCK)
 
 
 def uniform(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:

@@ -17,5 +17,6 @@ RECIPES = (
         make=lambda number, setting: lambda: DynamicCache(config=setting.config),
         bits=lambda number, side, dim: DENSE_BITS,
         keeps_lengths=False,
+        tile=lambda number: 1,
     ),
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from quantcache.coding.packing import BLOCK
 from quantcache.common import compat
 from quantcache.evaluation.methods.base import MethodUnavailable, Recipe, Setting, SimulatedCodec, simulated_cache
 
@@ -81,6 +82,7 @@ RECIPES = (
         numbers=(2, 4),
         defaults=lambda config: (2, 4),
         own_lengths=(0, 128),
+        tile=lambda number: None,
         unsupported=lambda: compat.missing_quantizer("quanto"),
     ),
     Recipe(
@@ -95,6 +97,7 @@ RECIPES = (
         numbers=(1, 2, 3, 4, 8),
         defaults=lambda config: (2, 4),
         own_lengths=(0, 128),
+        tile=lambda number: None,
         unsupported=lambda: compat.missing_quantizer("hqq"),
     ),
     Recipe(
@@ -109,5 +112,6 @@ RECIPES = (
         bits=lambda number, side, dim: FP8_BITS,
         own_lengths=(0, 0),
         keeps_lengths=not compat.HAS_FP8_CACHE,
+        tile=lambda number: None if compat.HAS_FP8_CACHE else BLOCK,
     ),
 )

@@ -12,7 +12,17 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.coding.schema import SIDES
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
-from quantcache.evaluation.methods import calibrated, dense, installed, integer, spectral, turboquant
+from quantcache.evaluation.methods import (
+    calibrated,
+    dense,
+    floor,
+    installed,
+    integer,
+    kvarn,
+    rotated,
+    spectral,
+    turboquant,
+)
 from quantcache.evaluation.methods.base import Method, MethodUnavailable, Recipe, Setting
 from quantcache.evaluation.methods.statistics import RivalStatistics
 
@@ -41,12 +51,12 @@ def register(recipe: Recipe) -> None:
     RECIPES[recipe.stem] = recipe
 
 
-for _module in (dense, spectral, installed, integer, turboquant, calibrated):
+for _module in (dense, spectral, installed, integer, rotated, turboquant, kvarn, calibrated, floor):
     for _each in _module.RECIPES:
         register(_each)
 
 METHOD_NAMES: tuple[str, ...] = tuple(recipe.pattern for recipe in RECIPES.values())
-"""Every name that can be given without a method of the caller's own, B a number of bits and K a rank."""
+"""Every name that can be given without a method of the caller's own: B bits, K a rank, T the tokens of a tile."""
 
 ALL = "all"
 
@@ -114,10 +124,10 @@ def parse_methods(
         lengths = recipe.own_lengths if own_lengths else None
         sinks, residual = lengths or (sink_length, residual_length)
         make, unsupported = _maker(recipe, number, Setting(config, calibration, statistics, sinks, residual))
+        about = (recipe.description, recipe.source, unsupported)
         kept = (sinks, residual) if recipe.keeps_lengths else (None, None)
-        methods.append(
-            Method(name, recipe.family, recipe.simulated, make, recipe.description, recipe.source, unsupported, *kept)
-        )
+        lengths_kept = (*kept, recipe.tile(number))
+        methods.append(Method(name, recipe.family, recipe.simulated, make, *about, *lengths_kept))
     return methods
 
 
@@ -158,7 +168,8 @@ def find_recipe(name: str, config: PreTrainedConfig) -> tuple[Recipe, float]:
         wanted = (
             f"a whole number from {allowed[0]} to {allowed[-1]}" if whole else f"one of {', '.join(map(str, allowed))}"
         )
-        raise QuantCacheError(f"method {name}: bits must be {wanted}, got {text}")
+        what = "the tile" if recipe.parameter == "T" else "bits"
+        raise QuantCacheError(f"method {name}: {what} must be {wanted}, got {text}")
     return recipe, number
 
 

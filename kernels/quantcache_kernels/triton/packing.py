@@ -1,0 +1,41 @@
+"""What the encoders end with: gains and codes as they are stored, and how many warps share a block."""
+
+from __future__ import annotations
+
+from quantcache_kernels.triton.codes import GAIN_CENTER, GAIN_STEPS
+from quantcache_kernels.triton.runtime import jit, tl
+
+
+@jit
+def store_gains(where, gain):
+    """Store the codes of gains; see quantcache.coding.codec.quantize_gain."""
+    exponent = tl.log2(tl.maximum(gain, 1e-30)) * GAIN_STEPS + GAIN_CENTER
+    exponent = tl.minimum(tl.maximum(tl.floor(exponent + 0.5), 0.0), 255.0)
+    tl.store(where, exponent.to(tl.uint8))
+
+
+@jit
+def store_codes(words, code, offset, width, SP: tl.constexpr):
+    """Store codes ``[SP, 64]`` of slots with these first words and widths."""
+    wide = width >= 4
+    store_field(words, code >> tl.maximum(width - 4, 0).to(tl.uint32)[:, None], offset, wide, SP, 4)
+    store_field(words, code, offset + 8, width == 8, SP, 4)
+    offset += tl.where(wide, 8, 0)
+    store_field(words, code >> (width & 1).to(tl.uint32)[:, None], offset, (width & 2) > 0, SP, 2)
+    store_field(words, code, offset + 2 * (width & 2), (width & 1) > 0, SP, 1)
+
+
+@jit
+def store_field(words, code, offset, present, SP: tl.constexpr, FIELD: tl.constexpr):
+    """Store the lowest ``FIELD`` bits of codes ``[SP, 64]`` of those slots that have the field."""
+    if tl.max(present.to(tl.int32), axis=0) > 0:
+        shift = (tl.arange(0, 32 // FIELD) * FIELD).to(tl.uint32)[None, :, None]
+        bits = (code & ((1 << FIELD) - 1)).reshape(SP, 32 // FIELD, 2 * FIELD) << shift
+        packed = tl.sum(bits, axis=1).to(tl.int32, bitcast=True)
+        column = tl.arange(0, 2 * FIELD)
+        tl.store(words + offset[:, None] + column[None, :], packed, mask=present[:, None])
+
+
+def warps(slots: int) -> int:
+    """Warps of a program that has all of a head's slots of a block in its registers."""
+    return 8 if slots <= 64 else 16
