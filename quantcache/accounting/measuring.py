@@ -106,7 +106,8 @@ class _Count:
             else:
                 self.sizes[_kind(name, codec)] += size
                 self.sizes["slack"] += store.slack(name)
-        self.sizes["residual"] += tail.untyped_storage().nbytes()
+        self.sizes["residual"] += tail.nbytes
+        self.sizes["slack"] += tail.untyped_storage().nbytes() - tail.nbytes
         for aside in (layer.sinks, layer.leads):
             if side in aside:
                 self.sizes["sinks"] += aside[side].untyped_storage().nbytes()

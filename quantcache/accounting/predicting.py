@@ -13,6 +13,7 @@ from quantcache.accounting.memory import (
     calibrated_sizes,
     capacity,
     num_blocks,
+    tail_capacity,
 )
 from quantcache.coding.packing import BLOCK
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
@@ -47,7 +48,7 @@ def predict(
     Returns:
         The sizes, ``constants`` zero.
     """
-    blocks = num_blocks(tokens, sink_length, residual_length)
+    blocks, first = num_blocks(tokens, sink_length, residual_length), tokens if prefill is None else prefill
     return predict_layers(
         calibrated_sizes(calibration),
         tokens,
@@ -55,7 +56,8 @@ def predict(
         sink_length=sink_length,
         residual_length=residual_length,
         element_bytes=element_bytes,
-        room=capacity(blocks, num_blocks(tokens if prefill is None else prefill, sink_length, residual_length)),
+        room=capacity(blocks, num_blocks(first, sink_length, residual_length)),
+        tail_room=tail_capacity(tokens, first, sink_length, residual_length),
     )
 
 
@@ -68,6 +70,7 @@ def predict_layers(
     residual_length: int = RESIDUAL_LENGTH,
     element_bytes: int = 2,
     room: int | None = None,
+    tail_room: int | None = None,
     blocks_at_once: int = 1,
 ) -> CacheMemory:
     """Bytes that a cache will hold, by formula, stock layers included.
@@ -81,6 +84,7 @@ def predict_layers(
         element_bytes: Bytes per element of the model's dtype.
         room: Blocks that the stores have room for (see :func:`quantcache.accounting.memory.capacity`); as many as they
             hold if None.
+        tail_room: Tokens that the tails have room for (see :func:`quantcache.accounting.memory.tail_capacity`).
         blocks_at_once: Blocks that are encoded together.
 
     Returns:
@@ -91,6 +95,8 @@ def predict_layers(
     kinds = ("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack", "encoded_elements", "elements")
     sizes = dict.fromkeys(kinds, 0)
     kept = sink_length if blocks else 0
+    tail = tokens - kept - blocks * BLOCK
+    tail_room = tail if tail_room is None else tail_room
     for layer in layers:
         if not layer.blocks:
             sizes["dense"] += batch * layer.kept(tokens) * layer.elements * element_bytes
@@ -108,9 +114,9 @@ def predict_layers(
                 sizes["gains"] += stored * side.gain_bytes
                 sizes["encoded_elements"] += stored * side.elements
                 block_bytes = BLOCK * batch * (side.code_bits / 8 + side.gain_bytes)
-            sizes["slack"] += round((room - blocks) * block_bytes)
+            sizes["slack"] += round((room - blocks) * block_bytes) + (tail_room - tail) * token_elements * element_bytes
             sizes["sinks"] += kept * token_elements * element_bytes
-            sizes["residual"] += (tokens - kept - blocks * BLOCK) * token_elements * element_bytes
+            sizes["residual"] += tail * token_elements * element_bytes
             sizes["elements"] += tokens * token_elements
     return CacheMemory(tokens=tokens, **sizes)
 

@@ -96,7 +96,8 @@ def spectral_attention_forward(
         else:
             output = dense_attention(query, key, value, attention_mask, scaling, causal, softcap, s_aux, dropout)
     else:
-        output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
+        scaling, s_aux = guards.fitting_scaling(scaling, query), guards.fitting_sink_logits(s_aux, query)
+        output = backends.attend(query, view, AttentionCall(attention_mask, scaling, causal, softcap, s_aux))
     if view is not None and view.flush is not None:
         view.flush()
     return output, None
@@ -178,7 +179,6 @@ def dense_attention(
     return torch.cat(outputs, dim=1)
 
 
-@without_autocast
 def spectral_attention(
     query: Tensor,
     view: CacheView,

@@ -72,8 +72,9 @@ def require_continuation(index: int | None, side: str, cached: Tensor, new: Tens
     Raises:
         QuantCacheError: Batch size, number of heads, dimension or dtype differ.
     """
-    found = (new.shape[0], new.shape[1], new.shape[3], new.dtype)
-    expected = (cached.shape[0], cached.shape[1], cached.shape[3], cached.dtype)
+    rows, heads, _, dim = new.shape
+    batch, held, _, size = cached.shape
+    found, expected = (rows, heads, dim, new.dtype), (batch, held, size, cached.dtype)
     if found == expected:
         return
     names = ("batch size", "number of heads", "dimension", "dtype")
@@ -147,8 +148,8 @@ def require_query(query: Tensor, tail: Tensor) -> None:
     Raises:
         QuantCacheError: Batch size, heads, dimension or device do not fit.
     """
-    batch, heads, _, dim = tail.shape
-    fits = query.dim() == 4 and query.shape[0] == batch and query.shape[1] % heads == 0 and query.shape[3] == dim
+    shape, (batch, heads, _, dim) = query.shape, tail.shape
+    fits = len(shape) == 4 and shape[0] == batch and shape[1] % heads == 0 and shape[3] == dim
     if not fits or not query.is_floating_point() or query.device != tail.device:
         raise QuantCacheError(
             f"the queries have shape {list(query.shape)} in {query.dtype} on {query.device}, the cache holds keys of "

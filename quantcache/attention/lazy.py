@@ -85,7 +85,8 @@ class LazyKV(PackedTensor):
                 for a model's attention.
         """
         tail = view.side(side).tail
-        shape = (*tail.shape[:2], view.length, tail.shape[3])
+        batch, heads, count, dim = tail.shape
+        shape = (batch, heads, view.encoded_end + count, dim)
         lazy = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
         lazy.view_, lazy.side_, lazy.dense_, lazy.guarded_ = view, side, None, guarded
         return lazy

@@ -18,7 +18,7 @@ from quantcache.backends.base import CODE_QUERIES, Backend, BackendReport, Field
 from quantcache.backends.cpu import CpuBackend
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.triton import TritonBackend
-from quantcache.backends.view import CacheView, SideView
+from quantcache.backends.view import CacheView, Shared, SideView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
@@ -37,6 +37,7 @@ __all__ = [
     "CacheView",
     "Choice",
     "Fields",
+    "Shared",
     "SideView",
     "attend",
     "choose",

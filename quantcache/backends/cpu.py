@@ -32,18 +32,21 @@ class CpuBackend(Backend):
 
     def refuses(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
         """What no kernel takes, and the queries' dtype and device."""
-        if query.dtype not in cpu.DTYPES or query.device.type != "cpu":
+        if query.dtype not in cpu.DTYPES or not query.is_cpu:
             return f"the queries are of {query.dtype} on {query.device}"
         return refused_by_kernels(query, view, call)
 
     def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
         """Attend with one call of the library."""
-        assert isinstance(view.key.codec, SpectralCodec)
-        assert isinstance(view.value.codec, SpectralCodec)
-        blocks = cpu.Blocks(*view.packed(), view.places, view.starts, view.encoded_end)
-        return cpu.attend(
-            query, constants(view.key.codec), constants(view.value.codec), blocks, view.dense_parts(), call
-        )
+        prepared = view.prepared.get(self.name)
+        if prepared is None:
+            assert isinstance(view.key.codec, SpectralCodec)
+            assert isinstance(view.value.codec, SpectralCodec)
+            blocks = cpu.Blocks(*view.packed(), view.places, view.starts, view.encoded_end)
+            prepared = (constants(view.key.codec), constants(view.value.codec), blocks)
+            view.prepared[self.name] = prepared
+        key, value, blocks = prepared
+        return cpu.attend(query, key, value, blocks, view.dense_parts(), call)
 
     def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
         codes, gains = cpu.encode(x, constants(codec), places, starts)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantcache.accounting.memory import GROWTH
+from quantcache.accounting.memory import GROWTH, grown
 
 
 class Loan:
@@ -63,7 +63,7 @@ class BlockStore:
             return BlockStore(count, {k: v.clone(memory_format=torch.contiguous_format) for k, v in fields.items()})
         buffers, loan = self.buffers, self.loan
         if count > self.capacity:
-            buffers, loan = self._copied(max(count, self.count + max(1, self.count // GROWTH))), Loan()
+            buffers, loan = self._copied(grown(self.count, count)), Loan()
         elif loan.lent or self._read_only():
             buffers, loan = self._copied(self.capacity), Loan()
         for name, value in fields.items():

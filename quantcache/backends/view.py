@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,6 +43,23 @@ class SideView:
 
 
 @dataclass(slots=True)
+class Shared:
+    """What all views of a layer have in common until its blocks change.
+
+    Attributes:
+        made_of: Attributes of the layer that it follows from.
+        places: See :class:`CacheView`, as for what follows.
+        report: Where the backend says which calls it left to plain torch.
+        prepared: What backends have made of the blocks and sinks.
+    """
+
+    made_of: Sequence[Any]
+    places: Tensor
+    report: BackendReport | None = None
+    prepared: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class CacheView:
     """What the queries of one call may read: a snapshot of one layer, valid until the layer's next update.
 
@@ -60,6 +77,7 @@ class CacheView:
         backend: Who attends on the blocks, and in whose layout they are; None before the first block.
         report: Where the backend says which calls it left to plain torch.
         flush: To be called when the new tokens have been read: the layer may then encode.
+        prepared: What backends have made of the blocks and sinks, by name; all views of these share it.
         touched: Sides that were asked for as tensors.
     """
 
@@ -74,6 +92,7 @@ class CacheView:
     backend: Backend | None = None
     report: BackendReport | None = None
     flush: Callable[[], None] | None = None
+    prepared: dict[str, Any] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
 
     def side(self, name: str) -> SideView:
@@ -147,7 +166,8 @@ class CacheView:
         spans = self.spans[: min(count, self.num_blocks)]
         starts = None if self.starts is None else torch.zeros_like(self.starts)
         places, end = self.places[: len(spans)], spans[-1].end
-        return replace(self, places=places, spans=spans, encoded_end=end, starts=starts, flush=None, touched=set())
+        fresh: dict[str, Any] = {"flush": None, "prepared": {}, "touched": set()}
+        return replace(self, places=places, spans=spans, encoded_end=end, starts=starts, **fresh)
 
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""

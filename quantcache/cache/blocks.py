@@ -6,6 +6,7 @@ How tokens come in and become blocks is :mod:`quantcache.cache.layer`.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, Self
@@ -24,14 +25,17 @@ from quantcache.backends import (
     CacheView,
     Choice,
     Fields,
+    Shared,
     SideView,
     padding,
 )
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span, places_of
 from quantcache.backends.store import BlockStore, moved
+from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
-from quantcache.cache.transaction import commit, glimpse
+from quantcache.cache.tails import TailBuffer
+from quantcache.cache.transaction import glimpse, put
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
@@ -39,14 +43,13 @@ from quantcache.common import compat
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
 
-CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
-"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
+_of_one_moment = itemgetter(
+    *("tails", "shared"),
+    *("codecs", "spans", "stores", "sinks", "leads", "starts", "origins", "cut", "layout", "places", "backend"),
+)
+"""Of a layer's attributes those that views are made of, whatever other threads do."""
 
-With tails of no tokens it is asked for the same codecs on another device.
-"""
-
-ShapeCheck = Callable[[Tensor, Tensor], None]
-"""Raises if a layer's first keys and values do not fit its codecs."""
+_tokens = itemgetter("spans", "tails")  # and those that say how many there are
 
 
 class BlockLayer(DynamicLayer):
@@ -72,6 +75,7 @@ class BlockLayer(DynamicLayer):
     places: BlockStore  # the spans once more, as a tensor for attention to read
     sinks: dict[str, Tensor]
     tails: dict[str, Tensor]
+    buffer: TailBuffer | None  # what the tails are views of, if they are
     leads: dict[str, Tensor]  # what lies before the first block, where that is not the sinks
     starts: Tensor | None
     origins: Tensor | None
@@ -82,6 +86,7 @@ class BlockLayer(DynamicLayer):
     refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
     look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
     layout: Backend  # in whose layout the blocks are
+    shared: Shared | None  # what views of these blocks have in common
 
     def __init__(
         self,
@@ -126,8 +131,12 @@ class BlockLayer(DynamicLayer):
         )
 
     def _commit(self, **state: Any) -> None:
-        """Put a new state in place at once."""
-        commit([self], [{"look": None, "refused": False, **state}])
+        """Put a new state in place at once. What follows from the old one is gone, unless the new one names it."""
+        put(self, {"look": None, "refused": False, "buffer": None, "shared": None, **state})
+
+    def _go_on(self, **state: Any) -> None:
+        """Put a new state in place at once, for blocks that stay as they are."""
+        put(self, {"refused": False, **state})
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -147,7 +156,7 @@ class BlockLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens cached, T."""
-        spans, tails = itemgetter("spans", "tails")(vars(self))  # of one moment, whatever other threads do
+        spans, tails = _tokens(vars(self))
         return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
 
     @property
@@ -178,33 +187,24 @@ class BlockLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
-        if self.spans:
-            self._relay(self._served()[0])
-        now = glimpse(self)
-        sides = {
-            side: SideView(
-                now.codecs.get(side), now.stores[side], now.sinks.get(side), now.tails[side], now.leads.get(side)
-            )
-            for side in SIDES
-        }
-        places = (
-            now.places.buffers["places"][: now.places.count]
-            if now.spans
-            else torch.zeros(0, 3, dtype=torch.int32, device=now.device)
-        )
-        return CacheView(
-            key=sides["key"],
-            value=sides["value"],
-            places=places,
-            encoded_end=now.encoded_end,
-            cut=now.cut,
-            starts=now.starts,
-            origins=now.origins,
-            spans=now.spans,
-            backend=now.layout if now.spans else None,
-            report=now.backend_report(),
-            flush=self.flush,
-        )
+        tails, shared, *lasting = _of_one_moment(vars(self))
+        if shared is None or not all(map(operator.is_, shared.made_of, lasting)):
+            if self.spans:
+                self._relay(self._served()[0])
+            tails, _, *lasting = _of_one_moment(vars(self))
+            self.shared = shared = self._shared(lasting)
+        codecs, spans, stores, sinks, leads, starts, origins, cut, layout, _, _ = lasting
+        key, value = (SideView(codecs.get(s), stores[s], sinks.get(s), tails[s], leads.get(s)) for s in SIDES)
+        end, backend = (spans[-1].end, layout) if spans else (0, None)
+        where = (shared.places, end, cut, starts, origins, spans)
+        return CacheView(key, value, *where, backend, shared.report, self.flush, shared.prepared)
+
+    def _shared(self, lasting: list[Any]) -> Shared:
+        """What views have in common until blocks change."""
+        codecs, spans, *_, places, _ = lasting
+        if not spans:
+            return Shared(lasting, torch.zeros(0, 3, dtype=torch.int32, device=self.device))
+        return Shared(lasting, places.buffers["places"][: places.count], self._served(codecs)[1])
 
     # ------------------------------------------------------------------ backend
 
@@ -237,9 +237,9 @@ class BlockLayer(DynamicLayer):
                 for side, store in self.stores.items()
                 if store.count
             }
-            commit([self], [{"stores": {**self.stores, **stores}, "layout": backend}])
+            put(self, {"stores": {**self.stores, **stores}, "layout": backend})
         elif backend is not self.layout:
-            commit([self], [{"layout": backend}])
+            put(self, {"layout": backend})
 
     @property
     def grid(self) -> Grid:
@@ -392,7 +392,7 @@ class BlockLayer(DynamicLayer):
         new.stores = {side: store.copy() for side, store in new.stores.items()}
         new.places = new.places.copy()
         new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
-        new.tails = {side: tensor.clone() for side, tensor in new.tails.items()}
+        new.tails, new.buffer = {side: tensor.clone() for side, tensor in new.tails.items()}, None
         new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
         new.starts = None if new.starts is None else new.starts.clone()
         new.origins = None if new.origins is None else new.origins.clone()

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, distributed
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.padding import Grid
-from quantcache.cache.layer import CodecFactory, ShapeCheck
 from quantcache.coding.blocks import DenseCodec, SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import CalibrationMismatch
+
+CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
+"""Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
+
+With tails of no tokens it is asked for the same codecs on another device.
+"""
+
+ShapeCheck = Callable[[Tensor, Tensor], None]
+"""Raises if a layer's first keys and values do not fit its codecs."""
 
 
 def calibrated_codecs(calibration: Calibration, index: int) -> tuple[CodecFactory, ShapeCheck]:

@@ -44,7 +44,6 @@ class ConsistentCache(DynamicCache):
     updating: int | None = None
     forward_pass: ForwardPass | None = None
 
-    @torch.compiler.disable  # see spectral_attention_forward
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

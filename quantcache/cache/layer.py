@@ -13,8 +13,9 @@ from quantcache.backends import padding
 from quantcache.backends.padding import Arrivals, Grid
 from quantcache.backends.spans import next_spans, places_of
 from quantcache.cache.blocks import BlockLayer
-from quantcache.cache.blocks import CodecFactory as CodecFactory
-from quantcache.cache.blocks import ShapeCheck as ShapeCheck
+from quantcache.cache.codecs import CodecFactory as CodecFactory
+from quantcache.cache.codecs import ShapeCheck as ShapeCheck
+from quantcache.cache.tails import appended
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
@@ -60,7 +61,8 @@ class SpectralLayer(BlockLayer):
             QuantCacheError: Batch size, heads, dimension or dtype differ from what is cached, or what is to be encoded
                 is not finite.
         """
-        if not self.get_seq_length():
+        held = self.get_seq_length()
+        if not held:
             self.lazy_initialization(key_states, value_states)
         new = {"key": key_states, "value": value_states}
         for side, tensor in new.items():
@@ -69,19 +71,23 @@ class SpectralLayer(BlockLayer):
             self._follow(key_states.device)
         self.flush()
         self._leave_inference_mode()
-        length = self.get_seq_length() + key_states.shape[2]
-        trail = padding.extended(self.trail, arrivals, self.grid, self.encoded_end, length, key_states)
+        trail = self.trail
+        if trail is not None or arrivals is not None:
+            length = held + key_states.shape[2]
+            trail = padding.extended(trail, arrivals, self.grid, self.encoded_end, length, key_states)
         if key_states.requires_grad or value_states.requires_grad:
             return self._update_differentiably(new, trail)
-        tails = {side: torch.cat((self.tails[side], new[side]), dim=2) for side in SIDES}
-        self._commit(tails=tails, trail=trail, pending=True, look=self.look)
+        tails, buffer = appended(self.tails, new, self.buffer)
+        self._go_on(tails=tails, buffer=buffer, trail=trail, pending=True)
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
 
     def _leave_inference_mode(self) -> None:
         """Copy what torch's inference mode has made, once it is over: autograd refuses to keep such tensors."""
+        if torch.is_inference_mode_enabled():
+            return
         held = (*self.sinks.values(), *(buffer for store in self.stores.values() for buffer in store.buffers.values()))
-        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in held):
+        if any(tensor.is_inference() for tensor in held):
             self._map_batch(lambda tensor, dim: tensor.clone())
 
     def _follow(self, device: torch.device) -> None:
@@ -97,11 +103,10 @@ class SpectralLayer(BlockLayer):
         """Append under autograd: plain tensors, with gradients to the new keys and values; the past is constant."""
         view = self.snapshot()
         dense = {side: torch.cat((view.dense(side), new[side]), dim=2) for side in SIDES}
-        tails = {side: torch.cat((self.tails[side], new[side].detach()), dim=2) for side in SIDES}
-        self._commit(tails=tails, trail=trail, pending=True)
+        tails, buffer = appended(self.tails, {side: tokens.detach() for side, tokens in new.items()}, self.buffer)
+        self._commit(tails=tails, buffer=buffer, trail=trail, pending=True)
         return dense["key"], dense["value"]
 
-    @without_autocast
     def flush(self) -> None:
         """Encode what is due, once the newest tokens have been read."""
         if not self.pending:
@@ -112,7 +117,7 @@ class SpectralLayer(BlockLayer):
         if due > 0:
             self._encode(lead, due)
         else:
-            self._commit(pending=False, look=self._look_ahead(lead))
+            self._go_on(pending=False, look=self._look_ahead(lead))
 
     finish = flush
     """The name of :meth:`flush` before 0.3."""
@@ -126,6 +131,7 @@ class SpectralLayer(BlockLayer):
             return None
         return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
 
+    @without_autocast
     @torch.no_grad()
     def _encode(self, lead: int, due: int) -> None:
         """Make blocks of the tail's oldest tokens.

@@ -104,8 +104,8 @@ class BlockCache(ConsistentCache):
 
     def _arrivals(self, layer: SpectralLayer, keys: Tensor) -> Arrivals | None:
         """What the present pass says of a layer's new tokens; None where it has said nothing."""
-        sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
         if self.announced is not None:
+            sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
             (mask, positions), self.announced = self.announced, None
             fits = mask is None or mask.shape[0] == keys.shape[0]
             if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, keys.shape[0])):
@@ -113,7 +113,10 @@ class BlockCache(ConsistentCache):
             self.arrivals = (*sizes, Arrivals.of(mask, positions, *sizes)) if fits else None
         elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
             self.arrivals = None
-        return self.arrivals[2] if self.arrivals is not None and self.arrivals[:2] == sizes else None
+        if self.arrivals is None:
+            return None
+        sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
+        return self.arrivals[2] if self.arrivals[:2] == sizes else None
 
     def _clear(self) -> None:
         super()._clear()

@@ -39,6 +39,19 @@ def frozen(thing: _Object) -> _Object:
     return new
 
 
+def put(thing: Any, state: dict[str, Any]) -> None:
+    """What :func:`commit` does, for one object.
+
+    Args:
+        thing: Object to change.
+        state: New attributes.
+    """
+    target = vars(thing)
+    replaced = dict(target)
+    target.update(state)
+    del replaced
+
+
 def commit(things: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
     """Put new attributes in place: one call into C, which no signal handler and no other thread can come between.
 

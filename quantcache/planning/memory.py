@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from quantcache.accounting.memory import CacheMemory, capacity, dtype_bytes, largest_capacity, num_blocks
+from quantcache.accounting.memory import (
+    TAIL_GROWTH,
+    CacheMemory,
+    capacity,
+    dtype_bytes,
+    largest_capacity,
+    num_blocks,
+    tail_capacity,
+)
 from quantcache.accounting.predicting import predict_layers, predict_quantized
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
@@ -132,7 +140,8 @@ def cache_memory(
             element_bytes=element_bytes,
         )
     blocks = num_blocks(tokens, sink_length, residual_length)
-    first = num_blocks(tokens if prefill is None else prefill, sink_length, residual_length)
+    prefilled = tokens if prefill is None else prefill
+    first = num_blocks(prefilled, sink_length, residual_length)
     return predict_layers(
         coded_layers(form, geometry, calibration),
         tokens,
@@ -141,6 +150,7 @@ def cache_memory(
         residual_length=residual_length,
         element_bytes=element_bytes,
         room=capacity(blocks, first) if form.kind == "spectral" else None,
+        tail_room=tail_capacity(tokens, prefilled, sink_length, residual_length, form.blocks_at_once),
         blocks_at_once=form.blocks_at_once,
     )
 
@@ -150,8 +160,8 @@ def largest_cache(
 ) -> int:
     """Bytes that a 16-bit model's cache holds at most while it grows to T tokens, in whatever steps.
 
-    Blocks are encoded when 64 tokens (or those of a longer tile) have gathered and stores grow by a sixteenth, so that
-    a cache may hold a little more than its size after one update. It never decreases with T.
+    Blocks are encoded when 64 tokens (or those of a longer tile) have gathered, stores grow by a sixteenth and tails by
+    an eighth, so that a cache may hold a little more than its size after one update. It never decreases with T.
 
     Args:
         form: How the cache is stored.
@@ -176,8 +186,9 @@ def largest_cache(
     blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH, once)
     full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + once) - 1 if blocks else tokens
     layers = coded_layers(form, geometry, calibration)
-    room = largest_capacity(blocks)
-    return states + predict_layers(layers, full, batch=batch, room=room, blocks_at_once=once).total
+    tail_room = largest_capacity(full - BLOCK * blocks - (SINK_LENGTH if blocks else 0), TAIL_GROWTH)
+    rooms = {"room": largest_capacity(blocks), "tail_room": tail_room}
+    return states + predict_layers(layers, full, batch=batch, blocks_at_once=once, **rooms).total
 
 
 def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> int:

@@ -1,0 +1,245 @@
+"""Tails grow in place: what is written, what stays as it was, and how much is allocated for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcache.accounting.memory import TAIL_GROWTH, largest_capacity, tail_capacity
+from quantcache.artifact.calibration import Calibration
+from quantcache.attention.function import spectral_attention_forward
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.cache.tails import TailBuffer
+from quantcache.coding.schema import SIDES
+from tests.builders import llama_config
+
+HEADS, DIM, ROWS = 2, 32, 2
+CONFIG = llama_config(DIM, layers=1, kv_heads=HEADS)
+
+
+def empty(**options: Any) -> SpectralCache:
+    """A cache of one layer."""
+    return SpectralCache(Calibration.synthetic(CONFIG, 3.0), CONFIG, **options)
+
+
+def tokens(count: int, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Keys and values of some tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(ROWS, HEADS, count, DIM, generator=generator).to(dtype) for _ in SIDES]
+
+
+def append(layer: SpectralLayer, count: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Append tokens as a model does whose attention is ours."""
+    found = layer.update(*tokens(count, seed, dtype))
+    layer.flush()
+    return found
+
+
+def filled(count: int = 150, steps: int = 3, **options: Any) -> SpectralLayer:
+    """A layer after a prompt and some steps."""
+    layer = empty(**options).spectral_layers[0]
+    append(layer, count, 0)
+    for step in range(steps):
+        append(layer, 1, 1000 + step)
+    return layer
+
+
+def addresses(layer: SpectralLayer) -> list[int]:
+    """Where the tails' memory is."""
+    return [layer.tails[side].untyped_storage().data_ptr() for side in SIDES]
+
+
+def read(layer: SpectralLayer) -> list[Tensor]:
+    """Everything that is cached, copied."""
+    return [layer.snapshot().dense(side).clone() for side in SIDES]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Fail unless all tensors are equal."""
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual", [0, 7, 64])
+@pytest.mark.parametrize("prompt", [1, 40, 150])
+def test_few_steps_allocate_and_the_rule_says_how_much(prompt: int, residual: int, dtype: torch.dtype) -> None:
+    layer = empty(residual_length=residual).spectral_layers[0]
+    append(layer, prompt, 0, dtype)
+    before, moved, given = addresses(layer), 0, tokens(prompt, 0, dtype)
+    for count in range(prompt + 1, prompt + 400):
+        append(layer, 1, count, dtype)
+        given = [torch.cat(pair, dim=2) for pair in zip(given, tokens(1, count, dtype), strict=True)]
+        moved += addresses(layer) != before
+        before = addresses(layer)
+        tail = layer.tails["key"]
+        room = tail.untyped_storage().nbytes() // (ROWS * HEADS * DIM * dtype.itemsize)
+        assert room == tail_capacity(count, prompt, 4, residual)
+        assert tail.shape[2] <= room <= largest_capacity(tail.shape[2], TAIL_GROWTH)
+        assert_same([layer.tails[side] for side in SIDES], [x[:, :, layer.encoded_end :] for x in given])
+    assert moved <= {0: 200, 7: 160, 64: 70}[residual]
+
+
+def test_views_stay_what_they_were() -> None:
+    layer, seen = filled(), []
+    for step in range(140):
+        lazy = layer.update(*tokens(1 + step % 3, step))
+        parts = [lazy[0].view_.side(side).tail for side in SIDES]
+        seen.append((parts, [part.clone() for part in parts]))
+        layer.flush()
+    for found, expected in seen:
+        assert_same(found, expected)
+
+
+OTHERS: dict[str, Callable[[SpectralLayer], SpectralLayer]] = {
+    "fork": SpectralLayer.fork,
+    "fork of a fork": lambda layer: layer.fork().fork(),
+    "deepcopy": lambda layer: layer.__deepcopy__({}),
+}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("other", OTHERS)
+def test_both_append(other: str, first: int) -> None:
+    """Whoever comes first goes on where both were, and neither sees what is the other's."""
+    layer = filled()
+    pair = [layer, OTHERS[other](layer)]
+    assert layer.buffer is not None
+    for step in range(90):
+        for place in (first, 1 - first):
+            append(pair[place], 1, 7 * step + place)
+    for place in (0, 1):
+        alone = filled()
+        for step in range(90):
+            append(alone, 1, 7 * step + place)
+        assert_same(read(pair[place]), read(alone))
+
+
+def test_a_fork_of_the_cache_that_is_dropped_leaves_its_space_taken() -> None:
+    cache = empty()
+    cache.update(*tokens(150, 0), 0)
+    cache.layers[0].flush()
+    cache.update(*tokens(1, 1), 0)
+    fork, before = cache.fork(), read(cache.spectral_layers[0])
+    fork.update(*tokens(1, 2), 0)
+    assert addresses(fork.spectral_layers[0]) == addresses(cache.spectral_layers[0])
+    del fork
+    cache.update(*tokens(1, 3), 0)
+    assert_same(read(cache.spectral_layers[0]), [torch.cat(p, 2) for p in zip(before, tokens(1, 3), strict=True)])
+
+
+def test_of_many_threads_one_goes_on() -> None:
+    for attempt in range(20):
+        layer = filled(64, 2)
+        forks = [layer.fork() for _ in range(4)]
+        barrier = threading.Barrier(4)
+
+        def work(place: int, forks: Any = forks, barrier: Any = barrier) -> None:
+            barrier.wait()
+            append(forks[place], 1, place)
+
+        threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for place, fork in enumerate(forks):
+            assert_same([fork.tails[s][:, :, -1:] for s in SIDES], tokens(1, place)), attempt
+            assert_same([fork.tails[s][:, :, :-1] for s in SIDES], [layer.tails[s] for s in SIDES])
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["narrow", "copy_"])
+@pytest.mark.parametrize("raised", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_an_interrupted_step_leaves_no_trace(
+    raised: type[BaseException], name: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, twin = filled(), filled()
+    before, original, calls = read(layer), getattr(Tensor, name), []
+
+    def failing(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise raised("simulated")
+        return original(*args)
+
+    if (name, call) in (("copy_", 3), ("copy_", 4)):
+        layer.buffer = None  # a new buffer copies both tails first
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, name, failing)
+        with pytest.raises(raised, match="simulated"):
+            layer.update(*tokens(1, 5))
+    assert_same(read(layer), before)
+    for seed in (6, 7):
+        append(layer, 1, seed)
+        append(twin, 1, seed)
+    assert_same(read(layer), read(twin))
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "offload", "reset", "assigned"])
+def test_what_changes_a_layer_leaves_its_copies_alone(change: str) -> None:
+    layer = filled()
+    fork, before = layer.fork(), read(layer)
+    if change == "crop":
+        layer.crop(-1)
+    elif change == "reorder":
+        layer.reorder_cache(torch.tensor([1, 0]))
+    elif change == "repeat":
+        layer.batch_repeat_interleave(1)
+    elif change == "offload":
+        layer.offload()
+    elif change == "reset":
+        layer.reset()
+    else:
+        layer.tails = {side: tail + 1 for side, tail in layer.tails.items()}
+    expected = read(layer) if layer.is_initialized else [x[:, :, :0] for x in tokens(1, 0)]
+    append(layer, 1, 8)
+    assert_same(read(fork), before)
+    assert_same(read(layer), [torch.cat(pair, 2) for pair in zip(expected, tokens(1, 8), strict=True)])
+
+
+def test_between_inference_mode_and_autograd() -> None:
+    """Buffers of inference mode are not written to outside; what autograd has kept may be written behind."""
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    layer, twin = empty().spectral_layers[0], empty().spectral_layers[0]
+    for each in (layer, twin):
+        with torch.inference_mode():
+            append(each, 40, 0)
+            append(each, 1, 1)
+        append(each, 1, 2)
+        append(each, 1, 3)
+    query = torch.randn(ROWS, 2 * HEADS, 1, DIM, requires_grad=True)
+    gradients = []
+    for each, goes_on in ((layer, True), (twin, False)):
+        lazy = each.update(*tokens(1, 4))
+        output, _ = spectral_attention_forward(module, query, *lazy, None)
+        if goes_on:
+            with torch.no_grad():
+                address = addresses(each)
+                append(each, 1, 5)
+                assert addresses(each) == address
+        gradients.append(torch.autograd.grad(output.square().sum(), query)[0])
+    assert torch.equal(*gradients)
+    with torch.inference_mode():
+        for seed in range(6, 60):
+            append(layer, 1, seed)
+    append(layer, 1, 60)
+    assert layer.get_seq_length() == 40 + 1 + 2 + 1 + 1 + 54 + 1
+
+
+def test_a_buffer_belongs_to_the_newest_tails() -> None:
+    start = {side: x[:, :, :8] for side, x in zip(SIDES, tokens(8, 0), strict=True)}
+    one = dict(zip(SIDES, tokens(1, 1), strict=True))
+    buffer = TailBuffer(start, 1)
+    first = buffer.append(start, one)
+    assert first is not None
+    assert buffer.append(start, one) is None  # taken
+    assert buffer.append({side: tail.clone() for side, tail in first.items()}, one) is None  # not its own
+    assert buffer.capacity == 9
+    assert buffer.append(first, one) is None  # full
