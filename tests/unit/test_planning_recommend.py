@@ -298,7 +298,7 @@ def test_sort() -> None:
         (["fp8, bf16"], lambda row: row.format in ("fp8", "bf16")),
         (["bits=8"], lambda row: row.bits_per_element == 8),
         (["speed > 1"], lambda row: row.speed is not None and row.speed.speedup > 1),
-        (["agreement>=0.99"], lambda row: row.fidelity.top1_agreement >= 0.99),
+        (["agreement>=0.99"], lambda row: row.fidelity is not None and row.fidelity.top1_agreement >= 0.99),
     ],
 )
 def test_filters(filters: list[str], kept: Callable[[table.Row], bool]) -> None:
