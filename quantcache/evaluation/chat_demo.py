@@ -169,5 +169,5 @@ def _answer(model: PreTrainedModel, tokenizer: Any, side: _Side, question: Tenso
         if token in stops:
             break
         found.append(token)
-        tokens = torch.tensor([[token]], device=device)
+        tokens = torch.tensor([[token]], dtype=torch.int64, device=device)
     side.answers.append(str(tokenizer.decode(found, skip_special_tokens=True)).strip())

@@ -45,7 +45,7 @@ class Int4TokenHeadCodec(SimulatedCodec):
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
         generator = torch.Generator().manual_seed(SIGN_SEED)
-        signs = 2 * torch.bernoulli(torch.full((dim,), 0.5, device="cpu"), generator=generator) - 1
+        signs = 2 * torch.bernoulli(torch.full((dim,), 0.5, dtype=torch.float32, device="cpu"), generator=generator) - 1
         self.rotation = (signs[:, None] * hadamard(dim)).to(device)
         super().__init__(int4_bits(dim), [self.rotation])
 
@@ -75,7 +75,8 @@ class GgmlCodec(SimulatedCodec):
 
     def __init__(self, side: str, dim: int, bits: int, device: torch.device | str = "cpu"):
         size = VALUE_ROTATION if side == "value" else dim
-        whole = torch.block_diag(*[hadamard(size)] * (dim // size)) if dim % VALUE_ROTATION == 0 else torch.eye(dim)
+        plain = torch.eye(dim, dtype=torch.float32, device="cpu")
+        whole = torch.block_diag(*[hadamard(size)] * (dim // size)) if dim % VALUE_ROTATION == 0 else plain
         self.rotation = whole.to(device)
         self.width, self.block = bits, math.gcd(dim, GGML_BLOCK)
         super().__init__(ggml_bits(bits, dim), [self.rotation])
