@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from quantcache.attention.probe import detect_ropes
 from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
 from quantcache.calibration.calibrator import calibrate
 from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.coding.schema import Coding
 from quantcache.common.errors import UnsupportedModel
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import divergence, error, feed
@@ -282,12 +285,12 @@ def test_padded_rows_pass_through_as_if_alone(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_padded_rows_are_as_close_to_dense_as_alone(family: Family) -> None:
     model, prefill = shared_model(family), PADDED_STEPS[0]
-    cache = SpectralCache(calibration_of(family), model.config, residual_length=0)
-    padded = feed(model, cache, padded_tokens(), PADDED_STEPS, PADDING)
     noise, found = 0.0, 0.0
-    for row, pads in enumerate(PADDING):
+    for row, coding in itertools.product(range(len(PADDING)), get_args(Coding)):
+        calibration, pads = calibration_of(family).with_coding(coding), PADDING[row]
+        cache, by_itself = (SpectralCache(calibration, model.config, residual_length=0) for _ in range(2))
+        padded = feed(model, cache, padded_tokens(), PADDED_STEPS, PADDING)
         expected = alone(model, row, DynamicCache(config=model.config))[prefill - pads :]
-        by_itself = SpectralCache(calibration_of(family), model.config, residual_length=0)
         noise += divergence(expected, alone(model, row, by_itself)[prefill - pads :])
         found += divergence(expected, padded[row, prefill:])
         for ours, theirs in zip(cache.spectral_layers, by_itself.spectral_layers, strict=True):

@@ -45,8 +45,8 @@ def tokens() -> Tensor:
 
 @pytest.fixture(scope="module")
 def calibration(model: PreTrainedModel, tokens: Tensor) -> Calibration:
-    """A calibration on the first 300 tokens."""
-    return calibrate(model, [tokens[:300]], max_tokens=300, progress=False)
+    """A calibration on the first 300 tokens; the ablations are of scalar codes."""
+    return calibrate(model, [tokens[:300]], max_tokens=300, codec=CodecSettings(), progress=False)
 
 
 def test_default_transforms_are_those_of_calibrate(
