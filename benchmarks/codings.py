@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from fidelity import SHARED, tokenized
+from fidelity import calibrated, read, tokenized
 from records import Run, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from quantcache import Calibration, SpectralCache, calibrate, data
+from quantcache import Calibration, SpectralCache, data
 from quantcache.attention import spectral_attention
 from quantcache.cli.session import load_model
 from quantcache.coding.schema import Coding
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="wiki11m", help="wiki11m, a folder or a Hub id")
     parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
+    parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     parser.add_argument("--rivals", default=RIVALS)
     parser.add_argument("--context", type=int, default=1024)
@@ -48,11 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     run = Run("codings", {name: str(value) for name, value in vars(options).items()})
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
-    calibration = calibrated(options, run, model, tokenizer)
-    path = SHARED / "wikitext2_test.txt"
-    text, source = (
-        (path.read_text("utf-8"), "wikitext2_test") if path.is_file() else (data.evaluation_text(), "bundled")
-    )
+    calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
+    text, source = read("wikitext2_test.txt", data.evaluation_text)
     tokens = tokenized(tokenizer, text, options.windows * options.context)
     fidelity = {}
     for coding in CODINGS:
@@ -72,20 +70,6 @@ def main() -> None:
     metrics = {"fidelity": fidelity, "milliseconds": times, "claims": claims}
     print(write_record("codings", settings | {"calibration": calibration.metadata.recipe}, metrics, run.git))
     run.discard()
-
-
-def calibrated(options: argparse.Namespace, run: Run, model: Any, tokenizer: Any) -> Calibration:
-    """The calibration, from a file or an interrupted run if there is one."""
-    if options.calibration is not None:
-        return Calibration.from_pretrained(options.calibration)
-    folder = run.folder / "calibration"
-
-    def make() -> None:
-        text = data.calibration_text()
-        calibrate(model, text, tokenizer, 3.0, max_tokens=options.calibration_tokens).save_pretrained(folder)
-
-    run.cell("calibration", make)
-    return Calibration.from_pretrained(folder)
 
 
 def measured(run: Run, name: str, model: Any, tokens: Tensor, methods: list[Any], context: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Implementations of encoding and of attention on codes, and which of them serves a layer.
 
-To add one, write a :class:`Backend` in a module of its own and give it a place in :data:`FASTEST_FIRST` and
-:data:`BACKENDS`; nothing else in quantcache names a backend.
+To add one, write a :class:`Backend` in a module of its own and give it a place in :data:`FASTEST_FIRST`; nothing
+else in quantcache names a backend.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ _TRITON = TritonBackend()
 FASTEST_FIRST: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(),), "cuda": (_TRITON,), "xpu": (_TRITON,)}
 """By type of device, what ``"auto"`` tries before plain torch."""
 
-BACKENDS: dict[str, Backend] = {each.name: each for each in (CpuBackend(), _TRITON, REFERENCE)}
+BACKENDS: dict[str, Backend] = {
+    each.name: each for each in (*(each for tried in FASTEST_FIRST.values() for each in tried), REFERENCE)
+}
 """Every backend by name."""
 
 _ALIASES = {"native": "cpu"}
@@ -118,17 +120,17 @@ def choose(
             report.passed_over[backend.name] = reason
             _warn_once(f"encoding and attending in plain torch, which is slower: no {backend.name} kernels ({reason})")
             continue
-        lacks = {side: backend.lacks(codec, dtypes[side]) for side, codec in codecs.items()}
-        if all(lacks.values()):
-            report.passed_over[backend.name] = next(filter(None, lacks.values()))
-        else:
-            missing = [f"{side}s: {reason}" for side, reason in lacks.items() if reason]
-            report.name, report.attends = backend.name, "; ".join(missing) or None
-        if any(lacks.values()) and all(isinstance(codec, SpectralCodec) for codec in codecs.values()):
-            _warn_once(f"not using the {backend.name} kernels: {'; '.join(filter(None, lacks.values()))}")
-        if report.name == backend.name:
-            _inform_once(f"keys and values on {device.type} are encoded by the {backend.name} backend")
-            return backend, report
+        asked = {side: backend.lacks(codec, dtypes[side]) for side, codec in codecs.items()}
+        lacks = {side: reason for side, reason in asked.items() if reason is not None}
+        if lacks and all(isinstance(codec, SpectralCodec) for codec in codecs.values()):
+            _warn_once(f"not using the {backend.name} kernels: {'; '.join(lacks.values())}")
+        if len(lacks) == len(codecs):
+            report.passed_over[backend.name] = next(iter(lacks.values()))
+            continue
+        report.name = backend.name
+        report.attends = "; ".join(f"{side}s: {reason}" for side, reason in lacks.items()) or None
+        _inform_once(f"keys and values on {device.type} are encoded by the {backend.name} backend")
+        return backend, report
     return REFERENCE, report
 
 
@@ -164,9 +166,8 @@ def attend(query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
     backend, report = view.backend, view.report
-    if backend is None or report is None or backend is REFERENCE or report.attends is not None:
-        return REFERENCE.attend(query, view, call)
-    if query.shape[2] > CODE_QUERIES or not view.on_codes:
+    few = query.shape[2] <= CODE_QUERIES and view.on_codes
+    if backend is None or report is None or backend is REFERENCE or report.attends is not None or not few:
         return REFERENCE.attend(query, view, call)
     reason = backend.refuses(query, view, call)
     if reason is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class Backend(ABC):
         """
         mixed = starts is not None and starts.ndim == 2
         if not isinstance(codec, SpectralCodec) or mixed or self.lacks(codec, x.dtype) is not None:
-            return self.from_portable(codec, codec.encode(x, places, starts))
+            return Backend._encode(self, codec, x, places, starts)
         return self._encode(codec, x, places, starts)
 
     @without_autocast
@@ -124,14 +125,17 @@ class Backend(ABC):
             ``[B, H, n * 64, D]`` float32, slots beyond a block's valid length included.
         """
         if not isinstance(codec, SpectralCodec) or "shifts" in fields or self.lacks(codec, torch.float32) is not None:
-            return codec.decode(self.to_portable(codec, fields), places, starts).float()
+            return Backend._decode(self, codec, fields, places, starts)
         return self._decode(codec, fields, places, starts)
 
-    @abstractmethod
-    def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields: ...
+    def _encode(self, codec: Any, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+        """:meth:`encode` for a codec that the backend does not lack; plain torch unless a backend overrides this."""
+        return self.from_portable(codec, codec.encode(x, places, starts))
 
-    @abstractmethod
-    def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor: ...
+    def _decode(self, codec: Any, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+        """:meth:`decode`, likewise."""
+        decoded: Tensor = codec.decode(self.to_portable(codec, fields), places, starts)
+        return decoded.float()
 
     def to_portable(self, codec: SideCodec, fields: Fields) -> Fields:
         """Blocks in the portable layout, made of this backend's.

@@ -52,9 +52,6 @@ class CpuBackend(Backend):
         codes, gains = cpu.encode(x, constants(codec), places, starts)
         return {"codes": codes, "gains": gains}
 
-    def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
-        return codec.decode(fields, places, starts)
-
 
 def constants(codec: SpectralCodec) -> cpu.Constants:
     """A codec's constants in the form of the CPU kernels, made once.

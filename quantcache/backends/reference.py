@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcache.backends.base import CODE_QUERIES, Backend, Fields
+from quantcache.backends.base import CODE_QUERIES, Backend
 from quantcache.backends.online_softmax import OnlineSoftmax, QueryRows
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec, block_slots
@@ -49,12 +49,6 @@ class Reference(Backend):
     def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
         """Attend on codes where queries are few and the codecs allow it, else on decoded tiles."""
         return attend(query, view, call, query.shape[2] <= CODE_QUERIES and view.on_codes)
-
-    def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
-        return codec.encode(x, places, starts)
-
-    def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
-        return codec.decode(fields, places, starts)
 
 
 REFERENCE = Reference()

@@ -13,8 +13,6 @@ from quantcache.backends import padding
 from quantcache.backends.padding import Arrivals, Grid
 from quantcache.backends.spans import next_spans, places_of
 from quantcache.cache.blocks import BlockLayer
-from quantcache.cache.codecs import CodecFactory as CodecFactory
-from quantcache.cache.codecs import ShapeCheck as ShapeCheck
 from quantcache.cache.tails import appended
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK

@@ -11,11 +11,32 @@ from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from quantcache.backends import BackendName
-from quantcache.cache.layer import CodecFactory, ShapeCheck, SpectralLayer
+from quantcache.cache.codecs import CodecFactory, ShapeCheck
+from quantcache.cache.layer import SpectralLayer
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 
 
-class SpectralRecurrentLayer(LinearAttentionLayer, SpectralLayer):  # type: ignore[misc, override]
+class MixedLayer(SpectralLayer):
+    """A compressed layer that holds something else too, whose copies have copies of that.
+
+    Attributes:
+        beside: The names of it.
+    """
+
+    beside: tuple[str, ...]
+
+    def fork(self) -> Self:
+        """See :meth:`SpectralLayer.fork`; what lies beside keys and values is copied."""
+        new: Self = copy_beside(super().fork(), self)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy what is stored; constants are shared."""
+        new: Self = copy_beside(super().__deepcopy__(memo), self)
+        return new
+
+
+class SpectralRecurrentLayer(LinearAttentionLayer, MixedLayer):  # type: ignore[misc, override]
     """Attention and recurrence in one layer (Falcon-H1, Zamba2): keys and values are compressed, states are not.
 
     Args:
@@ -100,18 +121,8 @@ class SpectralRecurrentLayer(LinearAttentionLayer, SpectralLayer):  # type: igno
         """
         SpectralLayer.batch_repeat_interleave(self, repeats)  # by way of reorder_cache
 
-    def fork(self) -> Self:
-        """See :meth:`SpectralLayer.fork`; the states are copied."""
-        new: Self = copy_beside(SpectralLayer.fork(self), self)
-        return new
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy what is stored; constants are shared."""
-        new: Self = copy_beside(SpectralLayer.__deepcopy__(self, memo), self)
-        return new
-
-
-class SpectralIndexedLayer(DynamicIndexedLayer, SpectralLayer):
+class SpectralIndexedLayer(DynamicIndexedLayer, MixedLayer):
     """A layer with an indexer (GLM-5, DeepSeek V3.2): keys and values are compressed, the indexer's keys are not.
 
     Args:
@@ -206,16 +217,6 @@ class SpectralIndexedLayer(DynamicIndexedLayer, SpectralLayer):
     def prefetch(self) -> None:
         """Move everything back to the layer's device."""
         SpectralLayer.prefetch(self)
-
-    def fork(self) -> Self:
-        """See :meth:`SpectralLayer.fork`; the indexer's keys are copied."""
-        new: Self = copy_beside(SpectralLayer.fork(self), self)
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy what is stored; constants are shared."""
-        new: Self = copy_beside(SpectralLayer.__deepcopy__(self, memo), self)
-        return new
 
 
 MIXED = (SpectralRecurrentLayer, SpectralIndexedLayer)

@@ -13,8 +13,8 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.attention import guards
 from quantcache.attention.probe import detect_ropes, evaluating, observed_values
 from quantcache.backends.padding import Grid
-from quantcache.cache.codecs import calibrated_codecs
-from quantcache.cache.spectral_cache import BlockCache, CodecFactory, SpectralCache
+from quantcache.cache.codecs import CodecFactory, calibrated_codecs
+from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.schema import DEFAULT_CODING, CodecSettings, Metadata
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics

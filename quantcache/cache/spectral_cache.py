@@ -22,9 +22,9 @@ from quantcache.attention.lazy import LazyKV
 from quantcache.backends import BackendName, BackendReport
 from quantcache.backends.padding import Arrivals
 from quantcache.cache import files as cache_files
-from quantcache.cache.codecs import calibrated_codecs
+from quantcache.cache.codecs import CodecFactory, ShapeCheck, calibrated_codecs
 from quantcache.cache.consistency import ConsistentCache
-from quantcache.cache.layer import CodecFactory, ShapeCheck, SpectralLayer
+from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import copy_beside, spectral_layer
 from quantcache.coding.schema import SideBits
 from quantcache.common import compat, processes

@@ -14,7 +14,8 @@ from transformers import Cache, PreTrainedConfig
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.padding import Grid
-from quantcache.cache.spectral_cache import BlockCache, CodecFactory
+from quantcache.cache.codecs import CodecFactory
+from quantcache.cache.spectral_cache import BlockCache
 from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
 from quantcache.coding.packing import BLOCK
 from quantcache.common.errors import QuantCacheError
