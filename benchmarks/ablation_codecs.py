@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from quantcache import Calibration
 from quantcache.attention.probe import RecordingCache, run
-from quantcache.cache.layer import CodecFactory
+from quantcache.cache.codecs import CodecFactory
 from quantcache.cache.spectral_cache import BlockCache
 from quantcache.coding.blocks import SideCodec, block_positions, join_blocks, split_blocks
 from quantcache.coding.codebook import lloyd_max

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedM
 from quantcache import Calibration, SpectralCache, data, register_attention
 from quantcache.attention.probe import RecordingCache
 from quantcache.backends.padding import Grid
-from quantcache.cache.spectral_cache import BlockCache, CodecFactory
+from quantcache.cache.codecs import CodecFactory
+from quantcache.cache.spectral_cache import BlockCache
 from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
