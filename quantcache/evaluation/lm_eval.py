@@ -29,7 +29,7 @@ from quantcache.common import compat
 from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.registration import ATTENTION_NAME
-from quantcache.common.sources import model_source, source_name
+from quantcache.common.sources import model_source
 from quantcache.evaluation.feeding import pieces
 from quantcache.evaluation.methods import needs_statistics, parse_methods
 
@@ -77,8 +77,10 @@ class QuantCacheLM(HFLM):
         chunk: int = CHUNK,
         **options: Any,
     ):
-        if not isinstance(chunk, int) or chunk < 1:
-            raise QuantCacheError(f"chunk must be a whole number of at least 1, got {chunk!r}")
+        lengths = {"chunk": (chunk, 1), "sink_length": (sink_length, 0), "residual_length": (residual_length, 0)}
+        for each, (length, least) in lengths.items():
+            if not isinstance(length, int) or length < least:
+                raise QuantCacheError(f"{each} must be a whole number of at least {least}, got {length!r}")
         asked = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
         given = [f"{key}={value}" for key, value in asked.items() if value not in (None, "joint")]
         if method is not None and given:
@@ -94,9 +96,6 @@ class QuantCacheLM(HFLM):
             pretrained = str(model_source(pretrained, on_convert=_log.info))
             options.setdefault("attn_implementation", ATTENTION_NAME)
         super().__init__(pretrained, **options)
-        name = source_name(pretrained) if isinstance(pretrained, str) else None
-        if name is not None:
-            self.model.config._name_or_path = name  # what the calibration of a model of ours calls it
         self.bits_per_element: float | None = None
         self.first_coded: int | None = None  # tokens in a cache of which some are codes
         self.tokens = self.tokens_from_codes = 0
@@ -108,7 +107,10 @@ class QuantCacheLM(HFLM):
     def _use_ours(self, calibration: Calibration, **options: Any) -> None:
         """Make every cache a :class:`SpectralCache`."""
         options |= {"sink_length": self.sink_length, "residual_length": self.residual_length}
-        empty = SpectralCache(calibration, model=self.model, **options)
+        try:
+            empty = SpectralCache(calibration, model=self.model, **options)
+        except ValueError as error:  # an argument of the command line
+            raise QuantCacheError(str(error)) from error
         assert empty.calibration is not None
         self.make_cache: Callable[[], Cache] = empty.fork  # all caches share one allocation
         self.cache_name = f"spectral-{empty.calibration.bits:g}"
