@@ -101,9 +101,9 @@ def analyze(
         if layers:
             calibration = calibration or calibrate(model, sequences[:-1], progress=progress)
             with _bar(progress) as bar:
-                samples, places = collect_samples(model, sequences[-1], layers)
+                samples, block_table = collect_samples(model, sequences[-1], layers)
                 task = bar.add_task("encoding samples", total=len(RATES) * len(samples))
-                grades = grade(calibration, samples, places, RATES, lambda: bar.advance(task))
+                grades = grade(calibration, samples, block_table, RATES, lambda: bar.advance(task))
                 divergences = _divergences(model, calibration, sequences[-1][0] if verify else None, bar)
     if getattr(tokenizer, "chat_template", None):
         notes.append("The text was read as plain text, without the model's chat template.")
