@@ -17,8 +17,8 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test quality style test-matrix test-lm-eval support soak asan bench-cpu bench-gpu \
-  bench-gpu-quick compile-gpu bench-decode bench-fidelity bench-ablations bench-findings bench-absorb bench-suites \
-  second-model tables tables-check build clean distclean
+  bench-gpu-quick compile-gpu bench-decode bench-fidelity bench-real bench-ablations bench-findings bench-absorb \
+  bench-suites second-model tables tables-check build clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +114,13 @@ bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+
+REAL = --text wikitext2_test.txt --context 1024 --weights
+
+bench-real: $(STAMP) ## The same on two trained models of quantcache[real] (2 hours); options in ARGS="..."
+	$(BIN)/python benchmarks/fidelity.py --model smollm2-135m --calibration calibrations/smollm2-135m \
+	  $(REAL) --residuals 64 0 256 --contexts 4096 8192 $(ARGS)
+	$(BIN)/python benchmarks/fidelity.py --model gemma3-270m $(REAL) --contexts 4096 $(ARGS)
 
 bench-ablations: $(STAMP) ## Measure every choice of the codec (about an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/ablations.py $(ARGS)

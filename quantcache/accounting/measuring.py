@@ -87,9 +87,11 @@ class _Count:
             self._add_side(layer, side)
         above, below = layer.saturated_gains()
         self.gains_above, self.gains_below = self.gains_above + above, self.gains_below + below
-        places = layer.places
-        self.sizes["bookkeeping"] += sum(places.nbytes().values()) + sum(places.slack(name) for name in places.buffers)
-        told = (layer.starts, layer.origins, layer.trail)
+        block_table = layer.block_table
+        self.sizes["bookkeeping"] += sum(block_table.nbytes().values()) + sum(
+            block_table.slack(name) for name in block_table.buffers
+        )
+        told = (layer.left_padding, layer.origins, layer.trail)
         self.sizes["bookkeeping"] += sum(each.untyped_storage().nbytes() for each in told if each is not None)
 
     def _add_side(self, layer: Any, side: str) -> None:

@@ -122,10 +122,10 @@ def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")
     prefix = f"layers.{index}"
-    told = {"starts": layer.starts, "origins": layer.origins, "trail": layer.trail}
+    told = {"starts": layer.left_padding, "origins": layer.origins, "trail": layer.trail}
     found = {f"{prefix}.{name}": tensor for name, tensor in told.items() if tensor is not None}
     if layer.spans:
-        found[f"{prefix}.places"] = layer.places.buffers["places"][: layer.places.count]
+        found[f"{prefix}.places"] = layer.block_table.buffers["block_table"][: layer.block_table.count]
     for side in SIDES:
         found[f"{prefix}.{side}.tail"] = layer.tails[side]
         if layer.spans:
@@ -143,7 +143,7 @@ def _describe(layer: SpectralLayer) -> dict[str, Any]:
         "blocks": len(layer.spans),
         "tail": layer.tails["key"].shape[2],
         "dtypes": [str(layer.tails[side].dtype) for side in SIDES],
-        "padded": layer.starts is not None,
+        "padded": layer.left_padding is not None,
         "displaced": layer.origins is not None,
         "shifted": "shifts" in layer.stores["key"].buffers,
         "trail": layer.trail is not None,
@@ -302,9 +302,10 @@ def _read_spectral(
     codecs = layer.make_codecs(torch.device("cpu"), empty, Grid())
     state: dict[str, Any] = {"tails": {}, "sinks": {}, "leads": {}}
     padded = entry.get("padded") is True
-    for name, there in (("starts", padded), ("origins", entry.get("displaced") is True)):
-        state[name] = reader.read(f"{prefix}.{name}", (rows,), torch.int64) if there else None
-    if padded and bool(((state["starts"] < 0) | (state["starts"] > entry["tokens"])).any()):
+    state["left_padding"] = reader.read(f"{prefix}.starts", (rows,), torch.int64) if padded else None
+    displaced = entry.get("displaced") is True
+    state["origins"] = reader.read(f"{prefix}.origins", (rows,), torch.int64) if displaced else None
+    if padded and bool(((state["left_padding"] < 0) | (state["left_padding"] > entry["tokens"])).any()):
         raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
     state["trail"] = None
     if entry.get("trail") is True:
@@ -330,9 +331,9 @@ def _read_spectral(
             )
     spans: list[Span] = []
     if blocks:
-        places = reader.read(f"{prefix}.places", (blocks, 3), torch.int32)
-        spans = _read_spans(reader, places, layer.sink_length)
-        state["places"] = BlockStore(blocks, {"places": places})
+        block_table = reader.read(f"{prefix}.places", (blocks, 3), torch.int32)
+        spans = _read_spans(reader, block_table, layer.sink_length)
+        state["block_table"] = BlockStore(blocks, {"block_table": block_table})
     layer.lazy_initialization(*(state["tails"][side] for side in SIDES))
     cut = any(span.length < BLOCK for span in spans)
     vars(layer).update(state, spans=spans, stores=stores, codecs=codecs if blocks else {}, cut=cut)
@@ -355,9 +356,9 @@ def _field_shapes(
     return {"dense": ((blocks, rows, heads, BLOCK, dim), dtype)}
 
 
-def _read_spans(reader: TensorReader, places: Tensor, sink_length: int) -> list[Span]:
-    """The spans of a table of places, if they follow each other as a layer's do."""
-    spans = [Span(*place) for place in places.tolist()]
+def _read_spans(reader: TensorReader, block_table: Tensor, sink_length: int) -> list[Span]:
+    """The spans of a block table, if they follow each other as a layer's do."""
+    spans = [Span(*place) for place in block_table.tolist()]
     previous = Span(sink_length, 0, sink_length)
     for first, second in pairwise([previous, *spans]):
         fits = second.start == first.end and 1 <= second.length <= BLOCK

@@ -62,7 +62,7 @@ def _outcomes(
     layer.backend = name  # type: ignore[assignment]
     view, codec, backend = layer.snapshot(), layer.codecs["key"], backends.find(name)
     assert isinstance(codec, SpectralCodec)
-    some, places = new[:, :, layer.sink_length : layer.sink_length + BLOCK], view.places[:1]
+    some, block_table = new[:, :, layer.sink_length : layer.sink_length + BLOCK], view.block_table[:1]
     call = AttentionCall(None, dim**-0.5)
 
     def attend() -> Tensor:
@@ -72,17 +72,17 @@ def _outcomes(
         return backend.attend(query, view, call)
 
     plain, own = reference.attend(query.float(), view, call), reference.own_precision(query, view, call)
-    decoded = codec.decode(codec.encode(some, places, None), places, None)
+    decoded = codec.decode(codec.encode(some, block_table, None), block_table, None)
 
     def encode() -> Tensor:
-        fields = backend.to_portable(codec, backend.encode(codec, some, places, None))
-        return codec.decode(fields, places, None)
+        fields = backend.to_portable(codec, backend.encode(codec, some, block_table, None))
+        return codec.decode(fields, block_table, None)
 
     fields = view.fields("key", 0, 1)
-    exact, plainly = (codec.decode(fields, places, None, kind) for kind in (torch.float64, torch.float32))
+    exact, plainly = (codec.decode(fields, block_table, None, kind) for kind in (torch.float64, torch.float32))
 
     def decode() -> Tensor:
-        return backend.decode(codec, view.key.store.slice(0, 1), places, None)
+        return backend.decode(codec, view.key.store.slice(0, 1), block_table, None)
 
     with triton.without_trials():  # they are tried here
         return [

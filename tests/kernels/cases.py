@@ -376,7 +376,7 @@ def on_device(layer: SpectralLayer, kernel: Kernel) -> SpectralLayer:
     if kernel.device != layer.device:
         moved.device = kernel.device
         moved._move(kernel.device)
-        moved.codecs = moved.make_codecs(kernel.device, moved.tails, moved.starts)
+        moved.codecs = moved.make_codecs(kernel.device, moved.tails, moved.left_padding)
     return moved
 
 
