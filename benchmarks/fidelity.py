@@ -91,6 +91,10 @@ def main() -> None:
     if calibration_text == evaluation_text:
         sys.exit("error: calibration and evaluation text are the same")
     parts = make_parts(options, model, tokenizer, evaluation_text)
+    if options.parts is not None:
+        if unknown := set(options.parts) - {part.name for part in parts}:
+            sys.exit(f"error: no part {', '.join(sorted(unknown))}, only {', '.join(part.name for part in parts)}")
+        parts = [part for part in parts if part.name in options.parts]
     settings: dict[str, Any] = {
         "model": Path(options.model).name,
         "model_sha256": model_sha256(model),
@@ -163,6 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
     parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
     parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
+    parser.add_argument("--parts", nargs="+", help="parts to measure, of those that the rest asks for; all if none")
     parser.add_argument("--quick", action="store_true", help="one window of 1,024 tokens, with and without residual")
     options = parser.parse_args()
     if options.quick:
