@@ -32,7 +32,7 @@ define install
 	  echo "$(PYTHON) cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(1) under $(2); the first time takes minutes ..."
 	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch setuptools
-	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev,triton]'
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev,triton,serve]'
 	@touch $@
 endef
 

@@ -175,6 +175,20 @@ def disable(model: PreTrainedModel) -> None:
             _remove(hook, [each for each in hook.settings if each.thread is None])
 
 
+def is_enabled(model: PreTrainedModel) -> bool:
+    """Whether calls of ``generate()`` in this thread get a compressed cache.
+
+    Args:
+        model: The model.
+
+    Returns:
+        True if so.
+    """
+    hook = _find(model)
+    setting = None if hook is None else hook.current()
+    return setting is not None and setting.make is not None
+
+
 @contextlib.contextmanager
 def enabled(
     model: PreTrainedModel,

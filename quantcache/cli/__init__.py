@@ -22,6 +22,7 @@ from quantcache.cli.formats import formats
 from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
 from quantcache.cli.recommend import recommend
+from quantcache.cli.serve import serve
 from quantcache.cli.terminal import StdoutFailed, prepare_streams, report_error, writing_stdout
 from quantcache.common.interrupts import INTERRUPTED, interruptible
 
@@ -35,6 +36,7 @@ app.command("calibrate")(calibrate)
 app.command("inspect")(inspect)
 app.command("analyze")(analyze)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("formats")(formats)
