@@ -15,7 +15,7 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test quality style test-matrix support soak asan bench-cpu bench-gpu bench-gpu-quick \
-  compile-gpu bench-decode bench-fidelity bench-ablations bench-findings bench-absorb bench-suites second-model \
+  compile-gpu bench-decode bench-prefixes bench-fidelity bench-ablations bench-findings bench-absorb bench-suites second-model \
   tables tables-check build clean distclean
 
 help: ## List the targets
@@ -98,6 +98,9 @@ soak: $(STAMP) ## Long forms of the property, fuzz and long-haul tests, recorded
 
 bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 	$(BIN)/python benchmarks/decode_latency.py $(ARGS)
+
+bench-prefixes: $(STAMP) ## Measure conversations that take turns, with SmolLM2 (hours); options in ARGS="..."
+	$(BIN)/python benchmarks/prefixes.py $(ARGS)
 
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
