@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _fingerprints: WeakKeyDictionary[Calibration, str] = WeakKeyDictionary()
 """Digests of calibrations, whose constants are large and do not change."""
 
+_first_seen: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+"""How many changes of a model's weights torch had counted when it was first asked for."""
+
 
 def key_of(tokens: Sequence[int]) -> bytes:
     """A token sequence as bytes that sort as the tokens do, so that the longest common prefixes are neighbours.
@@ -62,7 +65,8 @@ def shared_tokens(first: bytes, second: bytes) -> int:
 def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
     """Digest of what must be the same for codes to mean the same: a prefix is served under no other.
 
-    Weights are looked at anew every time, since a model may have been trained, or another adapter chosen, in between.
+    Weights are looked at anew every time, since a model may have been trained, or another adapter chosen, in between:
+    a sample of their values, and how often torch has seen them change since the first look.
 
     Args:
         cache: A cache as requests get it; what it holds does not count.
@@ -89,12 +93,19 @@ def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
     said = {
         "calibration": _fingerprints[cache.calibration],
         "model": model_fingerprint(model),
+        "changes": _changes(model),
         "adapters": adapters,
         "dtype": str(model.dtype),
         "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         "lengths": [[layer.sink_length, layer.residual_length] for layer in cache.spectral_layers],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _changes(model: PreTrainedModel) -> int:
+    """How many changes of its weights torch has counted since the first call for a model."""
+    count = sum(each._version for each in model.parameters() if not each.is_inference())
+    return count - _first_seen.setdefault(model, count)
 
 
 def can_be_cut(cache: SpectralCache) -> bool:

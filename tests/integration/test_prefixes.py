@@ -253,6 +253,11 @@ def _train(model: PreTrainedModel) -> None:
         model.get_input_embeddings().weight.mul_(1.01)
 
 
+def _train_one_token(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77, 3] += 1.0  # which no sample of the weights has
+
+
 def _adapt(model: PreTrainedModel) -> None:
     model.model.layers[0].disable_adapters = True  # as PEFT's layers say that they are switched off
 
@@ -267,6 +272,7 @@ def _adapt(model: PreTrainedModel) -> None:
         {"value_bits": "dense"},
         {"calibration": 1},
         {"change": _train},
+        {"change": _train_one_token},
         {"change": _adapt},
         {"change": lambda model: model.to(torch.bfloat16)},
         {"autocast": True},
