@@ -91,7 +91,7 @@ def serve(
 
         compat.require_server()
         from quantcache.serving.models import CONTINUOUS_BATCHING, Compression
-        from quantcache.serving.server import ServerOptions, build_application, template_keywords
+        from quantcache.serving.server import ServerOptions, application, template_keywords
 
         if continuous_batching:
             raise QuantCacheError(CONTINUOUS_BATCHING)
@@ -120,11 +120,9 @@ def serve(
             import torch
 
             torch.manual_seed(default_seed)
-        with listener(host, port) as endpoint, quiet_unless_watched():
-            app = build_application(
-                Compression(calibrations, lengths, store, allow_dense),
-                ServerOptions(models, template, decision_config, enable_cors),
-            )
+        compression = Compression(calibrations, lengths, store, allow_dense)
+        told = ServerOptions(models, template, decision_config, enable_cors)
+        with listener(host, port) as endpoint, quiet_unless_watched(), application(compression, told) as app:
             run_server(app, endpoint, ", ".join(pairs))
         statistics = None if store is None else store.statistics().to_dict()
         run.finish({"models": list(pairs), "prefixes": statistics}, "stopped")

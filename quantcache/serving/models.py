@@ -73,11 +73,16 @@ class CompressedModels(ModelManager):
     def __init__(self, compression: Compression, **options: Any):
         self.compression = compression
         self._calibrations = {canonical(name): found for name, found in compression.calibrations.items()}
-        only = next(iter(compression.calibrations)) if len(compression.calibrations) == 1 else None
-        super().__init__(**options, force_model=None if compression.allow_dense else only)
-        for name in compression.calibrations:
-            repo, file = split_model_id(name)
-            self.load_model_and_processor(self.process_model_name(repo), gguf_file=file)
+        if len(compression.calibrations) == 1 and not compression.allow_dense:
+            options = {**options, "force_model": next(iter(compression.calibrations))}
+        super().__init__(**options)
+        try:
+            for name in compression.calibrations:
+                repo, file = split_model_id(name)
+                self.load_model_and_processor(self.process_model_name(repo), gguf_file=file)
+        except BaseException:
+            self.shutdown()  # a model that was loaded would keep the process alive until it is idle
+            raise
 
     def load_model_and_processor(
         self,
@@ -153,7 +158,8 @@ class CompressedModels(ModelManager):
         ]
         if not self.compression.allow_dense:
             return ours
-        return [*ours, *(each for each in super().get_gen_models(cache_dir) if each["id"] not in self._calibrations)]
+        others = super().get_gen_models(cache_dir)
+        return [*ours, *(each for each in others if canonical(each["id"]) not in self._calibrations)]
 
     def shutdown(self) -> None:
         """Unload all models, and write the prefixes in memory to their folder."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,20 +32,29 @@ class ServerOptions:
     cors: bool = False
 
 
-def build_application(compression: Compression, options: ServerOptions) -> FastAPI:
-    """Load all models and put the server together.
+@contextlib.contextmanager
+def application(compression: Compression, options: ServerOptions) -> Iterator[FastAPI]:
+    """Load all models and put the server together; in the end models are unloaded and prefixes written.
 
     Args:
         compression: Models with their calibrations, and how requests are compressed.
         options: What transformers' server is told.
 
-    Returns:
+    Yields:
         Its application, with one endpoint more: ``GET /quantcache``.
 
     Raises:
         QuantCacheError: A calibration and its model do not belong together.
     """
     manager = CompressedModels(compression, **options.models)
+    try:
+        yield _assembled(manager, compression, options)
+    finally:
+        manager.shutdown()
+
+
+def _assembled(manager: CompressedModels, compression: Compression, options: ServerOptions) -> FastAPI:
+    """transformers' application over the models, with an endpoint that tells of caches."""
     state = CompressedGeneration()
     app = compat.serving_application(manager, state, options.template, options.decisions, options.cors)
 

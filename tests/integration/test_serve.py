@@ -44,7 +44,7 @@ if not MISSING:
 
     from quantcache.cli.serve import listener
     from quantcache.serving.models import CompressedGeneration, Compression
-    from quantcache.serving.server import ServerOptions, build_application
+    from quantcache.serving.server import ServerOptions, application
 
 serving = pytest.mark.support("serve: completions, chat and responses, streamed, concurrent and cancelled")
 turning = pytest.mark.support("serve: turns of a chat, over restarts")
@@ -76,8 +76,7 @@ def calibration(own: bool = False) -> Calibration:
 @contextlib.contextmanager
 def running(compression: Compression) -> Iterator[Any]:
     """A client of a server in a thread of its own."""
-    with listener("localhost", 0) as endpoint:
-        app = build_application(compression, ServerOptions(CPU))
+    with listener("localhost", 0) as endpoint, application(compression, ServerOptions(CPU)) as app:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [endpoint]})
         thread.start()
@@ -219,8 +218,10 @@ def test_turns_of_a_chat_go_on_after_a_restart(chatty: str, tmp_path: Path) -> N
     again = PrefixStore(1 << 30, tmp_path)
     with running(Compression({chatty: calibration()}, {"bits": 3.0}, again)) as client:
         assert turn(again, client) < 64 + 63 + 30
+        client.post("/../reset", cast_to=object)  # unloads the model
+        assert turn(again, client) < 64 + 63 + 30
         assert client.get("/../quantcache", cast_to=object)["prefixes"] == again.statistics().to_dict()
-    assert again.statistics().hits == 1
+    assert again.statistics().hits == 2
 
 
 @turning
@@ -270,8 +271,15 @@ def test_models_without_a_calibration_where_they_are_allowed(chatty: str) -> Non
 
 @refusing
 def test_a_calibration_of_another_model(chatty: str) -> None:
-    with pytest.raises(CalibrationMismatch):
-        build_application(Compression({chatty: Calibration.synthetic(llama_config(32), 2.0)}), ServerOptions(CPU))
+    before = threading.active_count()
+    wrong = {"wiki11m": calibration(), chatty: Calibration.synthetic(llama_config(32), 2.0)}
+    idle = {**CPU, "model_timeout": 300}
+    with pytest.raises(CalibrationMismatch), application(Compression(wrong), ServerOptions(idle)):
+        pass
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before, "a timer would keep the process alive"
     with pytest.raises(QuantCacheError, match="continuous batching keeps all requests in one paged cache"):
         CompressedGeneration().get_manager("wiki11m@main", use_cb=True)
 
