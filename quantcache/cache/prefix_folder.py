@@ -40,6 +40,7 @@ class PrefixFolder:
         self.path, self.max_bytes = path, max_bytes
         self._sound: set[Path] = set()  # files that were written here, or whose checksums have been compared
         path.mkdir(parents=True, exist_ok=True)
+        self._make_room(0)  # it may have had more bytes before
 
     def file_of(self, identity: str, key: bytes) -> Path:
         """Where a prefix is kept.

@@ -178,7 +178,13 @@ class PrefixStore:
         return self._insert(identity(cache, model), key_of(tokens[:length]), kept)
 
     def save(self) -> None:
-        """Write all caches in memory to the folder, where a new store finds them."""
+        """Write all caches in memory to the folder, where a new store finds them.
+
+        Raises:
+            QuantCacheError: There is no folder.
+        """
+        if self.folder is None:
+            raise QuantCacheError("this PrefixStore has no folder to write to: give it one with folder=")
         with self._lock:
             held = list(self._held.items())
         self._write(held)

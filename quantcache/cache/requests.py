@@ -71,6 +71,8 @@ class Reuse:
     model: PreTrainedModel
 
     def __post_init__(self) -> None:
+        if not isinstance(self.store, PrefixStore):
+            raise TypeError(f"prefixes must be a PrefixStore, got {type(self.store).__name__}")
         identity(self.empty, self.model)
         for name, module in self.model.named_modules():
             if hasattr(module, "rope_deltas"):

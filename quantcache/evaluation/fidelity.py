@@ -24,6 +24,7 @@ from quantcache.accounting.measuring import measure
 from quantcache.common import compat
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import cut_windows
 from quantcache.evaluation.methods import Method, MethodUnavailable, parse_methods
 
 
@@ -235,7 +236,7 @@ def measure_fidelity(
 
     Args:
         model: The model; attention ``"spectral"`` is the fast one, any is right.
-        tokens: Text, ``[N]``; cut into ``N // context`` windows.
+        tokens: Text, ``[N]``; cut into ``N // context`` windows (see :func:`quantcache.common.sequences.cut_windows`).
         methods: What to measure.
         context: Tokens in a window.
         chunk: Tokens fed at once.
@@ -259,7 +260,7 @@ def measure_fidelity(
         check_tail(tail, context, chunk, sink_length)
     edges = chunk_edges(context, chunk, sink_length, tail or 0)
     run = _Run(model, methods, edges, on_progress)
-    for number, window in enumerate(tokens.unfold(0, context, stride or context).to(compat.input_device(model))):
+    for number, window in enumerate(cut_windows(model.config, tokens, context, stride).to(compat.input_device(model))):
         first = 0 if not number or stride is None else context - stride - 1
         last = context - (stride is not None)
         run.read(window, range(first if tail is None else max(first, edges[0][1]), last))

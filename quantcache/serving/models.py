@@ -163,7 +163,7 @@ class CompressedModels(ModelManager):
 
     def shutdown(self) -> None:
         """Unload all models, and write the prefixes in memory to their folder."""
-        if self.compression.prefixes is not None:
+        if self.compression.prefixes is not None and self.compression.prefixes.folder is not None:
             self.compression.prefixes.save()
         super().shutdown()
 

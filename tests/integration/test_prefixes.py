@@ -362,6 +362,10 @@ def test_what_cannot_have_prefixes(model: PreTrainedModel, calibration: Calibrat
     remembering.model.rope_deltas = None
     with pytest.raises(UnsupportedModel, match="model keeps rope_deltas of the last request"):
         quantcache.enable(remembering, calibration, prefixes=PrefixStore(GIBI))
+    with pytest.raises(TypeError, match="prefixes must be a PrefixStore, got str"):
+        quantcache.enable(model, calibration, prefixes="prefixes/")
+    with pytest.raises(QuantCacheError, match="this PrefixStore has no folder"):
+        PrefixStore(GIBI).save()
     for name in ("max_bytes", "folder_bytes"):
         with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
             PrefixStore(**{"max_bytes": 0, name: -1})
@@ -617,6 +621,7 @@ def test_a_folder_stays_within_its_bytes(model: PreTrainedModel, calibration: Ca
     restarted = PrefixStore(0, tmp_path, 3 * each + each // 2)
     kept = [restarted.fork([*text[0].tolist(), 5], empty, model) is not None for text in texts]
     assert kept == [True, False, False, True, True]
+    assert PrefixStore(0, tmp_path, each + each // 2).statistics().files == 1
     assert PrefixStore(0, tmp_path / "none", each // 2).add(texts[0][0].tolist(), caches[0], model) is False
 
 
