@@ -17,8 +17,8 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test quality style test-matrix test-lm-eval support soak asan bench-cpu bench-gpu \
-  bench-gpu-quick compile-gpu bench-decode bench-fidelity bench-real bench-ablations bench-findings bench-absorb \
-  bench-suites second-model tables tables-check build clean distclean
+  bench-gpu-quick compile-gpu bench-decode bench-prefixes bench-fidelity bench-real bench-ablations bench-findings \
+  bench-absorb bench-suites second-model tables tables-check build clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ define install
 	  echo "$(PYTHON) cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(1) under $(2); the first time takes minutes ..."
 	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch setuptools
-	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev,triton]'
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev,triton,serve]'
 	@touch $@
 endef
 
@@ -111,6 +111,9 @@ soak: $(STAMP) ## Long forms of the property, fuzz and long-haul tests, recorded
 
 bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 	$(BIN)/python benchmarks/decode_latency.py $(ARGS)
+
+bench-prefixes: $(STAMP) ## Measure conversations that take turns, with SmolLM2 (hours); options in ARGS="..."
+	$(BIN)/python benchmarks/prefixes.py $(ARGS)
 
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)

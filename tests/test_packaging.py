@@ -45,6 +45,7 @@ ROOMS = (
     "evaluation",
     "analysis",
     "planning",
+    "serving",
     "cli",
 )
 """Folders of quantcache: each imports from those before it only."""

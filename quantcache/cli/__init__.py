@@ -23,6 +23,7 @@ from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
 from quantcache.cli.lm_eval import PASS_ON, lm_eval
 from quantcache.cli.recommend import recommend
+from quantcache.cli.serve import serve
 from quantcache.cli.terminal import StdoutFailed, prepare_streams, report_error, writing_stdout
 from quantcache.common.interrupts import INTERRUPTED, interruptible
 
@@ -36,6 +37,7 @@ app.command("calibrate")(calibrate)
 app.command("inspect")(inspect)
 app.command("analyze")(analyze)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("eval")(evaluate)
 app.command("lm-eval", context_settings=PASS_ON, add_help_option=False)(lm_eval)
 app.command("export")(export)
