@@ -52,7 +52,11 @@ def evaluate(
         str | None, typer.Option("--calibration", "-c", metavar="ARTIFACT", help="For the spectral methods.")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="Comma-separated: fidelity, needle, routing, transfer, qa, memory, speed, or all.")
+        str,
+        typer.Option(
+            help="Comma-separated: fidelity, divergence, needle, records, lookup, tools, routing, transfer, qa, "
+            "memory, speed, or all."
+        ),
     ] = "fidelity",
     methods: Annotated[str, typer.Option(help="Comma-separated: dense, spectral-B, turboquant-mse-B, ...")] = METHODS,
     context: Annotated[
@@ -90,9 +94,16 @@ def evaluate(
     draft: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Draft model. Default: the model's own first half.")
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens of needle and records prompts, such as 1K,2K,4K. Default: half the context and it."),
+    ] = None,
     needle_fact: Annotated[str | None, typer.Option(help="How a needle is stated, with {name} and {code}.")] = None,
     needle_question: Annotated[str | None, typer.Option(help="How it is asked for, with {name}.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Put prompts into the chat template. Default: if the model has one."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "--out", "-o", metavar="FILE", help="Also write the JSON here.")
     ] = None,
@@ -125,10 +136,9 @@ def evaluate(
         from quantcache.evaluation import qa as questions
         from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
         from quantcache.evaluation.provenance import check_overlap
-        from quantcache.evaluation.weights import quantize_weights, weights_library
+        from quantcache.evaluation.weights import quantize_weights
 
-        if weights is not None:
-            weights_library(weights)  # a wrong name is told before a model is loaded
+        _check_weights(weights)
         if constants is not None:
             check_overlap(constants, content, str(text), used="")  # the whole text first, before a model is loaded
         suites = _suites(suite, SUITES, qa)
@@ -152,6 +162,7 @@ def evaluate(
             stride=stride,
             sizes=QUICK if quick else Sizes(),
             needle_form=_needle_form(needle_fact, needle_question),
+            lengths=None if lengths is None else _numbers("--lengths", lengths, 2),
             chat=chat,
             text_name=text.stem,
         )
@@ -202,6 +213,14 @@ def _suites(given: str, known: tuple[str, ...], qa: Path | None) -> tuple[str, .
     if "qa" in names and qa is None:
         raise ValueError("--suite qa needs --qa FILE")
     return known if "all" in names else tuple(name for name in known if name in names)
+
+
+def _check_weights(name: str | None) -> None:
+    """Tell a wrong name before a model is loaded."""
+    from quantcache.evaluation.weights import weights_library
+
+    if name is not None:
+        weights_library(name)
 
 
 def _length_text() -> str:

@@ -26,7 +26,7 @@ from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
 from quantcache.evaluation.methods import Method
-from quantcache.evaluation.paired import against
+from quantcache.evaluation.paired import LEAST_DENSE_RATE, against, is_evidence
 
 SUITE = "qa"
 
@@ -82,10 +82,12 @@ class QAResult:
     Attributes:
         settings: Everything that was chosen.
         methods: One entry for each method.
+        evidence: For ``f1`` and ``exact``: whether the dense cache scores enough for either to say anything.
     """
 
     settings: dict[str, Any]
     methods: dict[str, QAEntry]
+    evidence: dict[str, bool]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -259,10 +261,16 @@ def measure_qa(
         "template": template,
         "chat": chat,
         "chunk": chunk,
+        "least_dense_rate": LEAST_DENSE_RATE,
     }
-    entries = {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in methods}
+    entries = {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in asked}
     right = {method.name: _right(method, [q for q, _ in chosen], cells) for method in asked}
-    return QAResult(settings, {n: replace(e, paired=against(n, asked, right)) for n, e in entries.items()})
+    dense = entries[reference]
+    return QAResult(
+        settings,
+        {m.name: replace(entries[m.name], paired=against(m.name, asked, right)) for m in methods},
+        {"f1": is_evidence(dense.f1), "exact": is_evidence(dense.exact)},
+    )
 
 
 def _right(method: Method, questions: list[Question], cells: Cells) -> dict[str, bool]:
