@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from quantcache.evaluation.cells import Cells
     from quantcache.evaluation.needle import NeedleFormat
+    from quantcache.evaluation.plan import Sizes
 
 METHODS = "dense,spectral-2,spectral-3,spectral-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4"
 CONTEXT = 2048
@@ -88,6 +90,10 @@ def evaluate(
     qa: Annotated[
         Path | None, typer.Option(metavar="FILE", help="SQuAD JSON, or JSON lines of context, question and answers.")
     ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Questions asked of --qa FILE. Default: 12.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Texts, tables, prompts of each size that tasks and divergence draw.")
+    ] = None,
     domain: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Another text for the transfer suite; may be repeated.")
     ] = None,
@@ -133,16 +139,16 @@ def evaluate(
         constants = None if calibration is None else load_calibration(calibration)
 
         from quantcache.evaluation import evaluator, needs_statistics, text_statistics
-        from quantcache.evaluation import qa as questions
-        from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
+        from quantcache.evaluation.plan import SUITES, Material, Plan
         from quantcache.evaluation.provenance import check_overlap
+        from quantcache.evaluation.qa import load_questions
         from quantcache.evaluation.weights import quantize_weights
 
         _check_weights(weights)
         if constants is not None:
             check_overlap(constants, content, str(text), used="")  # the whole text first, before a model is loaded
         suites = _suites(suite, SUITES, qa)
-        asked = None if qa is None else questions.load_questions(qa)
+        asked = None if qa is None else load_questions(qa)
         domains = _domains(domain or ())
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded, tokenizer = load_model(model, revision=revision, **loading)
@@ -160,7 +166,7 @@ def evaluate(
             sinks=sinks,
             chunk=chunk or (CHUNK if tail is None else TAIL_CHUNK),
             stride=stride,
-            sizes=QUICK if quick else Sizes(),
+            sizes=_sizes(quick, questions, trials),
             needle_form=_needle_form(needle_fact, needle_question),
             lengths=None if lengths is None else _numbers("--lengths", lengths, 2),
             chat=chat,
@@ -221,6 +227,18 @@ def _check_weights(name: str | None) -> None:
 
     if name is not None:
         weights_library(name)
+
+
+def _sizes(quick: bool, questions: int | None, trials: int | None) -> Sizes:
+    """How much each suite does."""
+    from quantcache.evaluation.plan import QUICK, Sizes
+
+    sizes = QUICK if quick else Sizes()
+    if questions is not None:
+        sizes = replace(sizes, questions=questions)
+    if trials is not None:
+        sizes = replace(sizes, needle_seeds=trials, task_seeds=trials, prompts=trials)
+    return sizes
 
 
 def _length_text() -> str:

@@ -39,6 +39,7 @@ class Sizes:
         transfer_tokens: Tokens calibrated on, for each calibration.
         transfer_windows: Windows of every text that calibrations are compared on.
         questions: Number of questions asked.
+        question_shots: Questions that are shown with their answers first.
         answer_tokens: Tokens of an answer at most.
         ladder: Lengths of the memory suite.
         speed_batches: Rows of the speed suite.
@@ -64,6 +65,7 @@ class Sizes:
     transfer_tokens: int = 4096
     transfer_windows: int = 2
     questions: int = 12
+    question_shots: int = 2
     answer_tokens: int = 16
     ladder: tuple[int, ...] = memory.LADDER
     speed_batches: tuple[int, ...] = (1, 4)

@@ -213,6 +213,7 @@ def measure_qa(
     new_tokens: int = 16,
     template: str = TEMPLATE,
     chat: bool = False,
+    shots: int = 0,
     chunk: int = PROMPT_CHUNK,
     cells: Cells | None = None,
 ) -> QAResult:
@@ -228,6 +229,7 @@ def measure_qa(
         new_tokens: Tokens of an answer at most; it also ends at a line's end.
         template: Holds ``{context}`` and ``{question}``.
         chat: Put the prompt into the tokenizer's chat template.
+        shots: Questions about other paragraphs that are shown with their answers first, as far as there are any.
         chunk: Tokens fed at once.
         cells: Where finished cells are kept.
 
@@ -241,7 +243,7 @@ def measure_qa(
     for place in ("{context}", "{question}"):
         if place not in template:
             raise QuantCacheError(f"question template {template!r} lacks {place}")
-    chosen = _choose(model, tokenizer, questions, count, seed, new_tokens, template, chat)
+    chosen = _choose(model, tokenizer, questions, count, seed, new_tokens, template, chat, shots)
     asked = list(methods)
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))
@@ -260,6 +262,7 @@ def measure_qa(
         "new_tokens": new_tokens,
         "template": template,
         "chat": chat,
+        "shots": shots,
         "chunk": chunk,
         "least_dense_rate": LEAST_DENSE_RATE,
     }
@@ -292,14 +295,23 @@ def _choose(
     new_tokens: int,
     template: str,
     chat: bool,
+    shots: int,
 ) -> list[tuple[Question, Tensor]]:
     """Questions that fit, with their prompts ``[T]``."""
-    before, behind = frame_of(tokenizer, chat)
     room = compat.position_limit(model.config)
     chosen = []
-    for question in random.Random(seed).sample(list(questions), len(questions)):
-        text = template.replace("{context}", question.context).replace("{question}", question.question)
-        prompt = torch.cat((before, encode(tokenizer, text), behind))
+    order = random.Random(seed).sample(list(questions), len(questions))
+
+    def text(question: Question) -> str:
+        return template.replace("{context}", question.context).replace("{question}", question.question)
+
+    # One question of each paragraph may be shown, the shortest first: they take room from the context.
+    about = {question.context: question for question in order}
+    shown = sorted(about.values(), key=lambda question: len(question.context))[: shots + 1]
+    for question in order:
+        turns = [(text(each), each.answers[0]) for each in shown if each.context != question.context][:shots]
+        before, behind = frame_of(tokenizer, chat, turns)
+        prompt = torch.cat((before, encode(tokenizer, text(question)), behind))
         if room is None or len(prompt) + new_tokens <= room:
             chosen.append((question, prompt))
             if len(chosen) == count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,9 @@ from quantcache.evaluation.tasks import measure_task
 
 GROUP = 4
 """Methods that share one dense pass in the fidelity suite: what an interruption can cost."""
+
+ANSWER_ROOM = 64
+"""Tokens of a model's limit that are left for answers about records, where no lengths are given."""
 
 
 def used_tokens(material: Material, plan: Plan) -> Tensor:
@@ -197,12 +201,9 @@ def _chat(material: Material, plan: Plan) -> bool:
 
 def _lengths(plan: Plan) -> list[int]:
     """Tokens of the prompts in which something is planted."""
-    if plan.lengths is not None:
-        return list(plan.lengths)
-    lengths = [min(plan.contexts[-1], plan.sizes.longest or plan.contexts[-1])]
-    if plan.sizes.longest is None and lengths[0] > 512:
-        lengths.insert(0, lengths[0] // 2)
-    return lengths
+    longest = min(plan.contexts[-1], plan.sizes.longest or plan.contexts[-1])
+    half = [longest // 2] if plan.sizes.longest is None and longest > 512 else []
+    return list(plan.lengths or [*half, longest])
 
 
 def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
@@ -220,8 +221,14 @@ def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells)
 
 
 def _task(name: str, material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
-    form = replace(plan.needle_form, chat=_chat(material, plan))
-    task = exercises.drawn(name, material.tokenizer, material.text, _lengths(plan), plan.sizes, form)
+    form, limit = replace(plan.needle_form, chat=_chat(material, plan)), compat.position_limit(material.model.config)
+    most = math.inf if plan.lengths is not None or limit is None else limit - ANSWER_ROOM
+    lengths = [int(min(length, most)) for length in _lengths(plan)]
+    task = exercises.drawn(name, material.tokenizer, material.text, lengths, plan.sizes, form)
+    if name != "records":  # of given lengths none is left out silently
+        task = task.within(limit)
+    if not task.exercises:
+        return {name: {"status": f"skipped: no exercise fits into the model's limit of {limit} positions"}}
     return {name: measure_task(material.model, material.tokenizer, task, methods, cells=cells).to_dict()}
 
 
@@ -295,6 +302,7 @@ def _qa(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> 
         count=plan.sizes.questions,
         new_tokens=plan.sizes.answer_tokens,
         chat=_chat(material, plan),
+        shots=plan.sizes.question_shots,
         cells=cells,
     ).to_dict()
 

@@ -39,6 +39,11 @@ class Exercise:
     questions: tuple[Tensor, ...]
     answers: tuple[str, ...]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the text with its longest question."""
+        return len(self.text) + max(map(len, self.questions))
+
 
 @dataclass(frozen=True)
 class Task:
@@ -61,6 +66,18 @@ class Task:
     right: Callable[[str, str], bool]
     new_tokens: int
     settings: dict[str, Any]
+
+    def within(self, limit: int | None) -> Task:
+        """The task without exercises that exceed a model's limit.
+
+        Args:
+            limit: Positions of the model, None for any number.
+
+        Returns:
+            What is left; perhaps no exercise.
+        """
+        fits = [each for each in self.exercises if limit is None or each.longest + self.new_tokens <= limit]
+        return replace(self, exercises=tuple(fits))
 
 
 @dataclass(frozen=True)
@@ -131,8 +148,8 @@ def measure_task(
     cells = cells or Cells()
     if not task.exercises:
         raise QuantCacheError(f"{task.name}: there are no exercises")
-    longest = max(len(each.text) + max(map(len, each.questions)) for each in task.exercises)
-    check_lengths(model, [longest + task.new_tokens], f"the longest exercise of {task.name}:")
+    longest = max(each.longest for each in task.exercises) + task.new_tokens
+    check_lengths(model, [longest], f"the longest exercise of {task.name}:")
     asked = list(methods)
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))

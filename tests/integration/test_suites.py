@@ -382,6 +382,12 @@ def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer
     assert good.paired == failed.paired == {}
     with pytest.raises(QuantCacheError, match=r"lacks \{question\}"):
         qa.measure_qa(demo_model, demo_tokenizer, questions, methods, template="{context}")
+    chosen = qa._choose(demo_model, demo_tokenizer, questions, 3, 0, 7, qa.TEMPLATE, False, 2)
+    for question, prompt in chosen:  # others are shown with their first answer, never one about the same paragraph
+        shown = str(demo_tokenizer.decode(prompt))
+        assert [shown.count(f"{each.context}\nQuestion: {each.question}") for each in questions] == [1, 1, 1]
+        assert shown.count("Answer:\nwrong\n") == 2
+        assert shown.endswith(f"{question.question}\nAnswer:\n")
     long = [replace(questions[0], context=hay[:20_000])]
     with pytest.raises(QuantCacheError, match="none of 1 questions fits"):
         qa.measure_qa(demo_model, demo_tokenizer, long, methods)

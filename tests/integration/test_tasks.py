@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.cli.eval_tables import tables
 from quantcache.common.errors import QuantCacheError
-from quantcache.evaluation import exercises, tasks
+from quantcache.evaluation import exercises, runner, tasks
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import encode, feed, frame_of
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.needle import NeedleFormat
 from quantcache.evaluation.paired import is_evidence
+from quantcache.evaluation.plan import QUICK, Material, Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -258,6 +260,21 @@ def test_rates_near_zero_are_no_evidence(demo_model: PreTrainedModel, demo_token
 )
 def test_where_evidence_begins(dense: Any, counts: bool) -> None:
     assert is_evidence(dense) is counts
+
+
+def test_what_exceeds_the_limit_of_a_small_model_is_left_out(
+    demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of many suites goes on: texts of the usual lengths leave room for answers, others are skipped."""
+    monkeypatch.setattr(demo_model.config, "max_position_embeddings", 300)
+    material = Material(demo_model, demo_tokenizer, data.evaluation_text()[:6000])
+    sizes = replace(QUICK, lookup_pairs=(16, 32), task_questions=1, records=2)
+    results = runner.run(material, Plan(("records", "lookup", "tools"), ("dense",), (300,), 300, sizes=sizes))
+    assert results["records"]["settings"]["lengths"] == [300 - runner.ANSWER_ROOM]
+    assert list(results["lookup"]["evidence"]) == ["all", "16"]
+    skipped = "tools: skipped: no exercise fits into the model's limit of 300 positions"
+    assert runner.skipped(results) == [skipped]
+    assert runner.failures(results) == []
 
 
 def test_an_exercise_beyond_the_models_limit_is_refused(
