@@ -134,7 +134,7 @@ second-model: $(STAMP) ## Make a small Qwen3 of wiki11m, the second model of the
 bench-findings: $(STAMP) ## Measure published findings again (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/findings.py $(ARGS)
 
-bench-suites: $(STAMP) ## Measure retrieval, routing, transfer, memory and speed (15 minutes); options in ARGS="..."
+bench-suites: $(STAMP) ## Measure long texts, tasks, routing, transfer, memory and speed; options in ARGS="..."
 	$(BIN)/python benchmarks/suites.py $(ARGS)
 
 bench-absorb: $(STAMP) ## Measure absorbed checkpoints on the bundled model (minutes); options in ARGS="..."
