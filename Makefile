@@ -16,7 +16,7 @@ PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality style test-matrix test-lm-eval support soak asan bench-cpu bench-gpu \
+.PHONY: help venv demo test test-triton quality style test-matrix test-lm-eval support soak asan bench-cpu bench-gpu \
   bench-gpu-quick compile-gpu bench-decode bench-prefixes bench-fidelity bench-real bench-ablations bench-findings \
   bench-absorb bench-suites second-model tables tables-check build clean distclean
 
@@ -59,7 +59,10 @@ demo: $(STAMP) ## Set up, then compress the cache of the bundled model and show 
 	@$(BIN)/quantcache demo $(ARGS)
 
 test: quality ## Set up, then lint, format check, types and the tests (what CI runs)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not triton" $(ARGS)
+
+test-triton: $(STAMP) ## Triton's kernels under the interpreter, and compiled for GPUs (what CI runs next, minutes)
+	$(BIN)/python -m pytest -n $(JOBS) -m triton $(ARGS)
 
 quality: $(STAMP) ## Check lint, format and types; change nothing
 	$(BIN)/ruff check .
