@@ -45,7 +45,6 @@ ROOMS = (
     "evaluation",
     "analysis",
     "planning",
-    "serving",
     "cli",
 )
 """Folders of quantcache: each imports from those before it only."""

@@ -90,8 +90,8 @@ def serve(
         from quantcache.common import compat
 
         compat.require_server()
-        from quantcache.serving.models import CONTINUOUS_BATCHING, Compression
-        from quantcache.serving.server import ServerOptions, application, template_keywords
+        from quantcache.cli.serving.models import CONTINUOUS_BATCHING, Compression
+        from quantcache.cli.serving.server import ServerOptions, application, template_keywords
 
         if continuous_batching:
             raise QuantCacheError(CONTINUOUS_BATCHING)

@@ -43,8 +43,8 @@ if not MISSING:
     import uvicorn
 
     from quantcache.cli.serve import listener
-    from quantcache.serving.models import CompressedGeneration, Compression
-    from quantcache.serving.server import ServerOptions, application
+    from quantcache.cli.serving.models import CompressedGeneration, Compression
+    from quantcache.cli.serving.server import ServerOptions, application
 
 serving = pytest.mark.support("serve: completions, chat and responses, streamed, concurrent and cancelled")
 turning = pytest.mark.support("serve: turns of a chat, over restarts")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from quantcache.cli.serving.models import CompressedGeneration, CompressedModels, Compression
 from quantcache.common import compat
-from quantcache.serving.models import CompressedGeneration, CompressedModels, Compression
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
