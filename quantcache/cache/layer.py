@@ -114,9 +114,8 @@ class SpectralLayer(BlockLayer):
         due -= due % self.blocks_at_once
         if due > 0:
             self._encode(lead, due)
-        elif guards.Later.pays(self.device):
-            self._go_on(pending=False, look=self._look_ahead(lead))
         else:
+            self.look = self._look_ahead(lead)
             self.pending = False
 
     finish = flush
@@ -124,11 +123,10 @@ class SpectralLayer(BlockLayer):
 
     def _look_ahead(self, lead: int) -> guards.Look | None:
         """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
-        length = self.tails["key"].shape[2] - lead
-        if self.look is not None or length < BLOCK or self.blocks_at_once > 1:
+        soon = BLOCK + max(0, self.residual_length - LOOK_AHEAD)
+        early = self.tails["key"].shape[2] - lead < soon or self.blocks_at_once > 1
+        if self.look is not None or early or not guards.Later.pays(self.device):
             return self.look
-        if length < BLOCK + self.residual_length - LOOK_AHEAD:
-            return None
         return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
 
     @without_autocast
