@@ -87,7 +87,7 @@ def spectral_attention_forward(
     causal = is_causal if is_causal is not None else cached or getattr(module, "is_causal", True)
     if indices is not None:
         attention_mask = _selected(indices, attention_mask, key.shape[2], causal)
-    view = key.view_ if cached and isinstance(value, LazyKV) and key.view_ is value.view_ else None
+    view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
     if view is not None and view.num_blocks and not dropout:
         output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
     else:
