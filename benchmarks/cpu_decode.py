@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import quantcache
 from quantcache import Calibration, SpectralCache, accounting
-from quantcache.attention.function import spectral_attention
+from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.spectral_cache import SpectralLayer
 from quantcache.evaluation.summaries import quantiles
 from quantcache_kernels import cpu
@@ -65,7 +65,11 @@ class Geometry:
         )
 
 
-GEOMETRIES = {"llama-8b": Geometry(32, 8, 128, 5e5), "wiki11m": Geometry(6, 2, 64, 1e4)}
+GEOMETRIES = {
+    "llama-8b": Geometry(32, 8, 128, 5e5),
+    "smollm2": Geometry(9, 3, 64, 1e5),
+    "wiki11m": Geometry(6, 2, 64, 1e4),
+}
 
 
 def qwen_config(positions: int) -> Qwen2Config:
@@ -127,7 +131,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16_384, 32_768], help="cached tokens")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16_384, 32_768], help="cached tokens"
+    )
     parser.add_argument("--model-lengths", type=int, nargs="+", default=[8192, 32_768], help="cached tokens, models")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bits", type=float, default=3.0)
@@ -183,10 +189,11 @@ def attention_rung(geometry: Geometry, length: int, options: argparse.Namespace)
     def states(heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(1, heads, tokens, geometry.dim, generator=generator).to(dtype)
 
-    float32, bfloat16 = torch.float32, torch.bfloat16
-    layer = spectral_layer(geometry, length, options.bits, states)
-    steps: dict[str, Callable[[], object]] = {"spectral": spectral_step(layer, geometry, states)}
-    for name, dtype in (("float32", float32), ("bfloat16", bfloat16)):
+    layer = spectral_layer(geometry, length, torch.float32, options.bits, states)
+    steps: dict[str, Callable[[], object]] = {"spectral": transformers_step(layer, geometry, torch.float32, states)}
+    half = spectral_layer(geometry, length, torch.bfloat16, options.bits, states)
+    steps["spectral_bfloat16"] = transformers_step(half, geometry, torch.bfloat16, states)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         steps[f"dense_{name}"] = dense_step(geometry, length, dtype, states)
         steps[f"sdpa_{name}"] = sdpa_step(geometry, length, dtype, states)
     problems = {}
@@ -201,9 +208,11 @@ def attention_rung(geometry: Geometry, length: int, options: argparse.Namespace)
     view = layer.snapshot()
     packed = sum(t[: view.num_blocks].nbytes for s in (view.key, view.value) for t in s.store.buffers.values())
     own = times["spectral"]["median"]
+    faster = {name: entry["median"] / own for name, entry in times.items() if not name.startswith("spectral")}
+    faster["both_bfloat16"] = times["dense_bfloat16"]["median"] / times["spectral_bfloat16"]["median"]
     return {
         "milliseconds": times,
-        "times_faster": {name: entry["median"] / own for name, entry in times.items() if name != "spectral"},
+        "times_faster": faster,
         "not_measured": problems,
         "packed_bytes": packed,
     }
@@ -226,30 +235,16 @@ def take_turns(steps: dict[str, Callable[[], object]], seconds: float) -> dict[s
 States = Callable[[int, int, torch.dtype], Tensor]
 
 
-def spectral_layer(geometry: Geometry, length: int, bits: float, states: States) -> SpectralLayer:
+def spectral_layer(geometry: Geometry, length: int, dtype: torch.dtype, bits: float, states: States) -> SpectralLayer:
     """A layer with ``length`` tokens, encoded by the kernels."""
     config = geometry.config()
     cache = SpectralCache(Calibration.synthetic(config, bits=bits), config, backend="cpu")
     layer = cache.spectral_layers[0]
     for first in range(0, length, 4096):
         count = min(4096, length - first)
-        layer.update(*(states(geometry.heads, count, torch.float32) for _ in range(2)))
+        layer.update(*(states(geometry.heads, count, dtype) for _ in range(2)))
         layer.flush()
     return layer
-
-
-def spectral_step(layer: SpectralLayer, geometry: Geometry, states: States) -> Callable[[], object]:
-    """One step of the compressed cache as generation makes it: update, attend, and now and then encode a block."""
-    query = states(geometry.query_heads, 1, torch.float32)
-    key, value = (states(geometry.heads, 1, torch.float32) for _ in range(2))
-
-    def step() -> Tensor:
-        layer.update(key, value)
-        output = spectral_attention(query, layer.snapshot(), None)
-        layer.flush()
-        return output
-
-    return step
 
 
 def dense_step(geometry: Geometry, length: int, dtype: torch.dtype, states: States) -> Callable[[], object]:
@@ -260,13 +255,14 @@ def dense_step(geometry: Geometry, length: int, dtype: torch.dtype, states: Stat
 
 
 def transformers_step(layer: Any, geometry: Geometry, dtype: torch.dtype, states: States) -> Callable[[], object]:
-    """One step of one of transformers' cache layers."""
+    """One step of a cache layer as generation makes it: update, attend, and now and then encode a block."""
     query = states(geometry.query_heads, 1, dtype)
     key, value = (states(geometry.heads, 1, dtype) for _ in range(2))
     module = torch.nn.Module()
     module.num_key_value_groups = geometry.query_heads // geometry.heads
     module.is_causal = True
-    return lambda: sdpa_attention_forward(module, query, *layer.update(key, value), None)
+    attend = spectral_attention_forward if isinstance(layer, SpectralLayer) else sdpa_attention_forward
+    return lambda: attend(module, query, *layer.update(key, value), None)
 
 
 def sdpa_step(geometry: Geometry, length: int, dtype: torch.dtype, states: States) -> Callable[[], object]:

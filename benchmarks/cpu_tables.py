@@ -10,6 +10,7 @@ from fidelity_tables import markdown, origin
 RIVALS = {
     "dense_float32": "DynamicCache, float32",
     "dense_bfloat16": "DynamicCache, bfloat16",
+    "both_bfloat16": "DynamicCache, both bfloat16",
     "sdpa_float32": "SDPA alone, float32",
     "sdpa_bfloat16": "SDPA alone, bfloat16",
     "quanto_4": "quanto-4",
@@ -28,14 +29,18 @@ def cpu_attention_table(path: Path, record: dict[str, Any], page: Path) -> str:
     Returns:
         Markdown.
     """
-    header = ["geometry", "threads", "cached tokens", "spectral, ms", *RIVALS.values(), "of read bandwidth"]
+    suites = record["metrics"]["attention"]
+    rungs = [rung for suite in suites.values() for rungs in suite["geometries"].values() for rung in rungs.values()]
+    rivals = [rival for rival in RIVALS if any(rival in rung["times_faster"] for rung in rungs)]
+    names = [RIVALS[rival] for rival in rivals]
+    header = ["geometry", "threads", "cached tokens", "spectral, ms", *names, "of read bandwidth"]
     rows = []
-    for threads, suite in record["metrics"]["attention"].items():
-        for name, rungs in suite["geometries"].items():
-            for tokens, rung in rungs.items():
+    for threads, suite in suites.items():
+        for name, ladder in suite["geometries"].items():
+            for tokens, rung in ladder.items():
                 times = rung["milliseconds"]["spectral"]
                 own = f"{times['median']:.3f} ({times['p20']:.3f} to {times['p80']:.3f})"
-                faster = [rung["times_faster"].get(rival) for rival in RIVALS]
+                faster = [rung["times_faster"].get(rival) for rival in rivals]
                 cells = ["" if ratio is None else f"{ratio:.2f}×" for ratio in faster]
                 share = f"{rung['share_of_read_bandwidth']:.1%}"
                 rows.append([name, threads.removeprefix("threads_"), f"{int(tokens):,}", own, *cells, share])

@@ -43,6 +43,10 @@ def spectral_attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
@@ -58,8 +62,11 @@ def spectral_attention_forward(
         is_causal: Whether a missing mask means causal; the module's own setting if None.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         s_aux: One attention-sink logit for each query head, ``[Hq]``: joins the softmax, carries no value.
-        kwargs: What else the model passes: ``indices`` ``[B, Tq, N]`` are the slots that an indexer lets each query
-            see; position_ids, sliding_window and the like are not needed.
+        indices: Slots that an indexer lets each query see, ``[B, Tq, N]``.
+        position_bias: Refused.
+        block_indices: Refused.
+        sinks: Refused.
+        kwargs: What else the model passes: position_ids, sliding_window and the like are not needed.
 
     Returns:
         ``[B, Tq, Hq, Dv]``, and None for the attention weights.
@@ -68,26 +75,27 @@ def spectral_attention_forward(
         UnsupportedModel: The model adds a position bias to the scores, or sinks or blocks of its own.
         QuantCacheError: Queries, mask, sink logits or soft cap do not fit what is cached.
     """
-    if kwargs.get("position_bias") is not None:
+    if position_bias is not None:
         raise UnsupportedModel(
             f"{type(module).__name__} adds a position bias, which spectral attention does not support"
         )
-    for name in ("block_indices", "sinks"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"{type(module).__name__} passes {name}, which spectral attention does not support")
+    if block_indices is not None or sinks is not None:
+        name = "sinks" if block_indices is None else "block_indices"
+        raise UnsupportedModel(f"{type(module).__name__} passes {name}, which spectral attention does not support")
     # Decoders that know eager attention only may not say that they are causal: what comes from a cache is.
     cached = isinstance(key, LazyKV)
-    causal = (cached or getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    if kwargs.get("indices") is not None:
-        attention_mask = _selected(kwargs["indices"], attention_mask, key.shape[2], causal)
-    softcap = guards.fitting_softcap(softcap)
+    causal = is_causal if is_causal is not None else cached or getattr(module, "is_causal", True)
+    if indices is not None:
+        attention_mask = _selected(indices, attention_mask, key.shape[2], causal)
     view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
-    if view is not None:
-        guards.require_query(query, view.key.tail)
-        attention_mask = guards.fitting_mask(attention_mask, query, view.length)
-    if view is None or not view.num_blocks or dropout:
+    if view is not None and view.num_blocks and not dropout:
+        output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
+    else:
         # Nothing is encoded yet, or the layer is not ours (sliding window, no cache): plain tensors.
+        softcap = guards.fitting_softcap(softcap)
         if view is not None:
+            guards.require_query(query, view.key.tail)
+            attention_mask = guards.fitting_mask(attention_mask, query, view.length)
             key, value = view.dense("key"), view.dense("value")
         if softcap is None and s_aux is None and _fused_takes(query, key, value):
             output, _ = sdpa_attention_forward(
@@ -95,9 +103,6 @@ def spectral_attention_forward(
             )
         else:
             output = dense_attention(query, key, value, attention_mask, scaling, causal, softcap, s_aux, dropout)
-    else:
-        scaling, s_aux = guards.fitting_scaling(scaling, query), guards.fitting_sink_logits(s_aux, query)
-        output = backends.attend(query, view, AttentionCall(attention_mask, scaling, causal, softcap, s_aux))
     if view is not None and view.flush is not None:
         view.flush()
     return output, None

@@ -60,29 +60,30 @@ class Look:
         return self._flags is None or all(self._flags.tolist())
 
 
-def require_continuation(index: int | None, side: str, cached: Tensor, new: Tensor) -> None:
+def require_continuation(index: int | None, cached: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """Refuse tokens that do not continue what is cached.
 
     Args:
         index: The layer.
-        side: ``"key"`` or ``"value"``.
-        cached: Some cached tokens, ``[B, H, t, D]``.
+        cached: Some cached keys and values, ``[B, H, t, D]``.
         new: The new ones, ``[B, H, Tnew, D]``.
 
     Raises:
         QuantCacheError: Batch size, number of heads, dimension or dtype differ.
     """
-    rows, heads, _, dim = new.shape
-    batch, held, _, size = cached.shape
-    found, expected = (rows, heads, dim, new.dtype), (batch, held, size, cached.dtype)
-    if found == expected:
-        return
-    names = ("batch size", "number of heads", "dimension", "dtype")
-    name, ours, theirs = next(each for each in zip(names, expected, found, strict=True) if each[1] != each[2])
-    hint = "repeat or select the cache's rows, or reset() it" if name == "batch size" else "reset() the cache"
-    raise QuantCacheError(
-        f"layer {index}: the cache holds {side}s of {name} {ours}, the new ones have {theirs}: {hint}"
-    )
+    for side, tokens in new.items():
+        held = cached[side]
+        rows, heads, _, dim = tokens.shape
+        batch, own, _, size = held.shape
+        found, expected = (rows, heads, dim, tokens.dtype), (batch, own, size, held.dtype)
+        if found == expected:
+            continue
+        names = ("batch size", "number of heads", "dimension", "dtype")
+        name, ours, theirs = next(each for each in zip(names, expected, found, strict=True) if each[1] != each[2])
+        hint = "repeat or select the cache's rows, or reset() it" if name == "batch size" else "reset() the cache"
+        raise QuantCacheError(
+            f"layer {index}: the cache holds {side}s of {name} {ours}, the new ones have {theirs}: {hint}"
+        )
 
 
 def require_finite(index: int | None, side: str, tokens: Tensor, start: int, left_padding: Tensor | None) -> None:

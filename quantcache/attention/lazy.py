@@ -71,8 +71,8 @@ class LazyKV(PackedTensor):
 
     view_: CacheView
     side_: str
-    dense_: Tensor | None
-    guarded_: bool
+    dense_: Tensor | None = None
+    guarded_: bool = False
 
     @staticmethod
     def __new__(cls, view: CacheView, side: str, guarded: bool = False) -> LazyKV:
@@ -87,8 +87,10 @@ class LazyKV(PackedTensor):
         tail = view.side(side).tail
         batch, heads, count, dim = tail.shape
         shape = (batch, heads, view.encoded_end + count, dim)
-        lazy = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
-        lazy.view_, lazy.side_, lazy.dense_, lazy.guarded_ = view, side, None, guarded
+        lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
+        lazy.view_, lazy.side_ = view, side
+        if guarded:
+            lazy.guarded_ = guarded
         return lazy
 
     def materialize(self) -> Tensor:

@@ -28,17 +28,17 @@ class SideView:
     """One side of a :class:`CacheView`.
 
     Attributes:
+        tail: Everything behind the last block, the new tokens last, ``[B, H, t, D]``.
         codec: How blocks are decoded.
         store: Encoded blocks.
         sinks: First valid tokens of every row, ``[B, H, S, D]``; None before the first block.
-        tail: Everything behind the last block, the new tokens last, ``[B, H, t, D]``.
         lead: Tokens of the slots before the first block, ``[B, H, S, D]``; None where these are the sinks.
     """
 
+    tail: Tensor
     codec: SideCodec | None
     store: BlockStore
     sinks: Tensor | None
-    tail: Tensor
     lead: Tensor | None = None
 
 
@@ -48,15 +48,28 @@ class Shared:
 
     Attributes:
         made_of: Attributes of the layer that it follows from.
-        block_table: See :class:`CacheView`, as for what follows.
-        report: Where the backend says which calls it left to plain torch.
-        prepared: What backends have made of the blocks and sinks.
+        key: Codec, store, sinks and lead of the keys.
+        value: The same of the values.
+        rest: From ``block_table`` to ``prepared``, what a :class:`CacheView` has beside its sides.
     """
 
     made_of: Sequence[Any]
-    block_table: Tensor
-    report: BackendReport | None = None
-    prepared: dict[str, Any] = field(default_factory=dict)
+    key: tuple[SideCodec | None, BlockStore, Tensor | None, Tensor | None]
+    value: tuple[SideCodec | None, BlockStore, Tensor | None, Tensor | None]
+    rest: tuple[Any, ...]
+
+    def view(self, tails: dict[str, Tensor], flush: Callable[[], None]) -> CacheView:
+        """What may be read now.
+
+        Args:
+            tails: The tails, by side.
+            flush: See :class:`CacheView`.
+
+        Returns:
+            The view.
+        """
+        key, value = SideView(tails["key"], *self.key), SideView(tails["value"], *self.value)
+        return CacheView(key, value, flush, *self.rest)
 
 
 @dataclass(slots=True)
@@ -68,6 +81,7 @@ class CacheView:
     Attributes:
         key: The keys.
         value: The values.
+        flush: To be called when the new tokens have been read: the layer may then encode.
         block_table: Places of the n encoded blocks, ``[n, 3]`` int32 (see ``SideCodec``).
         encoded_end: Slot behind the last encoded token; 0 before the first block.
         cut: Whether some block is not full.
@@ -76,13 +90,13 @@ class CacheView:
         spans: ``block_table`` as Python knows them.
         backend: Who attends on the blocks, and in whose layout they are; None before the first block.
         report: Where the backend says which calls it left to plain torch.
-        flush: To be called when the new tokens have been read: the layer may then encode.
         prepared: What backends have made of the blocks and sinks, by name; all views of these share it.
         touched: Sides that were asked for as tensors.
     """
 
     key: SideView
     value: SideView
+    flush: Callable[[], None] | None
     block_table: Tensor
     encoded_end: int
     cut: bool
@@ -91,7 +105,6 @@ class CacheView:
     spans: Sequence[Span] = ()
     backend: Backend | None = None
     report: BackendReport | None = None
-    flush: Callable[[], None] | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
 

@@ -26,7 +26,6 @@ from quantcache.backends import (
     Choice,
     Fields,
     Shared,
-    SideView,
     padding,
 )
 from quantcache.backends.padding import Grid
@@ -136,7 +135,8 @@ class BlockLayer(DynamicLayer):
 
     def _go_on(self, **state: Any) -> None:
         """Put a new state in place at once, for blocks that stay as they are."""
-        put(self, {"refused": False, **state})
+        state["refused"] = False
+        put(self, state)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -193,18 +193,18 @@ class BlockLayer(DynamicLayer):
                 self._relay(self._served()[0])
             tails, _, *lasting = _of_one_moment(vars(self))
             self.shared = shared = self._shared(lasting)
-        codecs, spans, stores, sinks, leads, left_padding, origins, cut, layout, _, _ = lasting
-        key, value = (SideView(codecs.get(s), stores[s], sinks.get(s), tails[s], leads.get(s)) for s in SIDES)
-        end, backend = (spans[-1].end, layout) if spans else (0, None)
-        where = (shared.block_table, end, cut, left_padding, origins, spans)
-        return CacheView(key, value, *where, backend, shared.report, self.flush, shared.prepared)
+        return shared.view(tails, self.flush)
 
     def _shared(self, lasting: list[Any]) -> Shared:
         """What views have in common until blocks change."""
-        codecs, spans, *_, block_table, _ = lasting
-        if not spans:
-            return Shared(lasting, torch.zeros(0, 3, dtype=torch.int32, device=self.device))
-        return Shared(lasting, block_table.buffers["block_table"][: block_table.count], self._served(codecs)[1])
+        codecs, spans, stores, sinks, leads, left_padding, origins, cut, layout, block_table, _ = lasting
+        key, value = ((codecs.get(side), stores[side], sinks.get(side), leads.get(side)) for side in SIDES)
+        if spans:
+            table = block_table.buffers["block_table"][: block_table.count]
+            end, backend, report = spans[-1].end, layout, self._served(codecs)[1]
+        else:
+            table, end, backend, report = torch.zeros(0, 3, dtype=torch.int32, device=self.device), 0, None, None
+        return Shared(lasting, key, value, (table, end, cut, left_padding, origins, spans, backend, report, {}))
 
     # ------------------------------------------------------------------ backend
 

@@ -70,7 +70,7 @@ class ConsistentCache(DynamicCache):
                 self._break("two threads use it at once")
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
             if isinstance(layer, DynamicLayer):
-                if follows_text(self, layer_idx, layer):
+                if layer_idx not in self.foreign:
                     self._check_lengths(layer, layer_idx, key_states.shape[2])
                 if not isinstance(layer, SpectralLayer) and layer.is_initialized and layer.device != key_states.device:
                     layer.device = key_states.device

@@ -63,11 +63,11 @@ class SpectralLayer(BlockLayer):
         if not held:
             self.lazy_initialization(key_states, value_states)
         new = {"key": key_states, "value": value_states}
-        for side, tensor in new.items():
-            guards.require_continuation(self.index, side, self.tails[side], tensor)
+        guards.require_continuation(self.index, self.tails, new)
         if key_states.device != self.tails["key"].device:
             self._follow(key_states.device)
-        self.flush()
+        if self.pending:
+            self.flush()
         self._leave_inference_mode()
         trail = self.trail
         if trail is not None or arrivals is not None:
@@ -115,18 +115,18 @@ class SpectralLayer(BlockLayer):
         if due > 0:
             self._encode(lead, due)
         else:
-            self._go_on(pending=False, look=self._look_ahead(lead))
+            self.look = self._look_ahead(lead)
+            self.pending = False
 
     finish = flush
     """The name of :meth:`flush` before 0.3."""
 
     def _look_ahead(self, lead: int) -> guards.Look | None:
         """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
-        length = self.tails["key"].shape[2] - lead
-        if self.look is not None or not guards.Later.pays(self.device) or length < BLOCK or self.blocks_at_once > 1:
+        soon = BLOCK + max(0, self.residual_length - LOOK_AHEAD)
+        early = self.tails["key"].shape[2] - lead < soon or self.blocks_at_once > 1
+        if self.look is not None or early or not guards.Later.pays(self.device):
             return self.look
-        if length < BLOCK + self.residual_length - LOOK_AHEAD:
-            return None
         return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
 
     @without_autocast

@@ -19,7 +19,7 @@ class TailBuffer:
         count: How many more are about to come.
     """
 
-    __slots__ = ("_memory", "_newest", "_writable", "capacity")
+    __slots__ = ("_inference", "_memory", "_newest", "_writable", "capacity")
 
     def __init__(self, tails: dict[str, Tensor], count: int) -> None:
         held = tails["key"].shape[2]
@@ -27,6 +27,7 @@ class TailBuffer:
         self._memory = {
             side: tail.new_empty((*tail.shape[:2], self.capacity, tail.shape[3])) for side, tail in tails.items()
         }
+        self._inference = torch.is_inference_mode_enabled()
         # Written through aliases of which autograd counts no changes: it may have kept what is in front of them.
         self._writable = {side: memory.data for side, memory in self._memory.items()}
         if held:
@@ -45,8 +46,8 @@ class TailBuffer:
             The tails, ``[B, H, t + n, D]``; None where there is no space for them, or somebody else has taken it.
         """
         held, count = tails["key"].shape[2], new["key"].shape[2]
-        if held + count > self.capacity or self._is_read_only():
-            return None
+        if held + count > self.capacity or (self._inference and not torch.is_inference_mode_enabled()):
+            return None  # torch refuses to write to tensors of its inference mode once that is over
         try:
             newest = self._newest.pop()  # one call into C: of several threads one gets it
         except IndexError:
@@ -59,10 +60,6 @@ class TailBuffer:
         longer = {side: memory.narrow(2, 0, held + count) for side, memory in self._memory.items()}
         self._newest.append(longer)
         return longer
-
-    def _is_read_only(self) -> bool:
-        """Whether it is of torch's inference mode, which is over: torch refuses to write to it."""
-        return not torch.is_inference_mode_enabled() and any(each.is_inference() for each in self._memory.values())
 
 
 def appended(

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from quantcache_kernels.cpu.constants import Constants, in_memory, require
 from quantcache_kernels.cpu.library import Library, find
-from quantcache_kernels.cpu.structures import Attend, Dense, Encode
+from quantcache_kernels.cpu.structures import QUERY_AND_TAIL, Attend, Encode
 from quantcache_kernels.interface import BLOCK, AttentionCall
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of queries, sinks and tails, with their codes in ``abi.h``."""
-
-_CPU = torch.device("cpu")  # named once: a string would be read at every call
 
 _ERRORS = {
     1: "out of memory",
@@ -84,14 +82,13 @@ def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, sinks: S
     if past is not None and past.batch == batch and all(map(is_, past.made_of, made_of)):
         return past
     heads, count, tokens = key.num_heads, blocks.block_table.shape[0], _dimensions("sinks", sinks[0])[2]
-    keys, values = (
-        _readable("sinks", x, batch, heads, tokens, side.dim) for x, side in zip(sinks, (key, value), strict=True)
-    )
+    keys, key_dense = _dense("sinks", sinks[0], batch, heads, tokens, key.dim)
+    values, value_dense = _dense("sinks", sinks[1], batch, heads, tokens, value.dim)
     if keys.dtype != values.dtype:
         raise ValueError(f"sinks must be of one dtype, got {keys.dtype} and {values.dtype}")
     call = Attend(pointer(key.structure("key")), pointer(value.structure("value")), batch, heads)
     call.blocks, call.num_sinks, call.dense_dtype = count, tokens, DTYPES[keys.dtype]
-    call.dense[0], call.dense[1] = _dense(keys), _dense(values)
+    call.sinks = key_dense, value_dense
     call.key_codes = require("codes", blocks.key_codes, torch.int32, count, batch, key.words).data_ptr()
     call.value_codes = require("codes", blocks.value_codes, torch.int32, count, batch, value.words).data_ptr()
     call.key_gains = require("gains", blocks.key_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
@@ -116,12 +113,7 @@ def _check(status: int) -> None:
         raise RuntimeError(f"CPU kernel failed: {_ERRORS.get(status, status)}")
 
 
-def _dense(x: Tensor) -> Dense:
-    batch, head, token, _ = x.stride()
-    return Dense(x.data_ptr(), batch, head, token)
-
-
-def _readable(name: str, x: Tensor, *shape: int) -> Tensor:
+def _dense(name: str, x: Tensor, *shape: int) -> tuple[Tensor, tuple[int, int, int, int]]:
     """The same values as C can read them, ``[B, H, tokens, D]`` of any strides with a dense last dimension.
 
     Args:
@@ -130,7 +122,8 @@ def _readable(name: str, x: Tensor, *shape: int) -> Tensor:
         shape: What its shape must be.
 
     Returns:
-        The tensor, or a copy where it is stored otherwise: lazily negated, or with gaps in the last dimension.
+        The tensor, or a copy where it is stored otherwise: lazily negated, or with gaps in the last dimension. And
+        what ``Dense`` says of it.
 
     Raises:
         ValueError: It has another shape or dtype, or is not in the CPU's memory.
@@ -142,7 +135,11 @@ def _readable(name: str, x: Tensor, *shape: int) -> Tensor:
         )
     if type(x) is not Tensor or not x.is_cpu or x.layout != torch.strided or x.is_neg():
         x = in_memory(name, x)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    batch, head, token, gap = x.stride()
+    if gap != 1:
+        x = x.contiguous()
+        batch, head, token, _ = x.stride()
+    return x, (x.data_ptr(), batch, head, token)
 
 
 def _dimensions(name: str, x: Tensor) -> torch.Size:
@@ -190,7 +187,7 @@ def _encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: 
             f"expected {constants.num_heads} heads of dimension {constants.dim}, got {heads} of dimension {dim}"
         )
     blocks = tokens // BLOCK
-    x = _readable("tokens", x, batch, heads, blocks * BLOCK, dim)
+    x, dense = _dense("tokens", x, batch, heads, blocks * BLOCK, dim)
     block_table = require("block_table", block_table, torch.int32, blocks, 3)
     codes = torch.empty(blocks, batch, constants.words, dtype=torch.int32, device="cpu")
     gains = torch.empty(blocks, batch, heads, BLOCK, dtype=torch.uint8, device="cpu")
@@ -200,7 +197,7 @@ def _encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: 
         heads,
         blocks,
         DTYPES[x.dtype],
-        _dense(x),
+        dense,
         block_table.data_ptr(),
         None if left_padding is None else require("left_padding", left_padding, torch.int64, batch).data_ptr(),
         codes.data_ptr(),
@@ -266,7 +263,7 @@ def _attend(
 ) -> Tensor:
     library = _library()
     batch, query_heads, queries, dim = _dimensions("queries", query)
-    query = _readable("queries", query, batch, query_heads, queries, dim)
+    query, query_dense = _dense("queries", query, batch, query_heads, queries, dim)
     heads = key.num_heads
     if dim != key.dim or heads != value.num_heads or query_heads % heads:
         raise ValueError(
@@ -275,15 +272,15 @@ def _attend(
         )
     past = _past(batch, key, value, blocks, dense[:2])
     tail = _dimensions("tail", dense[2])[2]
-    keys = _readable("tail", dense[2], batch, heads, tail, dim)
-    values = _readable("tail", dense[3], batch, heads, tail, value.dim)
+    keys, key_dense = _dense("tail", dense[2], batch, heads, tail, dim)
+    values, value_dense = _dense("tail", dense[3], batch, heads, tail, value.dim)
     if not keys.dtype == values.dtype == past.dtype:
         raise ValueError(f"sinks and tail must be of one dtype, got {past.dtype}, {keys.dtype} and {values.dtype}")
-    output = torch.empty((batch, queries, query_heads, value.dim), dtype=query.dtype, device=_CPU)
+    output = query.new_empty((batch, queries, query_heads, value.dim))
     call = Attend.from_buffer_copy(past.call)
     call.groups, call.queries, call.num_tail = query_heads // heads, queries, tail
     call.query_dtype, call.causal, call.scaling, call.softcap = DTYPES[query.dtype], causal, scaling, softcap
-    call.query, call.dense[2], call.dense[3] = _dense(query), _dense(keys), _dense(values)
+    QUERY_AND_TAIL.pack_into(call, Attend.query.offset, *query_dense, *key_dense, *value_dense)
     if mask is not None:
         mask = _readable_mask(mask, batch, queries, blocks.end + tail)
         call.mask = mask.data_ptr()

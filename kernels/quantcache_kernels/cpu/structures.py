@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 
-ABI = 5
+ABI = 6
 """Version of the structures; a library of another version is refused."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -87,7 +88,8 @@ class Attend(ctypes.Structure):
         ("scaling", _FLOAT),
         ("softcap", _FLOAT),
         ("query", Dense),
-        ("dense", Dense * 4),
+        ("tail", Dense * 2),
+        ("sinks", Dense * 2),
         ("key_codes", _POINTER),
         ("value_codes", _POINTER),
         ("key_gains", _POINTER),
@@ -103,3 +105,7 @@ class Attend(ctypes.Structure):
         ("threads", _INT),
         ("level", _INT),
     )
+
+
+QUERY_AND_TAIL = struct.Struct("12q")
+"""Of :class:`Attend` what is another at every call, from ``query`` to ``tail``: written at once, for speed."""

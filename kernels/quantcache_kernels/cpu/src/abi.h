@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QUANTCACHE_ABI 5
+#define QUANTCACHE_ABI 6
 
 namespace quantcache {
 
@@ -105,7 +105,8 @@ struct Attend {
     float scaling;
     float softcap;            // 0: none
     Dense query;              // [B][H * G][Tq][D]
-    Dense dense[4];           // keys and values of the sinks, keys and values of the tail
+    Dense tail[2];            // keys and values
+    Dense sinks[2];
     const int32_t* key_codes; // [n][B][W]
     const int32_t* value_codes;
     const uint8_t* key_gains; // [n][B][H][64]

@@ -354,30 +354,38 @@ inline void attend_dense(Task& task) {
         const int count = at_most(BLOCK, sinks + a.num_tail - first);
         const int from_sinks = at_least(0, at_most(count, sinks - first)), from_tail = count - from_sinks;
         const int tail = first + from_sinks - sinks;
-        for (int i = 0; i < a.queries * BLOCK; ++i) s.bias[i] = NEVER;
-        // Tokens that no query sees count all the same: where they are NaN, so is the sum over all tokens.
-        mark_visible(task, 0, from_sinks, start + first, 0, from_sinks, NOT_CAUSAL);
-        mark_visible(task, from_sinks, from_tail, a.encoded_end + tail, 0, from_tail, own);
-        const auto read_side = [&](int side, int size, int step) {
-            read_tokens(a.dense[side], a.dense_dtype, task.row, task.head, first, from_sinks, size, step, s.levels);
-            read_tokens(a.dense[side + 2], a.dense_dtype, task.row, task.head, tail, from_tail, size, step,
+        const bool biased = a.mask || a.causal || count < BLOCK;
+        if (biased) {
+            for (int i = 0; i < a.queries * BLOCK; ++i) s.bias[i] = NEVER;
+            // Tokens that no query sees count all the same: where they are NaN, so is the sum over all tokens.
+            mark_visible(task, 0, from_sinks, start + first, 0, from_sinks, NOT_CAUSAL);
+            mark_visible(task, from_sinks, from_tail, a.encoded_end + tail, 0, from_tail, own);
+        }
+        const auto read_side = [&](int side, int size, int step) -> Tokens {
+            if (from_sinks == 0 && a.dense_dtype == FLOAT32 && size == step) { // read where they lie
+                const void* token = token_at(a.tail[side], FLOAT32, task.row, task.head, tail);
+                return {static_cast<const float*>(token), a.tail[side].token_stride};
+            }
+            read_tokens(a.sinks[side], a.dense_dtype, task.row, task.head, first, from_sinks, size, step, s.levels);
+            read_tokens(a.tail[side], a.dense_dtype, task.row, task.head, tail, from_tail, size, step,
                         s.levels + from_sinks * step);
+            return {s.levels, step};
         };
-        read_side(0, dim, stride);
+        const Tokens keys = read_side(0, dim, stride);
         memset(s.scores, 0, static_cast<size_t>(task.tiles) * 4 * BLOCK * sizeof(float));
         for (int tile = 0; tile < task.tiles; ++tile) {
             float* scores = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
-            dot_tokens(s.levels, count, stride, s.rows + static_cast<size_t>(tile) * stride * 4, scores);
-            soften(task, tile, true);
+            dot_tokens(keys, count, stride, s.rows + static_cast<size_t>(tile) * stride * 4, scores);
+            soften(task, tile, biased);
         }
-        read_side(1, value_dim, value_stride);
+        const Tokens values = read_side(1, value_dim, value_stride);
         for (int tile = 0; tile < task.tiles; ++tile) {
             const float* weights = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
             float* interleaved = s.framed; // [token][4]
             for (int t = 0; t < count; ++t) {
                 for (int r = 0; r < 4; ++r) interleaved[t * 4 + r] = weights[r * BLOCK + t];
             }
-            map_tile(interleaved, count, s.levels, value_stride, value_dim, s.coded);
+            map_tile(interleaved, count, values.data, values.stride, value_dim, s.coded);
             float* sums = task.partial.sums + static_cast<size_t>(tile) * value_dim * 4;
             for (int d = 0; d < value_dim; ++d) store4(sums + d * 4, load4(sums + d * 4) + load4(s.coded + d * 4));
         }

@@ -45,30 +45,38 @@ template <int ROWS> QC_INLINE void dot_tile(const float* x, int count, const flo
     }
 }
 
-// scores[row][token] = sum over dimensions of q[row][d] * x[token][d]; vectors are `stride` apart, a multiple of PAD.
-template <int TOKENS> QC_INLINE void dot_some_tokens(const float* x, int stride, const float* q, float* scores) {
+// Vectors of tokens in float32, `stride` apart.
+struct Tokens {
+    const float* data;
+    int64_t stride;
+};
+
+// scores[row][token] = sum over dimensions of q[row][d] * x[token][d], d below `dim`, a multiple of PAD.
+template <int TOKENS>
+QC_INLINE void dot_some_tokens(Tokens x, int first, int dim, const float* q, float* scores) {
     vfloat acc[TOKENS][4] = {};
-    for (int d = 0; d < stride; d += LANES) {
+    for (int d = 0; d < dim; d += LANES) {
         vfloat rows[4];
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) rows[r] = load(q + r * stride + d);
-#pragma GCC unroll 2
+        for (int r = 0; r < 4; ++r) rows[r] = load(q + r * dim + d);
+#pragma GCC unroll 4
         for (int t = 0; t < TOKENS; ++t) {
-            const vfloat token = load(x + t * stride + d);
+            const vfloat token = load(x.data + (first + t) * x.stride + d);
 #pragma GCC unroll 4
             for (int r = 0; r < 4; ++r) acc[t][r] += rows[r] * token;
         }
     }
     for (int t = 0; t < TOKENS; ++t) {
         const float4 found = sums(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
-        for (int r = 0; r < 4; ++r) scores[r * BLOCK + t] = found[r];
+        for (int r = 0; r < 4; ++r) scores[r * BLOCK + first + t] = found[r];
     }
 }
 
-inline void dot_tokens(const float* x, int count, int stride, const float* q, float* scores) {
+inline void dot_tokens(Tokens x, int count, int dim, const float* q, float* scores) {
+    constexpr int WIDE = MANY_REGISTERS ? 4 : 2;
     int t = 0;
-    for (; t + 2 <= count; t += 2) dot_some_tokens<2>(x + t * stride, stride, q, scores + t);
-    if (t < count) dot_some_tokens<1>(x + t * stride, stride, q, scores + t);
+    for (; t + WIDE <= count; t += WIDE) dot_some_tokens<WIDE>(x, t, dim, q, scores);
+    for (; t < count; ++t) dot_some_tokens<1>(x, t, dim, q, scores);
 }
 
 // out[d][row] += sum over tokens of weights[row][token] * x[d][token], for DIMS dimensions at a time.
@@ -100,12 +108,13 @@ template <int ROWS> QC_INLINE void weigh_tile(const float* x, int count, const f
 }
 
 // out[c][row] = sum over i of x[i][row] * map[i][c], c below `columns`; `map` rows are `stride` apart.
-template <int WIDE> QC_INLINE void map_columns(const float* x, int count, const float* map, int stride, float* out) {
+template <int WIDE>
+QC_INLINE void map_columns(const float* x, int count, const float* map, int64_t stride, float* out) {
     vfloat acc[4][WIDE] = {};
     for (int i = 0; i < count; ++i) {
         vfloat row[WIDE];
 #pragma GCC unroll 2
-        for (int v = 0; v < WIDE; ++v) row[v] = load(map + static_cast<int64_t>(i) * stride + v * LANES);
+        for (int v = 0; v < WIDE; ++v) row[v] = load(map + i * stride + v * LANES);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 2
@@ -120,7 +129,7 @@ template <int WIDE> QC_INLINE void map_columns(const float* x, int count, const 
 }
 
 // `out` must have room for `columns` rounded up to PAD.
-inline void map_tile(const float* x, int count, const float* map, int stride, int columns, float* out) {
+inline void map_tile(const float* x, int count, const float* map, int64_t stride, int columns, float* out) {
     int c = 0;
     for (; c + 2 * LANES <= columns; c += 2 * LANES) map_columns<2>(x, count, map + c, stride, out + c * 4);
     for (; c < columns; c += LANES) map_columns<1>(x, count, map + c, stride, out + c * 4);
