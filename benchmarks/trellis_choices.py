@@ -178,7 +178,8 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=["tiles", "states", "encoder"], default=["tiles", "states", "encoder"]
     )
-    parser.add_argument("--encoders", type=int, nargs="*", help="numbers of the encoders whose divergence is measured")
+    parser.add_argument("--encoders", type=int, nargs="+", help="numbers of the encoders to measure; all by default")
+    parser.add_argument("--errors-only", action="store_true", help="no divergences of what is simulated")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=2)
@@ -190,25 +191,25 @@ def main() -> None:
     calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
     text, source = read("wikitext2_test.txt", data.evaluation_text)
     bench = Bench(run, model, calibration.with_coding("trellis"), windows(tokenizer, text, options), options)
-    names = list(ENCODERS)
-    diverging = names if options.encoders is None else [names[i] for i in options.encoders]
+    every = list(ENCODERS.items())
+    encoders = dict(every if options.encoders is None else [every[i] for i in options.encoders])
     metrics: dict[str, Any] = {}
     if "tiles" in options.parts:
         metrics["tiles"] = {str(size): bench.tiles(size) for size in TILES}
     if "encoder" in options.parts:
-        metrics["encoder"] = {name: bench.simulated(e, OURS, name in diverging) for name, e in ENCODERS.items()}
+        metrics["encoder"] = {name: bench.simulated(encoder, OURS) for name, encoder in encoders.items()}
     if "states" in options.parts:
         books = {states: trained(run, states, options) for states in CODES}
         metrics["distortion"] = {str(s): {str(w): e for w, (_, e) in found.items()} for s, found in books.items()}
         metrics["states"] = {
-            str(states): bench.simulated(Encoder(states=states), {w: tuple(b) for w, (b, _) in found.items()}, True)
+            str(states): bench.simulated(Encoder(states=states), {w: tuple(b) for w, (b, _) in found.items()})
             for states, found in books.items()
         }
     for part in ("tiles", "states", "encoder"):
         if part in metrics:
             Console().print(table(part, metrics[part], options.bits))
     settings = {n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()} | {"text": source}
-    settings |= {"calibration": calibration.metadata.recipe, "encoders": {n: asdict(e) for n, e in ENCODERS.items()}}
+    settings |= {"calibration": calibration.metadata.recipe, "encoders": {n: asdict(e) for n, e in encoders.items()}}
     print(write_record(suite_of("trellis-choices", options.model), settings, metrics, run.git))
     run.discard()
 
@@ -260,7 +261,7 @@ class Bench:
         found = self.run.cell(f"error {size}", lambda: self._errors(calibration, Encoder(), OURS))
         return joined(found, self._divergences(f"tiles {size}", calibration, maker))
 
-    def simulated(self, encoder: Encoder, books: Books, diverging: bool) -> dict[str, Any]:
+    def simulated(self, encoder: Encoder, books: Books) -> dict[str, Any]:
         """Error with another encoder, and divergence if wanted, by rate."""
 
         def change(codec: SpectralCodec) -> TrellisCodec:
@@ -270,7 +271,9 @@ class Bench:
             return codec_cache(allocated, self.model.config, change, SINK_LENGTH, 0)
 
         found = self.run.cell(f"error {encoder}", lambda: self._errors(self.calibration, encoder, books))
-        return joined(found, self._divergences(str(encoder), self.calibration, maker) if diverging else {})
+        if self.options.errors_only:
+            return joined(found, {})
+        return joined(found, self._divergences(str(encoder), self.calibration, maker))
 
     def _divergences(
         self, name: str, calibration: Calibration, maker: Callable[[Calibration], Callable[[], Any]]
