@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 5
+ABI = 6
 """Version of the structures; a library of another version is refused."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
