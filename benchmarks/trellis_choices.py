@@ -179,7 +179,7 @@ def main() -> None:
         "--parts", nargs="+", choices=["tiles", "states", "encoder"], default=["tiles", "states", "encoder"]
     )
     parser.add_argument("--encoders", type=int, nargs="+", help="numbers of the encoders to measure; all by default")
-    parser.add_argument("--errors-only", action="store_true", help="no divergences of what is simulated")
+    parser.add_argument("--errors-only", action="store_true", help="no divergences")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=2)
@@ -259,7 +259,7 @@ class Bench:
             return lambda: SpectralCache(allocated, self.model.config, residual_length=0)
 
         found = self.run.cell(f"error {size}", lambda: self._errors(calibration, Encoder(), OURS))
-        return joined(found, self._divergences(f"tiles {size}", calibration, maker))
+        return joined(found, {} if self.options.errors_only else self._divergences(f"tiles {size}", calibration, maker))
 
     def simulated(self, encoder: Encoder, books: Books) -> dict[str, Any]:
         """Error with another encoder, and divergence if wanted, by rate."""
