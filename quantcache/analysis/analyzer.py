@@ -28,6 +28,7 @@ from quantcache.calibration.calibrator import calibrate, public_name, tokenize
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import cut_windows
 from quantcache.evaluation import measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import check_overlap
 
@@ -167,7 +168,7 @@ def _sequences(
             f"analysis needs two sequences of at least {min(MIN_SEQUENCE, limit)} tokens: the text gives {len(ids)} "
             f"tokens, which are cut into sequences of {length}"
         )
-    return [s[None] for s in ids.split(length) if len(s) == length]
+    return [window[None] for window in cut_windows(model.config, ids, length)]
 
 
 def _divergences(

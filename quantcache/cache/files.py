@@ -40,9 +40,12 @@ from quantcache.common.tensor_file import TensorFile, checksum
 from quantcache.common.writing import current_umask, partial_folder
 
 FORMAT = "quantcache-cache"
-SCHEMA_VERSION = "2.1"
+SCHEMA_VERSION = "2.2"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
+
+TOKENS = "tokens"
+"""The tensor that names a prefix's tokens, in the files of a PrefixStore."""
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -56,6 +59,7 @@ def write_cache(
     calibration: Calibration,
     model: PreTrainedModel | None,
     unchanged: Callable[[], bool] = lambda: True,
+    prefix: tuple[Tensor, str] | None = None,
 ) -> None:
     """Write a cache, complete or not at all.
 
@@ -65,6 +69,7 @@ def write_cache(
         calibration: Calibration the cache was filled with.
         model: The model that filled it.
         unchanged: Says, once all is written, whether the cache still holds what was read.
+        prefix: The token ids that the cache holds, ``[T]`` int64, and what identifies model and calibration together.
 
     Raises:
         QuantCacheError: The cache holds something that cannot be written, a forward pass was interrupted, or another
@@ -75,7 +80,7 @@ def write_cache(
         raise QuantCacheError(
             f"some layers hold {min(lengths)} tokens and others {max(lengths)}: call rollback() or reset() first"
         )
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {} if prefix is None else {TOKENS: prefix[0]}
     layers = []
     for index, layer in enumerate(cache.layers):
         entry: dict[str, Any] = {"kind": type(layer).__name__}
@@ -105,6 +110,8 @@ def write_cache(
         "sha256": checksum(tensors),
         "environment": compat.versions(),
     }
+    if prefix is not None:
+        description["identity"] = prefix[1]
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial_folder(path.parent) as folder:
         temporary = folder / path.name
@@ -182,6 +189,26 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
+def read_prefix(path: Path) -> tuple[str, Tensor]:
+    """What a file of a PrefixStore holds; the checksum is for :func:`read_cache` to compare.
+
+    Args:
+        path: A file with the tokens of its prefix.
+
+    Returns:
+        What identifies model and calibration, and the token ids, ``[T]``.
+
+    Raises:
+        ArtifactError: The file cannot be read, or does not name its tokens.
+    """
+    identity = read_description(path).get("identity")
+    with TensorFile(path) as file:
+        names = file.keys()
+        if not isinstance(identity, str) or TOKENS not in names or len(file.shape(TOKENS)) != 1:
+            raise ArtifactError(f"{path} does not say which tokens it holds")
+        return identity, TensorReader(file, path).read(TOKENS, file.shape(TOKENS), torch.int64)
+
+
 def calibration_at(description: dict[str, Any], calibration: Calibration, path: Path) -> Calibration:
     """A calibration at the bits that a file was written at.
 
@@ -247,6 +274,8 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
         reader = TensorReader(file, path, finite=False)  # a model's tokens may hold anything
         for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
             _read_layer(reader, layer, entry, index, calibration)
+        if TOKENS in reader.unread:
+            reader.read(TOKENS, (cache.get_seq_length(),), torch.int64)
         if reader.unread:
             raise ArtifactError(f"{path} has unknown tensors {', '.join(sorted(reader.unread)[:5])}")
         found = checksum(reader.found)

@@ -30,6 +30,7 @@ from tests.kernels.cases import (
     Case,
     Filled,
     Kernel,
+    as_parameters,
     codecs,
     fill,
     on_device,
@@ -41,7 +42,7 @@ from tests.kernels.cases import (
 CODINGS = get_args(Coding)
 
 
-@pytest.fixture(params=[pytest.param(kernel, id=name) for name, kernel in KERNELS.items()])
+@pytest.fixture(params=as_parameters(KERNELS))
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     """The kernel under test, in use; what it allocates is poisoned."""
     missing = request.param.missing()

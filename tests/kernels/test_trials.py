@@ -20,6 +20,8 @@ from quantcache.evaluation import kernel_check
 from tests.helpers import attend_by_kernel
 from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, Case, fill, on_device
 
+pytestmark = pytest.mark.triton
+
 CPU = torch.device("cpu")
 
 

@@ -30,7 +30,10 @@ from tests.kernels import encoding as rule
 from tests.kernels import truth
 from tests.kernels.cases import ATTENTION, BASE, TRELLIS, TRITON, TRITON_DEVICE, fill, on_device, shared
 
-pytestmark = pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}"),
+]
 
 
 @pytest.fixture(autouse=True)
