@@ -70,7 +70,38 @@ class AnchorCodec(SimulatedCodec):
         return {"simulated": split_blocks(decoded.to(x.dtype))}
 
 
-class GainCodec(SimulatedCodec):
+class ReconstructingCodec(SimulatedCodec):
+    """Our frame and transform around another way to code coefficients."""
+
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
+        """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
+        blocks = zip(x.split(BLOCK, dim=2), block_table.split(1), strict=True)
+        done = [self._reconstruct(block.contiguous(), place, left_padding) for block, place in blocks]
+        return {"simulated": split_blocks(torch.cat(done, dim=2).to(x.dtype))}
+
+    def _reconstruct(self, x: Tensor, place: Tensor, left_padding: Tensor | None) -> Tensor:
+        return self._leave(self._coded(self.codec.coefficients(x, place, left_padding)), place, left_padding)
+
+    def _coded(self, y: Tensor) -> Tensor:
+        """What is left of the coefficients ``[B, H, D, 64]`` of one block."""
+        raise NotImplementedError
+
+    def _leave(self, scaled: Tensor, place: Tensor, left_padding: Tensor | None) -> Tensor:
+        """From scaled coefficients ``[B, H, D, 64]`` back to vectors ``[B, H, 64, D]``."""
+        framed = (self.codec.decoder @ scaled).transpose(-1, -2) + self.codec.mean[:, None]
+        if self.codec.frame.is_identity:
+            return framed
+        positions, anchors = block_positions(place, left_padding)
+        return self.codec.frame.leave(framed, positions[:, None], anchors[:, None])
+
+
+def root_mean_square(codec: SpectralCodec, y: Tensor) -> Tensor:
+    """Of every token's coded coefficients, ``[B, H, 64]``, from all of them, ``[B, H, D, 64]``."""
+    count = codec.coded.sum(-1).clamp_min(1)[:, None]
+    return (torch.where(codec.coded[..., None], y * y, 0.0).sum(-2) / count).sqrt()
+
+
+class GainCodec(ReconstructingCodec):
     """Our codec with another gain.
 
     Args:
@@ -88,17 +119,9 @@ class GainCodec(SimulatedCodec):
         self.factors = codec.gain_search if gain == "searched" else (1.0,)
         self.bits = codec.bits + (self.gain_bits - 8) / codec.dim
 
-    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
-        """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
-        blocks = zip(x.split(BLOCK, dim=2), block_table.split(1), strict=True)
-        done = [self._reconstruct(block.contiguous(), place, left_padding) for block, place in blocks]
-        return {"simulated": split_blocks(torch.cat(done, dim=2).to(x.dtype))}
-
-    def _reconstruct(self, x: Tensor, place: Tensor, left_padding: Tensor | None) -> Tensor:
+    def _coded(self, y: Tensor) -> Tensor:
         codec = self.codec
-        y = codec.coefficients(x, place, left_padding)  # [B, H, D, 64]
-        count = codec.coded.sum(-1).clamp_min(1)[:, None]
-        rms = (torch.where(codec.coded[..., None], y * y, 0.0).sum(-2) / count).sqrt()  # [B, H, 64]
+        rms = root_mean_square(codec, y)
         best: tuple[Tensor, Tensor] | None = None
         for factor in self.factors:
             step = torch.ones_like(rms) if self.gain == "none" else rms * factor
@@ -114,7 +137,7 @@ class GainCodec(SimulatedCodec):
                 better = saved > best[0]
                 best = torch.where(better, saved, best[0]), torch.where(better.unsqueeze(-2), scaled, best[1])
         assert best is not None
-        return self._leave(best[1], place, left_padding)
+        return best[1]
 
     def _stored(self, gain: Tensor) -> Tensor:
         """What is left of a gain that is stored."""
@@ -127,14 +150,6 @@ class GainCodec(SimulatedCodec):
         centre = GAIN_CENTER if self.gain_bits == 8 else codes // 2
         code = (torch.log2(gain.clamp_min(1e-30)) * self.steps + centre).round().clamp(0, codes - 1)
         return torch.where(code > 0, torch.exp2((code - centre) / self.steps), 0.0)
-
-    def _leave(self, scaled: Tensor, place: Tensor, left_padding: Tensor | None) -> Tensor:
-        """From scaled coefficients ``[B, H, D, 64]`` back to vectors ``[B, H, 64, D]``."""
-        framed = (self.codec.decoder @ scaled).transpose(-1, -2) + self.codec.mean[:, None]
-        if self.codec.frame.is_identity:
-            return framed
-        positions, anchors = block_positions(place, left_padding)
-        return self.codec.frame.leave(framed, positions[:, None], anchors[:, None])
 
 
 def codec_cache(

@@ -68,6 +68,7 @@ class SideConstants:
         frame: The frame.
         words: 32-bit words of a block and batch row.
         coding: ``"scalar"`` or ``"trellis"``: what the codes name levels of.
+        passes: How often the best paths are sought, with the gain that fits the last ones.
         unions: The trellis' union codebook of every width from 0 to 8, ascending.
         union_terms: Coefficients of x, x³, ..., x⁹ of every width's union codebook, x the place in it centred, scaled
             to (-½, ½).
@@ -87,6 +88,7 @@ class SideConstants:
     frame: Frame
     words: int
     coding: str
+    passes: int
     unions: Sequence[Sequence[float]]
     union_terms: Sequence[tuple[float, ...]]
 

@@ -26,6 +26,7 @@ from quantcache.artifact.index import bundled_index, find_entry, read_index
 from quantcache.artifact.synthetic import random_constants
 from quantcache.coding.allocation import allocate_layers, check_rates
 from quantcache.coding.schema import (
+    MOST_PASSES,
     SIDES,
     CodecSettings,
     Coding,
@@ -115,21 +116,26 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
 
-    def with_coding(self, coding: Coding) -> Calibration:
+    def with_coding(self, coding: Coding, passes: int | None = None) -> Calibration:
         """Let codes mean something else, at the same bits and without recalibrating.
 
         Args:
             coding: ``"scalar"`` or ``"trellis"``.
+            passes: How often encoding seeks the best paths through a trellis; None for as often as now. A second time
+                makes encoding slower and the error 1.5 % smaller; decoding does not change.
 
         Returns:
             A calibration that shares this one's transforms, allocated anew.
 
         Raises:
-            ValueError: ``coding`` is not one of these.
+            ValueError: ``coding`` is not one of these, or ``passes`` out of range.
         """
         if coding not in get_args(Coding):
             raise ValueError(f"coding must be one of {', '.join(get_args(Coding))}, got {coding!r}")
-        codec = replace(self.metadata.codec, coding=coding)
+        passes = self.metadata.codec.passes if passes is None else passes
+        if not 1 <= passes <= MOST_PASSES:
+            raise ValueError(f"passes must be an integer from 1 to {MOST_PASSES}, got {passes!r}")
+        codec = replace(self.metadata.codec, coding=coding, passes=passes)
         layers = allocate_layers(self.layers, self.metadata.rate, codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, codec=codec))
 

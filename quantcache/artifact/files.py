@@ -22,6 +22,7 @@ from quantcache.artifact.checks import (
 from quantcache.coding.packing import BLOCK, MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import (
+    MOST_PASSES,
     SIDES,
     CodecSettings,
     Coding,
@@ -90,6 +91,8 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
             "fast_wavelength": meta.codec.fast_wavelength,
             "gain_search": list(meta.codec.gain_search),
             "coding": meta.codec.coding,
+            # One pass is not said, so that files without a choice are those of before.
+            **({} if meta.codec.passes == 1 else {"passes": meta.codec.passes}),
         },
         "rate": {
             **meta.rate.to_dict(),
@@ -115,12 +118,12 @@ _KNOWN_KEYS = {
         "recipe",
         "environment",
     },
-    "codec": {"block", "anchor_length", "group_size", "profile", "fast_wavelength", "gain_search", "coding"},
+    "codec": {"block", "anchor_length", "group_size", "profile", "fast_wavelength", "gain_search", "coding", "passes"},
     "rate": {"bits", "key_bits", "value_bits", "min_bits", "joint"},
 }
 
 
-_DEFAULTS: dict[str, dict[str, Any]] = {"codec": {"coding": "scalar"}}
+_DEFAULTS: dict[str, dict[str, Any]] = {"codec": {"coding": "scalar", "passes": 1}}
 """What artifacts mean that were written before there was a choice."""
 
 
@@ -138,6 +141,7 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
             codec["fast_wavelength"],
             tuple(codec["gain_search"]),
             codec["coding"],
+            codec["passes"],
         ),
         rate=Rate(rate["bits"], rate["key_bits"], rate["value_bits"], rate["min_bits"]),
         joint=rate["joint"],
@@ -223,6 +227,7 @@ def _check_codec(path: Path, codec: dict[str, Any]) -> None:
     if codec["coding"] not in get_args(Coding):
         raise ArtifactError(f"{path}: coding is {codec['coding']!r}, expected 'scalar' or 'trellis'")
     _integer(codec, "group_size", str(path))
+    _integer(codec, "passes", str(path), 1, MOST_PASSES)
     _number(codec, "fast_wavelength", str(path))
     search = codec["gain_search"]
     if not isinstance(search, list) or not search or not all(_is_number(m) and 0 < m < 16 for m in search):

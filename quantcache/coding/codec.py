@@ -124,7 +124,7 @@ class SpectralCodec:
         if side.widths is None:
             raise ValueError("the side is dense: it has no widths")
         self.frame = Frame(side.dim, rope, settings.fast_wavelength, device)
-        self.gain_search = settings.gain_search
+        self.gain_search, self.passes = settings.gain_search, settings.passes
         self.num_heads, self.dim = side.num_heads, side.dim
         widths = side.widths.to(torch.int64)
         spectrum = side.spectrum.double()
@@ -176,6 +176,7 @@ class SpectralCodec:
             frame=interface.Frame(frame.order.cpu(), frame.frequencies.cpu(), frame.slow_pairs, frame.num_slow),
             words=self.num_words,
             coding=self.coding,
+            passes=self.passes,
             unions=[trellis.union_levels(width) for width in range(MAX_WIDTH + 1)],
             union_terms=[trellis.union_terms(width) for width in range(MAX_WIDTH + 1)],
         )
@@ -287,8 +288,11 @@ class SpectralCodec:
         codes, gain, _, step = best
         if self.coding == "scalar":
             return self._pack(codes), quantize_gain(gain)
-        payload, quantized = self._pack_trellis(torch.where(step > 0, y / step, 0.0), step.square())
-        return payload, quantize_gain(self._corrected_gain(y, quantized)[0])
+        for _ in range(self.passes):
+            payload, quantized = self._pack_trellis(torch.where(step > 0, y / step, 0.0), step.square())
+            gain = self._corrected_gain(y, quantized)[0]
+            step = gain.unsqueeze(-2)
+        return payload, quantize_gain(gain)
 
     def _corrected_gain(self, y: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
         """The gain of least weighted error for levels ``[B, H, D, 64]``, and how much of <y, y> it explains."""

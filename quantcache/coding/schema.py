@@ -69,6 +69,9 @@ class LayerCalibration:
         return self.key if name == "key" else self.value
 
 
+MOST_PASSES = 8
+"""How often encoding may be asked to seek the best paths through a trellis."""
+
 DEFAULT_CODING: Coding = "trellis"
 """What new calibrations are made with: a third less loss at the same bits."""
 
@@ -83,6 +86,7 @@ class CodecSettings:
         fast_wavelength: Rotary pairs that turn once in fewer tokens than this are un-rotated fully.
         gain_search: Multiples of a token's gain that encoding tries; the one with least weighted error is kept.
         coding: Whether codes are scalar or paths through a trellis; scalar in files that do not say.
+        passes: How often encoding seeks the best paths: each time but the first with the gain that fits the last ones.
     """
 
     group_size: int = 2
@@ -90,6 +94,7 @@ class CodecSettings:
     fast_wavelength: float = FAST_WAVELENGTH
     gain_search: tuple[float, ...] = (0.6, 0.75, 0.9, 1.05, 1.25)
     coding: Coding = "scalar"
+    passes: int = 1
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,40 @@ def nearest_by_subset(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(index), torch.stack(level)
 
 
+def best_path(errors: Tensor, states: int = STATES) -> Tensor:
+    """The path of least error: Viterbi's algorithm.
+
+    Args:
+        errors: Weighted error of every token in each subset, ``[4, N, T]`` float32.
+        states: S.
+
+    Returns:
+        Path bits, ``[N, T]`` uint8; of equally good paths always the same.
+    """
+    _, count, tokens = errors.shape
+    subsets = branch_subsets(states).to(errors.device)  # [S, 2]
+    cost = torch.full((count, states), float("inf"), dtype=errors.dtype, device=errors.device)
+    cost[:, 0] = 0.0
+    half = states // 2
+    before = torch.arange(states, dtype=torch.int64, device=errors.device) >> 1
+    choices = torch.empty(tokens, count, states, dtype=torch.bool, device=errors.device)
+    for token in range(tokens):
+        branch = errors[:, :, token].T[:, subsets]  # [N, S, 2]
+        low = cost[:, before] + branch[..., 0]
+        high = cost[:, before + half] + branch[..., 1]
+        choices[token] = high < low
+        cost = torch.minimum(low, high)
+    state = cost.argmin(-1)
+    bits = torch.empty(count, tokens, dtype=torch.uint8, device=errors.device)
+    for token in range(tokens - 1, -1, -1):
+        bits[:, token] = (state & 1).to(torch.uint8)
+        chosen = choices[token].gather(1, state[:, None])[:, 0]
+        state = (state >> 1) + half * chosen
+    return bits
+
+
 def search(values: Tensor, weights: Tensor, levels: Tensor, states: int = STATES) -> Path:
-    """The path of least weighted squared error: Viterbi's algorithm.
+    """The path of least weighted squared error.
 
     Args:
         values: What is to be coded, in units of the codebook, ``[N, T]`` float32.
@@ -213,27 +245,8 @@ def search(values: Tensor, weights: Tensor, levels: Tensor, states: int = STATES
     Returns:
         The path; of equally good ones always the same.
     """
-    count, tokens = values.shape
-    subsets = branch_subsets(states).to(values.device)  # [S, 2]
     index, level = nearest_by_subset(values, levels)
-    error = (values - level).square() * weights  # [4, N, T]
-    cost = torch.full((count, states), float("inf"), dtype=values.dtype, device=values.device)
-    cost[:, 0] = 0.0
-    half = states // 2
-    before = torch.arange(states, dtype=torch.int64, device=values.device) >> 1
-    choices = torch.empty(tokens, count, states, dtype=torch.bool, device=values.device)
-    for token in range(tokens):
-        branch = error[:, :, token].T[:, subsets]  # [N, S, 2]
-        low = cost[:, before] + branch[..., 0]
-        high = cost[:, before + half] + branch[..., 1]
-        choices[token] = high < low
-        cost = torch.minimum(low, high)
-    state = cost.argmin(-1)
-    bits = torch.empty(count, tokens, dtype=torch.uint8, device=values.device)
-    for token in range(tokens - 1, -1, -1):
-        bits[:, token] = (state & 1).to(torch.uint8)
-        chosen = choices[token].gather(1, state[:, None])[:, 0]
-        state = (state >> 1) + half * chosen
+    bits = best_path((values - level).square() * weights, states)
     taken = subsets_of_path(bits, states)[None]
     return Path(bits, index.gather(0, taken)[0].to(torch.uint8), level.gather(0, taken)[0])
 

@@ -199,9 +199,46 @@ def _explained_paths(
             tried = first.clone()
             tried[row, head, 0, free] = torch.tensor(chosen, dtype=torch.float64)
             right[row, head] |= _best_paths(codec, exact, rough, codes, rms * tried)[row, head]
+    return right[..., None] & _gains_fit(codec, exact, rough, codes, gains)
+
+
+def wrong_after(
+    codec: SpectralCodec,
+    given: tuple[Tensor, Tensor, Tensor | None],
+    before: dict[str, Tensor],
+    found: dict[str, Tensor],
+) -> int:
+    """How many heads' blocks another pass has coded wrongly: not on best paths with the gains that fit the last ones.
+
+    Args:
+        codec: The codec.
+        given: What was encoded, ``[B, H, n * 64, D]``, the blocks' places and the left padding.
+        before: ``codes`` and ``gains`` of one pass less, by whoever made ``found``.
+        found: Those of this pass.
+
+    Returns:
+        Their number.
+    """
+    x, block_table, left_padding = given
+    count = 0
+    for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), block_table.split(1), strict=True)):
+        rough = codec.coefficients(block.contiguous(), place, left_padding)
+        exact = coefficients(codec, block.contiguous(), place, left_padding)
+        last = _levels(codec, codes_of(codec, before["codes"][index]))
+        steps, short = (_gain(codec, y, last.to(y.dtype))[1] for y in (exact, rough))
+        steps, short = (((e - GAIN_CENTER) / GAIN_STEPS).exp2().unsqueeze(-2) for e in (steps, short))
+        codes, gains = codes_of(codec, found["codes"][index]), found["gains"][index]
+        right = _best_paths(codec, exact, rough, codes, steps, short)
+        count += int((~right | ~_gains_fit(codec, exact, rough, codes, gains).all(-1)).sum())
+    return count
+
+
+def _gains_fit(codec: SpectralCodec, exact: Tensor, rough: Tensor, codes: Tensor, gains: Tensor) -> Tensor:
+    """Where gains are those of places in union codebooks, up to rounding, ``[B, H, 64]``."""
+    levels = _levels(codec, codes)
     exponent, again = _gain(codec, exact, levels)[1], _gain(codec, rough, levels.float())[1]
     drift = 2 * _largest(again.double() - exponent) + FLOOR * GAIN_CENTER
-    return right[..., None] & ((gains - exponent.clamp(0, 255)).abs() <= 0.5 + drift)
+    return (gains - exponent.clamp(0, 255)).abs() <= 0.5 + drift
 
 
 MOST_TIES = 5
@@ -217,12 +254,26 @@ def _levels(codec: SpectralCodec, codes: Tensor) -> Tensor:
     return levels.view(codes.shape)
 
 
-def _best_paths(codec: SpectralCodec, exact: Tensor, rough: Tensor, codes: Tensor, steps: Tensor) -> Tensor:
-    """Whether no path is better than a head's, by more than rounding, with steps ``[B, H, 1, 64]``; ``[B, H]``."""
+def _best_paths(
+    codec: SpectralCodec, exact: Tensor, rough: Tensor, codes: Tensor, steps: Tensor, short: Tensor | None = None
+) -> Tensor:
+    """Whether no path is better than a head's, by more than rounding, ``[B, H]``.
+
+    Args:
+        codec: The codec.
+        exact: Coefficients in float64, ``[B, H, D, 64]``.
+        rough: The same in float32.
+        codes: Places in union codebooks.
+        steps: In float64, ``[B, H, 1, 64]``.
+        short: As float32 finds them; None for those rounded.
+
+    Returns:
+        By row and head.
+    """
     u = torch.where(steps > 0, exact / steps, 0.0)
     levels, weights = _levels(codec, codes), steps.square()
     cost = ((u - levels).square() * weights).sum(-1)  # [B, H, D]
-    short = steps.float()
+    short = steps.float() if short is None else short
     single = torch.where(short > 0, rough / short, 0.0)
     rounded = ((single - levels.float()).square() * short.square()).sum(-1)
     best = _least_cost(_distances(codec, u).square() * weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import get_args
@@ -140,6 +141,26 @@ def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, objec
         wrong, ties = encoding.compare(codec, *given, found, expected)
         record_property(f"{side} tokens encoded otherwise", ties)
         assert not wrong, f"{wrong} tokens are encoded as no gain factor says, besides {ties} ties"
+
+
+@pytest.mark.parametrize("name", ["trellis-width2", "trellis-width4", "trellis-padded"])
+def test_codes_of_another_pass(kernel: Kernel, name: str) -> None:
+    case = TRELLIS[name]
+    if kernel.leaves_codes(case):
+        pytest.skip(f"not for {kernel.backend}: {kernel.leaves_codes(case)}")
+    for side in SIDES:
+        codec, given, _ = encoded_by_torch(case, side)
+        moved = [None if t is None else t.to(kernel.device) for t in given]
+        found = []
+        for passes in (1, 2, 3):
+            theirs = codecs(case, kernel.device)[side]
+            theirs.passes = passes
+            fields = implementation(kernel.backend).encode(theirs, *moved)
+            found.append({name: field.cpu() for name, field in fields.items()})
+        for before, after in itertools.pairwise(found):
+            assert not torch.equal(before["codes"], after["codes"])
+            assert encoding.wrong_after(codec, given, before, after) == 0
+        assert encoding.wrong_after(codec, given, *found[::2]), "a pass left out must be seen"
 
 
 @pytest.mark.parametrize("part", ["path", "level", "gain"])

@@ -106,7 +106,7 @@ def test_layers_of_different_rotation_and_order(tmp_path: Path) -> None:
     calibration = make()
     first, second = calibration.layers[0], calibration.layers[1]
     layers = {7: replace(second, rope=Rope("interleaved", second.rope.inv_freq)), 2: replace(first, rope=Rope())}
-    codec = CodecSettings(group_size=4, profile="layer", fast_wavelength=64.5, gain_search=(1.0, 1.25))
+    codec = CodecSettings(group_size=4, profile="layer", fast_wavelength=64.5, gain_search=(1.0, 1.25), passes=3)
     odd = Calibration(layers, replace(calibration.metadata, codec=codec, joint=False)).with_bits(3.0)
     odd.save_pretrained(tmp_path)
     assert_same(Calibration.from_pretrained(tmp_path), odd)
@@ -421,6 +421,9 @@ CONFIG_FLAWS = {
     "group-size-real": (put("codec", "group_size", 8.5), "group_size must be an integer from 1 to"),
     "wavelength": (put("codec", "fast_wavelength", "long"), "fast_wavelength must be a number"),
     "gain-search": (put("codec", "gain_search", []), "gain_search must be a list of numbers between 0 and 16, got []"),
+    "passes-none": (put("codec", "passes", 0), "passes must be an integer from 1 to 8, got 0"),
+    "passes-many": (put("codec", "passes", 9), "passes must be an integer from 1 to 8, got 9"),
+    "passes-true": (put("codec", "passes", True), "passes must be an integer from 1 to 8, got True"),
     "gain-zero": (put("codec", "gain_search", [0.0]), "between 0 and 16, got [0.0]"),
     "no-codec-key": (drop("codec", "profile"), "codec lacks profile"),
     "codec-kind": (put("codec", [1]), "codec must be an object, got list"),

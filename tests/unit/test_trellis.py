@@ -106,11 +106,28 @@ def test_a_calibration_serves_both_codings(tmp_path: Path) -> None:
         scalar.with_coding("turbo")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bits", [2.0, 3.0, 4.0])
+def test_every_pass_lessens_the_error(bits: float) -> None:
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32, hidden_size=64)
+    calibration = Calibration.synthetic(config, bits)
+    keys, values = torch.randn(2, 1, 2, 4 + 64 * 8, 32, generator=torch.Generator().manual_seed(3))
+    codings = [calibration.with_coding("trellis", passes) for passes in (1, 2, 3)]
+    errors = [_error(SpectralCache(coding, config, residual_length=0), keys, values) for coding in codings]
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("passes", [0, 9, -1])
+def test_passes_out_of_range(passes: int) -> None:
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32, hidden_size=32)
+    with pytest.raises(ValueError, match=f"passes must be an integer from 1 to 8, got {passes}"):
+        Calibration.synthetic(config, 3.0).with_coding("trellis", passes)
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("cuts", [(64, 64, 64), (1, 63, 128), (100, 50, 42), (192,)])
 def test_codes_do_not_depend_on_how_tokens_arrive(cuts: tuple[int, ...], backend: BackendName) -> None:
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32, hidden_size=32)
-    calibration = Calibration.synthetic(config, 2.5).with_coding("trellis")
+    calibration = Calibration.synthetic(config, 2.5).with_coding("trellis", 1 + len(cuts) % 2)
     keys, values = torch.randn(2, 2, 1, 192, 32, generator=torch.Generator().manual_seed(1))
     fields = []
     for sizes in ((192,), cuts):

@@ -92,7 +92,7 @@ class Constants:
     """The constants of one side of a layer. Any number of threads may use them at once.
 
     Attributes:
-        sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors, 1 with a trellis.
+        sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors, passes of a trellis.
         tensors: The arrays of :class:`Side`, by name.
         decoder: ``[H, D, D]``, of which attention takes the part it needs.
         structures: The C structures made so far, with the tensor that each one's ``map`` points to. An entry is never
@@ -166,8 +166,8 @@ class Constants:
             "weights": (torch.float32, (heads, dim)),
             "trees": (torch.float32, (MAX_WIDTH + 1, TABLE)),
             "factors": (torch.float32, (num_factors,)),
-            "unions": (torch.float32, ((MAX_WIDTH + 1) * trellis, 2 * TABLE)),
-            "subsets": (torch.float32, ((MAX_WIDTH + 1) * trellis, 4, 2, TABLE // 2)),
+            "unions": (torch.float32, ((MAX_WIDTH + 1) * bool(trellis), 2 * TABLE)),
+            "subsets": (torch.float32, ((MAX_WIDTH + 1) * bool(trellis), 4, 2, TABLE // 2)),
         }
         for name, (dtype, shape) in shapes.items():
             require(name, self.tensors[name], dtype, *shape)
@@ -266,7 +266,7 @@ def make(source: SideConstants) -> Constants:
         "subsets": subsets,
     }
     pairs = (frame.slow_pairs, frame.fast_pairs)
-    sizes = (heads, dim, slow, *pairs, source.words, len(source.gain_search), int(trellis))
+    sizes = (heads, dim, slow, *pairs, source.words, len(source.gain_search), int(trellis) * source.passes)
     return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
 
 

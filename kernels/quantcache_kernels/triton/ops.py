@@ -181,7 +181,7 @@ def prepare(constants: SideConstants, dtype: torch.dtype, device: torch.device) 
                 slots.tiles * TILE,
                 int(2 * constants.widths.sum()),
                 int(not constants.frame.is_identity),
-                int(codes.trellis),
+                int(codes.trellis) * constants.passes,
             ],
         ),
         Prepared(

@@ -144,7 +144,7 @@ def path_kernel(
 @kernel("batch", "W")
 def level_kernel(
     coefficients,  # [n, B, H, 64, S] float32
-    steps,  # [n, B, H, 64] float32
+    steps,  # [n, B, H, 64] float32; gets the gain, for another pass
     weights,  # [H, S] float32
     widths, offsets,  # [H, S] int32
     search,  # [H, 2, S] float32: bins per unit, and the first bin's place
@@ -187,7 +187,9 @@ def level_kernel(
     level = tl.where(is_low, low, high)
     weighted = level * tl.load(weights + place, mask=real, other=0.0)[None, :]
     cross, energy = tl.sum(weighted * y, axis=1), tl.sum(weighted * level, axis=1)
-    store_gains(gains + row, tl.maximum(tl.where(energy > 0, cross / energy, 0.0), 0.0))
+    gain = tl.maximum(tl.where(energy > 0, cross / energy, 0.0), 0.0)
+    tl.store(steps + row, gain)
+    store_gains(gains + row, gain)
     code = tl.where(is_low, index - 4, index) >> 2
     store_codes(words, tl.trans(code).to(tl.uint32), offset, width - 1, SP)
 
@@ -231,10 +233,10 @@ def launch(
 
     Args:
         coefficients: ``[n, B, H, 64, S]`` float32, or more, flat.
-        steps: ``[n, B, H, 64]`` float32, likewise.
+        steps: ``[n, B, H, 64]`` float32, likewise; left with the gains.
         tables: Prepared tables of ``encode.encode_kernel``.
         trellis_tables: Those behind them: ``search``, ``union`` and ``bins``.
-        sizes: Prepared sizes.
+        sizes: Prepared sizes, the last of which is how often the best paths are sought.
         codes: Filled with codes.
         gains: Filled with gains.
     """
@@ -243,11 +245,12 @@ def launch(
     n, batch, heads, _ = gains.shape
     weights, widths, offsets = tables[6:9]
     lanes = min(padded, 128)
-    path_kernel[(n, heads, batch * -(-slots // lanes))](
-        coefficients, steps, widths, offsets, *trellis_tables, codes, batch, codes.shape[2],
-        S=slots, SLOTS=lanes, num_warps=max(1, lanes // 32),
-    )  # fmt: skip
-    level_kernel[(n, heads, batch)](
-        coefficients, steps, weights, widths, offsets, *trellis_tables, codes, gains, batch, codes.shape[2],
-        S=slots, SP=padded, num_warps=warps(slots),
-    )  # fmt: skip
+    for _ in range(sizes[-1]):
+        path_kernel[(n, heads, batch * -(-slots // lanes))](
+            coefficients, steps, widths, offsets, *trellis_tables, codes, batch, codes.shape[2],
+            S=slots, SLOTS=lanes, num_warps=max(1, lanes // 32),
+        )  # fmt: skip
+        level_kernel[(n, heads, batch)](
+            coefficients, steps, weights, widths, offsets, *trellis_tables, codes, gains, batch, codes.shape[2],
+            S=slots, SP=padded, num_warps=warps(slots),
+        )  # fmt: skip

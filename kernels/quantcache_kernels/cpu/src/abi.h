@@ -41,7 +41,7 @@ struct Side {
     int32_t words;              // words of a block and batch row
     int32_t map_columns;        // stride of `map`, a multiple of PAD
     int32_t num_factors;        // gain factors that encoding tries
-    int32_t trellis;            // whether codes are paths through a trellis
+    int32_t trellis;            // how often encoding seeks the best paths through a trellis; 0 without one
     const int32_t* counts;      // coded coefficients of the slow and of the fast part [H][2]
     const Coded* coded;         // [H][D]
     const int32_t* order;       // dimension of the cached vector at each place of the frame [D]

@@ -175,6 +175,13 @@ inline void encode(const Encode& e, int block, int row, int head, char* scratch)
     uint32_t* words = reinterpret_cast<uint32_t*>(e.codes + at * side.words);
     if (side.trellis) {
         encode_paths(side, head, count, s.y, inverses, steps, s.paths, words, gains);
+        for (int pass = 1; pass < side.trellis; ++pass) { // with the gains that fit the last paths
+            for (int t = 0; t < BLOCK; ++t) {
+                steps[t] = gains[t];
+                inverses[t] = gains[t] > 0.0f ? 1.0f / gains[t] : 0.0f;
+            }
+            encode_paths(side, head, count, s.y, inverses, steps, s.paths, words, gains);
+        }
     } else {
         for (int c = 0; c < count; ++c) {
 #define QC_PACK(W) pack_nearest<W>(side, s.y + c * BLOCK, inverses, words + coded[c].offset)
