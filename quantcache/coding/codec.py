@@ -270,28 +270,24 @@ class SpectralCodec:
         """
         y = self.coefficients(x, place, left_padding)
         count = self.coded.sum(-1).clamp_min(1)[:, None]  # [H, 1]
-        power = torch.where(self.coded[..., None], y * y, 0.0).sum(-2) / count
-        rms = power.sqrt()  # [B, H, 64]
+        rms = (torch.where(self.coded[..., None], y * y, 0.0).sum(-2) / count).sqrt()  # [B, H, 64]
         best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         for factor in self.gain_search:
             step = (rms * factor).unsqueeze(-2)
             codes, quantized = self._nearest(torch.where(step > 0, y / step, 0.0))
             gain, saved = self._corrected_gain(y, quantized)
-            if best is None:
-                best = codes, gain, saved, step
-            else:
-                better = (saved > best[2]).unsqueeze(-2)
-                candidate = codes, gain, saved, step
-                columns = better, better.squeeze(-2), better.squeeze(-2), better
-                best = tuple(torch.where(*each) for each in zip(columns, candidate, best, strict=True))  # type: ignore[assignment]
+            if best is not None:
+                better = saved > best[2]  # [B, H, 64]
+                codes, step = (torch.where(better.unsqueeze(-2), *each) for each in ((codes, best[0]), (step, best[3])))
+                gain, saved = (torch.where(better, *each) for each in ((gain, best[1]), (saved, best[2])))
+            best = codes, gain, saved, step
         assert best is not None
         codes, gain, _, step = best
         if self.coding == "scalar":
             return self._pack(codes), quantize_gain(gain)
         for _ in range(self.passes):
             payload, quantized = self._pack_trellis(torch.where(step > 0, y / step, 0.0), step.square())
-            gain = self._corrected_gain(y, quantized)[0]
-            step = gain.unsqueeze(-2)
+            step = (gain := self._corrected_gain(y, quantized)[0]).unsqueeze(-2)
         return payload, quantize_gain(gain)
 
     def _corrected_gain(self, y: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,9 @@ def measure_divergence(
             raise QuantCacheError(f"{name} must be at least {least}, got {number}")
     if not temperature > 0:
         raise QuantCacheError(f"the temperature must be above 0, got {temperature}")
-    rows = _prompts(tokens, torch.tensor([], dtype=torch.long) if opening is None else opening, context, prompts)
+    rows = _prompts(
+        tokens, torch.tensor([], dtype=torch.long, device="cpu") if opening is None else opening, context, prompts
+    )
     cells.plan(SUITE, len(rows) * len(KINDS) * (1 + len(methods)))
     by_name = {method.name: method for method in methods}
     places = [(kind, number) for kind in KINDS for number in range(len(rows))]
@@ -171,7 +173,7 @@ def measure_divergence(
             if written["status"] != "ok":
                 found = {method.name: {"status": written["status"]} for method in group}
             else:
-                own = torch.tensor(written["tokens"], dtype=torch.long)
+                own = torch.tensor(written["tokens"], dtype=torch.long, device="cpu")
                 found = _follow(model, group, rows[number], own, bins, step, sink_length)
             for name, result in found.items():
                 cells.put(SUITE, name, cell, result)
@@ -235,7 +237,7 @@ def continuation(model: PreTrainedModel, prompt: Tensor, count: int, temperature
         else:
             last = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draw)
         written.append(int(last))
-    return torch.tensor(written, dtype=torch.long)
+    return torch.tensor(written, dtype=torch.long, device="cpu")
 
 
 def edges(context: int, count: int, step: int, sink_length: int) -> list[tuple[int, int]]:
@@ -312,7 +314,7 @@ def _figures(kl: Tensor, best: Tensor, expected: Tensor, written: Tensor, bins: 
     lost = int((~kl.isfinite()).sum())
     if lost:
         raise ArithmeticError(f"at {lost} of {len(kl)} positions the KL divergence is not finite")
-    place = torch.arange(len(kl), dtype=torch.float64) - (len(kl) - 1) / 2
+    place = torch.arange(len(kl), dtype=torch.float64, device=kl.device) - (len(kl) - 1) / 2
     differs = (best != written).nonzero()
     return {
         "mean": float(kl.mean()),
