@@ -47,6 +47,11 @@ def stem(name: str) -> str:
     return head if head and number.replace(".", "", 1).isdigit() else name
 
 
+def maker(name: str) -> str:
+    """Whose method it is: the family, KVarN's pairs of widths together."""
+    return "kvarn" if name.startswith("kvarn") else stem(name)
+
+
 def shown(name: str, entry: dict[str, Any]) -> str:
     """A method's name as tables print it."""
     return f"{name} (simulated)" if entry["simulated"] else name
@@ -134,7 +139,7 @@ def short(results: Results, bits: float = 3.0) -> Results:
         if entry.get("family") != "rival" or entry["status"] != "ok":
             chosen[name] = entry
             continue
-        rivals = {n: e for n, e in results.items() if stem(n) == stem(name) and e["status"] == "ok"}
+        rivals = {n: e for n, e in results.items() if maker(n) == maker(name) and e["status"] == "ok"}
         enough = {n: e for n, e in rivals.items() if e["bits_per_element"] >= floor} or rivals
         if name == min(enough, key=lambda n: (enough[n]["bits_per_element"], enough[n]["kl_mean"])):
             chosen[name] = entry
@@ -153,7 +158,7 @@ def fidelity_table(path: Path, record: Record, page: Path) -> str:
     rows = []
     for name in [*(n for n in chosen if n not in rivals), *sorted(rivals, key=lambda n: chosen[n]["kl_mean"])]:
         entry = chosen[name]
-        times = f"{entry['kl_mean'] / own:.1f}x" if entry["kl_mean"] else ""
+        times = f"{entry['kl_mean'] / own:.2g}x" if entry["kl_mean"] else ""
         rows.append([shown(name, entry), *(number(entry, *cell) for cell in cells), times])
     caption = (
         "spectral-B is quantcache at B bits on average; quanto, hqq and fp8 are transformers' own quantized caches, "

@@ -111,9 +111,9 @@ def test_newest_record_wins_and_dirty_ones_do_not_count(checkout: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows[1:] == [
         "| dense | 3.125 | 0.00000 | 0.0000 | 98.0% | 30.12 | |",
-        "| spectral-3 | 3.125 | 0.00300 | 0.0600 | 98.0% | 30.12 | 1.0x |",
+        "| spectral-3 | 3.125 | 0.00300 | 0.0600 | 98.0% | 30.12 | 1x |",
         "| turboquant-mse-3 (simulated) | 3.125 | 0.00400 | 0.0800 | 98.0% | 30.12 | 1.3x |",
-        "| fp8 | 8.000 | 0.00600 | 0.1200 | 98.0% | 30.12 | 2.0x |",
+        "| fp8 | 8.000 | 0.00600 | 0.1200 | 98.0% | 30.12 | 2x |",
     ]
     assert "benchmarks/results/abacus/fidelity-smollm2-135m__a.json" in text
     assert "0.009" not in text
