@@ -92,7 +92,8 @@ class TritonBackend(Backend):
 
     def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
         work = functools.partial(_encoding_trial, codec, x, places, starts)
-        geometry = (codec.coding, codec.dim, codec.frame.num_fast, x.dtype, starts is not None)
+        dims = (codec.dim, codec.frame.num_fast, codec.frame.is_identity)
+        geometry = (codec.coding, *dims, x.dtype, starts is not None)
         if not _trusted("encode", x.device, geometry, work):
             return codec.encode(x, places, starts)
         return encode(codec, x, places, starts)
