@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 FLOOR_VENV ?= .venv-floor
+LM_EVAL_VENV ?= .venv-lm-eval
 ARGS ?=
 # Test processes, one for each core; each uses one thread (tests/conftest.py).
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
@@ -10,13 +11,14 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR_STAMP := $(FLOOR_VENV)/.installed
+LM_EVAL_STAMP := $(LM_EVAL_VENV)/.installed
 PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality style test-matrix support soak asan bench-cpu bench-gpu bench-gpu-quick \
-  compile-gpu bench-decode bench-fidelity bench-ablations bench-findings bench-absorb bench-suites second-model \
-  tables tables-check build clean distclean
+.PHONY: help venv demo test test-triton quality style test-matrix test-lm-eval support soak asan bench-cpu bench-gpu \
+  bench-gpu-quick compile-gpu bench-decode bench-prefixes bench-fidelity bench-real bench-ablations bench-findings \
+  bench-absorb bench-suites second-model tables tables-check build clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +34,7 @@ define install
 	  echo "$(PYTHON) cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(1) under $(2); the first time takes minutes ..."
 	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch setuptools
-	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev,triton]'
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev,triton,serve]'
 	@touch $@
 endef
 
@@ -45,11 +47,22 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 $(FLOOR_STAMP): pyproject.toml constraints-floor.txt $(NATIVE)
 	$(call install,$(FLOOR_VENV),constraints-floor.txt)
 
+# lm-eval comes with some forty packages that nothing else needs, and one of them with a python-dateutil below 3.
+$(LM_EVAL_STAMP): pyproject.toml constraints.txt $(NATIVE)
+	@mkdir -p $(LM_EVAL_VENV)
+	@sed '/^python-dateutil==/d' constraints.txt > $(LM_EVAL_VENV)/constraints.txt
+	$(call install,$(LM_EVAL_VENV),$(LM_EVAL_VENV)/constraints.txt)
+	@$(LM_EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(LM_EVAL_VENV)/constraints.txt \
+	  --no-build-isolation -e '.[lm-eval]'
+
 demo: $(STAMP) ## Set up, then compress the cache of the bundled model and show what it costs
 	@$(BIN)/quantcache demo $(ARGS)
 
 test: quality ## Set up, then lint, format check, types and the tests (what CI runs)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not triton" $(ARGS)
+
+test-triton: $(STAMP) ## Triton's kernels under the interpreter, and compiled for GPUs (what CI runs next, minutes)
+	$(BIN)/python -m pytest -n $(JOBS) -m triton $(ARGS)
 
 quality: $(STAMP) ## Check lint, format and types; change nothing
 	$(BIN)/ruff check .
@@ -62,6 +75,9 @@ style: $(STAMP) ## Repair lint and format where that can be done automatically
 
 test-matrix: $(FLOOR_STAMP) ## Run the tests against the oldest supported transformers (.venv-floor)
 	$(FLOOR_VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+test-lm-eval: $(LM_EVAL_STAMP) ## Run the tests of the model type for lm-eval where it is installed (.venv-lm-eval)
+	$(LM_EVAL_VENV)/bin/python -m pytest tests/integration/test_lm_eval.py $(ARGS)
 
 # The kernels' tests, then random legal calls from several threads, on a library with AddressSanitizer and
 # UndefinedBehaviorSanitizer. Python itself has neither: the run-time library is loaded first, and what Python leaves
@@ -99,8 +115,18 @@ soak: $(STAMP) ## Long forms of the property, fuzz and long-haul tests, recorded
 bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 	$(BIN)/python benchmarks/decode_latency.py $(ARGS)
 
+bench-prefixes: $(STAMP) ## Measure conversations that take turns, with SmolLM2 (hours); options in ARGS="..."
+	$(BIN)/python benchmarks/prefixes.py $(ARGS)
+
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+
+REAL = --text wikitext2_test.txt --context 1024 --weights
+
+bench-real: $(STAMP) ## The same on two trained models of quantcache[real] (2 hours); options in ARGS="..."
+	$(BIN)/python benchmarks/fidelity.py --model smollm2-135m --calibration calibrations/smollm2-135m \
+	  $(REAL) --residuals 64 0 256 --contexts 4096 8192 $(ARGS)
+	$(BIN)/python benchmarks/fidelity.py --model gemma3-270m $(REAL) --contexts 4096 $(ARGS)
 
 bench-ablations: $(STAMP) ## Measure every choice of the codec (about an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/ablations.py $(ARGS)
@@ -111,7 +137,7 @@ second-model: $(STAMP) ## Make a small Qwen3 of wiki11m, the second model of the
 bench-findings: $(STAMP) ## Measure published findings again (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/findings.py $(ARGS)
 
-bench-suites: $(STAMP) ## Measure retrieval, routing, transfer, memory and speed (15 minutes); options in ARGS="..."
+bench-suites: $(STAMP) ## Measure long texts, tasks, routing, transfer, memory and speed; options in ARGS="..."
 	$(BIN)/python benchmarks/suites.py $(ARGS)
 
 bench-absorb: $(STAMP) ## Measure absorbed checkpoints on the bundled model (minutes); options in ARGS="..."
@@ -133,4 +159,4 @@ clean: ## Remove build output and tool caches
 	find quantcache kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the virtual environments as well
-	rm -rf $(VENV) $(FLOOR_VENV)
+	rm -rf $(VENV) $(FLOOR_VENV) $(LM_EVAL_VENV)

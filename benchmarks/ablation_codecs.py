@@ -42,7 +42,7 @@ class SimulatedCodec:
     def __init__(self, codec: SpectralCodec):
         self.codec, self.bits = codec, codec.bits
 
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
         return join_blocks(fields["simulated"])
 
@@ -64,9 +64,9 @@ class AnchorCodec(SimulatedCodec):
         if not codec.frame.is_identity:
             codec.frame = AnchoredFrame(codec.dim, codec.frame.rope, codec.frame.fast_wavelength, length)
 
-    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
         """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
-        decoded = self.codec.decode(self.codec.encode(x, places, starts), places, starts)
+        decoded = self.codec.decode(self.codec.encode(x, block_table, left_padding), block_table, left_padding)
         return {"simulated": split_blocks(decoded.to(x.dtype))}
 
 
@@ -88,15 +88,15 @@ class GainCodec(SimulatedCodec):
         self.factors = codec.gain_search if gain == "searched" else (1.0,)
         self.bits = codec.bits + (self.gain_bits - 8) / codec.dim
 
-    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
         """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
-        blocks = zip(x.split(BLOCK, dim=2), places.split(1), strict=True)
-        done = [self._reconstruct(block.contiguous(), place, starts) for block, place in blocks]
+        blocks = zip(x.split(BLOCK, dim=2), block_table.split(1), strict=True)
+        done = [self._reconstruct(block.contiguous(), place, left_padding) for block, place in blocks]
         return {"simulated": split_blocks(torch.cat(done, dim=2).to(x.dtype))}
 
-    def _reconstruct(self, x: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
+    def _reconstruct(self, x: Tensor, place: Tensor, left_padding: Tensor | None) -> Tensor:
         codec = self.codec
-        y = codec.coefficients(x, place, starts)  # [B, H, D, 64]
+        y = codec.coefficients(x, place, left_padding)  # [B, H, D, 64]
         count = codec.coded.sum(-1).clamp_min(1)[:, None]
         rms = (torch.where(codec.coded[..., None], y * y, 0.0).sum(-2) / count).sqrt()  # [B, H, 64]
         best: tuple[Tensor, Tensor] | None = None
@@ -114,7 +114,7 @@ class GainCodec(SimulatedCodec):
                 better = saved > best[0]
                 best = torch.where(better, saved, best[0]), torch.where(better.unsqueeze(-2), scaled, best[1])
         assert best is not None
-        return self._leave(best[1], place, starts)
+        return self._leave(best[1], place, left_padding)
 
     def _stored(self, gain: Tensor) -> Tensor:
         """What is left of a gain that is stored."""
@@ -128,12 +128,12 @@ class GainCodec(SimulatedCodec):
         code = (torch.log2(gain.clamp_min(1e-30)) * self.steps + centre).round().clamp(0, codes - 1)
         return torch.where(code > 0, torch.exp2((code - centre) / self.steps), 0.0)
 
-    def _leave(self, scaled: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
+    def _leave(self, scaled: Tensor, place: Tensor, left_padding: Tensor | None) -> Tensor:
         """From scaled coefficients ``[B, H, D, 64]`` back to vectors ``[B, H, 64, D]``."""
         framed = (self.codec.decoder @ scaled).transpose(-1, -2) + self.codec.mean[:, None]
         if self.codec.frame.is_identity:
             return framed
-        positions, anchors = block_positions(place, starts)
+        positions, anchors = block_positions(place, left_padding)
         return self.codec.frame.leave(framed, positions[:, None], anchors[:, None])
 
 
@@ -159,7 +159,7 @@ def codec_cache(
     codecs = {key: change(codec) for key, codec in side_codecs(calibration).items()}
 
     def codecs_of(index: int) -> tuple[CodecFactory, None]:
-        return lambda device, tails, starts: {side: codecs[index, side] for side in SIDES}, None
+        return lambda device, tails, left_padding: {side: codecs[index, side] for side in SIDES}, None
 
     return lambda: BlockCache(config, codecs_of, sink_length, residual_length)
 

@@ -62,11 +62,11 @@ class PerTokenCodec:
         self.width = bits
         self.bits: float | None = bits + 32 / dim
 
-    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
         """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
         return {"simulated": split_blocks(quantize(x, self.width))}
 
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
         return join_blocks(fields["simulated"])
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache import Calibration, calibrate, data
 from quantcache.cli.session import load_model
 from quantcache.common import compat
+from quantcache.common.sequences import cut_windows
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
@@ -51,7 +52,7 @@ CHOICE = (
 OURS = "dense,spectral-2,spectral-3,spectral-4"
 """Methods measured on models with quantized weights."""
 
-WIKITEXT_WINDOW = 1024
+WIKITEXT, WIKITEXT_WINDOW = "wikitext2_test.txt", 1024
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -86,10 +87,14 @@ def main() -> None:
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     suite = suite_of("fidelity", options.model)
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
-    evaluation_text, evaluation_source = read("wiki_eval.txt", data.evaluation_text)
+    evaluation_text, evaluation_source = read(options.text, data.evaluation_text)
     if calibration_text == evaluation_text:
         sys.exit("error: calibration and evaluation text are the same")
     parts = make_parts(options, model, tokenizer, evaluation_text)
+    if options.parts is not None:
+        if unknown := set(options.parts) - {part.name for part in parts}:
+            sys.exit(f"error: no part {', '.join(sorted(unknown))}, only {', '.join(part.name for part in parts)}")
+        parts = [part for part in parts if part.name in options.parts]
     settings: dict[str, Any] = {
         "model": Path(options.model).name,
         "model_sha256": model_sha256(model),
@@ -152,6 +157,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=BUNDLED_MODEL, help=f"{MODEL_HELP} The record's suite is named after it.")
     parser.add_argument("--methods", default="all", help="comma-separated")
     parser.add_argument("--choice", default=CHOICE, help="methods for other contexts and WikiText-2")
+    parser.add_argument("--text", default="wiki_eval.txt", help="evaluation text, a file beside the checkout")
     parser.add_argument("--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths")
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 1024], help="other contexts")
@@ -161,6 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
     parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
     parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
+    parser.add_argument("--parts", nargs="+", help="parts to measure, of those that the rest asks for; all if none")
     parser.add_argument("--quick", action="store_true", help="one window of 1,024 tokens, with and without residual")
     options = parser.parse_args()
     if options.quick:
@@ -181,13 +188,15 @@ def make_parts(
     if options.quick:
         return parts
     parts.append(Part("recommended", options.methods, tokens, options.context, None))
-    parts += [Part(f"context_{c}", options.choice, tokens, c, options.residuals[0]) for c in options.contexts]
+    for context in options.contexts:  # on the same text, or on more of it where a window is longer
+        longer = tokenized(tokenizer, text, max(len(tokens), context))
+        parts.append(Part(f"context_{context}", options.choice, longer, context, options.residuals[0]))
     parts += [
         Part(f"weights_{kind}", OURS, tokens, options.context, options.residuals[0], weights=kind)
         for kind in options.weights
     ]
-    path = SHARED / "wikitext2_test.txt"
-    if path.is_file():
+    path = SHARED / WIKITEXT
+    if path.is_file() and options.text != WIKITEXT:
         wikitext = tokenized(tokenizer, path.read_text(encoding="utf-8"), max(len(tokens), WIKITEXT_WINDOW))
         parts.append(Part("wikitext2", options.choice, wikitext, WIKITEXT_WINDOW, options.residuals[0], options.stride))
     return parts
@@ -245,7 +254,7 @@ def measure_part(
         model, _ = load_model(model.config._name_or_path, device="cpu", dtype="float32")
         quantize_weights(model, part.weights)
     batches = [methods[i : i + BATCH] for i in range(0, len(methods), BATCH)]
-    windows = len(part.tokens.unfold(0, part.context, part.stride or part.context))
+    windows = len(cut_windows(model.config, part.tokens, part.context, part.stride))
     task = bar.add_task(part.name, total=len(batches) * windows * part.context)
     results: dict[str, Any] = {}
     for number, batch in enumerate(batches):

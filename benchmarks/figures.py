@@ -44,8 +44,12 @@ def memory(record: dict[str, Any]) -> Lines:
     }
 
 
+KL_BITS = (kl_bits, "bits per element, codes and scales", "mean KL to dense, nats per token", False)
+
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Lines], str, str, bool]] = {
-    "kl-bits": ("fidelity", kl_bits, "bits per element, codes and scales", "mean KL to dense, nats per token", False),
+    "kl-bits": ("fidelity-smollm2-135m", *KL_BITS),
+    "kl-bits-gemma3-270m": ("fidelity-gemma3-270m", *KL_BITS),
+    "kl-bits-wiki11m": ("fidelity", *KL_BITS),
     "decode-latency": ("decode-latency", latency, "cached tokens", "milliseconds per decoding step", True),
     "memory-ladder": ("decode-latency", memory, "cached tokens", "bytes of the cache", True),
 }

@@ -108,7 +108,7 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 
 def check(
-    heads: int, group: int, dim: int, tokens: int, batch: int, splits: int | None, precise: bool, starts: bool
+    heads: int, group: int, dim: int, tokens: int, batch: int, splits: int | None, precise: bool, left_padding: bool
 ) -> None:
     """Compare one shape with plain torch in float64."""
     seed = int.from_bytes(os.urandom(4), "little")
@@ -120,10 +120,10 @@ def check(
     offsets = torch.randn(anchors, batch, heads, group, device="cuda")
     decoder = torch.randn(heads, dim, dim, device="cuda") / dim**0.5
     mean = torch.randn(heads, dim, device="cuda")
-    first = torch.randint(0, tokens, (batch,), dtype=torch.int32, device="cuda") if starts else None
+    first = torch.randint(0, tokens, (batch,), dtype=torch.int32, device="cuda") if left_padding else None
     call = plan(
         rows, layout.pack_queries(queries, offsets, LEVELS, precise), layout, LEVELS, decoder, mean, group, tokens,
-        starts=first, splits=splits, precise=precise,
+        left_padding=first, splits=splits, precise=precise,
     )  # fmt: skip
     errors = []
     for _ in range(2):
@@ -147,7 +147,7 @@ def check(
     record(
         "check", verdict="PASS" if passed else "FAIL", error=errors[-1], first_error=errors[0],
         bfloat16=relative(results[1][0], results[0][0]), lse=lse_error, heads=heads, group=group, dim=dim,
-        tokens=tokens, batch=batch, splits=call.splits, precise=precise, starts=starts, seed=seed,
+        tokens=tokens, batch=batch, splits=call.splits, precise=precise, left_padding=left_padding, seed=seed,
     )  # fmt: skip
 
 

@@ -349,12 +349,12 @@ def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         codec = layer.codecs["key"]
         x = run.states(batch, *layer.tails["key"].shape[1:2], tokens, layer.tails["key"].shape[3])
         index = torch.arange(tokens // 64, device=x.device, dtype=torch.int32)
-        places = torch.stack((4 + 64 * index, torch.full_like(index, 64), 4 + 128 * (index // 2)), dim=1)
+        block_table = torch.stack((4 + 64 * index, torch.full_like(index, 64), 4 + 128 * (index // 2)), dim=1)
         found = {"model": name, "batch": batch, "tokens": tokens, "bytes": x.nbytes}
         for side in ("key", "value"):
             codec = layer.codecs[side]
             try:
-                times = measure(run, partial(backends.find("triton").encode, codec, x, places, None))
+                times = measure(run, partial(backends.find("triton").encode, codec, x, block_table, None))
                 found[side] = times
                 found[f"{side}_gigabytes_per_second"] = x.nbytes / times["median"] / 1e6
             except (RuntimeError, torch.OutOfMemoryError) as error:

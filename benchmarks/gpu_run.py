@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from quantcache import Calibration, SpectralCache
-from quantcache.backends.spans import next_spans, places_of
+from quantcache.backends.spans import block_table_of, next_spans
 from quantcache.backends.store import BlockStore
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.packing import BLOCK
@@ -226,8 +226,8 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
         codes = torch.randint(low, -low - 1, (count, batch, words), dtype=torch.int32, device=run.device)
         gains = torch.randint(100, 150, (count, batch, heads, BLOCK), dtype=torch.uint8, device=run.device)
         stores[side] = BlockStore(count, {"codes": codes, "gains": gains})
-    places = BlockStore(count, {"places": places_of(spans, layer.device)})
-    layer._commit(spans=spans, stores=stores, places=places)
+    block_table = BlockStore(count, {"block_table": block_table_of(spans, layer.device)})
+    layer._commit(spans=spans, stores=stores, block_table=block_table)
 
 
 def kernels() -> list[dict[str, Any]]:

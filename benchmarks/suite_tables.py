@@ -27,20 +27,32 @@ def suite_table(suite: str, path: Path, record: Record, page: Path) -> str:
     settings = record["settings"]
     if suite not in record["metrics"]:
         return "Not in the newest record."
-    (shown,) = tables({**settings, "metrics": {suite: record["metrics"][suite]}})
+    found = tables({**settings, "metrics": {suite: record["metrics"][suite]}})
     caption = (
         f"{settings['model']} in {settings['dtype']}, {settings['sinks']} sinks, "
         f"residual {settings['residuals'][0]}. {origin(path, record, page)}"
     )
-    if not isinstance(shown, Table):
-        return f"{shown}. {caption}"
-    header = [str(column.header) for column in shown.columns]
-    rows = [[str(cell) for cell in row] for row in zip(*(column.cells for column in shown.columns), strict=True)]
-    return f"{markdown(header, rows)}\n\n{shown.title}. {caption}"
+    return "\n\n".join(f"{_shown(table)}. {caption}" for table in found)
 
+
+def _shown(table: Table | str) -> str:
+    """A table as Markdown with its title behind it; a line as it is."""
+    if not isinstance(table, Table):
+        return table
+    header = [str(column.header) for column in table.columns]
+    rows = [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
+    return f"{markdown(header, rows)}\n\n{table.title}"
+
+
+SUITES = (
+    *("divergence", "needle", "records", "lookup", "tools"),
+    *("routing", "transfer", "qa", "memory", "speed", "speculative"),
+)
+TASKS = ("divergence", "needle", "records", "lookup", "tools", "qa")
+REAL_MODEL = "smollm2-135m"
 
 SUITE_TABLES: dict[str, tuple[str, Callable[[Path, Record, Path], str]]] = {
-    f"suite-{name}": ("suites", partial(suite_table, name))
-    for name in ("needle", "routing", "transfer", "qa", "memory", "speed", "speculative")
+    **{f"suite-{name}": ("suites", partial(suite_table, name)) for name in SUITES},
+    **{f"suite-{name}-{REAL_MODEL}": (f"suites-{REAL_MODEL}", partial(suite_table, name)) for name in TASKS},
 }
 """Suite of the record, and what makes Markdown, by the name of the table."""

@@ -1,7 +1,8 @@
 """What a compressed cache costs and saves beside its predictions: every suite of ``quantcache eval`` on a model.
 
-Needle retrieval, routing, transfer between domains and lengths, question answering, memory, speed and speculative
-decoding, in one record. An interrupted run goes on behind the last finished cell.
+Divergence of long texts, needles, records, lookups, tool calls, routing, transfer between domains and lengths, question
+answering, memory, speed and speculative decoding, in one record. An interrupted run goes on behind the last finished
+cell.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ def main() -> None:
         tokens=options.windows * options.context,
         residuals=(options.residual,),
         sinks=SINKS,
-        sizes=QUICK if options.quick else Sizes(),
+        sizes=sizes_of(options),
+        lengths=None if options.lengths is None else tuple(options.lengths),
         text_name="wikipedia",
     )
     domains = {path.stem: path.read_text(encoding="utf-8") for name in DOMAINS if (path := SHARED / name).is_file()}
@@ -91,6 +94,16 @@ def main() -> None:
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    """How much each suite does."""
+    sizes = QUICK if options.quick else Sizes()
+    if options.questions is not None:
+        sizes = replace(sizes, questions=options.questions)
+    if options.trials is not None:
+        sizes = replace(sizes, needle_seeds=options.trials, task_seeds=options.trials, prompts=options.trials)
+    return sizes
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -100,6 +113,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--context", type=int, default=1024, help="tokens in a window, and of the longest needle prompt"
     )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        help="tokens of needle and records prompts; half the context and it by default",
+    )
+    parser.add_argument("--trials", type=int, help="needles, texts, tables and prompts of each size")
+    parser.add_argument("--questions", type=int, help="questions of the qa suite")
     parser.add_argument("--windows", type=int, default=4, help="windows of the evaluation text")
     parser.add_argument("--residual", type=int, default=64, help="recent tokens that every method keeps")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)

@@ -23,18 +23,20 @@ from gpu_tables import gpu_attention_table, gpu_kernel_table, gpu_models_table
 from suite_tables import SUITE_TABLES
 
 from quantcache.common.jsonfile import to_json, write_json
+from quantcache.common.sources import PACKAGED
 from quantcache.evaluation.record import read_record
 from quantcache.planning.records import Measurements, measurements_of, to_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"
 DIGEST = Path("quantcache") / "data" / "measurements.json"
-DIGEST_SUITES = ("fidelity", "cpu-decode")
+DIGEST_SUITES = ("fidelity", *(f"fidelity-{model}" for model in PACKAGED), "cpu-decode")
 NO_RECORD = "No record yet."
 MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PAGES = (
     "README.md",
     "docs/fidelity.md",
+    "docs/fidelity-wiki11m.md",
     "docs/ablations.md",
     "docs/suites.md",
     "docs/absorbed-checkpoints.md",
@@ -43,13 +45,22 @@ PAGES = (
 
 Render = Callable[[Path, dict[str, Any], Path], str]
 
+YARDSTICK = "smollm2-135m"
+"""The model of the README's table and figure."""
+
+FIDELITY_TABLES: dict[str, Render] = {
+    "fidelity-all": all_table,
+    "fidelity-own": own_table,
+    "fidelity-contexts": contexts_table,
+    "fidelity-weights": weights_table,
+    "claim": claim_table,
+}
+"""Tables that are made for every model with a record; the bundled model's have its name too."""
+
 TABLES: dict[str, tuple[str, Render]] = {
-    "fidelity": ("fidelity", fidelity_table),
-    "fidelity-all": ("fidelity", all_table),
-    "fidelity-own": ("fidelity", own_table),
-    "fidelity-contexts": ("fidelity", contexts_table),
-    "fidelity-weights": ("fidelity", weights_table),
-    "claim": ("fidelity", claim_table),
+    "fidelity": (f"fidelity-{YARDSTICK}", fidelity_table),
+    **{name: ("fidelity", make) for name, make in FIDELITY_TABLES.items()},
+    **{f"{name}-{model}": (f"fidelity-{model}", make) for model in PACKAGED for name, make in FIDELITY_TABLES.items()},
     "ablations": ("ablations", ablation_table),
     "ablations-second-model": ("ablations-second-model", ablation_table),
     "findings": ("findings", findings_table),

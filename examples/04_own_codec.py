@@ -17,12 +17,12 @@ class TokenInt8:
     def __init__(self, dim: int):
         self.bits = 8 + 16 / dim  # codes, and one float16 scale for D of them
 
-    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
         blocks = split_blocks(x.float())  # [n, B, H, 64, D]
         scales = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(2**-24).half()
         return {"codes": (blocks / scales).round().clamp(-127, 127).to(torch.int8), "scales": scales}
 
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         return join_blocks(fields["codes"] * fields["scales"].float())  # [B, H, n * 64, D]
 
     def tensors(self) -> list[Tensor]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantcache.accounting import CacheMemory
     from quantcache.artifact import Calibration
     from quantcache.attention import register_attention
-    from quantcache.cache import BlockCache, SpectralCache, SpectralLayer, disable, enable, enabled
+    from quantcache.cache import BlockCache, PrefixStore, SpectralCache, SpectralLayer, disable, enable, enabled
     from quantcache.calibration import calibrate
     from quantcache.coding import SideCodec
     from quantcache.common.errors import (
@@ -41,6 +41,7 @@ _HOMES = {
     "CalibrationMismatch": "common.errors",
     "CalibrationWarning": "common.errors",
     "HubError": "common.errors",
+    "PrefixStore": "cache",
     "QuantCacheError": "common.errors",
     "SideCodec": "coding",
     "SpectralCache": "cache",
@@ -65,6 +66,7 @@ __all__ = [
     "CalibrationMismatch",
     "CalibrationWarning",
     "HubError",
+    "PrefixStore",
     "QuantCacheError",
     "SideCodec",
     "SpectralCache",

@@ -24,14 +24,14 @@ class ReferenceLayer(DynamicLayer):
 
     Args:
         layer: The layer to imitate: its codecs, sinks and residual are taken over.
-        starts: Left padding of every row, ``[B]``.
+        left_padding: Left padding of every row, ``[B]``.
     """
 
-    def __init__(self, layer: SpectralLayer, starts: Tensor | None = None):
+    def __init__(self, layer: SpectralLayer, left_padding: Tensor | None = None):
         super().__init__()
         self.make_codecs = layer.make_codecs
         self.sink_length, self.residual_length = layer.sink_length, layer.residual_length
-        self.backend, self.starts = layer.backend, starts
+        self.backend, self.left_padding = layer.backend, left_padding
         self.blocks: list[tuple[int, int, int]] = []  # first slot, valid length, slot of the anchor
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object) -> tuple[Tensor, Tensor]:
@@ -56,31 +56,31 @@ class ReferenceLayer(DynamicLayer):
             if start + BLOCK > anchor + ANCHOR_LENGTH:
                 anchor = start
             self.blocks.append((start, BLOCK, anchor))
-            codecs = self.make_codecs(self.keys.device, {"key": self.keys, "value": self.values}, self.starts)
+            codecs = self.make_codecs(self.keys.device, {"key": self.keys, "value": self.values}, self.left_padding)
             self.keys = self._quantized(codecs["key"], self.keys)
             self.values = self._quantized(codecs["value"], self.values)
 
     def _quantized(self, codec: SideCodec, x: Tensor) -> Tensor:
         """All tokens, the newest block's replaced except where they are sinks of their row."""
         start = self.blocks[-1][0]
-        places = torch.tensor(self.blocks[-1:], dtype=torch.int32)
+        block_table = torch.tensor(self.blocks[-1:], dtype=torch.int32)
         block = x[:, :, start : start + BLOCK]
-        fields = implementation(self.backend).encode(codec, block, places, self.starts)
-        decoded = codec.decode(fields, places, self.starts).to(x.dtype)
-        if self.starts is not None:
-            offsets = torch.arange(start, start + BLOCK) - self.starts[:, None]  # [B, 64]
+        fields = implementation(self.backend).encode(codec, block, block_table, self.left_padding)
+        decoded = codec.decode(fields, block_table, self.left_padding).to(x.dtype)
+        if self.left_padding is not None:
+            offsets = torch.arange(start, start + BLOCK) - self.left_padding[:, None]  # [B, 64]
             sinks = ((offsets >= 0) & (offsets < self.sink_length))[:, None, :, None]
             decoded = torch.where(sinks, block, decoded)
         return torch.cat((x[:, :, :start], decoded, x[:, :, start + BLOCK :]), dim=2)
 
 
-def reference_cache(cache: BlockCache, config: PreTrainedConfig, starts: Tensor | None = None) -> DynamicCache:
+def reference_cache(cache: BlockCache, config: PreTrainedConfig, left_padding: Tensor | None = None) -> DynamicCache:
     """An empty reference for an empty spectral cache.
 
     Args:
         cache: The cache to imitate.
         config: The model's config.
-        starts: Left padding of every row, ``[B]``.
+        left_padding: Left padding of every row, ``[B]``.
 
     Returns:
         The reference.
@@ -88,5 +88,5 @@ def reference_cache(cache: BlockCache, config: PreTrainedConfig, starts: Tensor 
     reference = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, SpectralLayer):
-            reference.layers[index] = ReferenceLayer(layer, starts)
+            reference.layers[index] = ReferenceLayer(layer, left_padding)
     return reference

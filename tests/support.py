@@ -37,6 +37,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         "cache_implementation= and a cache together",
         "enabled(), enable() and disable()",
         "enabled(): concurrent requests on one model",
+        "prefixes of earlier prompts (PrefixStore)",
+        "prefixes in a folder, after restarts and damage",
+        "serve: completions, chat and responses, streamed, concurrent and cancelled",
+        "serve: turns of a chat, over restarts",
+        "serve: continuous batching, static caches, models without a calibration",
+        "prefixes without a calibration, or of a model that remembers requests",
     ),
     "Operations on a cache": (
         "crop, inside an encoded block too",

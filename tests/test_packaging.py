@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ ROOMS = (
     "evaluation",
     "analysis",
     "planning",
+    "serving",
     "cli",
 )
 """Folders of quantcache: each imports from those before it only."""
@@ -114,6 +116,17 @@ def test_versions_of_transformers_are_told_apart_in_one_place() -> None:
     )
     places = {path.relative_to(PACKAGE).parts[:2] for _, path in modules() if telltale.search(path.read_text("utf-8"))}
     assert places == {("common", "compat")}
+
+
+def test_entry_points_are_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    groups = {"scripts": project["scripts"], **project["entry-points"]}
+    assert set(groups) == {"scripts", "lm_eval.models"}
+    for value in [value for names in groups.values() for value in names.values()]:
+        module, _, name = value.partition(":")
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        defined = {node.name for node in ast.parse(path.read_text("utf-8")).body if hasattr(node, "name")}
+        assert name in defined, value  # not imported: what it belongs to may not be installed
 
 
 def test_kernels_do_not_import_quantcache() -> None:

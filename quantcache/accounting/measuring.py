@@ -19,17 +19,18 @@ KINDS = ("codes", "gains", "sinks", "residual", "dense", "bookkeeping", "slack")
 """What the bytes of :class:`CacheMemory` are counted as."""
 
 
-def measure(cache: Cache) -> CacheMemory:
+def measure(cache: Cache, saturation: bool = True) -> CacheMemory:
     """Bytes that a cache holds, counted on its tensors.
 
     Args:
         cache: A SpectralCache, any DynamicCache, or transformers' QuantizedCache, of which what scales take beyond 16
             bits counts as slack.
+        saturation: Also look which gains lie beyond their range, which takes longer than all sizes.
 
     Returns:
         The sizes.
     """
-    count, tokens = _Count(), 0
+    count, tokens = _Count(saturation=saturation), 0
     layer: Any
     for index, layer in enumerate(cache.layers):
         if not getattr(layer, "is_initialized", False) or compat.is_placeholder(layer):
@@ -50,8 +51,8 @@ def measure(cache: Cache) -> CacheMemory:
         constants=sum(t.untyped_storage().nbytes() for t in count.constants.values()),
         encoded_elements=count.encoded_elements,
         elements=count.elements,
-        gains_above=count.gains_above,
-        gains_below=count.gains_below,
+        gains_above=count.gains_above if saturation else None,
+        gains_below=count.gains_below if saturation else None,
     )
 
 
@@ -59,6 +60,7 @@ def measure(cache: Cache) -> CacheMemory:
 class _Count:
     """Sums over the layers of a cache."""
 
+    saturation: bool = True
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     encoded_elements: int = 0
     elements: int = 0
@@ -85,11 +87,14 @@ class _Count:
         """Count a layer that stores blocks."""
         for side in SIDES:
             self._add_side(layer, side)
-        above, below = layer.saturated_gains()
-        self.gains_above, self.gains_below = self.gains_above + above, self.gains_below + below
-        places = layer.places
-        self.sizes["bookkeeping"] += sum(places.nbytes().values()) + sum(places.slack(name) for name in places.buffers)
-        told = (layer.starts, layer.origins, layer.trail)
+        if self.saturation:
+            above, below = layer.saturated_gains()
+            self.gains_above, self.gains_below = self.gains_above + above, self.gains_below + below
+        block_table = layer.block_table
+        self.sizes["bookkeeping"] += sum(block_table.nbytes().values()) + sum(
+            block_table.slack(name) for name in block_table.buffers
+        )
+        told = (layer.left_padding, layer.origins, layer.trail)
         self.sizes["bookkeeping"] += sum(each.untyped_storage().nbytes() for each in told if each is not None)
 
     def _add_side(self, layer: Any, side: str) -> None:

@@ -44,7 +44,7 @@ class CacheMemory:
         sinks: First tokens in the model's dtype.
         residual: Recent tokens in the model's dtype.
         dense: Layers and sides that are not compressed.
-        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack), row starts, and of padded rows
+        bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack), left padding, and of padded rows
             what is known of padding and positions.
         slack: Allocated but unused.
         constants: The calibration's constants on the layers' devices, shared by all caches of the model.

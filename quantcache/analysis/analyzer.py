@@ -28,6 +28,7 @@ from quantcache.calibration.calibrator import calibrate, public_name, tokenize
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import cut_windows
 from quantcache.evaluation import measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import check_overlap
 
@@ -101,9 +102,9 @@ def analyze(
         if layers:
             calibration = calibration or calibrate(model, sequences[:-1], progress=progress)
             with _bar(progress) as bar:
-                samples, places = collect_samples(model, sequences[-1], layers)
+                samples, block_table = collect_samples(model, sequences[-1], layers)
                 task = bar.add_task("encoding samples", total=len(RATES) * len(samples))
-                grades = grade(calibration, samples, places, RATES, lambda: bar.advance(task))
+                grades = grade(calibration, samples, block_table, RATES, lambda: bar.advance(task))
                 divergences = _divergences(model, calibration, sequences[-1][0] if verify else None, bar)
     if getattr(tokenizer, "chat_template", None):
         notes.append("The text was read as plain text, without the model's chat template.")
@@ -167,7 +168,7 @@ def _sequences(
             f"analysis needs two sequences of at least {min(MIN_SEQUENCE, limit)} tokens: the text gives {len(ids)} "
             f"tokens, which are cut into sequences of {length}"
         )
-    return [s[None] for s in ids.split(length) if len(s) == length]
+    return [window[None] for window in cut_windows(model.config, ids, length)]
 
 
 def _divergences(

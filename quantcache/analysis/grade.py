@@ -56,14 +56,14 @@ def collect_samples(model: PreTrainedModel, sequence: Tensor, layers: Sequence[i
 
     with torch.no_grad():
         run(model, sequence, RecordingCache(model.config, record))
-    places = torch.stack((first, torch.full_like(first, BLOCK), anchor_of(first, SINK_LENGTH)), dim=1)
-    return samples, places.to(torch.int32)
+    block_table = torch.stack((first, torch.full_like(first, BLOCK), anchor_of(first, SINK_LENGTH)), dim=1)
+    return samples, block_table.to(torch.int32)
 
 
 def grade(
     calibration: Calibration,
     samples: Samples,
-    places: Tensor,
+    block_table: Tensor,
     bits: Sequence[float],
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[Grade]:
@@ -76,7 +76,7 @@ def grade(
     Args:
         calibration: The calibration, at any rate.
         samples: Real keys and values.
-        places: Where their blocks lie, ``[n, 3]``.
+        block_table: Where their blocks lie, ``[n, 3]``.
         bits: Mean code widths to grade.
         on_progress: Called after every side of every layer and rate.
 
@@ -90,23 +90,23 @@ def grade(
         for (index, side), x in samples.items():
             layer = at_rate.layers[index]
             codec = SpectralCodec(layer.side(side), layer.rope if side == "key" else Rope(), calibration.metadata.codec)
-            found[side].append((*_errors(codec, layer.side(side).spectrum, x, places), codec.bits))
+            found[side].append((*_errors(codec, layer.side(side).spectrum, x, block_table), codec.bits))
             on_progress()
         pools = {"all": found["key"] + found["value"], **found}
         grades += [_grade(name, rate, parts, calibration.metadata.joint) for name, parts in pools.items()]
     return grades
 
 
-def _errors(codec: SpectralCodec, spectrum: Tensor, x: Tensor, places: Tensor) -> tuple[Floats, float]:
+def _errors(codec: SpectralCodec, spectrum: Tensor, x: Tensor, block_table: Tensor) -> tuple[Floats, float]:
     """The samples' variances, one for each coefficient, and the summed mean squared error of their codes."""
     energy, error = (torch.zeros(spectrum.shape, dtype=torch.float64, device="cpu") for _ in range(2))
-    for block, place in zip(x.split(BLOCK, dim=2), places.split(1), strict=True):
+    for block, place in zip(x.split(BLOCK, dim=2), block_table.split(1), strict=True):
         exact = codec.coefficients(block.contiguous(), place, None)
         codes, gains = codec.encode_block(block.contiguous(), place, None)
         decoded = codec.dequantize({"codes": codes[None], "gains": gains[None]})[0]
         energy += exact.double().pow(2).mean((0, -1))
         error += (exact - decoded).double().pow(2).mean((0, -1))
-    scale = spectrum / len(places)
+    scale = spectrum / len(block_table)
     return (energy * scale).flatten().numpy(), float((error * scale).sum())
 
 

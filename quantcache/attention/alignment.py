@@ -15,13 +15,13 @@ from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 
 
-def with_sinks(sinks: Tensor, chunk: Tensor, starts: Tensor, slot: int) -> Tensor:
+def with_sinks(sinks: Tensor, chunk: Tensor, left_padding: Tensor, slot: int) -> Tensor:
     """Fill in those tokens of a chunk that are sinks of their row.
 
     Args:
         sinks: The sinks so far, ``[B, H, S, D]``.
         chunk: Tokens, ``[B, H, any, D]``.
-        starts: Slot of every row's first token, ``[B]``.
+        left_padding: Slot of every row's first token, ``[B]``.
         slot: Slot of the chunk's first token.
 
     Returns:
@@ -29,7 +29,9 @@ def with_sinks(sinks: Tensor, chunk: Tensor, starts: Tensor, slot: int) -> Tenso
     """
     if not chunk.shape[2] or not sinks.shape[2]:
         return sinks
-    index = starts[:, None] + torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device) - slot  # [B, S]
+    index = (
+        left_padding[:, None] + torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device) - slot
+    )  # [B, S]
     inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
     index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
     return torch.where(inside, chunk.gather(2, index), sinks)
@@ -56,14 +58,19 @@ def shifts_of(trail: Tensor | None, grid: Grid, keys: BlockStore, first: int, la
 
 
 def moved_rows(
-    keys: BlockStore, codec: SideCodec, places: Tensor, grids: tuple[Grid, Grid], dtype: torch.dtype, backend: Backend
+    keys: BlockStore,
+    codec: SideCodec,
+    block_table: Tensor,
+    grids: tuple[Grid, Grid],
+    dtype: torch.dtype,
+    backend: Backend,
 ) -> BlockStore:
     """Code the keys once more of rows that begin elsewhere than was thought: so far they held nothing but padding.
 
     Args:
         keys: The keys' blocks.
         codec: Their codec.
-        places: Their places, ``[n, 3]``.
+        block_table: Where they lie, ``[n, 3]``.
         grids: Where the rows lay, and where they lie.
         dtype: The model's.
         backend: Who encodes, in whose layout the blocks are.
@@ -79,8 +86,8 @@ def moved_rows(
         return keys
     fields = keys.slice(0, keys.count)
     chosen = {name: each[:, rows] for name, each in fields.items()}
-    held = codec.decode(backend.to_portable(codec, chosen), places, old[rows])
-    again = backend.encode(codec, held.to(dtype), places, new[rows])
+    held = codec.decode(backend.to_portable(codec, chosen), block_table, old[rows])
+    again = backend.encode(codec, held.to(dtype), block_table, new[rows])
     return keys.mapped_fields({name: each.index_copy(1, rows, again[name]) for name, each in fields.items()})
 
 

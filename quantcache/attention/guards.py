@@ -85,7 +85,7 @@ def require_continuation(index: int | None, side: str, cached: Tensor, new: Tens
     )
 
 
-def require_finite(index: int | None, side: str, tokens: Tensor, start: int, starts: Tensor | None) -> None:
+def require_finite(index: int | None, side: str, tokens: Tensor, start: int, left_padding: Tensor | None) -> None:
     """Refuse to encode NaN and infinities, which codes cannot express; padding may hold anything.
 
     Args:
@@ -93,7 +93,7 @@ def require_finite(index: int | None, side: str, tokens: Tensor, start: int, sta
         side: ``"key"`` or ``"value"``.
         tokens: What is to be encoded, ``[B, H, T, D]``.
         start: Slot of its first token.
-        starts: Left padding of every row, ``[B]``, or None.
+        left_padding: Left padding of every row, ``[B]``, or None.
 
     Raises:
         TokensNotFinite: A token is not finite.
@@ -101,9 +101,9 @@ def require_finite(index: int | None, side: str, tokens: Tensor, start: int, sta
     if bool(torch.isfinite(tokens).all()):
         return
     bad = ~torch.isfinite(tokens).all(-1)  # [B, H, T]
-    if starts is not None:
+    if left_padding is not None:
         slots = torch.arange(start, start + tokens.shape[2], dtype=torch.int64, device=tokens.device)
-        bad &= (slots >= starts[:, None])[:, None]
+        bad &= (slots >= left_padding[:, None])[:, None]
     found = bad.nonzero()
     if len(found):
         row, head, slot = found[found[:, 2].argmin()].tolist()

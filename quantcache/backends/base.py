@@ -93,48 +93,48 @@ class Backend(ABC):
         """
 
     @without_autocast
-    def encode(self, codec: SideCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+    def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         """Encode n blocks of one side.
 
         Args:
             codec: The side's codec.
             x: ``[B, H, n * 64, D]``.
-            places: Where the blocks lie, ``[n, 3]`` (see ``SideCodec``).
-            starts: What is to be taken from a slot for its position, by row ``[B]``, or None; ``[B, n * 64]`` where
-                tokens of a row differ.
+            block_table: Where the blocks lie, ``[n, 3]`` (see ``SideCodec``).
+            left_padding: What is to be taken from a slot for its position, by row ``[B]``, or None;
+                ``[B, n * 64]`` where tokens of a row differ.
 
         Returns:
             The blocks in this backend's layout.
         """
-        mixed = starts is not None and starts.ndim == 2
+        mixed = left_padding is not None and left_padding.ndim == 2
         if not isinstance(codec, SpectralCodec) or mixed or self.lacks(codec, x.dtype) is not None:
-            return Backend._encode(self, codec, x, places, starts)
-        return self._encode(codec, x, places, starts)
+            return Backend._encode(self, codec, x, block_table, left_padding)
+        return self._encode(codec, x, block_table, left_padding)
 
     @without_autocast
-    def decode(self, codec: SideCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(self, codec: SideCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         """Decode n blocks of one side, for a long query.
 
         Args:
             codec: The side's codec.
             fields: The blocks in this backend's layout.
-            places: Where they lie, ``[n, 3]``.
-            starts: What is to be taken from a slot for its position, by row ``[B]``, or None.
+            block_table: Where they lie, ``[n, 3]``.
+            left_padding: What is to be taken from a slot for its position, by row ``[B]``, or None.
 
         Returns:
             ``[B, H, n * 64, D]`` float32, slots beyond a block's valid length included.
         """
         if not isinstance(codec, SpectralCodec) or "shifts" in fields or self.lacks(codec, torch.float32) is not None:
-            return Backend._decode(self, codec, fields, places, starts)
-        return self._decode(codec, fields, places, starts)
+            return Backend._decode(self, codec, fields, block_table, left_padding)
+        return self._decode(codec, fields, block_table, left_padding)
 
-    def _encode(self, codec: Any, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+    def _encode(self, codec: Any, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         """:meth:`encode` for a codec that the backend does not lack; plain torch unless a backend overrides this."""
-        return self.from_portable(codec, codec.encode(x, places, starts))
+        return self.from_portable(codec, codec.encode(x, block_table, left_padding))
 
-    def _decode(self, codec: Any, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+    def _decode(self, codec: Any, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         """:meth:`decode`, likewise."""
-        decoded: Tensor = codec.decode(self.to_portable(codec, fields), places, starts)
+        decoded: Tensor = codec.decode(self.to_portable(codec, fields), block_table, left_padding)
         return decoded.float()
 
     def to_portable(self, codec: SideCodec, fields: Fields) -> Fields:
@@ -180,7 +180,7 @@ def refused_by_kernels(query: Tensor, view: CacheView, call: AttentionCall) -> s
         return "the mask is not boolean, differs between heads or does not cover the cache"
     if view.shifted or view.origins is not None:
         return "positions do not count up from the end of the padding"
-    if shows_padding(mask, view.starts, view.length):
+    if shows_padding(mask, view.left_padding, view.length):
         return "a query attends to padding"
     return None
 

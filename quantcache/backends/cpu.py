@@ -42,14 +42,14 @@ class CpuBackend(Backend):
         if prepared is None:
             assert isinstance(view.key.codec, SpectralCodec)
             assert isinstance(view.value.codec, SpectralCodec)
-            blocks = cpu.Blocks(*view.packed(), view.places, view.starts, view.encoded_end)
+            blocks = cpu.Blocks(*view.packed(), view.block_table, view.left_padding, view.encoded_end)
             prepared = (constants(view.key.codec), constants(view.value.codec), blocks)
             view.prepared[self.name] = prepared
         key, value, blocks = prepared
         return cpu.attend(query, key, value, blocks, view.dense_parts(), call)
 
-    def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
-        codes, gains = cpu.encode(x, constants(codec), places, starts)
+    def _encode(self, codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
+        codes, gains = cpu.encode(x, constants(codec), block_table, left_padding)
         return {"codes": codes, "gains": gains}
 
 

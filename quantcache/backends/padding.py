@@ -63,17 +63,17 @@ class Grid(NamedTuple):
     """Where every row lies in the slots.
 
     Attributes:
-        starts: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0 throughout.
+        left_padding: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0 throughout.
         origins: Slot at which every row's positions count from zero, ``[B]``; None where that is its start.
     """
 
-    starts: Tensor | None = None
+    left_padding: Tensor | None = None
     origins: Tensor | None = None
 
     @property
     def frames(self) -> Tensor | None:
         """What is to be taken from a slot for its position, ``[B]``; None for zero."""
-        return self.starts if self.origins is None else self.origins
+        return self.left_padding if self.origins is None else self.origins
 
 
 def extended(
@@ -132,8 +132,8 @@ def plain(grid: Grid, rows: int, first: int, last: int, device: torch.device) ->
     """
     slots = torch.arange(first, last, dtype=torch.int64, device=device)
     shown = torch.ones(rows, last - first, dtype=torch.bool, device=device)
-    if grid.starts is not None:
-        shown = slots >= grid.starts[:, None]
+    if grid.left_padding is not None:
+        shown = slots >= grid.left_padding[:, None]
     return torch.stack((_frames(grid, rows, device).expand(rows, last - first), shown), dim=1).int()
 
 
@@ -174,53 +174,53 @@ def settled(trail: Tensor, grid: Grid, first: int) -> Grid:
     Returns:
         The grid from now on.
     """
-    if first and grid.starts is None:
+    if first and grid.left_padding is None:
         return grid
     shown, rows = trail[:, 1].bool(), trail.shape[0]
     behind, nearest = first + shown.shape[1], shown.int().argmax(-1)
     found = shown.any(-1)
-    starts = torch.where(found, first + nearest, behind)
+    left_padding = torch.where(found, first + nearest, behind)
     shifts = trail[:, 0].long().gather(1, nearest[:, None])[:, 0]
-    origins = torch.where(found, shifts, starts)
-    if grid.starts is not None:
-        still = grid.starts < first
-        starts = torch.where(still, grid.starts, starts)
+    origins = torch.where(found, shifts, left_padding)
+    if grid.left_padding is not None:
+        still = grid.left_padding < first
+        left_padding = torch.where(still, grid.left_padding, left_padding)
         origins = torch.where(still, _frames(grid, rows, trail.device)[:, 0], origins)
-    own = bool((origins != starts).any())
-    return Grid(starts if bool(starts.any()) else None, origins if own else None)
+    own = bool((origins != left_padding).any())
+    return Grid(left_padding if bool(left_padding.any()) else None, origins if own else None)
 
 
 _shown: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """What :func:`shows_padding` found for a mask: all layers of a pass share one."""
 
 _listed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The entries of starts, which need not be fetched from a GPU again and again."""
+"""The entries of left_padding, which need not be fetched from a GPU again and again."""
 
 
-def shows_padding(mask: Tensor | None, starts: Tensor | None, length: int) -> bool:
+def shows_padding(mask: Tensor | None, left_padding: Tensor | None, length: int) -> bool:
     """Whether some query may look before the first token of its row.
 
     Args:
         mask: ``[B or 1, 1, Tq or 1, >= T]`` bool; None lets every query look at all of the past.
-        starts: Slot of every row's first token, ``[B]``; None for slot 0.
+        left_padding: Slot of every row's first token, ``[B]``; None for slot 0.
         length: T.
 
     Returns:
         True if so.
     """
-    if starts is None:
+    if left_padding is None:
         return False
     if mask is None:
-        return bool((starts > 0).any())
-    pads = _listed.get(starts)
+        return bool((left_padding > 0).any())
+    pads = _listed.get(left_padding)
     if pads is None:
-        pads = _listed[starts] = tuple(starts.tolist())
+        pads = _listed[left_padding] = tuple(left_padding.tolist())
     key = (pads, length, None if mask.is_inference() else mask._version)
     known = _shown.get(mask)
     if known is not None and known[0] == key and key[2] is not None:
         return bool(known[1])
     most = min(max(pads), length)
-    before = torch.arange(most, dtype=torch.int64, device=mask.device) < starts[:, None, None, None]
+    before = torch.arange(most, dtype=torch.int64, device=mask.device) < left_padding[:, None, None, None]
     found = bool((mask[..., :most] & before).any())
     _shown[mask] = key, found
     return found

@@ -113,14 +113,14 @@ def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> N
     if not keys.shape[2]:
         return
     slots = view.sink_slots()
-    valid = None if view.starts is None else slots < view.encoded_end
+    valid = None if view.left_padding is None else slots < view.encoded_end
     raw = matmul(rows.query, keys.float().transpose(-1, -2))
     softmax.accumulate(matmul(softmax.add(rows.scores_at(raw, slots, valid)), values.float()))
-    if view.key.lead is None or view.value.lead is None or view.starts is None:
+    if view.key.lead is None or view.value.lead is None or view.left_padding is None:
         return
     slots = torch.arange(keys.shape[2], dtype=torch.int64, device=keys.device)[None]
     raw = matmul(rows.query, view.key.lead.float().transpose(-1, -2))
-    weights = softmax.add(rows.scores_at(raw, slots, slots < view.starts[:, None]))
+    weights = softmax.add(rows.scores_at(raw, slots, slots < view.left_padding[:, None]))
     softmax.accumulate(matmul(weights, view.value.lead.float()))
 
 
@@ -134,16 +134,16 @@ def _attend_tail(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> No
         softmax.accumulate(matmul(softmax.add(scores), values[:, :, first:last].float()))
 
 
-def _tile_scores(rows: QueryRows, view: CacheView, places: Tensor, raw: Tensor) -> Tensor:
+def _tile_scores(rows: QueryRows, view: CacheView, block_table: Tensor, raw: Tensor) -> Tensor:
     """Mask the scores against whole blocks, ``[B, H, R, n * 64]``."""
-    slots = block_slots(places)
+    slots = block_slots(block_table)
     valid = None
-    if view.starts is not None:
+    if view.left_padding is not None:
         assert view.key.sinks is not None
-        behind = slots - view.starts[:, None]
+        behind = slots - view.left_padding[:, None]
         valid = (behind < 0) | (behind >= view.key.sinks.shape[2])
     if view.cut:
-        inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK))[None]
+        inside = (slots < (block_table[:, 0] + block_table[:, 1]).repeat_interleave(BLOCK))[None]
         valid = inside if valid is None else valid & inside
     return rows.scores_at(raw, slots[None], valid)
 
@@ -154,11 +154,11 @@ def _attend_decoded(parts: list[tuple[QueryRows, OnlineSoftmax]], view: CacheVie
     assert view.value.codec is not None
     backend = view.backend or REFERENCE
     for first, last in view.tiles(TILE_BLOCKS):
-        places = view.places[first:last]
-        keys = backend.decode(view.key.codec, view.key.store.slice(first, last), places, view.frames)
-        values = backend.decode(view.value.codec, view.value.store.slice(first, last), places, view.frames)
+        block_table = view.block_table[first:last]
+        keys = backend.decode(view.key.codec, view.key.store.slice(first, last), block_table, view.frames)
+        values = backend.decode(view.value.codec, view.value.store.slice(first, last), block_table, view.frames)
         for rows, softmax in parts:
-            scores = _tile_scores(rows, view, places, matmul(rows.query, keys.transpose(-1, -2)))
+            scores = _tile_scores(rows, view, block_table, matmul(rows.query, keys.transpose(-1, -2)))
             softmax.accumulate(matmul(softmax.add(scores), values))
 
 
@@ -168,9 +168,9 @@ def _attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView) -> N
     assert isinstance(keys, SpectralCodec)
     assert isinstance(values, SpectralCodec)
     for first, last in view.tiles(TILE_BLOCKS):
-        places = view.places[first:last]
-        raw = code_scores(rows.query, keys, view.fields("key", first, last), places, view.frames)
-        weights = softmax.add(_tile_scores(rows, view, places, raw))
+        block_table = view.block_table[first:last]
+        raw = code_scores(rows.query, keys, view.fields("key", first, last), block_table, view.frames)
+        weights = softmax.add(_tile_scores(rows, view, block_table, raw))
         coefficients = values.dequantize(view.fields("value", first, last))  # [n, B, H, D, 64]
         per_block = weights.unflatten(-1, (last - first, BLOCK)).permute(3, 0, 1, 2, 4)  # [n, B, H, R, 64]
         softmax.accumulate(matmul(per_block, coefficients.transpose(-1, -2)).sum(0), "codes")
@@ -180,7 +180,7 @@ def _attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView) -> N
 
 
 def code_scores(
-    query: Tensor, codec: SpectralCodec, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None
+    query: Tensor, codec: SpectralCodec, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None
 ) -> Tensor:
     """Scores of queries against encoded keys, in the coded coordinates.
 
@@ -188,8 +188,8 @@ def code_scores(
         query: Scaled queries, ``[B, H, R, D]`` float32.
         codec: The keys' codec.
         fields: n encoded blocks.
-        places: Their places, ``[n, 3]``.
-        starts: Left padding of every row, ``[B]``, or None.
+        block_table: Where they lie, ``[n, 3]``.
+        left_padding: Left padding of every row, ``[B]``, or None.
 
     Returns:
         ``[B, H, R, n * 64]`` float32.
@@ -199,8 +199,8 @@ def code_scores(
     if frame.is_identity:
         framed = query[None]
     else:
-        anchors = places[:, 2:].long()
-        anchors = anchors if starts is None else anchors - starts
+        anchors = block_table[:, 2:].long()
+        anchors = anchors if left_padding is None else anchors - left_padding
         framed = frame.enter(query[None], anchors[:, :, None, None], anchors[:, :, None, None])  # [n, B, H, R, D]
     mean = codec.mean[:, :, None]  # [H, D, 1]
     slow_query = framed[..., :slow]
@@ -209,7 +209,9 @@ def code_scores(
     if frame.num_fast:
         keys = matmul(codec.decoder[:, slow:, slow:], coefficients[..., slow:, :]) + mean[:, slow:]  # [n, B, H, Df, 64]
         first, second = keys.unflatten(-2, (2, -1)).unbind(-3)
-        offsets = (places[:, :1] - places[:, 2:]) + torch.arange(BLOCK, dtype=torch.int64, device=query.device)
+        offsets = (block_table[:, :1] - block_table[:, 2:]) + torch.arange(
+            BLOCK, dtype=torch.int64, device=query.device
+        )
         angles = offsets.to(torch.float64)[:, None] * frame.frequencies[frame.slow_pairs :, None]  # [n, pairs, 64]
         cos, sin = angles.cos().float()[:, None, None], angles.sin().float()[:, None, None]
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-2)

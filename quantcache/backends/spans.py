@@ -51,7 +51,7 @@ def next_spans(previous: Span | None, lead: int, count: int) -> list[Span]:
     return spans
 
 
-def places_of(spans: list[Span], device: torch.device) -> Tensor:
+def block_table_of(spans: list[Span], device: torch.device) -> Tensor:
     """What kernels read of spans that :func:`next_spans` gave, or of a single one.
 
     The table is computed on the device: copying it there would make the CPU wait for all work that is under way.
@@ -65,11 +65,11 @@ def places_of(spans: list[Span], device: torch.device) -> Tensor:
     """
     first, alone = spans[0], sum(span.anchor == spans[0].anchor for span in spans[:2])
     index = torch.arange(len(spans), dtype=torch.int32, device=device)
-    places = torch.empty(len(spans), 3, dtype=torch.int32, device=device)
-    places[:, 0] = index * BLOCK + first.start
-    places[:, 1].fill_(first.length)
+    block_table = torch.empty(len(spans), 3, dtype=torch.int32, device=device)
+    block_table[:, 0] = index * BLOCK + first.start
+    block_table[:, 1].fill_(first.length)
     # Behind those that share the first anchor, an anchor serves two blocks.
     anchors = torch.div(index - alone, 2, rounding_mode="floor") * ANCHOR_LENGTH
-    places[:, 2] = anchors + (first.start + alone * BLOCK)
-    places[:alone, 2].fill_(first.anchor)
-    return places
+    block_table[:, 2] = anchors + (first.start + alone * BLOCK)
+    block_table[:alone, 2].fill_(first.anchor)
+    return block_table

@@ -74,8 +74,8 @@ class TritonBackend(Backend):
             query,
             view.packed(),
             list(dense),
-            view.places,
-            view.starts,
+            view.block_table,
+            view.left_padding,
             mask,
             call.sink_logits,
             keys.tensors,
@@ -90,20 +90,20 @@ class TritonBackend(Backend):
         )
         return output
 
-    def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
-        work = functools.partial(_encoding_trial, codec, x, places, starts)
+    def _encode(self, codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
+        work = functools.partial(_encoding_trial, codec, x, block_table, left_padding)
         dims = (codec.dim, codec.frame.num_fast, codec.frame.is_identity)
-        geometry = (codec.coding, *dims, x.dtype, starts is not None)
+        geometry = (codec.coding, *dims, x.dtype, left_padding is not None)
         if not _trusted("encode", x.device, geometry, work):
-            return codec.encode(x, places, starts)
-        return encode(codec, x, places, starts)
+            return codec.encode(x, block_table, left_padding)
+        return encode(codec, x, block_table, left_padding)
 
-    def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
-        work = functools.partial(_decoding_trial, codec, fields, places, starts)
-        geometry = (codec.coding, codec.dim, codec.frame.num_fast, codec.frame.is_identity, starts is None)
+    def _decode(self, codec: SpectralCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
+        work = functools.partial(_decoding_trial, codec, fields, block_table, left_padding)
+        geometry = (codec.coding, codec.dim, codec.frame.num_fast, codec.frame.is_identity, left_padding is None)
         if not _trusted("decode", fields["codes"].device, geometry, work):
-            return codec.decode(fields, places, starts)
-        return decode(codec, fields, places, starts)
+            return codec.decode(fields, block_table, left_padding)
+        return decode(codec, fields, block_table, left_padding)
 
     def _attends_rightly(self, query: Tensor, view: CacheView, call: AttentionCall) -> bool:
         keys, values = view.key.codec, view.value.codec
@@ -112,7 +112,7 @@ class TritonBackend(Backend):
         heads, count = query.shape[1] // keys.num_heads, query.shape[2]
         dims = (keys.dim, keys.frame.num_fast, values.dim, heads, count > 1, heads * count <= 8)
         codings = (keys.coding, values.coding)
-        given = (view.starts is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
+        given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
         work = functools.partial(_attention_trial, self, query, view, call)
         return _trusted("attend", query.device, (*dims, *codings, query.dtype, *given), work)
 
@@ -137,22 +137,24 @@ def prepared(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
     return found
 
 
-def encode(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+def encode(codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
     """Encode n blocks with the kernel; arguments as for :meth:`Backend.encode`."""
     from quantcache_kernels.triton.ops import encode_blocks
 
     tables = prepared(codec, x.dtype).encode
-    codes, gains = encode_blocks(x, places, starts, tables.tensors, tables.sizes)
+    codes, gains = encode_blocks(x, block_table, left_padding, tables.tensors, tables.sizes)
     return {"codes": codes, "gains": gains}
 
 
-def decode(codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+def decode(codec: SpectralCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
     """Decode n blocks with the kernel; arguments as for :meth:`Backend.decode`."""
     from quantcache_kernels.triton.ops import decode_blocks
 
     tables = prepared(codec, torch.float32).decode
     codes, gains = fields["codes"], fields["gains"]
-    decoded: Tensor = decode_blocks(codes, gains, places, starts, tables.tensors, tables.sizes, torch.float32)
+    decoded: Tensor = decode_blocks(
+        codes, gains, block_table, left_padding, tables.tensors, tables.sizes, torch.float32
+    )
     return decoded
 
 
@@ -190,16 +192,16 @@ def _attention_trial(backend: TritonBackend, query: Tensor, view: CacheView, cal
 
 
 @torch.no_grad()
-def _encoding_trial(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Trial:
+def _encoding_trial(codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Trial:
     """The kernel's error on some tokens beside plain torch's."""
-    some, where = x[:, :, : TRIAL_BLOCKS * BLOCK].nan_to_num(0.0, 0.0, 0.0), places[:TRIAL_BLOCKS]
-    decoded = codec.decode(codec.encode(some, where, starts), where, starts)
-    return lambda: codec.decode(encode(codec, some, where, starts), where, starts), some.float(), decoded
+    some, where = x[:, :, : TRIAL_BLOCKS * BLOCK].nan_to_num(0.0, 0.0, 0.0), block_table[:TRIAL_BLOCKS]
+    decoded = codec.decode(codec.encode(some, where, left_padding), where, left_padding)
+    return lambda: codec.decode(encode(codec, some, where, left_padding), where, left_padding), some.float(), decoded
 
 
 @torch.no_grad()
-def _decoding_trial(codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Trial:
+def _decoding_trial(codec: SpectralCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Trial:
     """The kernel's distance from the reference in float64 beside that of the reference in float32."""
-    some, where = {name: field[:TRIAL_BLOCKS] for name, field in fields.items()}, places[:TRIAL_BLOCKS]
-    exact = codec.decode(some, where, starts, torch.float64)
-    return lambda: decode(codec, some, where, starts), exact, codec.decode(some, where, starts)
+    some, where = {name: field[:TRIAL_BLOCKS] for name, field in fields.items()}, block_table[:TRIAL_BLOCKS]
+    exact = codec.decode(some, where, left_padding, torch.float64)
+    return lambda: decode(codec, some, where, left_padding), exact, codec.decode(some, where, left_padding)

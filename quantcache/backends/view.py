@@ -48,13 +48,13 @@ class Shared:
 
     Attributes:
         made_of: Attributes of the layer that it follows from.
-        places: See :class:`CacheView`, as for what follows.
+        block_table: See :class:`CacheView`, as for what follows.
         report: Where the backend says which calls it left to plain torch.
         prepared: What backends have made of the blocks and sinks.
     """
 
     made_of: Sequence[Any]
-    places: Tensor
+    block_table: Tensor
     report: BackendReport | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
 
@@ -68,12 +68,12 @@ class CacheView:
     Attributes:
         key: The keys.
         value: The values.
-        places: Places of the n encoded blocks, ``[n, 3]`` int32 (see ``SideCodec``).
+        block_table: Places of the n encoded blocks, ``[n, 3]`` int32 (see ``SideCodec``).
         encoded_end: Slot behind the last encoded token; 0 before the first block.
         cut: Whether some block is not full.
-        starts: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0. It hides nothing.
+        left_padding: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0. Hides nothing.
         origins: Slot at which every row's positions count from zero, ``[B]``; None where that is its start.
-        spans: ``places`` as Python knows them.
+        spans: ``block_table`` as Python knows them.
         backend: Who attends on the blocks, and in whose layout they are; None before the first block.
         report: Where the backend says which calls it left to plain torch.
         flush: To be called when the new tokens have been read: the layer may then encode.
@@ -83,10 +83,10 @@ class CacheView:
 
     key: SideView
     value: SideView
-    places: Tensor
+    block_table: Tensor
     encoded_end: int
     cut: bool
-    starts: Tensor | None
+    left_padding: Tensor | None
     origins: Tensor | None = None
     spans: Sequence[Span] = ()
     backend: Backend | None = None
@@ -102,7 +102,7 @@ class CacheView:
     @property
     def num_blocks(self) -> int:
         """Encoded blocks, n."""
-        return self.places.shape[0]
+        return self.block_table.shape[0]
 
     @property
     def length(self) -> int:
@@ -112,7 +112,7 @@ class CacheView:
     @property
     def frames(self) -> Tensor | None:
         """What is to be taken from a slot for its position, ``[B]``; None for zero."""
-        return Grid(self.starts, self.origins).frames
+        return Grid(self.left_padding, self.origins).frames
 
     @property
     def on_codes(self) -> bool:
@@ -164,16 +164,16 @@ class CacheView:
     def first_blocks(self, count: int) -> CacheView:
         """A view of the first blocks, the sinks and the tail, without padding: a small piece of the work at hand."""
         spans = self.spans[: min(count, self.num_blocks)]
-        starts = None if self.starts is None else torch.zeros_like(self.starts)
-        places, end = self.places[: len(spans)], spans[-1].end
+        left_padding = None if self.left_padding is None else torch.zeros_like(self.left_padding)
+        block_table, end = self.block_table[: len(spans)], spans[-1].end
         fresh: dict[str, Any] = {"flush": None, "prepared": {}, "touched": set()}
-        return replace(self, places=places, spans=spans, encoded_end=end, starts=starts, **fresh)
+        return replace(self, block_table=block_table, spans=spans, encoded_end=end, left_padding=left_padding, **fresh)
 
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""
         assert self.key.sinks is not None
         offsets = torch.arange(self.key.sinks.shape[2], dtype=torch.int64, device=self.key.sinks.device)
-        return offsets[None] if self.starts is None else self.starts[:, None] + offsets
+        return offsets[None] if self.left_padding is None else self.left_padding[:, None] + offsets
 
     def tiles(self, blocks_per_tile: int) -> list[tuple[int, int]]:
         """Ranges of blocks to work on at once.
@@ -205,14 +205,14 @@ class CacheView:
         batch, heads, _, dim = side.tail.shape
         out = side.tail.new_zeros(batch, heads, self.length, dim)
         for first, last in self.tiles(16):
-            places = self.places[first:last]
-            decoded = side.codec.decode(self.fields(name, first, last), places, self.frames)
+            block_table = self.block_table[first:last]
+            decoded = side.codec.decode(self.fields(name, first, last), block_table, self.frames)
             if out.dtype == torch.float16:  # a token near float16's limit may decode to beyond it
                 decoded = decoded.clamp(-FLOAT16_MAX, FLOAT16_MAX)
             decoded = decoded.to(out.dtype)
-            slots = block_slots(places)
+            slots = block_slots(block_table)
             if self.cut:
-                inside = (slots < (places[:, 0] + places[:, 1]).repeat_interleave(BLOCK)).nonzero().flatten()
+                inside = (slots < (block_table[:, 0] + block_table[:, 1]).repeat_interleave(BLOCK)).nonzero().flatten()
                 slots, decoded = slots[inside], decoded[:, :, inside]
             out.index_copy_(2, slots, decoded)
         if side.lead is not None:
@@ -222,7 +222,7 @@ class CacheView:
         return out
 
     def _place_sinks(self, out: Tensor, sinks: Tensor) -> None:
-        if self.starts is None:
+        if self.left_padding is None:
             out[:, :, : sinks.shape[2]] = sinks
             return
         slots = self.sink_slots()

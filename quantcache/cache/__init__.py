@@ -4,6 +4,8 @@ from quantcache.cache.enabling import disable as disable
 from quantcache.cache.enabling import enable as enable
 from quantcache.cache.enabling import enabled as enabled
 from quantcache.cache.layer import SpectralLayer as SpectralLayer
+from quantcache.cache.prefixes import PrefixStatistics as PrefixStatistics
+from quantcache.cache.prefixes import PrefixStore as PrefixStore
 from quantcache.cache.spectral_cache import BlockCache as BlockCache
 from quantcache.cache.spectral_cache import SpectralCache as SpectralCache
 from quantcache.common.defaults import RESIDUAL_LENGTH as RESIDUAL_LENGTH

@@ -30,7 +30,7 @@ from quantcache.backends import (
     padding,
 )
 from quantcache.backends.padding import Grid
-from quantcache.backends.spans import Span, places_of
+from quantcache.backends.spans import Span, block_table_of
 from quantcache.backends.store import BlockStore, moved
 from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
@@ -44,8 +44,8 @@ from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
 
 _of_one_moment = itemgetter(
-    *("tails", "shared"),
-    *("codecs", "spans", "stores", "sinks", "leads", "starts", "origins", "cut", "layout", "places", "backend"),
+    *("tails", "shared", "codecs", "spans", "stores", "sinks", "leads"),
+    *("left_padding", "origins", "cut", "layout", "block_table", "backend"),
 )
 """Of a layer's attributes those that views are made of, whatever other threads do."""
 
@@ -72,12 +72,12 @@ class BlockLayer(DynamicLayer):
 
     spans: list[Span]
     stores: dict[str, BlockStore]
-    places: BlockStore  # the spans once more, as a tensor for attention to read
+    block_table: BlockStore  # the spans once more, as a tensor for attention to read
     sinks: dict[str, Tensor]
     tails: dict[str, Tensor]
     buffer: TailBuffer | None  # what the tails are views of, if they are
     leads: dict[str, Tensor]  # what lies before the first block, where that is not the sinks
-    starts: Tensor | None
+    left_padding: Tensor | None
     origins: Tensor | None
     trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
     cut: bool  # whether a crop has left some block less than full
@@ -116,12 +116,12 @@ class BlockLayer(DynamicLayer):
         self._commit(
             spans=[],
             stores={side: BlockStore() for side in SIDES},
-            places=BlockStore(),
+            block_table=BlockStore(),
             sinks={},
             tails={},
             leads={},
             gains={},
-            starts=None,
+            left_padding=None,
             origins=None,
             trail=None,
             cut=False,
@@ -193,18 +193,18 @@ class BlockLayer(DynamicLayer):
                 self._relay(self._served()[0])
             tails, _, *lasting = _of_one_moment(vars(self))
             self.shared = shared = self._shared(lasting)
-        codecs, spans, stores, sinks, leads, starts, origins, cut, layout, _, _ = lasting
+        codecs, spans, stores, sinks, leads, left_padding, origins, cut, layout, _, _ = lasting
         key, value = (SideView(codecs.get(s), stores[s], sinks.get(s), tails[s], leads.get(s)) for s in SIDES)
         end, backend = (spans[-1].end, layout) if spans else (0, None)
-        where = (shared.places, end, cut, starts, origins, spans)
+        where = (shared.block_table, end, cut, left_padding, origins, spans)
         return CacheView(key, value, *where, backend, shared.report, self.flush, shared.prepared)
 
     def _shared(self, lasting: list[Any]) -> Shared:
         """What views have in common until blocks change."""
-        codecs, spans, *_, places, _ = lasting
+        codecs, spans, *_, block_table, _ = lasting
         if not spans:
             return Shared(lasting, torch.zeros(0, 3, dtype=torch.int32, device=self.device))
-        return Shared(lasting, places.buffers["places"][: places.count], self._served(codecs)[1])
+        return Shared(lasting, block_table.buffers["block_table"][: block_table.count], self._served(codecs)[1])
 
     # ------------------------------------------------------------------ backend
 
@@ -244,7 +244,7 @@ class BlockLayer(DynamicLayer):
     @property
     def grid(self) -> Grid:
         """Where the rows lie in the slots."""
-        return Grid(self.starts, self.origins)
+        return Grid(self.left_padding, self.origins)
 
     def flush(self) -> None:
         """Encode what is due; nothing here."""
@@ -273,7 +273,7 @@ class BlockLayer(DynamicLayer):
         self.flush_if_finite()
         length = self.get_seq_length()
         keep = length - compat.tokens_to_remove(tokens_to_remove, length)
-        state: dict[str, Any] = {} if keep else {"starts": None, "origins": None, "trail": None, "pending": False}
+        state: dict[str, Any] = {} if keep else {"left_padding": None, "origins": None, "trail": None, "pending": False}
         if keep and self.trail is not None:
             state["trail"] = self.trail[:, :, : max(0, keep - self.encoded_end)].clone()
         if keep >= self.encoded_end:
@@ -283,16 +283,16 @@ class BlockLayer(DynamicLayer):
             state["tails"] = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
             if keep and self.trail is not None:
                 state["trail"] = padding.plain(self.grid, self.trail.shape[0], 0, keep, self.trail.device)
-            state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "places": BlockStore()}
-            state |= {"starts": None, "origins": None}
+            state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "block_table": BlockStore()}
+            state |= {"left_padding": None, "origins": None}
             state["stores"] = {side: BlockStore() for side in SIDES}
         else:
             spans = [span for span in self.spans if span.start < keep]
             last = spans[-1]
             spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = places_of(spans[-1:], self.device)
+            cut = block_table_of(spans[-1:], self.device)
             state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
-            state["places"] = self.places.truncated(len(spans) - 1).copy().appended({"places": cut})
+            state["block_table"] = self.block_table.truncated(len(spans) - 1).copy().appended({"block_table": cut})
             state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
             state["tails"] = {side: tail[:, :, :0].clone() for side, tail in self.tails.items()}
         self._commit(**state)
@@ -307,7 +307,7 @@ class BlockLayer(DynamicLayer):
             tails={side: function(tail, 0) for side, tail in self.tails.items()},
             sinks={side: function(sinks, 0) for side, sinks in self.sinks.items()},
             leads={side: function(lead, 0) for side, lead in self.leads.items()},
-            starts=None if self.starts is None else function(self.starts, 0),
+            left_padding=None if self.left_padding is None else function(self.left_padding, 0),
             origins=None if self.origins is None else function(self.origins, 0),
             trail=None if self.trail is None else function(self.trail, 0),
         )
@@ -352,8 +352,8 @@ class BlockLayer(DynamicLayer):
         self.flush_if_finite()
         self._relay(REFERENCE)
         self._commit(
-            places=self.places.moved(device),
-            starts=None if self.starts is None else moved(self.starts, device),
+            block_table=self.block_table.moved(device),
+            left_padding=None if self.left_padding is None else moved(self.left_padding, device),
             origins=None if self.origins is None else moved(self.origins, device),
             trail=None if self.trail is None else moved(self.trail, device),
             leads={side: moved(lead, device) for side, lead in self.leads.items()},
@@ -381,7 +381,7 @@ class BlockLayer(DynamicLayer):
         self.flush_if_finite()
         new = glimpse(self)
         new.stores = {side: store.fork() for side, store in new.stores.items()}
-        new.places = new.places.fork()
+        new.block_table = new.block_table.fork()
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -390,11 +390,11 @@ class BlockLayer(DynamicLayer):
         new = glimpse(self)
         memo[id(self)] = new
         new.stores = {side: store.copy() for side, store in new.stores.items()}
-        new.places = new.places.copy()
+        new.block_table = new.block_table.copy()
         new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
         new.tails, new.buffer = {side: tensor.clone() for side, tensor in new.tails.items()}, None
         new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
-        new.starts = None if new.starts is None else new.starts.clone()
+        new.left_padding = None if new.left_padding is None else new.left_padding.clone()
         new.origins = None if new.origins is None else new.origins.clone()
         new.trail = None if new.trail is None else new.trail.clone()
         return new

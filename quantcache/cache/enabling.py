@@ -13,12 +13,14 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention.function import ATTENTION_NAME
 from quantcache.attention.probe import attends
+from quantcache.cache.prefixes import PrefixStore
+from quantcache.cache.requests import Listener, Reuse
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import NothingToCompress
@@ -35,10 +37,12 @@ class _Setting:
 
     Attributes:
         make: Gives an empty cache; None where the model's own is left to it.
+        reuse: Where the caches of earlier calls are, if they are kept.
         thread: The thread that entered the context; None for ``enable``, which is everybody's.
     """
 
-    make: Callable[[], Cache] | None
+    make: Callable[[], SpectralCache] | None
+    reuse: Reuse | None = None
     thread: int | None = field(default_factory=threading.get_ident)
 
 
@@ -60,12 +64,37 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate."""
         setting = self.current()
-        if setting is not None and setting.make is not None and self.wants_cache(args, kwargs):
-            cache = setting.make()
-            if self.drafts(args, kwargs):
-                cache.activate_past_recording()  # as transformers does: rejected tokens must go, from windows too
-            kwargs = {**kwargs, "past_key_values": cache}
-        return self.original(*args, **kwargs)
+        if setting is None or setting.make is None or not self.wants_cache(args, kwargs):
+            return self.original(*args, **kwargs)
+        if setting.reuse is not None:
+            prompt = setting.reuse.prompt(self.asked(args, kwargs))
+            if prompt is not None:
+                return self.go_on(prompt, setting.reuse, setting.make, args, kwargs)
+        cache = setting.make()
+        if self.drafts(args, kwargs):
+            cache.activate_past_recording()  # as transformers does: rejected tokens must go, from windows too
+        return self.original(*args, **{**kwargs, "past_key_values": cache})
+
+    def go_on(
+        self,
+        prompt: list[int],
+        reuse: Reuse,
+        make: Callable[[], SpectralCache],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Generate from the cache of an earlier call that began alike, and keep what this one leaves."""
+        cache, tokens = reuse.begin(prompt), list(prompt)
+        if cache is None:
+            cache = make()
+        if kwargs.get("streamer") is not None:
+            kwargs = {**kwargs, "streamer": Listener(kwargs["streamer"], tokens)}
+        try:
+            output = self.original(*args, **{**kwargs, "past_key_values": cache})
+            tokens = getattr(output, "sequences", output)[0].tolist()
+            return output
+        finally:
+            reuse.keep(tokens, cache)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied model generates as if nothing had been enabled on it."""
@@ -107,6 +136,7 @@ def enable(
     calibration: Calibration | str | Path | None = None,
     *,
     attention: bool = True,
+    prefixes: PrefixStore | None = None,
     **options: Any,
 ) -> None:
     """Let every ``generate()`` of a model use a fresh SpectralCache, until :func:`disable`.
@@ -120,13 +150,14 @@ def enable(
         model: Model to change, in place.
         calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
+        prefixes: Where caches of earlier calls are kept: a call that begins like one of them reads only the rest.
         options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
 
     Raises:
         CalibrationMismatch: The calibration is for another geometry.
-        UnsupportedModel: The model is an encoder-decoder.
+        UnsupportedModel: The model is an encoder-decoder, or its prefixes cannot be kept.
     """
-    setting = _Setting(_cache_maker(model, calibration, options, 3), thread=None)
+    setting = _setting(model, calibration, options, prefixes, 4, thread=None)
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [setting, *(each for each in hook.settings if each.thread is not None)]
@@ -144,12 +175,27 @@ def disable(model: PreTrainedModel) -> None:
             _remove(hook, [each for each in hook.settings if each.thread is None])
 
 
+def is_enabled(model: PreTrainedModel) -> bool:
+    """Whether calls of ``generate()`` in this thread get a compressed cache.
+
+    Args:
+        model: The model.
+
+    Returns:
+        True if so.
+    """
+    hook = _find(model)
+    setting = None if hook is None else hook.current()
+    return setting is not None and setting.make is not None
+
+
 @contextlib.contextmanager
 def enabled(
     model: PreTrainedModel,
     calibration: Calibration | str | Path | None = None,
     *,
     attention: bool = True,
+    prefixes: PrefixStore | None = None,
     **options: Any,
 ) -> Iterator[PreTrainedModel]:
     """Let every ``generate()`` of a model use a fresh SpectralCache, inside the context.
@@ -161,6 +207,7 @@ def enabled(
         model: Model to change, in place, until the context ends.
         calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
+        prefixes: Where caches of earlier calls are kept: a call that begins like one of them reads only the rest.
         options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
 
     Yields:
@@ -168,9 +215,9 @@ def enabled(
 
     Raises:
         CalibrationMismatch: The calibration is for another geometry.
-        UnsupportedModel: The model is an encoder-decoder.
+        UnsupportedModel: The model is an encoder-decoder, or its prefixes cannot be kept.
     """
-    setting = _Setting(_cache_maker(model, calibration, options, 4))  # contextlib is between
+    setting = _setting(model, calibration, options, prefixes, 5)  # contextlib is between
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [*hook.settings, setting]
@@ -181,23 +228,38 @@ def enabled(
             _remove(hook, [setting])
 
 
-def _cache_maker(
-    model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any], frames: int
-) -> Callable[[], Cache] | None:
-    """Makes empty caches that share one allocation; bad options are refused here, not in the first request.
+def _setting(
+    model: PreTrainedModel,
+    calibration: Calibration | str | Path | None,
+    options: dict[str, Any],
+    prefixes: PrefixStore | None,
+    frames: int,
+    **thread: Any,
+) -> _Setting:
+    """A setting whose caches share one allocation; bad options are refused here, not in the first request.
 
     A warning points at the caller, so many frames up.
     """
+    empty = _empty_cache(model, calibration, options, frames)
+    if empty is None:
+        return _Setting(None, **thread)
+    return _Setting(empty.fork, None if prefixes is None else Reuse(prefixes, empty, model), **thread)
+
+
+def _empty_cache(
+    model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any], frames: int
+) -> SpectralCache | None:
+    """A cache as every call gets it; None if there is nothing to compress."""
     try:
         cache_layout.compressible_layers(model.config)
     except NothingToCompress as reason:
         warnings.warn(f"nothing is enabled: {reason}", stacklevel=frames)
         return None
     if calibration is None:
-        return SpectralCache.self_calibrating(model, **options).fork
+        return SpectralCache.self_calibrating(model, **options)
     if isinstance(calibration, Calibration):
-        return SpectralCache(calibration, model=model, **options).fork
-    return SpectralCache.from_pretrained(calibration, model=model, **options).fork
+        return SpectralCache(calibration, model=model, **options)
+    return SpectralCache.from_pretrained(calibration, model=model, **options)
 
 
 def _find(model: PreTrainedModel) -> _Generate | None:

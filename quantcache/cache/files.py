@@ -40,9 +40,12 @@ from quantcache.common.tensor_file import TensorFile, checksum
 from quantcache.common.writing import current_umask, partial_folder
 
 FORMAT = "quantcache-cache"
-SCHEMA_VERSION = "2.1"
+SCHEMA_VERSION = "2.2"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
+
+TOKENS = "tokens"
+"""The tensor that names a prefix's tokens, in the files of a PrefixStore."""
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -56,6 +59,7 @@ def write_cache(
     calibration: Calibration,
     model: PreTrainedModel | None,
     unchanged: Callable[[], bool] = lambda: True,
+    prefix: tuple[Tensor, str] | None = None,
 ) -> None:
     """Write a cache, complete or not at all.
 
@@ -65,6 +69,7 @@ def write_cache(
         calibration: Calibration the cache was filled with.
         model: The model that filled it.
         unchanged: Says, once all is written, whether the cache still holds what was read.
+        prefix: The token ids that the cache holds, ``[T]`` int64, and what identifies model and calibration together.
 
     Raises:
         QuantCacheError: The cache holds something that cannot be written, a forward pass was interrupted, or another
@@ -75,7 +80,7 @@ def write_cache(
         raise QuantCacheError(
             f"some layers hold {min(lengths)} tokens and others {max(lengths)}: call rollback() or reset() first"
         )
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {} if prefix is None else {TOKENS: prefix[0]}
     layers = []
     for index, layer in enumerate(cache.layers):
         entry: dict[str, Any] = {"kind": type(layer).__name__}
@@ -105,6 +110,8 @@ def write_cache(
         "sha256": checksum(tensors),
         "environment": compat.versions(),
     }
+    if prefix is not None:
+        description["identity"] = prefix[1]
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial_folder(path.parent) as folder:
         temporary = folder / path.name
@@ -122,10 +129,10 @@ def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")
     prefix = f"layers.{index}"
-    told = {"starts": layer.starts, "origins": layer.origins, "trail": layer.trail}
+    told = {"starts": layer.left_padding, "origins": layer.origins, "trail": layer.trail}
     found = {f"{prefix}.{name}": tensor for name, tensor in told.items() if tensor is not None}
     if layer.spans:
-        found[f"{prefix}.places"] = layer.places.buffers["places"][: layer.places.count]
+        found[f"{prefix}.places"] = layer.block_table.buffers["block_table"][: layer.block_table.count]
     for side in SIDES:
         found[f"{prefix}.{side}.tail"] = layer.tails[side]
         if layer.spans:
@@ -143,7 +150,7 @@ def _describe(layer: SpectralLayer) -> dict[str, Any]:
         "blocks": len(layer.spans),
         "tail": layer.tails["key"].shape[2],
         "dtypes": [str(layer.tails[side].dtype) for side in SIDES],
-        "padded": layer.starts is not None,
+        "padded": layer.left_padding is not None,
         "displaced": layer.origins is not None,
         "shifted": "shifts" in layer.stores["key"].buffers,
         "trail": layer.trail is not None,
@@ -180,6 +187,26 @@ def read_description(path: Path) -> dict[str, Any]:
         if type(description.get(name)) is not int or not 0 <= description[name] < 1 << 30:
             raise ArtifactError(f"{path}: {name} must be a number of tokens, got {description.get(name)!r}")
     return description
+
+
+def read_prefix(path: Path) -> tuple[str, Tensor]:
+    """What a file of a PrefixStore holds; the checksum is for :func:`read_cache` to compare.
+
+    Args:
+        path: A file with the tokens of its prefix.
+
+    Returns:
+        What identifies model and calibration, and the token ids, ``[T]``.
+
+    Raises:
+        ArtifactError: The file cannot be read, or does not name its tokens.
+    """
+    identity = read_description(path).get("identity")
+    with TensorFile(path) as file:
+        names = file.keys()
+        if not isinstance(identity, str) or TOKENS not in names or len(file.shape(TOKENS)) != 1:
+            raise ArtifactError(f"{path} does not say which tokens it holds")
+        return identity, TensorReader(file, path).read(TOKENS, file.shape(TOKENS), torch.int64)
 
 
 def calibration_at(description: dict[str, Any], calibration: Calibration, path: Path) -> Calibration:
@@ -247,6 +274,8 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
         reader = TensorReader(file, path, finite=False)  # a model's tokens may hold anything
         for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
             _read_layer(reader, layer, entry, index, calibration)
+        if TOKENS in reader.unread:
+            reader.read(TOKENS, (cache.get_seq_length(),), torch.int64)
         if reader.unread:
             raise ArtifactError(f"{path} has unknown tensors {', '.join(sorted(reader.unread)[:5])}")
         found = checksum(reader.found)
@@ -302,9 +331,10 @@ def _read_spectral(
     codecs = layer.make_codecs(torch.device("cpu"), empty, Grid())
     state: dict[str, Any] = {"tails": {}, "sinks": {}, "leads": {}}
     padded = entry.get("padded") is True
-    for name, there in (("starts", padded), ("origins", entry.get("displaced") is True)):
-        state[name] = reader.read(f"{prefix}.{name}", (rows,), torch.int64) if there else None
-    if padded and bool(((state["starts"] < 0) | (state["starts"] > entry["tokens"])).any()):
+    state["left_padding"] = reader.read(f"{prefix}.starts", (rows,), torch.int64) if padded else None
+    displaced = entry.get("displaced") is True
+    state["origins"] = reader.read(f"{prefix}.origins", (rows,), torch.int64) if displaced else None
+    if padded and bool(((state["left_padding"] < 0) | (state["left_padding"] > entry["tokens"])).any()):
         raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
     state["trail"] = None
     if entry.get("trail") is True:
@@ -330,9 +360,9 @@ def _read_spectral(
             )
     spans: list[Span] = []
     if blocks:
-        places = reader.read(f"{prefix}.places", (blocks, 3), torch.int32)
-        spans = _read_spans(reader, places, layer.sink_length)
-        state["places"] = BlockStore(blocks, {"places": places})
+        block_table = reader.read(f"{prefix}.places", (blocks, 3), torch.int32)
+        spans = _read_spans(reader, block_table, layer.sink_length)
+        state["block_table"] = BlockStore(blocks, {"block_table": block_table})
     layer.lazy_initialization(*(state["tails"][side] for side in SIDES))
     cut = any(span.length < BLOCK for span in spans)
     vars(layer).update(state, spans=spans, stores=stores, codecs=codecs if blocks else {}, cut=cut)
@@ -355,9 +385,9 @@ def _field_shapes(
     return {"dense": ((blocks, rows, heads, BLOCK, dim), dtype)}
 
 
-def _read_spans(reader: TensorReader, places: Tensor, sink_length: int) -> list[Span]:
-    """The spans of a table of places, if they follow each other as a layer's do."""
-    spans = [Span(*place) for place in places.tolist()]
+def _read_spans(reader: TensorReader, block_table: Tensor, sink_length: int) -> list[Span]:
+    """The spans of a block table, if they follow each other as a layer's do."""
+    spans = [Span(*place) for place in block_table.tolist()]
     previous = Span(sink_length, 0, sink_length)
     for first, second in pairwise([previous, *spans]):
         fits = second.start == first.end and 1 <= second.length <= BLOCK

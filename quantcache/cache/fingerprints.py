@@ -6,6 +6,8 @@ import hashlib
 import json
 from dataclasses import asdict
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache.artifact.calibration import Calibration
@@ -53,13 +55,22 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         QuantCacheError: Some weights are not in memory.
     """
     digest = hashlib.sha256()
+    samples = []
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise QuantCacheError(
                 f"{name} is offloaded, so the model cannot be identified by its weights: leave model out"
             )
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float()
+        samples.append(flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float())
+    devices = {sample.device for sample in samples}
+    fetched = {device: iter(_fetched([each for each in samples if each.device == device])) for device in devices}
+    for (name, parameter), sample in zip(model.named_parameters(), samples, strict=True):
         digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(content_bytes(sample))
+        digest.update(content_bytes(next(fetched[sample.device])))
     return digest.hexdigest()
+
+
+def _fetched(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors of one device in CPU memory, with one copy: to ask for each would wait for the device each time."""
+    return torch.cat(tensors).cpu().split([len(tensor) for tensor in tensors])

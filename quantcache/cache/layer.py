@@ -11,7 +11,7 @@ from quantcache.attention import alignment, guards
 from quantcache.attention.lazy import LazyKV
 from quantcache.backends import padding
 from quantcache.backends.padding import Arrivals, Grid
-from quantcache.backends.spans import next_spans, places_of
+from quantcache.backends.spans import block_table_of, next_spans
 from quantcache.cache.blocks import BlockLayer
 from quantcache.cache.tails import appended
 from quantcache.coding.codec import SpectralCodec
@@ -145,62 +145,68 @@ class SpectralLayer(BlockLayer):
         backend = self._served(codecs)[0]
         self._relay(backend)
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
-        grid = grid if framed else Grid(grid.starts)
+        grid = grid if framed else Grid(grid.left_padding)
         shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
         spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
-        places = places_of(spans, self.device)
+        block_table = block_table_of(spans, self.device)
         coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
         look = self.look if self.look is not None and due == 1 else guards.Look(coded)
         if not look.finite():
             self._commit(refused=True)
             for side, tokens in coded.items():
-                guards.require_finite(self.index, side, tokens, spans[0].start, grid.starts)
+                guards.require_finite(self.index, side, tokens, spans[0].start, grid.left_padding)
         tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
         gains: dict[str, guards.Later] = {}
         for side in SIDES:
             tail, store = self.tails[side], self.stores[side]
             encoded = tail[:, :, lead:count]
             sinks[side] = self.sinks[side] if self.spans else tail[:, :, :lead].clone()
-            if grid.starts is not None:
+            if grid.left_padding is not None:
                 if not self.spans:
                     # Padding may hold anything; of NaN no more is kept than codes would.
                     leads[side] = sinks[side] if codecs[side].bits is None else sinks[side].nan_to_num()
-                    sinks[side] = alignment.with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.starts, 0)
-                sinks[side] = alignment.with_sinks(sinks[side], encoded, grid.starts, spans[0].start)
+                    sinks[side] = alignment.with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.left_padding, 0)
+                sinks[side] = alignment.with_sinks(sinks[side], encoded, grid.left_padding, spans[0].start)
             frames = grid.frames
             if framed and side == "key":
-                held, grids = self.places.slice(0, self.places.count).get("places", places), (self.grid, grid)
+                held = self.block_table.slice(0, self.block_table.count).get("block_table", block_table)
+                grids = (self.grid, grid)
                 store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, backend)
                 if shifts is not None:
                     store, frames = alignment.with_shifts(store, grid, tail.shape[0], tail.device), shifts
-            fields = backend.encode(codecs[side], encoded, places, frames)
+            fields = backend.encode(codecs[side], encoded, block_table, frames)
             if frames is not None and frames.ndim == 2:
                 fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
             if isinstance(codec := codecs[side], SpectralCodec):
                 stored = backend.to_portable(codec, fields)["gains"]
-                gains[side] = guards.Later(codec.saturated(stored, places, self.first_read(grid)))
+                gains[side] = guards.Later(codec.saturated(stored, block_table, self.first_read(grid)))
             stores[side] = store.appended(fields)
             tails[side] = tail[:, :, count:].clone()
         # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
         guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
         self._commit(
-            starts=grid.starts,
+            left_padding=grid.left_padding,
             origins=grid.origins,
             trail=None if self.trail is None else self.trail[:, :, count:].clone(),
             leads=leads,
             codecs=codecs,
             spans=self.spans + spans,
             stores=stores,
-            places=self.places.appended({"places": places}),
+            block_table=self.block_table.appended({"block_table": block_table}),
             sinks=sinks,
             tails=tails,
             gains=gains if guards.Later.pays(self.device) else {},
             pending=False,
         )
 
+    @property
+    def starts(self) -> Tensor | None:
+        """``left_padding`` by its former name."""
+        return self.left_padding
+
     def first_read(self, grid: Grid) -> Tensor | None:
         """First slot of every row whose gain counts, ``[B]``: sinks are read elsewhere, padding hardly at all."""
-        return None if grid.starts is None else grid.starts + self.sink_length
+        return None if grid.left_padding is None else grid.left_padding + self.sink_length
 
     def saturated_gains(self) -> tuple[int, int]:
         """How many tokens' gains lie beyond the largest and below the smallest that can be stored, heads counted apart.
@@ -211,7 +217,7 @@ class SpectralLayer(BlockLayer):
         above = below = 0
         for side, codec in self.codecs.items():
             if isinstance(codec, SpectralCodec) and self.spans:
-                where = self.places.slice(0, self.places.count)["places"]
+                where = self.block_table.slice(0, self.block_table.count)["block_table"]
                 found = codec.saturated(self.fields(side)["gains"], where, self.first_read(self.grid)).tolist()
                 above, below = above + found[0], below + found[1]
         return above, below

@@ -45,10 +45,10 @@ def self_calibrating_cache(
                     f"a self-calibrating cache cannot follow its model to {device}: reset() it, or calibrate"
                 )
             for side, tail in tails.items():
-                guards.require_finite(index, side, tail, 0, grid.starts)
+                guards.require_finite(index, side, tail, 0, grid.left_padding)
             statistics = LayerStatistics(index, ropes[index], tails["key"], tails["value"], settings)
             for row in range(tails["key"].shape[0]):
-                first = 0 if grid.starts is None else int(grid.starts[row])
+                first = 0 if grid.left_padding is None else int(grid.left_padding[row])
                 origin = 0 if grid.frames is None else int(grid.frames[row])
                 if tails["key"].shape[2] - first > SINK_LENGTH:
                     for side, tail in tails.items():

@@ -37,6 +37,7 @@ from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import split_text
 
 Metric = Literal["fisher", "query", "identity"]
 
@@ -195,7 +196,7 @@ def _sequences(
         joined = "\n\n".join(texts)
         digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
         tokens = tokenize(joined, tokenizer, max_tokens)
-        batches += list(tokens[:max_tokens].unsqueeze(0).split(length, dim=1))
+        batches += split_text(model.config, tokens[:max_tokens], length)
         passages = sketch(str(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True)))
     kept: list[Tensor] = []
     room = max_tokens

@@ -1,7 +1,7 @@
 """The command line: one file per verb.
 
 Every verb takes ``--json``: exactly one JSON object on stdout, and everything else on stderr. Bad input ends in one
-line on stderr and a non-zero exit status.
+line on stderr and a non-zero exit status. Only ``lm-eval`` hands all its arguments on to another program.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from quantcache.cli.export import export
 from quantcache.cli.formats import formats
 from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
+from quantcache.cli.lm_eval import PASS_ON, lm_eval
 from quantcache.cli.recommend import recommend
+from quantcache.cli.serve import serve
 from quantcache.cli.terminal import StdoutFailed, prepare_streams, report_error, writing_stdout
 from quantcache.common.interrupts import INTERRUPTED, interruptible
 
@@ -35,7 +37,9 @@ app.command("calibrate")(calibrate)
 app.command("inspect")(inspect)
 app.command("analyze")(analyze)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("eval")(evaluate)
+app.command("lm-eval", context_settings=PASS_ON, add_help_option=False)(lm_eval)
 app.command("export")(export)
 app.command("formats")(formats)
 app.command("recommend")(recommend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from quantcache.evaluation.cells import Cells
     from quantcache.evaluation.needle import NeedleFormat
+    from quantcache.evaluation.plan import Sizes
 
 METHODS = "dense,spectral-2,spectral-3,spectral-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4"
 CONTEXT = 2048
@@ -52,7 +54,11 @@ def evaluate(
         str | None, typer.Option("--calibration", "-c", metavar="ARTIFACT", help="For the spectral methods.")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="Comma-separated: fidelity, needle, routing, transfer, qa, memory, speed, or all.")
+        str,
+        typer.Option(
+            help="Comma-separated: fidelity, divergence, needle, records, lookup, tools, routing, transfer, qa, "
+            "memory, speed, or all."
+        ),
     ] = "fidelity",
     methods: Annotated[str, typer.Option(help="Comma-separated: dense, spectral-B, turboquant-mse-B, ...")] = METHODS,
     context: Annotated[
@@ -84,15 +90,26 @@ def evaluate(
     qa: Annotated[
         Path | None, typer.Option(metavar="FILE", help="SQuAD JSON, or JSON lines of context, question and answers.")
     ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Questions asked of --qa FILE. Default: 12.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Texts, tables, prompts of each size that tasks and divergence draw.")
+    ] = None,
     domain: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Another text for the transfer suite; may be repeated.")
     ] = None,
     draft: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Draft model. Default: the model's own first half.")
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens of needle and records prompts, such as 1K,2K,4K. Default: half the context and it."),
+    ] = None,
     needle_fact: Annotated[str | None, typer.Option(help="How a needle is stated, with {name} and {code}.")] = None,
     needle_question: Annotated[str | None, typer.Option(help="How it is asked for, with {name}.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Put prompts into the chat template. Default: if the model has one."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "--out", "-o", metavar="FILE", help="Also write the JSON here.")
     ] = None,
@@ -122,17 +139,16 @@ def evaluate(
         constants = None if calibration is None else load_calibration(calibration)
 
         from quantcache.evaluation import evaluator, needs_statistics, text_statistics
-        from quantcache.evaluation import qa as questions
-        from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
+        from quantcache.evaluation.plan import SUITES, Material, Plan
         from quantcache.evaluation.provenance import check_overlap
-        from quantcache.evaluation.weights import quantize_weights, weights_library
+        from quantcache.evaluation.qa import load_questions
+        from quantcache.evaluation.weights import quantize_weights
 
-        if weights is not None:
-            weights_library(weights)  # a wrong name is told before a model is loaded
+        _check_weights(weights)
         if constants is not None:
             check_overlap(constants, content, str(text), used="")  # the whole text first, before a model is loaded
         suites = _suites(suite, SUITES, qa)
-        asked = None if qa is None else questions.load_questions(qa)
+        asked = None if qa is None else load_questions(qa)
         domains = _domains(domain or ())
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded, tokenizer = load_model(model, revision=revision, **loading)
@@ -150,8 +166,9 @@ def evaluate(
             sinks=sinks,
             chunk=chunk or (CHUNK if tail is None else TAIL_CHUNK),
             stride=stride,
-            sizes=QUICK if quick else Sizes(),
+            sizes=_sizes(quick, questions, trials),
             needle_form=_needle_form(needle_fact, needle_question),
+            lengths=None if lengths is None else _numbers("--lengths", lengths, 2),
             chat=chat,
             text_name=text.stem,
         )
@@ -202,6 +219,26 @@ def _suites(given: str, known: tuple[str, ...], qa: Path | None) -> tuple[str, .
     if "qa" in names and qa is None:
         raise ValueError("--suite qa needs --qa FILE")
     return known if "all" in names else tuple(name for name in known if name in names)
+
+
+def _check_weights(name: str | None) -> None:
+    """Tell a wrong name before a model is loaded."""
+    from quantcache.evaluation.weights import weights_library
+
+    if name is not None:
+        weights_library(name)
+
+
+def _sizes(quick: bool, questions: int | None, trials: int | None) -> Sizes:
+    """How much each suite does."""
+    from quantcache.evaluation.plan import QUICK, Sizes
+
+    sizes = QUICK if quick else Sizes()
+    if questions is not None:
+        sizes = replace(sizes, questions=questions)
+    if trials is not None:
+        sizes = replace(sizes, needle_seeds=trials, task_seeds=trials, prompts=trials)
+    return sizes
 
 
 def _length_text() -> str:

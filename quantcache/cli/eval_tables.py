@@ -17,7 +17,7 @@ def tables(data: dict[str, Any]) -> list[Table | str]:
         data: The result, as ``--json`` prints it.
 
     Returns:
-        One for each suite, or a line that says why there is none.
+        One or two for each suite, or a line that says why there is none.
     """
     shown: list[Table | str] = []
     for suite, result in data["metrics"].items():
@@ -25,9 +25,7 @@ def tables(data: dict[str, Any]) -> list[Table | str]:
             if "status" in part:
                 shown.append(f"{suite}: {part['status']}")
             else:
-                shown.append(_TABLES[suite](part, data))
-                if suite == "fidelity":
-                    shown.append(_divergence(part, data))
+                shown += [make(part, data) for make in _TABLES[suite]]
     return shown
 
 
@@ -66,7 +64,7 @@ def _fidelity(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], columns, row)
 
 
-def _divergence(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _spread(part: dict[str, Any], data: dict[str, Any]) -> Table:
     """The spread of the KL divergence, and each rival's over ours."""
     equal = part.get("tail") is not None
     title = "KL divergence by position" + (f", {part['tail']} recent tokens exact beside the chunk" if equal else "")
@@ -92,7 +90,7 @@ def _ratio(summary: dict[str, Any] | None) -> str:
     return f"{summary['ratio']:.3g}{error} ({summary['to']})"
 
 
-def _with_pairs(part: dict[str, Any], columns: list[str], row: Row) -> tuple[list[str], Row]:
+def _with_pairs(part: dict[str, Any], columns: list[str], row: Row, place: str = "all") -> tuple[list[str], Row]:
     """One more column where answers were paired: McNemar's test against the dense cache's."""
 
     def test(entry: dict[str, Any]) -> dict[str, Any]:
@@ -102,11 +100,24 @@ def _with_pairs(part: dict[str, Any], columns: list[str], row: Row) -> tuple[lis
     def longer(entry: dict[str, Any]) -> list[str]:
         cells, found = row(entry), test(entry)
         pair = f"{found['only_first']} / {found['only_second']} (p {found['p']:.2g})" if found else ""
-        return [*cells, pair] if cells else []
+        return [*cells, _evidence(part, place, entry, pair)] if cells else []
 
     if not any(map(test, part["methods"].values())):
         return columns, row
     return [*columns, "right where dense is wrong / the reverse"], longer
+
+
+def _evidence(part: dict[str, Any], place: str, entry: dict[str, Any], shown: str) -> str:
+    """A figure; a dash where the dense cache scores too low for another's to say anything."""
+    counts = part.get("evidence", {}).get(place, True) or entry["family"] == "dense"
+    return shown if counts or not shown else "–"
+
+
+def _unless_evidence(part: dict[str, Any]) -> str:
+    """What a title says where figures are left out."""
+    if all(part.get("evidence", {}).values()):
+        return ""
+    return f"; – where the dense cache scores below {part['settings']['least_dense_rate']:.0%}: no evidence"
 
 
 def _share(summary: dict[str, Any] | None) -> str:
@@ -129,15 +140,66 @@ def _times(summary: dict[str, Any] | None, form: str = ".2f") -> str:
     return "" if summary is None else f"{summary['median']:{form}} ({summary['p20']:{form}} to {summary['p80']:{form}})"
 
 
-def _needle(part: dict[str, Any], data: dict[str, Any]) -> Table:
-    lengths = [str(length) for length in part["settings"]["lengths"]]
-    title = f"Needles found (95 % interval): depths {part['settings']['depths']}, {part['settings']['seeds']} seeds"
+def _counts(part: dict[str, Any], title: str, places: dict[str, str], by: str) -> Table:
+    """Right answers of each method: all, and by place."""
 
     def row(entry: dict[str, Any]) -> list[str]:
-        return [_share(entry["found"]), *(_share(entry["by_length"].get(length)) for length in lengths)]
+        figures = {"all": entry["found"], **{place: entry[by].get(place) for place in places}}
+        return [_evidence(part, place, entry, _share(figure)) for place, figure in figures.items()]
 
-    columns = ["all", *(f"{length} tokens" for length in lengths)]
-    return _table(title, part["methods"], *_with_pairs(part, columns, row))
+    columns = ["all", *places.values()]
+    return _table(f"{title}{_unless_evidence(part)}", part["methods"], *_with_pairs(part, columns, row))
+
+
+def _needle(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    settings = part["settings"]
+    title = f"Needles found (95 % interval): depths {settings['depths']}, {settings['seeds']} seeds"
+    return _counts(part, title, {str(length): f"{length} tokens" for length in settings["lengths"]}, "by_length")
+
+
+def _task(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    settings = part["settings"]
+    title = (
+        f"{settings['title']} (95 % interval): {settings['questions']} questions about {settings['exercises']} texts"
+    )
+    groups = [group for group in part["evidence"] if group != "all"]
+    return _counts(part, title, {group: f"{group} {settings['unit']}" for group in groups}, "by_group")
+
+
+def _divergence(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    settings = part["settings"]
+    title = (
+        f"Continuations of {settings['new_tokens']:,} tokens, read {settings['step']} at a time: {settings['prompts']} "
+        f"prompts of {settings['context']:,}, sampled at temperature {settings['temperature']:g}"
+    )
+    columns = [
+        "greedy text departs after (median)",
+        *(f"{kind}: {what}" for kind in ("greedy", "sampled") for what in ("KL mean", "slope per 1,000 tokens")),
+    ]
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        if entry["curves"] is None:
+            return []
+        median, within = entry["departure"]["median"], entry["departure"]["within"]
+        cells = [f"not within {within:,}" if median is None else f"{median:,} tokens"]
+        for curve in entry["curves"].values():
+            cells += [_mean(curve["mean"], ".2g"), _mean(curve["slope"], "+.2g")]
+        return cells
+
+    return _table(title, part["methods"], columns, row)
+
+
+def _positions(part: dict[str, Any], data: dict[str, Any]) -> Table:
+    """The KL divergence along sampled continuations."""
+    settings = part["settings"]
+    count, bins = settings["new_tokens"], settings["bins"]
+    ends = [sum(count // bins + (at < count % bins) for at in range(last + 1)) for last in range(bins)]
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        return [] if entry["curves"] is None else [f"{each['mean']:.2g}" for each in entry["curves"]["sampled"]["bins"]]
+
+    title = "Mean KL divergence along sampled continuations, up to token"
+    return _table(title, part["methods"], [f"{end:,}" for end in ends], row)
 
 
 def _routing(part: dict[str, Any], data: dict[str, Any]) -> Table:
@@ -176,15 +238,15 @@ def _qa(part: dict[str, Any], data: dict[str, Any]) -> Table:
         if entry["f1"] is None:
             return []
         return [
-            _mean(entry["f1"], ".3f"),
-            _share(entry["exact"]),
+            _evidence(part, "f1", entry, _mean(entry["f1"], ".3f")),
+            _evidence(part, "exact", entry, _share(entry["exact"])),
             _mean(entry["agreement_f1"], ".3f"),
             _share(entry["agreement_exact"]),
         ]
 
     columns = ["F1", "exact", "F1 with dense's answer", "dense's answer"]
-    title = f"Question answering: {part['settings']['questions']} questions"
-    return _table(title, part["methods"], *_with_pairs(part, columns, row))
+    title = f"Question answering: {part['settings']['questions']} questions{_unless_evidence(part)}"
+    return _table(title, part["methods"], *_with_pairs(part, columns, row, "exact"))
 
 
 def _memory(part: dict[str, Any], data: dict[str, Any]) -> Table:
@@ -241,13 +303,17 @@ def _speculative(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], columns, row)
 
 
-_TABLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Table]] = {
-    "fidelity": _fidelity,
-    "needle": _needle,
-    "routing": _routing,
-    "transfer": _transfer,
-    "qa": _qa,
-    "memory": _memory,
-    "speed": _speed,
-    "speculative": _speculative,
+_TABLES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Table], ...]] = {
+    "fidelity": (_fidelity, _spread),
+    "divergence": (_divergence, _positions),
+    "needle": (_needle,),
+    "records": (_task,),
+    "lookup": (_task,),
+    "tools": (_task,),
+    "routing": (_routing,),
+    "transfer": (_transfer,),
+    "qa": (_qa,),
+    "memory": (_memory,),
+    "speed": (_speed,),
+    "speculative": (_speculative,),
 }

@@ -240,27 +240,13 @@ def load_model(
         OSError: It cannot be found.
         ValueError: An argument makes no sense.
     """
-    import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     import quantcache  # registers the attention
     from quantcache.common import compat
 
     del quantcache
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "auto":
-        try:
-            kind = torch.empty(0, dtype=torch.float32, device=device).device.type
-            torch.zeros(1, dtype=torch.float32, device=device).item()
-        except Exception as error:  # torch has a class of its own for every way a device can be missing
-            message = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"device {device!r} cannot be used: {message}") from error
-        device = kind if kind == "cpu" else device
-    if dtype is None:
-        dtype = "float32" if device.startswith("cpu") else "auto"
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+    device, dtype = model_placement(device, dtype)
     source = find_model(name)
     more: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet_unless_watched(), _naming(name):
@@ -286,6 +272,38 @@ def load_model(
     if ours is not None:
         model.config._name_or_path = ours  # artifacts name it instead of a folder of this machine
     return model.eval(), tokenizer
+
+
+def model_placement(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """Where a model goes, and in which dtype.
+
+    Args:
+        device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
+        dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
+
+    Returns:
+        Both, as transformers takes them.
+
+    Raises:
+        ValueError: The device cannot be used, or there is no such dtype.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "auto":
+        try:
+            kind = torch.empty(0, dtype=torch.float32, device=device).device.type
+            torch.zeros(1, dtype=torch.float32, device=device).item()
+        except Exception as error:  # torch has a class of its own for every way a device can be missing
+            message = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"device {device!r} cannot be used: {message}") from error
+        device = kind if kind == "cpu" else device
+    if dtype is None:
+        dtype = "float32" if device.startswith("cpu") else "auto"
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+    return device, dtype
 
 
 def find_model(name: str) -> str | Path:

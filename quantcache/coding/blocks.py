@@ -16,19 +16,19 @@ from quantcache.coding.packing import BLOCK
 class SideCodec(Protocol):
     """What a cache layer needs of a codec.
 
-    ``places`` says where n blocks lie: ``[n, 3]`` int32, each row the slot of the block's first token, how many of its
-    tokens are valid (64 unless a crop cut it), and the slot of its anchor. ``starts`` is what is to be taken from a
-    slot for its position, by row ``[B]``. Fields have a leading block dimension.
+    ``block_table`` says where n blocks lie: ``[n, 3]`` int32, each row the slot of the block's first token, how many
+    of its tokens are valid (64 unless a crop cut it), and the slot of its anchor. ``left_padding`` is what is to be
+    taken from a slot for its position, by row ``[B]``. Fields have a leading block dimension.
     """
 
     bits: float | None
     """Mean bits of codes and gains per element, None where blocks stay in the model's dtype."""
 
-    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
         """Encode n blocks, x ``[B, H, n * 64, D]``; fields come back as ``[n, B, ...]``."""
         ...
 
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         """Decode n blocks of fields ``[n, B, ...]`` to ``[B, H, n * 64, D]``."""
         ...
 
@@ -42,11 +42,11 @@ class DenseCodec:
 
     bits = None
 
-    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
         """Keep n blocks ``[B, H, n * 64, D]`` as ``dense`` ``[n, B, H, 64, D]``."""
         return {"dense": split_blocks(x)}
 
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         """Return n blocks of ``dense`` ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
         return join_blocks(fields["dense"])
 
@@ -66,28 +66,34 @@ def join_blocks(blocks: Tensor) -> Tensor:
     return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def block_slots(places: Tensor) -> Tensor:
+def block_slots(block_table: Tensor) -> Tensor:
     """Slots of all tokens of some blocks.
 
     Args:
-        places: ``[n, 3]``.
+        block_table: ``[n, 3]``.
 
     Returns:
         int64, ``[n * 64]``.
     """
-    return (places[:, :1] + torch.arange(BLOCK, dtype=torch.int64, device=places.device)).flatten()
+    return (block_table[:, :1] + torch.arange(BLOCK, dtype=torch.int64, device=block_table.device)).flatten()
 
 
-def block_positions(places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+def block_positions(block_table: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """Positions of all tokens of some blocks and of their anchors; a row's positions count from its first valid token.
 
     Args:
-        places: ``[n, 3]``.
-        starts: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ.
+        block_table: ``[n, 3]``.
+        left_padding: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ.
 
     Returns:
         Two int64 tensors ``[B or 1, n * 64]``.
     """
-    slots, anchors = block_slots(places), places[:, 2].long().repeat_interleave(BLOCK)
-    shift = slots.new_zeros(1, 1) if starts is None else starts if starts.ndim == 2 else starts[:, None]
+    slots, anchors = block_slots(block_table), block_table[:, 2].long().repeat_interleave(BLOCK)
+    shift = (
+        slots.new_zeros(1, 1)
+        if left_padding is None
+        else left_padding
+        if left_padding.ndim == 2
+        else left_padding[:, None]
+    )
     return slots - shift, anchors - shift

@@ -191,7 +191,7 @@ class SpectralCodec:
     # ------------------------------------------------------------------ encode
 
     @without_autocast
-    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
         """Encode whole blocks.
 
         Blocks are encoded one at a time, always in the same shapes, so that the codes do not depend, bit for bit, on
@@ -199,34 +199,38 @@ class SpectralCodec:
 
         Args:
             x: ``[B, H, n * 64, D]`` as the model caches them.
-            places: The blocks' places, ``[n, 3]``.
-            starts: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ, to be
-                kept as the field ``shifts``.
+            block_table: Where the blocks lie, ``[n, 3]``.
+            left_padding: Left padding of every row, ``[B]``, or None; ``[B, n * 64]`` where tokens of a row differ, to
+                be kept as the field ``shifts``.
 
         Returns:
             ``codes`` ``[n, B, W]`` int32 and ``gains`` ``[n, B, H, 64]`` uint8.
         """
-        shifts = starts.split(BLOCK, dim=1) if starts is not None and starts.ndim == 2 else [starts] * len(places)
+        shifts = (
+            left_padding.split(BLOCK, dim=1)
+            if left_padding is not None and left_padding.ndim == 2
+            else [left_padding] * len(block_table)
+        )
         blocks = [
             self.encode_block(block.contiguous(), place, shift)
-            for block, place, shift in zip(x.split(BLOCK, dim=2), places.split(1), shifts, strict=True)
+            for block, place, shift in zip(x.split(BLOCK, dim=2), block_table.split(1), shifts, strict=True)
         ]
         codes, gains = zip(*blocks, strict=True)
         return {"codes": torch.stack(codes), "gains": torch.stack(gains)}
 
-    def coefficients(self, x: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
+    def coefficients(self, x: Tensor, place: Tensor, left_padding: Tensor | None) -> Tensor:
         """Unit-variance coefficients y of one block.
 
         Args:
             x: ``[B, H, 64, D]`` as the model caches them.
             place: The block's place, ``[1, 3]``.
-            starts: Left padding of every row, ``[B]``, or None.
+            left_padding: Left padding of every row, ``[B]``, or None.
 
         Returns:
             ``[B, H, D, 64]`` float32.
         """
         if not self.frame.is_identity:
-            positions, anchors = block_positions(place, starts)
+            positions, anchors = block_positions(place, left_padding)
             x = self.frame.enter(x, positions[:, None], anchors[:, None])
         centred = (x.float() - self.mean[:, None]).transpose(-1, -2).contiguous()
         coefficients: Tensor
@@ -252,18 +256,18 @@ class SpectralCodec:
             vectors = matmul(coefficients, self.decoder.transpose(-1, -2).to(coefficients.dtype))
         return vectors
 
-    def encode_block(self, x: Tensor, place: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def encode_block(self, x: Tensor, place: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode one block.
 
         Args:
             x: ``[B, H, 64, D]`` as the model caches them.
             place: The block's place, ``[1, 3]``.
-            starts: Left padding of every row, ``[B]``, or None.
+            left_padding: Left padding of every row, ``[B]``, or None.
 
         Returns:
             Codes ``[B, W]`` int32 and gains ``[B, H, 64]`` uint8.
         """
-        y = self.coefficients(x, place, starts)
+        y = self.coefficients(x, place, left_padding)
         count = self.coded.sum(-1).clamp_min(1)[:, None]  # [H, 1]
         power = torch.where(self.coded[..., None], y * y, 0.0).sum(-2) / count
         rms = power.sqrt()  # [B, H, 64]
@@ -324,12 +328,12 @@ class SpectralCodec:
             payload[:, c.words] = trellis.pack_path(path, c.width).view(u.shape[0], -1)
         return payload, quantized.view(u.shape)
 
-    def saturated(self, gains: Tensor, places: Tensor, first: Tensor | None) -> Tensor:
+    def saturated(self, gains: Tensor, block_table: Tensor, first: Tensor | None) -> Tensor:
         """How many gains lie at the ends of what 8 bits can say, among the tokens that are read.
 
         Args:
             gains: ``[n, B, H, 64]`` uint8.
-            places: The blocks' places, ``[n, 3]``.
+            block_table: Where the blocks lie, ``[n, 3]``.
             first: First slot of every row that is read from blocks, ``[B]``, or None.
 
         Returns:
@@ -340,9 +344,9 @@ class SpectralCodec:
         coded = self.coded.any(-1)
         if coded.device != gains.device:  # blocks that are offloaded
             coded = coded.to(gains.device)
-        counted = (tokens < places[:, 1:2])[:, None, None] & coded[:, None]
+        counted = (tokens < block_table[:, 1:2])[:, None, None] & coded[:, None]
         if first is not None:
-            counted = counted & (places[:, :1] + tokens >= first[:, None, None]).transpose(0, 1)[:, :, None]
+            counted = counted & (block_table[:, :1] + tokens >= first[:, None, None]).transpose(0, 1)[:, :, None]
         ends = [((gains == code) & counted).sum() for code in (LARGEST_GAIN_CODE, 0)]
         return torch.stack((*ends, counted.expand_as(gains).sum()))
 
@@ -370,16 +374,16 @@ class SpectralCodec:
     def decode(
         self,
         fields: dict[str, Tensor],
-        places: Tensor,
-        starts: Tensor | None,
+        block_table: Tensor,
+        left_padding: Tensor | None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Decode blocks to the vectors the model cached.
 
         Args:
             fields: ``codes`` ``[n, B, W]``, ``gains`` ``[n, B, H, 64]`` and maybe ``shifts`` ``[n, B, 64]``.
-            places: The blocks' places, ``[n, 3]``.
-            starts: Left padding of every row, ``[B]``, or None; not looked at where there are shifts.
+            block_table: Where the blocks lie, ``[n, 3]``.
+            left_padding: Left padding of every row, ``[B]``, or None; not looked at where there are shifts.
             dtype: What to compute in.
 
         Returns:
@@ -391,6 +395,6 @@ class SpectralCodec:
         if self.frame.is_identity:
             return framed
         if "shifts" in fields:
-            starts = fields["shifts"].transpose(0, 1).flatten(1)
-        positions, anchors = block_positions(places, starts)
+            left_padding = fields["shifts"].transpose(0, 1).flatten(1)
+        positions, anchors = block_positions(block_table, left_padding)
         return self.frame.leave(framed, positions[:, None], anchors[:, None])

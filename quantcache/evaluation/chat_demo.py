@@ -21,7 +21,7 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.demo import multiply_in_float32, without_loading_bar
-from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, feed, frame_of
+from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, end_tokens, feed, frame_of
 from quantcache.evaluation.speed import timed
 
 
@@ -156,8 +156,7 @@ def _read(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> _Side:
 def _answer(model: PreTrainedModel, tokenizer: Any, side: _Side, question: Tensor, count: int) -> None:
     """The most likely answer, from a copy of the cache; the steps behind its first token are timed."""
     cache, device = copy.deepcopy(side.cache), compat.input_device(model)
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    stops = end_tokens(model)
     found: list[int] = []
     tokens = question[None].to(device)
     for _ in range(count):

@@ -49,9 +49,9 @@ class DemoSettings:
     """
 
     bits: float = 3.0
-    calibration_tokens: int = 8192
+    calibration_tokens: int = 4096
     context: int = 2048
-    windows: int = 4
+    windows: int = 2
     recall_context: int = 1900
     new_tokens: int = 48
     seed: int = 0

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from quantcache.common.env import environment
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import cut_windows
 from quantcache.evaluation import provenance, runner
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.plan import Material, Plan
@@ -90,12 +91,15 @@ def evaluate(
     failures = runner.failures(results)
     if not runner.measured(results):
         raise QuantCacheError(f"no method could be measured; {(failures or runner.skipped(results))[0]}")
-    step = plan.stride or plan.contexts[0]
+    step, windows = (
+        plan.stride or plan.contexts[0],
+        cut_windows(material.model.config, ids, plan.contexts[0], plan.stride),
+    )
     data = {
         "model": names.model,
         "calibration": names.calibration,
         "context": plan.contexts[0],
-        "tokens": (len(ids.unfold(0, plan.contexts[0], step)) - 1) * step + plan.contexts[0],
+        "tokens": (len(windows) - 1) * step + plan.contexts[0],
         "stride": plan.stride,
         "weights": names.weights,
         "residual": plan.residuals[0],

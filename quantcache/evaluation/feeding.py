@@ -83,6 +83,19 @@ def greedy(model: PreTrainedModel, cache: Cache, tokens: Tensor, count: int) -> 
     return torch.cat(found, dim=1).cpu()
 
 
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a text.
+
+    Args:
+        model: Model whose generation config names them.
+
+    Returns:
+        None, one or several.
+    """
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Tokens of a text, without special tokens.
 
@@ -112,26 +125,39 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(whole[:place], dtype=torch.long, device="cpu")
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[Tensor, Tensor]:
+def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def frame_of(
+    tokenizer: PreTrainedTokenizerBase, chat: bool, turns: Sequence[tuple[str, str]] = ()
+) -> tuple[Tensor, Tensor]:
     """What stands before and behind a prompt.
 
     Args:
         tokenizer: Any transformers tokenizer.
-        chat: Put the prompt into the tokenizer's chat template, as one message of the user.
+        chat: Put the prompt into the tokenizer's chat template, as the user's last message.
+        turns: What was said before it: each a message of the user's, and the answer. Without a template they are lines.
 
     Returns:
         Tokens before ``[T]`` and behind ``[T]``.
 
     Raises:
-        QuantCacheError: The tokenizer has no chat template.
+        QuantCacheError: The tokenizer has no chat template, or one that does not show messages as they are.
     """
     if not chat:
-        return opening(tokenizer), torch.tensor([], dtype=torch.long, device="cpu")
-    if not getattr(tokenizer, "chat_template", None):
+        said = encode(tokenizer, "".join(f"{question}\n{answer}\n" for question, answer in turns))
+        return torch.cat((opening(tokenizer), said)), encode(tokenizer, "\n" if turns else "")
+    if not has_template(tokenizer):
         raise QuantCacheError(f"{type(tokenizer).__name__} has no chat template: use the plain prompt")
     mark = "PROMPT-GOES-HERE"
-    message: Any = [{"role": "user", "content": mark}]
-    text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    messages: Any = [
+        {"role": role, "content": content}
+        for turn in (*turns, (mark,))
+        for role, content in zip(("user", "assistant"), turn, strict=False)
+    ]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     before, found, behind = text.partition(mark)
     if not found:
         raise QuantCacheError("the chat template does not show the user's message as it is: use the plain prompt")

@@ -24,6 +24,7 @@ from quantcache.accounting.measuring import measure
 from quantcache.common import compat
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import cut_windows
 from quantcache.evaluation.methods import Method, MethodUnavailable, parse_methods
 
 
@@ -95,9 +96,7 @@ class _Tally:
 
     def add(self, dense: Tensor, own: Tensor, targets: Tensor) -> None:
         """Add the log-probabilities ``[T, vocabulary]`` of one chunk, and the next tokens ``[T or T - 1]``."""
-        # Words that a model never says have no probability under either: 0 times log(0 / 0).
-        kl = torch.where(dense == -torch.inf, 0.0, dense.exp() * (dense - own)).sum(-1)
-        self.kl.append(kl.double().cpu())
+        self.kl.append(kl_divergence(dense, own))
         self.agree.append((dense.argmax(-1) == own.argmax(-1)).cpu())
         self.nll.append(-own[: len(targets)].gather(-1, targets[:, None]).squeeze(-1).double().cpu())
 
@@ -141,6 +140,21 @@ class _Tally:
             residual_length=method.residual_length,
             exact_tail=exact_tail,
         )
+
+
+def kl_divergence(dense: Tensor, own: Tensor) -> Tensor:
+    """How far one prediction is from another, position by position.
+
+    Args:
+        dense: Log-probabilities of the reference, ``[T, vocabulary]``.
+        own: Log-probabilities of what is held against it.
+
+    Returns:
+        KL(dense || own) in nats, ``[T]`` float64 on the CPU.
+    """
+    # Words that a model never says have no probability under either: 0 times log(0 / 0).
+    kl = torch.where(dense == -torch.inf, 0.0, dense.exp() * (dense - own)).sum(-1)
+    return kl.double().cpu()
 
 
 def _quantile(ordered: Tensor, share: float) -> float:
@@ -235,7 +249,7 @@ def measure_fidelity(
 
     Args:
         model: The model; attention ``"spectral"`` is the fast one, any is right.
-        tokens: Text, ``[N]``; cut into ``N // context`` windows.
+        tokens: Text, ``[N]``; cut into ``N // context`` windows (see :func:`quantcache.common.sequences.cut_windows`).
         methods: What to measure.
         context: Tokens in a window.
         chunk: Tokens fed at once.
@@ -259,7 +273,7 @@ def measure_fidelity(
         check_tail(tail, context, chunk, sink_length)
     edges = chunk_edges(context, chunk, sink_length, tail or 0)
     run = _Run(model, methods, edges, on_progress)
-    for number, window in enumerate(tokens.unfold(0, context, stride or context).to(compat.input_device(model))):
+    for number, window in enumerate(cut_windows(model.config, tokens, context, stride).to(compat.input_device(model))):
         first = 0 if not number or stride is None else context - stride - 1
         last = context - (stride is not None)
         run.read(window, range(first if tail is None else max(first, edges[0][1]), last))
@@ -293,19 +307,19 @@ class _Run:
         caches = {}
         for method in self.methods:
             if method is not self.dense and method.name not in self.failed:
-                with _recorded(self.failed, method.name):
+                with recorded(self.failed, method.name):
                     caches[method.name] = method.make_cache()
         halved = {method.name for method in self.methods if method.family == "floor"}
         for first, last in self.edges:
             targets = window[first + 1 : last + 1]
             rows = slice(max(scored.start - first, 0), max(scored.stop - first, 0))
-            dense = _log_probabilities(self.model, window[first:last], dense_cache)
+            dense = log_probabilities(self.model, window[first:last], dense_cache)
             if self.dense is not None:
                 self.tallies[self.dense.name].add(dense[rows], dense[rows], targets[rows])
             for name, cache in caches.items():
                 if name not in self.failed:
-                    with _recorded(self.failed, name):
-                        own = _log_probabilities(self.model, window[first:last], cache, 2 if name in halved else 1)
+                    with recorded(self.failed, name):
+                        own = log_probabilities(self.model, window[first:last], cache, 2 if name in halved else 1)
                         self.tallies[name].add(dense[rows], own[rows], targets[rows])
             if self.on_progress is not None:
                 self.on_progress(last - first)
@@ -315,8 +329,13 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _recorded(failed: dict[str, str], name: str) -> Iterator[None]:
-    """Turn a method's failure into its status, so that the others go on."""
+def recorded(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Turn a method's failure into its status, so that the others go on.
+
+    Args:
+        failed: Status by method, added to where it fails.
+        name: The method.
+    """
     try:
         yield
     except MethodUnavailable as error:
@@ -327,8 +346,18 @@ def _recorded(failed: dict[str, str], name: str) -> Iterator[None]:
         failed[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
 
 
-def _log_probabilities(model: PreTrainedModel, ids: Tensor, cache: Any, parts: int = 1) -> Tensor:
-    """Log-probabilities ``[T, vocabulary]`` of one chunk, which is read in one piece or in several."""
+def log_probabilities(model: PreTrainedModel, ids: Tensor, cache: Any, parts: int = 1) -> Tensor:
+    """Read a chunk, and predict the token behind each of its tokens.
+
+    Args:
+        model: The model.
+        ids: The chunk, ``[T]``.
+        cache: A cache of everything before it, changed in place.
+        parts: Pieces in which it is read.
+
+    Returns:
+        Log-probabilities, ``[T, vocabulary]`` float32.
+    """
     logits = [
         model(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0]
         for part in ids.split(math.ceil(len(ids) / parts))

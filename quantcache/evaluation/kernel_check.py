@@ -66,7 +66,7 @@ def _outcomes(
     layer, new, query = _case(device, geometry, coding, dtype)
     layer.backend = name  # type: ignore[assignment]
     view, backend = layer.snapshot(), backends.find(name)
-    places, call = view.places[:1], AttentionCall(None, geometry[0] ** -0.5)
+    block_table, call = view.block_table[:1], AttentionCall(None, geometry[0] ** -0.5)
     codecs: dict[str, Any] = dict(layer.codecs)
     some = {side: x[:, :, layer.sink_length : layer.sink_length + BLOCK] for side, x in new.items()}
 
@@ -80,18 +80,18 @@ def _outcomes(
         return torch.cat([work(side, codec) for side, codec in codecs.items()])
 
     def encode(side: str, codec: Any) -> Tensor:
-        fields = backend.to_portable(codec, backend.encode(codec, some[side], places, None))
-        return codec.decode(fields, places, None)
+        fields = backend.to_portable(codec, backend.encode(codec, some[side], block_table, None))
+        return codec.decode(fields, block_table, None)
 
     def decode(side: str, codec: Any) -> Tensor:
-        return backend.decode(codec, getattr(view, side).store.slice(0, 1), places, None)
+        return backend.decode(codec, getattr(view, side).store.slice(0, 1), block_table, None)
 
     def plainly(dtype: torch.dtype) -> Tensor:
-        return of_both(lambda side, codec: codec.decode(view.fields(side, 0, 1), places, None, dtype))
+        return of_both(lambda side, codec: codec.decode(view.fields(side, 0, 1), block_table, None, dtype))
 
     plain, own = reference.attend(query.float(), view, call), reference.own_precision(query, view, call)
     given = of_both(lambda side, _: some[side].float())
-    decoded = of_both(lambda side, codec: codec.decode(codec.encode(some[side], places, None), places, None))
+    decoded = of_both(lambda side, codec: codec.decode(codec.encode(some[side], block_table, None), block_table, None))
     exact, single = plainly(torch.float64), plainly(torch.float32)
     with triton.without_trials():  # they are tried here
         return [

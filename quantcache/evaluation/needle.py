@@ -19,7 +19,7 @@ from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, feed, frame_of, greedy
 from quantcache.evaluation.methods import Method
-from quantcache.evaluation.paired import against
+from quantcache.evaluation.paired import LEAST_DENSE_RATE, against, is_evidence
 
 SUITE = "needle"
 
@@ -88,10 +88,13 @@ class NeedleResult:
     Attributes:
         settings: Everything that was chosen.
         methods: One entry for each method.
+        evidence: By length, and for ``all``: whether the dense cache finds enough for rates to say anything. Empty
+            where it was not measured.
     """
 
     settings: dict[str, Any]
     methods: dict[str, NeedleEntry]
+    evidence: dict[str, bool] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -159,10 +162,13 @@ def measure_needle(
         "seeds": seeds,
         "chunk": chunk,
         "format": asdict(form),
+        "least_dense_rate": LEAST_DENSE_RATE,
     }
     right = {method.name: _right(method, grid, cells) for method in methods}
     entries = {m.name: replace(_entry(m, grid, cells), paired=against(m.name, methods, right)) for m in methods}
-    return NeedleResult(settings, entries)
+    dense = next((entries[method.name] for method in methods if method.family == "dense"), None)
+    rates = {} if dense is None else {"all": dense.found, **dense.by_length}
+    return NeedleResult(settings, entries, {place: is_evidence(rate) for place, rate in rates.items()})
 
 
 def _hits(codes: list[str], answers: list[str]) -> list[bool]:

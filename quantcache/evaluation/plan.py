@@ -13,7 +13,11 @@ from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.evaluation import memory, needle, qa
 from quantcache.evaluation.methods import RivalStatistics
 
-SUITES = ("fidelity", "needle", "routing", "transfer", "qa", "memory", "speed")
+SUITES = (
+    *("fidelity", "divergence"),
+    *("needle", "records", "lookup", "tools"),
+    *("routing", "transfer", "qa", "memory", "speed"),
+)
 """What can be measured. ``speed`` includes speculative decoding."""
 
 
@@ -22,12 +26,20 @@ class Sizes:
     """How much each suite does.
 
     Attributes:
+        prompts: Number of prompts that are continued in the divergence suite.
+        continued_tokens: Tokens of each continuation at most.
         needle_depths: Places of a needle, 0 (start) to 1 (end).
         needle_seeds: Trials of each length and depth.
+        task_seeds: Texts, tables or lists of each size, for the suites ``records``, ``lookup`` and ``tools``.
+        records: Facts in each text.
+        lookup_pairs: Rows of a table.
+        tool_shots: Requests that are shown with their calls.
+        task_questions: Questions about each table, and requests for each list of tools.
         routing_windows: Number of windows that the routing suite reads.
         transfer_tokens: Tokens calibrated on, for each calibration.
         transfer_windows: Windows of every text that calibrations are compared on.
         questions: Number of questions asked.
+        question_shots: Questions that are shown with their answers first.
         answer_tokens: Tokens of an answer at most.
         ladder: Lengths of the memory suite.
         speed_batches: Rows of the speed suite.
@@ -35,17 +47,25 @@ class Sizes:
         steps: Decoding steps timed.
         prefills: Number of prefills timed.
         draft_tokens: Tokens generated with a draft model.
-        longest: Tokens of a needle's prompt and of a routing window at most. Needles are planted in prompts of half the
-            context as well where it is None.
+        longest: Tokens of a needle's prompt and of a routing window at most, where no lengths are given. Needles are
+            planted in prompts of half the context as well where it is None.
         transfer_methods: Methods of the transfer suite at most.
     """
 
+    prompts: int = 4
+    continued_tokens: int = 1024
     needle_depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     needle_seeds: int = 3
+    task_seeds: int = 3
+    records: int = 3
+    lookup_pairs: tuple[int, ...] = (16, 32)
+    tool_shots: tuple[int, ...] = (8, 24)
+    task_questions: int = 8
     routing_windows: int = 2
     transfer_tokens: int = 4096
     transfer_windows: int = 2
     questions: int = 12
+    question_shots: int = 2
     answer_tokens: int = 16
     ladder: tuple[int, ...] = memory.LADDER
     speed_batches: tuple[int, ...] = (1, 4)
@@ -58,8 +78,15 @@ class Sizes:
 
 
 QUICK = Sizes(
+    prompts=2,
+    continued_tokens=128,
     needle_depths=(0.5,),
     needle_seeds=2,
+    task_seeds=1,
+    records=2,
+    lookup_pairs=(16,),
+    tool_shots=(8,),
+    task_questions=4,
     routing_windows=1,
     transfer_tokens=1024,
     transfer_windows=1,
@@ -93,7 +120,8 @@ class Plan:
         stride: Tokens by which windows of the fidelity suite slide; None if they do not overlap.
         sizes: How much each suite does.
         needle_form: How needles are stated and asked for.
-        chat: Put prompts into the tokenizer's chat template.
+        lengths: Tokens of the prompts in which needles and records are planted; from the last context if None.
+        chat: Put prompts into the tokenizer's chat template; where it has one if None.
         text_name: What results call the text.
     """
 
@@ -108,13 +136,17 @@ class Plan:
     stride: int | None = None
     sizes: Sizes = field(default_factory=Sizes)
     needle_form: needle.NeedleFormat = field(default_factory=needle.NeedleFormat)
-    chat: bool = False
+    lengths: tuple[int, ...] | None = None
+    chat: bool | None = None
     text_name: str = "text"
 
     @property
     def seeds(self) -> list[int]:
         """Every seed that is drawn with."""
-        return list(range(self.sizes.needle_seeds if "needle" in self.suites else 1))
+        sizes = self.sizes
+        drawn = {"needle": sizes.needle_seeds, "divergence": sizes.prompts}
+        drawn |= dict.fromkeys(("records", "lookup", "tools"), sizes.task_seeds)
+        return list(range(max((drawn.get(suite, 1) for suite in self.suites), default=1)))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

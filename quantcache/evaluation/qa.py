@@ -26,7 +26,7 @@ from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
 from quantcache.evaluation.methods import Method
-from quantcache.evaluation.paired import against
+from quantcache.evaluation.paired import LEAST_DENSE_RATE, against, is_evidence
 
 SUITE = "qa"
 
@@ -82,10 +82,12 @@ class QAResult:
     Attributes:
         settings: Everything that was chosen.
         methods: One entry for each method.
+        evidence: For ``f1`` and ``exact``: whether the dense cache scores enough for either to say anything.
     """
 
     settings: dict[str, Any]
     methods: dict[str, QAEntry]
+    evidence: dict[str, bool]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -211,6 +213,7 @@ def measure_qa(
     new_tokens: int = 16,
     template: str = TEMPLATE,
     chat: bool = False,
+    shots: int = 0,
     chunk: int = PROMPT_CHUNK,
     cells: Cells | None = None,
 ) -> QAResult:
@@ -226,6 +229,7 @@ def measure_qa(
         new_tokens: Tokens of an answer at most; it also ends at a line's end.
         template: Holds ``{context}`` and ``{question}``.
         chat: Put the prompt into the tokenizer's chat template.
+        shots: Questions about other paragraphs that are shown with their answers first, as far as there are any.
         chunk: Tokens fed at once.
         cells: Where finished cells are kept.
 
@@ -239,7 +243,7 @@ def measure_qa(
     for place in ("{context}", "{question}"):
         if place not in template:
             raise QuantCacheError(f"question template {template!r} lacks {place}")
-    chosen = _choose(model, tokenizer, questions, count, seed, new_tokens, template, chat)
+    chosen = _choose(model, tokenizer, questions, count, seed, new_tokens, template, chat, shots)
     asked = list(methods)
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))
@@ -258,11 +262,18 @@ def measure_qa(
         "new_tokens": new_tokens,
         "template": template,
         "chat": chat,
+        "shots": shots,
         "chunk": chunk,
+        "least_dense_rate": LEAST_DENSE_RATE,
     }
-    entries = {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in methods}
+    entries = {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in asked}
     right = {method.name: _right(method, [q for q, _ in chosen], cells) for method in asked}
-    return QAResult(settings, {n: replace(e, paired=against(n, asked, right)) for n, e in entries.items()})
+    dense = entries[reference]
+    return QAResult(
+        settings,
+        {m.name: replace(entries[m.name], paired=against(m.name, asked, right)) for m in methods},
+        {"f1": is_evidence(dense.f1), "exact": is_evidence(dense.exact)},
+    )
 
 
 def _right(method: Method, questions: list[Question], cells: Cells) -> dict[str, bool]:
@@ -284,14 +295,23 @@ def _choose(
     new_tokens: int,
     template: str,
     chat: bool,
+    shots: int,
 ) -> list[tuple[Question, Tensor]]:
     """Questions that fit, with their prompts ``[T]``."""
-    before, behind = frame_of(tokenizer, chat)
     room = compat.position_limit(model.config)
     chosen = []
-    for question in random.Random(seed).sample(list(questions), len(questions)):
-        text = template.replace("{context}", question.context).replace("{question}", question.question)
-        prompt = torch.cat((before, encode(tokenizer, text), behind))
+    order = random.Random(seed).sample(list(questions), len(questions))
+
+    def text(question: Question) -> str:
+        return template.replace("{context}", question.context).replace("{question}", question.question)
+
+    # One question of each paragraph may be shown, the shortest first: they take room from the context.
+    about = {question.context: question for question in order}
+    shown = sorted(about.values(), key=lambda question: len(question.context))[: shots + 1]
+    for question in order:
+        turns = [(text(each), each.answers[0]) for each in shown if each.context != question.context][:shots]
+        before, behind = frame_of(tokenizer, chat, turns)
+        prompt = torch.cat((before, encode(tokenizer, text(question)), behind))
         if room is None or len(prompt) + new_tokens <= room:
             chosen.append((question, prompt))
             if len(chosen) == count:

@@ -138,7 +138,7 @@ def _flaw(value: Any, path: str) -> str | None:
         for key, item in value.items():
             if not isinstance(key, str):
                 return f"{path} has a key that is not a string: {key!r}"
-            found = _flaw(item, f"{path}.{key}")
+            found = _flaw(item, f"{path}.{key if key.isprintable() else repr(key)}")
             if found:
                 return found
         return _summary_flaw(value, path)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
-from quantcache.evaluation import memory, needle, qa, routing, speculative, speed, transfer
+from quantcache.evaluation import divergence, exercises, memory, needle, qa, routing, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells, attempt
-from quantcache.evaluation.feeding import check_lengths
+from quantcache.evaluation.feeding import check_lengths, has_template, opening
 from quantcache.evaluation.fidelity import check_stride, check_tail, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.paired import relative_kl
 from quantcache.evaluation.plan import SUITES, Material, Plan
+from quantcache.evaluation.tasks import measure_task
 
 GROUP = 4
 """Methods that share one dense pass in the fidelity suite: what an interruption can cost."""
+
+ANSWER_ROOM = 64
+"""Tokens of a model's limit that are left for answers about records, where no lengths are given."""
 
 
 def used_tokens(material: Material, plan: Plan) -> Tensor:
@@ -69,11 +77,13 @@ def run(material: Material, plan: Plan, cells: Cells | None = None) -> dict[str,
         check_tail(max(plan.residuals), min(plan.contexts), plan.chunk, plan.sinks)
     tokens = used_tokens(material, plan)
     methods = {residual: make_methods(material, plan, residual) for residual in plan.residuals}
-    # What rounding moves is a question of fidelity alone: elsewhere the floor is the dense cache once more.
+    # What rounding moves is a question of predictions alone: elsewhere the floor is the dense cache once more.
     others = [method for method in methods[plan.residuals[0]] if method.family != "floor"]
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "fidelity": lambda: {"fidelity": _fidelity(material, plan, tokens, methods, cells)},
+        "divergence": lambda: {"divergence": _divergence(material, plan, tokens, methods[plan.residuals[0]], cells)},
         "needle": lambda: {"needle": _needle(material, plan, others, cells)},
+        **{name: partial(_task, name, material, plan, others, cells) for name in ("records", "lookup", "tools")},
         "routing": lambda: {"routing": _routing(material, plan, tokens, others, cells)},
         "transfer": lambda: {"transfer": _transfer(material, plan, others, cells)},
         "qa": lambda: {"qa": _qa(material, plan, others, cells)},
@@ -166,22 +176,60 @@ def _fidelity_group(
     return {method.name: {"family": method.family, "simulated": method.simulated, **together}}
 
 
+def _divergence(material: Material, plan: Plan, tokens: Tensor, methods: list[Method], cells: Cells) -> dict[str, Any]:
+    start, count = opening(material.tokenizer), plan.sizes.continued_tokens
+    limit = compat.position_limit(material.model.config) or count + plan.contexts[-1]
+    context = min(256, plan.contexts[-1], limit // 2)
+    return divergence.measure_divergence(
+        material.model,
+        # The tokenizer has put its special tokens in front of the text; they stand in front of every prompt.
+        tokens[len(start) :] if torch.equal(tokens[: len(start)], start) else tokens,
+        methods,
+        opening=start,
+        context=context,
+        prompts=plan.sizes.prompts,
+        new_tokens=min(count, limit - context),
+        sink_length=plan.sinks,
+        cells=cells,
+    ).to_dict()
+
+
+def _chat(material: Material, plan: Plan) -> bool:
+    """Whether prompts are put into a chat template."""
+    return has_template(material.tokenizer) if plan.chat is None else plan.chat
+
+
+def _lengths(plan: Plan) -> list[int]:
+    """Tokens of the prompts in which something is planted."""
+    longest = min(plan.contexts[-1], plan.sizes.longest or plan.contexts[-1])
+    half = [longest // 2] if plan.sizes.longest is None and longest > 512 else []
+    return list(plan.lengths or [*half, longest])
+
+
 def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
-    lengths = [min(plan.contexts[-1], plan.sizes.longest or plan.contexts[-1])]
-    if plan.sizes.longest is None and lengths[0] > 512:
-        lengths.insert(0, lengths[0] // 2)
-    form = needle.NeedleFormat(plan.needle_form.fact, plan.needle_form.question, plan.needle_form.digits, plan.chat)
     return needle.measure_needle(
         material.model,
         material.tokenizer,
         material.text,
         methods,
-        lengths=lengths,
+        lengths=_lengths(plan),
         depths=plan.sizes.needle_depths,
         seeds=plan.sizes.needle_seeds,
-        form=form,
+        form=replace(plan.needle_form, chat=_chat(material, plan)),
         cells=cells,
     ).to_dict()
+
+
+def _task(name: str, material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
+    form, limit = replace(plan.needle_form, chat=_chat(material, plan)), compat.position_limit(material.model.config)
+    most = math.inf if plan.lengths is not None or limit is None else limit - ANSWER_ROOM
+    lengths = [int(min(length, most)) for length in _lengths(plan)]
+    task = exercises.drawn(name, material.tokenizer, material.text, lengths, plan.sizes, form)
+    if name != "records":  # of given lengths none is left out silently
+        task = task.within(limit)
+    if not task.exercises:
+        return {name: {"status": f"skipped: no exercise fits into the model's limit of {limit} positions"}}
+    return {name: measure_task(material.model, material.tokenizer, task, methods, cells=cells).to_dict()}
 
 
 def _routing(material: Material, plan: Plan, tokens: Tensor, methods: list[Method], cells: Cells) -> dict[str, Any]:
@@ -253,7 +301,8 @@ def _qa(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> 
         methods,
         count=plan.sizes.questions,
         new_tokens=plan.sizes.answer_tokens,
-        chat=plan.chat,
+        chat=_chat(material, plan),
+        shots=plan.sizes.question_shots,
         cells=cells,
     ).to_dict()
 

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 from quantcache import data
 from quantcache.common.jsonfile import as_type
+from quantcache.common.sources import PACKAGED
 from quantcache.evaluation.record import Record, RecordError, check, read_strict_json
 
 DIGEST_FORMAT = "quantcache-measurements"
 DIGEST_VERSION = 1
 
-SUITES = ("eval", "fidelity", "cpu-decode")
+SUITES = ("eval", "fidelity", *(f"fidelity-{model}" for model in PACKAGED), "cpu-decode")
 """Suites whose records have figures of fidelity or speed on whole models."""
 
 
@@ -221,7 +222,7 @@ def measurements_of(content: Any, path: Path) -> Measurements:
         match record.suite:
             case "cpu-decode":
                 return Measurements(speed=_cpu_speed(record, origin))
-            case "fidelity":
+            case str(suite) if suite.startswith("fidelity"):
                 model, dtype = record.settings["model"], record.settings["dtype"]
                 parts = list(_benchmark_parts(record))
             case _:

@@ -116,8 +116,8 @@ def test_grade_is_between_flat_codes_and_the_bound() -> None:
     """Codes of one width for all, without a transform worth the name, earn nothing; the calibrated ones some of it."""
     model = shared_model(LLAMA)
     calibration = calibrate(model, random_tokens(3, 256), progress=False)
-    samples, places = collect_samples(model, random_tokens(1, 400, seed=9), [0, 1])
-    found = {(g.side, g.bits): g for g in grade(calibration, samples, places, (2.0, 4.0))}
+    samples, block_table = collect_samples(model, random_tokens(1, 400, seed=9), [0, 1])
+    found = {(g.side, g.bits): g for g in grade(calibration, samples, block_table, (2.0, 4.0))}
     assert set(found) == {(side, bits) for side in ("all", "key", "value") for bits in (2.0, 4.0)}
     for each in found.values():
         assert 0 < each.share < 1
@@ -134,7 +134,7 @@ def test_grade_is_between_flat_codes_and_the_bound() -> None:
         def with_bits(self, *_: Any, **__: Any) -> Calibration:
             return self
 
-    worse = grade(Flat(layers, flat.metadata), samples, places, (4.0,))[0]
+    worse = grade(Flat(layers, flat.metadata), samples, block_table, (4.0,))[0]
     assert worse.realised < found["all", 4.0].realised
 
 

@@ -76,7 +76,7 @@ def stored(layer: SpectralLayer, pads: Sequence[int] = ()) -> dict[str, Tensor]:
                 read = torch.tensor([span.end > pad for span in layer.spans])
                 held[f"{side}.{name}.{row}"] = buffer[: layer.stores[side].count][read, row]
     if layer.spans:
-        held["places"] = layer.places.buffers["places"][: layer.places.count]
+        held["block_table"] = layer.block_table.buffers["block_table"][: layer.block_table.count]
     return held
 
 

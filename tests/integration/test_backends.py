@@ -42,13 +42,13 @@ class Backwards(Reference):
         assert view.backend is self
         return super().attend(query, view, call)
 
-    def _encode(self, codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None) -> Fields:
+    def _encode(self, codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         self.encoded += 1
-        return self.from_portable(codec, codec.encode(x, places, starts))
+        return self.from_portable(codec, codec.encode(x, block_table, left_padding))
 
-    def _decode(self, codec: SpectralCodec, fields: Fields, places: Tensor, starts: Tensor | None) -> Tensor:
+    def _decode(self, codec: SpectralCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         self.decoded += 1
-        return codec.decode(self.to_portable(codec, fields), places, starts)
+        return codec.decode(self.to_portable(codec, fields), block_table, left_padding)
 
     def to_portable(self, codec: SideCodec, fields: Fields) -> Fields:
         """Turn the words round again."""

@@ -224,6 +224,12 @@ def test_bad_input_is_one_line(
     assert expected in lines[0]
 
 
+def test_lm_eval_is_named_where_it_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for arguments in (("lm-eval",), ("lm-eval", "--help"), ("lm-eval", "--model", "quantcache", "--json")):
+        assert run(*arguments) == (1, "", "error: lm-eval is not installed: pip install 'quantcache[lm-eval]'\n")
+
+
 def test_debug_shows_the_traceback(folder: Path) -> None:
     with pytest.raises(QuantCacheError, match="is empty"):
         main(["calibrate", "wiki11m", "--text", str(folder / "empty.txt"), "-o", "unused", "--debug"])

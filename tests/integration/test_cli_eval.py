@@ -124,6 +124,37 @@ def test_an_interrupted_run_goes_on(run: Run, folder: Path, monkeypatch: pytest.
     assert not state.exists()
 
 
+def test_tasks_are_sized_and_go_on(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: tuple[str, ...] = (*EVAL, "--quick", "--suite", "lookup,records", "--trials", "1")
+    arguments = (*arguments, "--lengths", "150,120", "--methods", "dense,spectral-0", "-o", "tasks.json", "--json")
+    original, keys = Cells.put, []
+
+    def put(self: Cells, *key: Any) -> None:
+        original(self, *key)
+        keys.append(key[:3])
+        if len(keys) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cells, "put", put)
+    assert run(*arguments)[0] == 130
+    status, out, err = run(*arguments)
+    assert status == 0
+    assert "going on with 3 finished cells" in err
+    assert len(keys) == len(set(keys)) == 2 * 2 + 2  # two lengths, one table
+    record = read_record(folder / "tasks.json")
+    assert list(record.metrics) == ["records", "lookup"]
+    assert record.settings["lengths"] == [150, 120]
+    records = record.metrics["records"]
+    assert records["settings"]["lengths"] == [120, 150]
+    assert list(records["methods"]["dense"]["by_group"]) == list(records["evidence"])[1:] == ["120", "150"]
+    assert records["settings"]["format"]["chat"] is False  # the tokenizer has no template
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*tables(json.loads(out)))
+    shown = console.export_text()
+    for title in ("Records retrieved", "Values looked up"):
+        assert title in shown
+
+
 def test_windows_that_slide(run: Run, folder: Path) -> None:
     arguments = (*EVAL, "--methods", "dense,spectral-3", "--json")
     found = {stride: json.loads(run(*arguments, "--stride", str(stride))[1]) for stride in (32, 100)}
@@ -162,7 +193,7 @@ def test_quantized_weights(run: Run, folder: Path, library: str) -> None:
 
 
 BAD_INPUT = {
-    "unknown suite": ((*EVAL, "--suite", "fidelity,luck"), "unknown suite 'luck': known are fidelity, needle"),
+    "unknown suite": ((*EVAL, "--suite", "fidelity,luck"), "unknown suite 'luck': known are fidelity, divergence"),
     "no suite": ((*EVAL, "--suite", ","), "--suite names no suite"),
     "unknown method": ((*EVAL, "--suite", "needle", "--methods", "luck-3"), "unknown method 'luck-3'"),
     "empty text": (("eval", "wiki11m", "--text", "empty.txt"), "empty.txt is empty"),
@@ -181,6 +212,8 @@ BAD_INPUT = {
     "residual negative": ((*EVAL, "--residual=-1"), "--residual must be at least 0, got -1"),
     "context of one": ((*EVAL, "--context", "1"), "--context must be at least 2"),
     "needle template": ((*EVAL, "--suite", "needle", "--needle-fact", "no place"), "lacks {name}"),
+    "lengths malformed": ((*EVAL, "--suite", "records", "--lengths", "1K,x"), "--lengths must be whole numbers"),
+    "lengths beyond the model": ((*EVAL, "--suite", "needle", "--lengths", "4K"), "4096 exceeds the model's limit of"),
     "chat without template": ((*EVAL, "--suite", "needle", "--chat"), "has no chat template"),
     "nothing left": ((*EVAL, "--suite", "transfer", "--methods", "dense"), "transfer: skipped: no method needs"),
     "simulated only": ((*EVAL, "--suite", "speed", "--methods", "turboquant-mse-2"), "skipped: simulated"),

@@ -81,9 +81,9 @@ def passthrough(family: Family) -> SpectralCache:
     return quantized(family, key_bits=None, value_bits=None)
 
 
-def reference(family: Family, starts: Sequence[int] = (), **options: Any) -> DynamicCache:
+def reference(family: Family, left_padding: Sequence[int] = (), **options: Any) -> DynamicCache:
     """The fake-quantized dense cache that :func:`quantized` must be equal to."""
-    given = torch.tensor(starts) if starts else None
+    given = torch.tensor(left_padding) if left_padding else None
     return reference_cache(quantized(family, **options), shared_model(family).config, given)
 
 
@@ -164,9 +164,9 @@ def test_passthrough_generates_what_the_dense_cache_does(family: Family, mode: s
 
 
 @functools.cache
-def expected_tokens(family: Family, mode: str, starts: tuple[int, ...]) -> Tensor:
+def expected_tokens(family: Family, mode: str, left_padding: tuple[int, ...]) -> Tensor:
     """What the fake-quantized cache generates."""
-    return generate(family, reference(family, starts), "sdpa", **MODES[mode])
+    return generate(family, reference(family, left_padding), "sdpa", **MODES[mode])
 
 
 @in_mode
@@ -207,7 +207,7 @@ Read = Callable[[DynamicCache, Tensor, Sequence[int]], None]
 def compare(
     family: Family,
     act: Callable[[DynamicCache, Read], None],
-    starts: Sequence[int] = (),
+    left_padding: Sequence[int] = (),
     **options: Any,
 ) -> None:
     """Run the same actions on a spectral cache and on its reference, and compare all logits they lead to.
@@ -215,12 +215,12 @@ def compare(
     Args:
         family: The model.
         act: What to do with a cache.
-        starts: Left padding, for the reference.
+        left_padding: Left padding, for the reference.
         options: Options of the cache.
     """
     for backend, attentions in (("auto", ("spectral", "sdpa")), ("torch", ("spectral",))):
         options["backend"] = backend
-        expected = logits_of(model_of(family, "sdpa"), reference(family, starts, **options), act)
+        expected = logits_of(model_of(family, "sdpa"), reference(family, left_padding, **options), act)
         for attention in attentions:
             found = logits_of(model_of(family, attention), quantized(family, **options), act)
             assert error(found, expected) < CLOSE * float(expected.std()), (attention, backend)

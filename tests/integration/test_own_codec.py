@@ -104,10 +104,10 @@ def test_one_side_of_ones_own_and_the_other_dense(model: LlamaForCausalLM) -> No
 
         bits = None
 
-        def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+        def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
             return {"whole": split_blocks(x)}
 
-        def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+        def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
             return join_blocks(fields["whole"])
 
         def tensors(self) -> list[Tensor]:

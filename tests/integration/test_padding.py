@@ -363,7 +363,7 @@ def test_saved_copied_and_forked_caches_keep_what_they_know_of_padding(scene: An
         (found,) = logits_of("spectral", other, [last])
         assert torch.equal(found, expected)
         for ours, theirs in zip(other.spectral_layers, cache.spectral_layers, strict=True):
-            for name in ("starts", "origins", "trail"):
+            for name in ("left_padding", "origins", "trail"):
                 mine, its = getattr(ours, name), getattr(theirs, name)
                 assert (mine is None) == (its is None)
                 assert mine is None or torch.equal(mine, its)
@@ -400,7 +400,7 @@ def test_every_attention_learns_the_same(attention: str) -> None:
         for tokens, more in passes:
             model(tokens, past_key_values=cache, **more)
     for layer in cache.spectral_layers:
-        assert layer.starts.tolist() == [30, 0, 0]
+        assert layer.left_padding.tolist() == [30, 0, 0]
         assert layer.origins is None
         for side in SIDES:
             dense = layer.snapshot().dense(side)
@@ -412,7 +412,7 @@ def test_a_custom_mask_is_never_padding() -> None:
     for passes in (block_diagonal(), last_rows_hide_the_start(), additive()):
         cache = empty()
         logits_of("spectral", cache, passes)
-        assert [layer.starts for layer in cache.spectral_layers] == [None, None]
+        assert [layer.left_padding for layer in cache.spectral_layers] == [None, None]
 
 
 def test_where_positions_count_slots_frames_do_too() -> None:
@@ -421,10 +421,13 @@ def test_where_positions_count_slots_frames_do_too() -> None:
     cache = empty()
     logits_of("sdpa", cache, [(tokens, {"attention_mask": mask})])
     layer = cache.spectral_layers[0]
-    assert (layer.starts.tolist(), layer.origins.tolist()) == ([50, 0], [0, 0])
+    assert (layer.left_padding.tolist(), layer.origins.tolist()) == ([50, 0], [0, 0])
     offset = empty()
     logits_of("sdpa", offset, [(tokens, {"position_ids": torch.arange(1000, 1150)[None]})])
-    assert (offset.spectral_layers[0].starts, offset.spectral_layers[0].origins.tolist()) == (None, [-1000, -1000])
+    assert (offset.spectral_layers[0].left_padding, offset.spectral_layers[0].origins.tolist()) == (
+        None,
+        [-1000, -1000],
+    )
 
 
 @pytest.mark.support("batch_repeat_interleave, batch_select_indices, reorder_cache")
@@ -464,7 +467,7 @@ def test_a_compressed_dynamic_cache_is_told_of_its_padding() -> None:
     logits_of("sdpa", filled, [first])
     filled.spectral_layers[0].flush()
     for ours, theirs in zip(told.spectral_layers, filled.spectral_layers, strict=True):
-        assert torch.equal(ours.starts, theirs.starts)
+        assert torch.equal(ours.left_padding, theirs.left_padding)
         for side in SIDES:
             assert torch.equal(ours.sinks[side], theirs.sinks[side])
 
@@ -486,7 +489,7 @@ def test_padding_that_a_mask_shows_reads_as_it_was_coded() -> None:
     layer = cache.spectral_layers[0]
     reference = DynamicCache(config=model_of("sdpa").config)
     logits_of("sdpa", reference, before)
-    assert layer.starts.tolist() == [0, 200]
+    assert layer.left_padding.tolist() == [0, 200]
     for side in SIDES:
         given = getattr(reference.layers[0], f"{side}s")[:, :, : layer.encoded_end]
         found = layer.snapshot().dense(side)[:, :, : layer.encoded_end]

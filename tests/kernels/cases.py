@@ -6,7 +6,9 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -92,6 +94,14 @@ TORCH = Kernel("torch", lambda: "")
 
 KERNELS = {**{f"cpu-{level}": _native(level) for level in ("plain", "avx2", "avx512")}, "triton": TRITON}
 """Every kernel that runs the suite, by test id. A further backend is a further line."""
+
+
+def as_parameters(kernels: dict[str, Kernel]) -> list[Any]:
+    """Parameters of a fixture: kernels by id, Triton's with the mark of the run that has minutes for them."""
+    return [
+        pytest.param(kernel, id=name, marks=[pytest.mark.triton] * (kernel is TRITON))
+        for name, kernel in kernels.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -376,7 +386,7 @@ def on_device(layer: SpectralLayer, kernel: Kernel) -> SpectralLayer:
     if kernel.device != layer.device:
         moved.device = kernel.device
         moved._move(kernel.device)
-        moved.codecs = moved.make_codecs(kernel.device, moved.tails, moved.starts)
+        moved.codecs = moved.make_codecs(kernel.device, moved.tails, moved.left_padding)
     return moved
 
 

@@ -161,9 +161,9 @@ def launch_all(case: Case) -> None:
     attend_by_kernel(filled.query, view, filled.mask, case.softcap, filled.s_aux)
     for side in (view.key, view.value):
         assert side.codec is not None
-        backends.find("triton").decode(side.codec, side.store.slice(0, 1), view.places[:1], view.starts)
+        backends.find("triton").decode(side.codec, side.store.slice(0, 1), view.block_table[:1], view.left_padding)
         new = side.tail.new_zeros(*side.tail.shape[:2], 64, side.tail.shape[3])
-        backends.find("triton").encode(side.codec, new, view.places[:1], view.starts)
+        backends.find("triton").encode(side.codec, new, view.block_table[:1], view.left_padding)
 
 
 def compile_cases(names: list[str], capability: int, keys: set[tuple[str, str]] | None = None) -> list[Compiled]:

@@ -26,8 +26,8 @@ FLOOR = 1e-6
 def compare(
     codec: SpectralCodec,
     x: Tensor,
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     found: dict[str, Tensor],
     expected: dict[str, Tensor],
 ) -> tuple[int, int]:
@@ -36,8 +36,8 @@ def compare(
     Args:
         codec: The codec.
         x: What was encoded, ``[B, H, n * 64, D]``.
-        places: The blocks' places, ``[n, 3]``.
-        starts: Left padding of every row, or None.
+        block_table: The blocks' places, ``[n, 3]``.
+        left_padding: Left padding of every row, or None.
         found: ``codes`` and ``gains`` of a kernel.
         expected: Those of plain torch.
 
@@ -45,44 +45,46 @@ def compare(
         How many (token, head) pairs are wrong, and how many of the right ones are not torch's.
     """
     mistakes = ties = 0
-    for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), places.split(1), strict=True)):
+    for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), block_table.split(1), strict=True)):
         codes, gains = codes_of(codec, found["codes"][index]), found["gains"][index]
         same = (codes == codes_of(codec, expected["codes"][index])).all(-2) & (gains == expected["gains"][index])
         if not same.all():
-            right = same | explained(codec, block.contiguous(), place, starts, codes, gains)
+            right = same | explained(codec, block.contiguous(), place, left_padding, codes, gains)
             mistakes += int((~right).sum())
             ties += int((right & ~same).sum())
     return mistakes, ties
 
 
-def wrong(codec: SpectralCodec, x: Tensor, places: Tensor, starts: Tensor | None, fields: dict[str, Tensor]) -> int:
+def wrong(
+    codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None, fields: dict[str, Tensor]
+) -> int:
     """How many (token, head) pairs of an encoding are wrong.
 
     Args:
         codec: The codec.
         x: What was encoded, ``[B, H, n * 64, D]``.
-        places: The blocks' places, ``[n, 3]``.
-        starts: Left padding of every row, or None.
+        block_table: The blocks' places, ``[n, 3]``.
+        left_padding: Left padding of every row, or None.
         fields: ``codes`` and ``gains``.
 
     Returns:
         Their number.
     """
     count = 0
-    for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), places.split(1), strict=True)):
+    for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), block_table.split(1), strict=True)):
         codes = codes_of(codec, fields["codes"][index])
-        right = explained(codec, block.contiguous(), place, starts, codes, fields["gains"][index])
+        right = explained(codec, block.contiguous(), place, left_padding, codes, fields["gains"][index])
         count += int((~right).sum())
     return count
 
 
 def explained(
-    codec: SpectralCodec, block: Tensor, place: Tensor, starts: Tensor | None, codes: Tensor, gains: Tensor
+    codec: SpectralCodec, block: Tensor, place: Tensor, left_padding: Tensor | None, codes: Tensor, gains: Tensor
 ) -> Tensor:
     """Where codes ``[B, H, D, 64]`` and gains ``[B, H, 64]`` are what some best gain factor gives, ``[B, H, 64]``."""
     if codec.coding == "trellis":
-        return _explained_paths(codec, block, place, starts, codes, gains)
-    rough, exact = codec.coefficients(block, place, starts), coefficients(codec, block, place, starts)
+        return _explained_paths(codec, block, place, left_padding, codes, gains)
+    rough, exact = codec.coefficients(block, place, left_padding), coefficients(codec, block, place, left_padding)
     candidates, least = [], []
     for factor in codec.gain_search:
         nearest, single = _try(codec, exact, factor), _try(codec, rough, factor)
@@ -103,11 +105,11 @@ def explained(
     return right
 
 
-def coefficients(codec: SpectralCodec, block: Tensor, place: Tensor, starts: Tensor | None) -> Tensor:
+def coefficients(codec: SpectralCodec, block: Tensor, place: Tensor, left_padding: Tensor | None) -> Tensor:
     """Coefficients of one block in float64, ``[B, H, D, 64]``."""
     x = block.double()
     if not codec.frame.is_identity:
-        positions, anchors = block_positions(place, starts)
+        positions, anchors = block_positions(place, left_padding)
         frequencies = codec.frame.frequencies
         slow, fast = (p.double()[:, None, :, None] for p in (anchors, positions))
         count = codec.frame.slow_pairs
@@ -167,10 +169,10 @@ def _gain(codec: SpectralCodec, y: Tensor, quantized: Tensor) -> tuple[Tensor, T
 
 
 def _explained_paths(
-    codec: SpectralCodec, block: Tensor, place: Tensor, starts: Tensor | None, codes: Tensor, gains: Tensor
+    codec: SpectralCodec, block: Tensor, place: Tensor, left_padding: Tensor | None, codes: Tensor, gains: Tensor
 ) -> Tensor:
     """:func:`explained` for codes that are places in union codebooks: a head's paths are right together, or wrong."""
-    rough, exact = codec.coefficients(block, place, starts), coefficients(codec, block, place, starts)
+    rough, exact = codec.coefficients(block, place, left_padding), coefficients(codec, block, place, left_padding)
     rms, levels = _rms(codec, exact), _levels(codec, codes)
     least, most, lost, fits = [], [], [], []
     for factor in codec.gain_search:

@@ -31,6 +31,7 @@ def run(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.triton
 def test_decoding_compiles_few_variants() -> None:
     (found,) = run("--steps", "600")
     assert set(found) == {"encode_kernel", "query_kernel", "attend_kernel", "dense_kernel", "merge_kernel"}
@@ -38,6 +39,7 @@ def test_decoding_compiles_few_variants() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.triton
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("case", "kernels", "stack"),

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.triton
 def test_gpu_benchmark_measures_and_writes_its_record(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_decode.py", "--tiny", "--parts", "copy,attention,encode,models"]
     command += ["--rungs", "1"]

@@ -238,13 +238,13 @@ def test_how_tensors_are_stored_makes_no_difference_to_triton() -> None:
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_how_tokens_are_stored_makes_no_difference_to_their_codes(backend: Any, side: str) -> None:
     codec = codecs(CASE)[side]
-    places = torch.tensor([[4, 64, 4], [68, 64, 4]], dtype=torch.int32)
+    block_table = torch.tensor([[4, 64, 4], [68, 64, 4]], dtype=torch.int32)
     x = vectors(CASE, 128)[side].float().contiguous()
     same = x[:, :1, :1].expand(x.shape)
     for given, others in ((x, copies(x)), (same.clone(), {"expanded": same})):
-        expected = implementation(backend).encode(codec, given, places, None)
+        expected = implementation(backend).encode(codec, given, block_table, None)
         for name, copy in others.items():
-            found = implementation(backend).encode(codec, copy, places, None)
+            found = implementation(backend).encode(codec, copy, block_table, None)
             assert all(torch.equal(found[field], expected[field]) for field in expected), name
 
 
@@ -261,7 +261,7 @@ def arguments(layer: SpectralLayer, query: Tensor) -> dict[str, Any]:
         "query": query,
         "key": constants[0],
         "value": constants[1],
-        "blocks": cpu.Blocks(*view.packed(), view.places, None, view.encoded_end),
+        "blocks": cpu.Blocks(*view.packed(), view.block_table, None, view.encoded_end),
         "dense": [view.key.sinks, view.value.sinks, view.key.tail, view.value.tail],
         "call": AttentionCall(None, 0.125, causal=False),
     }
@@ -296,15 +296,15 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "codes on meta": (changed("key_codes", lambda x: x.to("meta")), "in the CPU's memory"),
     "gains": (changed("key_gains", lambda x: x[:, :, :1].contiguous()), "expected gains"),
     "gains dtype": (changed("value_gains", lambda x: x.int()), "expected gains"),
-    "places dtype": (changed("places", lambda x: x.long()), "expected places"),
-    "places": (changed("places", lambda x: x[:, :2].contiguous()), "expected places"),
-    "a place behind the end": (changed("places", lambda x: x + 64), "lie outside"),
-    "a place before the start": (changed("places", lambda x: x - 9), "lie outside"),
-    "a long place": (changed("places", lambda x: x + torch.tensor([0, 1, 0], dtype=torch.int32)), "lie outside"),
+    "places dtype": (changed("block_table", lambda x: x.long()), "expected block_table"),
+    "block_table": (changed("block_table", lambda x: x[:, :2].contiguous()), "expected block_table"),
+    "a place behind the end": (changed("block_table", lambda x: x + 64), "lie outside"),
+    "a place before the start": (changed("block_table", lambda x: x - 9), "lie outside"),
+    "a long place": (changed("block_table", lambda x: x + torch.tensor([0, 1, 0], dtype=torch.int32)), "lie outside"),
     "end": (changed("end", lambda x: x - 1), "lie outside"),
-    "starts": (changed("starts", lambda x: torch.zeros(5, dtype=torch.int64)), "expected starts"),
-    "starts dtype": (changed("starts", lambda x: torch.zeros(ROWS, dtype=torch.int32)), "expected starts"),
-    "negative starts": (changed("starts", lambda x: torch.full((ROWS,), -3)), "lie outside"),
+    "left_padding": (changed("left_padding", lambda x: torch.zeros(5, dtype=torch.int64)), "expected left_padding"),
+    "starts dtype": (changed("left_padding", lambda x: torch.zeros(ROWS, dtype=torch.int32)), "expected left_padding"),
+    "negative starts": (changed("left_padding", lambda x: torch.full((ROWS,), -3)), "lie outside"),
     "sinks of another batch": (changed("0", lambda x: x[:1]), "expected sinks"),
     "sinks of other lengths": (changed("1", lambda x: x[:, :, :2]), "expected sinks"),
     "tail heads": (changed("2", lambda x: x[:, :1]), "expected tail"),
@@ -351,17 +351,17 @@ def test_the_c_interface_is_given_nothing_that_does_not_fit(name: str) -> None:
 def test_encoding_is_given_nothing_that_does_not_fit() -> None:
     codec = codecs(CASE)["key"]
     constants = constants_of(codec)
-    places = torch.tensor([[4, 64, 4]], dtype=torch.int32)
+    block_table = torch.tensor([[4, 64, 4]], dtype=torch.int32)
     x = vectors(CASE, 64)["key"].float()
-    cpu.encode(x, constants, places, None)
+    cpu.encode(x, constants, block_table, None)
     wrong: dict[str, tuple[Any, ...]] = {
-        "expected tokens of 4 dimensions": (x[0], places, None),
-        "expected 2 heads of dimension 64": (x[:, :1], places, None),
-        r"expected tokens of shape \[2, 2, 0, 64\]": (x[:, :, :63], places, None),
-        "torch.float64": (x.double(), places, None),
-        "in the CPU's memory": (x.to("meta"), places, None),
-        "expected places": (x, places.repeat(2, 1), None),
-        "expected starts": (x, places, torch.zeros(3, dtype=torch.int64)),
+        "expected tokens of 4 dimensions": (x[0], block_table, None),
+        "expected 2 heads of dimension 64": (x[:, :1], block_table, None),
+        r"expected tokens of shape \[2, 2, 0, 64\]": (x[:, :, :63], block_table, None),
+        "torch.float64": (x.double(), block_table, None),
+        "in the CPU's memory": (x.to("meta"), block_table, None),
+        "expected block_table": (x, block_table.repeat(2, 1), None),
+        "expected left_padding": (x, block_table, torch.zeros(3, dtype=torch.int64)),
     }
     for message, given in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -29,6 +29,7 @@ from tests.kernels.cases import (
     Case,
     Filled,
     Kernel,
+    as_parameters,
     codecs,
     fill,
     on_device,
@@ -40,7 +41,7 @@ from tests.kernels.cases import (
 CODINGS = get_args(Coding)
 
 
-@pytest.fixture(params=[pytest.param(kernel, id=name) for name, kernel in KERNELS.items()])
+@pytest.fixture(params=as_parameters(KERNELS))
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     """The kernel under test, in use; what it allocates is poisoned."""
     missing = request.param.missing()
@@ -109,11 +110,15 @@ def encoded_by_torch(case: Case, side: str) -> tuple[SpectralCodec, Given, dict[
     filled = shared(case)
     view = filled.layer.snapshot()
     count = (case.tokens - case.sink_length) // BLOCK
-    places = view.places[:count].clone()
-    places[:, 1] = BLOCK
+    block_table = view.block_table[:count].clone()
+    block_table[:, 1] = BLOCK
     codec = view.side(side).codec
     assert isinstance(codec, SpectralCodec)
-    given = (filled.given[side][:, :, case.sink_length : case.sink_length + count * BLOCK], places, view.starts)
+    given = (
+        filled.given[side][:, :, case.sink_length : case.sink_length + count * BLOCK],
+        block_table,
+        view.left_padding,
+    )
     fields = codec.encode(*given)
     assert encoding.wrong(codec, *given, fields) == 0
     return codec, given, fields
@@ -158,9 +163,9 @@ def test_company_does_not_change_codes(kernel: Kernel, coding: Coding) -> None:
     codec = view.key.codec
     assert codec is not None
     x = vectors(case, case.tokens)["key"][:, :, 4:].to(kernel.device)
-    together = implementation(kernel.backend).encode(codec, x, view.places, view.starts)
-    for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), view.places.split(1), strict=True)):
-        alone = implementation(kernel.backend).encode(codec, block, place, view.starts)
+    together = implementation(kernel.backend).encode(codec, x, view.block_table, view.left_padding)
+    for index, (block, place) in enumerate(zip(x.split(BLOCK, dim=2), view.block_table.split(1), strict=True)):
+        alone = implementation(kernel.backend).encode(codec, block, place, view.left_padding)
         for name, field in together.items():
             assert torch.equal(field[index : index + 1], alone[name])
 
@@ -179,7 +184,7 @@ def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) ->
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
-            codes = implementation(kernel.backend).encode(view.key.codec, x, view.places[:4], view.starts)
+            codes = implementation(kernel.backend).encode(view.key.codec, x, view.block_table[:4], view.left_padding)
             results.append({**codes, "output": attend(filled, kernel, case)})
     finally:
         torch.set_num_threads(before)
@@ -190,10 +195,10 @@ def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) ->
 @pytest.mark.skipif(find()[0] is None, reason=f"no CPU kernels: {find()[1]}")
 def test_operators_take_trellis_constants() -> None:
     """What a compiled model calls: the constants go through it as tensors and sizes."""
-    codec, (x, places, starts), _ = encoded_by_torch(TRELLIS["trellis"], "key")
+    codec, (x, block_table, left_padding), _ = encoded_by_torch(TRELLIS["trellis"], "key")
     constants = cpu.make(codec.constants())
-    direct = cpu.encode(x, constants, places, starts)
-    through = torch.ops.quantcache_kernels.cpu_encode(x, places, starts, *constants.flatten())
+    direct = cpu.encode(x, constants, block_table, left_padding)
+    through = torch.ops.quantcache_kernels.cpu_encode(x, block_table, left_padding, *constants.flatten())
     assert all(torch.equal(*pair) for pair in zip(direct, through, strict=True))
 
 

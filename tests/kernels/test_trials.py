@@ -21,6 +21,8 @@ from quantcache.evaluation import kernel_check
 from tests.helpers import attend_by_kernel
 from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, Case, fill, on_device
 
+pytestmark = pytest.mark.triton
+
 CPU = torch.device("cpu")
 
 
@@ -99,8 +101,12 @@ def test_triton_kernels_pass_their_trial(name: str, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING):
         found = spectral_attention(query, layer.snapshot(), mask, softcap=case.softcap, s_aux=s_aux)
         x = filled.given["key"][:, :, 4:68].to(TRITON_DEVICE)
-        fields = backends.find("triton").encode(layer.codecs["key"], x, layer.snapshot().places[:1], layer.starts)
-        backends.find("triton").decode(layer.codecs["key"], fields, layer.snapshot().places[:1], layer.starts)
+        fields = backends.find("triton").encode(
+            layer.codecs["key"], x, layer.snapshot().block_table[:1], layer.left_padding
+        )
+        backends.find("triton").decode(
+            layer.codecs["key"], fields, layer.snapshot().block_table[:1], layer.left_padding
+        )
     assert not caplog.records
     operations = sorted(outcome.operation for outcome in trials._outcomes.values())
     assert operations == ["attend", "decode", "encode"]
@@ -127,17 +133,17 @@ def test_triton_kernels_that_are_wrong_are_not_used(
         return {"codes": fields["codes"] ^ 0x01010101, "gains": fields["gains"] + 40}
 
     monkeypatch.setattr(triton, "encode", encode)
-    places, x = layer.snapshot().places[:1], filled.given["key"][:, :, 4:68].to(TRITON_DEVICE)
+    block_table, x = layer.snapshot().block_table[:1], filled.given["key"][:, :, 4:68].to(TRITON_DEVICE)
     codec = layer.codecs["key"]
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found = spectral_attention(query, layer.snapshot(), None)
-            fields = backends.find("triton").encode(codec, x, places, None)
-            decoded = backends.find("triton").decode(codec, fields, places, None)
+            fields = backends.find("triton").encode(codec, x, block_table, None)
+            decoded = backends.find("triton").decode(codec, fields, block_table, None)
     layer.backend = "torch"
     assert torch.equal(found, spectral_attention(query, layer.snapshot(), None))
-    assert all(torch.equal(fields[name], field) for name, field in codec.encode(x, places, None).items())
-    assert torch.equal(decoded, codec.decode(fields, places, None))
+    assert all(torch.equal(fields[name], field) for name, field in codec.encode(x, block_table, None).items())
+    assert torch.equal(decoded, codec.decode(fields, block_table, None))
     assert sorted(record.getMessage().split()[3] for record in caplog.records) == ["attend", "decode", "encode"]
 
 

@@ -30,7 +30,10 @@ from tests.kernels import encoding as rule
 from tests.kernels import truth
 from tests.kernels.cases import ATTENTION, BASE, TRELLIS, TRITON, TRITON_DEVICE, fill, on_device, shared
 
-pytestmark = pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +58,9 @@ def test_triton_attention_of_many_queries_decodes_tiles(monkeypatch: pytest.Monk
     sizes = []
     decode = Backend.decode
 
-    def counting(self: Backend, codec: Any, fields: dict[str, Tensor], places: Tensor, *more: Any) -> Tensor:
-        sizes.append(len(places))
-        return decode(self, codec, fields, places, *more)
+    def counting(self: Backend, codec: Any, fields: dict[str, Tensor], block_table: Tensor, *more: Any) -> Tensor:
+        sizes.append(len(block_table))
+        return decode(self, codec, fields, block_table, *more)
 
     monkeypatch.setattr(Backend, "decode", counting)
     monkeypatch.setattr("quantcache.backends.reference.TILE_BLOCKS", 1)
@@ -68,7 +71,9 @@ def test_triton_attention_of_many_queries_decodes_tiles(monkeypatch: pytest.Monk
     reference = spectral_attention(filled.query, view, None)
     found = spectral_attention(filled.query.to(TRITON_DEVICE), on_device(filled.layer, TRITON).snapshot(), None)
     assert_near(found, reference, expected)
-    assert sizes == [1] * (2 * 2 * len(view.places)), "by either, every block is decoded once a side for all queries"
+    assert sizes == [1] * (2 * 2 * len(view.block_table)), (
+        "by either, every block is decoded once a side for all queries"
+    )
 
 
 DECODING = (
@@ -99,9 +104,9 @@ def test_triton_decoding(name: str) -> None:
     for side, other in ((view.key, moved.key), (view.value, moved.value)):
         assert side.codec is not None
         assert other.codec is not None
-        reference = side.codec.decode(side.store.slice(0, view.num_blocks), view.places, view.starts)
+        reference = side.codec.decode(side.store.slice(0, view.num_blocks), view.block_table, view.left_padding)
         fields = other.store.slice(0, view.num_blocks)
-        found = backends.find("triton").decode(other.codec, fields, moved.places, moved.starts)
+        found = backends.find("triton").decode(other.codec, fields, moved.block_table, moved.left_padding)
         assert_near(found, reference, truth.decoded(side, view))
 
 
@@ -122,12 +127,12 @@ def test_levels_of_a_trellis_in_half_precision(width: int) -> None:
 def test_a_trellis_is_encoded_some_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     filled = shared(replace(BASE, tokens=4 + 5 * BLOCK, dim=16, coding=("trellis", "trellis")))
     side, moved = filled.layer.snapshot().value, on_device(filled.layer, TRITON).snapshot()
-    x, places = filled.given["value"][:, :, 4:], filled.layer.snapshot().places
+    x, block_table = filled.given["value"][:, :, 4:], filled.layer.snapshot().block_table
     monkeypatch.setattr(encode, "SCRATCH", 1)  # four blocks, then the fifth
-    fields = backends.find("triton").encode(moved.value.codec, x.to(TRITON_DEVICE), moved.places, None)
+    fields = backends.find("triton").encode(moved.value.codec, x.to(TRITON_DEVICE), moved.block_table, None)
     found = {name: field.cpu() for name, field in fields.items()}
     assert isinstance(side.codec, SpectralCodec)
-    assert rule.compare(side.codec, x, places, None, found, side.store.slice(0, 5))[0] == 0
+    assert rule.compare(side.codec, x, block_table, None, found, side.store.slice(0, 5))[0] == 0
 
 
 def packed_arguments() -> tuple[Any, ...]:
@@ -136,7 +141,7 @@ def packed_arguments() -> tuple[Any, ...]:
     keys, values = (prepared(side.codec, torch.float32) for side in (view.key, view.value))
     query = torch.randn(1, 3, 1, 64, device=TRITON_DEVICE)
     dense = [view.key.sinks, view.value.sinks, view.key.tail, view.value.tail]
-    tensors = (query, view.packed(), dense, view.places, None, None, None)
+    tensors = (query, view.packed(), dense, view.block_table, None, None, None)
     tables = (keys.keys.tensors, keys.keys.sizes, values.values.tensors, values.values.sizes)
     return (*tensors, *tables, view.encoded_end, 0.125, None, False, True)
 
@@ -159,10 +164,10 @@ def test_triton_encoding_and_decoding_can_be_traced(coding: Coding) -> None:
     tables = prepared(view.key.codec, torch.float32)
     x = torch.randn(1, 1, 64, 64, device=TRITON_DEVICE)
     utilities = ("test_schema", "test_faketensor")
-    encoding = (x, view.places, None, tables.encode.tensors, tables.encode.sizes)
+    encoding = (x, view.block_table, None, tables.encode.tensors, tables.encode.sizes)
     torch.library.opcheck(ops.encode_blocks, encoding, test_utils=utilities)
     codes, gains = ops.encode_blocks(*encoding)
-    decoding = (codes, gains, view.places, None, tables.decode.tensors, tables.decode.sizes, torch.float32)
+    decoding = (codes, gains, view.block_table, None, tables.decode.tensors, tables.decode.sizes, torch.float32)
     torch.library.opcheck(ops.decode_blocks, decoding, test_utils=utilities)
 
 

@@ -18,9 +18,9 @@ def decoded(side: SideView, view: CacheView) -> Tensor:
     framed = (framed + codec.mean.double()[:, None]).permute(1, 2, 0, 3, 4).flatten(2, 3)
     if codec.frame.is_identity:
         return framed
-    slots = (view.places[:, :1] + torch.arange(64)).flatten()
-    anchors = view.places[:, 2].repeat_interleave(64)
-    shift = torch.zeros(1, 1, dtype=torch.int64) if view.starts is None else view.starts[:, None]
+    slots = (view.block_table[:, :1] + torch.arange(64)).flatten()
+    anchors = view.block_table[:, 2].repeat_interleave(64)
+    shift = torch.zeros(1, 1, dtype=torch.int64) if view.left_padding is None else view.left_padding[:, None]
     slow = (anchors - shift).double().unsqueeze(-1) * codec.frame.frequencies[: codec.frame.slow_pairs]
     fast = (slots - shift).double().unsqueeze(-1) * codec.frame.frequencies[codec.frame.slow_pairs :]
     angles = torch.cat((slow, fast), dim=-1)[:, None]
@@ -43,12 +43,12 @@ def attention(
     batch, query_heads, count, dim = query.shape
     assert view.key.sinks is not None
     assert view.value.sinks is not None
-    slots = (view.places[:, :1] + torch.arange(64)).flatten()
-    starts = torch.zeros(batch, dtype=torch.int64) if view.starts is None else view.starts
+    slots = (view.block_table[:, :1] + torch.arange(64)).flatten()
+    left_padding = torch.zeros(batch, dtype=torch.int64) if view.left_padding is None else view.left_padding
     sink_count = view.key.sinks.shape[2]
-    sink_slots = starts[:, None] + torch.arange(sink_count)
-    in_blocks = (slots < view.places.sum(1).sub(view.places[:, 2]).repeat_interleave(64)) & (
-        slots >= starts[:, None] + sink_count
+    sink_slots = left_padding[:, None] + torch.arange(sink_count)
+    in_blocks = (slots < view.block_table.sum(1).sub(view.block_table[:, 2]).repeat_interleave(64)) & (
+        slots >= left_padding[:, None] + sink_count
     )
     tail_slots = torch.arange(view.encoded_end, view.length).expand(batch, -1)
     where = torch.cat((sink_slots, slots.expand(batch, -1), tail_slots), dim=1)  # [B, N]

@@ -372,7 +372,7 @@ class LayerMachine(RuleBasedStateMachine):
         elif wreck == "reset":
             original.reset()
         else:
-            held = [*original.tails.values(), *original.sinks.values(), *original.places.buffers.values()]
+            held = [*original.tails.values(), *original.sinks.values(), *original.block_table.buffers.values()]
             held += [buffer for store in original.stores.values() for buffer in store.buffers.values()]
             held += [*original.leads.values(), *(each for each in original.grid if each is not None)]
             for tensor in held:
@@ -414,8 +414,8 @@ class LayerMachine(RuleBasedStateMachine):
             end = span.end
         assert layer.cut == any(span.length < BLOCK for span in layer.spans)
         if layer.is_initialized:
-            places = layer.snapshot().places
-            assert places.tolist() == [[b.start, b.length, b.anchor] for b in model.blocks]
+            block_table = layer.snapshot().block_table
+            assert block_table.tolist() == [[b.start, b.length, b.anchor] for b in model.blocks]
             for side in SIDES:
                 assert layer.stores[side].count == len(model.blocks)
 
@@ -450,12 +450,13 @@ class LayerMachine(RuleBasedStateMachine):
         assert memory.tokens == model.length
         assert memory.elements == model.length * per_token
         assert memory.residual == (model.length - model.encoded_end) * per_token * size
-        aside = 1 if layer.starts is None else 2  # sinks, and what lies before the first block where that is not them
+        # Sinks, and what lies before the first block where that is not them.
+        aside = 1 if layer.left_padding is None else 2
         assert memory.sinks == (aside * model.sinks * per_token * size if model.blocks else 0)
         stored = [t for b in model.blocks for fields in b.fields.values() for t in fields.values()]
         assert memory.codes + memory.gains + memory.dense == sum(t.nbytes for t in stored)
-        room = max(len(model.blocks), layer.places.capacity)
-        told = [each for each in (layer.starts, layer.origins, layer.trail) if each is not None]
+        room = max(len(model.blocks), layer.block_table.capacity)
+        told = [each for each in (layer.left_padding, layer.origins, layer.trail) if each is not None]
         assert self.masked or not told
         assert memory.bookkeeping == PLACE_BYTES * room + sum(each.nbytes for each in told)
         assert room <= len(model.blocks) * (1 + 1 / GROWTH)

@@ -27,7 +27,7 @@ HALF_STEP = 2.0 ** (1 / 32)
 """Largest ratio of a gain to its 8-bit form: half of a sixteenth of an octave."""
 
 
-def places_of(blocks: int, first: int = 4) -> Tensor:
+def block_table_of(blocks: int, first: int = 4) -> Tensor:
     """Places of an uninterrupted run of blocks, two to an anchor."""
     rows = [(first + BLOCK * i, BLOCK, first + 2 * BLOCK * (i // 2)) for i in range(blocks)]
     return torch.tensor(rows, dtype=torch.int32)
@@ -38,16 +38,18 @@ def key_codec(side: SideCalibration, settings: CodecSettings = SETTINGS) -> Spec
     return SpectralCodec(side, ROPE, settings)
 
 
-def cached_keys(side: SideCalibration, places: Tensor, starts: Tensor | None = None, batch: int = 2) -> Tensor:
+def cached_keys(
+    side: SideCalibration, block_table: Tensor, left_padding: Tensor | None = None, batch: int = 2
+) -> Tensor:
     """Keys as a model caches them, with the side's statistics in the frame, ``[B, H, n * 64, D]`` float32."""
-    framed = gaussian_vectors(side, batch, BLOCK * places.shape[0])
-    positions, anchors = block_positions(places, starts)
+    framed = gaussian_vectors(side, batch, BLOCK * block_table.shape[0])
+    positions, anchors = block_positions(block_table, left_padding)
     return Frame(side.dim, ROPE).leave(framed, positions[:, None], anchors[:, None]).float()
 
 
-def coefficient_error(side: SideCalibration, places: Tensor, x: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+def coefficient_error(side: SideCalibration, block_table: Tensor, x: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error and squared size of every token's coefficients in the metric, ``[B, H, T]`` float64."""
-    positions, anchors = block_positions(places, None)
+    positions, anchors = block_positions(block_table, None)
     frame = Frame(side.dim, ROPE)
     framed, restored = (frame.enter(t.double(), positions[:, None], anchors[:, None]) for t in (x, decoded))
     analysis = side.analysis.double().transpose(-1, -2)
@@ -85,10 +87,12 @@ def theory(spectrum: Tensor, widths: Tensor) -> float:
 
 @pytest.mark.parametrize("width", range(MAX_WIDTH + 1))
 def test_distortion_of_matching_gaussians(width: int) -> None:
-    side, places = random_side(HEADS, DIM, width, PARTS, decay=1.0), places_of(BLOCKS)
+    side, block_table = random_side(HEADS, DIM, width, PARTS, decay=1.0), block_table_of(BLOCKS)
     codec = key_codec(side)
-    x = cached_keys(side, places)
-    error, power = coefficient_error(side, places, x, codec.decode(codec.encode(x, places, None), places, None))
+    x = cached_keys(side, block_table)
+    error, power = coefficient_error(
+        side, block_table, x, codec.decode(codec.encode(x, block_table, None), block_table, None)
+    )
     relative = error.sum(-1) / power.sum(-1)
     assert (relative <= theory(side.spectrum[0], torch.full((DIM,), width))).all()
     # Shannon: no code of this many bits, gains included, does better; by more than sampling noise it would be a leak.
@@ -97,42 +101,48 @@ def test_distortion_of_matching_gaussians(width: int) -> None:
 
 def test_distortion_of_mixed_widths() -> None:
     widths = torch.tensor([8, 6, 5, 4, 3, 2, 1, 0]).repeat_interleave(DIM // 16).repeat(2).expand(HEADS, -1)
-    side, places = random_side(HEADS, DIM, widths, PARTS, decay=0.85), places_of(BLOCKS)
+    side, block_table = random_side(HEADS, DIM, widths, PARTS, decay=0.85), block_table_of(BLOCKS)
     codec = key_codec(side)
-    x = cached_keys(side, places)
-    error, power = coefficient_error(side, places, x, codec.decode(codec.encode(x, places, None), places, None))
+    x = cached_keys(side, block_table)
+    error, power = coefficient_error(
+        side, block_table, x, codec.decode(codec.encode(x, block_table, None), block_table, None)
+    )
     assert (error.sum(-1) / power.sum(-1) <= theory(side.spectrum[0], widths[0])).all()
 
 
 def test_eight_bits_are_nearly_exact() -> None:
-    side, places = random_side(HEADS, DIM, 8, PARTS), places_of(2)
+    side, block_table = random_side(HEADS, DIM, 8, PARTS), block_table_of(2)
     codec = key_codec(side)
-    x = cached_keys(side, places)
-    error, power = coefficient_error(side, places, x, codec.decode(codec.encode(x, places, None), places, None))
+    x = cached_keys(side, block_table)
+    error, power = coefficient_error(
+        side, block_table, x, codec.decode(codec.encode(x, block_table, None), block_table, None)
+    )
     # Every single token: the rounded gain costs (2^(1/32) - 1)² at most, the codes on average 4.4e-5 and in one token
     # of 64 coefficients at most a few times that.
     assert ((error / power).sqrt() < 0.025).all()
 
 
 def test_finer_widths_cost_less() -> None:
-    places, costs = places_of(BLOCKS), []
+    block_table, costs = block_table_of(BLOCKS), []
     for width in range(MAX_WIDTH + 1):
         side = random_side(HEADS, DIM, width, PARTS)
         codec = key_codec(side)
-        x = cached_keys(side, places)
-        error, _ = coefficient_error(side, places, x, codec.decode(codec.encode(x, places, None), places, None))
+        x = cached_keys(side, block_table)
+        error, _ = coefficient_error(
+            side, block_table, x, codec.decode(codec.encode(x, block_table, None), block_table, None)
+        )
         costs.append(float(error.sum()))
     assert (np.diff(costs) < 0).all()
 
 
 def test_values_are_not_rotated() -> None:
-    side, places = random_side(HEADS, DIM, 8), places_of(2)
+    side, block_table = random_side(HEADS, DIM, 8), block_table_of(2)
     codec = SpectralCodec(side, Rope(), SETTINGS)
     x = gaussian_vectors(side, 2, 2 * BLOCK).float()
-    here = codec.encode(x, places, None)
-    elsewhere = codec.encode(x, places_of(2, first=1000), torch.tensor([3, 5]))
+    here = codec.encode(x, block_table, None)
+    elsewhere = codec.encode(x, block_table_of(2, first=1000), torch.tensor([3, 5]))
     assert all(torch.equal(here[name], elsewhere[name]) for name in here)
-    assert torch.equal(codec.decode(here, places, None), codec.decode(here, places_of(2, first=1000), None))
+    assert torch.equal(codec.decode(here, block_table, None), codec.decode(here, block_table_of(2, first=1000), None))
 
 
 def dequantized_by_hand(codec: SpectralCodec, side: SideCalibration, codes: Tensor) -> Tensor:
@@ -157,17 +167,17 @@ def mixed_side(seed: int = 0) -> SideCalibration:
 
 
 def test_payload_is_head_major_and_decodes_by_hand() -> None:
-    side, places = mixed_side(), places_of(1)
+    side, block_table = mixed_side(), block_table_of(1)
     codec = key_codec(side)
-    x = cached_keys(side, places, batch=1)
-    fields = codec.encode(x, places, None)
+    x = cached_keys(side, block_table, batch=1)
+    fields = codec.encode(x, block_table, None)
     levels = dequantized_by_hand(codec, side, fields["codes"][0, 0])
     gain = 2.0 ** ((fields["gains"][0, 0].double() - 128) / 32) * (fields["gains"][0, 0] > 0)
     coefficients = side.spectrum.sqrt()[..., None] * gain[:, None] * levels
     framed = (torch.linalg.inv(side.analysis.double()) @ coefficients).transpose(-1, -2) + side.mean.double()[:, None]
-    positions, anchors = block_positions(places, None)
+    positions, anchors = block_positions(block_table, None)
     expected = Frame(DIM, ROPE).leave(framed, positions[:, None], anchors[:, None])
-    found = codec.decode(fields, places, None).double()
+    found = codec.decode(fields, block_table, None).double()
     # float32: a sum of D products, each term rounded twice, then the rotation.
     size = (torch.linalg.inv(side.analysis.double()).abs() @ coefficients.abs()).transpose(-1, -2).norm(dim=-1)
     bound = (DIM + 8) * 2.0**-24 * (size + side.mean.double().norm(dim=-1)[:, None])
@@ -175,23 +185,23 @@ def test_payload_is_head_major_and_decodes_by_hand() -> None:
 
 
 def test_gain_is_the_weighted_least_squares_optimum() -> None:
-    side, places = mixed_side(), places_of(1)
+    side, block_table = mixed_side(), block_table_of(1)
     codec = key_codec(side)
-    x = cached_keys(side, places, batch=1)
-    fields = codec.encode(x, places, None)
+    x = cached_keys(side, block_table, batch=1)
+    fields = codec.encode(x, block_table, None)
     levels = dequantized_by_hand(codec, side, fields["codes"][0, 0])
     weights = (side.spectrum * (side.widths > 0))[..., None]
-    y = codec.coefficients(x, places, None)[0].double()
+    y = codec.coefficients(x, block_table, None)[0].double()
     optimum = (weights * y * levels).sum(1) / (weights * levels * levels).sum(1)
     ratio = dequantize_gain(fields["gains"][0, 0]).double() / optimum
     assert (ratio.log2().abs() <= 0.5 / GAIN_STEPS + 1e-5).all()
 
 
 def test_gain_search_keeps_the_best_candidate() -> None:
-    side, places = mixed_side(), places_of(1)
+    side, block_table = mixed_side(), block_table_of(1)
     codec = key_codec(side)
-    x = cached_keys(side, places, batch=1)
-    y = codec.coefficients(x, places, None)[0].double()
+    x = cached_keys(side, block_table, batch=1)
+    y = codec.coefficients(x, block_table, None)[0].double()
     coded = (side.widths > 0)[..., None]
     weights = side.spectrum[..., None] * coded
     rms = ((y * y * coded).sum(1) / coded.sum(1)).sqrt()
@@ -203,14 +213,14 @@ def test_gain_search_keeps_the_best_candidate() -> None:
             book = torch.tensor(gaussian_codebook(int(side.widths[head, dim])).levels, dtype=torch.float64)
             levels[head, dim] = book[(unit[head, dim, :, None] - book).abs().argmin(-1)]
         explained.append((weights * y * levels).sum(1) ** 2 / (weights * levels * levels).sum(1))
-    kept = dequantized_by_hand(codec, side, codec.encode(x, places, None)["codes"][0, 0])
+    kept = dequantized_by_hand(codec, side, codec.encode(x, block_table, None)["codes"][0, 0])
     found = (weights * y * kept).sum(1) ** 2 / (weights * kept * kept).sum(1)
     best = torch.stack(explained).amax(0)
     # A coefficient within float32 rounding of a boundary may take the other level, at next to no difference in error.
     assert (found >= best * (1 - 1e-5)).all()
     assert (torch.stack(explained).argmax(0).unique() == torch.arange(len(SETTINGS.gain_search))).all()
     single = SpectralCodec(side, ROPE, CodecSettings(gain_search=(1.0,)))
-    plain = dequantized_by_hand(single, side, single.encode(x, places, None)["codes"][0, 0])
+    plain = dequantized_by_hand(single, side, single.encode(x, block_table, None)["codes"][0, 0])
     assert float(found.sum()) > float(((weights * y * plain).sum(1) ** 2 / (weights * plain * plain).sum(1)).sum())
 
 
@@ -233,40 +243,40 @@ def test_gain_rounding_and_saturation() -> None:
 
 
 def test_mean_vectors_decode_exactly_to_the_mean() -> None:
-    side, places = random_side(HEADS, DIM, 3), places_of(2)
+    side, block_table = random_side(HEADS, DIM, 3), block_table_of(2)
     codec = SpectralCodec(side, Rope(), SETTINGS)
     x = side.mean[None, :, None].expand(2, -1, 2 * BLOCK, -1)
-    fields = codec.encode(x, places, None)
+    fields = codec.encode(x, block_table, None)
     assert not fields["gains"].any()
     # Zero lies on the middle boundary, and a value on a boundary takes the lower level.
     assert (unpack(fields["codes"].unflatten(-1, (-1, 6)), 3) == 3).all()
-    assert torch.equal(codec.decode(fields, places, None), x)
+    assert torch.equal(codec.decode(fields, block_table, None), x)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-12, 1e-3, 1e3, 1e9, 1e18, 1e30])
 def test_any_magnitude_is_finite_and_costs_no_more_than_coding_nothing(scale: float) -> None:
-    side, places = mixed_side(), places_of(2)
+    side, block_table = mixed_side(), block_table_of(2)
     codec = key_codec(side)
-    x = (cached_keys(side, places).double() * scale).float()
-    decoded = codec.decode(codec.encode(x, places, None), places, None)
+    x = (cached_keys(side, block_table).double() * scale).float()
+    decoded = codec.decode(codec.encode(x, block_table, None), block_table, None)
     assert torch.isfinite(decoded).all()
-    error, power = coefficient_error(side, places, x, decoded)
+    error, power = coefficient_error(side, block_table, x, decoded)
     # The gain lies between zero and the optimum or half a step above it; float32 rounding comes on top.
     assert (error <= power * (1 + (HALF_STEP - 1) ** 2 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("peak", [torch.finfo(torch.bfloat16).max, -3e38])
 def test_single_outliers_leave_other_tokens_alone(peak: float) -> None:
-    side, places = mixed_side(), places_of(1)
+    side, block_table = mixed_side(), block_table_of(1)
     codec = key_codec(side)
-    x = cached_keys(side, places)
-    clean = codec.encode(x, places, None)
+    x = cached_keys(side, block_table)
+    clean = codec.encode(x, block_table, None)
     x[0, 0, 7, 3] = peak
-    fields = codec.encode(x, places, None)
-    decoded = codec.decode(fields, places, None)
+    fields = codec.encode(x, block_table, None)
+    decoded = codec.decode(fields, block_table, None)
     assert torch.isfinite(decoded).all()
     others = [t for t in range(BLOCK) if t != 7]
-    reference = codec.decode(clean, places, None)
+    reference = codec.decode(clean, block_table, None)
     assert torch.equal(fields["gains"][..., others], clean["gains"][..., others])
     assert torch.equal(decoded[:, :, others], reference[:, :, others])
     assert torch.equal(decoded[1], reference[1])
@@ -275,30 +285,30 @@ def test_single_outliers_leave_other_tokens_alone(peak: float) -> None:
 @pytest.mark.parametrize("unit", [1e-15, 1e-6, 1e6, 1e15])
 def test_unit_of_the_metric_does_not_matter(unit: float) -> None:
     """Loss may be measured in any unit: A scales with its root, the spectrum with it, codes and vectors stay."""
-    side, places = mixed_side(), places_of(1)
+    side, block_table = mixed_side(), block_table_of(1)
     scaled = SideCalibration(side.mean, side.analysis * unit, side.spectrum * unit**2, side.widths)
-    x = cached_keys(side, places)
-    fields, others = (key_codec(s).encode(x, places, None) for s in (side, scaled))
+    x = cached_keys(side, block_table)
+    fields, others = (key_codec(s).encode(x, block_table, None) for s in (side, scaled))
     agreeing = [float((fields[name] == others[name]).double().mean()) for name in fields]
     # Rounding the scaled constants moves a value across a boundary about once in 1e5.
     assert min(agreeing) > 0.99
 
 
 def test_no_bits_at_all() -> None:
-    side, places = random_side(HEADS, DIM, 0), places_of(1)
+    side, block_table = random_side(HEADS, DIM, 0), block_table_of(1)
     codec = SpectralCodec(side, Rope(), SETTINGS)
     x = gaussian_vectors(side, 2, BLOCK).float()
-    fields = codec.encode(x, places, None)
+    fields = codec.encode(x, block_table, None)
     assert fields["codes"].shape == (1, 2, 0)
-    assert torch.equal(codec.decode(fields, places, None), side.mean[None, :, None].expand(2, -1, BLOCK, -1))
+    assert torch.equal(codec.decode(fields, block_table, None), side.mean[None, :, None].expand(2, -1, BLOCK, -1))
     assert codec.bits == 8 / DIM
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_shapes_and_bits(dtype: torch.dtype) -> None:
-    side, places = mixed_side(), places_of(3)
+    side, block_table = mixed_side(), block_table_of(3)
     codec = key_codec(side)
-    fields = codec.encode(cached_keys(side, places, batch=3).to(dtype), places, None)
+    fields = codec.encode(cached_keys(side, block_table, batch=3).to(dtype), block_table, None)
     total = int(side.widths.sum())
     assert fields["codes"].shape == (3, 3, 2 * total)
     assert fields["codes"].dtype == torch.int32
@@ -306,43 +316,43 @@ def test_shapes_and_bits(dtype: torch.dtype) -> None:
     assert fields["gains"].dtype == torch.uint8
     stored_bits = 32 * fields["codes"][0, 0].numel() + 8 * fields["gains"][0, 0].numel()
     assert codec.bits == pytest.approx(stored_bits / (HEADS * BLOCK * DIM), rel=1e-15)
-    assert codec.decode(fields, places, None).shape == (3, HEADS, 3 * BLOCK, DIM)
+    assert codec.decode(fields, block_table, None).shape == (3, HEADS, 3 * BLOCK, DIM)
 
 
 def test_a_block_encodes_alike_alone_and_among_others() -> None:
-    side, places = mixed_side(), places_of(5)
+    side, block_table = mixed_side(), block_table_of(5)
     codec = key_codec(side)
-    x = cached_keys(side, places).bfloat16()
-    together = codec.encode(x, places, None)
+    x = cached_keys(side, block_table).bfloat16()
+    together = codec.encode(x, block_table, None)
     wider = torch.cat((torch.zeros_like(x), x), dim=2)[:, :, 5 * BLOCK :]  # the same numbers in a larger buffer
     for i in range(5):
         block = slice(i * BLOCK, (i + 1) * BLOCK)
         for source in (x, wider):
-            alone = codec.encode(source[:, :, block], places[i : i + 1], None)
+            alone = codec.encode(source[:, :, block], block_table[i : i + 1], None)
             assert torch.equal(alone["codes"][0], together["codes"][i])
             assert torch.equal(alone["gains"][0], together["gains"][i])
 
 
 def test_rows_encode_alike_alone_and_together() -> None:
-    side, places = mixed_side(), places_of(2)
+    side, block_table = mixed_side(), block_table_of(2)
     codec = key_codec(side)
-    x = cached_keys(side, places, batch=3)
-    together = codec.decode(codec.encode(x, places, None), places, None)
+    x = cached_keys(side, block_table, batch=3)
+    together = codec.decode(codec.encode(x, block_table, None), block_table, None)
     for row in range(3):
-        alone = codec.decode(codec.encode(x[row : row + 1], places, None), places, None)
+        alone = codec.decode(codec.encode(x[row : row + 1], block_table, None), block_table, None)
         # The products of another batch may be summed in another order: a code on a boundary may tip.
         assert ((alone[0] - together[row]).abs().amax(-1) > 1e-4).double().mean() < 0.01
 
 
 def test_padded_rows_encode_as_the_same_row_without_padding() -> None:
-    side, places = mixed_side(), places_of(2, first=40)
+    side, block_table = mixed_side(), block_table_of(2, first=40)
     codec = key_codec(side)
-    starts = torch.tensor([0, 33])
-    x = cached_keys(side, places, starts)
-    fields = codec.encode(x, places, starts)
-    decoded = codec.decode(fields, places, starts)
-    shifted = places - torch.tensor([33, 0, 33], dtype=torch.int32)
-    for row, own in ((0, places), (1, shifted)):
+    left_padding = torch.tensor([0, 33])
+    x = cached_keys(side, block_table, left_padding)
+    fields = codec.encode(x, block_table, left_padding)
+    decoded = codec.decode(fields, block_table, left_padding)
+    shifted = block_table - torch.tensor([33, 0, 33], dtype=torch.int32)
+    for row, own in ((0, block_table), (1, shifted)):
         pair = x[row : row + 1].expand(2, -1, -1, -1)  # the same shapes, so the same order of sums
         alone = codec.encode(pair, own, None)
         assert torch.equal(alone["codes"][:, 0], fields["codes"][:, row])
@@ -351,8 +361,8 @@ def test_padded_rows_encode_as_the_same_row_without_padding() -> None:
 
 
 def test_positions_of_blocks() -> None:
-    places = torch.tensor([[4, 64, 4], [68, 30, 4], [98, 64, 98]], dtype=torch.int32)
-    positions, anchors = block_positions(places, torch.tensor([0, 4]))
+    block_table = torch.tensor([[4, 64, 4], [68, 30, 4], [98, 64, 98]], dtype=torch.int32)
+    positions, anchors = block_positions(block_table, torch.tensor([0, 4]))
     assert positions.shape == anchors.shape == (2, 3 * BLOCK)
     assert positions[0].tolist() == [*range(4, 68), *range(68, 132), *range(98, 162)]
     assert anchors[0].tolist() == [4] * 128 + [98] * 64
@@ -383,12 +393,12 @@ def test_dense_side_has_no_codec() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dense_codec_keeps_every_bit(dtype: torch.dtype) -> None:
-    codec, places = DenseCodec(), places_of(3)
+    codec, block_table = DenseCodec(), block_table_of(3)
     x = torch.randn(2, HEADS, 3 * BLOCK, DIM).to(dtype)
-    fields = codec.encode(x, places, None)
+    fields = codec.encode(x, block_table, None)
     assert fields["dense"].shape == (3, 2, HEADS, BLOCK, DIM)
     assert fields["dense"].dtype == dtype
-    assert torch.equal(codec.decode(fields, places, torch.tensor([1, 2])), x)
+    assert torch.equal(codec.decode(fields, block_table, torch.tensor([1, 2])), x)
     assert codec.bits is None
     assert codec.tensors() == []
 

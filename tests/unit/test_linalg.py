@@ -67,8 +67,8 @@ def test_a_decoder_undoes_its_encoder(heads: int, dim: int) -> None:
     side = random_side(heads, dim, 8)
     codec = SpectralCodec(side, Rope(), CodecSettings())
     x = gaussian_vectors(side, 1, 64).float()
-    places = torch.tensor([[0, 64, 0]], dtype=torch.int32)
-    decoded = codec.decode(codec.encode(x, places, None), places, None)
+    block_table = torch.tensor([[0, 64, 0]], dtype=torch.int32)
+    decoded = codec.decode(codec.encode(x, block_table, None), block_table, None)
     # An 8-bit code of every coefficient: what is lost is at most what the coefficients lose, in the transform's norm.
     lost = (side.analysis.double() @ (decoded - x).double().transpose(-1, -2)).square().mean()
     kept = (side.analysis.double() @ (x.double() - side.mean.double()[:, None]).transpose(-1, -2)).square().mean()

@@ -29,8 +29,8 @@ def encoding_error(side: SideCalibration, settings: CodecSettings) -> float:
     """Half the squared error of encoded vectors with the statistics that the constants describe, in coefficients."""
     codec = SpectralCodec(side, Rope(), settings)
     vectors = gaussian_vectors(side, 1, 640)
-    places = torch.tensor([[first, 64, first] for first in range(0, 640, 64)], dtype=torch.int32)
-    decoded = codec.decode(codec.encode(vectors.float(), places, None), places, None).double()
+    block_table = torch.tensor([[first, 64, first] for first in range(0, 640, 64)], dtype=torch.int32)
+    decoded = codec.decode(codec.encode(vectors.float(), block_table, None), block_table, None).double()
     error = (decoded - vectors) @ side.analysis.double().transpose(-1, -2)
     return 0.5 * float(error.pow(2).mean((0, 2)).sum())
 

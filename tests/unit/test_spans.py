@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from quantcache.backends.spans import Span, next_spans, places_of
+from quantcache.backends.spans import Span, block_table_of, next_spans
 from quantcache.backends.store import BlockStore, moved
 
 
@@ -20,14 +20,14 @@ from quantcache.backends.store import BlockStore, moved
 )
 def test_places_are_the_spans(previous: Span | None, count: int) -> None:
     spans = next_spans(previous, 4, count)
-    assert places_of(spans, torch.device("cpu")).tolist() == [list(astuple(span)) for span in spans]
+    assert block_table_of(spans, torch.device("cpu")).tolist() == [list(astuple(span)) for span in spans]
     ends = [previous.end if previous else 4, *(span.end for span in spans)]
     assert [span.start for span in spans] == ends[:-1]
     assert all(0 <= span.start - span.anchor <= 64 for span in spans)
 
 
 def test_a_span_that_a_crop_has_cut() -> None:
-    assert places_of([Span(68, 20, 4)], torch.device("cpu")).tolist() == [[68, 20, 4]]
+    assert block_table_of([Span(68, 20, 4)], torch.device("cpu")).tolist() == [[68, 20, 4]]
 
 
 class Copies(TorchFunctionMode):

@@ -24,17 +24,18 @@ def method(kl: float, **more: Any) -> dict[str, Any]:
         "bits_per_element": 3.125,
         "bits_per_element_total": 3.5,
         "kl_mean": kl,
+        "kl_p99": 20 * kl,
         "top1_agreement": 0.98,
         "perplexity": 30.125,
         **more,
     }
 
 
-def record(created: str, kl: float, dirty: bool = False) -> dict[str, Any]:
+def record(created: str, kl: float, dirty: bool = False, suite: str = "fidelity") -> dict[str, Any]:
     """A fidelity record."""
     return {
         "schema_version": 1,
-        "suite": "fidelity",
+        "suite": suite,
         "command": "python benchmarks/fidelity.py",
         "status": "ok",
         "created": created,
@@ -49,6 +50,11 @@ def record(created: str, kl: float, dirty: bool = False) -> dict[str, Any]:
             "chunk": 64,
             "sinks": 4,
             "calibration": {"tokens": 32_768},
+            "evaluation": {"source": "bundled"},
+            "parts": {
+                name: {"context": context, "tokens": 16_384}
+                for name, context in (("residual_64", 2048), ("residual_0", 2048), ("context_512", 512))
+            },
         },
         "metrics": {
             "residual_64": {
@@ -57,7 +63,14 @@ def record(created: str, kl: float, dirty: bool = False) -> dict[str, Any]:
                 "hqq-4": {"status": "RuntimeError: no compiler", "simulated": False},
                 "turboquant-mse-8": {"status": "RuntimeError: out of memory", "simulated": True},
             },
-            "residual_0": {"spectral-3": method(3 * kl), "turboquant-mse-3": method(4 * kl, simulated=True)},
+            "residual_0": {
+                "dense": method(0.0, family="dense"),
+                "spectral-3": method(3 * kl),
+                "turboquant-mse-3": method(4 * kl, simulated=True),
+                "turboquant-mse-4": method(3.5 * kl, simulated=True, bits_per_element=4.0),
+                "fp8": method(6 * kl, family="rival", bits_per_element=8.0),
+                "hqq-4": {"status": "RuntimeError: no compiler", "simulated": False},
+            },
         },
     }
 
@@ -72,7 +85,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def add(checkout: Path, name: str, content: dict[str, Any]) -> None:
     """Add a record to a checkout."""
-    path = checkout / "benchmarks" / "results" / "abacus" / f"fidelity__{name}.json"
+    path = checkout / "benchmarks" / "results" / "abacus" / f"{content['suite']}__{name}.json"
     path.write_text(json.dumps(content), "utf-8")
 
 
@@ -89,14 +102,20 @@ def test_without_records(checkout: Path) -> None:
 
 
 def test_newest_record_wins_and_dirty_ones_do_not_count(checkout: Path) -> None:
-    add(checkout, "b", record("2026-01-02T00:00:00+00:00", 0.002))
-    add(checkout, "a", record("2026-01-03T00:00:00+00:00", 0.001))
-    add(checkout, "c", record("2026-01-04T00:00:00+00:00", 0.009, dirty=True))
+    for suite in ("fidelity", "fidelity-smollm2-135m"):
+        add(checkout, "b", record("2026-01-02T00:00:00+00:00", 0.002, suite=suite))
+        add(checkout, "a", record("2026-01-03T00:00:00+00:00", 0.001, suite=suite))
+        add(checkout, "c", record("2026-01-04T00:00:00+00:00", 0.009, dirty=True, suite=suite))
     assert tables.main([], checkout) == 0
     text = (checkout / "README.md").read_text("utf-8")
-    assert "| spectral-3 | 3.125 | 3.500 | 0.00100 | 98.0% | 30.12 |" in text
-    assert "| hqq-4 | RuntimeError: no compiler |" in text
-    assert "turboquant" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        "| dense | 3.125 | 0.00000 | 0.0000 | 98.0% | 30.12 | |",
+        "| spectral-3 | 3.125 | 0.00300 | 0.0600 | 98.0% | 30.12 | 1.0x |",
+        "| turboquant-mse-3 (simulated) | 3.125 | 0.00400 | 0.0800 | 98.0% | 30.12 | 1.3x |",
+        "| fp8 | 8.000 | 0.00600 | 0.1200 | 98.0% | 30.12 | 2.0x |",
+    ]
+    assert "benchmarks/results/abacus/fidelity-smollm2-135m__a.json" in text
     assert "0.009" not in text
     (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:fidelity-all"), "utf-8")
     assert tables.main([], checkout) == 0
@@ -128,7 +147,7 @@ ALL = """<!-- table:claim -->
 <!-- /table -->
 <!-- table:fidelity-weights -->
 <!-- /table -->
-![](figures/kl-bits.svg)
+![](figures/kl-bits-wiki11m.svg)
 """
 
 
@@ -156,7 +175,7 @@ def test_pages_of_the_documentation_and_their_figures(checkout: Path) -> None:
     assert "| spectral-3 | 0.00200, 30.12 | 0.00700, 30.12 | unsupported: needs optimum-quanto |" in text
     assert "[record](../benchmarks/results/abacus/fidelity__a.json)" in text
     assert tables.main(["--check"], checkout) == 0
-    figure = checkout / "docs" / "figures" / "kl-bits.svg"
+    figure = checkout / "docs" / "figures" / "kl-bits-wiki11m.svg"
     drawn = figure.read_bytes()
     # The same data give the same bytes; other data, or no file, are found out.
     figure.unlink()
@@ -165,10 +184,10 @@ def test_pages_of_the_documentation_and_their_figures(checkout: Path) -> None:
     assert figure.read_bytes() == drawn
     content["metrics"]["residual_0"]["spectral-3"]["kl_mean"] = 0.005
     add(checkout, "a", content)
-    assert not figures.is_current(figure, "kl-bits", figures.kl_bits(content))
+    assert not figures.is_current(figure, "kl-bits-wiki11m", figures.kl_bits(content))
     assert tables.main(["--check"], checkout) == 1
     assert tables.main([], checkout) == 0
-    assert figures.is_current(figure, "kl-bits", figures.kl_bits(content))
+    assert figures.is_current(figure, "kl-bits-wiki11m", figures.kl_bits(content))
 
 
 def test_claim_takes_the_lowest_setting_with_enough_bits_within_one() -> None:

@@ -40,8 +40,8 @@ class Blocks:
         key_gains: ``[n, B, H, 64]`` uint8.
         value_codes: ``[n, B, W']`` int32.
         value_gains: ``[n, B, H, 64]`` uint8.
-        places: First slot, valid length and slot of the anchor, ``[n, 3]`` int32.
-        starts: Left padding of every row, ``[B]`` int64, or None.
+        block_table: First slot, valid length and slot of the anchor, ``[n, 3]`` int32.
+        left_padding: Left padding of every row, ``[B]`` int64, or None.
         end: Slot behind the last encoded token.
     """
 
@@ -49,13 +49,13 @@ class Blocks:
     key_gains: Tensor
     value_codes: Tensor
     value_gains: Tensor
-    places: Tensor
-    starts: Tensor | None
+    block_table: Tensor
+    left_padding: Tensor | None
     end: int
     past: Past | None = field(default=None, init=False, repr=False, compare=False)  # of the last call
 
 
-_parts = attrgetter("key_codes", "key_gains", "value_codes", "value_gains", "places", "starts", "end")
+_parts = attrgetter("key_codes", "key_gains", "value_codes", "value_gains", "block_table", "left_padding", "end")
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, sinks: S
     made_of = (key, value, *sinks, *_parts(blocks))
     if past is not None and past.batch == batch and all(map(is_, past.made_of, made_of)):
         return past
-    heads, count, tokens = key.num_heads, blocks.places.shape[0], _dimensions("sinks", sinks[0])[2]
+    heads, count, tokens = key.num_heads, blocks.block_table.shape[0], _dimensions("sinks", sinks[0])[2]
     keys, values = (
         _readable("sinks", x, batch, heads, tokens, side.dim) for x, side in zip(sinks, (key, value), strict=True)
     )
@@ -96,9 +96,9 @@ def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, sinks: S
     call.value_codes = require("codes", blocks.value_codes, torch.int32, count, batch, value.words).data_ptr()
     call.key_gains = require("gains", blocks.key_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
     call.value_gains = require("gains", blocks.value_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
-    call.places = require("places", blocks.places, torch.int32, count, 3).data_ptr()
-    if blocks.starts is not None:
-        call.starts = require("starts", blocks.starts, torch.int64, batch).data_ptr()
+    call.places = require("block_table", blocks.block_table, torch.int32, count, 3).data_ptr()
+    if blocks.left_padding is not None:
+        call.starts = require("left_padding", blocks.left_padding, torch.int64, batch).data_ptr()
     call.encoded_end = blocks.end
     blocks.past = past = Past(made_of, (keys, values), batch, call, keys.dtype)
     return past
@@ -165,24 +165,24 @@ def _readable_mask(mask: Tensor, batch: int, queries: int, slots: int) -> Tensor
     return mask if shape[:3] == [batch, 1, queries] else mask.expand(batch, 1, queries, shape[3])
 
 
-def encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """Encode whole blocks.
 
     Args:
         x: ``[B, H, n * 64, D]`` float32, bfloat16 or float16, any strides.
         constants: The side's constants.
-        places: ``[n, 3]`` int32.
-        starts: ``[B]`` int64, or None.
+        block_table: ``[n, 3]`` int32.
+        left_padding: ``[B]`` int64, or None.
 
     Returns:
         Codes ``[n, B, W]`` int32 and gains ``[n, B, H, 64]`` uint8.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.quantcache_kernels.cpu_encode(x, places, starts, *constants.flatten())
-    return _encode(x, constants, places, starts)
+        return torch.ops.quantcache_kernels.cpu_encode(x, block_table, left_padding, *constants.flatten())
+    return _encode(x, constants, block_table, left_padding)
 
 
-def _encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
     library = _library()
     batch, heads, tokens, dim = _dimensions("tokens", x)
     if (heads, dim) != (constants.num_heads, constants.dim):
@@ -191,7 +191,7 @@ def _encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | No
         )
     blocks = tokens // BLOCK
     x = _readable("tokens", x, batch, heads, blocks * BLOCK, dim)
-    places = require("places", places, torch.int32, blocks, 3)
+    block_table = require("block_table", block_table, torch.int32, blocks, 3)
     codes = torch.empty(blocks, batch, constants.words, dtype=torch.int32, device="cpu")
     gains = torch.empty(blocks, batch, heads, BLOCK, dtype=torch.uint8, device="cpu")
     call = Encode(
@@ -201,8 +201,8 @@ def _encode(x: Tensor, constants: Constants, places: Tensor, starts: Tensor | No
         blocks,
         DTYPES[x.dtype],
         _dense(x),
-        places.data_ptr(),
-        None if starts is None else require("starts", starts, torch.int64, batch).data_ptr(),
+        block_table.data_ptr(),
+        None if left_padding is None else require("left_padding", left_padding, torch.int64, batch).data_ptr(),
         codes.data_ptr(),
         gains.data_ptr(),
         torch.get_num_threads(),
@@ -237,8 +237,8 @@ def attend(
             blocks.key_gains,
             blocks.value_codes,
             blocks.value_gains,
-            blocks.places,
-            blocks.starts,
+            blocks.block_table,
+            blocks.left_padding,
             blocks.end,
             list(dense),
             mask,
@@ -300,14 +300,14 @@ def _attend(
 
 @torch.library.custom_op("quantcache_kernels::cpu_encode", mutates_args=(), device_types="cpu")
 def _encode_op(
-    x: Tensor, places: Tensor, starts: Tensor | None, constants: list[Tensor], sizes: list[int]
+    x: Tensor, block_table: Tensor, left_padding: Tensor | None, constants: list[Tensor], sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    return _encode(x, Constants.unflatten(constants, sizes), places, starts)
+    return _encode(x, Constants.unflatten(constants, sizes), block_table, left_padding)
 
 
 @_encode_op.register_fake
 def _(
-    x: Tensor, places: Tensor, starts: Tensor | None, constants: list[Tensor], sizes: list[int]
+    x: Tensor, block_table: Tensor, left_padding: Tensor | None, constants: list[Tensor], sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = x.shape
     blocks, words = tokens // BLOCK, sizes[5]
@@ -322,8 +322,8 @@ def _attend_op(
     key_gains: Tensor,
     value_codes: Tensor,
     value_gains: Tensor,
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     end: int,
     dense: list[Tensor],
     mask: Tensor | None,
@@ -340,7 +340,7 @@ def _attend_op(
         query,
         Constants.unflatten(key_constants, key_sizes),
         Constants.unflatten(value_constants, value_sizes),
-        Blocks(key_codes, key_gains, value_codes, value_gains, places, starts, end),
+        Blocks(key_codes, key_gains, value_codes, value_gains, block_table, left_padding, end),
         dense,
         mask,
         sink_logits,
@@ -357,8 +357,8 @@ def _(
     key_gains: Tensor,
     value_codes: Tensor,
     value_gains: Tensor,
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     end: int,
     dense: list[Tensor],
     mask: Tensor | None,

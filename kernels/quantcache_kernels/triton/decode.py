@@ -28,7 +28,7 @@ def decode_kernel(
     decoder,  # [H, S, D]: transposed, in the unit of the head
     mean,  # [H, D] float32
     units,  # [H] float32
-    codes, gains, places, starts,
+    codes, gains, block_table, left_padding,
     out,  # [B, H, n * 64, D]
     n, batch, heads, W, one_half,
     D: tl.constexpr, DS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
@@ -68,10 +68,10 @@ def decode_kernel(
     result = result * gain[:, None] + tl.load(mean + head * D + column, mask=inside, other=0.0)[None, :]
     if FRAMED:
         other = other * gain[:, None] + tl.load(mean + head * D + turned_with, mask=inside, other=0.0)[None, :]
-        anchor = tl.load(places + block * 3 + 2).to(tl.int64)
-        position = tl.load(places + block * 3).to(tl.int64) + token
+        anchor = tl.load(block_table + block * 3 + 2).to(tl.int64)
+        position = tl.load(block_table + block * 3).to(tl.int64) + token
         if HAS_STARTS:
-            start = tl.load(starts + b).to(tl.int64)
+            start = tl.load(left_padding + b).to(tl.int64)
             anchor -= start
             position -= start
         position = tl.where((column < DS)[None, :], anchor, position[:, None])
@@ -86,8 +86,8 @@ def decode_kernel(
 def launch(
     codes: Tensor,
     gains: Tensor,
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     tables: list[Tensor],
     sizes: list[int],
     out: Tensor,
@@ -97,8 +97,8 @@ def launch(
     Args:
         codes: ``[n, B, W]``.
         gains: ``[n, B, H, 64]``.
-        places: ``[n, 3]``.
-        starts: ``[B]`` or None.
+        block_table: ``[n, 3]``.
+        left_padding: ``[B]`` or None.
         tables: Prepared tables.
         sizes: Prepared sizes.
         out: Filled with ``[B, H, n * 64, D]``.
@@ -107,9 +107,10 @@ def launch(
     n, batch, heads, _ = gains.shape
     columns = 64
     decode_kernel[(n, heads, batch * -(-dim // columns))](
-        *tables, codes.view(torch.uint32), gains, places, places if starts is None else starts, out,
+        *tables, codes.view(torch.uint32), gains,
+        block_table, block_table if left_padding is None else left_padding, out,
         n, batch, heads, codes.shape[2], 0x3C003C00,
         D=dim, DS=num_slow, TILES=slow_tiles + fast_tiles, COLUMNS=columns,
         FRAMED=bool(framed), POLYNOMIAL=tables[7].dtype == torch.float16, TRELLIS=bool(is_trellis),
-        HAS_STARTS=starts is not None, num_warps=4,
+        HAS_STARTS=left_padding is not None, num_warps=4,
     )  # fmt: skip

@@ -37,7 +37,7 @@ def attend_kernel(
     fast_decoder,  # [H, 16 * fast tiles, 2, P]
     fast_mean,  # [H, 2, P] float32
     rotation,  # [128, 2, P] float32: cosines and sines of every offset from an anchor
-    places, starts, mask,
+    block_table, left_padding, mask,
     out,  # [splits, B, H, R, Sv] float32
     out_stats,  # [splits, B, H, 2, R] float32: peak (base 2) and sum
     R, n, batch, queries_per_row, per_split, key_stride, value_stride, mask_batch, mask_query, mask_length,
@@ -72,7 +72,7 @@ def attend_kernel(
     rows_of_blocks = tl.zeros((), tl.int64) + batch
     first_valid = 0
     if HAS_STARTS:
-        first_valid = tl.load(starts + b).to(tl.int32) + sink_length
+        first_valid = tl.load(left_padding + b).to(tl.int32) + sink_length
 
     sums = ()
     for _ in tl.static_range(VALUE):
@@ -92,7 +92,7 @@ def attend_kernel(
         anchor = block // 2 if PAIRED else block
         query_line = (anchor * rows_of_blocks + b) * heads + head
         query = queries + query_line * R * Q
-        start = tl.load(places + block * 3)
+        start = tl.load(block_table + block * 3)
         turning = tl.zeros((64, ROWS), tl.float32)
         if SLOW > 0:
             coming = load_tile(keys, key_words, slot, KS, KEY_TRELLIS)  # the first slow tile: on its way all the while
@@ -116,7 +116,7 @@ def attend_kernel(
                     second = tl.dot(tile, tl.load(matrix + P), second, input_precision=PRECISION)
             first = first * key_gain[:, None] + tl.load(fast_mean + head * 2 * P + pair)[None, :]
             second = second * key_gain[:, None] + tl.load(fast_mean + head * 2 * P + P + pair)[None, :]
-            turn = rotation + (start - tl.load(places + block * 3 + 2) + token)[:, None] * (2 * P) + pair[None, :]
+            turn = rotation + (start - tl.load(block_table + block * 3 + 2) + token)[:, None] * (2 * P) + pair[None, :]
             cos, sin = tl.load(turn), tl.load(turn + P)
             fast = query + row[None, :] * Q + (16 * SLOW + pair)[:, None]
             turned = (first * cos - second * sin).to(dtype)
@@ -149,7 +149,7 @@ def attend_kernel(
             scores = softcap * tanh(scores / softcap)
             scores *= 1.4426950408889634  # else the query has it already
         if not ALL_VISIBLE:
-            visible = (token < tl.load(places + block * 3 + 1)) & (start + token >= first_valid)
+            visible = (token < tl.load(block_table + block * 3 + 1)) & (start + token >= first_valid)
             allowed = tl.broadcast_to(visible[:, None], (64, ROWS))
             if HAS_MASK:
                 entry = mask + b.to(tl.int64) * mask_batch + (row % queries_per_row)[None, :] * mask_query

@@ -17,7 +17,7 @@ def dense_kernel(
     query,  # [B, Hq, Tq, D]
     key_sinks, value_sinks,  # [B, H, sinks, D or Dv]
     key_tail, value_tail,  # [B, H, tail, D or Dv]
-    starts, mask,
+    left_padding, mask,
     out,  # [B, H, R, Dv] float32: weighted sum of values
     out_stats,  # [B, H, 2, R] float32: peak (base 2) and sum
     q_batch, q_head, q_query, q_dim,
@@ -39,7 +39,7 @@ def dense_kernel(
     own = tl.load(source + dim[None, :] * q_dim, mask=valid_row[:, None] & (dim < D)[None, :], other=0.0)
     first_sink = 0
     if HAS_STARTS:
-        first_sink = tl.load(starts + b).to(tl.int32)
+        first_sink = tl.load(left_padding + b).to(tl.int32)
     own_slot = encoded_end + tail - count + row % count
 
     sums = tl.zeros((ROWS, DVP), tl.float32)

@@ -22,7 +22,7 @@ SCRATCH = 64 << 20
 @kernel("batch", "W")
 def encode_kernel(
     x,  # [B, H, n * 64, D]
-    places, starts,
+    block_table, left_padding,
     order, partner, sign, turns,
     encoder,  # [H, S, D] float32
     mean,  # [H, D] float32
@@ -48,10 +48,10 @@ def encode_kernel(
     real = slot < S
     source = x + b.to(tl.int64) * x_batch + head.to(tl.int64) * x_head
     source += (block * 64 + token).to(tl.int64)[:, None] * x_token
-    first = tl.load(places + block * 3)
-    anchor = tl.load(places + block * 3 + 2)
+    first = tl.load(block_table + block * 3)
+    anchor = tl.load(block_table + block * 3 + 2)
     if HAS_STARTS:
-        start = tl.load(starts + b).to(tl.int32)
+        start = tl.load(left_padding + b).to(tl.int32)
         first -= start
         anchor -= start
 
@@ -138,8 +138,8 @@ def nearest(y, step, width, book, coded, scale, origin, boundaries, bins):
 
 def launch(
     x: Tensor,
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     tables: list[Tensor],
     sizes: list[int],
     codes: Tensor,
@@ -149,8 +149,8 @@ def launch(
 
     Args:
         x: ``[B, H, n * 64, D]``.
-        places: ``[n, 3]``.
-        starts: ``[B]`` or None.
+        block_table: ``[n, 3]``.
+        left_padding: ``[B]`` or None.
         tables: Prepared tables.
         sizes: Prepared sizes.
         codes: Filled with codes.
@@ -158,7 +158,7 @@ def launch(
     """
     is_trellis = bool(sizes[-1])
     if not is_trellis:
-        _launch(x, places, starts, tables, sizes, codes, gains, gains, gains)
+        _launch(x, block_table, left_padding, tables, sizes, codes, gains, gains, gains)
         return
     tables, trellis_tables = tables[: -trellis.TABLES], tables[-trellis.TABLES :]
     # Coefficients go through memory, of some blocks at a time. Fours of them keep pointers aligned: those that are not
@@ -172,14 +172,14 @@ def launch(
     for first in range(0, codes.shape[0], count):
         some = slice(first, first + count)
         part = x[:, :, first * BLOCK : (first + count) * BLOCK]
-        _launch(part, places[some], starts, tables, sizes, codes[some], gains[some], coefficients, steps)
+        _launch(part, block_table[some], left_padding, tables, sizes, codes[some], gains[some], coefficients, steps)
         trellis.launch(coefficients, steps, tables, trellis_tables, sizes, codes[some], gains[some])
 
 
 def _launch(
     x: Tensor,
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     tables: list[Tensor],
     sizes: list[int],
     codes: Tensor,
@@ -189,10 +189,11 @@ def _launch(
 ) -> None:
     dim, num_slow, slots, payload, framed, is_trellis = sizes
     encode_kernel[(codes.shape[0], x.shape[1], x.shape[0])](
-        x, places, places if starts is None else starts, *tables, codes, gains, coefficients, steps,
+        x, block_table, block_table if left_padding is None else left_padding, *tables,
+        codes, gains, coefficients, steps,
         *x.stride(), x.shape[0], payload,
         D=dim, DS=num_slow, S=slots, SP=power_of_two(slots), FACTORS=tables[-1].shape[0], FRAMED=bool(framed),
-        HAS_STARTS=starts is not None, TRELLIS=bool(is_trellis),
+        HAS_STARTS=left_padding is not None, TRELLIS=bool(is_trellis),
         # Three TF32 products are as accurate as float32 here, and 128 multiplications per element go to tensor cores.
         PRECISION="tf32x3" if runtime.on_cuda(x.device) else "ieee", num_warps=warps(slots),
     )  # fmt: skip

@@ -247,14 +247,14 @@ def _check(device: torch.device) -> None:
 
 @torch.library.custom_op("quantcache_kernels::encode_blocks", mutates_args=())
 def encode_blocks(
-    x: Tensor, places: Tensor, starts: Tensor | None, tables: list[Tensor], sizes: list[int]
+    x: Tensor, block_table: Tensor, left_padding: Tensor | None, tables: list[Tensor], sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Encode whole blocks.
 
     Args:
         x: Keys or values as the model caches them, ``[B, H, n * 64, D]``, any strides.
-        places: First slot, valid tokens and anchor slot of every block, ``[n, 3]`` int32.
-        starts: Left padding of every row, ``[B]``, or None.
+        block_table: First slot, valid tokens and anchor slot of every block, ``[n, 3]`` int32.
+        left_padding: Left padding of every row, ``[B]``, or None.
         tables: ``PreparedSide.encode.tensors``.
         sizes: ``PreparedSide.encode.sizes``.
 
@@ -266,13 +266,13 @@ def encode_blocks(
     codes = torch.empty(length // BLOCK, batch, sizes[3], dtype=torch.int32, device=x.device)
     gains = torch.empty(length // BLOCK, batch, heads, BLOCK, dtype=torch.uint8, device=x.device)
     with launch_on(x.device):
-        encode.launch(x, places, starts, tables, sizes, codes, gains)
+        encode.launch(x, block_table, left_padding, tables, sizes, codes, gains)
     return codes, gains
 
 
 @encode_blocks.register_fake
 def _(
-    x: Tensor, places: Tensor, starts: Tensor | None, tables: list[Tensor], sizes: list[int]
+    x: Tensor, block_table: Tensor, left_padding: Tensor | None, tables: list[Tensor], sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     n = x.shape[2] // BLOCK
     codes = x.new_empty(n, x.shape[0], sizes[3], dtype=torch.int32)
@@ -283,8 +283,8 @@ def _(
 def decode_blocks(
     codes: Tensor,
     gains: Tensor,
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     tables: list[Tensor],
     sizes: list[int],
     dtype: torch.dtype,
@@ -294,8 +294,8 @@ def decode_blocks(
     Args:
         codes: ``[n, B, W]`` int32.
         gains: ``[n, B, H, 64]`` uint8.
-        places: ``[n, 3]`` int32.
-        starts: Left padding of every row, ``[B]``, or None.
+        block_table: ``[n, 3]`` int32.
+        left_padding: Left padding of every row, ``[B]``, or None.
         tables: ``PreparedSide.decode.tensors``.
         sizes: ``PreparedSide.decode.sizes``.
         dtype: dtype of the result.
@@ -307,7 +307,7 @@ def decode_blocks(
     n, batch, heads, _ = gains.shape
     out = torch.empty(batch, heads, n * BLOCK, sizes[0], dtype=dtype, device=codes.device)
     with launch_on(codes.device):
-        decode.launch(codes.contiguous(), gains.contiguous(), places, starts, tables, sizes, out)
+        decode.launch(codes.contiguous(), gains.contiguous(), block_table, left_padding, tables, sizes, out)
     return out
 
 
@@ -315,8 +315,8 @@ def decode_blocks(
 def _(
     codes: Tensor,
     gains: Tensor,
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     tables: list[Tensor],
     sizes: list[int],
     dtype: torch.dtype,
@@ -330,8 +330,8 @@ def attend(
     query: Tensor,
     packed: list[Tensor],
     dense: list[Tensor],
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     mask: Tensor | None,
     sink_logits: Tensor | None,
     key_tables: list[Tensor],
@@ -351,8 +351,8 @@ def attend(
         packed: The blocks: codes ``[n, B, W]`` int32 and gains ``[n, B, H, 64]`` uint8 of the keys, then of the values.
         dense: Sinks of keys ``[B, H, S, D]`` and values ``[B, H, S, Dv]``, then the tokens behind the last block,
             ``[B, H, t, D]`` and ``[B, H, t, Dv]``; the last Tq of them are the queries' own.
-        places: First slot, valid tokens and anchor slot of every block, ``[n, 3]`` int32.
-        starts: Left padding of every row, ``[B]``, or None. A row's sinks are its first valid tokens, and it sees
+        block_table: First slot, valid tokens and anchor slot of every block, ``[n, 3]`` int32.
+        left_padding: Left padding of every row, ``[B]``, or None. A row's sinks are its first valid tokens, and it sees
             blocks from the slot behind them on.
         mask: Which slots a query may see besides, ``[B or 1, 1, Tq, T]`` bool, or None.
         sink_logits: Logits that join the softmax without a value, ``[Hq]``, or None.
@@ -371,7 +371,7 @@ def attend(
     """
     _check(query.device)
     batch, query_heads, count, dim = query.shape
-    n, device, heads = places.shape[0], query.device, dense[0].shape[1]
+    n, device, heads = block_table.shape[0], query.device, dense[0].shape[1]
     rows = query_heads // heads * count
     _, num_slow, slow_tiles, fast_tiles, padded, wide_slow, wide_fast, key_trellis = key_sizes
     value_dim, value_tiles, wide_value, value_trellis = value_sizes
@@ -407,16 +407,17 @@ def attend(
     if mask is not None:
         mask = mask.contiguous()
         mask_strides = (0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(2), mask.shape[3])
-    none = places  # stands in for what is not there; never read
-    has_starts, has_mask, has_softcap = starts is not None, mask is not None, softcap is not None
-    starts, mask = none if starts is None else starts, none if mask is None else mask
+    none = block_table  # stands in for what is not there; never read
+    has_starts, has_mask, has_softcap = left_padding is not None, mask is not None, softcap is not None
+    left_padding, mask = none if left_padding is None else left_padding, none if mask is None else mask
     sharp = dense[2].dtype == torch.float32
     limits = {"maxnreg": SETTINGS.registers} if SETTINGS.registers and runtime.on_cuda(device) else {}
     with launch_on(device):
         query_rows = power_of_two(min(rows, 16), 1)
         query_anchors = QUERY_ROWS // query_rows
         query_kernel[(-(-anchors // query_anchors), heads, batch * -(-rows // query_rows))](
-            query, *frame, slow_decoder, key_mean, norms, places, starts, scaling, 1.0 if has_softcap else LOG2_E,
+            query, *frame, slow_decoder, key_mean, norms,
+            block_table, left_padding, scaling, 1.0 if has_softcap else LOG2_E,
             queries, scales, *query.stride(), rows, count, batch, anchors,
             D=dim, DP=power_of_two(dim), DS=num_slow, SS=slots, HALF=(dim - num_slow) // 2, P=padded,
             TOP=4096.0, PAIRED=paired, HAS_STARTS=has_starts,
@@ -427,7 +428,7 @@ def attend(
         attend_kernel[(splits, heads, batch * row_tiles)](
             queries, scales, keys.view(torch.uint32), key_gains, *key_code,
             values.view(torch.uint32), value_gains, *value_tables[:5],
-            fast_decoder, fast_mean, rotation, places, starts, mask, partial, stats,
+            fast_decoder, fast_mean, rotation, block_table, left_padding, mask, partial, stats,
             rows, n, batch, count, per_split, keys.shape[2], values.shape[2], *mask_strides,
             dense[0].shape[2], softcap or 0.0, 0x3C003C00, 0,
             SLOW=slow_tiles, FAST=fast_tiles, VALUE=value_tiles, P=padded,
@@ -439,7 +440,7 @@ def attend(
             num_warps=SETTINGS.warps, num_stages=SETTINGS.stages, **limits,
         )  # fmt: skip
         dense_kernel[(heads, batch * -(-rows // 16))](
-            query, *dense, starts, mask, near, near_stats,
+            query, *dense, left_padding, mask, near, near_stats,
             *query.stride(), *(size for x in dense for size in x.stride()), *mask_strides, rows, count, batch,
             dense[0].shape[2], dense[2].shape[2], encoded_end, scaling, softcap or 0.0,
             D=dim, DP=power_of_two(dim), DV=value_dim, DVP=power_of_two(value_dim), CAUSAL=causal,
@@ -460,8 +461,8 @@ def _(
     query: Tensor,
     packed: list[Tensor],
     dense: list[Tensor],
-    places: Tensor,
-    starts: Tensor | None,
+    block_table: Tensor,
+    left_padding: Tensor | None,
     mask: Tensor | None,
     sink_logits: Tensor | None,
     key_tables: list[Tensor],

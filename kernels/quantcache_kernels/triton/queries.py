@@ -17,7 +17,7 @@ def query_kernel(
     decoder,  # [H, D, Ss] float32, slow rows by slow slots
     mean,  # [H, D] float32
     norms,  # [H, 2] float32: largest column norm of the decoder, unit of the fast part
-    places, starts,
+    block_table, left_padding,
     scaling,
     base,  # log2(e), or 1 where a soft cap comes in between
     out,  # [anchors, B, H, R, Ss + 2 P]
@@ -37,9 +37,9 @@ def query_kernel(
     source = query + b.to(tl.int64) * q_batch + head.to(tl.int64) * (R // count) * q_head
     source += ((row // count) * q_head + (row % count) * q_query)[:, None]
     block = anchor * 2 if PAIRED else anchor
-    position = tl.load(places + block * 3 + 2, mask=anchor < anchors, other=0).to(tl.int64)
+    position = tl.load(block_table + block * 3 + 2, mask=anchor < anchors, other=0).to(tl.int64)
     if HAS_STARTS:
-        position -= tl.load(starts + b)
+        position -= tl.load(left_padding + b)
 
     dim = tl.arange(0, DP)
     own = tl.load(order + dim, mask=dim < D, other=0)

@@ -145,11 +145,11 @@ class SimulatedCodec(ABC):
     def reconstruct(self, x: Tensor) -> Tensor:
         """Quantize and dequantize whole blocks, ``[B, H, n * 64, D]`` float32."""
 
-    def encode(self, x: Tensor, places: Tensor, starts: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
         """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
         return {"simulated": split_blocks(self.reconstruct(x.float()).to(x.dtype))}
 
-    def decode(self, fields: dict[str, Tensor], places: Tensor, starts: Tensor | None) -> Tensor:
+    def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
         return join_blocks(fields["simulated"])
 

@@ -21,6 +21,7 @@ from quantcache.coding.spectral import Moments
 from quantcache.common import compat
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import split_text
 
 STATISTICS_TOKENS = 8192
 """Tokens that rivals are fitted to, where nobody says otherwise."""
@@ -82,7 +83,8 @@ def collect_statistics(
         UnsupportedModel: The model's attention has no known interface.
     """
     limit = compat.position_limit(model.config) or sequence_length
-    sequences = [s for s in tokens.split(min(sequence_length, limit)) if len(s) > 4 * SINK_LENGTH]
+    sequences = split_text(model.config, tokens, min(sequence_length, limit))
+    sequences = [sequence for sequence in sequences if sequence.shape[1] > 4 * SINK_LENGTH]
     if not sequences:
         raise QuantCacheError(
             f"statistics need a sequence of more than {4 * SINK_LENGTH} tokens, the text has {len(tokens)}"
@@ -116,11 +118,11 @@ def collect_statistics(
 
     with torch.no_grad(), recorded_queries(model, on_query, on_output):
         for sequence in sequences:
-            run(model, sequence[None], RecordingCache(model.config, on_update))
+            run(model, sequence, RecordingCache(model.config, on_update))
     digests = [hashlib.sha256(tokens.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()]
     if text is not None:
         digests.append(hashlib.sha256(text.encode()).hexdigest())
-    return RivalStatistics(layers, sum(len(s) for s in sequences), tuple(digests))
+    return RivalStatistics(layers, sum(s.numel() for s in sequences), tuple(digests))
 
 
 def text_statistics(

@@ -1,0 +1,164 @@
+"""What a stored prefix is known by: its tokens, and all that gives its codes their meaning."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from quantcache.accounting.memory import num_blocks
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.fingerprints import fingerprint, model_fingerprint
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.mixed_layers import SpectralRecurrentLayer
+from quantcache.cache.rows import held_rows
+from quantcache.coding.packing import BLOCK
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
+
+if TYPE_CHECKING:
+    from quantcache.cache.spectral_cache import SpectralCache
+
+_fingerprints: WeakKeyDictionary[Calibration, str] = WeakKeyDictionary()
+"""Digests of calibrations, whose constants are large and do not change."""
+
+_first_seen: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+"""How many changes of a model's weights torch had counted when it was first asked for."""
+
+
+def key_of(tokens: Sequence[int]) -> bytes:
+    """A token sequence as bytes that sort as the tokens do, so that the longest common prefixes are neighbours.
+
+    Args:
+        tokens: Token ids, T of them.
+
+    Returns:
+        4 T bytes.
+
+    Raises:
+        ValueError: A number is not a token id.
+    """
+    numbers = np.asarray(tokens, dtype=np.int64).reshape(-1)
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < 1 << 32:
+        raise ValueError(f"token ids must lie between 0 and {(1 << 32) - 1}, got {numbers.min()} to {numbers.max()}")
+    return numbers.astype(">u4").tobytes()
+
+
+def tokens_in(key: bytes) -> int:
+    """How many tokens a key stands for."""
+    return len(key) // 4
+
+
+def shared_tokens(first: bytes, second: bytes) -> int:
+    """Length of the longest common prefix of two keys, in tokens."""
+    count = min(len(first), len(second)) // 4
+    differ = np.frombuffer(first, np.uint32, count) != np.frombuffer(second, np.uint32, count)
+    return int(differ.argmax()) if differ.any() else count
+
+
+def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
+    """Digest of what must be the same for codes to mean the same: a prefix is served under no other.
+
+    Weights are looked at anew every time, since a model may have been trained, or another adapter chosen, in between:
+    a sample of their values, and how often torch has seen them change since the first look.
+
+    Args:
+        cache: A cache as requests get it; what it holds does not count.
+        model: The model that fills it.
+
+    Returns:
+        SHA-256 in hex.
+
+    Raises:
+        QuantCacheError: The cache fits itself to its prompt, or the model's weights are not in memory.
+    """
+    if cache.calibration is None:
+        raise QuantCacheError(
+            "a self-calibrating cache has codes of its own for every prompt: prefixes need a calibration"
+        )
+    if cache.calibration not in _fingerprints:
+        _fingerprints[cache.calibration] = fingerprint(cache.calibration)
+    kind = model.device.type
+    adapters = [
+        [name, *(str(getattr(module, each, None)) for each in ("active_adapters", "disable_adapters", "scaling"))]
+        for name, module in model.named_modules()
+        if hasattr(module, "disable_adapters") and module is not model
+    ]
+    said = {
+        "calibration": _fingerprints[cache.calibration],
+        "model": model_fingerprint(model),
+        "changes": _changes(model),
+        "adapters": adapters,
+        "dtype": str(model.dtype),
+        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+        "lengths": [[layer.sink_length, layer.residual_length] for layer in cache.spectral_layers],
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _changes(model: PreTrainedModel) -> int:
+    """How many changes of its weights torch has counted since the first call for a model."""
+    count = sum(each._version for each in model.parameters() if not each.is_inference())
+    return count - _first_seen.setdefault(model, count)
+
+
+def can_be_cut(cache: SpectralCache) -> bool:
+    """Whether a cache can be taken back to fewer tokens: windows and recurrent states cannot."""
+    return all(
+        compat.is_placeholder(layer)
+        or (isinstance(layer, SpectralLayer) and not isinstance(layer, SpectralRecurrentLayer))
+        for layer in cache.layers
+    )
+
+
+def kept_tokens(cache: SpectralCache, held: int, shared: int) -> int:
+    """How many tokens of a stored prefix a prompt can begin with.
+
+    All of it where the prompt has all of it. Else it is cut back to what reading the shared tokens from the start
+    leaves: the same blocks, never part of one, and behind them recent tokens that are exact. Up to ``residual_length``
+    + 63 tokens are then read again.
+
+    Args:
+        cache: A cache with the prefix's layers and lengths; what it holds does not count.
+        held: Tokens of the stored prefix.
+        shared: How many of them the prompt begins with.
+
+    Returns:
+        Tokens to keep; 0 if it is of no use.
+    """
+    if shared == held:
+        return held
+    if not can_be_cut(cache):
+        return 0
+    sinks, residual = cache.spectral_layers[0].sink_length, cache.spectral_layers[0].residual_length
+    blocks = num_blocks(shared, sinks, residual)
+    if blocks == num_blocks(held, sinks, residual):
+        return shared
+    return sinks + BLOCK * blocks if blocks else 0
+
+
+def is_plain(cache: SpectralCache) -> bool:
+    """Whether a cache is what its tokens alone leave: one row, no padding, and blocks that no crop has shortened.
+
+    Args:
+        cache: A cache between two forward passes.
+
+    Returns:
+        True if so.
+    """
+    layers = cache.spectral_layers
+    return bool(layers) and all(
+        held_rows(layer) == 1
+        and layer.grid.frames is None
+        and layer.trail is None
+        and not layer.pending
+        and not layer.cut
+        and len(layer.spans) == num_blocks(layer.get_seq_length(), layer.sink_length, layer.residual_length)
+        for layer in layers
+    )

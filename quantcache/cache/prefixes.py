@@ -1,0 +1,336 @@
+"""Compressed caches of earlier prompts, so that a prompt which begins like one of them is not read again."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from quantcache.accounting.measuring import measure
+from quantcache.cache.prefix_folder import PrefixFolder
+from quantcache.cache.prefix_keys import (
+    can_be_cut,
+    identity,
+    is_plain,
+    kept_tokens,
+    key_of,
+    shared_tokens,
+    tokens_in,
+)
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.packing import BLOCK
+from quantcache.common.errors import ArtifactError, QuantCacheError
+
+logger = logging.getLogger(__name__)
+
+FOLDER_FACTOR = 8
+"""Bytes of the folder by default, in terms of those in memory."""
+
+FAILURES = (QuantCacheError, OSError, RuntimeError, MemoryError, SafetensorError)
+"""What may go wrong with a stored prefix: the prompt is then read from its start."""
+
+
+@dataclass(frozen=True)
+class PrefixStatistics:
+    """What a store holds and has done.
+
+    Attributes:
+        requests: Prompts that were looked for.
+        hits: Those that began like a stored prefix.
+        prompt_tokens: Tokens of all these prompts.
+        reused_tokens: Those that did not have to be read.
+        caches: Prefixes in memory.
+        bytes: What they take, shared blocks counted in each.
+        files: Prefixes in the folder.
+        file_bytes: What those take.
+        evicted: Prefixes that had to leave memory.
+        failures: Prefixes that could not be kept, written or read.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    caches: int = 0
+    bytes: int = 0
+    files: int = 0
+    file_bytes: int = 0
+    evicted: int = 0
+    failures: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+class PrefixStore:
+    """Caches of earlier prompts by their tokens, within a number of bytes.
+
+    A prompt gets a fork of the cache that shares most tokens with it, and reads only the rest. What was used longest
+    ago leaves memory first, for the folder if there is one. A prefix is served only under the model, calibration, bits,
+    lengths and dtype it was made with. Whatever goes wrong (a damaged file, a full disk) costs time, not correctness.
+    Any number of threads and models may use one store, and any number of processes one folder.
+
+    Args:
+        max_bytes: Most bytes of the caches in memory, as ``cache.memory().total`` counts them, and of their tokens.
+        folder: Where caches go that leave memory; they are found again after a restart. Without one they are dropped.
+        folder_bytes: Most bytes of the folder's files; by default eight times ``max_bytes``.
+
+    Raises:
+        ValueError: A number of bytes is negative.
+        OSError: The folder cannot be made.
+    """
+
+    def __init__(self, max_bytes: int, folder: str | Path | None = None, folder_bytes: int | None = None):
+        most = FOLDER_FACTOR * max_bytes if folder_bytes is None else folder_bytes
+        for name, value in (("max_bytes", max_bytes), ("folder_bytes", most)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        self.max_bytes = max_bytes
+        self.folder = None if folder is None else PrefixFolder(Path(folder), most)
+        self._lock = threading.Lock()
+        self._known: dict[str, list[bytes]] = defaultdict(list)  # sorted keys of each identity, in memory or not
+        self._held: OrderedDict[tuple[str, bytes], tuple[SpectralCache, int]] = OrderedDict()  # last used last
+        self._leaving: dict[tuple[str, bytes], SpectralCache] = {}  # on their way to the folder
+        self._bytes = 0
+        self._counts = dict.fromkeys(("requests", "hits", "prompt_tokens", "reused_tokens", "evicted", "failures"), 0)
+        for name, key in self.folder.scan() if self.folder else ():
+            self._learn(name, key)
+
+    def __repr__(self) -> str:
+        return f"PrefixStore({len(self._held)} caches, {self._bytes:,} of {self.max_bytes:,} bytes)"
+
+    # ------------------------------------------------------------------ use
+
+    def fork(self, tokens: Sequence[int], empty: SpectralCache, model: PreTrainedModel) -> SpectralCache | None:
+        """A cache that holds the beginning of a prompt already; at least the last token is left to be read.
+
+        Args:
+            tokens: The prompt's token ids.
+            empty: A cache as the prompt would get it otherwise.
+            model: The model that is to read it.
+
+        Returns:
+            The cache, which is the caller's own; None if no stored prefix is of use.
+
+        Raises:
+            QuantCacheError: The cache has no calibration, or the model's weights are not in memory.
+        """
+        name, key = identity(empty, model), key_of(tokens)
+        with self._lock:
+            self._counts["requests"] += 1
+            self._counts["prompt_tokens"] += len(tokens)
+        while True:
+            with self._lock:
+                found, keep = self._best(name, key, empty)
+                if found is None:
+                    return None
+                held = self._leaving.get((name, found))
+                if (name, found) in self._held:
+                    held = self._held[name, found][0]
+                    self._held.move_to_end((name, found))
+            try:
+                cache = (self._read(name, found, empty) if held is None else held).fork()
+                if keep < tokens_in(found):
+                    cache.crop(keep - tokens_in(found))
+                if cache.get_seq_length() != keep:
+                    raise QuantCacheError(f"a prefix holds {cache.get_seq_length()} tokens, expected {keep}")
+            except FAILURES as error:
+                self._forget(name, found, error)
+                continue
+            with self._lock:
+                self._counts["hits"] += 1
+                self._counts["reused_tokens"] += keep
+            return cache
+
+    def add(self, tokens: Sequence[int], cache: SpectralCache, model: PreTrainedModel) -> bool:
+        """Keep what a cache holds for prompts to come. The cache itself may be used on.
+
+        Caches of several rows or with padding are not kept, nor any that could not be told from its tokens alone.
+
+        Args:
+            tokens: Token ids of what the cache holds; those beyond its length do not count.
+            cache: A cache between two forward passes.
+            model: The model that has filled it.
+
+        Returns:
+            Whether it is kept.
+
+        Raises:
+            QuantCacheError: A forward pass was interrupted, the cache has no calibration, or it holds more tokens than
+                are named.
+        """
+        length = cache.get_seq_length()
+        if length > len(tokens):
+            raise QuantCacheError(f"the cache holds {length} tokens, only {len(tokens)} are named")
+        kept = cache.fork()
+        kept.announced = kept.arrivals = None
+        if not length or not is_plain(kept):
+            return False
+        return self._insert(identity(cache, model), key_of(tokens[:length]), kept)
+
+    def save(self) -> None:
+        """Write all caches in memory to the folder, where a new store finds them.
+
+        Raises:
+            QuantCacheError: There is no folder.
+        """
+        if self.folder is None:
+            raise QuantCacheError("this PrefixStore has no folder to write to: give it one with folder=")
+        with self._lock:
+            held = list(self._held.items())
+        self._write(held)
+
+    def clear(self) -> None:
+        """Forget everything, in the folder too."""
+        with self._lock:
+            self._known.clear()
+            self._held.clear()
+            self._bytes = 0
+        if self.folder is not None:
+            self.folder.clear()
+
+    def statistics(self) -> PrefixStatistics:
+        """What the store holds and has done.
+
+        Returns:
+            The figures.
+        """
+        files = self.folder.sizes() if self.folder else []
+        with self._lock:
+            sizes: dict[str, Any] = {"caches": len(self._held), "bytes": self._bytes}
+            return PrefixStatistics(**self._counts, **sizes, files=len(files), file_bytes=sum(files))
+
+    # ------------------------------------------------------------------ finding
+
+    def _best(self, name: str, key: bytes, empty: SpectralCache) -> tuple[bytes | None, int]:
+        """The stored prefix that spares a prompt most tokens, and how many of them it keeps."""
+        keys, best, most = self._known.get(name, []), None, 0
+        place, prompt = bisect.bisect_right(keys, key), key[:-4]  # the last token is read in any case
+        for walk in (range(place - 1, -1, -1), range(place, len(keys))):
+            for index in walk:
+                shared = shared_tokens(keys[index], prompt)
+                if shared <= most:
+                    break  # those further away share no more
+                keep = kept_tokens(empty, tokens_in(keys[index]), shared)
+                # A few tokens that all prompts begin with are not worth a look into the store.
+                if keep > most and (keep >= BLOCK or keep == tokens_in(keys[index])):
+                    best, most = keys[index], keep
+        return best, most
+
+    def _read(self, name: str, key: bytes, empty: SpectralCache) -> SpectralCache:
+        """Bring a prefix back from the folder."""
+        if self.folder is None:
+            raise QuantCacheError("a prefix has left memory meanwhile")
+        cache = self.folder.read(name, key, empty)
+        self._insert(name, key, cache)
+        return cache
+
+    # ------------------------------------------------------------------ keeping
+
+    def _insert(self, name: str, key: bytes, cache: SpectralCache) -> bool:
+        """Put a cache in memory, and in the folder what has to leave."""
+        size = measure(cache, saturation=False).total + len(key)
+        if size > self.max_bytes:
+            return self._write([((name, key), (cache, size))])
+        with self._lock:
+            if can_be_cut(cache):
+                if self._is_covered(name, key):
+                    return True
+                for shorter in self._beginnings(name, key):
+                    self._drop(name, shorter)  # what it serves, this one serves too
+            self._drop(name, key)
+            self._learn(name, key)
+            self._held[name, key] = cache, size
+            self._bytes += size
+            leaving = []
+            while self._bytes > self.max_bytes:
+                place, (old, taken) = self._held.popitem(last=False)
+                self._bytes -= taken
+                self._counts["evicted"] += 1
+                if self.folder is None:
+                    self._unlearn(*place)
+                else:
+                    self._leaving[place] = old
+                    leaving.append((place, (old, taken)))
+        self._write(leaving)
+        return True
+
+    def _write(self, leaving: list[tuple[tuple[str, bytes], tuple[SpectralCache, int]]]) -> bool:
+        """Write caches to the folder, and forget those that are neither there nor in memory."""
+        written = False
+        for (name, key), (cache, size) in leaving:
+            written = False
+            try:
+                written = self.folder is not None and self.folder.write(name, key, cache, size)
+            except FAILURES as error:
+                self._failed("be written", error)
+            with self._lock:
+                self._leaving.pop((name, key), None)
+                if written:
+                    self._learn(name, key)
+                elif (name, key) not in self._held:
+                    self._unlearn(name, key)
+        return written
+
+    def _is_covered(self, name: str, key: bytes) -> bool:
+        """Whether a longer prefix in memory begins with this one; it then counts as used."""
+        keys = self._known.get(name, [])
+        place = bisect.bisect_left(keys, key)
+        if place == len(keys) or not keys[place].startswith(key) or (name, keys[place]) not in self._held:
+            return False
+        self._held.move_to_end((name, keys[place]))
+        return True
+
+    def _beginnings(self, name: str, key: bytes) -> list[bytes]:
+        """Prefixes in memory that a longer one begins with."""
+        keys, found = self._known.get(name, []), []
+        for index in range(bisect.bisect_left(keys, key) - 1, -1, -1):
+            if not keys[index] or key[:4] != keys[index][:4]:
+                break
+            if key.startswith(keys[index]) and (name, keys[index]) in self._held:
+                found.append(keys[index])
+        return found
+
+    def _drop(self, name: str, key: bytes) -> None:
+        held = self._held.pop((name, key), None)
+        if held is not None:
+            self._bytes -= held[1]
+            self._unlearn(name, key)
+
+    def _learn(self, name: str, key: bytes) -> None:
+        keys = self._known[name]
+        place = bisect.bisect_left(keys, key)
+        if place == len(keys) or keys[place] != key:
+            keys.insert(place, key)
+
+    def _unlearn(self, name: str, key: bytes) -> None:
+        keys = self._known.get(name, [])
+        place = bisect.bisect_left(keys, key)
+        if place < len(keys) and keys[place] == key:
+            del keys[place]
+
+    def _forget(self, name: str, key: bytes, error: BaseException) -> None:
+        """Drop a prefix that cannot be used; a damaged file too."""
+        with self._lock:
+            self._drop(name, key)
+            self._unlearn(name, key)
+        file = None if self.folder is None else self.folder.file_of(name, key)
+        if isinstance(error, ArtifactError) and file is not None:
+            if not file.exists():
+                return  # the folder was full, or is another process's too
+            file.unlink(missing_ok=True)
+        self._failed("be used", error)
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        with self._lock:
+            self._counts["failures"] += 1
+        logger.warning("a stored prefix cannot %s: %s", what, error)

@@ -1,0 +1,264 @@
+"""Tasks with right answers: a text is read into the cache once, and several questions are asked about it.
+
+Each question is asked of a copy of the cache, so that all find the text as it was kept. Answers are greedy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
+from quantcache.evaluation import summaries
+from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, dense_method, end_tokens, feed
+from quantcache.evaluation.methods import Method
+from quantcache.evaluation.paired import LEAST_DENSE_RATE, against, is_evidence
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One text, and what is asked about it.
+
+    Attributes:
+        group: What its answers are counted under, such as the text's length.
+        text: Tokens that are read first, ``[T]``.
+        questions: Tokens of each question, up to where the answer begins, ``[T]``.
+        answers: The right answer to each.
+    """
+
+    group: str
+    text: Tensor
+    questions: tuple[Tensor, ...]
+    answers: tuple[str, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the text with its longest question."""
+        return len(self.text) + max(map(len, self.questions))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Exercises of one kind.
+
+    Attributes:
+        name: The suite's name.
+        title: What is counted, for a table.
+        unit: What groups are, for its columns.
+        exercises: The exercises.
+        right: Whether an answer, given first, is the one that is wanted.
+        new_tokens: Tokens of an answer at most; it also ends at a line's end.
+        settings: How exercises were made.
+    """
+
+    name: str
+    title: str
+    unit: str
+    exercises: tuple[Exercise, ...]
+    right: Callable[[str, str], bool]
+    new_tokens: int
+    settings: dict[str, Any]
+
+    def within(self, limit: int | None) -> Task:
+        """The task without exercises that exceed a model's limit.
+
+        Args:
+            limit: Positions of the model, None for any number.
+
+        Returns:
+            What is left; perhaps no exercise.
+        """
+        fits = [each for each in self.exercises if limit is None or each.longest + self.new_tokens <= limit]
+        return replace(self, exercises=tuple(fits))
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """How one method answered.
+
+    Attributes:
+        family: ``ours``, ``rival`` or ``dense``.
+        simulated: Whether the cache held fake-quantized values instead of codes.
+        status: ``ok``, or what went wrong.
+        found: Right answers, with a 95 % Wilson interval.
+        by_group: The same for each group.
+        paired: McNemar's test against the dense cache, and against ours, on the same questions.
+    """
+
+    family: str
+    simulated: bool
+    status: str
+    found: summaries.Summary | None = None
+    by_group: dict[str, summaries.Summary] = field(default_factory=dict)
+    paired: dict[str, summaries.Summary] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Answers of all methods.
+
+    Attributes:
+        settings: Everything that was chosen.
+        evidence: By group, and for ``all``: whether the dense cache answers often enough for rates to say anything.
+        methods: One entry for each method.
+    """
+
+    settings: dict[str, Any]
+    evidence: dict[str, bool]
+    methods: dict[str, TaskEntry]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def measure_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    methods: Sequence[Method],
+    *,
+    chunk: int = PROMPT_CHUNK,
+    cells: Cells | None = None,
+) -> TaskResult:
+    """Let every method do the exercises, and the dense cache in any case.
+
+    Args:
+        model: Decoder-only model to measure.
+        tokenizer: Tokenizer of that model.
+        task: The exercises.
+        methods: What to measure.
+        chunk: Tokens of a text fed at once.
+        cells: Where finished cells are kept.
+
+    Returns:
+        Counts and intervals. A method that fails keeps its place, with the error as its status.
+
+    Raises:
+        QuantCacheError: There are no exercises, or one exceeds the model's limit.
+    """
+    cells = cells or Cells()
+    if not task.exercises:
+        raise QuantCacheError(f"{task.name}: there are no exercises")
+    longest = max(each.longest for each in task.exercises) + task.new_tokens
+    check_lengths(model, [longest], f"the longest exercise of {task.name}:")
+    asked = list(methods)
+    if not any(method.family == "dense" for method in methods):
+        asked.insert(0, dense_method(model))
+    cells.plan(task.name, len(task.exercises) * len(asked))
+    for number, exercise in enumerate(task.exercises):
+        for method in asked:
+
+            def work(method: Method = method, exercise: Exercise = exercise) -> dict[str, Any]:
+                answers = _answers(model, tokenizer, method, exercise, task.new_tokens, chunk)
+                return {"answers": answers, "wanted": list(exercise.answers)}
+
+            cells.measure(task.name, method.name, _cell(number, exercise), work)
+    right = {method.name: _right(task, method.name, cells) for method in asked}
+    entries = {method.name: _entry(task, method, right[method.name], cells) for method in asked}
+    reference = entries[next(method.name for method in asked if method.family == "dense")]
+    settings = {
+        **task.settings,
+        "title": task.title,
+        "unit": task.unit,
+        "exercises": len(task.exercises),
+        "questions": sum(len(each.questions) for each in task.exercises),
+        "new_tokens": task.new_tokens,
+        "chunk": chunk,
+        "least_dense_rate": LEAST_DENSE_RATE,
+    }
+    evidence = {group: is_evidence(rate) for group, rate in reference.by_group.items()}
+    return TaskResult(
+        settings,
+        {"all": is_evidence(reference.found), **evidence},
+        {m.name: replace(entries[m.name], paired=against(m.name, asked, right)) for m in methods},
+    )
+
+
+def _cell(number: int, exercise: Exercise) -> str:
+    return f"{exercise.group} {number}"
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    exercise: Exercise,
+    count: int,
+    chunk: int,
+) -> list[str]:
+    cache = method.make_cache()
+    feed(model, cache, exercise.text[None], chunk)
+    return [answer(model, tokenizer, copy.deepcopy(cache), question, count) for question in exercise.questions]
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Cache, question: Tensor, count: int
+) -> str:
+    """The most likely answer, up to the end of its first line.
+
+    Args:
+        model: Decoder-only model.
+        tokenizer: Tokenizer of that model.
+        cache: A cache of everything before the question, changed in place.
+        question: ``[T]``, T at least 1.
+        count: Tokens at most.
+
+    Returns:
+        The answer, without white space around it.
+    """
+    stops, device = end_tokens(model), compat.input_device(model)
+    tokens, found, text = question[None].to(device), [], ""
+    for _ in range(count):
+        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token = int(logits[0, -1].argmax())
+        if token in stops:
+            break
+        found.append(token)
+        text = str(tokenizer.decode(found, skip_special_tokens=True)).lstrip()
+        if "\n" in text:
+            break
+        tokens = torch.tensor([[token]], dtype=torch.long, device=device)
+    return text.split("\n")[0].strip()
+
+
+def _right(task: Task, method: str, cells: Cells) -> dict[str, bool]:
+    """Whether each question was answered rightly, of those that were answered at all, as ``GROUP NUMBER QUESTION``."""
+    found: dict[str, bool] = {}
+    for number, exercise in enumerate(task.exercises):
+        result = cells.get(task.name, method, cell := _cell(number, exercise))
+        if result["status"] == "ok":
+            pairs = zip(result["answers"], result["wanted"], strict=True)
+            found |= {f"{cell} {at}": task.right(said, wanted) for at, (said, wanted) in enumerate(pairs)}
+    return found
+
+
+def _entry(task: Task, method: Method, right: dict[str, bool], cells: Cells) -> TaskEntry:
+    groups: dict[str, list[bool]] = {}
+    bad = []
+    for number, exercise in enumerate(task.exercises):
+        result = cells.get(task.name, method.name, cell := _cell(number, exercise))
+        if result["status"] == "ok":
+            own = [right[f"{cell} {at}"] for at in range(len(exercise.questions))]
+            groups.setdefault(exercise.group, []).extend(own)
+        else:
+            bad.append(result["status"])
+    count = len(task.exercises)
+    status = "ok" if not bad else bad[0] if len(bad) == count else f"{len(bad)} of {count} exercises: {bad[0]}"
+    whole = [hit for hits in groups.values() for hit in hits]
+    return TaskEntry(
+        method.family,
+        method.simulated,
+        status,
+        summaries.share(sum(whole), len(whole)) if whole else None,
+        {group: summaries.share(sum(hits), len(hits)) for group, hits in groups.items()},
+    )

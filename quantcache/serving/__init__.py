@@ -1,0 +1,1 @@
+"""transformers' OpenAI-compatible server with compressed caches; needs ``quantcache[serve]``."""

@@ -1,0 +1,223 @@
+"""The server's models: transformers' own manager, whose models compress the cache of every request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import HTTPException
+from transformers import PreTrainedModel
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager, GenerationState, split_model_id
+
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.enabling import enable, is_enabled
+from quantcache.cache.prefixes import PrefixStore
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from quantcache.common.sources import model_source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How requests are compressed.
+
+    Attributes:
+        calibrations: The calibration of every model that is served, by the name that clients call it.
+        options: Arguments of SpectralCache, such as ``bits``.
+        prefixes: Where caches of earlier requests are kept, if they are.
+        allow_dense: Whether models without a calibration are served too, with transformers' own cache.
+    """
+
+    calibrations: dict[str, Calibration]
+    options: dict[str, Any] = field(default_factory=dict)
+    prefixes: PrefixStore | None = None
+    allow_dense: bool = False
+
+
+def canonical(name: str) -> str:
+    """A model's name as transformers' server knows loaded models by: ``REPO@REVISION[:FILE.gguf]``.
+
+    Args:
+        name: As the command line or a client has it.
+
+    Returns:
+        The name with its revision.
+    """
+    repo, file = split_model_id(name)
+    return _key(ModelManager.process_model_name(repo), file)
+
+
+def _key(model: str, file: str | None) -> str:
+    return model if file is None else f"{model}:{file}"
+
+
+class CompressedModels(ModelManager):
+    """transformers' model manager; models that have a calibration compress the cache of every request.
+
+    All models with a calibration are loaded at once, so that what does not fit is known before the first request.
+
+    Args:
+        compression: How requests are compressed.
+        options: Arguments of transformers' manager, such as ``device``.
+
+    Raises:
+        CalibrationMismatch: A calibration is for another geometry than its model.
+        UnsupportedModel: A model is an encoder-decoder.
+    """
+
+    def __init__(self, compression: Compression, **options: Any):
+        self.compression = compression
+        self._calibrations = {canonical(name): found for name, found in compression.calibrations.items()}
+        if len(compression.calibrations) == 1 and not compression.allow_dense:
+            options = {**options, "force_model": next(iter(compression.calibrations))}
+        super().__init__(**options)
+        try:
+            for name in compression.calibrations:
+                repo, file = split_model_id(name)
+                self.load_model_and_processor(self.process_model_name(repo), gguf_file=file)
+        except BaseException:
+            self.shutdown()  # a model that was loaded would keep the process alive until it is idle
+            raise
+
+    def load_model_and_processor(
+        self,
+        model_id_and_revision: str,
+        progress_callback: Callable[..., Any] | None = None,
+        tqdm_class: type | None = None,
+        gguf_file: str | None = None,
+    ) -> Any:
+        """Load a model or find it loaded; see transformers.
+
+        Args:
+            model_id_and_revision: Its name.
+            progress_callback: Told of the progress.
+            tqdm_class: Shows it.
+            gguf_file: The file inside the repository, where there is one.
+
+        Returns:
+            Model and processor.
+
+        Raises:
+            HTTPException: It has no calibration.
+        """
+        known = _key(model_id_and_revision, gguf_file) in self._calibrations
+        if not known and not self.compression.allow_dense:
+            served = ", ".join(self.compression.calibrations)
+            raise HTTPException(404, f"{model_id_and_revision} has no calibration here; this server has {served}")
+        return super().load_model_and_processor(model_id_and_revision, progress_callback, tqdm_class, gguf_file)
+
+    def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
+        return super()._load_processor(self._found(model_id_and_revision, gguf_file), gguf_file)
+
+    def _load_model(
+        self,
+        model_id_and_revision: str,
+        tqdm_class: type | None = None,
+        progress_callback: Callable[..., Any] | None = None,
+        gguf_file: str | None = None,
+    ) -> Any:
+        found = self._found(model_id_and_revision, gguf_file)
+        model = super()._load_model(found, tqdm_class, progress_callback, gguf_file).eval()
+        calibration = self._calibrations.get(_key(model_id_and_revision, gguf_file))
+        if calibration is not None:
+            self._compress(model, calibration)
+        return model
+
+    def _found(self, model: str, file: str | None) -> str:
+        """Where a model of ours is; other names stay as they are."""
+        name, revision = model.split("@", 1)
+        return model if file is not None else f"{model_source(name)}@{revision}"
+
+    def _compress(self, model: PreTrainedModel, calibration: Calibration) -> None:
+        options, prefixes = self.compression.options, self.compression.prefixes
+        if prefixes is not None:
+            try:
+                enable(model, calibration, prefixes=prefixes, **options)
+                return
+            except UnsupportedModel as reason:
+                logger.warning("prefixes are not kept: %s", reason)
+        enable(model, calibration, **options)
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+        """What ``/v1/models`` lists: the models with a calibration, and all others where those are served too.
+
+        Args:
+            cache_dir: The Hub's cache folder.
+
+        Returns:
+            Entries as OpenAI has them.
+        """
+        ours = [
+            {"id": name, "object": "model", "created": int(time.time()), "owned_by": name.rpartition("/")[0]}
+            for name in self.compression.calibrations
+        ]
+        if not self.compression.allow_dense:
+            return ours
+        others = super().get_gen_models(cache_dir)
+        return [*ours, *(each for each in others if canonical(each["id"]) not in self._calibrations)]
+
+    def shutdown(self) -> None:
+        """Unload all models, and write the prefixes in memory to their folder."""
+        if self.compression.prefixes is not None and self.compression.prefixes.folder is not None:
+            self.compression.prefixes.save()
+        super().shutdown()
+
+
+class CompressedGeneration(GenerationState):
+    """transformers' generation state, which refuses requests for another cache."""
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
+        """Who generates for a model; see transformers.
+
+        Args:
+            model_id: The model's name.
+            use_cb: Continuous batching.
+
+        Returns:
+            One for each model, with a thread of its own.
+
+        Raises:
+            QuantCacheError: Continuous batching is asked for.
+        """
+        if use_cb:
+            raise QuantCacheError(CONTINUOUS_BATCHING)
+        return self._generate_managers.setdefault(model_id, _Manager())
+
+
+class _Manager(GenerateManager):
+    """Generates on one thread, with a compressed cache or not at all."""
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
+    ) -> Any:
+        """See transformers."""
+        _refuse_other_caches(model, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kw)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
+    ) -> Any:
+        """See transformers."""
+        _refuse_other_caches(model, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kw)
+
+
+CONTINUOUS_BATCHING = (
+    "continuous batching keeps all requests in one paged cache of its own, which cannot hold compressed blocks: "
+    "serve without it, or use 'transformers serve --continuous-batching'"
+)
+
+
+def _refuse_other_caches(model: PreTrainedModel, config: Any) -> None:
+    """Refuse a request whose generation config asks for a cache that would not be compressed."""
+    if not is_enabled(model):
+        return
+    if config.cache_implementation not in (None, "hybrid"):
+        raise HTTPException(400, f"cache_implementation={config.cache_implementation!r}: caches are compressed here")
+    if config.use_cache is False:
+        raise HTTPException(400, "use_cache=false: caches are compressed here")

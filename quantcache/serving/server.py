@@ -1,0 +1,95 @@
+"""The server: transformers' application over compressed models, and what it says of its caches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quantcache.common import compat
+from quantcache.serving.models import CompressedGeneration, CompressedModels, Compression
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What transformers' server is told.
+
+    Attributes:
+        models: Arguments of its model manager.
+        template: Keywords of every chat template.
+        decisions: The file of its decision endpoint.
+        cors: Whether browsers may call it from any origin.
+    """
+
+    models: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+    decisions: str | None = None
+    cors: bool = False
+
+
+@contextlib.contextmanager
+def application(compression: Compression, options: ServerOptions) -> Iterator[FastAPI]:
+    """Load all models and put the server together; in the end models are unloaded and prefixes written.
+
+    Args:
+        compression: Models with their calibrations, and how requests are compressed.
+        options: What transformers' server is told.
+
+    Yields:
+        Its application, with one endpoint more: ``GET /quantcache``.
+
+    Raises:
+        QuantCacheError: A calibration and its model do not belong together.
+    """
+    manager = CompressedModels(compression, **options.models)
+    try:
+        yield _assembled(manager, compression, options)
+    finally:
+        manager.shutdown()
+
+
+def _assembled(manager: CompressedModels, compression: Compression, options: ServerOptions) -> FastAPI:
+    """transformers' application over the models, with an endpoint that tells of caches."""
+    state = CompressedGeneration()
+    app = compat.serving_application(manager, state, options.template, options.decisions, options.cors)
+
+    @app.get("/quantcache")
+    def report() -> dict[str, Any]:
+        """What is compressed how, and what prefixes have spared."""
+        prefixes = compression.prefixes
+        bits = compression.options.get("bits")
+        return {
+            "models": {name: {"bits": bits or each.bits} for name, each in compression.calibrations.items()},
+            "prefixes": None if prefixes is None else prefixes.statistics().to_dict(),
+        }
+
+    return app
+
+
+def template_keywords(given: str | None, reasoning: str) -> dict[str, Any]:
+    """Keywords of every chat template.
+
+    Args:
+        given: A JSON object.
+        reasoning: ``"on"``, ``"off"`` or ``"auto"``.
+
+    Returns:
+        The keywords.
+
+    Raises:
+        ValueError: The text is not a JSON object, or ``reasoning`` is something else.
+    """
+    try:
+        found = {} if given is None else json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"--chat-template-kwargs must be a JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--chat-template-kwargs must be a JSON object, got {given}")
+    if reasoning not in ("on", "off", "auto"):
+        raise ValueError(f"--reasoning must be on, off or auto, got {reasoning!r}")
+    return found if reasoning == "auto" else {**found, "enable_thinking": reasoning == "on"}

@@ -1,0 +1,360 @@
+"""transformers' server with compressed caches, and the real client on this machine's own network."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from quantcache.artifact.calibration import Calibration
+from quantcache.cache.prefixes import PrefixStore
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common import compat
+from quantcache.common.errors import CalibrationMismatch, QuantCacheError
+from quantcache.data import demo_model_path
+from tests.builders import llama_config
+from tests.helpers import Run
+
+MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs quantcache[serve]: no {', '.join(MISSING)}"),
+]
+if not MISSING:
+    import openai
+    import uvicorn
+
+    from quantcache.cli.serve import listener
+    from quantcache.serving.models import CompressedGeneration, Compression
+    from quantcache.serving.server import ServerOptions, application
+
+serving = pytest.mark.support("serve: completions, chat and responses, streamed, concurrent and cancelled")
+turning = pytest.mark.support("serve: turns of a chat, over restarts")
+refusing = pytest.mark.support("serve: continuous batching, static caches, models without a calibration", refused=True)
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant:"
+STORY = "The river rises in the mountains north of the old town and flows through three valleys. " * 8
+COARSE = {"bits": 2.0, "residual_length": 0}
+CPU = {"device": "cpu", "dtype": "float32", "model_timeout": -1}
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The bundled model with a chat template, under the name of its folder."""
+    folder = tmp_path_factory.mktemp("models") / "chatty"
+    shutil.copytree(demo_model_path(), folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return str(folder)
+
+
+@functools.cache
+def calibration(own: bool = False) -> Calibration:
+    """The bundled model's own calibration; or a stand-in, whose coarse codes show what is compressed."""
+    if own:
+        return Calibration.for_model("wiki11m")
+    return Calibration.synthetic(AutoConfig.from_pretrained(demo_model_path()), 2.0)
+
+
+@contextlib.contextmanager
+def running(compression: Compression) -> Iterator[Any]:
+    """A client of a server in a thread of its own."""
+    with listener("localhost", 0) as endpoint, application(compression, ServerOptions(CPU)) as app:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [endpoint]})
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{endpoint.getsockname()[1]}/v1"
+            yield openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(chatty: str) -> Iterator[Any]:
+    """A client of a server of two models, without prefixes: what was asked before has no influence."""
+    with running(Compression({chatty: calibration(), "wiki11m": calibration(own=True)}, COARSE)) as found:
+        yield found
+
+
+@functools.cache
+def bundled() -> tuple[Any, Any]:
+    """The bundled model, as nobody serves it."""
+    path = demo_model_path()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="spectral", dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+@functools.cache
+def answer(prompt: str, own: bool = False, tokens: int = 8, dense: bool = False) -> str:
+    """What the bundled model says with a compressed cache, without any server."""
+    model, tokenizer = bundled()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    cache = None if dense else SpectralCache(calibration(own), model.config, **COARSE)
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def told(*messages: str) -> list[dict[str, str]]:
+    """A chat."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
+
+
+def rendered(*messages: str) -> str:
+    """What the template makes of it."""
+    return "".join(f"{m['role']}: {m['content']}\n" for m in told(*messages)) + "assistant:"
+
+
+def complete(client: Any, model: str, prompt: str, tokens: int = 8) -> str:
+    """A completion."""
+    found = client.completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0)
+    return str(found.choices[0].text)
+
+
+def chat(client: Any, model: str, *messages: str, tokens: int = 8) -> str:
+    """The answer to a chat."""
+    found = client.chat.completions.create(model=model, messages=told(*messages), max_tokens=tokens, temperature=0)
+    return str(found.choices[0].message.content)
+
+
+# ---------------------------------------------------------------------- endpoints
+
+
+@serving
+def test_every_request_is_compressed(client: Any, chatty: str) -> None:
+    expected = answer(STORY)
+    assert complete(client, chatty, STORY) == expected
+    assert expected != answer(STORY, dense=True)
+    assert complete(client, "wiki11m", STORY) == answer(STORY, own=True)
+    assert answer(STORY, own=True) != expected, "each model has its own calibration"
+    assert chat(client, chatty, STORY) == answer(rendered(STORY))
+    response = client.responses.create(model=chatty, input=STORY, max_output_tokens=8, temperature=0, stream=False)
+    assert response.output_text == answer(rendered(STORY))
+
+
+@serving
+def test_streams(client: Any, chatty: str) -> None:
+    options = {"model": chatty, "temperature": 0, "stream": True}
+    parts = list(client.completions.create(prompt=STORY, max_tokens=8, **options))
+    assert "".join(part.choices[0].text for part in parts) == answer(STORY)
+    assert len(parts) > 3
+    assert parts[-1].usage.completion_tokens == 8
+    chunks = list(client.chat.completions.create(messages=told(STORY), max_tokens=8, **options))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer(rendered(STORY))
+    events = list(client.responses.create(input=STORY, max_output_tokens=8, **options))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == answer(rendered(STORY))
+
+
+@serving
+def test_requests_at_once(client: Any, chatty: str) -> None:
+    models = {chatty: False, "wiki11m": True}
+    wanted = [(name, f"{STORY} Number {i}") for i in range(2) for name in models]
+    expected = [answer(prompt, models[name]) for name, prompt in wanted]
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        found = list(pool.map(lambda each: complete(client, *each), wanted))
+    assert found == expected
+
+
+@serving
+def test_a_cancelled_request(client: Any, chatty: str) -> None:
+    stream = client.completions.create(model=chatty, prompt=STORY, max_tokens=600, temperature=0, stream=True)
+    next(iter(stream))
+    stream.close()
+    started = time.monotonic()
+    assert complete(client, chatty, STORY) == answer(STORY)
+    assert time.monotonic() - started < 20, "nobody waits for what nobody reads"
+
+
+@serving
+def test_what_the_server_says_of_itself(client: Any, chatty: str) -> None:
+    assert [model.id for model in client.models.list()] == [chatty, "wiki11m"]
+    found = client.get("/../quantcache", cast_to=object)
+    assert found == {"models": {chatty: {"bits": 2.0}, "wiki11m": {"bits": 2.0}}, "prefixes": None}
+
+
+# ---------------------------------------------------------------------- prefixes
+
+
+@turning
+def test_turns_of_a_chat_go_on_after_a_restart(chatty: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    said = [STORY]
+
+    def turn(store: PrefixStore, client: Any) -> int:
+        """The next turn; how many tokens of its prompt were read."""
+        before = store.statistics()
+        said.append(chat(client, chatty, *said))
+        said.append("And where does it end?")
+        after = store.statistics()
+        return after.prompt_tokens - before.prompt_tokens - (after.reused_tokens - before.reused_tokens)
+
+    whole = len(tokenizer(rendered(STORY))["input_ids"])
+    store = PrefixStore(1 << 30, tmp_path)
+    with running(Compression({chatty: calibration()}, {"bits": 3.0}, store)) as client:
+        assert turn(store, client) == whole
+        # What an answer's last words are split into may change with what follows them: a block and the rest are read.
+        assert turn(store, client) < 64 + 63 + 30
+        assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()), "stopping writes what is in memory"
+    again = PrefixStore(1 << 30, tmp_path)
+    with running(Compression({chatty: calibration()}, {"bits": 3.0}, again)) as client:
+        assert turn(again, client) < 64 + 63 + 30
+        client.post("/../reset", cast_to=object)  # unloads the model
+        assert turn(again, client) < 64 + 63 + 30
+        assert client.get("/../quantcache", cast_to=object)["prefixes"] == again.statistics().to_dict()
+    assert again.statistics().hits == 2
+
+
+@turning
+def test_a_cancelled_turn_is_kept(chatty: str) -> None:
+    store = PrefixStore(1 << 30)
+    with running(Compression({chatty: calibration()}, {"bits": 3.0}, store)) as client:
+        stream = client.chat.completions.create(model=chatty, messages=told(STORY), max_tokens=600, stream=True)
+        parts = [chunk.choices[0].delta.content or "" for chunk, _ in zip(stream, range(6), strict=False)]
+        stream.close()
+        chat(client, chatty, STORY, "".join(parts), "And then?")
+    figures = store.statistics()
+    assert (figures.requests, figures.hits, figures.failures) == (2, 1, 0)
+    assert figures.prompt_tokens - 2 * figures.reused_tokens < 64 + 63 + 60
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def detail(error: Any) -> str:
+    """What the server says of an error."""
+    return str(error.value.response.json()["detail"])
+
+
+@refusing
+def test_requests_that_are_refused(client: Any, chatty: str) -> None:
+    with pytest.raises(openai.NotFoundError) as error:
+        complete(client, "gpt2", STORY)
+    assert detail(error) == f"gpt2@main has no calibration here; this server has {chatty}, wiki11m"
+    for config, message in (
+        ({"cache_implementation": "static"}, "cache_implementation='static': caches are compressed here"),
+        ({"use_cache": False}, "use_cache=false: caches are compressed here"),
+    ):
+        for stream in (True, False):
+            more = {"generation_config": json.dumps({"max_new_tokens": 2, **config})}
+            with pytest.raises(openai.BadRequestError) as error:
+                client.completions.create(model=chatty, prompt=STORY, stream=stream, extra_body=more)
+            assert detail(error) == message
+    assert complete(client, chatty, STORY) == answer(STORY)
+
+
+@serving
+def test_models_without_a_calibration_where_they_are_allowed(chatty: str) -> None:
+    with running(Compression({chatty: calibration()}, COARSE, allow_dense=True)) as client:
+        assert complete(client, chatty, STORY) == answer(STORY)
+        assert complete(client, str(demo_model_path()), STORY) == answer(STORY, dense=True)
+
+
+@refusing
+def test_a_calibration_of_another_model(chatty: str) -> None:
+    before = threading.active_count()
+    wrong = {"wiki11m": calibration(), chatty: Calibration.synthetic(llama_config(32), 2.0)}
+    idle = {**CPU, "model_timeout": 300}
+    with pytest.raises(CalibrationMismatch), application(Compression(wrong), ServerOptions(idle)):
+        pass
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before, "a timer would keep the process alive"
+    with pytest.raises(QuantCacheError, match="continuous batching keeps all requests in one paged cache"):
+        CompressedGeneration().get_manager("wiki11m@main", use_cb=True)
+
+
+@refusing
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--continuous-batching"], "continuous batching keeps all requests in one paged cache of its own"),
+        (["--compile"], "--compile needs a static cache"),
+        (["--also", "gpt2"], "--also must be MODEL=ARTIFACT, got 'gpt2'"),
+        (["--also", "wiki11m=other"], "wiki11m has two calibrations: wiki11m and other"),
+        (["--also", "wiki12m=/nowhere"], "there is no folder /nowhere"),
+        (["--prefix-bytes", "many"], "--prefix-bytes must be a number and a unit"),
+        (["--prefix-folder-bytes", "1GB"], "--prefix-folder-bytes needs --prefix-folder"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs must be a JSON object, got [1]"),
+        (["--reasoning", "maybe"], "--reasoning must be on, off or auto, got 'maybe'"),
+        (["--log-level", "loud"], "--log-level must be debug, info, warning or error, got 'loud'"),
+        (["--dtype", "int3"], "dtype must be float32, bfloat16, float16 or auto, got 'int3'"),
+        (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1, port 8000"),
+    ],
+    ids=lambda each: "-".join(each) if isinstance(each, list) else "",
+)
+def test_bad_arguments_end_in_one_line(run: Run, arguments: list[str], message: str) -> None:
+    status, out, err = run("serve", "wiki11m", "-c", "wiki11m", *arguments)
+    assert (status, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_port_that_is_taken(run: Run) -> None:
+    with listener("localhost", 0) as endpoint:
+        port = endpoint.getsockname()[1]
+        status, _, err = run("serve", "wiki11m", "-c", "wiki11m", "--port", port)
+    assert status == 1
+    assert f"cannot listen at localhost, port {port}: Address already in use" in err
+
+
+def test_what_is_missing_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat.serving, "is_serve_available", lambda: False)
+    status, _, err = run("serve", "wiki11m", "-c", "wiki11m")
+    assert status == 1
+    assert "pip install 'quantcache[serve]'" in err
+
+
+@turning
+@pytest.mark.slow
+def test_the_command_from_start_to_stop(chatty: str, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels")))}
+    command = [sys.executable, "-m", "quantcache", "serve", chatty, "-c", "wiki11m", "--port", "0", "--json"]
+    folder, log = tmp_path / "prefixes", tmp_path / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [*command, "--prefix-folder", str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        address = None
+        while address is None:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+            address = re.search(r"http://\S+/v1", log.read_text())
+        said = chat(openai.OpenAI(base_url=address[0], api_key="none", timeout=60), chatty, STORY)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log.read_text()
+    assert json.loads(out)["models"] == [chatty]
+    assert json.loads(out)["prefixes"]["files"] == 1
+    store = PrefixStore(1 << 30, folder)
+    with running(Compression({chatty: Calibration.for_model("wiki11m")}, {}, store)) as client:
+        chat(client, chatty, STORY, said, "And where does it end?")
+    assert store.statistics().hits == 1
