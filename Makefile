@@ -38,14 +38,22 @@ define install
 	@touch $@
 endef
 
+# As machines with a GPU have it, where there is one.
+FLOOR_PYTHON ?= $(shell python3.12 -c '' >/dev/null 2>&1 && echo python3.12 || echo $(PYTHON))
+# A torch other than the oldest, where the package index has that one only with gigabytes of CUDA libraries.
+FLOOR_TORCH ?=
+
 # The CPU kernels are compiled by the installation: it is repeated when their source changes.
 NATIVE := setup.py $(wildcard kernels/quantcache_kernels/cpu/src/*)
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(call install,$(VENV),constraints.txt)
 
+$(FLOOR_STAMP): PYTHON := $(FLOOR_PYTHON)
 $(FLOOR_STAMP): pyproject.toml constraints-floor.txt $(NATIVE)
-	$(call install,$(FLOOR_VENV),constraints-floor.txt)
+	@mkdir -p $(FLOOR_VENV)
+	@sed '$(if $(FLOOR_TORCH),s/^torch==.*/torch==$(FLOOR_TORCH)/)' constraints-floor.txt > $(FLOOR_VENV)/constraints.txt
+	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt)
 
 # lm-eval comes with some forty packages that nothing else needs, and one of them with a python-dateutil below 3.
 $(LM_EVAL_STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -73,7 +81,7 @@ style: $(STAMP) ## Repair lint and format where that can be done automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-matrix: $(FLOOR_STAMP) ## Run the tests against the oldest supported transformers (.venv-floor)
+test-matrix: $(FLOOR_STAMP) ## Run the tests on the oldest supported versions (.venv-floor); FLOOR_TORCH=2.13.0 for another torch
 	$(FLOOR_VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 test-lm-eval: $(LM_EVAL_STAMP) ## Run the tests of the model type for lm-eval where it is installed (.venv-lm-eval)

@@ -232,10 +232,10 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
 
 def kernels() -> list[dict[str, Any]]:
     """Every variant of a kernel that has been compiled in this process, with its registers and spilled bytes."""
-    from quantcache_kernels.triton import decode, decode_attention, dense_attention, encode, queries
+    from quantcache_kernels.triton import decode, decode_attention, dense_attention, encode, queries, trellis
 
     found = []
-    for module in (queries, decode_attention, dense_attention, encode, decode):
+    for module in (queries, decode_attention, dense_attention, encode, trellis, decode):
         for name, kernel in vars(module).items():
             if not name.endswith("_kernel"):
                 continue

@@ -43,6 +43,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", help="run every test at each of these numbers of threads (0: torch's default, first)")
 
 
+def pytest_report_header() -> str:
+    """What the tests run on."""
+    import importlib.metadata as packages
+
+    names = ("torch", "triton", "transformers", "huggingface_hub", "numpy")
+    found = {name: next((d.version for d in packages.distributions(name=name)), "none") for name in names}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Repeat every test for ``--threads``."""
     counts = metafunc.config.getoption("--threads")

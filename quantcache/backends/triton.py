@@ -92,7 +92,8 @@ class TritonBackend(Backend):
 
     def _encode(self, codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         work = functools.partial(_encoding_trial, codec, x, block_table, left_padding)
-        geometry = (codec.coding, codec.dim, codec.frame.num_fast, x.dtype, left_padding is not None)
+        dims = (codec.dim, codec.frame.num_fast, codec.frame.is_identity)
+        geometry = (codec.coding, *dims, x.dtype, left_padding is not None)
         if not _trusted("encode", x.device, geometry, work):
             return codec.encode(x, block_table, left_padding)
         return encode(codec, x, block_table, left_padding)

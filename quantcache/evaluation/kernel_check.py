@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,31 +20,34 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import anchor_of
+from quantcache.coding.schema import Coding
 
 GEOMETRIES = ((128, 4, 5e5), (256, 2, 1e4), (64, 7, 1e4))
 """Head dimension, queries for each key/value head and base of the rotation: Llama, Gemma 2, and many small models."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+CODINGS: tuple[Coding, ...] = ("scalar", "trellis")
+
 
 def check_kernels() -> list[dict[str, Any]]:
     """Try every kernel beside plain torch, on small caches of real models' geometries.
 
     Returns:
-        For each backend, device, geometry, dtype and operation: ``difference`` and what is ``allowed``, relative to the
-        result, and the ``problem``, empty if there is none. A backend that cannot run has one entry that says why.
+        For each backend, device, geometry, coding, dtype and operation: ``difference`` and what is ``allowed``,
+        relative to the result, and the ``problem``, empty if there is none. A backend that cannot run has one entry
+        that says why.
     """
     found: list[dict[str, Any]] = []
     for backend, device, reason in _backends():
         if reason:
             found.append({"backend": backend, "device": str(device), "operation": None, "problem": reason})
             continue
-        for dim, groups, theta in GEOMETRIES:
-            for dtype in DTYPES:
-                case = f"D={dim}, G={groups}, {str(dtype).removeprefix('torch.')}"
-                found += [
-                    {**vars(outcome), "case": case} for outcome in _outcomes(backend, device, dim, groups, theta, dtype)
-                ]
+        for geometry, coding, dtype in itertools.product(GEOMETRIES, CODINGS, DTYPES):
+            dim, groups, _ = geometry
+            case = f"D={dim}, G={groups}, {coding}, {str(dtype).removeprefix('torch.')}"
+            outcomes = _outcomes(backend, device, geometry, coding, dtype)
+            found += [{**vars(outcome), "case": case} for outcome in outcomes]
     return found
 
 
@@ -55,15 +60,15 @@ def _backends() -> list[tuple[str, torch.device, str]]:
 
 
 def _outcomes(
-    name: str, device: torch.device, dim: int, groups: int, theta: float, dtype: torch.dtype
+    name: str, device: torch.device, geometry: tuple[int, int, float], coding: Coding, dtype: torch.dtype
 ) -> list[Outcome]:
     """The trials of one cache."""
-    layer, new, query = _case(device, dim, groups, theta, dtype)
+    layer, new, query = _case(device, geometry, coding, dtype)
     layer.backend = name  # type: ignore[assignment]
-    view, codec, backend = layer.snapshot(), layer.codecs["key"], backends.find(name)
-    assert isinstance(codec, SpectralCodec)
-    some, block_table = new[:, :, layer.sink_length : layer.sink_length + BLOCK], view.block_table[:1]
-    call = AttentionCall(None, dim**-0.5)
+    view, backend = layer.snapshot(), backends.find(name)
+    block_table, call = view.block_table[:1], AttentionCall(None, geometry[0] ** -0.5)
+    codecs: dict[str, Any] = dict(layer.codecs)
+    some = {side: x[:, :, layer.sink_length : layer.sink_length + BLOCK] for side, x in new.items()}
 
     def attend() -> Tensor:
         reason = backend.refuses(query, view, call)
@@ -71,32 +76,37 @@ def _outcomes(
             raise RuntimeError(f"the call was refused: {reason}")
         return backend.attend(query, view, call)
 
-    plain, own = reference.attend(query.float(), view, call), reference.own_precision(query, view, call)
-    decoded = codec.decode(codec.encode(some, block_table, None), block_table, None)
+    def of_both(work: Callable[[str, Any], Tensor]) -> Tensor:
+        return torch.cat([work(side, codec) for side, codec in codecs.items()])
 
-    def encode() -> Tensor:
-        fields = backend.to_portable(codec, backend.encode(codec, some, block_table, None))
+    def encode(side: str, codec: Any) -> Tensor:
+        fields = backend.to_portable(codec, backend.encode(codec, some[side], block_table, None))
         return codec.decode(fields, block_table, None)
 
-    fields = view.fields("key", 0, 1)
-    exact, plainly = (codec.decode(fields, block_table, None, kind) for kind in (torch.float64, torch.float32))
+    def decode(side: str, codec: Any) -> Tensor:
+        return backend.decode(codec, getattr(view, side).store.slice(0, 1), block_table, None)
 
-    def decode() -> Tensor:
-        return backend.decode(codec, view.key.store.slice(0, 1), block_table, None)
+    def plainly(dtype: torch.dtype) -> Tensor:
+        return of_both(lambda side, codec: codec.decode(view.fields(side, 0, 1), block_table, None, dtype))
 
+    plain, own = reference.attend(query.float(), view, call), reference.own_precision(query, view, call)
+    given = of_both(lambda side, _: some[side].float())
+    decoded = of_both(lambda side, codec: codec.decode(codec.encode(some[side], block_table, None), block_table, None))
+    exact, single = plainly(torch.float64), plainly(torch.float32)
     with triton.without_trials():  # they are tried here
         return [
             trials.attempt("attend", name, device, lambda: (attend, plain, own)),
-            trials.attempt("encode", name, device, lambda: (encode, some.float(), decoded)),
-            trials.attempt("decode", name, device, lambda: (decode, exact, plainly)),
+            trials.attempt("encode", name, device, lambda: (lambda: of_both(encode), given, decoded)),
+            trials.attempt("decode", name, device, lambda: (lambda: of_both(decode), exact, single)),
         ]
 
 
 @torch.no_grad()
 def _case(
-    device: torch.device, dim: int, groups: int, theta: float, dtype: torch.dtype
-) -> tuple[SpectralLayer, Tensor, Tensor]:
-    """A layer of four blocks, encoded by plain torch, the keys that went into it, and a query."""
+    device: torch.device, geometry: tuple[int, int, float], coding: Coding, dtype: torch.dtype
+) -> tuple[SpectralLayer, dict[str, Tensor], Tensor]:
+    """A layer of a few blocks, encoded by plain torch, the keys and values that went into it, and a query."""
+    dim, groups, theta = geometry
     config = LlamaConfig(
         hidden_size=2 * groups * dim,
         num_attention_heads=2 * groups,
@@ -105,20 +115,22 @@ def _case(
         num_hidden_layers=1,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
-    layer = SpectralCache(Calibration.synthetic(config), config, backend="torch").spectral_layers[0]
+    calibration = Calibration.synthetic(config).with_coding(coding)
+    layer = SpectralCache(calibration, config, backend="torch").spectral_layers[0]
     tokens = layer.sink_length + 4 * BLOCK + layer.residual_length
     empty = torch.empty(1, 2, 0, dim, dtype=dtype, device=device)
     codecs = layer.make_codecs(device, {"key": empty, "value": empty}, Grid())
     generator, slots = torch.Generator().manual_seed(0), torch.arange(tokens, dtype=torch.int64, device=device)[None]
-    new: list[Tensor] = []
-    for codec in codecs.values():  # with the statistics that the codec expects
+    new: dict[str, Tensor] = {}
+    for side, codec in codecs.items():  # with the statistics that the codec expects
         assert isinstance(codec, SpectralCodec)
         coefficients = torch.randn(1, 2, tokens, dim, generator=generator, dtype=torch.float32, device="cpu").to(device)
         framed = codec.synthesize(coefficients) + codec.mean[:, None]
-        new.append(codec.frame.leave(framed, slots[:, None], anchor_of(slots, layer.sink_length)[:, None]).to(dtype))
+        anchors = anchor_of(slots, layer.sink_length)[:, None]
+        new[side] = codec.frame.leave(framed, slots[:, None], anchors).to(dtype)
     query = (0.2 * torch.randn(1, 2 * groups, 1, dim, generator=generator, dtype=torch.float32, device="cpu")).to(
         device, dtype
     )
-    layer.update(*new)
+    layer.update(new["key"], new["value"])
     layer.flush()
-    return layer, new[0], query
+    return layer, new, query

@@ -4,7 +4,7 @@ Triton compiles without a GPU if it is told which one to compile for. A stub sta
 once the kernel is compiled, and arguments stay on the CPU: everything else, the wrappers' choice of variants and
 Triton's specialisation of arguments included, is what runs on a GPU. It needs a process without ``TRITON_INTERPRET=1``:
 
-    PYTHONPATH=.:kernels:benchmarks python -m tests.kernels.compiling --target 90 --only llama-8b
+    PYTHONPATH=.:kernels:benchmarks python -m tests.kernels.compiling --target 90 --only llama-8b:attend
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,7 +61,10 @@ class Compiled:
         stack: Bytes of a thread's stack: what did not fit in registers.
         local: Local loads and stores in the kernel's longest loop.
         loop: Instructions in that loop.
+        front_end: Whether that is all that it has passed.
         error: Why it did not compile; empty if it did.
+
+    ``local`` and ``loop`` are read for attention alone: disassembling costs half as much again as compiling.
     """
 
     kernel: str
@@ -73,6 +76,7 @@ class Compiled:
     stack: int = 0
     local: int = 0
     loop: int = 0
+    front_end: bool = False
     error: str = ""
 
 
@@ -115,7 +119,8 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
 
     from quantcache_kernels.triton import ops, runtime
 
-    run, before = JITFunction.run, (ops.unavailable, runtime.unavailable, runtime.on_cuda)
+    run = JITFunction.run
+    before = (ops.unavailable, runtime.unavailable, runtime.on_cuda, runtime.capability)
     found: list[tuple[str, str, Any]] = []
     seen: set[tuple[str, str]] = set()
 
@@ -142,13 +147,34 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
     JITFunction.run = stopped
     ops.unavailable = runtime.unavailable = lambda device: None
     runtime.on_cuda = lambda device: True
+    runtime.capability = lambda device: capability
     knobs.runtime.jit_cache_hook = hook
     try:
         yield found
     finally:
         knobs.runtime.jit_cache_hook = None
         JITFunction.run = run
-        ops.unavailable, runtime.unavailable, runtime.on_cuda = before
+        ops.unavailable, runtime.unavailable, runtime.on_cuda, runtime.capability = before
+
+
+class FrontEndPassed(Exception):
+    """A kernel is in Triton's intermediate representation, type-checked and verified."""
+
+
+@contextmanager
+def front_end_only() -> Iterator[None]:
+    """Stop compiling behind what the target has no say in: a tenth of the work, and where most mistakes show."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise FrontEndPassed
+
+    whole = CUDABackend.__dict__["make_ttgir"]
+    CUDABackend.make_ttgir = staticmethod(stop)
+    try:
+        yield
+    finally:
+        CUDABackend.make_ttgir = whole
 
 
 def launch_all(case: Case) -> None:
@@ -166,31 +192,44 @@ def launch_all(case: Case) -> None:
         backends.find("triton").encode(side.codec, new, view.block_table[:1], view.left_padding)
 
 
-def compile_cases(names: list[str], capability: int, keys: set[tuple[str, str]] | None = None) -> list[Compiled]:
+Wanted = Callable[[str, str, str], bool]
+"""Whether to compile a variant, given the case, the kernel and Triton's key."""
+
+
+def compile_cases(names: list[str], capability: int, wanted: Wanted = lambda *variant: True) -> list[Compiled]:
     """Compile what some cases launch.
 
     Args:
         names: The cases.
         capability: What to compile for.
-        keys: The variants to compile; all if None, and none if empty.
+        wanted: What to compile.
 
     Returns:
         Every variant, with figures if it was compiled.
     """
-    result, cases = [], ATTENTION | TRELLIS | GEOMETRIES
-    with stopped_launches(capability, lambda *variant: keys is None or variant in keys) as found:
-        for name in names:
+    result, cases, case = [], ATTENTION | TRELLIS | GEOMETRIES, ""
+    with stopped_launches(capability, lambda kernel, key: wanted(case, kernel, key)) as found:
+        for case in names:
             count, started = len(found), time.perf_counter()
-            launch_all(cases[name])
+            launch_all(cases[case])
             for kernel, key, made in found[count:]:
-                one = Compiled(kernel, name, capability, key)
-                if isinstance(made, Exception):
+                one = Compiled(kernel, case, capability, key)
+                if isinstance(made, FrontEndPassed):
+                    one.front_end = True
+                elif isinstance(made, Exception):
                     one.error = f"{type(made).__name__}: {made}"
                 elif made is not None:
                     read_binary(one, made.asm["cubin"])
                 one.seconds = time.perf_counter() - started
                 result.append(one)
     return result
+
+
+def compile_one(variant: Compiled) -> Compiled:
+    """Compile one variant, in a process of a pool."""
+    same = (variant.kernel, variant.key)
+    found = compile_cases([variant.case], variant.target, lambda case, *other: other == same)
+    return next(each for each in found if (each.kernel, each.key) == same)
 
 
 def variants_while_decoding(steps: int) -> dict[str, int]:
@@ -231,11 +270,11 @@ def read_binary(found: Compiled, binary: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
-        code = subprocess.run([tool("cuobjdump"), "-sass", path], capture_output=True, text=True, check=True)
-    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout))
-    found.registers, found.stack = int(numbers["REG"]), int(numbers["STACK"])
-    found.loop, found.local = main_loop(code.stdout)
+        command = [tool("cuobjdump"), "-res-usage", *["-sass"] * (found.kernel == "attend_kernel"), path]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    found.registers, found.stack = int(registers), int(stack)
+    found.loop, found.local = main_loop(text)
 
 
 def main_loop(sass: str) -> tuple[int, int]:
@@ -258,27 +297,40 @@ def main() -> None:
     """Compile, print one line of JSON for each variant, and fail if one did not compile."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
     parser.add_argument("--target", type=int, nargs="+", default=[90])
-    parser.add_argument("--only", default="", help="regular expression of case names")
-    parser.add_argument("--kernel", default="", help="regular expression of kernel names")
+    parser.add_argument("--only", nargs="+", default=[""], help="regular expressions of case names, or CASE:KERNEL")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--front-end", action="store_true", help="stop behind what the target has no say in")
     parser.add_argument("--steps", type=int, help="compile nothing: count variants over this many decoding steps")
     options = parser.parse_args()
     if options.steps:
         print(json.dumps(variants_while_decoding(options.steps)))
         return
-    names = [name for name in ATTENTION | TRELLIS | GEOMETRIES if re.search(options.only, name)]
+    picks = [pick.partition(":")[::2] for pick in options.only]
+    names = [name for name in ATTENTION | TRELLIS | GEOMETRIES if any(re.search(pick, name) for pick, _ in picks)]
+
+    def picked(case: str, kernel: str, key: str = "") -> bool:
+        return any(re.search(pick, case) and re.search(kernels, kernel) for pick, kernels in picks)
+
     failed = False
     for target in options.target:
-        variants = [v for v in compile_cases(names, target, set()) if re.search(options.kernel, v.kernel)]
-        print(f"sm_{target}: {len(variants)} variants", file=sys.stderr, flush=True)
-        # A forked process would wait for ever for the OpenMP threads that torch has started in this one.
-        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            tasks = [pool.submit(compile_cases, [v.case], target, {(v.kernel, v.key)}) for v in variants]
-            for variant, task in zip(variants, tasks, strict=True):
-                found = next(v for v in task.result() if (v.kernel, v.key) == (variant.kernel, variant.key))
+        with front_end_only() if options.front_end else nullcontext():
+            for found in compiled(names, target, picked, options.jobs):
                 failed |= bool(found.error)
                 print(json.dumps({k: v for k, v in vars(found).items() if k != "key"}), flush=True)
     sys.exit(failed)
+
+
+def compiled(names: list[str], target: int, wanted: Wanted, jobs: int) -> Iterator[Compiled]:
+    """What :func:`compile_cases` makes of some cases, by several processes if asked for, as it comes."""
+    if jobs == 1:
+        yield from (each for each in compile_cases(names, target, wanted) if wanted(each.case, each.kernel, each.key))
+        return
+    listed = compile_cases(names, target, lambda *variant: False)
+    variants = [each for each in listed if wanted(each.case, each.kernel, each.key)]
+    print(f"sm_{target}: {len(variants)} variants", file=sys.stderr, flush=True)
+    # A forked process would wait for ever for the OpenMP threads that torch has started in this one.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_one, variants)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -157,18 +158,55 @@ def test_every_backend_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         assert not each["problem"]
         assert each["difference"] <= each["allowed"] < 0.5, "an empty encoding would be off by 1"
-    if not TRITON.missing():
-        assert [each["operation"] for each in found if each["backend"] == "triton"] == ["attend", "encode", "decode"]
+    cases = {coding: f"D=64, G=3, {coding}, float32" for coding in ("scalar", "trellis")}
+    for backend in {each["backend"] for each in found if each["operation"]}:
+        operations = [(each["case"], each["operation"]) for each in found if each["backend"] == backend]
+        assert operations == [(case, o) for case in cases.values() for o in ("attend", "encode", "decode")]
+
+
+needs_library = pytest.mark.skipif(backends.find("cpu").unavailable(CPU) is not None, reason="no C++ kernels here")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("coding", "operation", "side"),
+    [
+        ("trellis", "attend", "key"),
+        ("scalar", "encode", "key"),
+        ("trellis", "encode", "value"),
+        ("trellis", "decode", "key"),
+    ],
+)
+def test_the_check_finds_what_is_wrong_with_one_coding_alone(
+    coding: str, operation: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = type(backends.find("cpu"))
+    right = {name: getattr(backend, name) for name in ("attend", "encode", "decode")}
+
+    def wrong(self: backends.Backend, first: Any, *rest: Any) -> Any:
+        made = right[operation](self, first, *rest)
+        codec = rest[0].key.codec if operation == "attend" else first
+        if codec.coding != coding or (codec.frame.is_identity != (side == "value")):
+            return made
+        return {**made, "codes": made["codes"] ^ 0x01010101} if operation == "encode" else 1.01 * made
+
+    monkeypatch.setattr(backend, operation, wrong)
+    monkeypatch.setattr(kernel_check, "GEOMETRIES", ((64, 2, 1e4),))
+    monkeypatch.setattr(kernel_check, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(backends, "BACKENDS", {"torch": backends.REFERENCE, "cpu": backends.find("cpu")})
+    bad = [(each["case"], each["operation"]) for each in kernel_check.check_kernels() if each["problem"]]
+    assert bad == [(f"D=64, G=2, {coding}, float32", operation)]
 
 
 def test_env_shows_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        vars(trials.Outcome("attend", "cpu", "cpu", 1e-7, 2e-6, "")) | {"case": "D=64, G=3, float32"},
-        vars(trials.Outcome("encode", "triton", "H100", None, 0.1, "it failed: ValueError")) | {"case": "D=64"},
+        vars(trials.Outcome("attend", "cpu", "cpu", 1e-7, 2e-6, "")) | {"case": "D=64, G=3, scalar, float32"},
+        vars(trials.Outcome("encode", "triton", "H100", None, 0.1, "it failed: ValueError"))
+        | {"case": "D=64, G=3, trellis, float32"},
         {"backend": "triton", "device": "cpu", "operation": None, "problem": "no Triton"},
     ]
     monkeypatch.setattr(kernel_check, "check_kernels", lambda: rows)
     shown = CliRunner().invoke(app, ["env", "--check"]).output
-    assert all(text in shown for text in ("1.0e-07", "2.0e-06", "ok", "it failed", "not used: no Triton"))
+    assert all(text in shown for text in ("1.0e-07", "2.0e-06", "ok", "it failed", "not used: no Triton", "trellis"))
     assert json.loads(CliRunner().invoke(app, ["env", "--check", "--json"]).output)["kernels"] == rows
     assert "kernels" not in json.loads(CliRunner().invoke(app, ["env", "--json"]).output)

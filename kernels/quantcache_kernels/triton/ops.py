@@ -37,9 +37,6 @@ from quantcache_kernels.triton.tables import (
 )
 from quantcache_kernels.triton.trellis import make_union_search
 
-QUERY_ROWS = 64
-"""Rows of queries, anchors times rows of a head, that a program brings into coded coordinates."""
-
 LOG2_E = 1.4426950408889634
 
 MAX_DIM = 256
@@ -239,6 +236,22 @@ def _keys(
     return [slow, constants.mean, norms], [fast_decoder.to(dtype), mean, rotation], padded
 
 
+def query_tile(dim: int, capability: int) -> tuple[int, int]:
+    """What a program that brings queries into coded coordinates holds at once.
+
+    Args:
+        dim: D.
+        capability: Compute capability, such as 90; 0 for what is not NVIDIA's.
+
+    Returns:
+        Rows of queries, anchors times rows of a head, and columns of the decoder. Where the tensor cores take operands
+        from registers only (before Hopper, and on consumers' Blackwell), what spills least as compiled.
+    """
+    if capability // 10 in (8, 12):
+        return (16, 32) if dim > 128 else (64, 16)
+    return (64, 16) if dim > 128 else (64, 32)
+
+
 def _check(device: torch.device) -> None:
     reason = unavailable(device)
     if reason is not None:
@@ -414,7 +427,8 @@ def attend(
     limits = {"maxnreg": SETTINGS.registers} if SETTINGS.registers and runtime.on_cuda(device) else {}
     with launch_on(device):
         query_rows = power_of_two(min(rows, 16), 1)
-        query_anchors = QUERY_ROWS // query_rows
+        tile_rows, columns = query_tile(dim, runtime.capability(device))
+        query_anchors = tile_rows // query_rows
         query_kernel[(-(-anchors // query_anchors), heads, batch * -(-rows // query_rows))](
             query, *frame, slow_decoder, key_mean, norms,
             block_table, left_padding, scaling, 1.0 if has_softcap else LOG2_E,
@@ -423,7 +437,7 @@ def attend(
             TOP=4096.0, PAIRED=paired, HAS_STARTS=has_starts,
             # Tensor cores, unless the model is of float32.
             PRECISION="tf32x3" if runtime.on_cuda(device) and dtype == torch.float16 else "ieee",
-            ROWS=query_rows, ANCHORS=query_anchors, COLUMNS=32 if dim <= 128 else 16, num_warps=8,
+            ROWS=query_rows, ANCHORS=query_anchors, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
         attend_kernel[(splits, heads, batch * row_tiles)](
             queries, scales, keys.view(torch.uint32), key_gains, *key_code,
