@@ -1,4 +1,4 @@
-"""The two operations, as functions and as torch operators.
+"""Encoding and attention, as functions and as torch operators; decoding is in ``decoding``.
 
 Shapes as in :mod:`quantcache_kernels.cpu`.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cpu.constants import Constants, in_memory, require
-from quantcache_kernels.cpu.library import Library, find
+from quantcache_kernels.cpu.library import check, loaded
 from quantcache_kernels.cpu.structures import Attend, Dense, Encode
 from quantcache_kernels.interface import BLOCK, AttentionCall
 
@@ -23,12 +23,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of queries, sinks and tails, with their codes in ``abi.h``."""
 
 _CPU = torch.device("cpu")  # named once: a string would be read at every call
-
-_ERRORS = {
-    1: "out of memory",
-    2: "a block begins more than 64 tokens behind its anchor, or a block, a row's start or the sinks lie outside of "
-    "what is cached",
-}
 
 
 @dataclass
@@ -104,18 +98,6 @@ def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, sinks: S
     return past
 
 
-def _library() -> Library:
-    library, reason = find()
-    if library is None:
-        raise RuntimeError(reason)
-    return library
-
-
-def _check(status: int) -> None:
-    if status:
-        raise RuntimeError(f"CPU kernel failed: {_ERRORS.get(status, status)}")
-
-
 def _dense(x: Tensor) -> Dense:
     batch, head, token, _ = x.stride()
     return Dense(x.data_ptr(), batch, head, token)
@@ -183,7 +165,7 @@ def encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: T
 
 
 def _encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    library = _library()
+    library = loaded()
     batch, heads, tokens, dim = _dimensions("tokens", x)
     if (heads, dim) != (constants.num_heads, constants.dim):
         raise ValueError(
@@ -208,7 +190,7 @@ def _encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: 
         torch.get_num_threads(),
         library.level,
     )
-    _check(library.encode(byref(call)))
+    check(library.encode(byref(call)))
     return codes, gains
 
 
@@ -264,7 +246,7 @@ def _attend(
     softcap: float,
     causal: bool,
 ) -> Tensor:
-    library = _library()
+    library = loaded()
     batch, query_heads, queries, dim = _dimensions("queries", query)
     query = _readable("queries", query, batch, query_heads, queries, dim)
     heads = key.num_heads
@@ -294,7 +276,7 @@ def _attend(
         call.sink_logits = sink_logits.data_ptr()
     call.output = output.data_ptr()
     call.threads, call.level = torch.get_num_threads(), library.level
-    _check(library.attend(byref(call)))
+    check(library.attend(byref(call)))
     return output
 
 
