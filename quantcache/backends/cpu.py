@@ -14,7 +14,7 @@ from quantcache_kernels.interface import AttentionCall
 
 
 class CpuBackend(Backend):
-    """Encodes and attends in C++; the blocks that long queries read are decoded in plain torch."""
+    """Encodes, attends and decodes in C++."""
 
     name = "cpu"
 
@@ -51,6 +51,10 @@ class CpuBackend(Backend):
     def _encode(self, codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         codes, gains = cpu.encode(x, constants(codec), block_table, left_padding)
         return {"codes": codes, "gains": gains}
+
+    def _decode(self, codec: SpectralCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
+        codes, gains = fields["codes"].contiguous(), fields["gains"].contiguous()
+        return cpu.decode(codes, gains, constants(codec), block_table, left_padding)
 
 
 def constants(codec: SpectralCodec) -> cpu.Constants:

@@ -171,14 +171,14 @@ class _Life:
         self.counts["blocks encoded"] += (len(self.layer.spans) - before) * rows
 
     def attend(self, count: int) -> None:
-        """Attention of the newest tokens, at most 16 of which reach the kernel."""
+        """Attention of the newest tokens: few attend on codes, many on blocks that the kernel decodes."""
         view, rows = self.layer.snapshot(), self.pads.shape[0]
         slots = torch.arange(view.length)
         causal = slots <= torch.arange(view.length - count, view.length)[:, None]
         whole = (causal & (slots >= self.pads[:, None, None]))[:, None]
         if not view.num_blocks:
             return
-        queries = min(count, 16)
+        queries = min(count, self.chance.choice((16, 16, 70)))
         query = self.normal(rows, self.case.heads * self.case.groups, queries, self.sizes["key"]) * 0.3
         options: dict[str, Any] = {
             "softcap": self.chance.choice((None, None, 5.0)),

@@ -368,6 +368,46 @@ def test_encoding_is_given_nothing_that_does_not_fit() -> None:
             cpu.encode(given[0], constants, *given[1:])
 
 
+@needs_library
+def test_decoding_is_given_nothing_that_does_not_fit() -> None:
+    codec = codecs(CASE)["key"]
+    constants = constants_of(codec)
+    block_table = torch.tensor([[4, 64, 4]], dtype=torch.int32)
+    fields = codec.encode(vectors(CASE, 64)["key"].float(), block_table, None)
+    codes, gains, none = fields["codes"], fields["gains"], None
+    cpu.decode(codes, gains, constants, block_table, none)
+    wrong: dict[str, tuple[Any, ...]] = {
+        "expected codes of 3 dimensions": (codes[0], gains, block_table, none),
+        r"expected codes .* \[1, 2, \d+\] of torch.int32, got \[1, 2, 9\]": (
+            codes[..., :9].contiguous(),
+            gains,
+            block_table,
+            none,
+        ),
+        "of torch.int32, got .* of torch.int64": (codes.long(), gains, block_table, none),
+        "expected codes as a contiguous": (torch.stack((codes, codes), -1)[..., 0], gains, block_table, none),
+        "expected codes in the CPU's memory": (codes.to("meta"), gains, block_table, none),
+        "expected gains": (codes, gains[:, :1].contiguous(), block_table, none),
+        "expected gains .* of torch.uint8": (codes, gains.int(), block_table, none),
+        "expected gains in the CPU's memory": (codes, gains.to("meta"), block_table, none),
+        r"expected block_table .* got \[2, 3\]": (codes, gains, block_table.repeat(2, 1), none),
+        "expected block_table .* of torch.int64": (codes, gains, block_table.long(), none),
+        "expected left_padding": (codes, gains, block_table, torch.zeros(3, dtype=torch.int64)),
+        "expected left_padding .* of torch.int32": (codes, gains, block_table, torch.zeros(2, dtype=torch.int32)),
+    }
+    for message, (words, scales, *rest) in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            cpu.decode(words, scales, constants, *rest)
+    for places in ([[3, 64, 4]], [[69, 64, 4]], [[-(2**31), 64, 2**31 - 1]]):
+        with pytest.raises(RuntimeError, match="begins more than 64 tokens behind its anchor"):
+            cpu.decode(codes, gains, constants, torch.tensor(places, dtype=torch.int32), none)
+    cut = cpu.Constants(constants.sizes, constants.tensors, constants.decoder[:, :9])
+    with pytest.raises(ValueError, match="expected decoder"):
+        cpu.decode(codes, gains, cut, block_table, none)
+    nothing = cpu.decode(codes[:0], gains[:0], constants, block_table[:0], none)
+    assert nothing.shape == (2, 2, 0, 64)
+
+
 # ---------------------------------------------------------------------- threads and memory
 
 

@@ -163,6 +163,67 @@ def test_codes_of_another_pass(kernel: Kernel, name: str) -> None:
         assert encoding.wrong_after(codec, given, *found[::2]), "a pass left out must be seen"
 
 
+DecodeGiven = tuple[dict[str, Tensor], Tensor, Tensor | None]
+
+
+def assert_decodes(kernel: Kernel, codec: SpectralCodec, given: DecodeGiven, expected: Tensor) -> Tensor:
+    """What a kernel decodes, found to be no further from float64 than twice plain torch, one block or several."""
+    fields, block_table, left_padding = given
+    found = implementation(kernel.backend).decode(codec, *given)
+    own, theirs = (float((x.double() - expected).norm()) for x in (codec.decode(*given), found))
+    assert (found.shape, found.dtype) == (expected.shape, torch.float32)
+    assert theirs <= 2 * own + 1e-6 * float(expected.norm()), (theirs, own)
+    last = {name: field[-1:] for name, field in fields.items()}
+    alone = implementation(kernel.backend).decode(codec, last, block_table[-1:], left_padding)
+    assert torch.equal(alone, found[:, :, -BLOCK:])
+    return found
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (CODES | TRELLIS).items()])
+def test_decoding(kernel: Kernel, case: Case) -> None:
+    if kernel.backend != "cpu":
+        pytest.skip("test_triton.py has its own")
+    view = shared(case).layer.snapshot()
+    for side in (view.key, view.value):
+        assert isinstance(side.codec, SpectralCodec)
+        given = (side.store.slice(0, view.num_blocks), view.block_table, view.left_padding)
+        assert_decodes(kernel, side.codec, given, truth.decoded(side, view))
+
+
+def random_blocks(codec: SpectralCodec, rows: int, count: int) -> dict[str, Tensor]:
+    """Blocks of codes and gains that are drawn bit by bit: whatever a file may hold."""
+    generator = torch.Generator().manual_seed(count)
+    codes = torch.randint(-(2**31), 2**31, (count, rows, codec.num_words), generator=generator).to(torch.int32)
+    gains = torch.randint(0, 256, (count, rows, codec.num_heads, BLOCK), generator=generator).to(torch.uint8)
+    return {"codes": codes, "gains": gains}
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("first", [4, 131_072, 1_000_003])
+def test_decoding_far_behind_the_start(kernel: Kernel, first: int, coding: Coding) -> None:
+    """Positions that need float64 angles, blocks that begin within an anchor's stretch, and rows of other origins."""
+    if kernel.backend != "cpu":
+        pytest.skip("test_triton.py has its own")
+    codec = codecs(Case(dim=80, heads=2, rotary=0.8, coding=(coding, coding)))["key"]
+    places = [[first, 64, first], [first + 64, 64, first], [first + 150, 30, first + 128]]
+    block_table = torch.tensor(places, dtype=torch.int32)
+    for left_padding in (None, torch.tensor([0, first - 3]), torch.tensor([5, -7])):
+        given = (random_blocks(codec, 2, 3), block_table, left_padding)
+        found = assert_decodes(kernel, codec, given, codec.decode(*given, torch.float64))
+        if left_padding is None:
+            assert not torch.equal(found[0], found[1])
+
+
+def test_decoding_tokens_with_shifts_of_their_own_is_plain_torch(kernel: Kernel) -> None:
+    codec = codecs(BASE)["key"]
+    fields = random_blocks(codec, 2, 2)
+    fields["shifts"] = torch.arange(BLOCK, dtype=torch.int32).expand(2, 2, BLOCK).contiguous() // 9
+    block_table = torch.tensor([[4, 64, 4], [68, 64, 4]], dtype=torch.int32)
+    expected = codec.decode(fields, block_table, None)
+    if kernel.backend == "cpu":
+        assert torch.equal(implementation(kernel.backend).decode(codec, fields, block_table, None), expected)
+
+
 @pytest.mark.parametrize("part", ["path", "level", "gain"])
 def test_a_path_that_is_not_the_best_is_found(part: str) -> None:
     """The rule itself: one wrong bit of a path or a code, and one wrong gain, is wrong."""
@@ -206,7 +267,9 @@ def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) ->
         for count in (1, threads):
             torch.set_num_threads(count)
             codes = implementation(kernel.backend).encode(view.key.codec, x, view.block_table[:4], view.left_padding)
-            results.append({**codes, "output": attend(filled, kernel, case)})
+            given = (view.key.store.slice(0, view.num_blocks), view.block_table, view.left_padding)
+            decoded = implementation(kernel.backend).decode(view.key.codec, *given)
+            results.append({**codes, "decoded": decoded, "output": attend(filled, kernel, case)})
     finally:
         torch.set_num_threads(before)
     for name, alone in results[0].items():
@@ -221,6 +284,10 @@ def test_operators_take_trellis_constants() -> None:
     direct = cpu.encode(x, constants, block_table, left_padding)
     through = torch.ops.quantcache_kernels.cpu_encode(x, block_table, left_padding, *constants.flatten())
     assert all(torch.equal(*pair) for pair in zip(direct, through, strict=True))
+    direct = cpu.decode(*through, constants, block_table, left_padding)
+    given = (*through, block_table, left_padding, *constants.flatten())
+    assert torch.equal(torch.ops.quantcache_kernels.cpu_decode(*given), direct)
+    torch.library.opcheck(torch.ops.quantcache_kernels.cpu_decode, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_lopsided_union_codebook_is_refused() -> None:

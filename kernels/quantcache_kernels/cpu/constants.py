@@ -94,7 +94,7 @@ class Constants:
     Attributes:
         sizes: H, D, dimensions of the slow part, slow pairs, fast pairs, words, gain factors, passes of a trellis.
         tensors: The arrays of :class:`Side`, by name.
-        decoder: ``[H, D, D]``, of which attention takes the part it needs.
+        decoder: ``[H, D, D]``; decoding reads all of it, attention takes the part it needs.
         structures: The C structures made so far, with the tensor that each one's ``map`` points to. An entry is never
             replaced: a call into C may be reading it.
     """
@@ -123,7 +123,7 @@ class Constants:
         """The C structure; the pointers in it are good as long as these constants live.
 
         Args:
-            role: What it is for: encoding needs no map, keys and values need different ones.
+            role: What it is for: encoding and decoding need no map, attention different ones for keys and values.
 
         Returns:
             The structure.
@@ -136,6 +136,7 @@ class Constants:
             side = Side(dim, slow, slow_pairs, fast_pairs, words, 0, num_factors, trellis)
             for name, tensor in self.tensors.items():
                 setattr(side, name, tensor.data_ptr())
+            side.decoder = self.decoder.data_ptr()
             if table is not None:
                 side.map, side.map_columns = table.data_ptr(), table.shape[-1]
             # Where another thread was faster, everybody takes what it made: one call into C, so one of them is first.
@@ -171,6 +172,7 @@ class Constants:
         }
         for name, (dtype, shape) in shapes.items():
             require(name, self.tensors[name], dtype, *shape)
+        require("decoder", self.decoder, torch.float32, heads, dim, dim)
 
     def held(self) -> list[Tensor]:
         """Every tensor that these constants keep alive."""
@@ -267,7 +269,8 @@ def make(source: SideConstants) -> Constants:
     }
     pairs = (frame.slow_pairs, frame.fast_pairs)
     sizes = (heads, dim, slow, *pairs, source.words, len(source.gain_search), int(trellis) * source.passes)
-    return Constants(sizes, {name: tensor.contiguous() for name, tensor in tensors.items()}, source.decoder)
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return Constants(sizes, held, source.decoder.contiguous())
 
 
 def _runs(keys: list[tuple[bool, int]]) -> list[int]:

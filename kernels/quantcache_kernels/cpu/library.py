@@ -7,13 +7,19 @@ import functools
 import os
 from pathlib import Path
 
-from quantcache_kernels.cpu.structures import ABI, Attend, Encode
+from quantcache_kernels.cpu.structures import ABI, Attend, Decode, Encode
 
 LEVEL_VARIABLE = "QUANTCACHE_CPU_LEVEL"
 """Environment variable that names the instruction set to use, for tests and comparisons."""
 
 LIBRARY_VARIABLE = "QUANTCACHE_CPU_LIBRARY"
 """Environment variable that names another build of the library, such as one with sanitizers."""
+
+_ERRORS = {
+    1: "out of memory",
+    2: "a block begins more than 64 tokens behind its anchor, or a block, a row's start or the sinks lie outside of "
+    "what is cached",
+}
 
 
 class Library:
@@ -34,7 +40,9 @@ class Library:
         handle.quantcache_level_name.restype = ctypes.c_char_p
         handle.quantcache_attend.argtypes = (ctypes.POINTER(Attend),)
         handle.quantcache_encode.argtypes = (ctypes.POINTER(Encode),)
+        handle.quantcache_decode.argtypes = (ctypes.POINTER(Decode),)
         self.attend, self.encode = handle.quantcache_attend, handle.quantcache_encode
+        self.decode = handle.quantcache_decode
         names = [handle.quantcache_level_name(i).decode() for i in range(handle.quantcache_num_levels())]
         self.levels = {name: i for i, name in enumerate(names) if handle.quantcache_level_supported(i)}
         self.level = max(self.levels.values())
@@ -71,3 +79,31 @@ def find() -> tuple[Library | None, str]:
         return Library(paths[0]), ""
     except OSError as error:
         return None, f"the CPU kernels cannot be loaded: {error}"
+
+
+def loaded() -> Library:
+    """The library, which must be there.
+
+    Returns:
+        The library.
+
+    Raises:
+        RuntimeError: It is not there.
+    """
+    library, reason = find()
+    if library is None:
+        raise RuntimeError(reason)
+    return library
+
+
+def check(status: int) -> None:
+    """Turn the status of a call into an error.
+
+    Args:
+        status: What the call returned.
+
+    Raises:
+        RuntimeError: The call failed.
+    """
+    if status:
+        raise RuntimeError(f"CPU kernel failed: {_ERRORS.get(status, status)}")

@@ -1,4 +1,4 @@
-"""The two operations, as functions and as torch operators.
+"""Encoding and attention, as functions and as torch operators; decoding is in ``decoding``.
 
 Shapes as in :mod:`quantcache_kernels.cpu`.
 """
@@ -15,18 +15,14 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cpu.constants import Constants, in_memory, require
-from quantcache_kernels.cpu.library import Library, find
+from quantcache_kernels.cpu.library import check, loaded
 from quantcache_kernels.cpu.structures import QUERY_AND_TAIL, Attend, Encode
 from quantcache_kernels.interface import BLOCK, AttentionCall
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of queries, sinks and tails, with their codes in ``abi.h``."""
 
-_ERRORS = {
-    1: "out of memory",
-    2: "a block begins more than 64 tokens behind its anchor, or a block, a row's start or the sinks lie outside of "
-    "what is cached",
-}
+_CPU = torch.device("cpu")  # named once: a string would be read at every call
 
 
 @dataclass
@@ -101,18 +97,6 @@ def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, sinks: S
     return past
 
 
-def _library() -> Library:
-    library, reason = find()
-    if library is None:
-        raise RuntimeError(reason)
-    return library
-
-
-def _check(status: int) -> None:
-    if status:
-        raise RuntimeError(f"CPU kernel failed: {_ERRORS.get(status, status)}")
-
-
 def _dense(name: str, x: Tensor, *shape: int) -> tuple[Tensor, tuple[int, int, int, int]]:
     """The same values as C can read them, ``[B, H, tokens, D]`` of any strides with a dense last dimension.
 
@@ -180,7 +164,7 @@ def encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: T
 
 
 def _encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    library = _library()
+    library = loaded()
     batch, heads, tokens, dim = _dimensions("tokens", x)
     if (heads, dim) != (constants.num_heads, constants.dim):
         raise ValueError(
@@ -205,7 +189,7 @@ def _encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: 
         torch.get_num_threads(),
         library.level,
     )
-    _check(library.encode(byref(call)))
+    check(library.encode(byref(call)))
     return codes, gains
 
 
@@ -261,7 +245,7 @@ def _attend(
     softcap: float,
     causal: bool,
 ) -> Tensor:
-    library = _library()
+    library = loaded()
     batch, query_heads, queries, dim = _dimensions("queries", query)
     query, query_dense = _dense("queries", query, batch, query_heads, queries, dim)
     heads = key.num_heads
@@ -291,7 +275,7 @@ def _attend(
         call.sink_logits = sink_logits.data_ptr()
     call.output = output.data_ptr()
     call.threads, call.level = torch.get_num_threads(), library.level
-    _check(library.attend(byref(call)))
+    check(library.attend(byref(call)))
     return output
 
 

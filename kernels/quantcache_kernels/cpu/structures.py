@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 
-ABI = 6
+ABI = 7
 """Version of the structures; a library of another version is refused."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -41,6 +41,7 @@ class Side(ctypes.Structure):
         ("factors", _POINTER),
         ("unions", _POINTER),
         ("subsets", _POINTER),
+        ("decoder", _POINTER),
     )
 
 
@@ -64,6 +65,24 @@ class Encode(ctypes.Structure):
         ("starts", _POINTER),
         ("codes", _POINTER),
         ("gains", _POINTER),
+        ("threads", _INT),
+        ("level", _INT),
+    )
+
+
+class Decode(ctypes.Structure):
+    """Arguments of ``quantcache_decode``."""
+
+    _fields_ = (
+        ("side", ctypes.POINTER(Side)),
+        ("batch", _INT),
+        ("heads", _INT),
+        ("blocks", _INT),
+        ("codes", _POINTER),
+        ("gains", _POINTER),
+        ("places", _POINTER),
+        ("starts", _POINTER),
+        ("out", _POINTER),
         ("threads", _INT),
         ("level", _INT),
     )

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QUANTCACHE_ABI 6
+#define QUANTCACHE_ABI 7
 
 namespace quantcache {
 
@@ -64,6 +64,7 @@ struct Side {
     const float* unions;        // with a trellis: union codebook of each width [9][2 * TABLE]
     const float* subsets;       // with a trellis: the four subsets of each union codebook, each as its levels and the
                                 // search tree of the boundaries between them [9][4][2][TABLE / 2]
+    const float* decoder;       // [H][D][D]
 };
 
 // [B][H][tokens][dimension] with a dense last dimension; strides in elements.
@@ -85,6 +86,20 @@ struct Encode {
     const int64_t* starts;  // left padding of each row [B], or null
     int32_t* codes;         // out: [n][B][W]
     uint8_t* gains;         // out: [n][B][H][64]
+    int32_t threads;
+    int32_t level;
+};
+
+struct Decode {
+    const Side* side;
+    int32_t batch;
+    int32_t heads;
+    int32_t blocks;
+    const int32_t* codes;   // [n][B][W]
+    const uint8_t* gains;   // [n][B][H][64]
+    const int32_t* places;  // first slot, valid length, anchor [n][3]
+    const int64_t* starts;  // what is taken from a row's slots for their positions [B], or null
+    float* out;             // out: [B][H][n * 64][D]
     int32_t threads;
     int32_t level;
 };
@@ -147,6 +162,8 @@ struct Level {
     size_t (*attend_scratch)(const Attend&);
     void (*attend)(const Attend&, int row, int head, int piece, float* partial, char* scratch);
     void (*merge)(const Attend&, int row, int head, const float* partials, char* scratch);
+    size_t (*decode_scratch)(const Decode&);
+    void (*decode)(const Decode&, int block, int row, int head, char* scratch);
 };
 
 // Floats of a partial result.

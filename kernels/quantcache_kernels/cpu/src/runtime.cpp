@@ -105,12 +105,17 @@ template <class Function> void run_tasks(int tasks, int threads, const Function&
     if (shared.out_of_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
+// Whether a block's tokens are near enough to its anchor for the tables of rotations.
+bool near_anchor(const Side& side, int64_t first, int64_t anchor) {
+    return !side.fast_pairs || (first >= anchor && first - anchor + BLOCK <= ANCHOR_LENGTH);
+}
+
 // Whether places and starts stay inside of what they index: the mask, and the tables of rotations.
 bool well_placed(const Attend& a) {
     for (int block = 0; block < a.blocks; ++block) {
         const int64_t first = a.places[block * 3], length = a.places[block * 3 + 1], anchor = a.places[block * 3 + 2];
         if (first < 0 || length < 0 || length > BLOCK || first + length > a.encoded_end) return false;
-        if (a.key->fast_pairs && (first < anchor || first - anchor + BLOCK > ANCHOR_LENGTH)) return false;
+        if (!near_anchor(*a.key, first, anchor)) return false;
     }
     for (int row = 0; a.starts && row < a.batch; ++row) {
         if (a.starts[row] < 0) return false;
@@ -124,6 +129,22 @@ void encode_all(const Encode& e) {
     run_tasks(e.blocks * e.batch * e.heads, e.threads, [&](int task) {
         const int head = task % e.heads, row = task / e.heads % e.batch, block = task / e.heads / e.batch;
         level.encode(e, block, row, head, thread_scratch.at_least(bytes));
+    });
+}
+
+bool well_placed(const Decode& d) {
+    for (int block = 0; block < d.blocks; ++block) {
+        if (!near_anchor(*d.side, d.places[block * 3], d.places[block * 3 + 2])) return false;
+    }
+    return true;
+}
+
+void decode_all(const Decode& d) {
+    const Level& level = *LEVELS[d.level];
+    const size_t bytes = level.decode_scratch(d);
+    run_tasks(d.blocks * d.batch * d.heads, d.threads, [&](int task) { // neighbours in memory follow each other
+        const int block = task % d.blocks, head = task / d.blocks % d.heads, row = task / d.blocks / d.heads;
+        level.decode(d, block, row, head, thread_scratch.at_least(bytes));
     });
 }
 
@@ -166,6 +187,16 @@ QUANTCACHE_EXPORT int quantcache_level_supported(int level) { return quantcache:
 QUANTCACHE_EXPORT int quantcache_encode(const quantcache::Encode* call) {
     try {
         quantcache::encode_all(*call);
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+    return DONE;
+}
+
+QUANTCACHE_EXPORT int quantcache_decode(const quantcache::Decode* call) {
+    if (!quantcache::well_placed(*call)) return MISPLACED;
+    try {
+        quantcache::decode_all(*call);
     } catch (const std::bad_alloc&) {
         return OUT_OF_MEMORY;
     }
