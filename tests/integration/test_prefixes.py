@@ -277,7 +277,7 @@ def _adapt(model: PreTrainedModel) -> None:
         {"change": lambda model: model.to(torch.bfloat16)},
         {"autocast": True},
     ],
-    ids=str,
+    ids=lambda other: "-".join(getattr(value, "__name__", str(value)) for value in other.values()),
 )
 def test_what_was_made_otherwise_is_not_served(other: dict[str, Any]) -> None:
     model, store, prompt = LLAMA.make(), PrefixStore(GIBI), random_tokens(1, 200, seed=9)

@@ -197,12 +197,14 @@ def calibration_with_yardstick(config: LlamaConfig) -> Calibration:
 
 def test_basis_and_risk() -> None:
     form = parse_format("spectral-3")
-    mine = measurements_of(eval_record(), Path("mine.json"))
+    record = eval_record()
+    record["metrics"]["fidelity"][0]["methods"]["spectral-3"] |= {"kl_mean": 0.02, "top1_agreement": 0.9}
+    mine = measurements_of(record, Path("mine.json"))
     own = quality.expected_quality(form, ["my/model"], 512, BUNDLED + mine)
-    assert (own.kl, own.agreement, own.basis, own.risk) == (0.002, 0.97, "measured on this model", "low")
+    assert (own.kl, own.agreement, own.basis, own.risk) == (0.02, 0.9, "measured on this model", "low")
     assert quality.expected_quality(form, ["my/model"], 513, BUNDLED + mine).risk == "medium"
     other = quality.expected_quality(form, ["another"], 512, BUNDLED + mine)
-    assert (other.kl, other.agreement) == (0.002, 0.97)  # the worse of the two models
+    assert (other.kl, other.agreement) == (0.02, 0.9)  # the worst of the three models
     assert (other.basis, other.risk) == ("measured on other models", "high")
     assert "my/model in bfloat16, windows of 512" in other.source
     nothing = quality.expected_quality(form, ["another"], 512, Measurements())
