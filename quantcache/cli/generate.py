@@ -10,12 +10,14 @@ from typing import Annotated, Any, cast
 import typer
 
 from quantcache.cli.session import (
+    BitsOption,
     CalibrationOption,
     DebugFlag,
     DeviceOption,
     DtypeOption,
     JsonFlag,
     ModelArgument,
+    QualityOption,
     RevisionOption,
     TrustOption,
     load_calibration,
@@ -32,9 +34,8 @@ def generate(
     model: ModelArgument,
     calibration: CalibrationOption,
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
-    bits: Annotated[
-        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
-    ] = None,
+    bits: BitsOption = None,
+    quality: QualityOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
     residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
@@ -62,7 +63,7 @@ def generate(
         text = read_prompt(prompt)
         if not text.strip():
             raise ValueError("the prompt is empty")
-        constants = load_calibration(calibration)
+        constants = load_calibration(calibration, bits, quality)
 
         import torch
 
@@ -74,7 +75,6 @@ def generate(
         cache = SpectralCache(
             constants,
             model=loaded,
-            bits=bits,
             sink_length=sinks,
             residual_length=residual,
             backend=backend,  # type: ignore[arg-type]
@@ -99,6 +99,7 @@ def generate(
         data = {
             "model": model,
             "chat": chat,
+            "bits": constants.bits,
             "text": tokenizer.decode(output, skip_special_tokens=True),
             "prompt_tokens": prompt_tokens,
             "new_tokens": len(output),

@@ -96,6 +96,27 @@ def test_inspect(run: Run, calibrated: dict, folder: Path) -> None:
     assert "3.125" in out
 
 
+def test_words_for_a_rate(run: Run) -> None:
+    """inspect says what each means, and --quality takes it; beside --bits it is refused before a model is loaded."""
+    status, out, _ = run("inspect", "wiki11m", "--quality", "near-lossless", "--json")
+    assert status == 0
+    found = json.loads(out)
+    near, balanced, small = found["qualities"]
+    assert (near["quality"], balanced["quality"], small["quality"]) == ("near-lossless", "balanced", "small")
+    assert found["rate"]["bits"] == near["bits"] >= balanced["bits"] >= small["bits"]
+    assert near["predicted_kl"] <= near["max_kl"] == 0.001
+    status, out, _ = run("inspect", "wiki11m")
+    assert f"{near['bits']:g} bits, KL of at most 0.001" in out
+    arguments = ("generate", "wiki11m", "-c", "wiki11m", "--prompt", "The city of Leiden", "--max-new-tokens", 2)
+    status, out, _ = run(*arguments, "--quality", "balanced", "--json")
+    assert (status, json.loads(out)["bits"]) == (0, pytest.approx(balanced["bits"], abs=0.01))
+    for verb in (arguments, ("serve", "nothing", "-c", "wiki11m"), ("inspect", "wiki11m")):
+        status, _, err = run(*verb, "--quality", "balanced", "--bits", 3)
+        assert (status, err) == (1, "error: give either quality or bits, got quality='balanced' and bits=3\n")
+    status, _, err = run(*arguments, "--quality", "tiny")
+    assert (status, err) == (1, "error: quality must be near-lossless, balanced or small, got 'tiny'\n")
+
+
 def test_generate(run: Run, calibrated: dict, folder: Path) -> None:
     prompt = (folder / "held_out.txt").read_text("utf-8")[:900]
     arguments = ("generate", "wiki11m", "-c", folder / "calibration", "--prompt", prompt, "--max-new-tokens", 5)
