@@ -139,6 +139,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "a calibration of another model",
         "GGUF files that are damaged, replaced, or converted by two processes",
         "command line: streams, Ctrl-C, hostile text",
+        "generate --stats",
+        "the notebook of examples/",
         "recipes and indexes that are hard to parse",
         "saved caches: fuzz",
     ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from typing import Annotated, Any, cast
 
 import typer
+from rich.console import Console
 
 from quantcache.cli.session import (
     BitsOption,
@@ -24,6 +26,7 @@ from quantcache.cli.session import (
     load_model,
     session,
 )
+from quantcache.cli.stats import LiveStats
 from quantcache.cli.terminal import report
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
@@ -48,6 +51,9 @@ def generate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Put the prompt into the chat template. Default: if the model has one."),
     ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show speed, size of the cache and kernels: live on a terminal, then once.")
+    ] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -87,13 +93,15 @@ def generate(
         if temperature > 0:
             sampling["temperature"] = temperature
         started = time.perf_counter()
-        output = cast(Any, loaded).generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            **sampling,
-        )[0, prompt_tokens:]
+        with LiveStats(cache, Console(stderr=True)) if stats else contextlib.nullcontext() as watched:
+            output = cast(Any, loaded).generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                streamer=watched,
+                **sampling,
+            )[0, prompt_tokens:]
         seconds = time.perf_counter() - started
         memory = cache.memory()
         data = {
@@ -106,6 +114,9 @@ def generate(
             "seconds": seconds,
             "memory": memory.to_dict(),
         }
+        if watched is not None:
+            data["stats"] = watched.to_dict()
+            report("note", watched.line())
         report(
             "note",
             f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
