@@ -114,15 +114,14 @@ def generate(
             "seconds": seconds,
             "memory": memory.to_dict(),
         }
-        if watched is not None:
-            data["stats"] = watched.to_dict()
-            report("note", watched.line())
-        report(
-            "note",
+        line = (
             f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
             f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} including "
-            "sinks and recent tokens",
+            "sinks and recent tokens"
         )
+        if watched is not None:
+            data["stats"], line = watched.to_dict(), watched.line()
+        report("note", line)
         run.finish(data, data["text"])
 
 
