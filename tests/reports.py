@@ -7,8 +7,10 @@ import torch
 
 from quantcache.analysis.figures import cache_figures, depth_laws, input_figures
 from quantcache.analysis.gathering import InputMoments
-from quantcache.analysis.report import Divergence, Grade, Report, SinkToken, Target
+from quantcache.analysis.report import Divergence, Grade, HeadBits, Report, SinkToken, Target
 from quantcache.analysis.targets import InputTarget
+from quantcache.artifact.quality import QualityRate
+from quantcache.coding.schema import SIDES
 from quantcache.coding.spectral import Moments
 
 
@@ -64,4 +66,12 @@ def make_report(layers: int = 4, heads: int = 2, dim: int = 16, seed: int = 0) -
             for bits in rates
         ),
         sinks=(SinkToken(0, "<s>", 0.71, 3, 4), SinkToken(812, "\n", 0.12, 1, 1)),
+        qualities=(
+            QualityRate("near-lossless", 0.001, 3.75, 3.875, 0.00084),
+            QualityRate("balanced", 0.005, 2.75, 2.875, 0.0045),
+            QualityRate("small", 0.02),
+        ),
+        widths=tuple(
+            HeadBits(layer, side, head, 1.5 * layer + head) for layer in range(3) for side in SIDES for head in range(2)
+        ),
     )

@@ -18,11 +18,12 @@ from quantcache.accounting.memory import bits_per_encoded_element
 from quantcache.analysis.figures import cache_figures, depth_laws, input_figures
 from quantcache.analysis.gathering import MAX_DIM, SINK_SHARE, Gathered, gather
 from quantcache.analysis.grade import collect_samples, grade
-from quantcache.analysis.prediction import UNAVAILABLE, predict_kl
-from quantcache.analysis.report import RATES, Divergence, Grade, Report, SinkToken, Target
+from quantcache.analysis.report import RATES, Divergence, Grade, HeadBits, Report, Side, SinkToken, Target
 from quantcache.analysis.targets import INPUTS
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.prediction import UNAVAILABLE, predict_kl
+from quantcache.artifact.quality import quality_rates
 from quantcache.attention.probe import detect_ropes, evaluating
 from quantcache.calibration.calibrator import calibrate, public_name, tokenize
 from quantcache.common import compat
@@ -130,6 +131,8 @@ def analyze(
         grades=tuple(grades),
         divergences=tuple(divergences),
         sinks=_sinks(gathered, tokenizer),
+        qualities=tuple(quality_rates(calibration)) if layers and calibration is not None else (),
+        widths=_widths(calibration.with_bits(3.0)) if layers and calibration is not None else (),
     )
 
 
@@ -169,6 +172,18 @@ def _sequences(
             f"tokens, which are cut into sequences of {length}"
         )
     return [window[None] for window in cut_windows(model.config, ids, length)]
+
+
+def _widths(calibration: Calibration) -> tuple[HeadBits, ...]:
+    """What every head of a calibration is given."""
+    sides: tuple[Side, ...] = ("key", "value")
+    return tuple(
+        HeadBits(index, side, head, bits)
+        for index, layer in calibration.layers.items()
+        for side in sides
+        if (widths := layer.side(side).widths) is not None
+        for head, bits in enumerate(widths.double().mean(-1).tolist())
+    )
 
 
 def _divergences(

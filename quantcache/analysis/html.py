@@ -6,6 +6,7 @@ from html import escape
 
 from quantcache.analysis.charts import Chart, charts
 from quantcache.analysis.drawing import draw_svg
+from quantcache.analysis.heat import render_heat
 from quantcache.analysis.page import SCRIPT, STYLE, css_class
 from quantcache.analysis.report import Report
 from quantcache.analysis.tables import Card, Cell, Table, cards, provenance, tables, title
@@ -35,6 +36,7 @@ def render(report: Report) -> str:
         f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
         f'<section class="cards" aria-label="Summary">{"".join(map(_card, cards(report)))}</section>',
         f'<section class="charts" aria-label="Charts">{drawn}</section>' if drawn else "",
+        render_heat(report),
         *map(_table, tables(report)),
         _footer(report),
     ]

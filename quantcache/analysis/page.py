@@ -75,6 +75,7 @@ svg { display: block; width: 100%; height: auto; font: inherit; }
 .tick, .label { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .dot { fill: currentColor; }
+.heat rect { fill: var(--accent); stroke: var(--line); stroke-width: 0.5; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0 0; padding: 0;
   font-size: 13px; color: var(--soft); }
 .swatch { display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: currentColor;

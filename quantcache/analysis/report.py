@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from quantcache.artifact.quality import QualityRate
+from quantcache.coding.packing import MAX_WIDTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import MOST_RESULT_BYTES, as_type, finite, parse_json, read_json, to_json, write_file
 
@@ -128,6 +130,26 @@ class Divergence:
     stderr: float | None
 
 
+Side = Literal["key", "value"]
+
+
+@dataclass(frozen=True)
+class HeadBits:
+    """What one head is given at 3 bits.
+
+    Attributes:
+        layer: Layer index.
+        side: ``key`` or ``value``.
+        head: Key/value head.
+        bits: Mean width of its coefficients.
+    """
+
+    layer: int
+    side: Side
+    head: int
+    bits: float
+
+
 @dataclass(frozen=True)
 class SinkToken:
     """A token that draws a large share of the attention.
@@ -171,6 +193,8 @@ class Report:
         grades: Realised gains.
         divergences: Predicted and measured divergences.
         sinks: Sink tokens, the strongest first; None where attention cannot be seen.
+        qualities: What the words for a rate mean here; empty for reports made before there were any.
+        widths: What every head is given at 3 bits; empty for reports made before that was kept.
     """
 
     model: str | None
@@ -192,6 +216,8 @@ class Report:
     grades: tuple[Grade, ...]
     divergences: tuple[Divergence, ...]
     sinks: tuple[SinkToken, ...] | None
+    qualities: tuple[QualityRate, ...] = ()
+    widths: tuple[HeadBits, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON, format and schema version first."""
@@ -293,6 +319,9 @@ def _contradiction(report: Report) -> str | None:
             return f"{here} has {len(target.points)} points for {len(target.spectrum)} eigenvalues"
         if target.gamma is not None and (len(target.floors), len(target.budgets)) != (len(RATES), 3):
             return f"{here} must have {len(RATES)} floors and 3 budgets"
+    for number, head in enumerate(report.widths):
+        if min(head.layer, head.head) < 0 or not 0 <= head.bits <= MAX_WIDTH:
+            return f"widths[{number}] has {head.bits} bits for head {head.head} of layer {head.layer}"
     for number, each in enumerate(report.divergences):
         for name in ("predicted", "measured"):
             value = getattr(each, name)

@@ -125,6 +125,7 @@ def tables(report: Report) -> list[Table]:
     """Every table with rows, in order."""
     found = [
         _divergences(report),
+        _qualities(report),
         _grades(report),
         _overview(report),
         _sinks(report),
@@ -159,6 +160,28 @@ def _divergences(report: Report) -> Table:
         )
     caption = "How far the compressed cache moves the model's predictions from those with the dense one."
     return Table("divergence", "Divergence", caption, columns, tuple(rows))
+
+
+def _qualities(report: Report) -> Table:
+    columns = (
+        ("quality", "Word that stands for a rate"),
+        ("KL allowed", "Largest mean divergence, nats per token"),
+        ("bits", "Fewest bits at which no more is predicted, in quarters"),
+        ("bits per element", "With the gains"),
+        ("predicted KL", "At these bits, nats per token"),
+    )
+    rows = [
+        (
+            Cell(each.quality, each.quality),
+            Cell(nats(each.max_kl), each.max_kl),
+            Cell(number(each.bits), each.bits),
+            Cell(number(each.bits_per_element, 3), each.bits_per_element),
+            Cell(nats(each.predicted_kl), each.predicted_kl),
+        )
+        for each in report.qualities
+    ]
+    caption = "What quality= of a cache and --quality mean for this calibration."
+    return Table("quality", "Quality", caption, columns, tuple(rows))
 
 
 def _grades(report: Report) -> Table:
@@ -330,7 +353,7 @@ def _sinks(report: Report) -> Table:
     return Table("sinks", "Sink tokens", caption, columns, rows)
 
 
-SHORT = ("divergence", "grade", "sinks")
+SHORT = ("divergence", "quality", "grade", "sinks")
 """Tables that a terminal shows whole."""
 
 _OVERVIEW = ("target", "γ", "k95", "effective rank", "coding gain", "bits 10 %", "bits 3 %", "bits 1 %", "mean's share")

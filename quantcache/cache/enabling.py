@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.finding import NothingFound, find_calibration
 from quantcache.attention.function import ATTENTION_NAME
 from quantcache.attention.probe import attends
 from quantcache.cache.prefixes import PrefixStore
@@ -24,6 +26,8 @@ from quantcache.cache.requests import Listener, Reuse
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import NothingToCompress
+
+logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 
@@ -37,11 +41,13 @@ class _Setting:
 
     Attributes:
         make: Gives an empty cache; None where the model's own is left to it.
+        calibration: What it is compressed with, at its bits; None where caches fit themselves to a prompt.
         reuse: Where the caches of earlier calls are, if they are kept.
         thread: The thread that entered the context; None for ``enable``, which is everybody's.
     """
 
     make: Callable[[], SpectralCache] | None
+    calibration: Calibration | None = None
     reuse: Reuse | None = None
     thread: int | None = field(default_factory=threading.get_ident)
 
@@ -137,8 +143,9 @@ def enable(
     *,
     attention: bool = True,
     prefixes: PrefixStore | None = None,
+    hub: bool = False,
     **options: Any,
-) -> None:
+) -> Calibration | None:
     """Let every ``generate()`` of a model use a fresh SpectralCache, until :func:`disable`.
 
     A cache that the caller passes wins, and so do ``use_cache=False`` and ``cache_implementation=``. It works for
@@ -148,19 +155,27 @@ def enable(
 
     Args:
         model: Model to change, in place.
-        calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
+        calibration: Its calibration, or a folder or Hub repository. None takes the one that comes with quantcache for
+            a model of this id, or lies in the model's folder; where there is none, caches fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
         prefixes: Where caches of earlier calls are kept: a call that begins like one of them reads only the rest.
-        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
+        hub: Without ``calibration``, also look on the Hub, and refuse to go on if there is none.
+        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``quality`` or ``strict``.
+
+    Returns:
+        The calibration in use, at its bits; None if caches fit themselves to a prompt or nothing is compressed. One
+        that was found is also named in the log, at INFO.
 
     Raises:
+        ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
         CalibrationMismatch: The calibration is for another geometry.
         UnsupportedModel: The model is an encoder-decoder, or its prefixes cannot be kept.
     """
-    setting = _setting(model, calibration, options, prefixes, 4, thread=None)
+    setting = _setting(model, calibration, hub, options, prefixes, 3, thread=None)
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [setting, *(each for each in hook.settings if each.thread is not None)]
+    return setting.calibration
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -196,6 +211,7 @@ def enabled(
     *,
     attention: bool = True,
     prefixes: PrefixStore | None = None,
+    hub: bool = False,
     **options: Any,
 ) -> Iterator[PreTrainedModel]:
     """Let every ``generate()`` of a model use a fresh SpectralCache, inside the context.
@@ -205,19 +221,22 @@ def enabled(
 
     Args:
         model: Model to change, in place, until the context ends.
-        calibration: Its calibration, or a folder or Hub repository; None for caches that fit themselves to a prompt.
+        calibration: Its calibration, or a folder or Hub repository. None takes the one that comes with quantcache for
+            a model of this id, or lies in the model's folder; where there is none, caches fit themselves to a prompt.
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
         prefixes: Where caches of earlier calls are kept: a call that begins like one of them reads only the rest.
-        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``residual_length`` or ``strict``.
+        hub: Without ``calibration``, also look on the Hub, and refuse to go on if there is none.
+        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``quality`` or ``strict``.
 
     Yields:
         The model.
 
     Raises:
+        ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
         CalibrationMismatch: The calibration is for another geometry.
         UnsupportedModel: The model is an encoder-decoder, or its prefixes cannot be kept.
     """
-    setting = _setting(model, calibration, options, prefixes, 5)  # contextlib is between
+    setting = _setting(model, calibration, hub, options, prefixes, 4)  # contextlib is between
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [*hook.settings, setting]
@@ -231,6 +250,7 @@ def enabled(
 def _setting(
     model: PreTrainedModel,
     calibration: Calibration | str | Path | None,
+    hub: bool,
     options: dict[str, Any],
     prefixes: PrefixStore | None,
     frames: int,
@@ -240,21 +260,33 @@ def _setting(
 
     A warning points at the caller, so many frames up.
     """
-    empty = _empty_cache(model, calibration, options, frames)
-    if empty is None:
-        return _Setting(None, **thread)
-    return _Setting(empty.fork, None if prefixes is None else Reuse(prefixes, empty, model), **thread)
-
-
-def _empty_cache(
-    model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any], frames: int
-) -> SpectralCache | None:
-    """A cache as every call gets it; None if there is nothing to compress."""
     try:
         cache_layout.compressible_layers(model.config)
     except NothingToCompress as reason:
         warnings.warn(f"nothing is enabled: {reason}", stacklevel=frames)
+        return _Setting(None, **thread)
+    empty = _empty_cache(model, _found(model, hub, options) if calibration is None else calibration, options)
+    reuse = None if prefixes is None else Reuse(prefixes, empty, model)
+    return _Setting(empty.fork, empty.calibration, reuse, **thread)
+
+
+def _found(model: PreTrainedModel, hub: bool, options: dict[str, Any]) -> Calibration | None:
+    """The calibration of a model for which the caller names none; None if caches are to fit themselves to a prompt."""
+    try:
+        found = find_calibration(model, hub=hub)
+    except NothingFound as reason:
+        if hub or options.get("quality") is not None:
+            raise
+        logger.warning("%s. Until then every cache fits itself to its prompt, at lower fidelity", reason)
         return None
+    logger.info("calibration: %s, %r", found.source, found.calibration)
+    return found.calibration
+
+
+def _empty_cache(
+    model: PreTrainedModel, calibration: Calibration | str | Path | None, options: dict[str, Any]
+) -> SpectralCache:
+    """A cache as every call gets it."""
     if calibration is None:
         return SpectralCache.self_calibrating(model, **options)
     if isinstance(calibration, Calibration):

@@ -32,6 +32,8 @@ def self_calibrating_cache(
     """See :meth:`quantcache.SpectralCache.self_calibrating`."""
     if not 0 <= bits <= 8:
         raise ValueError(f"bits must lie between 0 and 8, got {bits}")
+    if kwargs.pop("quality", None) is not None:
+        raise ValueError("quality needs a calibration, which predicts it; a self-calibrating cache has none: give bits")
     settings = CodecSettings(coding=DEFAULT_CODING)
     layers = cache_layout.compressible_layers(model.config)
     with evaluating(model), standard_settings():

@@ -17,6 +17,7 @@ from quantcache.accounting.memory import CacheMemory
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.checks import stand_in_config
+from quantcache.artifact.quality import Quality, at_quality
 from quantcache.attention.function import register_attention
 from quantcache.attention.lazy import LazyKV
 from quantcache.backends import BackendName, BackendReport
@@ -165,6 +166,8 @@ class SpectralCache(BlockCache):
         model: The model itself, in place of its config: its weights are compared with those calibrated, too.
         strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
         bits: Mean code width in bits, 0 to 8; by default the calibration's.
+        quality: ``"near-lossless"``, ``"balanced"`` or ``"small"`` in place of ``bits``: the fewest at which the
+            calibration predicts a mean KL divergence of at most 0.001, 0.005 or 0.02 nats per token.
         key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
         value_bits: The same for the values.
         min_bits: Smallest width given to any coefficient.
@@ -174,8 +177,9 @@ class SpectralCache(BlockCache):
 
     Raises:
         CalibrationMismatch: The calibration is for another geometry than ``config``.
+        QuantCacheError: ``quality`` is given, and the calibration predicts nothing or no such rate.
         UnsupportedModel: ``config`` is an encoder-decoder's.
-        ValueError: A length or a number of bits is out of range.
+        ValueError: A length or a number of bits is out of range, or both ``bits`` and ``quality`` are given.
     """
 
     def __init__(
@@ -184,6 +188,7 @@ class SpectralCache(BlockCache):
         config: PreTrainedConfig | None = None,
         *,
         bits: float | None = None,
+        quality: Quality | None = None,
         key_bits: SideBits = "joint",
         value_bits: SideBits = "joint",
         min_bits: int | None = None,
@@ -199,8 +204,11 @@ class SpectralCache(BlockCache):
         if config is not None:
             cache_layout.compressible_layers(config)
             calibration.check_compatible(config if model is None else model, strict=strict)
-        if bits is not None or key_bits != "joint" or value_bits != "joint" or min_bits is not None:
-            calibration = calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits or 0)
+        sides: Any = {"key_bits": key_bits, "value_bits": value_bits, "min_bits": min_bits or 0}
+        if quality is not None:
+            calibration = at_quality(calibration, quality, bits=bits, **sides)
+        elif bits is not None or key_bits != "joint" or value_bits != "joint" or min_bits is not None:
+            calibration = calibration.with_bits(bits, **sides)
         super().__init__(
             config or stand_in_config(calibration.metadata.cache_config),
             lambda index: calibrated_codecs(calibration, index),
@@ -233,7 +241,7 @@ class SpectralCache(BlockCache):
             cache_dir: Hub cache folder.
             local_files_only: Never go to the network.
             subfolder: Folder inside the repository.
-            kwargs: Arguments of :class:`SpectralCache`, such as ``model``, ``bits`` or ``residual_length``.
+            kwargs: Arguments of :class:`SpectralCache`, such as ``model``, ``bits`` or ``quality``.
 
         Returns:
             An empty cache.

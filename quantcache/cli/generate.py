@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from typing import Annotated, Any, cast
 
 import typer
+from rich.console import Console
 
 from quantcache.cli.session import (
+    BitsOption,
     CalibrationOption,
     DebugFlag,
     DeviceOption,
     DtypeOption,
     JsonFlag,
     ModelArgument,
+    QualityOption,
     RevisionOption,
     TrustOption,
     load_calibration,
     load_model,
     session,
 )
+from quantcache.cli.stats import LiveStats
 from quantcache.cli.terminal import report
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
@@ -32,9 +37,8 @@ def generate(
     model: ModelArgument,
     calibration: CalibrationOption,
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
-    bits: Annotated[
-        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
-    ] = None,
+    bits: BitsOption = None,
+    quality: QualityOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
     residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
@@ -47,6 +51,9 @@ def generate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Put the prompt into the chat template. Default: if the model has one."),
     ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show speed, size of the cache and kernels: live on a terminal, then once.")
+    ] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -62,7 +69,7 @@ def generate(
         text = read_prompt(prompt)
         if not text.strip():
             raise ValueError("the prompt is empty")
-        constants = load_calibration(calibration)
+        constants = load_calibration(calibration, bits, quality)
 
         import torch
 
@@ -74,7 +81,6 @@ def generate(
         cache = SpectralCache(
             constants,
             model=loaded,
-            bits=bits,
             sink_length=sinks,
             residual_length=residual,
             backend=backend,  # type: ignore[arg-type]
@@ -87,30 +93,35 @@ def generate(
         if temperature > 0:
             sampling["temperature"] = temperature
         started = time.perf_counter()
-        output = cast(Any, loaded).generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            **sampling,
-        )[0, prompt_tokens:]
+        with LiveStats(cache, Console(stderr=True)) if stats else contextlib.nullcontext() as watched:
+            output = cast(Any, loaded).generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                streamer=watched,
+                **sampling,
+            )[0, prompt_tokens:]
         seconds = time.perf_counter() - started
         memory = cache.memory()
         data = {
             "model": model,
             "chat": chat,
+            "bits": constants.bits,
             "text": tokenizer.decode(output, skip_special_tokens=True),
             "prompt_tokens": prompt_tokens,
             "new_tokens": len(output),
             "seconds": seconds,
             "memory": memory.to_dict(),
         }
-        report(
-            "note",
+        line = (
             f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
             f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} including "
-            "sinks and recent tokens",
+            "sinks and recent tokens"
         )
+        if watched is not None:
+            data["stats"], line = watched.to_dict(), watched.line()
+        report("note", line)
         run.finish(data, data["text"])
 
 

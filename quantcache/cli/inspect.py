@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from quantcache.cli.session import DebugFlag, JsonFlag, load_calibration, session
+from quantcache.cli.session import BitsOption, DebugFlag, JsonFlag, QualityOption, load_calibration, session
 
 _UNSHOWN = ("text_sha256", "passages", "yardstick")
 
@@ -18,9 +19,8 @@ TOKENS = 8192
 
 def inspect(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Folder or Hub id of a calibration.")],
-    bits: Annotated[
-        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
-    ] = None,
+    bits: BitsOption = None,
+    quality: QualityOption = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Show what a saved cache (of this calibration) holds.")
     ] = None,
@@ -33,10 +33,9 @@ def inspect(
     """
     with session(json, debug) as run:
         from quantcache.accounting.predicting import predict
+        from quantcache.artifact.quality import quality_rates
 
-        calibration = load_calibration(artifact)
-        if bits is not None:
-            calibration = calibration.with_bits(bits)
+        calibration = load_calibration(artifact, bits, quality)
         metadata = calibration.metadata
         layers = [
             {
@@ -64,6 +63,7 @@ def inspect(
             },
             "bits": calibration.bits,
             "bits_per_element": calibration.bits_per_element,
+            "qualities": [asdict(each) for each in quality_rates(calibration)],
             "cache_config": metadata.cache_config,
             "layers": layers,
             "memory": memory.to_dict(),
@@ -91,6 +91,21 @@ def mean_width(side: Any) -> float | None:
     return None if side.widths is None else float(side.widths.double().mean())
 
 
+def rate_line(rate: dict[str, Any]) -> str:
+    """What a word for a rate means for a calibration.
+
+    Args:
+        rate: Fields of a ``QualityRate``.
+
+    Returns:
+        A line.
+    """
+    limit = f"KL of at most {rate['max_kl']:g}"
+    if rate["bits"] is None:
+        return f"{limit}: none predicted"
+    return f"{rate['bits']:g} bits, {limit}: {rate['predicted_kl']:.2g} predicted"
+
+
 def _summary(data: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None)
     base, rate, recipe = data["base_model"], data["rate"], data["recipe"]
@@ -100,6 +115,8 @@ def _summary(data: dict[str, Any]) -> Table:
     sides = [f"{side}s {rate[f'{side}_bits']}" for side in ("key", "value") if rate[f"{side}_bits"] != "joint"]
     table.add_row("bits", ", ".join([f"{rate['bits']:g} bits", *sides, f"at least {rate['min_bits']}"]))
     table.add_row("bits per element", f"{data['bits_per_element']:.3f} (codes {data['bits']:.3f}, the rest gains)")
+    for each in data["qualities"]:
+        table.add_row(each["quality"], rate_line(each))
     table.add_row(
         f"at {TOKENS:,} tokens",
         f"{data['bytes_per_token']:,.0f} bytes per token, bfloat16 takes {data['bytes_per_token_bfloat16']:,.0f}: "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from quantcache.cli.formats import NOT_MEASURED, RecordsOption, compact_table, load_measurements
+from quantcache.cli.inspect import rate_line
 from quantcache.cli.session import (
     DebugFlag,
     JsonFlag,
@@ -18,7 +20,7 @@ from quantcache.cli.session import (
     load_calibration,
     session,
 )
-from quantcache.common.defaults import PREFILL_CHUNK
+from quantcache.common.defaults import PREFILL_CHUNK, QUALITIES
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sources import CONFIG_HELP
 
@@ -35,6 +37,10 @@ def recommend(
     context: Annotated[str, typer.Option(metavar="TOKENS", help="Cached tokens of each row; 128K is 131,072.")],
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     max_kl: Annotated[float | None, typer.Option(help="Largest mean KL accepted, nats per token.")] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(metavar="WORD", help=f"In place of --max-kl: {', '.join(QUALITIES)}."),
+    ] = None,
     min_agreement: Annotated[
         float | None, typer.Option(help="Smallest top-1 agreement accepted, such as 0.98.")
     ] = None,
@@ -59,6 +65,7 @@ def recommend(
     Example: quantcache recommend Qwen/Qwen3-0.6B --memory 24GB --context 128K --batch 4 --max-kl 0.01
     """
     with session(json, debug) as run:
+        from quantcache.artifact.quality import check_quality
         from quantcache.planning import recommend as planning
         from quantcache.planning.demand import Demand
         from quantcache.planning.geometry import load_config
@@ -67,11 +74,14 @@ def recommend(
         for name, value in (("--max-kl", max_kl), ("--min-agreement", min_agreement)):
             if value is not None and math.isnan(value):
                 raise ValueError(f"{name} must be a number, got {value}")
+        check_quality(quality)
+        if quality is not None and max_kl is not None:
+            raise ValueError(f"give either --quality or --max-kl, got --quality {quality} and --max-kl {max_kl:g}")
         demand = Demand(
             memory=parse_bytes(memory, "--memory"),
             context=parse_tokens(context, "--context"),
             batch=batch,
-            max_kl=max_kl,
+            max_kl=max_kl if quality is None else QUALITIES[quality],
             min_agreement=min_agreement,
             weights=weights_format,
             chunk=prefill_chunk,
@@ -108,6 +118,8 @@ def _shown(found: Recommendation, unit: str) -> list[Table | str]:
     summary.add_row("beside", f"{beside}: activations (estimate) and the calibration's constants")
     summary.add_row("fidelity", _fidelity(best))
     summary.add_row("risk", f"{best.quality.risk}: {best.quality.basis} ({best.quality.source})")
+    for rate in found.qualities:
+        summary.add_row(rate.quality, rate_line(asdict(rate)))
     title = (
         f"{found.model}: {show_bytes(demand.memory, unit)}, context {demand.context:,}, batch {demand.batch}, "
         f"weights in {demand.weights}"
@@ -137,6 +149,7 @@ def _shown(found: Recommendation, unit: str) -> list[Table | str]:
 def _fidelity(best: Candidate) -> str:
     quality = best.quality
     kl = NOT_MEASURED if quality.kl is None else f"KL {quality.kl:.5f} nats per token"
+    kl += f" ({quality.word})" if quality.word else ""
     agreement = "" if quality.agreement is None else f", same most likely token at {quality.agreement:.2%}"
     predicted = quality.predicted_kl
     also = "" if predicted in (None, quality.kl) else f"; its calibration predicts KL {predicted:.5f}"

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantcache.cli.session import (
+    BitsOption,
     CalibrationOption,
     DebugFlag,
     DeviceOption,
     DtypeOption,
     JsonFlag,
     ModelArgument,
+    QualityOption,
     TrustOption,
     find_model,
     load_calibration,
@@ -42,9 +44,8 @@ def serve(
     allow_dense: Annotated[
         bool, typer.Option("--allow-dense", help="Also serve models without a calibration, uncompressed.")
     ] = False,
-    bits: Annotated[
-        float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
-    ] = None,
+    bits: BitsOption = None,
+    quality: QualityOption = None,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
     residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
     backend: Annotated[str, typer.Option(help="auto, cpu, triton or torch.")] = "auto",
@@ -103,11 +104,11 @@ def serve(
         template = template_keywords(chat_template_kwargs, reasoning)
         pairs = named_calibrations(model, calibration, also or [])
         store = prefix_store(prefix_bytes, prefix_folder, prefix_folder_bytes)
-        calibrations = {name: load_calibration(artifact) for name, artifact in pairs.items()}
+        calibrations = {name: load_calibration(artifact, bits, quality) for name, artifact in pairs.items()}
         for name in pairs:
             find_model(name)
         place, kind = model_placement(device, dtype)
-        lengths = {"bits": bits, "sink_length": sinks, "residual_length": residual, "backend": backend}
+        lengths = {"sink_length": sinks, "residual_length": residual, "backend": backend}
         models = {
             "device": place,
             "dtype": kind,

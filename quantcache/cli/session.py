@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from quantcache.cli.terminal import Shown, print_result, report, writing_stdout
 from quantcache.cli.terminal import report_error as report_error  # verbs find it here
+from quantcache.common.defaults import QUALITIES
 from quantcache.common.errors import HubError, QuantCacheError, UnsupportedModel
 from quantcache.common.interrupts import INTERRUPTED, Interrupted
 from quantcache.common.jsonfile import to_json
@@ -42,6 +43,18 @@ CalibrationOption = Annotated[
         "-c",
         metavar="ARTIFACT",
         help="Folder or Hub id of the model's calibration, or the name of a model whose calibration comes along.",
+    ),
+]
+BitsOption = Annotated[
+    float | None, typer.Option(min=0, max=8, help="Bits per element on average. Default: the calibration's.")
+]
+QualityOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WORD",
+        help="In place of --bits, the fewest with a predicted KL of at most so many nats per token: "
+        + ", ".join(f"{word} ({limit:g})" for word, limit in QUALITIES.items())
+        + ".",
     ),
 ]
 DeviceOption = Annotated[
@@ -185,18 +198,32 @@ def read_text(path: Path) -> str:
     return text
 
 
-def load_calibration(name: str) -> Calibration:
+def load_calibration(name: str, bits: float | None = None, quality: str | None = None) -> Calibration:
     """Load a calibration; an error says what was looked for.
 
     Args:
         name: Folder, Hub id, or a model whose calibration comes with quantcache.
+        bits: Mean code width; the calibration's own by default.
+        quality: A word in place of ``bits``.
 
     Returns:
-        The calibration.
+        The calibration, at these bits.
 
     Raises:
-        QuantCacheError: There is none, or it is malformed.
+        QuantCacheError: There is none, it is malformed, or it has no such rate.
+        ValueError: Both ``bits`` and ``quality`` are given.
     """
+    from quantcache.artifact.quality import at_quality, check_quality
+
+    check_quality(quality, bits)
+    found = _load_calibration(name)
+    if quality is not None:
+        return at_quality(found, quality)
+    return found if bits is None else found.with_bits(bits)
+
+
+def _load_calibration(name: str) -> Calibration:
+    """The calibration as it was saved."""
     from quantcache.artifact.calibration import Calibration
     from quantcache.artifact.index import bundled_calibrations
 

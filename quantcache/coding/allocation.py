@@ -98,8 +98,15 @@ def allocate(
     widths = np.full(len(groups), min_bits, dtype=np.int64)
     budget = round(float(bits) * int(sizes.sum()), 6) - min_bits * int(sizes.sum())
     blocked = np.zeros(len(groups), dtype=bool)
-    for index in order:
-        group = int(index) // len(steps)
+    chosen = order // len(steps)
+    spent = np.cumsum(sizes[chosen])
+    whole = int(np.searchsorted(spent, budget, side="right"))  # all steps up to the first that the budget does not hold
+    widths += np.bincount(chosen[:whole], minlength=len(groups))
+    budget -= int(spent[whole - 1]) if whole else 0
+    least = min((g.size for g in groups), default=0)
+    for group in chosen[whole:]:
+        if budget < least:
+            break
         if blocked[group]:
             continue
         if sizes[group] > budget:
@@ -107,8 +114,6 @@ def allocate(
             continue
         widths[group] += 1
         budget -= int(sizes[group])
-        if budget <= 0:
-            break
     return [int(w) for w in widths]
 
 

@@ -13,3 +13,9 @@ CHUNK = 64
 
 PREFILL_CHUNK = 512
 """Prompt tokens that go through the model at once."""
+
+QUALITIES = {"near-lossless": 0.001, "balanced": 0.005, "small": 0.02}
+"""Largest mean KL divergence, in nats per token, that each word for a rate allows; the best first.
+
+What these limits mean, as measured: docs/using-a-cache.md.
+"""

@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedModel
 from quantcache import __version__
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.index import bundled_calibrations
+from quantcache.artifact.quality import Quality
 from quantcache.backends import BackendName
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.packing import BLOCK
@@ -47,6 +48,7 @@ class QuantCacheLM(HFLM):
         method: Any method of ``quantcache eval``, such as ``dense`` or ``quanto-4``, in place of the arguments below up
             to ``value_bits``.
         bits: Mean code width; the calibration's by default.
+        quality: A word in place of ``bits``, such as ``balanced``.
         key_bits: Separate bits for the keys, or ``"dense"``.
         value_bits: The same for the values.
         sink_length: First tokens that stay exact.
@@ -68,6 +70,7 @@ class QuantCacheLM(HFLM):
         *,
         method: str | None = None,
         bits: float | None = None,
+        quality: Quality | None = None,
         key_bits: SideBits = "joint",
         value_bits: SideBits = "joint",
         sink_length: int = SINK_LENGTH,
@@ -81,7 +84,7 @@ class QuantCacheLM(HFLM):
         for each, (length, least) in lengths.items():
             if not isinstance(length, int) or length < least:
                 raise QuantCacheError(f"{each} must be a whole number of at least {least}, got {length!r}")
-        asked = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
+        asked = {"bits": bits, "quality": quality, "key_bits": key_bits, "value_bits": value_bits}
         given = [f"{key}={value}" for key, value in asked.items() if value not in (None, "joint")]
         if method is not None and given:
             raise QuantCacheError(f"give either a method or bits, got method={method} and {', '.join(given)}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from quantcache.artifact.quality import QualityRate
 from quantcache.common.defaults import PREFILL_CHUNK
 from quantcache.common.errors import QuantCacheError
 from quantcache.planning.quality import Quality
@@ -104,6 +105,7 @@ class Recommendation:
         python: Lines of Python that use it.
         notes: What else to know.
         candidates: All formats.
+        qualities: What the words for a rate mean for the model's calibration; empty without one.
     """
 
     model: str
@@ -117,6 +119,7 @@ class Recommendation:
     python: str
     notes: list[str]
     candidates: list[Candidate]
+    qualities: list[QualityRate] = field(default_factory=list)
 
     def candidate(self, name: str) -> Candidate:
         """The entry of a format.

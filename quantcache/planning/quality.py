@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from quantcache.analysis.prediction import predict_kl_at
 from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.prediction import predict_kl_at
+from quantcache.artifact.quality import quality_of
 from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.planning.formats import Format
 from quantcache.planning.records import Fidelity, Measurements
@@ -31,6 +32,7 @@ class Quality:
             worst of what was measured on other models. ``unknown``: nothing is known.
         source: What was measured where, in a line.
         predicted_kl: What the model's calibration predicts, whatever the basis; None where it predicts nothing.
+        word: ``near-lossless``, ``balanced`` or ``small``, the best whose limit ``kl`` keeps; None if it keeps none.
     """
 
     kl: float | None
@@ -39,6 +41,10 @@ class Quality:
     risk: Risk
     source: str
     predicted_kl: float | None = None
+    word: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "word", quality_of(self.kl))
 
 
 def expected_quality(

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from quantcache.artifact import tracing
 from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.quality import quality_rates
 from quantcache.common import compat
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import UnsupportedModel
@@ -135,6 +136,7 @@ def recommend(
         ),
         notes=[*_notes(config, demand, geometry, limit), *(f"Left out: {reason}." for reason in refused.values())],
         candidates=candidates,
+        qualities=[] if calibration is None else quality_rates(calibration),
     )
 
 

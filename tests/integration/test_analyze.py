@@ -220,6 +220,13 @@ def test_command(run: Run, tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBa
         assert each.measured is not None
         told = any(note.startswith(f"At {each.bits:g} bits the prediction is") for note in report.notes)
         assert 0.5 <= each.predicted / each.measured <= 2 or told
+    bits = [rate.bits for rate in report.qualities]
+    assert [rate.quality for rate in report.qualities] == ["near-lossless", "balanced", "small"]
+    assert bits == sorted(bits, reverse=True)
+    assert [(each.layer, each.side, each.head) for each in report.widths] == [
+        (layer, side, head) for layer in range(6) for side in ("key", "value") for head in range(2)
+    ]
+    assert sum(each.bits for each in report.widths) / len(report.widths) == pytest.approx(3, abs=0.01)
     assert str(tmp_path) not in report.to_json()
 
 

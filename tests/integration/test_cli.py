@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,12 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig
 
 from quantcache import __version__, data
 from quantcache.artifact.calibration import Calibration
+from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.cli import main
 from quantcache.cli.session import describe, to_json, write_json
+from quantcache.cli.stats import LiveStats
 from quantcache.common.errors import QuantCacheError
 from tests.helpers import Run
 
@@ -46,6 +50,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     T5Config().save_pretrained(folder / "t5")
     ViTConfig().save_pretrained(folder / "vit")
     return folder
+
+
+@pytest.mark.support("generate --stats")
+def test_generate_stats_without_a_terminal(run: Run) -> None:
+    """Nothing while it goes, then one line; the same tokens as without."""
+    arguments = ("generate", "wiki11m", "-c", "wiki11m", "--prompt", data.evaluation_text()[:900], "--residual", 0)
+    arguments += ("--max-new-tokens", 6, "--json")
+    _, plain, _ = run(*arguments)
+    status, out, err = run(*arguments, "--stats")
+    assert status == 0
+    found = json.loads(out)
+    assert found["text"] == json.loads(plain)["text"]
+    assert "stats" not in json.loads(plain)
+    stats, memory = found["stats"], found["memory"]
+    assert 0 < stats["prompt_seconds"] < found["seconds"]
+    assert stats["tokens_per_second"] == pytest.approx(5 / (found["seconds"] - stats["prompt_seconds"]), rel=0.5)
+    (kernel,) = stats["kernels"]
+    assert stats["kernels"][kernel] == 6
+    (line,) = err.splitlines()
+    assert line.startswith("note: 6 tokens, ")
+    assert f"cache {memory['total']:,} bytes, bfloat16 takes {memory['bfloat16_bytes']:,}; kernel {kernel}" in line
+
+
+@pytest.mark.support("generate --stats")
+def test_generate_stats_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that is drawn again as tokens come, and gone at the end; also after an exception."""
+    monkeypatch.setattr("quantcache.cli.stats.INTERVAL", 0.0)
+    cache = SpectralCache(Calibration.for_model("wiki11m"))
+    screen = io.StringIO()
+    with LiveStats(cache, Console(file=screen, force_terminal=True, width=200)) as stats:
+        for _ in range(4):
+            stats.put(None)
+        stats.end()
+    text = screen.getvalue()
+    for count in (1, 2, 3):
+        assert f"{count} tokens, " in text
+    assert "kernel none, nothing is packed yet" in text
+    assert text.rindex("\x1b[2K") > text.rindex("3 tokens"), "the line is erased"
+    assert "- tokens/s" in text.partition("2 tokens")[0]
+    with pytest.raises(ZeroDivisionError), LiveStats(cache, Console(file=screen, force_terminal=True)):
+        raise ZeroDivisionError
+    assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("\x1b[?25l"), "the cursor is back"
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +140,27 @@ def test_inspect(run: Run, calibrated: dict, folder: Path) -> None:
     assert status == 0
     assert "wiki11m" in out
     assert "3.125" in out
+
+
+def test_words_for_a_rate(run: Run) -> None:
+    """inspect says what each means, and --quality takes it; beside --bits it is refused before a model is loaded."""
+    status, out, _ = run("inspect", "wiki11m", "--quality", "near-lossless", "--json")
+    assert status == 0
+    found = json.loads(out)
+    near, balanced, small = found["qualities"]
+    assert (near["quality"], balanced["quality"], small["quality"]) == ("near-lossless", "balanced", "small")
+    assert found["rate"]["bits"] == near["bits"] >= balanced["bits"] >= small["bits"]
+    assert near["predicted_kl"] <= near["max_kl"] == 0.001
+    status, out, _ = run("inspect", "wiki11m")
+    assert f"{near['bits']:g} bits, KL of at most 0.001" in out
+    arguments = ("generate", "wiki11m", "-c", "wiki11m", "--prompt", "The city of Leiden", "--max-new-tokens", 2)
+    status, out, _ = run(*arguments, "--quality", "balanced", "--json")
+    assert (status, json.loads(out)["bits"]) == (0, pytest.approx(balanced["bits"], abs=0.01))
+    for verb in (arguments, ("serve", "nothing", "-c", "wiki11m"), ("inspect", "wiki11m")):
+        status, _, err = run(*verb, "--quality", "balanced", "--bits", 3)
+        assert (status, err) == (1, "error: give either quality or bits, got quality='balanced' and bits=3\n")
+    status, _, err = run(*arguments, "--quality", "tiny")
+    assert (status, err) == (1, "error: quality must be near-lossless, balanced or small, got 'tiny'\n")
 
 
 def test_generate(run: Run, calibrated: dict, folder: Path) -> None:

@@ -15,8 +15,8 @@ from rich.table import Table
 from transformers import T5Config, ViTConfig
 
 from quantcache import data
-from quantcache.analysis.prediction import predict_kl_at
 from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.prediction import predict_kl_at
 from quantcache.cli.formats import _table
 from quantcache.cli.recommend import _shown
 from quantcache.planning import table
@@ -152,6 +152,16 @@ def test_recommend_with_a_calibration(run: Run) -> None:
     assert (best["quality"]["basis"], best["quality"]["risk"]) == ("predicted from its calibration", "medium")
     stored = Calibration.from_pretrained(given)
     assert best["quality"]["kl"] == predict_kl_at(stored, float(found["best"].rpartition("-")[2]))
+    assert best["quality"]["word"] == "near-lossless"
+    bits = [each["bits"] for each in found["qualities"]]
+    assert [each["quality"] for each in found["qualities"]] == ["near-lossless", "balanced", "small"]
+    assert bits == sorted(bits, reverse=True)
+    status, out, _ = run(
+        "recommend", "bare", "-c", given, "--memory", "85MB", "--context", "32K", "--quality", "near-lossless"
+    )
+    assert status == 0
+    assert f"{bits[0]:g} bits, KL of at most 0.001" in out
+    assert "(near-lossless)" in out
 
 
 @pytest.mark.parametrize("memory", ["85MB", "250MB"])
@@ -205,6 +215,11 @@ def test_lines_and_commands_run(
         ),
         ((*RECOMMEND, "--batch", "0"), "batch must be a whole number from 1 up, got 0"),
         ((*RECOMMEND, "--max-kl", "nan"), "--max-kl must be a number, got nan"),
+        ((*RECOMMEND, "--quality", "tiny"), "quality must be near-lossless, balanced or small, got 'tiny'"),
+        (
+            (*RECOMMEND, "--quality", "small", "--max-kl", "0.1"),
+            "give either --quality or --max-kl, got --quality small and --max-kl 0.1",
+        ),
         ((*RECOMMEND, "--min-agreement", "98"), "min_agreement must lie between 0 and 1, got 98"),
         ((*RECOMMEND, "--weights-format", "int3"), "unknown weights format 'int3': known are bf16"),
         ((*RECOMMEND, "-c", "./nowhere"), "there is no folder ./nowhere"),

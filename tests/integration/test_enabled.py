@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DynamicCache,
     GenerationConfig,
@@ -22,9 +24,10 @@ from transformers import (
 )
 
 import quantcache
+from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
-from quantcache.common.errors import CalibrationMismatch, UnsupportedModel
+from quantcache.common.errors import ArtifactError, CalibrationMismatch, UnsupportedModel
 from tests.builders import llama_config
 from tests.families import FAMILIES, random_tokens
 
@@ -35,6 +38,7 @@ PROMPT = random_tokens(2, 122, seed=12)
 SHORT = {"residual_length": 0, "bits": 2.0}
 
 enabling = pytest.mark.support("enabled(), enable() and disable()")
+finding = pytest.mark.support("enable(): a calibration found by the model's id")
 
 
 @pytest.fixture
@@ -157,6 +161,55 @@ def test_without_a_calibration(model: PreTrainedModel) -> None:
         again, other = generate(model)
     assert torch.equal(again, found), "a request's fit is its own"
     assert cache.spectral_layers[0].codecs["key"] is not other.spectral_layers[0].codecs["key"]
+
+
+@finding
+def test_a_calibration_is_found_by_the_models_id(caplog: pytest.LogCaptureFixture) -> None:
+    """The bundled one, which the log and the returned value name; its bits are the caller's."""
+    model = AutoModelForCausalLM.from_pretrained(data.demo_model_path())
+    with caplog.at_level(logging.INFO, "quantcache"):
+        used = quantcache.enable(model, bits=2.0)
+    assert repr(used) == "Calibration(wiki11m, 6 layers, 2 bits)"
+    assert "calibration: the one that comes with quantcache, Calibration(wiki11m" in caplog.text
+    assert isinstance(generate(model, max_new_tokens=1)[1], SpectralCache)
+    assert quantcache.enable(model, quality="near-lossless").bits == pytest.approx(2.5, abs=0.01)
+    given = Calibration.for_model("wiki11m")
+    assert quantcache.enable(model, given) is given
+    quantcache.disable(model)
+
+
+@finding
+def test_a_models_folder_may_carry_its_calibration(calibration: Calibration, tmp_path: Path) -> None:
+    LLAMA.make().save_pretrained(tmp_path)
+    calibration.save_pretrained(tmp_path / "quantcache")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert quantcache.enable(model).bits == pytest.approx(2.0)
+    (tmp_path / "quantcache" / "calibration.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match=r"calibration\.safetensors"):
+        quantcache.enable(model)
+
+
+@finding
+def test_without_one_caches_fit_themselves_and_say_so(model: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
+    model.config._name_or_path = "some-org/some-model"
+    assert quantcache.enable(model) is None
+    assert "quantcache calibrate some-org/some-model --text FILE -o calibration/" in caplog.text
+    assert "hub=True also looks on the Hub" in caplog.text
+    assert "every cache fits itself to its prompt" in caplog.text
+
+
+@pytest.mark.support("enable(hub=True) without a calibration anywhere", refused=True)
+def test_where_one_is_needed_and_none_is_found(model: PreTrainedModel) -> None:
+    model.config._name_or_path = "some-org/some-model"
+    make = "'quantcache calibrate some-org/some-model --text FILE -o calibration/' makes one"
+    with pytest.raises(ArtifactError, match=f"the index has no calibration of some-org/some-model.*{make}"):
+        quantcache.enable(model, quality="small")
+    with pytest.raises(ArtifactError, match=f"no calibration of some-org/some-model comes with quantcache, .*{make}"):
+        quantcache.enable(model, hub=True)  # tests are offline
+    model.config._name_or_path = ""
+    with pytest.raises(ArtifactError, match="a model without a name has no calibration"):
+        quantcache.enable(model, hub=True)
+    assert "generate" not in vars(model)
 
 
 @enabling

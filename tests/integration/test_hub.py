@@ -31,11 +31,13 @@ _CLIENT = """
 import json, sys, time, traceback
 time.sleep = lambda seconds: None  # huggingface_hub waits between attempts
 sys.stdout, answers = sys.stderr, sys.stdout
+from types import SimpleNamespace
 import huggingface_hub
 import torch
 torch.set_num_threads(1)
 from quantcache import Calibration, SpectralCache
 from quantcache.artifact import hub
+from quantcache.artifact.finding import find_calibration
 from quantcache.common.errors import QuantCacheError
 from quantcache.cli import main
 scope = dict(globals())
@@ -209,6 +211,32 @@ def test_a_model_repository_carries_its_calibration(
     hub.repos[REPO] = Repo()
     hub.repos[REPO].commit(files | {"config.json": b"{}"})
     assert client.value(load(tmp_path / "cache")) == calibration.bits
+
+
+@pytest.mark.support("enable(): a calibration found by the model's id")
+def test_a_model_finds_the_calibration_in_its_repository(
+    hub: HubServer, client: Client, calibration: Calibration, tmp_path: Path
+) -> None:
+    """Only where it is asked for, and with no request otherwise; the error says how to make one."""
+    calibration.save_pretrained(tmp_path / "saved")
+    files = {f"quantcache/{path.name}": path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    hub.repos[REPO] = Repo()
+    hub.repos[REPO].commit({"config.json": b"{}"})
+
+    def find(**options: bool) -> str:
+        config = f"SimpleNamespace(_name_or_path={REPO!r}, _commit_hash=None)"
+        found = f"find_calibration(SimpleNamespace(config={config}), **{options})"
+        return f"(lambda found: [found.source, found.calibration.bits])({found})"
+
+    make = f"'quantcache calibrate {REPO} --text FILE -o calibration/' makes one"
+    error = client.error(find(hub=True))
+    assert f"no calibration of {REPO} comes with quantcache, and {REPO} has no quantcache/{CONFIG_NAME}" in error
+    assert error.endswith(make)
+    hub.repos[REPO].commit(files)
+    asked = len(hub.requests)
+    assert client.error(find()).endswith(f"{make}, hub=True also looks on the Hub")
+    assert len(hub.requests) == asked
+    assert client.value(find(hub=True)) == [f"the one in {REPO} on the Hub", pytest.approx(3)]
 
 
 def test_without_access(hub: HubServer, client: Client, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from quantcache.analysis.prediction import predict_kl_at
 from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.prediction import predict_kl_at
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.planning import quality, table, usage
 from quantcache.planning.demand import Demand, Recommendation

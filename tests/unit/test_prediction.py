@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantcache.analysis.prediction import predict_kl, predict_kl_at
 from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.prediction import predict_kl, predict_kl_at
 from quantcache.calibration.calibrator import calibrate
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.distortion import coefficient_distortion, expected_cost, side_cost

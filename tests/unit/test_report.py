@@ -70,6 +70,24 @@ def test_json_comes_back(report: Report, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_reports_of_earlier_versions_show_no_widths_and_words(report: Report) -> None:
+    data = report.to_dict()
+    del data["widths"], data["qualities"]
+    older = Report.from_json(json.dumps(data))
+    assert (older.widths, older.qualities) == ((), ())
+    assert "Where the bits go" not in older.to_html()
+    assert "quality" not in [table.name for table in tables(older)]
+
+
+def test_every_head_has_a_square(report: Report) -> None:
+    page = report.to_html()
+    squares = re.findall(r"<rect [^>]*><title>(layer [^<]*)</title>", page)
+    assert len(squares) == len(report.widths) > 0
+    for each in report.widths:
+        side = {"key": "keys", "value": "values"}[each.side]
+        assert f"layer {each.layer}, {side}, head {each.head}: {number(each.bits)} bits" in squares
+
+
 def test_later_fields_are_left_out(report: Report) -> None:
     data = report.to_dict() | {"later": 1}
     data["targets"][0]["later"] = [1]
@@ -99,6 +117,9 @@ def test_later_fields_are_left_out(report: Report) -> None:
             r"divergences\[0\].measured must not be negative, got -1",
         ),
         (lambda d: d["grades"][0].pop("share"), r"grades\[0\] lacks share"),
+        (lambda d: d["widths"][1].update(bits=9.0), r"widths\[1\] has 9.0 bits for head 1 of layer 0"),
+        (lambda d: d["widths"][0].update(side="query"), r"widths\[0\].side must be"),
+        (lambda d: d["qualities"][0].pop("max_kl"), r"qualities\[0\] lacks max_kl"),
     ],
 )
 def test_flaws_are_named(report: Report, change: Any, message: str) -> None:

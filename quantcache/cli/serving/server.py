@@ -64,7 +64,10 @@ def _assembled(manager: CompressedModels, compression: Compression, options: Ser
         prefixes = compression.prefixes
         bits = compression.options.get("bits")
         return {
-            "models": {name: {"bits": bits or each.bits} for name, each in compression.calibrations.items()},
+            "models": {
+                name: {"bits": round(each.bits if bits is None else bits, 3)}
+                for name, each in compression.calibrations.items()
+            },
             "prefixes": None if prefixes is None else prefixes.statistics().to_dict(),
         }
 

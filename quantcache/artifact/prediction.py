@@ -41,6 +41,19 @@ def predict_kl(calibration: Calibration) -> float | None:
         return None  # no divergence grows like that: the two points were not measured
 
 
+def largest_measured(calibration: Calibration) -> float | None:
+    """The largest divergence that predictions are tied to: beyond it they fall short, the further the more.
+
+    Args:
+        calibration: A calibration, at any rate.
+
+    Returns:
+        Nats per token; None where nothing was measured.
+    """
+    points = _points(calibration.metadata.recipe.get("yardstick"))
+    return None if points is None else points[1][1]
+
+
 def predict_kl_at(calibration: Calibration, bits: float) -> float | None:
     """:func:`predict_kl` at another rate.
 
