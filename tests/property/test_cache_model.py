@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from quantcache.coding.blocks import DenseCodec, SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
-from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, Metadata, SideCalibration
+from quantcache.coding.schema import SIDES, CodecSettings, Coding, LayerCalibration, Metadata, SideCalibration
 from tests.builders import held_bytes, random_side
 from tests.helpers import implementation
 from tests.property.effort import SOAK, examples, report
@@ -38,19 +39,20 @@ from tests.property.effort import SOAK, examples, report
 HEADS, KEY_DIM, VALUE_DIM = 2, 32, 16
 DIMS = {"key": KEY_DIM, "value": VALUE_DIM}
 ROPE = Rope("half", tuple(10_000.0 ** (-i / 16) for i in range(16)))
-SETTINGS = CodecSettings(gain_search=(0.8, 1.0))
+CODINGS: tuple[Coding, ...] = get_args(Coding)
+SETTINGS = {coding: CodecSettings(gain_search=(0.8, 1.0), coding=coding) for coding in CODINGS}
 MOST_TOKENS = 900
 MOST_ROWS = 6
 MOST_SLACK = 0.12
 
 
 @functools.cache
-def coded(side: str) -> SpectralCodec:
+def coded(side: str, coding: Coding) -> SpectralCodec:
     """A codec of mixed widths."""
     dim = DIMS[side]
     widths = torch.tensor([4, 3, 2, 0]).repeat_interleave(dim // 8).repeat(2).expand(HEADS, -1)
     constants = random_side(HEADS, dim, widths, (16, dim - 16), seed=len(side))
-    return SpectralCodec(constants, ROPE if side == "key" else Rope(), SETTINGS)
+    return SpectralCodec(constants, ROPE if side == "key" else Rope(), SETTINGS[coding])
 
 
 @dataclass
@@ -197,6 +199,7 @@ class LayerMachine(RuleBasedStateMachine):
         backend=st.sampled_from(["auto", "torch"]),
         dense=st.sampled_from([(), (), ("key",), ("value",), SIDES]),
         masked=st.sampled_from([False, False, True]),
+        coding=st.sampled_from(CODINGS),
         seed=st.integers(0, 2**31),
     )
     def start(
@@ -208,13 +211,15 @@ class LayerMachine(RuleBasedStateMachine):
         backend: BackendName,
         dense: tuple[str, ...],
         masked: bool,
+        coding: Coding,
         seed: int,
     ) -> None:
         """Make an empty layer; one that codes nothing may be told of padding and positions, which changes nothing."""
         dense = SIDES if masked else dense
         tried["sequences"] += 1
         self.generator = torch.Generator().manual_seed(seed)
-        codecs: dict[str, SideCodec] = {side: DenseCodec() if side in dense else coded(side) for side in SIDES}
+        codecs: dict[str, SideCodec] = {side: DenseCodec() if side in dense else coded(side, coding) for side in SIDES}
+        self.coding: Coding = coding
         self.layer = SpectralLayer(lambda *_: codecs, None, sinks, residual, backend)
         self.model = Model(rows, sinks, residual, dtype, backend, codecs)
         self.model.clear()
@@ -338,7 +343,7 @@ class LayerMachine(RuleBasedStateMachine):
     def through_a_file(self, layer: SpectralLayer) -> SpectralLayer:
         """The layer as a process finds it that loads it."""
         sides = [LayerCalibration(ROPE, *(self.constants(side) for side in SIDES))]
-        calibration = Calibration(dict(enumerate(sides)), Metadata(codec=SETTINGS))
+        calibration = Calibration(dict(enumerate(sides)), Metadata(codec=SETTINGS[self.coding]))
         found = SpectralLayer(layer.make_codecs, None, layer.sink_length, layer.residual_length, layer.backend)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "layer"
