@@ -155,7 +155,8 @@ class SpectralLayer(BlockLayer):
             self._commit(refused=True)
             for side, tokens in coded.items():
                 guards.require_finite(self.index, side, tokens, spans[0].start, grid.left_padding)
-        tails, sinks, stores, leads = {}, {}, {}, dict(self.leads)
+        tails, sinks, stores = {}, {}, {}
+        leads = {} if grid.left_padding is None else dict(self.leads)  # else they are the sinks: padded rows are gone
         gains: dict[str, guards.Later] = {}
         for side in SIDES:
             tail, store = self.tails[side], self.stores[side]

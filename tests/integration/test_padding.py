@@ -408,6 +408,22 @@ def test_every_attention_learns_the_same(attention: str) -> None:
             assert torch.equal(layer.leads[side][0], dense[0, :, :4])
 
 
+def test_what_lay_before_padded_rows_goes_with_them() -> None:
+    """Once only rows are left that begin at slot 0, their sinks lie before the first block: no second copy is kept."""
+    (tokens, more), *_ = holes()
+    cache, model = empty(), model_of("spectral")
+    with torch.no_grad():
+        model(tokens, past_key_values=cache, **more)
+        model(tokens[:, :1], past_key_values=cache)  # which encodes what is due
+        assert all(layer.leads for layer in cache.spectral_layers)
+        cache.batch_select_indices(torch.tensor([1]))
+        for step in random_tokens(1, 70, seed=3).split(1, dim=1):
+            model(step, past_key_values=cache)
+    for layer in cache.spectral_layers:
+        assert (layer.left_padding, layer.leads) == (None, {})
+        assert torch.equal(layer.sinks["key"], layer.snapshot().dense("key")[:, :, :4])
+
+
 def test_a_custom_mask_is_never_padding() -> None:
     for passes in (block_diagonal(), last_rows_hide_the_start(), additive()):
         cache = empty()
