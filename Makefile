@@ -10,6 +10,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+USER_STAMP := $(VENV)/.installed-for-use
 FLOOR_STAMP := $(FLOOR_VENV)/.installed
 LM_EVAL_STAMP := $(LM_EVAL_VENV)/.installed
 PIP_FLAGS := -qq --disable-pip-version-check --no-input
@@ -25,7 +26,9 @@ help: ## List the targets
 
 venv: $(STAMP) ## Create .venv with quantcache and its development tools
 
-# $(call install,DIRECTORY,CONSTRAINTS). torch goes first: later steps then keep that build, whichever one the package
+EVERYTHING := .[dev,triton,serve]
+
+# $(call install,DIRECTORY,CONSTRAINTS[,WHAT]). torch goes first: later steps then keep that build, whichever one the package
 # index offers for this machine. Building without isolation spares a second download of setuptools, which torch brings.
 define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and \
@@ -34,7 +37,7 @@ define install
 	  echo "$(PYTHON) cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(1) under $(2); the first time takes minutes ..."
 	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch setuptools
-	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev,triton,serve]'
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '$(or $(3),$(EVERYTHING))'
 	@touch $@
 endef
 
@@ -48,6 +51,10 @@ NATIVE := setup.py $(wildcard kernels/quantcache_kernels/cpu/src/*)
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(call install,$(VENV),constraints.txt)
+
+# What users get: the demo needs no more, and a stranger should not wait for tools.
+$(USER_STAMP): pyproject.toml constraints.txt $(NATIVE)
+	$(call install,$(VENV),constraints.txt,.)
 
 $(FLOOR_STAMP): PYTHON := $(FLOOR_PYTHON)
 $(FLOOR_STAMP): pyproject.toml constraints-floor.txt $(NATIVE)
@@ -63,7 +70,7 @@ $(LM_EVAL_STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@$(LM_EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(LM_EVAL_VENV)/constraints.txt \
 	  --no-build-isolation -e '.[lm-eval]'
 
-demo: $(STAMP) ## Set up, then compress the cache of the bundled model and show what it costs
+demo: $(firstword $(wildcard $(STAMP)) $(USER_STAMP)) ## Set up, then compress the cache of the bundled model and show what it costs
 	@$(BIN)/quantcache demo $(ARGS)
 
 test: quality ## Set up, then lint, format check, types and the tests (what CI runs)

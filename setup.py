@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,16 +29,25 @@ if sys.platform == "linux":
 
 
 class BuildKernels(build_ext):
-    """Compiles each instruction set's file with its own flags."""
+    """Compiles each instruction set's file with its own flags, several at a time."""
 
     def build_extensions(self) -> None:
-        compile_one = self.compiler._compile
+        compile_one, compile_all = self.compiler._compile, self.compiler.compile
+        begun: list[Future[None]] = []
 
-        def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
-            compile_one(obj, src, ext, cc_args, [*extra_postargs, *LEVEL_FLAGS.get(Path(src).stem, [])], pp_opts)
+        def begin(obj, src, ext, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
+            flags = [*extra_postargs, *LEVEL_FLAGS.get(Path(src).stem, [])]
+            begun.append(pool.submit(compile_one, obj, src, ext, cc_args, flags, pp_opts))
 
-        self.compiler._compile = compile_with_flags
-        super().build_extensions()
+        def compile_and_wait(*args, **kwargs):  # type: ignore[no-untyped-def]
+            objects = compile_all(*args, **kwargs)
+            for each in begun:
+                each.result()  # raises what the compiler did
+            return objects
+
+        self.compiler._compile, self.compiler.compile = begin, compile_and_wait
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            super().build_extensions()
 
 
 # The sources use the vector types of GCC and Clang, which Windows' own compiler lacks.
