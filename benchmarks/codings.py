@@ -23,14 +23,12 @@ from records import Run, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from quantcache import Calibration, SpectralCache, data
 from quantcache.attention import spectral_attention
 from quantcache.cli.session import load_model
 from quantcache.coding.schema import Coding
 from quantcache.evaluation import measure_fidelity, needs_statistics, parse_methods, text_statistics
-from quantcache.evaluation.feeding import opening
 
 RIVALS = "fp8,quanto-4,kivi-2,kivi-3,kivi-4,quarot-3,quarot-4,turboquant-mse-3,turboquant-mse-4,oscar-3,oscar-4"
 CODINGS: tuple[Coding, ...] = get_args(Coding)
@@ -53,7 +51,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
     text, source = read("wikitext2_test.txt", data.evaluation_text)
-    tokens = windows(tokenizer, text, options)
+    tokens = tokenized(tokenizer, text, options.windows * options.context)
     fidelity = {}
     for coding in CODINGS:
         names = [f"spectral-{bits:g}" for bits in options.bits]
@@ -72,14 +70,6 @@ def main() -> None:
     metrics = {"fidelity": fidelity, "milliseconds": times, "claims": claims}
     print(write_record("codings", settings | {"calibration": calibration.metadata.recipe}, metrics, run.git))
     run.discard()
-
-
-def windows(tokenizer: PreTrainedTokenizerBase, text: str, options: argparse.Namespace) -> Tensor:
-    """A text's tokens for ``options.windows`` windows, each of which opens as the tokenizer opens a text."""
-    start, length = opening(tokenizer), options.context
-    plain = tokenized(tokenizer, text, options.windows * length)[len(start) :]
-    parts = plain.split(length - len(start))[: options.windows]
-    return torch.cat([token for part in parts for token in (start, part)])
 
 
 def measured(run: Run, name: str, model: Any, tokens: Tensor, methods: list[Any], context: int) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import trellis_codebooks
 from ablation_codecs import ReconstructingCodec, codec_cache, root_mean_square, side_codecs
-from codings import windows
-from fidelity import calibrated, read
+from fidelity import calibrated, read, tokenized
 from records import Run, suite_of, write_record
 from rich.console import Console
 from rich.table import Table
@@ -190,7 +189,8 @@ def main() -> None:
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
     text, source = read("wikitext2_test.txt", data.evaluation_text)
-    bench = Bench(run, model, calibration.with_coding("trellis"), windows(tokenizer, text, options), options)
+    tokens = tokenized(tokenizer, text, options.windows * options.context)
+    bench = Bench(run, model, calibration.with_coding("trellis"), tokens, options)
     every = list(ENCODERS.items())
     encoders = dict(every if options.encoders is None else [every[i] for i in options.encoders])
     metrics: dict[str, Any] = {}

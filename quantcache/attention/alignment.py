@@ -29,9 +29,8 @@ def with_sinks(sinks: Tensor, chunk: Tensor, left_padding: Tensor, slot: int) ->
     """
     if not chunk.shape[2] or not sinks.shape[2]:
         return sinks
-    index = (
-        left_padding[:, None] + torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device) - slot
-    )  # [B, S]
+    offsets = torch.arange(sinks.shape[2], dtype=torch.int64, device=sinks.device)
+    index = left_padding[:, None] + offsets - slot  # [B, S]
     inside = ((index >= 0) & (index < chunk.shape[2]))[:, None, :, None]
     index = index.clamp(0, chunk.shape[2] - 1)[:, None, :, None].expand(sinks.shape)
     return torch.where(inside, chunk.gather(2, index), sinks)

@@ -209,9 +209,8 @@ def code_scores(
     if frame.num_fast:
         keys = matmul(codec.decoder[:, slow:, slow:], coefficients[..., slow:, :]) + mean[:, slow:]  # [n, B, H, Df, 64]
         first, second = keys.unflatten(-2, (2, -1)).unbind(-3)
-        offsets = (block_table[:, :1] - block_table[:, 2:]) + torch.arange(
-            BLOCK, dtype=torch.int64, device=query.device
-        )
+        inside = torch.arange(BLOCK, dtype=torch.int64, device=query.device)
+        offsets = (block_table[:, :1] - block_table[:, 2:]) + inside
         angles = offsets.to(torch.float64)[:, None] * frame.frequencies[frame.slow_pairs :, None]  # [n, pairs, 64]
         cos, sin = angles.cos().float()[:, None, None], angles.sin().float()[:, None, None]
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-2)
