@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from quantcache.accounting.predicting import predict
 from quantcache.artifact.calibration import SIDES, Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import Coding
 from tests.builders import live_storages, llama_config, new_objects_only
 from tests.families import Family, random_tokens
 from tests.helpers import feed
@@ -51,9 +52,10 @@ TINY = Family(
 @pytest.mark.support("time of a step grows linearly")
 @pytest.mark.support("logits are those of a cache built in one go")
 @pytest.mark.timeout(7200)
-def test_one_token_at_a_time() -> None:
+@pytest.mark.parametrize("coding", get_args(Coding))
+def test_one_token_at_a_time(coding: Coding) -> None:
     model = TINY.make()
-    calibration = Calibration.synthetic(model.config, 3.0)
+    calibration = Calibration.synthetic(model.config, 3.0).with_coding(coding)
     cache, whole = (SpectralCache(calibration, model.config) for _ in range(2))
     tokens = random_tokens(1, TOKENS, seed=1)
     started, seconds, worst = time.monotonic(), [], 0.0
@@ -96,7 +98,7 @@ def test_one_token_at_a_time() -> None:
         "equal_codes": first is None,
         "seconds": time.monotonic() - started,
     }
-    report("one token at a time", figures)
+    report(f"one token at a time, {coding} codes", figures)
     assert worst <= 0.02, figures
     assert first is None, first
     assert share == 1.0, figures
@@ -117,9 +119,10 @@ def first_difference(layer: object, other: object) -> str | None:
 
 @pytest.mark.support("creating and dropping caches leaks nothing")
 @pytest.mark.timeout(7200)
-def test_caches_come_and_go() -> None:
+@pytest.mark.parametrize("coding", get_args(Coding))
+def test_caches_come_and_go(coding: Coding) -> None:
     config = llama_config(32, layers=2)
-    calibration = Calibration.synthetic(config, 3.0)
+    calibration = Calibration.synthetic(config, 3.0).with_coding(coding)
     tokens = [torch.randn(1, 2, 4 + 64 + 2 * BLOCK, 32) for _ in SIDES]
 
     def cycle(index: int) -> Tensor:
@@ -144,7 +147,7 @@ def test_caches_come_and_go() -> None:
         gc.collect()
         grown = resident() - begin
         figures = {"cycles": CYCLES, "resident_bytes": grown, "objects": len(gc.get_objects()) - objects}
-        report("caches come and go", figures)
+        report(f"caches come and go, {coding} codes", figures)
         assert live_storages() == before
     assert abs(figures["objects"]) < 100, figures
     assert grown < 32 << 20, figures

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from quantcache.artifact.calibration import SIDES, Calibration
 from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
 from quantcache.attention.function import spectral_attention
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.schema import Coding
 from quantcache.common.errors import QuantCacheError
 from tests.builders import llama_config
 from tests.property.effort import examples, report
@@ -110,9 +111,10 @@ def outcomes(cases: int, attempt: Callable[[random.Random], None]) -> Counter[st
 
 @pytest.mark.support("calibration files: fuzz")
 @pytest.mark.usefixtures("watched")
-def test_calibrations(tmp_path: Path) -> None:
+@pytest.mark.parametrize("coding", get_args(Coding))
+def test_calibrations(tmp_path: Path, coding: Coding) -> None:
     folder = tmp_path / "calibration"
-    Calibration.synthetic(llama_config(32, layers=1), 3.0).save_pretrained(folder)
+    Calibration.synthetic(llama_config(32, layers=1), 3.0).with_coding(coding).save_pretrained(folder)
     config, tensors = ((folder / name).read_bytes() for name in (CONFIG_NAME, TENSORS_NAME))
 
     def attempt(rng: random.Random) -> None:
@@ -139,16 +141,17 @@ def test_calibrations(tmp_path: Path) -> None:
             if kind >= 5:
                 agree(calibration)
 
-    found = outcomes(examples(250), attempt)
+    found = outcomes(examples(125), attempt)
     assert found["refused"] > found.total() / 4
     assert found["loaded"] > found.total() / 50
-    report("calibration files", found)
+    report(f"calibration files, {coding} codes", found)
 
 
 @pytest.mark.support("saved caches: fuzz")
 @pytest.mark.usefixtures("watched")
-def test_saved_caches(tmp_path: Path) -> None:
-    calibration = Calibration.synthetic(llama_config(32, layers=1), 3.0)
+@pytest.mark.parametrize("coding", get_args(Coding))
+def test_saved_caches(tmp_path: Path, coding: Coding) -> None:
+    calibration = Calibration.synthetic(llama_config(32, layers=1), 3.0).with_coding(coding)
     cache = SpectralCache(calibration, residual_length=0)
     cache.spectral_layers[0].update(*tokens(200, rows=2))
     path = tmp_path / "prefix"
@@ -174,6 +177,6 @@ def test_saved_caches(tmp_path: Path) -> None:
                 assert torch.equal(ours, theirs), "what a checksum has passed is what was saved"
         use(loaded)
 
-    found = outcomes(examples(200), attempt)
+    found = outcomes(examples(100), attempt)
     assert found["refused"] > found.total() / 2
-    report("saved caches", found)
+    report(f"saved caches, {coding} codes", found)
