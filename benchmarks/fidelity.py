@@ -148,10 +148,7 @@ def main() -> None:
         for part in parts:
             metrics[part.name] = measure_part(part, model, calibration, statistics, run, bar)
             out.print(table(part.name, metrics[part.name]))
-    ours = {name for part in metrics.values() for name, entry in part.items() if entry["family"] == "ours"}
-    settings["predicted_kl"] = {
-        name: predict_kl_at(calibration, float(name.rpartition("-")[2])) for name in sorted(ours)
-    }
+    settings["predicted_kl"] = predicted(calibration, metrics)
     path = write_record(suite, settings, metrics, run.git)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
@@ -282,6 +279,20 @@ def measure_part(
         bar.update(task, completed=(number + 1) * windows * part.context)
     bar.remove_task(task)
     return results
+
+
+def predicted(calibration: Calibration, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """The mean KL that the calibration predicts for each of our methods, with the default sinks and residual.
+
+    Args:
+        calibration: The calibration.
+        metrics: Results by part and method.
+
+    Returns:
+        Nats per token by method; None where the calibration predicts nothing.
+    """
+    ours = {name for part in metrics.values() for name, entry in part.items() if entry["family"] == "ours"}
+    return {name: predict_kl_at(calibration, float(name.rpartition("-")[2])) for name in sorted(ours)}
 
 
 def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import claim_tables, fidelity_tables, figures, records, tables
+from benchmarks import claim_tables, fidelity, fidelity_tables, figures, records, tables
+from quantcache import Calibration
+from quantcache.artifact.prediction import predict_kl
+from quantcache.data import calibrations_path
 from quantcache.evaluation.record import RecordError
 from quantcache.evaluation.summaries import quantiles
 
@@ -308,6 +311,16 @@ def test_predicted_beside_measured(checkout: Path, said: bool) -> None:
     assert ("| spectral-2 | 0.00600 | 0.01000 | 0.60 | met |" in text) == said
     assert ("| spectral-2 | 0.00400 | 0.01000 | 0.40 | **not met** |" in text) != said
     assert ("| spectral-3 | 0.00380 | 0.00200 | 1.90 | met |" in text) == said
+
+
+def test_predictions_of_a_record_are_those_of_the_calibration() -> None:
+    calibration = Calibration.from_pretrained(calibrations_path() / "wiki11m")
+    entries = {"dense": {"family": "dense"}, "spectral-2.5": {"family": "ours"}, "kivi-2": {"family": "rival"}}
+    found = fidelity.predicted(calibration, {"residual_0": entries, "residual_64": {"spectral-3": {"family": "ours"}}})
+    assert found == {
+        "spectral-2.5": predict_kl(calibration.with_bits(2.5)),
+        "spectral-3": predict_kl(calibration.with_bits(3.0)),
+    }
 
 
 def ablation(created: str, rows: dict[str, Any], **settings: Any) -> dict[str, Any]:
