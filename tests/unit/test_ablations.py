@@ -12,6 +12,7 @@ import torch
 from ablation_codecs import AnchorCodec, GainCodec, _lloyd, fitted_books, side_codecs, trellis_levels, with_books
 from ablation_statistics import ANCHORS, DEFAULT_FRAME, AblationStatistics, Choice, Needs, gather
 from builders import llama_config
+from families import FAMILIES
 from records import Run
 from rich.progress import Progress
 from torch import Tensor
@@ -81,6 +82,20 @@ def test_needs_are_those_of_the_choices() -> None:
     found = Needs.of([Choice(frame="full"), Choice(key_metric="query"), Choice(value_metric="output")])
     assert found == Needs((DEFAULT_FRAME, "full"), True, False)
     assert Needs.of([Choice(value_metric="gram")]).outputs
+
+
+def test_layers_that_are_not_compressed_are_left_alone(tokens: Tensor) -> None:
+    sliding = next(family for family in FAMILIES if family.name == "gemma3").make()
+    sequence = tokens[:120] % sliding.config.vocab_size
+    statistics = AblationStatistics(sliding, Needs((DEFAULT_FRAME,), True, True))
+    statistics.add(sequence)
+    solved = statistics.solve(Choice())
+    expected = calibrate(sliding, [sequence], max_tokens=120, progress=False)
+    assert list(solved) == list(expected.layers) == [1]
+    for side in ("key", "value"):
+        torch.testing.assert_close(
+            solved[1].side(side).spectrum, expected.layers[1].side(side).spectrum, rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("metric", ["query", "identity"])
