@@ -136,6 +136,7 @@ bench-prefixes: $(STAMP) ## Measure conversations that take turns, with SmolLM2 
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
+# A part may be run by itself, ARGS="--parts residual_64": tables take each from the newest record that holds it.
 REAL = --text wikitext2_test.txt --context 1024 --weights
 
 bench-real: $(STAMP) ## The same on two trained models of quantcache[real] (2 hours); options in ARGS="..."

@@ -1,4 +1,7 @@
-"""Codecs that differ from ours in one choice, simulated: how a token's gain is formed and stored, and the codebooks."""
+"""Codecs that differ from ours in one choice, simulated: how a token's gain is formed and stored, and the codebooks.
+
+Gains and anchors are those of either coding, as the codec's settings say; fitted codebooks are of scalar codes only.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from quantcache.coding.gains import GAIN_CENTER, GAIN_STEPS
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import SIDES
+from quantcache.coding.trellis import best_path, nearest_by_subset, subsets_of_path
 from quantcache.common.defaults import SINK_LENGTH
 
 Gain = Literal["none", "plain", "corrected", "searched"]
@@ -101,6 +105,29 @@ def root_mean_square(codec: SpectralCodec, y: Tensor) -> Tensor:
     return (torch.where(codec.coded[..., None], y * y, 0.0).sum(-2) / count).sqrt()
 
 
+def trellis_levels(codec: SpectralCodec, u: Tensor, weights: Tensor) -> Tensor:
+    """Levels of the best paths, those of all widths sought at once.
+
+    Args:
+        codec: Ours, with trellis codes.
+        u: Coefficients over the tokens' steps, ``[B, H, D, 64]``.
+        weights: What a token's squared error weighs, ``[B, H, 1, 64]``.
+
+    Returns:
+        ``[B, H, D, 64]``; 0 where a coefficient has no bits.
+    """
+    flat, weights = u.flatten(1, 2), weights.expand_as(u).flatten(1, 2)
+    quantized = torch.zeros_like(flat)
+    if codec.classes:
+        columns = torch.cat([c.columns for c in codec.classes])
+        books = [(c.columns, c.union) for c in codec.classes if c.union is not None]
+        near = torch.cat([nearest_by_subset(flat[:, own], book)[1] for own, book in books], dim=2)  # [4, B, m, 64]
+        errors = (flat[:, columns] - near).square() * weights[:, columns]
+        taken = subsets_of_path(best_path(errors.flatten(1, 2)))
+        quantized[:, columns] = near.flatten(1, 2).gather(0, taken[None])[0].view_as(near[0])
+    return quantized.view_as(u)
+
+
 class GainCodec(ReconstructingCodec):
     """Our codec with another gain.
 
@@ -122,22 +149,33 @@ class GainCodec(ReconstructingCodec):
     def _coded(self, y: Tensor) -> Tensor:
         codec = self.codec
         rms = root_mean_square(codec, y)
-        best: tuple[Tensor, Tensor] | None = None
+        best: tuple[Tensor, ...] | None = None
         for factor in self.factors:
             step = torch.ones_like(rms) if self.gain == "none" else rms * factor
             _, rounded = codec._nearest(y / step.clamp_min(1e-30).unsqueeze(-2))
-            weighted = rounded * codec.weights[..., None]
-            cross, energy = (weighted * y).sum(-2), (weighted * rounded).sum(-2)
-            gain = step if self.gain in ("none", "plain") else (cross / energy.clamp_min(1e-30)).clamp_min(0.0)
-            saved = 2 * gain * cross - gain * gain * energy
-            scaled = rounded * self._stored(gain).unsqueeze(-2)
-            if best is None:
-                best = saved, scaled
-            else:
+            gain, saved = self._gain(y, rounded, step)
+            found = saved, step, gain, rounded
+            if best is not None:
                 better = saved > best[0]
-                best = torch.where(better, saved, best[0]), torch.where(better.unsqueeze(-2), scaled, best[1])
+                found = tuple(
+                    torch.where(better if new.ndim == better.ndim else better.unsqueeze(-2), new, old)
+                    for new, old in zip(found, best, strict=True)
+                )
+            best = found
         assert best is not None
-        return best[1]
+        _, step, gain, rounded = best
+        for _ in range(codec.passes if codec.coding == "trellis" else 0):
+            weights = step.square().unsqueeze(-2)
+            rounded = trellis_levels(codec, y / step.clamp_min(1e-30).unsqueeze(-2), weights)
+            step = gain = self._gain(y, rounded, step)[0]
+        return rounded * self._stored(gain).unsqueeze(-2)
+
+    def _gain(self, y: Tensor, rounded: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The gain that is stored for some levels, and how much of <y, y> it explains."""
+        weighted = rounded * self.codec.weights[..., None]
+        cross, energy = (weighted * y).sum(-2), (weighted * rounded).sum(-2)
+        gain = step if self.gain in ("none", "plain") else (cross / energy.clamp_min(1e-30)).clamp_min(0.0)
+        return gain, 2 * gain * cross - gain * gain * energy
 
     def _stored(self, gain: Tensor) -> Tensor:
         """What is left of a gain that is stored."""
@@ -195,7 +233,7 @@ def fitted_books(model: PreTrainedModel, calibration: Calibration, tokens: Tenso
 
     Args:
         model: The model.
-        calibration: With widths.
+        calibration: With widths, and scalar codes.
         tokens: Calibration tokens, ``[T]``, one sequence.
 
     Returns:
@@ -205,6 +243,8 @@ def fitted_books(model: PreTrainedModel, calibration: Calibration, tokens: Tenso
     samples: dict[int, list[Tensor]] = {}
 
     def record(index: int, keys: Tensor, values: Tensor) -> None:
+        if index not in calibration.layers:
+            return
         for side, x in (("key", keys), ("value", values)):
             codec = codecs[index, side]
             for first in range(SINK_LENGTH, x.shape[2] - BLOCK + 1, BLOCK):
@@ -238,12 +278,17 @@ def with_books(codec: SpectralCodec, books: dict[int, Tensor]) -> SpectralCodec:
     """The same codec on other codebooks; widths without one keep theirs.
 
     Args:
-        codec: Changed in place.
+        codec: Changed in place; its codes are scalar.
         books: Levels by width.
 
     Returns:
         The codec.
+
+    Raises:
+        ValueError: Its codes are paths through a trellis, which has codebooks of another kind.
     """
+    if codec.coding != "scalar":
+        raise ValueError(f"fitted codebooks are of scalar codes, the codec's are {codec.coding}")
     codec.classes = tuple(
         replace(c, levels=books[c.width], boundaries=(books[c.width][1:] + books[c.width][:-1]) / 2)
         if c.width in books

@@ -1,4 +1,4 @@
-"""Everything that the ablations fit transforms from, gathered once: moments and metrics in every frame.
+"""Everything that the ablations fit transforms from, gathered once: moments and metrics in the frames that are needed.
 
 The labels, the sinks and the losses are those of :func:`quantcache.calibrate`; with the default frame and the Fisher
 metric the transforms are the same.
@@ -6,9 +6,10 @@ metric the transforms are the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from quantcache.coding.rope import ANCHOR_LENGTH, FAST_WAVELENGTH, Frame, Rope
 from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, output_metrics
 from quantcache.common.defaults import SINK_LENGTH
+from quantcache.common.sequences import split_text
 from quantcache.evaluation.methods.statistics import eigenbasis
 
 DEFAULT_FRAME = f"{FAST_WAVELENGTH:g}"
@@ -94,15 +96,41 @@ class Choice:
     value_shrinkage: float = METRIC_SHRINKAGE
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What has to be gathered; the defaults serve every choice.
+
+    Attributes:
+        frames: Names of :data:`FRAMES`.
+        queries: Whether queries are.
+        outputs: Whether attention outputs are.
+    """
+
+    frames: tuple[str, ...] = tuple(FRAMES)
+    queries: bool = True
+    outputs: bool = True
+
+    @classmethod
+    def of(cls, choices: Iterable[Choice]) -> Needs:
+        """What some choices need."""
+        choices = list(choices)
+        return cls(
+            tuple(name for name in FRAMES if name in {choice.frame for choice in choices}),
+            any(choice.key_metric == "query" for choice in choices),
+            any(choice.value_metric == "gram" for choice in choices),
+        )
+
+
 class AblationStatistics:
-    """Moments of keys in every frame, of values and of attention outputs, with the metrics at them.
+    """Moments of keys in several frames, of values and of attention outputs, with the metrics at them.
 
     Args:
         model: The model.
+        needs: What is gathered.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, needs: Needs | None = None):
+        self.model, self.needs = model, needs or Needs()
         self.layers = cache_layout.full_attention_layers(model.config)
         self.ropes = detect_ropes(model, self.layers)
         heads, dim = cache_layout.kv_geometry(model.config.get_text_config(decoder=True))
@@ -110,26 +138,31 @@ class AblationStatistics:
         self.frames = {
             (name, index): AnchoredFrame(dim, Rope() if name == "post" else self.ropes[index], *how)
             for name, how in FRAMES.items()
+            if name in self.needs.frames
             for index in self.layers
         }
-        kinds = [f"key.{kind}.{name}" for kind in ("vectors", "fisher") for name in FRAMES]
-        kinds += [f"key.query.{DEFAULT_FRAME}", "value.vectors", "value.fisher", "value.output"]
+        kinds = [f"key.{kind}.{name}" for kind in ("vectors", "fisher") for name in self.needs.frames]
+        kinds += ["value.vectors", "value.fisher"]
+        kinds += [f"key.query.{DEFAULT_FRAME}"] * self.needs.queries + ["value.output"] * self.needs.outputs
         self.sums = {f"{index}.{kind}": Moments(heads, dim) for index in self.layers for kind in kinds}
-        self.generator = torch.Generator().manual_seed(0)
+        # Labels have a generator of their own: they are the same whatever else is gathered.
+        self.generators = {what: torch.Generator().manual_seed(0) for what in ("labels", "queries")}
         self.tokens = 0
 
     def _add_keys(self, index: int, kind: str, x: Tensor, slots: Tensor) -> None:
         """Add key-side vectors ``[B, H, T', D]`` that stand at, or are seen from, some slots."""
-        for name in FRAMES if kind != "query" else (DEFAULT_FRAME,):
+        for name in self.needs.frames if kind != "query" else (DEFAULT_FRAME,):
             framed = self.frames[name, index].enter(x.double(), slots)
             self.sums[f"{index}.key.{kind}.{name}"].add(framed.transpose(0, 1).flatten(1, -2))
 
     def add(self, sequence: Tensor) -> None:
-        """Add one sequence, ``[T]``: a forward and backward pass, and a forward pass for queries and outputs."""
+        """Add one sequence, ``[T]``: a forward and backward pass, and a forward pass for queries and outputs if due."""
         slots = torch.arange(SINK_LENGTH, len(sequence))
         leaves: dict[tuple[int, str], Tensor] = {}
 
-        def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+            if index not in self.ropes:
+                return None
             self._add_keys(index, "vectors", keys.detach()[:, :, SINK_LENGTH:], slots)
             self.sums[f"{index}.value.vectors"].add(values.detach()[0, :, SINK_LENGTH:])
             leaves[index, "key"] = torch.zeros_like(keys, requires_grad=True)
@@ -138,29 +171,38 @@ class AblationStatistics:
 
         with torch.enable_grad():
             logits = run(self.model, sequence[None], RecordingCache(self.model.config, record)).logits
-            sampled_loss(logits, self.generator).backward()
+            sampled_loss(logits, self.generators["labels"]).backward()
         for index in self.layers:
             gradients = [leaves[index, side].grad for side in ("key", "value")]
             assert gradients[0] is not None
             assert gradients[1] is not None
             self._add_keys(index, "fisher", gradients[0][:, :, SINK_LENGTH:], slots)
             self.sums[f"{index}.value.fisher"].add(gradients[1][0, :, SINK_LENGTH:])
+        if self.needs.queries or self.needs.outputs:
+            self._add_queries(sequence, slots)
+        self.tokens += len(sequence)
+
+    def _add_queries(self, sequence: Tensor, slots: Tensor) -> None:
+        """Add the queries and the attention outputs of a sequence."""
 
         def on_query(index: int, query: Tensor) -> None:
+            if index not in self.ropes or not self.needs.queries:
+                return
             # Each query as a randomly drawn earlier key sees it; in the frame of keys as cached this changes nothing.
-            drawn = torch.rand(len(slots), generator=self.generator) * (slots - SINK_LENGTH + 1)
+            drawn = torch.rand(len(slots), generator=self.generators["queries"]) * (slots - SINK_LENGTH + 1)
             heads = len(self.sums[f"{index}.value.vectors"].sum)
             seen = query[0, :, SINK_LENGTH:].unflatten(0, (heads, -1))[None]  # [1, H, G, T', D]
             self._add_keys(index, "query", seen.flatten(2, 3), (drawn.long() + SINK_LENGTH).repeat(seen.shape[2]))
 
         def on_output(index: int, output: Tensor) -> None:
+            if index not in self.ropes or not self.needs.outputs:
+                return
             heads = len(self.sums[f"{index}.value.vectors"].sum)
             grouped = output[0, SINK_LENGTH:].transpose(0, 1).unflatten(0, (heads, -1)).flatten(1, 2)
             self.sums[f"{index}.value.output"].add(grouped)
 
         with torch.no_grad(), recorded_queries(self.model, on_query, on_output):
             run(self.model, sequence[None], RecordingCache(self.model.config, lambda *_: None))
-        self.tokens += len(sequence)
 
     # ------------------------------------------------------------------ files
 
@@ -169,7 +211,7 @@ class AblationStatistics:
         tensors = {f"{name}.sum": m.sum for name, m in self.sums.items()}
         tensors |= {f"{name}.outer": m.outer for name, m in self.sums.items()}
         counts = {name: m.count for name, m in self.sums.items()}
-        tensors["generator"] = self.generator.get_state()
+        tensors |= {f"generator.{what}": generator.get_state() for what, generator in self.generators.items()}
         temporary = path.with_suffix(".part")
         save_file(tensors, temporary, metadata={"counts": json.dumps(counts), "tokens": str(self.tokens)})
         temporary.replace(path)
@@ -182,7 +224,8 @@ class AblationStatistics:
         for name, count in json.loads(metadata["counts"]).items():
             self.sums[name].count = count
             self.sums[name].sum, self.sums[name].outer = tensors[f"{name}.sum"], tensors[f"{name}.outer"]
-        self.generator.set_state(tensors["generator"])
+        for what, generator in self.generators.items():
+            generator.set_state(tensors[f"generator.{what}"])
         self.tokens = int(metadata["tokens"])
 
     # ------------------------------------------------------------------ transforms
@@ -236,35 +279,40 @@ def gather(
     folder: Path,
     on_progress: Callable[[int], None],
     length: int = SEQUENCE,
+    needs: Needs | None = None,
 ) -> dict[int, Path]:
     """Statistics after several numbers of tokens, each in a file; an interrupted run goes on at the last one.
 
     Args:
         model: The model.
-        tokens: Calibration tokens, ``[N]``.
+        tokens: Calibration tokens, ``[N]``; where they begin with BOS, every sequence does.
         checkpoints: Numbers of tokens, ascending. One below ``length`` is gathered by itself, from a shorter sequence.
         folder: Where files go.
         on_progress: Called with the tokens of every finished sequence.
         length: Tokens of a sequence.
+        needs: What is gathered; by default what any choice needs.
 
     Returns:
         The file of each checkpoint.
     """
-    paths = {count: folder / f"statistics-{count}.safetensors" for count in checkpoints}
+    needs = needs or Needs()
+    kind = hashlib.sha256(repr((needs, tokens.tolist()[:length])).encode()).hexdigest()[:8]
+    paths = {count: folder / f"statistics-{count}-{kind}.safetensors" for count in checkpoints}
     for count in (c for c in checkpoints if c < length):
         if not paths[count].is_file():
-            statistics = AblationStatistics(model)
+            statistics = AblationStatistics(model, needs)
             statistics.add(tokens[:count])
             statistics.save(paths[count])
     long = [count for count in checkpoints if count >= length]
     missing = [count for count in long if not paths[count].is_file()]
     if missing:
-        statistics = AblationStatistics(model)
+        statistics = AblationStatistics(model, needs)
         done = [count for count in long if count < missing[0]]
         if done:
             statistics.load(paths[done[-1]])
             on_progress(statistics.tokens)
-        for sequence in tokens[statistics.tokens : missing[-1]].split(length):
+        sequences = split_text(model.config, tokens, length)[: missing[-1] // length]
+        for sequence in (s[0] for s in sequences[statistics.tokens // length :]):
             statistics.add(sequence)
             on_progress(len(sequence))
             if statistics.tokens in paths:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fidelity_tables import Record, markdown, origin, windows
+from fidelity_tables import Parts, Record, markdown, origin, text_name, windows
 
 TITLES = {
     "metric": "Metric of the transform (budgets apart: one for each side of each layer)",
@@ -19,36 +19,85 @@ TITLES = {
     "gain": "Gain of a token",
     "gain-bits": "Bits of the gain (searched)",
     "gain-steps": "Steps per octave of a gain of 8 bits (searched)",
-    "codebooks": "Codebooks",
+    "coding": "What a code stands for",
+    "passes": "How often the encoder seeks the best path, each time but the first with the gain that fits the last one",
+    "codebooks": "Codebooks of scalar codes",
     "min-width": "Smallest width of a coefficient",
     "layer-floor": "Least mean width of a layer",
     "split": "Budgets of keys and values",
     "sinks": "Sinks",
     "calibration-tokens": "Calibration tokens",
+    "bos": "The BOS token in front of every sequence: while calibrating and reading, or reading alone",
 }
 
+BEYOND = 2.0
+"""Standard errors by which a row is to beat the one that it is held against, to be shown as better."""
 
-def ablation_table(path: Path, record: Record, page: Path) -> str:
-    """All ablations, one table each."""
+
+def ablation_table(parts: Parts, page: Path) -> str:
+    """All ablations, one table each, under the record that it is from."""
+    order = [*(name for name in TITLES if name in parts), *(name for name in parts if name not in TITLES)]
+    by_record: dict[Path, list[str]] = {}
+    for name in order:
+        by_record.setdefault(parts[name][0], []).append(name)
+    texts = []
+    for path, names in by_record.items():
+        record = parts[names[0]][1]
+        texts.append(_caption(path, record, names, page))
+        texts += [_ablation(name, record["metrics"][name], record["settings"]["rates"]) for name in names]
+    return "\n\n".join(texts)
+
+
+def _caption(path: Path, record: Record, names: list[str], page: Path) -> str:
     settings = record["settings"]
-    rates = [f"{rate:g}" for rate in settings["rates"]]
-    parts = [
-        f"Mean KL at {', '.join(rates)} bits, in nats per token, and bits per element with scales. {settings['model']} "
-        f"in {settings['dtype']}, {windows(settings)} fed "
-        f"{settings['chunk']} at a time, no residual; {settings['calibration']['tokens']:,} calibration tokens. "
-        f"{origin(path, record, page)}"
+    rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
+    text = f" of {text_name(settings)}" if "stretch" in settings else ""
+    coding = settings.get("codec", {}).get("coding", "scalar")
+    codes = "Scalar codes" if coding == "scalar" else f"Codes are {coding} codes where a row does not say otherwise"
+    caption = (
+        f"Mean KL at {rates} bits, in nats per token, and bits per element with scales. {settings['model']} "
+        f"in {settings['dtype']}, {windows(settings)}{text} fed {settings['chunk']} at a time, no residual; "
+        f"{settings['calibration']['tokens']:,} calibration tokens. {codes}. "
+    )
+    entries = [e for name in names for found in record["metrics"][name].values() for e in found.values() if "over" in e]
+    if entries:
+        caption += (
+            "Ratios are of the mean KL to that of the row without one, with a standard error over "
+            f"{entries[0]['over']['n']} pairs of stretches of {settings['stretch']} tokens; bold are those that lie "
+            f"below 1 by more than {BEYOND:g} of them. "
+        )
+    return caption + origin(path, record, page)
+
+
+def _ablation(name: str, rows: dict[str, dict[str, Any]], given: list[float]) -> str:
+    rates = [f"{rate:g}" for rate in given]
+    paired = any("over" in entry for found in rows.values() for entry in found.values())
+    header = [name, *(column for r in rates for column in (f"{r} bits", *([f"ratio at {r} bits"] * paired)))]
+    reads_apart = name == "bos"  # the dense cache reads other tokens too
+    cells = [
+        [row, *(cell for r in rates for cell in (_cell(found.get(r)), *([_ratio(found.get(r))] * paired)))]
+        + ([f"{found[rates[0]]['dense_perplexity']:.2f}"] if reads_apart else [])
+        for row, found in rows.items()
     ]
-    for name, rows in record["metrics"].items():
-        cells = [[row, *(_cell(found.get(rate)) for rate in rates)] for row, found in rows.items()]
-        parts.append(f"### {TITLES.get(name, name)}\n\n{markdown([name, *(f'{r} bits' for r in rates)], cells)}")
-    return "\n\n".join(parts)
+    return f"### {TITLES.get(name, name)}\n\n{markdown(header + ['perplexity, dense'] * reads_apart, cells)}"
+
+
+def _ratio(entry: dict[str, Any] | None) -> str:
+    """A row's mean KL over that of the row it is held against; bold where it is lower beyond its error."""
+    over = entry and entry.get("over")
+    if not over:
+        return ""
+    if over["stderr"] is None:
+        return f"{over['ratio']:.3f}"
+    text = f"{over['ratio']:.3f} ± {over['stderr']:.3f}"
+    return f"**{text}**" if over["ratio"] + BEYOND * over["stderr"] < 1 else text
 
 
 def _cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return ""
     if entry["status"] != "ok":
-        return entry["status"]
+        return str(entry["status"])
     return f"{entry['kl_mean']:.5f} ± {entry['kl_stderr']:.5f} ({entry['bits_per_element']:.3f})"
 
 

@@ -16,7 +16,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import Calibration, calibrate, data
+from quantcache.artifact.prediction import predict_kl_at
 from quantcache.cli.session import load_model
 from quantcache.common import compat
 from quantcache.common.sequences import cut_windows
@@ -139,6 +140,7 @@ def main() -> None:
     statistics = text_statistics(model, tokenizer, calibration_text, options.calibration_tokens)
     recipe = calibration.metadata.recipe
     settings["calibration"] = {**recipe, "source": calibration_source, "seconds": seconds}
+    settings["codec"] = asdict(calibration.metadata.codec)
     settings["statistics"] = {"tokens": statistics.tokens, "text_sha256": statistics.text_sha256}
     metrics: dict[str, dict] = {}
     out = Console(width=None if sys.stdout.isatty() else 120)
@@ -146,6 +148,7 @@ def main() -> None:
         for part in parts:
             metrics[part.name] = measure_part(part, model, calibration, statistics, run, bar)
             out.print(table(part.name, metrics[part.name]))
+    settings["predicted_kl"] = predicted(calibration, metrics)
     path = write_record(suite, settings, metrics, run.git)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
@@ -276,6 +279,20 @@ def measure_part(
         bar.update(task, completed=(number + 1) * windows * part.context)
     bar.remove_task(task)
     return results
+
+
+def predicted(calibration: Calibration, metrics: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """The mean KL that the calibration predicts for each of our methods, with the default sinks and residual.
+
+    Args:
+        calibration: The calibration.
+        metrics: Results by part and method.
+
+    Returns:
+        Nats per token by method; None where the calibration predicts nothing.
+    """
+    ours = {name for part in metrics.values() for name, entry in part.items() if entry["family"] == "ours"}
+    return {name: predict_kl_at(calibration, float(name.rpartition("-")[2])) for name in sorted(ours)}
 
 
 def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:

@@ -1,16 +1,20 @@
-"""Tables of the fidelity records: all methods, the short one of the README, contexts, and the claim."""
+"""Tables of the fidelity records: all methods, the short one of the README, contexts, quantized weights.
+
+Parts of a record may come from runs of their own. A table takes each from the newest record that holds it, puts side by
+side only what was measured alike, and names every record that it shows.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-CLAIM_RATIO = 0.5
-CLAIM_SPAN = 1.0
-"""A rival takes part in the claim where it has a setting with at least as many bits as ours, and at most one more."""
+NO_RECORD = "No record yet."
 
 Record = dict[str, Any]
 Results = dict[str, dict[str, Any]]
+Parts = dict[str, tuple[Path, Record]]
+"""By part of a suite, the file (relative to the checkout) and content of the newest record that holds it."""
 
 
 def machine(record: Record) -> str:
@@ -32,6 +36,44 @@ def origin(path: Path, record: Record, page: Path) -> str:
     """
     link = Path(*[".."] * (len(page.parts) - 1), path).as_posix()
     return f"{machine(record)}, commit {record['commit'][:10]}, [record]({link})."
+
+
+def origins(parts: Parts, names: list[str], page: Path) -> str:
+    """:func:`origin` of every record that some parts are from."""
+    found = {path: origin(path, record, page) for path, record in (parts[name] for name in names)}
+    return " ".join(found.values())
+
+
+def results_of(parts: Parts, name: str) -> Results:
+    """The methods of a part."""
+    results: Results = parts[name][1]["metrics"][name]
+    return results
+
+
+def alike(one: Record, other: Record) -> bool:
+    """Whether two records may stand in one table: the same model, text and calibration, sinks and chunks.
+
+    Args:
+        one: A record.
+        other: Another.
+
+    Returns:
+        True where nothing that both of them state differs.
+    """
+    pairs = [_conditions(record["settings"]) for record in (one, other)]
+    return all(pairs[0][key] == pairs[1][key] for key in pairs[0].keys() & pairs[1].keys())
+
+
+def _conditions(settings: dict[str, Any]) -> dict[str, Any]:
+    found = {key: settings[key] for key in ("model_sha256", "dtype", "chunk", "sinks", "codec") if key in settings}
+    found["text"] = {key: settings["evaluation"].get(key) for key in ("source", "text_sha256")}
+    found["calibration"] = {key: value for key, value in settings["calibration"].items() if key != "seconds"}
+    return found
+
+
+def beside(parts: Parts, base: str, names: list[str]) -> list[str]:
+    """Those of some parts that there are, and that were measured like another."""
+    return [name for name in names if name in parts and alike(parts[base][1], parts[name][1])]
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -70,8 +112,11 @@ def lengths(entry: dict[str, Any]) -> str:
     return "its own" if sinks is None else f"{sinks}, {residual}"
 
 
-def windows(settings: dict[str, Any]) -> str:
-    """How much text was read, and in what pieces."""
+def windows(settings: dict[str, Any], part: str | None = None) -> str:
+    """How much text was read, and in what pieces: by a part if one is named."""
+    if part is not None:
+        how = settings["parts"][part]
+        settings = {"context": how["context"], "windows": how["tokens"] // how["context"]}
     return f"{settings['windows']} window{'s' * (settings['windows'] != 1)} of {settings['context']:,} tokens"
 
 
@@ -81,17 +126,17 @@ def text_name(settings: dict[str, Any]) -> str:
     return "WikiText-2's test text" if "wikitext2" in source else "held-out Wikipedia text"
 
 
-def about(record: Record) -> str:
-    """The text, the windows and the calibration, for captions."""
+def about(record: Record, part: str) -> str:
+    """The model, the text and the windows of a part, for captions."""
     settings = record["settings"]
     return (
-        f"{settings['model']} in {settings['dtype']}, {windows(settings)} "
+        f"{settings['model']} in {settings['dtype']}, {windows(settings, part)} "
         f"of {text_name(settings)}, fed {settings['chunk']} at a time"
     )
 
 
-def fidelity_rows(default: Results, bare: Results) -> str:
-    """Rows of methods: bits, and what each costs with and without recent tokens kept exact."""
+def fidelity_rows(default: Results, others: dict[str, Results]) -> str:
+    """Rows of methods: bits, what each costs, and the mean KL with other recent tokens kept exact, by heading."""
     header = [
         "method",
         "bits per element",
@@ -99,7 +144,7 @@ def fidelity_rows(default: Results, bare: Results) -> str:
         "mean KL",
         "top-1 agreement",
         "perplexity",
-        "mean KL, no residual",
+        *(f"mean KL, {heading}" for heading in others),
     ]
     rows = []
     for name, entry in default.items():
@@ -114,7 +159,7 @@ def fidelity_rows(default: Results, bare: Results) -> str:
                 f"{entry['kl_mean']:.5f}",
                 f"{entry['top1_agreement']:.2%}",
                 f"{entry['perplexity']:.2f}",
-                number(bare.get(name), "kl_mean", ".5f"),
+                *(number(results.get(name), "kl_mean", ".5f") for results in others.values()),
             ]
         )
     return markdown(header, rows)
@@ -146,9 +191,11 @@ def short(results: Results, bits: float = 3.0) -> Results:
     return chosen
 
 
-def fidelity_table(path: Path, record: Record, page: Path) -> str:
+def fidelity_table(parts: Parts, page: Path) -> str:
     """The README's table: the dense cache, ours, and the setting of each rival that is nearest to our 3 bits."""
-    settings, results = record["settings"], record["metrics"]["residual_0"]
+    if "residual_0" not in parts:
+        return NO_RECORD
+    settings, results = parts["residual_0"][1]["settings"], results_of(parts, "residual_0")
     header = ["cache", "bits per element", "mean KL", "p99 KL", "same top token", "perplexity", "over spectral-3"]
     cells = [("bits_per_element", ".3f"), ("kl_mean", ".5f"), ("kl_p99", ".4f")]
     cells += [("top1_agreement", ".1%"), ("perplexity", ".2f")]
@@ -166,26 +213,35 @@ def fidelity_table(path: Path, record: Record, page: Path) -> str:
         "[simulated](docs/fidelity.md#the-methods) where it says so. Bits include scales; "
         f"dense is {settings['dtype']} here. Every token but the first {settings['sinks']} is read from codes: nothing "
         "recent is kept exact. KL: how far predictions move from those with the dense cache, in nats per token "
-        f"(0: not at all). {settings['model']}, {windows(settings)} of {text_name(settings)}; calibrated on "
-        f"{settings['calibration']['tokens']:,} tokens of other text. {origin(path, record, page)}"
+        f"(0: not at all). {settings['model']}, {windows(settings, 'residual_0')} of {text_name(settings)}; calibrated "
+        f"on {settings['calibration']['tokens']:,} tokens of other text. {origins(parts, ['residual_0'], page)}"
     )
     return markdown(header, rows) + f"\n\n{caption}"
 
 
-def all_table(path: Path, record: Record, page: Path) -> str:
+def all_table(parts: Parts, page: Path) -> str:
     """All methods with the same sinks and residual."""
+    if "residual_64" not in parts:
+        return NO_RECORD
+    record = parts["residual_64"][1]
+    headings = {"residual_0": "no residual", "residual_256": "residual 256"}
+    context = windows(record["settings"], "residual_64")
+    near = beside(parts, "residual_64", list(headings))
+    shown_too = [name for name in near if windows(parts[name][1]["settings"], name) == context]
+    others = {headings[name]: results_of(parts, name) for name in shown_too}
+    sinks = record["settings"]["sinks"]
     caption = (
-        f"{about(record)}; {record['settings']['sinks']} sinks and 64 recent tokens exact where a method can keep them "
+        f"{about(record, 'residual_64')}; {sinks} sinks and 64 recent tokens exact where a method can keep them "
         "(transformers' own quantized caches keep no sinks, and code everything anew whenever their residual is "
-        f"full). {origin(path, record, page)}"
+        f"full). {origins(parts, ['residual_64', *shown_too], page)}"
     )
-    return fidelity_rows(record["metrics"]["residual_64"], record["metrics"]["residual_0"]) + f"\n\n{caption}"
+    return fidelity_rows(results_of(parts, "residual_64"), others) + f"\n\n{caption}"
 
 
-def own_table(path: Path, record: Record, page: Path) -> str:
+def own_table(parts: Parts, page: Path) -> str:
     """All methods with the sinks and the residual that their authors recommend."""
-    if "recommended" not in record["metrics"]:
-        return "Not in the newest record."
+    if "recommended" not in parts:
+        return NO_RECORD
     header = [
         "method",
         "sinks, residual",
@@ -197,27 +253,35 @@ def own_table(path: Path, record: Record, page: Path) -> str:
         "top-1 agreement",
     ]
     rows = []
-    for name, entry in record["metrics"]["recommended"].items():
+    for name, entry in results_of(parts, "recommended").items():
         if entry["status"] != "ok":
             rows.append([name, "", entry["status"]])
             continue
         cells = [("bits_per_element", ".3f"), ("bits_per_element_total", ".3f"), ("kl_mean", ".5f")]
         cells += [("kl_p99", ".4f"), ("kl_max", ".3f"), ("top1_agreement", ".2%")]
         rows.append([shown(name, entry), lengths(entry), *(number(entry, *cell) for cell in cells)])
-    return markdown(header, rows) + f"\n\n{about(record)}. {origin(path, record, page)}"
+    caption = about(parts["recommended"][1], "recommended")
+    return markdown(header, rows) + f"\n\n{caption}. {origins(parts, ['recommended'], page)}"
 
 
-def contexts_table(path: Path, record: Record, page: Path) -> str:
+def contexts_table(parts: Parts, page: Path) -> str:
     """Mean KL over the context length, and on WikiText-2."""
-    settings, metrics = record["settings"], record["metrics"]
-    columns = {int(key.removeprefix("context_")): key for key in metrics if key.startswith("context_")}
-    columns[settings["context"]] = "residual_64"
+    if "residual_64" not in parts:
+        return NO_RECORD
+    settings = parts["residual_64"][1]["settings"]
+    near = beside(parts, "residual_64", [name for name in parts if name.startswith("context_")])
+    # WikiText-2 is another text: its column stands for itself.
+    wikitext = results_of(parts, "wikitext2") if "wikitext2" in parts else None
+    if not near and wikitext is None:
+        return NO_RECORD
+    columns = {int(key.removeprefix("context_")): key for key in near}
+    columns[settings["parts"]["residual_64"]["context"]] = "residual_64"
     keys = [columns[context] for context in sorted(columns)]
     header = ["method", "bits per element", *(f"mean KL at {context:,}" for context in sorted(columns))]
-    wikitext = metrics.get("wikitext2")
     if wikitext:
         header += ["mean KL, WikiText-2", "perplexity, WikiText-2"]
     rows = []
+    metrics = {key: results_of(parts, key) for key in keys}
     names = [name for name in metrics["residual_64"] if all(name in metrics[key] for key in keys)]
     for name in names:
         entry = metrics["residual_64"][name]
@@ -229,25 +293,30 @@ def contexts_table(path: Path, record: Record, page: Path) -> str:
             if found and found["status"] == "ok":
                 row.append(f"{found['perplexity']:.2f} ± {found['perplexity_stderr']:.2f}")
         rows.append(row)
-    lengths = {part["tokens"] for name, part in settings["parts"].items() if name in keys}
+    lengths = {parts[name][1]["settings"]["parts"][name]["tokens"] for name in keys}
     text = f"{min(lengths):,} tokens" if len(lengths) == 1 else f"{min(lengths):,} to {max(lengths):,} tokens"
     caption = f"{text} of {text_name(settings)} at every context, residual 64. "
     if wikitext:
-        part = settings["parts"]["wikitext2"]
+        part = parts["wikitext2"][1]["settings"]["parts"]["wikitext2"]
         caption += (
             f"WikiText-2: {part['tokens']:,} tokens of the test set, windows of {part['context']:,} tokens that slide "
             f"by {part['stride']}, each predicting its last {part['stride']} (the first one all). "
         )
-    return markdown(header, rows) + f"\n\n{caption}{origin(path, record, page)}"
+    shown_parts = keys + ["wikitext2"] * (wikitext is not None)
+    return markdown(header, rows) + f"\n\n{caption}{origins(parts, shown_parts, page)}"
 
 
-def weights_table(path: Path, record: Record, page: Path) -> str:
+def weights_table(parts: Parts, page: Path) -> str:
     """Ours on models with quantized weights."""
-    metrics = record["metrics"]
-    kinds = {key.removeprefix("weights_").removeprefix("quanto-"): key for key in metrics if key.startswith("weights_")}
+    if "residual_64" not in parts:
+        return NO_RECORD
+    record = parts["residual_64"][1]
+    near = beside(parts, "residual_64", [name for name in parts if name.startswith("weights_")])
+    kinds = {key.removeprefix("weights_").removeprefix("quanto-"): key for key in near}
     if not kinds:
-        return "Not in the newest record."
-    names = list(metrics[next(iter(kinds.values()))])
+        return NO_RECORD
+    metrics = {key: results_of(parts, key) for key in ("residual_64", *near)}
+    names = list(metrics[near[0]])
     columns = {f"{record['settings']['dtype']} weights": "residual_64", **{f"{k} weights": v for k, v in kinds.items()}}
     rows = []
     for name in names:
@@ -262,61 +331,6 @@ def weights_table(path: Path, record: Record, page: Path) -> str:
     caption = (
         "Mean KL to the dense cache of the same model, and perplexity. Weights by optimum-quanto unless it says "
         "otherwise; one calibration, of "
-        f"the unquantized model, residual 64. {about(record)}. {origin(path, record, page)}"
+        f"the unquantized model, residual 64. {about(record, 'residual_64')}. {origins(parts, list(metrics), page)}"
     )
     return markdown(["method", *columns], rows) + f"\n\n{caption}"
-
-
-def claim(results: Results) -> dict[str, dict[str, tuple[str, float] | None]]:
-    """Our mean KL over that of each rival's smallest setting with at least as many bits, within one bit.
-
-    Args:
-        results: Methods that were measured alike.
-
-    Returns:
-        By our method and the rival's family: the rival's setting and the ratio; None where no setting is in reach.
-    """
-    measured = {name: entry for name, entry in results.items() if entry["status"] == "ok"}
-    families = dict.fromkeys(stem(name) for name, entry in measured.items() if entry["family"] == "rival")
-    found: dict[str, dict[str, tuple[str, float] | None]] = {}
-    for ours, entry in measured.items():
-        if entry["family"] != "ours" or not 2 <= float(ours.rpartition("-")[2]) <= 4:
-            continue
-        bits = entry["bits_per_element"]
-        found[ours] = {}
-        for family in families:
-            near = {
-                name: rival
-                for name, rival in measured.items()
-                if stem(name) == family and bits <= rival["bits_per_element"] <= bits + CLAIM_SPAN
-            }
-            lowest = min(near, key=lambda name: near[name]["bits_per_element"], default=None)
-            found[ours][family] = lowest and (lowest, entry["kl_mean"] / near[lowest]["kl_mean"])
-    return found
-
-
-def claim_table(path: Path, record: Record, page: Path) -> str:
-    """Whether the claim is met, rival by rival."""
-    parts = []
-    for key, title in (("residual_0", "No residual"), ("residual_64", "Residual 64")):
-        ratios = claim(record["metrics"][key])
-        families = list(dict.fromkeys(family for row in ratios.values() for family in row))
-        rows = []
-        for family in families:
-            row = [family]
-            for ours in ratios:
-                pair = ratios[ours][family]
-                verdict = pair and ("met" if pair[1] <= CLAIM_RATIO else "**not met**")
-                row.append(f"{pair[0]}: {pair[1]:.2f}, {verdict}" if pair else "none in reach")
-            rows.append(row)
-        pairs = [pair for row in ratios.values() for pair in row.values() if pair]
-        met = sum(ratio <= CLAIM_RATIO for _, ratio in pairs)
-        parts.append(f"{title}: met in {met} of {len(pairs)} comparisons.\n\n{markdown(['rival', *ratios], rows)}")
-    caption = (
-        "The claim that is tested: from 2 to 4 bits, our mean KL is at most half that of each rival's smallest setting "
-        "with at least as many bits (and at most one bit more), codes and scales counted. Cells: that setting, and our "
-        "mean KL divided by its. Settings are those of the table of all methods: pca and rank take any number of bits "
-        "and are set to "
-        f"ours, the others take whole bits. {about(record)}. {origin(path, record, page)}"
-    )
-    return "\n\n".join([*parts, caption])

@@ -18,11 +18,14 @@ VERSION = 1
 
 Lines = dict[str, list[tuple[float, float]]]
 
+PART = "residual_0"
+"""Of a fidelity record, what figures show."""
+
 
 def kl_bits(record: dict[str, Any]) -> Lines:
     """Mean KL over bits per element, one line for each family of methods, no residual."""
     lines: Lines = {}
-    for name, entry in record["metrics"]["residual_0"].items():
+    for name, entry in record["metrics"][PART].items():
         if entry["status"] == "ok" and entry["kl_mean"] > 0 and entry.get("family") != "floor":
             lines.setdefault(stem(name), []).append((entry["bits_per_element"], entry["kl_mean"]))
     return {name: sorted(points) for name, points in lines.items()}

@@ -58,9 +58,13 @@ class Run:
         Returns:
             The result.
         """
-        if self.cells.missing(self.suite, ["all"], name):
+        if not self.has(name):
             self.cells.put(self.suite, "all", name, json.loads(to_json({"value": measure()})))
         return self.cells.get(self.suite, "all", name)["value"]
+
+    def has(self, name: str) -> bool:
+        """Whether a cell was measured before."""
+        return not self.cells.missing(self.suite, ["all"], name)
 
     def discard(self) -> None:
         """Forget everything, once the record has it."""

@@ -6,27 +6,27 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fidelity_tables import Record, markdown, origin
+from fidelity_tables import NO_RECORD, Parts, markdown, origin
 from rich.table import Table
 
 from quantcache.cli.eval_tables import tables
 
 
-def suite_table(suite: str, path: Path, record: Record, page: Path) -> str:
+def suite_table(suite: str, parts: Parts, page: Path) -> str:
     """One suite.
 
     Args:
         suite: Its name in the record.
-        path: The record's file, relative to the checkout.
-        record: The record.
+        parts: The newest record of every suite.
         page: The page, relative to the checkout.
 
     Returns:
         Markdown.
     """
+    if suite not in parts:
+        return NO_RECORD
+    path, record = parts[suite]
     settings = record["settings"]
-    if suite not in record["metrics"]:
-        return "Not in the newest record."
     found = tables({**settings, "metrics": {suite: record["metrics"][suite]}})
     caption = (
         f"{settings['model']} in {settings['dtype']}, {settings['sinks']} sinks, "
@@ -51,8 +51,8 @@ SUITES = (
 TASKS = ("divergence", "needle", "records", "lookup", "tools", "qa")
 REAL_MODEL = "smollm2-135m"
 
-SUITE_TABLES: dict[str, tuple[str, Callable[[Path, Record, Path], str]]] = {
+SUITE_TABLES: dict[str, tuple[str, Callable[[Parts, Path], str]]] = {
     **{f"suite-{name}": ("suites", partial(suite_table, name)) for name in SUITES},
     **{f"suite-{name}-{REAL_MODEL}": (f"suites-{REAL_MODEL}", partial(suite_table, name)) for name in TASKS},
 }
-"""Suite of the record, and what makes Markdown, by the name of the table."""
+"""Suite of the records, and what makes Markdown of parts and page, by the name of the table."""

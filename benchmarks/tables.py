@@ -2,6 +2,9 @@
 
 So is ``quantcache/data/measurements.json``, the figures that an installed package goes by.
 
+Suites whose parts can be run apart are shown part by part, each from the newest record that holds it; a table names the
+records that it is made from.
+
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``. A figure is drawn where a page shows it.
 """
 
@@ -17,8 +20,17 @@ from typing import Any
 import figures
 from ablation_tables import ablation_table, findings_table
 from absorb_tables import absorb_table
+from claim_tables import claim_table
 from cpu_tables import cpu_attention_table, cpu_models_table
-from fidelity_tables import all_table, claim_table, contexts_table, fidelity_table, own_table, weights_table
+from fidelity_tables import (
+    NO_RECORD,
+    Parts,
+    all_table,
+    contexts_table,
+    fidelity_table,
+    own_table,
+    weights_table,
+)
 from gpu_tables import gpu_attention_table, gpu_kernel_table, gpu_models_table
 from suite_tables import SUITE_TABLES
 
@@ -31,7 +43,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"
 DIGEST = Path("quantcache") / "data" / "measurements.json"
 DIGEST_SUITES = ("fidelity", *(f"fidelity-{model}" for model in PACKAGED), "cpu-decode")
-NO_RECORD = "No record yet."
 MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PAGES = (
     "README.md",
@@ -44,11 +55,12 @@ PAGES = (
 )
 
 Render = Callable[[Path, dict[str, Any], Path], str]
+PartRender = Callable[[Parts, Path], str]
 
 YARDSTICK = "smollm2-135m"
 """The model of the README's table and figure."""
 
-FIDELITY_TABLES: dict[str, Render] = {
+FIDELITY_TABLES: dict[str, PartRender] = {
     "fidelity-all": all_table,
     "fidelity-own": own_table,
     "fidelity-contexts": contexts_table,
@@ -57,12 +69,19 @@ FIDELITY_TABLES: dict[str, Render] = {
 }
 """Tables that are made for every model with a record; the bundled model's have its name too."""
 
-TABLES: dict[str, tuple[str, Render]] = {
+PART_TABLES: dict[str, tuple[str, PartRender]] = {
     "fidelity": (f"fidelity-{YARDSTICK}", fidelity_table),
     **{name: ("fidelity", make) for name, make in FIDELITY_TABLES.items()},
     **{f"{name}-{model}": (f"fidelity-{model}", make) for model in PACKAGED for name, make in FIDELITY_TABLES.items()},
-    "ablations": ("ablations", ablation_table),
-    "ablations-second-model": ("ablations-second-model", ablation_table),
+    **{
+        f"ablations{model}": (f"ablations{model}", ablation_table)
+        for model in ("", "-second-model", *(f"-{name}" for name in PACKAGED))
+    },
+    **SUITE_TABLES,
+}
+"""Suite of the records, and what makes Markdown of the newest record of every part, and the page."""
+
+TABLES: dict[str, tuple[str, Render]] = {
     "findings": ("findings", findings_table),
     "absorb": ("absorb", absorb_table),
     "cpu-attention": ("cpu-decode", cpu_attention_table),
@@ -70,33 +89,45 @@ TABLES: dict[str, tuple[str, Render]] = {
     "gpu-attention": ("gpu-decode", gpu_attention_table),
     "gpu-models": ("gpu-decode", gpu_models_table),
     "gpu-kernel": ("gpu-attention", gpu_kernel_table),
-    **SUITE_TABLES,
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""
 
 
-def newest_record(results: Path, suite: str) -> tuple[Path, dict[str, Any]] | None:
-    """The latest record of a suite; a quick run does not stand in for a whole one.
+def records_of(root: Path, suite: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The records of a suite, the newest last; a quick run does not stand in for a whole one.
 
     Args:
-        results: Folder of the records.
+        root: The checkout.
         suite: The suite.
 
     Returns:
-        Its file and content; None if there is none.
+        Their files, relative to the checkout, and contents.
 
     Raises:
         RecordError: A file is not a record.
     """
     found = []
-    for path in results.rglob(f"{suite}__*.json"):
+    for path in (root / "benchmarks" / "results").rglob(f"{suite}__*.json"):
         record = read_record(path)
         if record.status == "ok" and record.clean and not record.settings.get("quick"):
-            found.append((record.created, path, record.to_dict()))
-    if not found:
-        return None
-    _, path, record = max(found, key=lambda entry: (entry[0], str(entry[1])))
-    return path, record
+            found.append((record.created, str(path.relative_to(root)), record.to_dict()))
+    return [(Path(path), record) for _, path, record in sorted(found, key=lambda entry: entry[:2])]
+
+
+def newest_parts(root: Path, suite: str) -> Parts:
+    """The newest record of every part of a suite.
+
+    Args:
+        root: The checkout.
+        suite: The suite.
+
+    Returns:
+        File and content by part; a part is what one key of a record's metrics holds.
+
+    Raises:
+        RecordError: A file is not a record.
+    """
+    return {part: (path, record) for path, record in records_of(root, suite) for part in record["metrics"]}
 
 
 def render(text: str, root: Path, page: Path) -> str:
@@ -115,12 +146,17 @@ def render(text: str, root: Path, page: Path) -> str:
     """
 
     def fill(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name not in TABLES:
-            raise ValueError(f"{page}: unknown table {name!r}: known are {', '.join(TABLES)}")
-        suite, make = TABLES[name]
-        newest = newest_record(root / "benchmarks" / "results", suite)
-        body = NO_RECORD if newest is None else make(newest[0].relative_to(root), newest[1], page)
+        name, body = match["name"], NO_RECORD
+        if name in PART_TABLES:
+            suite, make_of_parts = PART_TABLES[name]
+            if parts := newest_parts(root, suite):
+                body = make_of_parts(parts, page)
+        elif name in TABLES:
+            suite, make = TABLES[name]
+            if found := records_of(root, suite):
+                body = make(*found[-1], page)
+        else:
+            raise ValueError(f"{page}: unknown table {name!r}: known are {', '.join((*PART_TABLES, *TABLES))}")
         return f"{match[1]}{body}\n{match[3]}"
 
     filled, count = MARKERS.subn(fill, text)
@@ -133,9 +169,11 @@ def outdated_figures(root: Path, text: str) -> list[tuple[Path, str, figures.Lin
     """Figures that a page shows and whose file is missing or shows other data."""
     outdated = []
     for name, (suite, extract, *_) in figures.FIGURES.items():
-        newest = newest_record(root / "benchmarks" / "results", suite)
-        if f"figures/{name}.svg" in text and newest is not None:
-            path, lines = root / FIGURES / f"{name}.svg", extract(newest[1])
+        found = records_of(root, suite)
+        if suite.startswith("fidelity"):
+            found = [(path, record) for path, record in found if figures.PART in record["metrics"]]
+        if f"figures/{name}.svg" in text and found:
+            path, lines = root / FIGURES / f"{name}.svg", extract(found[-1][1])
             if not figures.is_current(path, name, lines):
                 outdated.append((path, name, lines))
     return outdated
@@ -155,9 +193,11 @@ def digest(root: Path) -> dict[str, Any]:
     """
     found = Measurements()
     for suite in DIGEST_SUITES:
-        newest = newest_record(root / "benchmarks" / "results", suite)
-        if newest is not None:
-            found += measurements_of(newest[1], newest[0])
+        parts = newest_parts(root, suite)
+        records = dict(parts.values()) if suite.startswith("fidelity") else dict(records_of(root, suite)[-1:])
+        for path, record in records.items():
+            own = {part: content for part, content in record["metrics"].items() if parts[part][0] == path}
+            found += measurements_of({**record, "metrics": own}, path)
     return to_digest(found)
 
 

@@ -44,7 +44,8 @@ CONTEXT = 2048
 TAIL_CONTEXTS = (1024, 4096, 8192)
 TAIL_CHUNK = 128
 """Of an equal exact tail: the contexts where nothing else is said, and a chunk that fills the longest tiles."""
-QUICK_TOKENS = 2048
+QUICK_TOKENS = 1024
+"""Of a quick run: all methods on a model of 135 million parameters then take minutes."""
 
 
 def evaluate(
@@ -86,7 +87,10 @@ def evaluate(
     weights: Annotated[
         str | None, typer.Option(help="Quantize the model's weights first: int8 or int4, with quanto- or torchao-.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help=f"Small suites, {QUICK_TOKENS} tokens at most.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help=f"Small suites, on {QUICK_TOKENS} tokens or one window of a longer --context."),
+    ] = False,
     qa: Annotated[
         Path | None, typer.Option(metavar="FILE", help="SQuAD JSON, or JSON lines of context, question and answers.")
     ] = None,
@@ -155,11 +159,11 @@ def evaluate(
         if constants is not None:
             constants.check_compatible(loaded)
         quantized = None if weights is None else quantize_weights(loaded, weights)
-        wanted = min(tokens, QUICK_TOKENS) if quick else tokens
+        wanted = min(tokens, max((QUICK_TOKENS, *(contexts or ())))) if quick else tokens
         plan = Plan(
             suites=suites,
             methods=names,
-            contexts=_contexts(contexts, stride, wanted, loaded, tail is not None),
+            contexts=_contexts(contexts, stride, wanted, loaded, tail is not None, QUICK_TOKENS if quick else CONTEXT),
             tokens=wanted,
             residuals=residuals,
             equal_tail=tail is not None,
@@ -264,7 +268,7 @@ def _needle_form(fact: str | None, question: str | None) -> NeedleFormat:
 
 
 def _contexts(
-    given: tuple[int, ...] | None, stride: int | None, tokens: int, model: PreTrainedModel, equal_tail: bool
+    given: tuple[int, ...] | None, stride: int | None, tokens: int, model: PreTrainedModel, equal_tail: bool, usual: int
 ) -> tuple[int, ...]:
     """Tokens in a window, within the model's limit and within the text."""
     from quantcache.common import compat
@@ -273,7 +277,7 @@ def _contexts(
     limit = compat.position_limit(model.config)
     most = min(tokens, limit or tokens)
     ladder = tuple(context for context in TAIL_CONTEXTS if equal_tail and context <= most)
-    contexts = given or ladder or (min(CONTEXT, limit or CONTEXT),)
+    contexts = given or ladder or (min(usual, limit or usual),)
     if limit is not None and max(contexts) > limit:
         raise ValueError(f"--context {max(contexts)} exceeds the model's limit of {limit} positions")
     if stride is not None:

@@ -244,6 +244,7 @@ def measure_fidelity(
     stride: int | None = None,
     tail: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_divergence: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, FidelityResult]:
     """Measure methods against the dense cache on the same text.
 
@@ -258,6 +259,8 @@ def measure_fidelity(
             the first one all of them, so that every token is predicted once and from a long past.
         tail: Compare at an equal exact tail: methods were made with this residual, and only what reads codes counts.
         on_progress: Called with the tokens of every finished chunk.
+        on_divergence: Called at the end with the name of every measured method and the KL divergence at each of its
+            positions, ``[N]``, in the order of the text.
 
     Returns:
         One result for each method. A method that fails or cannot be run keeps its place, with the reason as its status.
@@ -277,6 +280,9 @@ def measure_fidelity(
         first = 0 if not number or stride is None else context - stride - 1
         last = context - (stride is not None)
         run.read(window, range(first if tail is None else max(first, edges[0][1]), last))
+    if on_divergence is not None:
+        for name in (method.name for method in methods if method.name not in run.failed):
+            on_divergence(name, torch.cat(run.tallies[name].kl))
     return {
         method.name: FidelityResult(method.family, method.simulated, run.failed[method.name])
         if method.name in run.failed

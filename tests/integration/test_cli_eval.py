@@ -170,6 +170,27 @@ def test_windows_that_slide(run: Run, folder: Path) -> None:
     assert found[32]["methods"]["dense"]["perplexity"] < apart["methods"]["dense"]["perplexity"]
 
 
+@pytest.mark.parametrize(
+    ("options", "contexts", "tokens"),
+    [
+        ((), [1024], 1024),
+        (("--context", "256,1200"), [256, 1200], 1200),
+        (("--tokens", "300", "--context", "200"), [200], 300),
+        (("--tail", "0"), [1024], 1024),
+    ],
+    ids=["usual", "longer context", "fewer tokens", "equal tail"],
+)
+def test_a_quick_run_is_one_window_of_1024(
+    run: Run, folder: Path, options: tuple[str, ...], contexts: list[int], tokens: int
+) -> None:
+    (folder / "long.txt").write_text(data.evaluation_text()[:12_000], "utf-8")
+    arguments = ("eval", "wiki11m", "--text", "long.txt", "--quick", "--suite", "memory", "--methods", "dense")
+    status, out, err = run(*arguments, *options, "--json")
+    assert (status, err) == (0, "")
+    settings = json.loads(out)["settings"]
+    assert (settings["contexts"], settings["tokens"]) == (contexts, tokens)
+
+
 @pytest.mark.parametrize("library", ["quanto", "torchao"])
 def test_quantized_weights(run: Run, folder: Path, library: str) -> None:
     if missing := compat.missing_quantizer(library):

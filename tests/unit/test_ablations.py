@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ablation_variants
 import ablations
 import findings
 import pytest
 import torch
-from ablation_codecs import AnchorCodec, GainCodec, _lloyd, fitted_books, side_codecs, with_books
-from ablation_statistics import ANCHORS, AblationStatistics, Choice, gather
+from ablation_codecs import AnchorCodec, GainCodec, _lloyd, fitted_books, side_codecs, trellis_levels, with_books
+from ablation_statistics import ANCHORS, DEFAULT_FRAME, AblationStatistics, Choice, Needs, gather
 from builders import llama_config
+from families import FAMILIES
 from records import Run
+from rich.progress import Progress
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -22,6 +25,7 @@ from quantcache.coding.codebook import lloyd_max
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.gains import dequantize_gain, quantize_gain
 from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.coding.schema import DEFAULT_CODING, Coding
 from quantcache.coding.spectral import METRIC_SHRINKAGE
 
 CONFIG = llama_config(head_dim=32, layers=3, kv_heads=2)
@@ -45,7 +49,7 @@ def tokens() -> Tensor:
 
 @pytest.fixture(scope="module")
 def calibration(model: PreTrainedModel, tokens: Tensor) -> Calibration:
-    """A calibration on the first 300 tokens; the ablations are of scalar codes."""
+    """A calibration on the first 300 tokens, with scalar codes."""
     return calibrate(model, [tokens[:300]], max_tokens=300, codec=CodecSettings(), progress=False)
 
 
@@ -60,6 +64,38 @@ def test_default_transforms_are_those_of_calibrate(
             torch.testing.assert_close(found.mean, expected.mean)
             torch.testing.assert_close(found.spectrum, expected.spectrum, rtol=1e-6, atol=0)
             torch.testing.assert_close(found.analysis, expected.analysis, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_do_not_depend_on_what_else_is_gathered(model: PreTrainedModel, tokens: Tensor) -> None:
+    few, all_of_it = AblationStatistics(model, Needs((DEFAULT_FRAME,), False, False)), AblationStatistics(model)
+    for statistics in (few, all_of_it):
+        for sequence in tokens[:200].split(100):
+            statistics.add(sequence)
+    assert len(few.sums) < len(all_of_it.sums)
+    for name, sums in few.sums.items():
+        assert sums.count == all_of_it.sums[name].count
+        assert torch.equal(sums.outer, all_of_it.sums[name].outer), name
+
+
+def test_needs_are_those_of_the_choices() -> None:
+    assert Needs.of([Choice(), Choice(key_metric="identity")]) == Needs((DEFAULT_FRAME,), False, False)
+    found = Needs.of([Choice(frame="full"), Choice(key_metric="query"), Choice(value_metric="output")])
+    assert found == Needs((DEFAULT_FRAME, "full"), True, False)
+    assert Needs.of([Choice(value_metric="gram")]).outputs
+
+
+def test_layers_that_are_not_compressed_are_left_alone(tokens: Tensor) -> None:
+    sliding = next(family for family in FAMILIES if family.name == "gemma3").make()
+    sequence = tokens[:120] % sliding.config.vocab_size
+    statistics = AblationStatistics(sliding, Needs((DEFAULT_FRAME,), True, True))
+    statistics.add(sequence)
+    solved = statistics.solve(Choice())
+    expected = calibrate(sliding, [sequence], max_tokens=120, progress=False)
+    assert list(solved) == list(expected.layers) == [1]
+    for side in ("key", "value"):
+        torch.testing.assert_close(
+            solved[1].side(side).spectrum, expected.layers[1].side(side).spectrum, rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("metric", ["query", "identity"])
@@ -126,6 +162,27 @@ def test_interrupted_statistics_go_on(
     assert first.tokens == 100
 
 
+def test_every_sequence_begins_as_the_text_does(model: PreTrainedModel, tokens: Tensor, tmp_path: Path) -> None:
+    bos = model.config.bos_token_id
+    steps: list[int] = []
+    text = ablations.begun(model, tokens, True)
+    assert text.tolist() == [bos, *tokens.tolist()]
+    assert torch.equal(ablations.begun(model, text, False), tokens)
+    for given in (None, True):
+        assert ablations.begun(model, text, given) is text
+    needs = Needs((DEFAULT_FRAME,), False, False)
+    paths = gather(model, text, [200], tmp_path, steps.append, length=100, needs=needs)
+    assert steps == [100, 100]
+    found, expected = AblationStatistics(model, needs), AblationStatistics(model, needs)
+    found.load(paths[200])
+    for first in (0, 99):
+        expected.add(torch.cat((text[:1], tokens[first : first + 99])))
+    for name, sums in expected.sums.items():
+        assert torch.equal(sums.outer, found.sums[name].outer), name
+    other = gather(model, tokens, [200], tmp_path, steps.append, length=100, needs=needs)
+    assert other[200] != paths[200]
+
+
 # ---------------------------------------------------------------------- codecs and budgets
 
 
@@ -144,8 +201,10 @@ def weighted_error(calibration: Calibration, gain: str, bits: int) -> float:
     return float((difference.square() * codec.weights[..., None]).sum())
 
 
-def test_searched_gain_of_eight_bits_is_ours(calibration: Calibration) -> None:
-    for (_, side), codec in side_codecs(calibration).items():
+@pytest.mark.parametrize(("coding", "passes"), [("scalar", 1), ("trellis", 1), ("trellis", 2)])
+def test_searched_gain_of_eight_bits_is_ours(calibration: Calibration, coding: Coding, passes: int) -> None:
+    given = {"passes": passes} if passes > 1 else {}
+    for (_, side), codec in side_codecs(calibration.with_coding(coding, **given)).items():
         x, place = block()
         gain = GainCodec(codec, "searched", 8)
         assert gain.bits == codec.bits
@@ -154,8 +213,28 @@ def test_searched_gain_of_eight_bits_is_ours(calibration: Calibration) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=side)
 
 
-def test_better_gains_err_less(calibration: Calibration) -> None:
-    errors = [weighted_error(calibration, gain, 16) for gain in ("none", "plain", "corrected", "searched")]
+@pytest.mark.parametrize("rate", [1.0, 3.0])
+def test_levels_of_a_trellis_are_those_of_the_codec(calibration: Calibration, rate: float) -> None:
+    codec = side_codecs(calibration.with_coding("trellis").with_bits(rate))[0, "key"]
+    generator = torch.Generator().manual_seed(5)
+    u = torch.randn(2, 2, 32, 64, generator=generator)
+    weights = torch.rand(2, 2, 1, 64, generator=generator)
+    _, expected = codec._pack_trellis(u, weights)
+    assert torch.equal(trellis_levels(codec, u, weights), expected)
+
+
+def test_fitted_codebooks_are_of_scalar_codes(calibration: Calibration) -> None:
+    codec = side_codecs(calibration.with_coding("trellis"))[0, "key"]
+    with pytest.raises(ValueError, match=r"scalar codes, the codec's are trellis"):
+        with_books(codec, {})
+
+
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+def test_better_gains_err_less(calibration: Calibration, coding: Coding) -> None:
+    calibration = calibration.with_coding(coding)
+    # Scalar codes are fitted to the searched gain; a path through a trellis is sought with it, and may err either way.
+    gains = ("none", "plain", "corrected", *(["searched"] if coding == "scalar" else []))
+    errors = [weighted_error(calibration, gain, 16) for gain in gains]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0]
     by_bits = [weighted_error(calibration, "searched", bits) for bits in (4, 6, 8, 16)]
@@ -217,20 +296,22 @@ def test_frames_by_anchor_are_those_of_the_rotary_angle(model: PreTrainedModel) 
         assert len({float(s[0, 0]) for s in stretches}) == len(stretches)
 
 
-@pytest.mark.parametrize("rate", [2.0, 3.0])
-def test_smallest_width_of_the_keys_alone(calibration: Calibration, rate: float) -> None:
-    free = ablations.allocate(ablations.Variant(), calibration, rate)
-    least = ablations.allocate(ablations.Variant(key_min_bits=1), calibration, rate)
-    both = ablations.allocate(ablations.Variant(min_bits=1), calibration, rate)
+@pytest.mark.parametrize(("rate", "coding"), [(2.0, "scalar"), (3.0, "scalar"), (2.0, "trellis")])
+def test_smallest_width_of_the_keys_alone(calibration: Calibration, rate: float, coding: Coding) -> None:
+    calibration = calibration.with_coding(coding)
+    free = ablation_variants.allocate(ablation_variants.Variant(), calibration, rate)
+    least = ablation_variants.allocate(ablation_variants.Variant(key_min_bits=1), calibration, rate)
+    both = ablation_variants.allocate(ablation_variants.Variant(min_bits=1), calibration, rate)
     assert min(int(layer.key.widths.min()) for layer in free.layers.values()) == 0
     assert min(int(layer.key.widths.min()) for layer in least.layers.values()) == 1
     assert min(int(layer.value.widths.min()) for layer in least.layers.values()) == 0
     group = 8 / 32 / 4
     assert rate - 2 * group <= least.bits <= rate
     # More freedom costs less; the search comes as near as its steps of 1/32 bit let it.
-    costs = [ablations.distortion(found.layers) for found in (free, least, both)]
+    costs = [ablation_variants.distortion(found.layers, coding) for found in (free, least, both)]
     assert costs == sorted(costs)
-    assert ablations.distortion(ablations.with_key_minimum(calibration, rate, 0).layers) <= 1.02 * costs[0]
+    found = ablation_variants.with_key_minimum(calibration, rate, 0)
+    assert ablation_variants.distortion(found.layers, coding) <= 1.02 * costs[0]
 
 
 def test_fitted_codebooks() -> None:
@@ -260,19 +341,19 @@ def test_fitted_codebooks_reach_the_codec(model: PreTrainedModel, tokens: Tensor
 def test_layer_floor(calibration: Calibration, rate: float) -> None:
     spread = [3.0, 1.0, 0.01]  # layers that matter differently
     layers = {
-        index: ablations.replace(
+        index: ablation_variants.replace(
             layer,
-            key=ablations.replace(layer.key, spectrum=layer.key.spectrum * spread[index]),
-            value=ablations.replace(layer.value, spectrum=layer.value.spectrum * spread[index]),
+            key=ablation_variants.replace(layer.key, spectrum=layer.key.spectrum * spread[index]),
+            value=ablation_variants.replace(layer.value, spectrum=layer.value.spectrum * spread[index]),
         )
         for index, layer in calibration.layers.items()
     }
     bare = Calibration(layers, Metadata(codec=CodecSettings()))
-    free = ablations.allocate(ablations.Variant(), bare, rate)
-    floored = ablations.allocate(ablations.Variant(floor=0.25), bare, rate)
+    free = ablation_variants.allocate(ablation_variants.Variant(), bare, rate)
+    floored = ablation_variants.allocate(ablation_variants.Variant(floor=0.25), bare, rate)
     group = 8 / 32 / 4  # one group of one head, on the mean over a layer
-    assert min(map(ablations.mean_width, free.layers.values())) < rate - 0.25 - group
-    assert min(map(ablations.mean_width, floored.layers.values())) >= rate - 0.25 - group
+    assert min(map(ablation_variants.mean_width, free.layers.values())) < rate - 0.25 - group
+    assert min(map(ablation_variants.mean_width, floored.layers.values())) >= rate - 0.25 - group
     assert rate - 2 * group <= floored.bits <= rate
 
 
@@ -286,13 +367,84 @@ def test_every_variant_names_a_default_row() -> None:
         "group-size",
         "profile",
         "gain",
-        "codebooks",
         "min-width",
     }
-    default |= {"layer-floor", "split", "sinks"}
+    default |= {"layer-floor", "split", "sinks", "coding", "passes", "calibration-tokens", "bos"}
     rows = ablations.ablations()
-    assert {name for name, variants in rows.items() if ablations.Variant() in variants.values()} == default
+    assert {name for name, variants in rows.items() if ablation_variants.Variant() in variants.values()} == default
     assert all(len(set(map(repr, variants.values()))) == len(variants) for variants in rows.values())
+    assert ablation_variants.Variant().codec.coding == DEFAULT_CODING
+    for row, variant in ((row, v) for variants in rows.values() for row, v in variants.items()):
+        assert (variant.codec.coding == "scalar") == ("scalar" in row)
+        assert variant.codec.coding == "scalar" or not variant.books
+    begins = ablations.ablations(8192, begins=True)
+    assert begins["calibration-tokens"]["8,192"] == begins["bos"]["with"] == ablation_variants.Variant()
+    assert begins["bos"]["without"].reading_bos is False
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+@pytest.fixture
+def bench(model: PreTrainedModel, tokens: Tensor) -> ablations.Bench:
+    """A bench on two windows of 160 tokens."""
+    settings = {"rates": [2.0], "context": 160, "windows": 2, "calibration": {"tokens": 200, "seq_len": 200}}
+    return ablations.Bench(model, settings, tokens[:200], tokens[200:521])
+
+
+def test_variants_are_compared_in_pairs_of_stretches(bench: ablations.Bench, tmp_path: Path) -> None:
+    rows = {
+        "default": ablation_variants.Variant(),
+        "scalar": ablation_variants.Variant(codec=CodecSettings()),
+        "none": ablation_variants.Variant(gain=("none", 0)),
+        "sinks": ablation_variants.Variant(sinks=8),
+        "bos": ablation_variants.Variant(reading_bos=True),
+    }
+    bench.gather(list(rows.values()), tmp_path, Progress(disable=True))
+    groups = ablations.groups(list(rows.values()), 8)
+    assert [len(group) for group in groups] == [3, 1, 1]
+    assert [len(group) for group in ablations.groups(list(rows.values()), 2)] == [2, 1, 1, 1]
+    measured = {v: r for group in groups for v, r in zip(group, bench.measure(group), strict=True)}
+    for found in measured.values():
+        entry = found["2"]
+        assert entry["status"] == "ok"
+        assert entry["tokens"] == 320
+        assert len(entry["kl_stretches"]) == 4  # two of 80 tokens in each window
+        assert sum(entry["kl_stretches"]) / 4 == pytest.approx(entry["kl_mean"], rel=1e-4)
+        assert entry["dense_perplexity"] > 1
+    alone = bench.measure([ablation_variants.Variant()])[0]["2"]
+    assert alone["kl_windows"] == measured[ablation_variants.Variant()]["2"]["kl_windows"]
+    found = ablations.compared(rows, measured)
+    assert "over" not in found["default"]["2"]
+    over = found["scalar"]["2"]["over"]
+    ratio = found["scalar"]["2"]["kl_mean"] / found["default"]["2"]["kl_mean"]
+    assert over["to"] == "default"
+    assert over["ratio"] == pytest.approx(ratio, rel=1e-3)
+    assert over["ratio"] > 1  # a trellis loses less at the same bits
+    assert over["n"] == 4
+    assert over["stderr"] > 0
+    # Without the default among the rows, the first is what the others are held against.
+    found = ablations.compared({"none": rows["none"], "scalar": rows["scalar"]}, measured)
+    assert found["scalar"]["2"]["over"]["to"] == "none"
+
+
+def test_chosen_ablations(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = "--only sinks calibration-tokens --max-tokens 2048 --rates 3"
+    monkeypatch.setattr("sys.argv", ["ablations.py", *given.split()])
+    options = ablations.parse_arguments()
+    chosen = ablations.choose(options, model, begins=False)
+    assert list(chosen) == ["sinks", "calibration-tokens"]
+    assert options.rates == [3.0]
+    assert list(chosen["calibration-tokens"]) == ["1,024", "2,048", "4,096", "8,192", "16,384", "32,768"]
+    options.calibration_tokens = 1024
+    assert list(ablations.choose(options, model, begins=False)["calibration-tokens"]) == ["1,024", "2,048"]
+    options.only = ["sinks", "luck"]
+    with pytest.raises(SystemExit, match="unknown ablation luck: known are metric"):
+        ablations.choose(options, model, begins=False)
+    options.only = ["bos"]
+    monkeypatch.setattr(model.config, "bos_token_id", None)
+    with pytest.raises(SystemExit, match="has no BOS token"):
+        ablations.choose(options, model, begins=False)
 
 
 # ---------------------------------------------------------------------- findings

@@ -88,7 +88,9 @@ def divergences(model: PreTrainedModel, tokens: Tensor, method: Method, edges: l
 
 def test_the_spread_is_that_of_all_positions(model: PreTrainedModel, tokens: Tensor) -> None:
     (method,) = made("kivi-2")
-    found = measure_fidelity(model, tokens[:600], [method], context=300)["kivi-2"]
+    seen: dict[str, Tensor] = {}
+    methods = [method, *made("dense")]
+    found = measure_fidelity(model, tokens[:600], methods, context=300, on_divergence=seen.__setitem__)["kivi-2"]
     edges = chunk_edges(300, 64, 4)
     kl = np.concatenate([divergences(model, tokens[start : start + 300], method, edges) for start in (0, 300)])
     assert found.kl_mean == pytest.approx(kl.mean(), rel=1e-4)
@@ -98,6 +100,19 @@ def test_the_spread_is_that_of_all_positions(model: PreTrainedModel, tokens: Ten
     assert found.window_tokens == [300, 300]
     assert found.kl_windows == pytest.approx([kl[:300].mean(), kl[300:].mean()], rel=1e-4)
     assert found.exact_tail is None
+    np.testing.assert_allclose(seen["kivi-2"].numpy(), kl, rtol=1e-3, atol=1e-6)  # every position, in order
+    assert seen["dense"].tolist() == [0.0] * 600
+
+
+def test_divergences_are_those_of_methods_that_ran(model: PreTrainedModel, tokens: Tensor) -> None:
+    (method,) = made("kivi-2")
+    seen: dict[str, Tensor] = {}
+    methods = [replace(method, name="absent", unsupported="needs luck"), method]
+    found = measure_fidelity(model, tokens[:300], methods, context=150, stride=50, on_divergence=seen.__setitem__)
+    assert found["absent"].status == "unsupported: needs luck"
+    assert list(seen) == ["kivi-2"]
+    assert len(seen["kivi-2"]) == found["kivi-2"].tokens
+    assert float(seen["kivi-2"].mean()) == pytest.approx(found["kivi-2"].kl_mean)
 
 
 @pytest.mark.parametrize("tail", [0, 64, 100, 256])

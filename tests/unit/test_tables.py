@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import fidelity_tables, figures, records, tables
+from benchmarks import claim_tables, fidelity, fidelity_tables, figures, records, tables
+from quantcache import Calibration
+from quantcache.artifact.prediction import predict_kl
+from quantcache.data import calibrations_path
 from quantcache.evaluation.record import RecordError
 from quantcache.evaluation.summaries import quantiles
 
@@ -52,8 +55,8 @@ def record(created: str, kl: float, dirty: bool = False, suite: str = "fidelity"
             "calibration": {"tokens": 32_768},
             "evaluation": {"source": "bundled"},
             "parts": {
-                name: {"context": context, "tokens": 16_384}
-                for name, context in (("residual_64", 2048), ("residual_0", 2048), ("context_512", 512))
+                name: {"context": 512 if name == "context_512" else 2048, "tokens": 16_384, "residual": 64}
+                for name in ("residual_64", "residual_0", "context_512", "recommended", "weights_int8", "weights_int4")
             },
         },
         "metrics": {
@@ -165,9 +168,13 @@ def test_pages_of_the_documentation_and_their_figures(checkout: Path) -> None:
     add(checkout, "a", content)
     assert tables.main([], checkout) == 0
     text = (checkout / "docs" / "fidelity.md").read_text("utf-8")
-    assert "| turboquant-mse | turboquant-mse-3: 0.75, **not met** |" in text  # no residual: 3 against 4
-    assert "| turboquant-mse | turboquant-mse-3: 0.50, met |" in text
-    assert "No residual: met in 0 of 1 comparisons." in text
+    assert "| rival | spectral-2 | spectral-2.5 | spectral-3 | spectral-4 |" in text
+    row = "| turboquant-mse | not measured | not measured | turboquant-mse-3: {} | not measured |"
+    assert row.format("0.75, **not met**") in text  # no residual: 3 against 4
+    assert row.format("0.50, met") in text
+    assert "No residual: met in 0 of 1 comparisons. No worse than fp8's 8 bits at 3.125 (spectral-3): 0.50 of" in text
+    assert "Residual 64: met in 1 of 1 comparisons.\n" in text
+    assert "Context 512: met in 0 of 0 comparisons.\n" in text
     assert "| spectral-3 | 4, 64 | 3.125 | 3.500 | 0.00200 | 0.1000 | 0.500 | 98.00% |" in text
     assert "| quanto-4 |  | unsupported: needs optimum-quanto |" in text
     assert "mean KL at 512 | mean KL at 2,048 |" in text
@@ -205,9 +212,163 @@ def test_claim_takes_the_lowest_setting_with_enough_bits_within_one() -> None:
         "pca-3": {"status": "out of memory", "simulated": True},
         "int8-token": rival(3.125, 0.0016),
     }
-    assert fidelity_tables.claim(results) == {
+    assert claim_tables.claim(results) == {
         "spectral-3": {"kivi": ("kivi-3", 0.25), "quarot": None, "int8-token": ("int8-token", 0.625)}
     }
+
+
+def part_of(created: str, kl: float, parts: dict[str, int], **settings: Any) -> dict[str, Any]:
+    """A record of some parts only, by context."""
+    content = record(created, kl)
+    content["commit"] = created[5:10].replace("-", "") * 10
+    content["settings"] |= {"calibration": {"tokens": 32_768, "seconds": kl}, "model_sha256": "m", **settings}
+    content["settings"]["parts"] = {n: {"context": c, "tokens": 8192, "residual": 64} for n, c in parts.items()}
+    content["metrics"] = {name: {"spectral-3": method(kl)} for name in parts}
+    return content
+
+
+def test_every_part_is_of_the_newest_record_that_holds_it(checkout: Path) -> None:
+    (checkout / "docs").mkdir()
+    page = checkout / "docs" / "fidelity.md"
+    page.write_text(ALL, "utf-8")
+    add(checkout, "a", part_of("2026-01-02T00:00:00+00:00", 0.001, {"residual_64": 1024, "context_512": 512}))
+    add(checkout, "b", part_of("2026-01-03T00:00:00+00:00", 0.002, {"residual_0": 1024}))
+    add(checkout, "c", part_of("2026-01-04T00:00:00+00:00", 0.003, {"context_4096": 4096, "residual_256": 1024}))
+    assert tables.main([], checkout) == 0
+    text = page.read_text("utf-8")
+    claim, every, own, contexts, weights, _ = text.split("<!-- /table -->")
+    for name in "abc":
+        assert f"fidelity__{name}.json" in claim
+        assert f"fidelity__{name}.json" in every
+    assert "No residual: wiki11m in float32, 8 windows of 1,024 tokens" in claim
+    assert "Residual 256, Context 4,096: wiki11m" in claim
+    assert "mean KL, no residual | mean KL, residual 256 |" in every
+    assert "| spectral-3 | 3.125 | 3.500 | 0.00100 | 98.00% | 30.12 | 0.00200 | 0.00300 |" in every
+    assert "commit 0103010301," in every
+    assert "mean KL at 512 | mean KL at 1,024 | mean KL at 4,096 |" in contexts
+    assert "| spectral-3 | 3.125 | 0.00100 | 0.00100 | 0.00300 |" in contexts
+    assert "fidelity__b.json" not in contexts
+    assert own.endswith(f"-->\n{tables.NO_RECORD}\n")
+    assert weights.endswith(f"-->\n{tables.NO_RECORD}\n")
+    digest = json.dumps(tables.digest(checkout))
+    assert all(f"fidelity__{name}.json" in digest for name in "abc")
+    # A newer run of some parts takes their place and leaves the others alone.
+    add(checkout, "d", part_of("2026-01-05T00:00:00+00:00", 0.004, {"residual_0": 1024, "context_512": 512}))
+    assert tables.main(["--check"], checkout) == 1
+    assert tables.main([], checkout) == 0
+    text = page.read_text("utf-8")
+    assert "| spectral-3 | 3.125 | 3.500 | 0.00100 | 98.00% | 30.12 | 0.00400 | 0.00300 |" in text
+    assert "| spectral-3 | 3.125 | 0.00400 | 0.00100 | 0.00300 |" in text
+    assert "fidelity__b.json" not in text
+    assert tables.main(["--check"], checkout) == 0
+    figure = checkout / "docs" / "figures" / "kl-bits-wiki11m.svg"
+    assert figures.is_current(figure, "kl-bits-wiki11m", {"spectral": [(3.125, 0.004)]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "beside"),
+    [
+        ({}, True),
+        ({"codec": {"coding": "trellis"}}, True),  # the older record does not say
+        ({"model_sha256": "n"}, False),
+        ({"evaluation": {"source": "wikitext2_test.txt"}}, False),
+        ({"calibration": {"tokens": 8192}}, False),
+        ({"sinks": 0}, False),
+    ],
+)
+def test_only_what_was_measured_alike_stands_in_one_table(
+    checkout: Path, settings: dict[str, Any], beside: bool
+) -> None:
+    (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:fidelity-all"), "utf-8")
+    add(checkout, "a", part_of("2026-01-02T00:00:00+00:00", 0.001, {"residual_64": 1024}))
+    add(checkout, "b", part_of("2026-01-03T00:00:00+00:00", 0.002, {"residual_0": 1024}, **settings))
+    assert tables.main([], checkout) == 0
+    text = (checkout / "README.md").read_text("utf-8")
+    assert ("mean KL, no residual" in text) == beside
+    assert ("fidelity__b.json" in text) == beside
+
+
+def test_windows_of_another_length_are_no_column(checkout: Path) -> None:
+    (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:fidelity-all"), "utf-8")
+    add(checkout, "a", part_of("2026-01-02T00:00:00+00:00", 0.001, {"residual_64": 1024, "residual_0": 2048}))
+    assert tables.main([], checkout) == 0
+    assert "no residual" not in (checkout / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["said", "of the yardstick"])
+def test_predicted_beside_measured(checkout: Path, said: bool) -> None:
+    (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:claim"), "utf-8")
+    content = part_of("2026-01-02T00:00:00+00:00", 0.002, {"residual_64": 1024})
+    content["metrics"]["residual_64"]["spectral-2"] = method(0.01)
+    points = [{"bits": 2.0, "cost": 0.02, "kl": 0.004}, {"bits": 4.0, "cost": 0.001, "kl": 0.0001}]
+    content["settings"]["calibration"]["yardstick"] = {"tokens": 4096, "points": points}
+    if said:
+        content["settings"]["predicted_kl"] = {"spectral-2": 0.006, "spectral-3": 0.0038, "spectral-8": None}
+    add(checkout, "a", content)
+    assert tables.main([], checkout) == 0
+    text = (checkout / "README.md").read_text("utf-8")
+    assert "| method | predicted KL | measured KL | predicted / measured | within 2x |" in text
+    assert ("| spectral-2 | 0.00600 | 0.01000 | 0.60 | met |" in text) == said
+    assert ("| spectral-2 | 0.00400 | 0.01000 | 0.40 | **not met** |" in text) != said
+    assert ("| spectral-3 | 0.00380 | 0.00200 | 1.90 | met |" in text) == said
+
+
+def test_predictions_of_a_record_are_those_of_the_calibration() -> None:
+    calibration = Calibration.from_pretrained(calibrations_path() / "wiki11m")
+    entries = {"dense": {"family": "dense"}, "spectral-2.5": {"family": "ours"}, "kivi-2": {"family": "rival"}}
+    found = fidelity.predicted(calibration, {"residual_0": entries, "residual_64": {"spectral-3": {"family": "ours"}}})
+    assert found == {
+        "spectral-2.5": predict_kl(calibration.with_bits(2.5)),
+        "spectral-3": predict_kl(calibration.with_bits(3.0)),
+    }
+
+
+def ablation(created: str, rows: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """A record of ablations."""
+    content = record(created, 0.001, suite="ablations-smollm2-135m")
+    content["settings"] |= {"rates": [3.0], **settings}
+    content["metrics"] = rows
+    return content
+
+
+def test_ablations_say_what_beats_the_default_beyond_its_error(checkout: Path) -> None:
+    page = checkout / "README.md"
+    page.write_text(PAGE.replace("table:fidelity", "table:ablations-smollm2-135m"), "utf-8")
+    rows = {
+        "trellis": {"3": method(0.004, kl_stderr=0.001)},
+        "better": {"3": method(0.003, kl_stderr=0.001, over={"to": "trellis", "ratio": 0.75, "stderr": 0.1, "n": 64})},
+        "alike": {"3": method(0.0035, kl_stderr=0.001, over={"to": "trellis", "ratio": 0.9, "stderr": 0.06, "n": 64})},
+        "failed": {"3": {"status": "out of memory"}},
+    }
+    known = {"codec": {"coding": "trellis"}, "stretch": 64}
+    add(checkout, "a", ablation("2026-01-02T00:00:00+00:00", {"gain": rows, "sinks": rows}, **known))
+    bos = {row: {"3": {**found["3"], "dense_perplexity": 21.125}} for row, found in list(rows.items())[:2]}
+    add(checkout, "b", ablation("2026-01-03T00:00:00+00:00", {"bos": bos, "sinks": {"0": rows["trellis"]}}, **known))
+    assert tables.main([], checkout) == 0
+    text = page.read_text("utf-8")
+    assert "| gain | 3 bits | ratio at 3 bits |" in text
+    assert "| trellis | 0.00400 ± 0.00100 (3.125) | |" in text
+    assert "| better | 0.00300 ± 0.00100 (3.125) | **0.750 ± 0.100** |" in text
+    assert "| alike | 0.00350 ± 0.00100 (3.125) | 0.900 ± 0.060 |" in text
+    assert "| failed | out of memory | |" in text
+    assert "| better | 0.00300 ± 0.00100 (3.125) | **0.750 ± 0.100** | 21.12 |" in text
+    assert "a standard error over 64 pairs of stretches of 64 tokens" in text
+    assert "Codes are trellis codes where a row does not say otherwise." in text
+    # Each ablation under the newest record that holds it.
+    gain, rest = text.split("ablations-smollm2-135m__b.json")[0], text.split("ablations-smollm2-135m__b.json")[1]
+    assert "### Gain of a token" in gain
+    assert "### Sinks" in rest
+    assert "### The BOS token" in rest
+
+
+def test_ablations_of_before_say_that_their_codes_are_scalar(checkout: Path) -> None:
+    page = checkout / "README.md"
+    page.write_text(PAGE.replace("table:fidelity", "table:ablations-smollm2-135m"), "utf-8")
+    rows = {"4": {"3": method(0.004, kl_stderr=0.001)}}
+    add(checkout, "a", ablation("2026-01-02T00:00:00+00:00", {"sinks": rows}))
+    assert tables.main([], checkout) == 0
+    assert "| sinks | 3 bits |\n" in (text := page.read_text("utf-8"))
+    assert "calibration tokens. Scalar codes. Abacus 9" in text
 
 
 def test_short_table_keeps_one_setting_of_every_rival() -> None:

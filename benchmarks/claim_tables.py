@@ -1,0 +1,140 @@
+"""The claim table of a fidelity record: ours against every rival in reach, against fp8, and against its prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fidelity_tables import NO_RECORD, Parts, Record, Results, about, markdown, origin, results_of, stem
+
+CLAIM_RATES = (2.0, 2.5, 3.0, 4.0)
+CLAIM_RATIO = 0.5
+CLAIM_SPAN = 1.0
+"""A rival takes part in the claim where it has a setting with at least as many bits as ours, and at most one more."""
+
+PREDICTED_WITHIN = 2.0
+"""Predictions are to be at most so many times the measured divergence, and at least its so many-th part."""
+
+
+def claim(results: Results) -> dict[str, dict[str, tuple[str, float] | None]]:
+    """Our mean KL over that of each rival's smallest setting with at least as many bits, within one bit.
+
+    Args:
+        results: Methods that were measured alike.
+
+    Returns:
+        By our method and the rival's family: the rival's setting and the ratio; None where no setting is in reach.
+    """
+    measured = {name: entry for name, entry in results.items() if entry["status"] == "ok"}
+    families = dict.fromkeys(stem(name) for name, entry in measured.items() if entry["family"] == "rival")
+    found: dict[str, dict[str, tuple[str, float] | None]] = {}
+    for ours, entry in measured.items():
+        if entry["family"] != "ours" or not 2 <= float(ours.rpartition("-")[2]) <= 4:
+            continue
+        bits = entry["bits_per_element"]
+        found[ours] = {}
+        for family in families:
+            near = {
+                name: rival
+                for name, rival in measured.items()
+                if stem(name) == family and bits <= rival["bits_per_element"] <= bits + CLAIM_SPAN
+            }
+            lowest = min(near, key=lambda name: near[name]["bits_per_element"], default=None)
+            found[ours][family] = lowest and (lowest, entry["kl_mean"] / near[lowest]["kl_mean"])
+    return found
+
+
+def claim_table(parts: Parts, page: Path) -> str:
+    """Whether the claim is met, rival by rival, at every rate, residual and context that there is a record of."""
+    residuals = [name for name in parts if name.startswith("residual_")]
+    names = sorted(residuals, key=_number) + sorted((n for n in parts if n.startswith("context_")), key=_number)
+    if not names:
+        return NO_RECORD
+    found = [f"{_title(name)}: {_claim_of(results_of(parts, name))}" for name in names]
+    if "residual_64" in parts:
+        found += _predictions(parts["residual_64"][1])
+    caption = (
+        "The claim that is tested: from 2 to 4 bits, our mean KL is at most half that of each rival's smallest setting "
+        "with at least as many bits (and at most one bit more), codes and scales counted; a rival without such a "
+        "setting is not in reach. Cells: that setting, and our mean KL divided by its. Settings are those of the table "
+        "of all methods: pca and rank take any number of bits and are set to ours, the others take whole bits."
+    )
+    by_record: dict[Path, list[str]] = {}
+    for name in names:
+        by_record.setdefault(parts[name][0], []).append(name)
+    for path, own in by_record.items():
+        record = parts[own[0]][1]
+        which = f"{', '.join(map(_title, own))}: " if len(by_record) > 1 else ""
+        caption += f" {which}{about(record, own[0])}. {origin(path, record, page)}"
+    return "\n\n".join([*found, caption])
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("_")[2])
+
+
+def _title(name: str) -> str:
+    kind, count = name.rpartition("_")[::2]
+    if kind == "context":
+        return f"Context {int(count):,}"
+    return f"Residual {count}" if int(count) else "No residual"
+
+
+def _claim_of(results: Results) -> str:
+    """The claim's verdict and table of one part."""
+    ratios = claim(results)
+    families = list(dict.fromkeys(family for row in ratios.values() for family in row))
+    columns = sorted({*ratios, *(f"spectral-{rate:g}" for rate in CLAIM_RATES)}, key=lambda n: float(n.split("-")[-1]))
+    rows = []
+    for family in families:
+        row = [family]
+        for ours in columns:
+            if ours not in ratios:
+                row.append("not measured")
+                continue
+            pair = ratios[ours][family]
+            verdict = pair and ("met" if pair[1] <= CLAIM_RATIO else "**not met**")
+            row.append(f"{pair[0]}: {pair[1]:.2f}, {verdict}" if pair else "none in reach")
+        rows.append(row)
+    pairs = [pair for row in ratios.values() for pair in row.values() if pair]
+    met = sum(ratio <= CLAIM_RATIO for _, ratio in pairs)
+    text = f"met in {met} of {len(pairs)} comparisons."
+    ours, fp8 = (results.get(name, {"status": ""}) for name in ("spectral-3", "fp8"))
+    if ours["status"] == fp8["status"] == "ok":
+        ratio = ours["kl_mean"] / fp8["kl_mean"]
+        text += (
+            f" No worse than fp8's {fp8['bits_per_element']:.3g} bits at {ours['bits_per_element']:.4g} (spectral-3): "
+            f"{ratio:.2f} of its mean KL, {'met' if ratio <= 1 else '**not met**'}."
+        )
+    return f"{text}\n\n{markdown(['rival', *columns], rows)}"
+
+
+def predictions(settings: dict[str, Any]) -> dict[str, float]:
+    """The divergence that the calibration of a fidelity record predicts, by method.
+
+    Args:
+        settings: The record's.
+
+    Returns:
+        What the record says; where it was made before records did, what the calibration measured of itself at two
+        rates, through which its predictions go.
+    """
+    if "predicted_kl" in settings:
+        return {name: kl for name, kl in settings["predicted_kl"].items() if kl is not None}
+    points = (settings["calibration"].get("yardstick") or {}).get("points", [])
+    return {f"spectral-{point['bits']:g}": point["kl"] for point in points}
+
+
+def _predictions(record: Record) -> list[str]:
+    """Predicted beside measured divergence: the default residual is what predictions are for."""
+    results, rows = record["metrics"]["residual_64"], []
+    for name, predicted in predictions(record["settings"]).items():
+        if results.get(name, {"status": ""})["status"] == "ok":
+            measured = results[name]["kl_mean"]
+            ratio = predicted / measured
+            verdict = "met" if 1 / PREDICTED_WITHIN <= ratio <= PREDICTED_WITHIN else "**not met**"
+            rows.append([name, f"{predicted:.5f}", f"{measured:.5f}", f"{ratio:.2f}", verdict])
+    if not rows:
+        return []
+    header = ["method", "predicted KL", "measured KL", "predicted / measured", f"within {PREDICTED_WITHIN:g}x"]
+    return [f"What the calibration predicts, residual 64:\n\n{markdown(header, rows)}"]
