@@ -27,7 +27,7 @@ from quantcache.artifact.calibration import (
 from quantcache.artifact.identity import FINGERPRINT, fingerprint
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.calibration.passages import sketch
-from quantcache.calibration.yardstick import measure_yardstick
+from quantcache.calibration.yardstick import YARDSTICK_SEQUENCES, YARDSTICK_TOKENS, measure_yardstick
 from quantcache.coding.allocation import check_rates
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import DEFAULT_CODING
@@ -37,7 +37,7 @@ from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.sequences import split_text
+from quantcache.common.sequences import leading_token, split_text
 
 Metric = Literal["fisher", "query", "identity"]
 
@@ -77,7 +77,8 @@ def calibrate(
         min_bits: Smallest width given to any coefficient.
         metric: ``fisher``; ``query`` needs no backward pass (keys weighted by the queries, values by the output
             projection); ``identity`` weighs all errors alike.
-        max_tokens: Tokens to use at most.
+        max_tokens: Tokens to use at most. Up to 4,096 more, where there are any, show what the calibration costs on
+            text that it has not seen.
         seq_len: Length of the sequences that texts are cut into; by default 2,048 or the model's limit.
         seed: Seed of the sampled labels.
         codec: Codec choices; the defaults and trellis coding if None.
@@ -96,7 +97,7 @@ def calibrate(
     check_rates(Rate(bits, key_bits, value_bits, min_bits))
     settings = codec or CodecSettings(coding=DEFAULT_CODING)
     layers = cache_layout.compressible_layers(model.config)
-    sequences, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
+    sequences, held_out, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
@@ -143,7 +144,7 @@ def calibrate(
         environment=compat.versions(),
     )
     calibration = Calibration(solved, metadata)
-    yardstick = measure_yardstick(model, sequences, calibration)
+    yardstick = measure_yardstick(model, sequences, held_out, calibration)
     if yardstick is not None:
         metadata.recipe["yardstick"] = yardstick
     return calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
@@ -168,8 +169,8 @@ def _sequences(
     tokenizer: PreTrainedTokenizerBase | None,
     seq_len: int | None,
     max_tokens: int,
-) -> tuple[list[Tensor], list[str], str]:
-    """Token batches ``[B, T]`` of at most ``max_tokens`` tokens, SHA-256 of every text or batch given, and a sketch."""
+) -> tuple[list[Tensor], list[Tensor], list[str], str]:
+    """Batches ``[B, T]`` of at most ``max_tokens`` tokens, some behind them, SHA-256 of what is given, and a sketch."""
     digests: list[str] = []
     given, passages = 0, ""
     limit = compat.position_limit(model.config) or 2048
@@ -178,6 +179,7 @@ def _sequences(
         warnings.warn(f"seq_len {seq_len} exceeds the model's limit; using {limit}", stacklevel=3)
     if isinstance(data, str):
         data = [data]
+    wanted = max_tokens + YARDSTICK_SEQUENCES * YARDSTICK_TOKENS
     batches: list[Tensor] = []
     texts: list[str] = []
     for item in data:
@@ -188,17 +190,33 @@ def _sequences(
             batches.append(batch[None] if batch.ndim == 1 else batch)
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
             given += batch.numel()
-            if given >= max_tokens:
+            if given >= wanted:
                 break  # data may be a stream without end
     if texts:
         if tokenizer is None:
             raise QuantCacheError("texts need a tokenizer: pass tokenizer=, or batches of token ids")
         joined = "\n\n".join(texts)
         digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
-        tokens = tokenize(joined, tokenizer, max_tokens)
+        tokens = tokenize(joined, tokenizer, wanted)[:wanted]
         batches += split_text(model.config, tokens[:max_tokens], length)
+        leading = leading_token(model.config, tokens)
+        later = tokens[max_tokens:] if leading is None else torch.cat((leading, tokens[max_tokens:]))
         passages = sketch(str(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True)))
+    kept, held_out = _divide(batches, limit, max_tokens)
+    if not kept:
+        found = max((b.shape[1] for b in batches), default=0)
+        raise QuantCacheError(
+            f"calibration needs sequences of more than {4 * SINK_LENGTH} tokens, the longest given has {found}"
+        )
+    if texts:
+        held_out += split_text(model.config, later, length)
+    return kept, held_out, digests, passages
+
+
+def _divide(batches: list[Tensor], limit: int, max_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What a calibration is made of, ``[B, T]`` each and ``max_tokens`` in all at most, and the sequences left over."""
     kept: list[Tensor] = []
+    left: list[Tensor] = []
     room = max_tokens
     for batch in batches:
         batch = batch[:, : limit if limit < batch.shape[1] else None]
@@ -208,12 +226,9 @@ def _sequences(
         if rows and batch.shape[1] > 4 * SINK_LENGTH:
             kept.append(batch[:rows])
             room -= kept[-1].numel()
-    if not kept:
-        found = max((b.shape[1] for b in batches), default=0)
-        raise QuantCacheError(
-            f"calibration needs sequences of more than {4 * SINK_LENGTH} tokens, the longest given has {found}"
-        )
-    return kept, digests, passages
+        if rows < batch.shape[0]:
+            left += batch[rows:].split(1)
+    return kept, left
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tensor:

@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
+from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import predict_kl, predict_kl_at
+from quantcache.calibration import calibrator
 from quantcache.calibration.calibrator import calibrate
+from quantcache.cli.session import load_model
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.distortion import coefficient_distortion, expected_cost, side_cost
 from quantcache.coding.rope import Rope
-from quantcache.coding.schema import CodecSettings, LayerCalibration, SideCalibration
+from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, SideCalibration
 from tests.builders import gaussian_vectors, llama_config, random_side
 from tests.families import FAMILIES, random_tokens, shared_model
 
@@ -105,6 +109,7 @@ def test_calibrate_measures_a_yardstick(tmp_path) -> None:
     yardstick = calibration.metadata.recipe["yardstick"]
     assert [point["bits"] for point in yardstick["points"]] == [2.0, 4.0]
     assert yardstick["tokens"] == 2 * 400
+    assert yardstick["held_out"] is False
     calibration.save_pretrained(tmp_path)
     loaded = Calibration.from_pretrained(tmp_path)
     for point in yardstick["points"]:
@@ -116,3 +121,33 @@ def test_calibrate_measures_a_yardstick(tmp_path) -> None:
 def test_short_sequences_have_no_yardstick() -> None:
     calibration = calibrate(shared_model(FAMILIES[0]), random_tokens(2, 100), progress=False)
     assert "yardstick" not in calibration.metadata.recipe
+
+
+@pytest.mark.parametrize(("given", "read"), [([4], [3]), ([1, 1, 1, 1], [1, 1, 1]), ([3, 1], [3])], ids=str)
+def test_the_yardstick_is_text_that_the_calibration_has_not_seen(given: list[int], read: list[int]) -> None:
+    """Where there is more than ``max_tokens``; the calibration is that of the first tokens alone."""
+    model, tokens = shared_model(FAMILIES[0]), random_tokens(4, 400)
+    more = calibrate(model, tokens.split(given), max_tokens=3 * 400, progress=False)
+    alone = calibrate(model, tokens[:3].split(read), progress=False)
+    assert more.metadata.recipe["yardstick"]["held_out"] is True
+    assert more.metadata.recipe["yardstick"]["tokens"] == 400
+    assert alone.metadata.recipe["yardstick"]["held_out"] is False
+    for ours, theirs in zip(more.layers.values(), alone.layers.values(), strict=True):
+        for side in SIDES:
+            assert torch.equal(ours.side(side).analysis, theirs.side(side).analysis)
+
+
+def test_the_yardstick_of_a_text_begins_behind_what_the_calibration_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, list[Tensor]] = {}
+
+    def measured(model: object, sequences: list[Tensor], held_out: list[Tensor], calibration: object) -> None:
+        given.update(sequences=sequences, held_out=held_out)
+
+    monkeypatch.setattr(calibrator, "measure_yardstick", measured)
+    model, tokenizer = load_model(data.BUNDLED_MODEL, device="cpu", dtype="float32")
+    text = data.calibration_text()
+    calibrate(model, text, tokenizer, metric="identity", max_tokens=300, seq_len=100, progress=False)
+    read, left = (torch.cat(given[name], dim=1)[0] for name in ("sequences", "held_out"))
+    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    assert (len(read), len(left)) == (300, 4096)
+    assert torch.equal(torch.cat((read, left)), tokens[: 300 + 4096])
