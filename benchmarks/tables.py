@@ -32,6 +32,7 @@ from fidelity_tables import (
     weights_table,
 )
 from gpu_tables import gpu_attention_table, gpu_kernel_table, gpu_models_table
+from prefix_tables import prefixes_table
 from suite_tables import SUITE_TABLES
 
 from quantcache.common.jsonfile import to_json, write_json
@@ -52,6 +53,7 @@ PAGES = (
     "docs/suites.md",
     "docs/absorbed-checkpoints.md",
     "docs/speed.md",
+    "docs/prefixes.md",
 )
 
 Render = Callable[[Path, dict[str, Any], Path], str]
@@ -89,6 +91,7 @@ TABLES: dict[str, tuple[str, Render]] = {
     "gpu-attention": ("gpu-decode", gpu_attention_table),
     "gpu-models": ("gpu-decode", gpu_models_table),
     "gpu-kernel": ("gpu-attention", gpu_kernel_table),
+    "prefixes": (f"prefixes-{YARDSTICK}", prefixes_table),
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""
 
