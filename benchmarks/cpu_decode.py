@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model-lengths", type=int, nargs="+", default=[8192, 32_768], help="cached tokens, models")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bits", type=float, default=3.0)
+    parser.add_argument("--coding", default="trellis", choices=("scalar", "trellis"), help="new calibrations: trellis")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each rung of the attention ladder")
     parser.add_argument("--steps", type=int, default=24, help="timed decoding steps of a model")
     parser.add_argument("--skip", nargs="*", default=[], choices=("prefill", "models", "quantized"))
@@ -189,9 +191,9 @@ def attention_rung(geometry: Geometry, length: int, options: argparse.Namespace)
     def states(heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(1, heads, tokens, geometry.dim, generator=generator).to(dtype)
 
-    layer = spectral_layer(geometry, length, torch.float32, options.bits, states)
+    layer = spectral_layer(geometry, length, torch.float32, options, states)
     steps: dict[str, Callable[[], object]] = {"spectral": transformers_step(layer, geometry, torch.float32, states)}
-    half = spectral_layer(geometry, length, torch.bfloat16, options.bits, states)
+    half = spectral_layer(geometry, length, torch.bfloat16, options, states)
     steps["spectral_bfloat16"] = transformers_step(half, geometry, torch.bfloat16, states)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         steps[f"dense_{name}"] = dense_step(geometry, length, dtype, states)
@@ -219,11 +221,17 @@ def attention_rung(geometry: Geometry, length: int, options: argparse.Namespace)
 
 
 def take_turns(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every step, one after the other until the time is over; the first two rounds are discarded."""
+    """Milliseconds of every step, one after the other until the time is over; the first two rounds are discarded.
+
+    Every round has an order of its own: what a step finds in the processor's caches is what the one before it left
+    there, and the one that always came after the longest would always begin cold.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffled = list(steps.items()), random.Random(0)
     began, rounds = time.perf_counter(), 0
     while rounds < 12 or (time.perf_counter() - began < seconds and rounds < 200):
-        for name, step in steps.items():
+        shuffled.shuffle(order)
+        for name, step in order:
             started = time.perf_counter()
             step()
             if rounds >= 2:
@@ -235,10 +243,17 @@ def take_turns(steps: dict[str, Callable[[], object]], seconds: float) -> dict[s
 States = Callable[[int, int, torch.dtype], Tensor]
 
 
-def spectral_layer(geometry: Geometry, length: int, dtype: torch.dtype, bits: float, states: States) -> SpectralLayer:
+def synthetic(config: PreTrainedConfig, options: argparse.Namespace) -> Calibration:
+    """Constants of a model's shapes for the codes that are asked for."""
+    return Calibration.synthetic(config, bits=options.bits).with_coding(options.coding)
+
+
+def spectral_layer(
+    geometry: Geometry, length: int, dtype: torch.dtype, options: argparse.Namespace, states: States
+) -> SpectralLayer:
     """A layer with ``length`` tokens, encoded by the kernels."""
     config = geometry.config()
-    cache = SpectralCache(Calibration.synthetic(config, bits=bits), config, backend="cpu")
+    cache = SpectralCache(synthetic(config, options), config, backend="cpu")
     layer = cache.spectral_layers[0]
     for first in range(0, length, 4096):
         count = min(4096, length - first)
@@ -295,7 +310,7 @@ def encoding_share(options: argparse.Namespace, tokens: int = 4096) -> dict[str,
 
     samples = []
     for _ in range(9):
-        cache = SpectralCache(Calibration.synthetic(geometry.config(), bits=options.bits), backend="cpu")
+        cache = SpectralCache(synthetic(geometry.config(), options), backend="cpu")
         layer = cache.spectral_layers[0]
         layer.update(*(states(geometry.heads, 68, torch.float32) for _ in range(2)))
         layer.flush()
@@ -327,7 +342,7 @@ def compare_models(name: str, length: int, options: argparse.Namespace) -> dict[
     found = {}
     for kind in ("dense", "spectral"):
         command = [sys.executable, __file__, "--child", name, str(length), kind, "--steps", str(options.steps)]
-        command += ["--bits", str(options.bits), "--threads", str(max(options.threads))]
+        command += ["--bits", str(options.bits), "--coding", options.coding, "--threads", str(max(options.threads))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             found[kind] = {"status": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
@@ -351,7 +366,7 @@ def model_run(name: str, tokens: str, kind: str, options: argparse.Namespace) ->
     if kind == "dense":
         cache = DynamicCache(config=config)
     else:
-        cache = SpectralCache(Calibration.synthetic(config, bits=options.bits), config)
+        cache = SpectralCache(synthetic(config, options), config)
     before = peak_resident_bytes()
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -103,8 +104,7 @@ class SideConstants:
         return self.frame.num_slow
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """What one call of attention asks for, beside its queries and what is cached.
 
     Attributes:

@@ -75,9 +75,9 @@ def require_continuation(index: int | None, cached: dict[str, Tensor], new: dict
         held = cached[side]
         rows, heads, _, dim = tokens.shape
         batch, own, _, size = held.shape
-        found, expected = (rows, heads, dim, tokens.dtype), (batch, own, size, held.dtype)
-        if found == expected:
+        if rows == batch and heads == own and dim == size and tokens.dtype == held.dtype:
             continue
+        found, expected = (rows, heads, dim, tokens.dtype), (batch, own, size, held.dtype)
         names = ("batch size", "number of heads", "dimension", "dtype")
         name, ours, theirs = next(each for each in zip(names, expected, found, strict=True) if each[1] != each[2])
         hint = "repeat or select the cache's rows, or reset() it" if name == "batch size" else "reset() the cache"

@@ -84,7 +84,7 @@ class LazyKV(PackedTensor):
             guarded: Whether views of it must refuse to be changed, and the results of casts be plain: for users, not
                 for a model's attention.
         """
-        tail = view.side(side).tail
+        tail = view.key.tail if side == "key" else view.value.tail
         batch, heads, count, dim = tail.shape
         shape = (batch, heads, view.encoded_end + count, dim)
         lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)

@@ -178,9 +178,9 @@ def refused_by_kernels(query: Tensor, view: CacheView, call: AttentionCall) -> s
         return "gradients are wanted"
     if mask is not None and not _is_plain(mask, query, view.length):
         return "the mask is not boolean, differs between heads or does not cover the cache"
-    if view.shifted or view.origins is not None:
+    if view.origins is not None or view.shifted:
         return "positions do not count up from the end of the padding"
-    if shows_padding(mask, view.left_padding, view.length):
+    if view.left_padding is not None and shows_padding(mask, view.left_padding, view.length):
         return "a query attends to padding"
     return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -186,7 +185,7 @@ def _trusted(operation: str, device: torch.device, geometry: Hashable, work: Cal
 def _attention_trial(backend: TritonBackend, query: Tensor, view: CacheView, call: AttentionCall) -> Trial:
     small = view.first_blocks(TRIAL_BLOCKS)
     if call.mask is not None:
-        call = replace(call, mask=call.mask.new_ones(*call.mask.shape[:3], small.length))
+        call = call._replace(mask=call.mask.new_ones(*call.mask.shape[:3], small.length))
     plain = reference.attend(query.float(), small, call)
     return functools.partial(backend.attend, query, small, call), plain, reference.own_precision(query, small, call)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import quantcache
 from quantcache.accounting.memory import TAIL_GROWTH, largest_capacity, tail_capacity
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention.function import spectral_attention_forward
@@ -153,32 +158,75 @@ def test_of_many_threads_one_goes_on() -> None:
             assert_same([fork.tails[s][:, :, :-1] for s in SIDES], [layer.tails[s] for s in SIDES])
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["narrow", "copy_"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("fresh", [False, True], ids=["same buffer", "new buffer"])
 @pytest.mark.parametrize("raised", [torch.OutOfMemoryError, KeyboardInterrupt])
-def test_an_interrupted_step_leaves_no_trace(
-    raised: type[BaseException], name: str, call: int, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_step_is_in_as_a_whole_or_leaves_no_trace(
+    raised: type[BaseException], fresh: bool, count: int
 ) -> None:
-    layer, twin = filled(), filled()
-    before, original, calls = read(layer), getattr(Tensor, name), []
+    """Whatever line of ours it is interrupted at, of those that write and of those that say so."""
+    original, states = filled(70), []
 
-    def failing(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
+    def fork() -> SpectralLayer:
+        layer = original.__deepcopy__({})
+        append(layer, 1, 4)  # its buffer has room for more
+        return layer
+
+    twins = [fork(), fork()]
+    append(twins[True], count, 5)
+    before = [read(twin) for twin in twins]
+    for twin in twins:
+        append(twin, 1, 6)
+    after = [read(twin) for twin in twins]
+    for line in itertools.count():
+        layer = fork()
+        if fresh:
+            layer.buffer = None  # a new one copies both tails first
+        if not interrupted(lambda layer=layer: layer.update(*tokens(count, 5)), raised, line):
+            break
+        states.append(layer.get_seq_length() == before[True][0].shape[2])
+        assert_same(read(layer), before[states[-1]])
+        append(layer, 1, 6)
+        assert_same(read(layer), after[states[-1]])
+    assert states.count(False) > 30  # else nothing was interrupted before the step was in
+    assert states.count(True) > 5
+
+
+def interrupted(step: Callable[[], object], raised: type[BaseException], line: int) -> bool:
+    """Run a step that is interrupted before its ``line``-th line of ours; False where it has fewer."""
+    seen, place = itertools.count(), str(Path(quantcache.__file__).parent)
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(place):
+            return None
+        if event == "line" and next(seen) == line:
             raise raised("simulated")
-        return original(*args)
+        return trace
 
-    if (name, call) in (("copy_", 3), ("copy_", 4)):
-        layer.buffer = None  # a new buffer copies both tails first
-    with monkeypatch.context() as patch:
-        patch.setattr(Tensor, name, failing)
-        with pytest.raises(raised, match="simulated"):
-            layer.update(*tokens(1, 5))
-    assert_same(read(layer), before)
-    for seed in (6, 7):
-        append(layer, 1, seed)
-        append(twin, 1, seed)
-    assert_same(read(layer), read(twin))
+    sys.settrace(trace)
+    with contextlib.suppress(raised):
+        step()
+    sys.settrace(None)
+    return next(seen) > line
+
+
+STORED: dict[str, Callable[[Tensor], Tensor]] = {
+    "as a model gives it": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "with gaps": lambda x: torch.stack((x, -x), dim=-1)[..., 0],
+    "part of more": lambda x: torch.cat((x + 1, x, x - 1), dim=2)[:, :, 1 : 1 + x.shape[2]],
+    "lazily negated": lambda x: torch.complex(x, -x).conj().imag,
+    "one for all heads": lambda x: x[:, :1].expand(x.shape),
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("stored", STORED)
+def test_how_a_token_is_stored_makes_no_difference(stored: str, count: int) -> None:
+    layer = filled(70)
+    before, new = read(layer), [STORED[stored](x) for x in tokens(count, 5)]
+    layer.update(*new)
+    assert_same(read(layer), [torch.cat((old, x.clone()), dim=2) for old, x in zip(before, new, strict=True)])
 
 
 @pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "offload", "reset", "assigned"])

@@ -274,9 +274,9 @@ def changed(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]
         if name.isdigit():
             call["dense"][int(name)] = change(call["dense"][int(name)])
         elif name in vars(call["blocks"]):
-            setattr(call["blocks"], name, change(getattr(call["blocks"], name)))
-        elif name in vars(call["call"]):
-            call["call"] = replace(call["call"], **{name: change(getattr(call["call"], name))})
+            call["blocks"] = replace(call["blocks"], **{name: change(getattr(call["blocks"], name))})
+        elif name in call["call"]._fields:
+            call["call"] = call["call"]._replace(**{name: change(getattr(call["call"], name))})
         else:
             call[name] = change(call[name])
 

@@ -7,7 +7,7 @@ import functools
 import os
 from pathlib import Path
 
-from quantcache_kernels.cpu.structures import ABI, Attend, Decode, Encode
+from quantcache_kernels.cpu.structures import ABI, Decode, Encode, Past
 
 LEVEL_VARIABLE = "QUANTCACHE_CPU_LEVEL"
 """Environment variable that names the instruction set to use, for tests and comparisons."""
@@ -38,7 +38,7 @@ class Library:
         if handle.quantcache_abi() != ABI:
             raise OSError(f"{path} is left over from another build")
         handle.quantcache_level_name.restype = ctypes.c_char_p
-        handle.quantcache_attend.argtypes = (ctypes.POINTER(Attend),)
+        handle.quantcache_attend.argtypes = (ctypes.POINTER(Past), ctypes.c_char_p)
         handle.quantcache_encode.argtypes = (ctypes.POINTER(Encode),)
         handle.quantcache_decode.argtypes = (ctypes.POINTER(Decode),)
         self.attend, self.encode = handle.quantcache_attend, handle.quantcache_encode

@@ -8,24 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import byref, pointer
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quantcache_kernels.cpu import structures
 from quantcache_kernels.cpu.constants import Constants, in_memory, require
 from quantcache_kernels.cpu.library import check, loaded
-from quantcache_kernels.cpu.structures import QUERY_AND_TAIL, Attend, Encode
+from quantcache_kernels.cpu.structures import CALL, Encode
 from quantcache_kernels.interface import BLOCK, AttentionCall
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of queries, sinks and tails, with their codes in ``abi.h``."""
 
-_CPU = torch.device("cpu")  # named once: a string would be read at every call
 
-
-@dataclass
+@dataclass(frozen=True)
 class Blocks:
     """Encoded blocks of both sides, and where they lie.
 
@@ -49,40 +47,45 @@ class Blocks:
     past: Past | None = field(default=None, init=False, repr=False, compare=False)  # of the last call
 
 
-_parts = attrgetter("key_codes", "key_gains", "value_codes", "value_gains", "block_table", "left_padding", "end")
-
-
-@dataclass(slots=True)
-class Past:
-    """Blocks and sinks that a call has found fit to be read; the calls that follow do not look at them again.
+class Past(NamedTuple):
+    """Blocks that a call has found fit to be read with its sinks; the calls that follow do not look at them again.
 
     Attributes:
-        made_of: Constants, sinks and parts of the blocks.
-        held: What is alive for as long as this is, since the call points to it.
+        key: The keys' constants.
+        value: The values'.
+        sinks: As they were given.
         batch: B.
-        call: The C structure, as far as it says where these are.
+        call: A pointer to the C structure.
         dtype: Of sinks and tail.
+        held: What is alive for as long as this is, since the structure points to it.
     """
 
-    made_of: tuple[Any, ...]
-    held: tuple[Any, ...]
+    key: Constants
+    value: Constants
+    sinks: tuple[Tensor, Tensor]
     batch: int
-    call: Attend
+    call: Any
     dtype: torch.dtype
+    held: tuple[Any, ...]
+
+    def is_of(self, batch: int, key: Constants, value: Constants, keys: Tensor, values: Tensor) -> bool:
+        """Whether this was made for a call's constants and sinks."""
+        own, others = self.sinks
+        same = self.key is key and self.value is value and own is keys and others is values
+        return same and self.batch == batch
 
 
-def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, sinks: Sequence[Tensor]) -> Past:
+def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, dense: Sequence[Tensor]) -> Past:
     """The blocks and sinks, checked."""
     past = blocks.past
-    made_of = (key, value, *sinks, *_parts(blocks))
-    if past is not None and past.batch == batch and all(map(is_, past.made_of, made_of)):
+    if past is not None and past.is_of(batch, key, value, dense[0], dense[1]):
         return past
-    heads, count, tokens = key.num_heads, blocks.block_table.shape[0], _dimensions("sinks", sinks[0])[2]
-    keys, key_dense = _dense("sinks", sinks[0], batch, heads, tokens, key.dim)
-    values, value_dense = _dense("sinks", sinks[1], batch, heads, tokens, value.dim)
+    heads, count, tokens = key.num_heads, blocks.block_table.shape[0], _dimensions("sinks", dense[0])[2]
+    keys, key_dense = _dense("sinks", dense[0], batch, heads, tokens, key.dim)
+    values, value_dense = _dense("sinks", dense[1], batch, heads, tokens, value.dim)
     if keys.dtype != values.dtype:
         raise ValueError(f"sinks must be of one dtype, got {keys.dtype} and {values.dtype}")
-    call = Attend(pointer(key.structure("key")), pointer(value.structure("value")), batch, heads)
+    call = structures.Past(pointer(key.structure("key")), pointer(value.structure("value")), batch, heads)
     call.blocks, call.num_sinks, call.dense_dtype = count, tokens, DTYPES[keys.dtype]
     call.sinks = key_dense, value_dense
     call.key_codes = require("codes", blocks.key_codes, torch.int32, count, batch, key.words).data_ptr()
@@ -93,7 +96,8 @@ def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, sinks: S
     if blocks.left_padding is not None:
         call.starts = require("left_padding", blocks.left_padding, torch.int64, batch).data_ptr()
     call.encoded_end = blocks.end
-    blocks.past = past = Past(made_of, (keys, values), batch, call, keys.dtype)
+    past = Past(key, value, (dense[0], dense[1]), batch, pointer(call), keys.dtype, (keys, values))
+    object.__setattr__(blocks, "past", past)  # all else of them stays as it was found fit
     return past
 
 
@@ -117,7 +121,7 @@ def _dense(name: str, x: Tensor, *shape: int) -> tuple[Tensor, tuple[int, int, i
             f"expected {name} of shape {list(shape)} in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, "
             f"got {list(x.shape)} in {x.dtype}"
         )
-    if type(x) is not Tensor or not x.is_cpu or x.layout != torch.strided or x.is_neg():
+    if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided or x.is_neg():
         x = in_memory(name, x)
     batch, head, token, gap = x.stride()
     if gap != 1:
@@ -254,28 +258,24 @@ def _attend(
             f"{query_heads} queries of dimension {dim} do not fit {heads} keys of dimension {key.dim} "
             f"and {value.num_heads} values"
         )
-    past = _past(batch, key, value, blocks, dense[:2])
+    past = _past(batch, key, value, blocks, dense)
     tail = _dimensions("tail", dense[2])[2]
     keys, key_dense = _dense("tail", dense[2], batch, heads, tail, dim)
     values, value_dense = _dense("tail", dense[3], batch, heads, tail, value.dim)
     if not keys.dtype == values.dtype == past.dtype:
         raise ValueError(f"sinks and tail must be of one dtype, got {past.dtype}, {keys.dtype} and {values.dtype}")
     output = query.new_empty((batch, queries, query_heads, value.dim))
-    call = Attend.from_buffer_copy(past.call)
-    call.groups, call.queries, call.num_tail = query_heads // heads, queries, tail
-    call.query_dtype, call.causal, call.scaling, call.softcap = DTYPES[query.dtype], causal, scaling, softcap
-    QUERY_AND_TAIL.pack_into(call, Attend.query.offset, *query_dense, *key_dense, *value_dense)
+    shown = (0, 0, 0)
     if mask is not None:
         mask = _readable_mask(mask, batch, queries, blocks.end + tail)
-        call.mask = mask.data_ptr()
-        call.mask_batch_stride, call.mask_query_stride = mask.stride(0), mask.stride(2)
+        shown = mask.data_ptr(), mask.stride(0), mask.stride(2)
+    logits = 0
     if sink_logits is not None:
         sink_logits = sink_logits.detach().float().resolve_neg().contiguous()
-        sink_logits = require("sink logits", sink_logits, torch.float32, query_heads)
-        call.sink_logits = sink_logits.data_ptr()
-    call.output = output.data_ptr()
-    call.threads, call.level = torch.get_num_threads(), library.level
-    check(library.attend(byref(call)))
+        logits = require("sink logits", sink_logits, torch.float32, query_heads).data_ptr()
+    counts = (query_heads // heads, queries, tail, DTYPES[query.dtype], causal, torch.get_num_threads(), library.level)
+    places = (*query_dense, *key_dense, *value_dense, output.data_ptr(), *shown, logits)
+    check(library.attend(past.call, CALL.pack(*counts, scaling, softcap, *places)))
     return output
 
 

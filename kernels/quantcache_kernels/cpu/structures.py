@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 
-ABI = 7
+ABI = 8
 """Version of the structures; a library of another version is refused."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -88,26 +88,17 @@ class Decode(ctypes.Structure):
     )
 
 
-class Attend(ctypes.Structure):
-    """Arguments of ``quantcache_attend``."""
+class Past(ctypes.Structure):
+    """What many calls of ``quantcache_attend`` have in common."""
 
     _fields_ = (
         ("key", ctypes.POINTER(Side)),
         ("value", ctypes.POINTER(Side)),
         ("batch", _INT),
         ("heads", _INT),
-        ("groups", _INT),
-        ("queries", _INT),
         ("blocks", _INT),
         ("num_sinks", _INT),
-        ("num_tail", _INT),
-        ("query_dtype", _INT),
         ("dense_dtype", _INT),
-        ("causal", _INT),
-        ("scaling", _FLOAT),
-        ("softcap", _FLOAT),
-        ("query", Dense),
-        ("tail", Dense * 2),
         ("sinks", Dense * 2),
         ("key_codes", _POINTER),
         ("value_codes", _POINTER),
@@ -115,16 +106,9 @@ class Attend(ctypes.Structure):
         ("value_gains", _POINTER),
         ("places", _POINTER),
         ("starts", _POINTER),
-        ("mask", _POINTER),
-        ("mask_batch_stride", _LONG),
-        ("mask_query_stride", _LONG),
         ("encoded_end", _LONG),
-        ("sink_logits", _POINTER),
-        ("output", _POINTER),
-        ("threads", _INT),
-        ("level", _INT),
     )
 
 
-QUERY_AND_TAIL = struct.Struct("12q")
-"""Of :class:`Attend` what is another at every call, from ``query`` to ``tail``: written at once, for speed."""
+CALL = struct.Struct("7i2f17q")
+"""``Call``, the rest of the arguments of ``quantcache_attend``: written at once, since every step makes one."""

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QUANTCACHE_ABI 7
+#define QUANTCACHE_ABI 8
 
 namespace quantcache {
 
@@ -104,39 +104,46 @@ struct Decode {
     int32_t level;
 };
 
-struct Attend {
+// What many calls of attention have in common: blocks and sinks.
+struct Past {
     const Side* key;
     const Side* value;
     int32_t batch;
     int32_t heads;
-    int32_t groups;
-    int32_t queries;
     int32_t blocks;
     int32_t num_sinks;
-    int32_t num_tail;
-    int32_t query_dtype;
-    int32_t dense_dtype;
-    int32_t causal;           // whether a query may not see the tokens behind its own
-    float scaling;
-    float softcap;            // 0: none
-    Dense query;              // [B][H * G][Tq][D]
-    Dense tail[2];            // keys and values
-    Dense sinks[2];
+    int32_t dense_dtype;      // of sinks and tail
+    Dense sinks[2];           // keys and values
     const int32_t* key_codes; // [n][B][W]
     const int32_t* value_codes;
     const uint8_t* key_gains; // [n][B][H][64]
     const uint8_t* value_gains;
     const int32_t* places;    // [n][3]
     const int64_t* starts;    // [B], or null
+    int64_t encoded_end;      // slot behind the last encoded token
+};
+
+// What is another at every call.
+struct Call {
+    int32_t groups;
+    int32_t queries;
+    int32_t num_tail;
+    int32_t query_dtype;
+    int32_t causal;           // whether a query may not see the tokens behind its own
+    int32_t threads;
+    int32_t level;
+    float scaling;
+    float softcap;            // 0: none
+    Dense query;              // [B][H * G][Tq][D]
+    Dense tail[2];            // keys and values
+    void* output;             // out: [B][Tq][H * G][Dv] in the query's dtype
     const uint8_t* mask;      // whether a query may look at a slot [B][Tq][slots], or null
     int64_t mask_batch_stride;
     int64_t mask_query_stride;
-    int64_t encoded_end;      // slot behind the last encoded token
     const float* sink_logits; // one logit per query head that joins the softmax without a value [H * G], or null
-    void* output;             // out: [B][Tq][H * G][Dv] in the query's dtype
-    int32_t threads;
-    int32_t level;
 };
+
+struct Attend : Past, Call {};
 
 // Work on one key/value head is cut into pieces of whole blocks; the sinks and the tail are one more piece. Where the
 // cuts are depends on the number of blocks alone, so the result does not depend on the number of threads.

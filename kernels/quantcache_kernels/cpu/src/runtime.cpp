@@ -203,10 +203,11 @@ QUANTCACHE_EXPORT int quantcache_decode(const quantcache::Decode* call) {
     return DONE;
 }
 
-QUANTCACHE_EXPORT int quantcache_attend(const quantcache::Attend* call) {
-    if (!quantcache::well_placed(*call)) return MISPLACED;
+QUANTCACHE_EXPORT int quantcache_attend(const quantcache::Past* past, const quantcache::Call* call) {
+    const quantcache::Attend both{*past, *call};
+    if (!quantcache::well_placed(both)) return MISPLACED;
     try {
-        quantcache::attend_all(*call);
+        quantcache::attend_all(both);
     } catch (const std::bad_alloc&) {
         return OUT_OF_MEMORY;
     }
