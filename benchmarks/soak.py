@@ -18,7 +18,7 @@ from records import ROOT, write_record
 TESTS = (
     "tests/property",
     "tests/integration/test_long_haul.py",
-    "tests/integration/test_modes.py::test_compiled_decode_step",
+    "tests/integration/test_compiled.py::test_backends",
 )
 
 OPTIONS = ("-n", "2", "--dist", "worksteal", "--timeout=14400", "--durations=20")

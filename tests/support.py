@@ -98,6 +98,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "products in less than float32",
         "another number of threads",
         "torch.compile of the decode step",
+        "torch.compile with any attention",
+        "torch.compile in generate()",
         "torch.export",
     ),
     "Devices": (

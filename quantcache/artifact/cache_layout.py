@@ -248,6 +248,20 @@ def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
     return set(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
 
 
+def shares_keys(config: PreTrainedConfig) -> bool:
+    """Whether some layers attend on what another layer has cached (Gemma 3n, Gemma 4).
+
+    Args:
+        config: Any config, also of a composite model.
+
+    Returns:
+        True if so.
+    """
+    text_config = config.get_text_config(decoder=True)
+    modes = getattr(text_config, "kv_sharing_modes", None) or ()
+    return bool(getattr(text_config, "num_kv_shared_layers", None)) or any(modes)
+
+
 def compressible_layers(config: PreTrainedConfig) -> list[int]:
     """The layers that a SpectralCache compresses: the one check of all that calibrates or makes caches.
 

@@ -5,6 +5,7 @@ Shapes: B batch, Hq / H query / key-value heads, Tq queries, T tokens, D dimensi
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from quantcache import backends
-from quantcache.attention import guards
+from quantcache.attention import guards, traced
 from quantcache.attention.lazy import LazyKV
+from quantcache.attention.traced import TracedKV
 from quantcache.backends import AttentionCall
 from quantcache.backends.online_softmax import QueryRows
 from quantcache.backends.reference import QUERY_CHUNK
@@ -28,10 +30,25 @@ from quantcache.common.registration import ATTENTION_NAME
 def register_attention() -> None:
     """Register ``"spectral"`` with transformers as an attention and as a mask; safe to repeat."""
     AttentionInterface.register(ATTENTION_NAME, spectral_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, spectral_mask)
 
 
-@torch.compiler.disable  # a compiled model calls it as it is: nothing is gained by tracing it, and much recompiled
+def spectral_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for scaled dot-product attention, which a traced model's attention can take apart again.
+
+    Args:
+        args: As of ``sdpa_mask``.
+        kwargs: As of ``sdpa_mask``, such as ``attention_mask``: the 2D mask, ``[B, T]``.
+
+    Returns:
+        ``[B, 1, Tq, T]`` bool, or None where attention needs none.
+    """
+    mask: Any = sdpa_mask(*args, **kwargs)
+    if torch.compiler.is_dynamo_compiling() and mask is not None:
+        mask.shown_ = kwargs.get("attention_mask")
+    return mask
+
+
 def spectral_attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -75,6 +92,10 @@ def spectral_attention_forward(
         UnsupportedModel: The model adds a position bias to the scores, or sinks or blocks of its own.
         QuantCacheError: Queries, mask, sink logits or soft cap do not fit what is cached.
     """
+    if torch.compiler.is_dynamo_compiling():
+        peculiar = {"indices": indices, "position_bias": position_bias, "block_indices": block_indices, "sinks": sinks}
+        settings = (scaling, dropout, is_causal, softcap, s_aux)
+        return _traced(module, query, key, value, attention_mask, *settings, peculiar, kwargs), None
     if position_bias is not None:
         raise UnsupportedModel(
             f"{type(module).__name__} adds a position bias, which spectral attention does not support"
@@ -88,6 +109,23 @@ def spectral_attention_forward(
     if indices is not None:
         attention_mask = _selected(indices, attention_mask, key.shape[2], causal)
     view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
+    return _attended(module, query, key, value, view, attention_mask, scaling, causal, softcap, s_aux, dropout), None
+
+
+def _attended(
+    module: Any,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    view: CacheView | None,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    causal: bool,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention on a view, whose layer may then encode; on keys and values where there is none."""
     if view is not None and view.num_blocks and not dropout:
         output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
     else:
@@ -97,6 +135,8 @@ def spectral_attention_forward(
             guards.require_query(query, view.key.tail)
             attention_mask = guards.fitting_mask(attention_mask, query, view.length)
             key, value = view.dense("key"), view.dense("value")
+        assert key is not None
+        assert value is not None
         if softcap is None and s_aux is None and _fused_takes(query, key, value):
             output, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal
@@ -105,7 +145,74 @@ def spectral_attention_forward(
             output = dense_attention(query, key, value, attention_mask, scaling, causal, softcap, s_aux, dropout)
     if view is not None and view.flush is not None:
         view.flush()
-    return output, None
+    return output
+
+
+def _traced(
+    module: Any,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    peculiar: dict[str, Any],
+    rest: dict[str, Any],
+) -> Tensor:
+    """Attention while a model is traced: an operator in its graph where that serves, a graph break elsewhere."""
+    served = isinstance(key, TracedKV) and isinstance(value, TracedKV) and traced.takes(query, s_aux)
+    served = served and key.dense_ is value.dense_ and not key.dense_
+    if not served or dropout or isinstance(scaling, Tensor) or any(each is not None for each in peculiar.values()):
+        settings = (scaling, dropout, is_causal, softcap, s_aux)
+        return _untraced(module, query, key, value, attention_mask, settings, peculiar | rest)
+    output: Tensor = torch.ops.quantcache.attend(
+        key.cache_.ticket,
+        query,
+        attention_mask,
+        getattr(attention_mask, "shown_", None),
+        rest.get("position_ids"),
+        s_aux,
+        key.layer_,
+        attention_mask is None or hasattr(attention_mask, "shown_"),
+        value.dim_,
+        getattr(module, "num_key_value_groups", 1),
+        scaling,
+        is_causal if is_causal is not None else key.packed_ or getattr(module, "is_causal", True),
+        softcap,
+    )
+    return output
+
+
+@torch.compiler.disable
+def _untraced(
+    module: Any, query: Tensor, key: Any, value: Any, mask: Tensor | None, settings: tuple[Any, ...], rest: Any
+) -> Tensor:
+    key, value = traced.untraced(key, value)
+    return spectral_attention_forward(module, query, key, value, mask, *settings, **rest)[0]
+
+
+@torch.library.impl("quantcache::attend", "CompositeExplicitAutograd", lib=traced.operators)
+def _attend(
+    ticket: Tensor,
+    query: Tensor,
+    mask: Tensor | None,
+    shown: Tensor | None,
+    positions: Tensor | None,
+    s_aux: Tensor | None,
+    layer: int,
+    known: bool,
+    value_dim: int,
+    groups: int,
+    *settings: Any,
+) -> Tensor:
+    cache, module = traced.cache_of(ticket), SimpleNamespace(num_key_value_groups=groups)
+    view = cache.told(layer, query.shape[2], (shown, positions) if known else None)
+    key, value = (None, None) if view is not None else cache.returned(layer)
+    scaling, causal, softcap = settings
+    return _attended(module, query, key, value, view, mask, scaling, causal, softcap, s_aux).contiguous()
 
 
 def _selected(indices: Tensor, mask: Tensor | None, tokens: int, causal: bool) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from quantcache.attention import guards
 from quantcache.attention.lazy import LazyKV
+from quantcache.attention.traced import ruler_of
 from quantcache.backends import (
     REFERENCE,
     Backend,
@@ -85,6 +86,7 @@ class BlockLayer(DynamicLayer):
     refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
     look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
     layout: Backend  # in whose layout the blocks are
+    ruler: Tensor | None = None  # T as a graph reads it, see traced.ruler_of; of the cache's first layer only
     shared: Shared | None  # what views of these blocks have in common
 
     def __init__(
@@ -131,12 +133,20 @@ class BlockLayer(DynamicLayer):
 
     def _commit(self, **state: Any) -> None:
         """Put a new state in place at once. What follows from the old one is gone, unless the new one names it."""
-        put(self, {"look": None, "refused": False, "buffer": None, "shared": None, **state})
+        put(self, self._measured({"look": None, "refused": False, "buffer": None, "shared": None, **state}))
 
     def _go_on(self, **state: Any) -> None:
         """Put a new state in place at once, for blocks that stay as they are."""
         state["refused"] = False
-        put(self, state)
+        put(self, self._measured(state))
+
+    def _measured(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A new state with its T, if this layer is the one that graphs ask."""
+        if self.ruler is not None:
+            new = glimpse(self)
+            vars(new).update(state)
+            state["ruler"] = ruler_of(new.get_seq_length())
+        return state
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
@@ -80,11 +79,10 @@ class ConsistentCache(DynamicCache):
             if self.updating == me:  # nothing here that a signal handler could come between
                 del self.updating
 
-    @torch.compiler.disable  # traced, it would be compiled anew for every block
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens cached, T; see DynamicCache."""
         processes.use_living_threads()  # what a model asks for before it computes anything
-        return super().get_seq_length(*args, **kwargs)
+        return super().get_seq_length(layer_idx)
 
     # ------------------------------------------------------------------ what is refused
 

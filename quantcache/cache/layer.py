@@ -80,6 +80,19 @@ class SpectralLayer(BlockLayer):
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
 
+    def tell(self, arrivals: Arrivals | None, count: int) -> None:
+        """Say what a pass says of its tokens once :meth:`update` has taken them, and nothing was said.
+
+        Args:
+            arrivals: As of :meth:`update`.
+            count: Tnew.
+        """
+        if arrivals is not None:
+            trail, length = self.trail, self.get_seq_length()
+            trail = None if trail is None else trail[:, :, : trail.shape[2] - count]
+            new = self.tails["key"][:, :, -count:] if count else self.tails["key"][:, :, :0]
+            self._go_on(trail=padding.extended(trail, arrivals, self.grid, self.encoded_end, length, new))
+
     def _leave_inference_mode(self) -> None:
         """Copy what torch's inference mode has made, once it is over: autograd refuses to keep such tensors."""
         if torch.is_inference_mode_enabled():

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -24,9 +23,9 @@ from quantcache.backends import BackendName, BackendReport
 from quantcache.backends.padding import Arrivals
 from quantcache.cache import files as cache_files
 from quantcache.cache.codecs import CodecFactory, ShapeCheck, calibrated_codecs
-from quantcache.cache.consistency import ConsistentCache
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import copy_beside, spectral_layer
+from quantcache.cache.tracing import TraceableCache
 from quantcache.coding.schema import SideBits
 from quantcache.common import compat, processes
 from quantcache.common.ambient import default_device
@@ -37,7 +36,7 @@ from quantcache.common.writing import steadily
 __all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
 
 
-class BlockCache(ConsistentCache):
+class BlockCache(TraceableCache):
     """A DynamicCache whose full-attention layers store blocks through codecs of the caller's choice.
 
     Args:
@@ -77,51 +76,7 @@ class BlockCache(ConsistentCache):
                 arguments = (*codecs_of(index), sink_length, residual_length, backend, index)
                 own = self.layers[index] = spectral_layer(layer, *arguments)
                 own.blocks_at_once = blocks_at_once
-        self.announced: tuple[Tensor | None, Tensor | None] | None = None  # 2D mask and positions of the next pass
-        self.arrivals: tuple[int, int, Arrivals] | None = None  # T and Tnew of this pass, and what those say
-
-    @property
-    def spectral_layers(self) -> list[SpectralLayer]:
-        """The layers that store blocks."""
-        return [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
-
-    @torch.compiler.disable  # see spectral_attention_forward
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values, with what the model says of padding; see :class:`ConsistentCache`."""
-        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if isinstance(layer, SpectralLayer):
-            kwargs["arrivals"] = self._arrivals(layer, key_states)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    @torch.compiler.disable
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Length and offset of a mask; see DynamicCache. Whoever asks is about to say which tokens are padding."""
-        told = compat.mask_arguments()
-        if told is not None:
-            self.announced = told
-        return super().get_mask_sizes(*args, **kwargs)
-
-    def _arrivals(self, layer: SpectralLayer, keys: Tensor) -> Arrivals | None:
-        """What the present pass says of a layer's new tokens; None where it has said nothing."""
-        if self.announced is not None:
-            sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
-            (mask, positions), self.announced = self.announced, None
-            fits = mask is None or mask.shape[0] == keys.shape[0]
-            if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, keys.shape[0])):
-                positions = None  # several for every token
-            self.arrivals = (*sizes, Arrivals.of(mask, positions, *sizes)) if fits else None
-        elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
-            self.arrivals = None
-        if self.arrivals is None:
-            return None
-        sizes = (layer.get_seq_length() + keys.shape[2], keys.shape[2])
-        return self.arrivals[2] if self.arrivals[:2] == sizes else None
-
-    def _clear(self) -> None:
-        super()._clear()
-        self.announced = self.arrivals = None
+        self.be_traceable(read_once=not cache_layout.shares_keys(config))
 
     def memory(self) -> CacheMemory:
         """Bytes held, by kind.

@@ -5,15 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import logging
-import re
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -21,7 +16,6 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import error, feed
-from tests.property.effort import SOAK, report
 from tests.reference import reference_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,60 +214,3 @@ def test_longrope_goes_on_with_a_cache_of_its_own() -> None:
         found = generate(ours, quantized(family), **options)
         assert torch.equal(found.sequences, generate(stock, reference(family), **options).sequences)
         assert type(found.past_key_values) is kind
-
-
-# ---------------------------------------------------------------------- torch.compile
-
-
-@pytest.fixture
-def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled before or after; pytest would keep and format every event that torch traces."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-    torch._dynamo.reset()
-
-
-COMPILERS = ("eager", "inductor") if SOAK else ("eager",)
-"""Tracing is the same for both; inductor, torch's default, takes minutes more."""
-
-BREAKS = {"get_seq_length": 7, "get_mask_sizes": 2, "update": 5, "spectral_attention_forward": 2}
-"""Graph breaks at most while a Llama of one layer is traced, by the function called: as many with transformers 5.17, 13
-in all with 5.23. A dense cache has none."""
-
-
-def graph_breaks() -> Counter[str]:
-    """How often a call that is not traced has broken a graph, by function."""
-    found: Counter[str] = Counter()
-    for reason, count in counters["graph_break"].items():
-        name = re.search(r"function `?<function (?:\w+\.)*(\w+) at", reason)
-        found[name[1] if name else reason] += count
-    return found
-
-
-@pytest.mark.support("torch.compile of the decode step")
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", COMPILERS)
-def test_compiled_decode_step(backend: str) -> None:
-    family = dataclasses.replace(LLAMA, config=LLAMA.config | {"num_hidden_layers": 1})
-    model, cache = family.make(), quantized(family)
-    tokens = random_tokens(2, 14, seed=5)
-    feed(model, cache, PROMPT, (122,))  # the next block is due in ten tokens
-    expected = feed(model, copy.deepcopy(cache), tokens, [1] * 14)
-    compiled = torch.compile(model, backend=backend)
-    found, graphs, breaks = [], [], []
-    with torch.no_grad():
-        for step in tokens.split(1, dim=1):
-            found.append(compiled(step, past_key_values=cache).logits.double())
-            graphs.append(counters["stats"]["unique_graphs"])
-            breaks.append(graph_breaks())
-    assert error(torch.cat(found, dim=1), expected) <= ROUNDING * float(expected.std())
-    assert len(cache.spectral_layers[0].spans) == 2
-    report(f"torch.compile with {backend}", {"graphs": graphs[-1], "graph_breaks": breaks[-1]})
-    # Our functions and the cache's lengths are called as they are; transformers itself breaks nowhere.
-    assert breaks[2] == breaks[-1]
-    assert breaks[-1].keys() == BREAKS.keys()
-    assert breaks[-1] <= Counter(BREAKS), breaks[-1]
-    assert graphs[2] == graphs[-1], graphs  # whether a step encodes a block or not

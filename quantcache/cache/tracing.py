@@ -1,0 +1,185 @@
+"""A cache in the middle of a forward pass: what the model says of its tokens, and how that goes when it is compiled."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from quantcache.attention import traced
+from quantcache.attention.lazy import LazyKV
+from quantcache.attention.traced import TracedKV
+from quantcache.backends import CacheView
+from quantcache.backends.padding import Arrivals
+from quantcache.cache.consistency import ConsistentCache
+from quantcache.cache.layer import SpectralLayer
+from quantcache.common import compat
+
+
+class TraceableCache(ConsistentCache):
+    """A cache that hears of padding, and that a compiled graph can use without knowing it.
+
+    Attributes:
+        announced: 2D mask and positions of the next pass, where transformers has told them.
+        arrivals: T and Tnew of this pass, and what those say.
+        ticket: How graphs find the cache, see :func:`quantcache.attention.traced.ticket_of`.
+        handed: What layers of transformers' own have returned to a graph that has not read it yet.
+        read_once: Whether each layer attends on its own keys: what has been read may then be encoded.
+    """
+
+    announced: tuple[Tensor | None, Tensor | None] | None = None
+    arrivals: tuple[int, int, Arrivals] | None = None
+    ticket: Tensor
+    handed: dict[int, tuple[Tensor, Tensor]]
+    read_once: bool = True
+
+    def be_traceable(self, read_once: bool) -> None:
+        """Get ready to be traced, once the layers are there.
+
+        Args:
+            read_once: See above.
+        """
+        self.ticket, self.handed, self.read_once = traced.ticket_of(self), {}, read_once
+        for layer in self.spectral_layers[:1]:
+            layer.ruler = traced.ruler_of(0)
+
+    @property
+    def spectral_layers(self) -> list[SpectralLayer]:
+        """The layers that store blocks."""
+        return [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
+
+    # ------------------------------------------------------------------ what a model calls
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values, with what the model says of padding; see :class:`ConsistentCache`."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._trace_update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, SpectralLayer):
+            rows, count = key_states.shape[0], key_states.shape[2]
+            kwargs["arrivals"] = self._arrivals(layer, rows, layer.get_seq_length() + count, count)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a mask; see DynamicCache. Whoever asks is about to say which tokens are padding."""
+        if torch.compiler.is_dynamo_compiling():
+            length = self._traced_length(layer_idx)
+            return _untraced_mask_sizes(self, query_length, layer_idx) if length is None else (length + query_length, 0)
+        told = compat.mask_arguments()
+        if told is not None:
+            self.announced = told
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens cached, T; see DynamicCache."""
+        if torch.compiler.is_dynamo_compiling():
+            length = self._traced_length(layer_idx)
+            return _untraced_length(self, layer_idx) if length is None else length
+        return super().get_seq_length(layer_idx)
+
+    def _arrivals(self, layer: SpectralLayer, rows: int, length: int, count: int) -> Arrivals | None:
+        """What the present pass says of a layer's new tokens; None where it has said nothing."""
+        if self.announced is not None:
+            (mask, positions), self.announced = self.announced, None
+            fits = mask is None or mask.shape[0] == rows
+            if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, rows)):
+                positions = None  # several for every token
+            self.arrivals = (length, count, Arrivals.of(mask, positions, length, count)) if fits else None
+        elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
+            self.arrivals = None
+        if self.arrivals is None:
+            return None
+        return self.arrivals[2] if self.arrivals[:2] == (length, count) else None
+
+    # ------------------------------------------------------------------ while a model is traced
+
+    def _trace_update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """:meth:`update` as an operator, where that serves; else it is called as it is, which breaks the graph."""
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        packed = isinstance(layer, SpectralLayer)
+        served = (packed or compat.is_window(layer)) and traced.takes(key_states, value_states)
+        if not (served and self.read_once) or args or kwargs:
+            return _untraced_update(self, key_states, value_states, layer_idx, *args, **kwargs)
+        torch.ops.quantcache.update(self.ticket, key_states, value_states, layer_idx)
+        if packed and layer.ruler is not None:
+            layer.ruler = traced.lengthened(layer.ruler, key_states.shape[2])
+        dense: dict[str, Tensor] = {}
+        key = TracedKV(self, layer_idx, "key", key_states.shape[3], packed, dense)
+        return key, TracedKV(self, layer_idx, "value", value_states.shape[3], packed, dense)
+
+    def _traced_length(self, layer_idx: int) -> int | None:
+        """T as a symbol; None of layers that have no ruler."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        ruler = layer.ruler if isinstance(layer, SpectralLayer) else None
+        return None if ruler is None else traced.measured(ruler)
+
+    # ------------------------------------------------------------------ when its graph runs
+
+    def told(
+        self, layer_idx: int, count: int, announced: tuple[Tensor | None, Tensor | None] | None
+    ) -> CacheView | None:
+        """Hear what a graph knows of the tokens that it has brought: it says so when it attends.
+
+        Args:
+            layer_idx: Index of the layer.
+            count: Tnew.
+            announced: 2D mask and positions; None if the mask was not made of them.
+
+        Returns:
+            What may be read of the layer; None of one that is not spectral.
+        """
+        layer: Any = self.layers[layer_idx]
+        if not isinstance(layer, SpectralLayer):
+            return None
+        first, silent = layer.ruler is not None, self.arrivals is None
+        if first and silent and layer.pending and announced is not None:
+            self.announced = announced
+            rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
+            layer.tell(self._arrivals(layer, rows, length, count), count)
+        return layer.snapshot()
+
+    def returned(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """What a layer's last update returned.
+
+        Args:
+            layer_idx: Index of the layer.
+
+        Returns:
+            Keys and values, ``[B, H, T, D]``. Those of a layer of transformers' own are given once, and not kept.
+        """
+        layer: Any = self.layers[layer_idx]
+        if not isinstance(layer, SpectralLayer):
+            return self.handed.pop(layer_idx)
+        view = layer.snapshot()
+        return LazyKV(view, "key"), LazyKV(view, "value")
+
+    # ------------------------------------------------------------------ copies
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.announced = self.arrivals = None
+        self.handed = {}
+
+    def __copy__(self) -> Self:
+        """Another cache of the same layers."""
+        new = super().__copy__()
+        new.ticket, new.handed = traced.ticket_of(new), {}
+        return new
+
+
+_untraced_update = torch.compiler.disable(TraceableCache.update)
+_untraced_mask_sizes = torch.compiler.disable(TraceableCache.get_mask_sizes)
+_untraced_length = torch.compiler.disable(TraceableCache.get_seq_length)
+
+
+@torch.library.impl("quantcache::update", "CompositeExplicitAutograd", lib=traced.operators)
+def _update(ticket: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
+    cache = traced.cache_of(ticket)
+    found = TraceableCache.update(cache, key, value, layer)
+    if not isinstance(cache.layers[layer], SpectralLayer):
+        cache.handed[layer] = found
