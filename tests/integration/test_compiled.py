@@ -22,11 +22,12 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.errors import QuantCacheError
 from tests.families import FAMILIES, Family, random_tokens
 from tests.helpers import error, feed
+from tests.integration.test_geometry import LAYOUTS
 from tests.property.effort import report
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
-BY_NAME = {family.name: family for family in FAMILIES}
+BY_NAME = {family.name: family for family in (*FAMILIES, *LAYOUTS)}
 PROMPT = random_tokens(2, 122, seed=11)  # the first block is encoded, the next is due in ten tokens
 
 CPP = shutil.which(os.environ.get("CXX", "g++"))
@@ -134,7 +135,7 @@ def test_a_graph_serves_all_tokens_blocks_and_caches() -> None:
 
 
 @pytest.mark.support("torch.compile of the decode step")
-@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4-sharing"])
 def test_families(name: str) -> None:
     model = model_of(name)
     cache = cache_for(model)
@@ -146,8 +147,17 @@ def test_families(name: str) -> None:
     assert error(found, expected) <= ROUNDING * float(expected.std())  # transformers masks windows otherwise
     assert len(cache.spectral_layers[0].spans) == 2
     assert compiled[2] == compiled[-1], compiled
-    if name == "gpt2":
-        assert (graphs(), breaks()) == (1, 0)
+
+
+@pytest.mark.support("torch.compile of the decode step")
+def test_autocast() -> None:
+    model = model_of("llama", layers=1)
+    cache, tokens = cache_for(model), random_tokens(2, 3, seed=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        feed(model, cache, PROMPT, (122,))
+        plain = copy.deepcopy(cache)
+        found, _ = step_by_step(torch.compile(model, backend="eager"), cache, tokens)
+        assert torch.equal(found, step_by_step(model, plain, tokens)[0])
 
 
 @pytest.mark.support("torch.compile with any attention")
