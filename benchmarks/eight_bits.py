@@ -114,10 +114,36 @@ def whole_levels(codec: SpectralCodec, fields: dict[str, Tensor], unit: Tensor) 
     return (codec.dequantize(plain) * scale[..., None]).round()
 
 
-def rounded(x: Tensor, largest: int) -> Tensor:
-    """Rows ``[..., D]`` in whole numbers of a unit of their own."""
-    unit = (x.abs().amax(-1, keepdim=True) / largest).clamp_min(1e-30)
-    return (x / unit).round() * unit
+def whole_scores(queries: Tensor, levels: Tensor, gains: Tensor, largest: int) -> Tensor:
+    """Scores of one anchor's tokens.
+
+    Args:
+        queries: In coded coordinates, times what one unit of a level stands for, ``[..., R, D]``.
+        levels: Whole levels, ``[..., D, N]``.
+        gains: ``[..., 1, N]``.
+        largest: The largest whole number of a query.
+
+    Returns:
+        ``[..., R, N]``.
+    """
+    unit = (queries.abs().amax(-1, keepdim=True) / largest).clamp_min(1e-30)
+    return matmul((queries / unit).round() * unit, levels) * gains
+
+
+def whole_weights(scores: Tensor, gains: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Weights of one anchor's tokens, relative to the largest score.
+
+    Args:
+        scores: ``[..., R, N]``, -inf for what is not seen.
+        gains: Of the values, ``[..., 1, N]``.
+        largest: The largest whole number of a weight times a gain.
+
+    Returns:
+        Weights, and weights times gains in whole numbers of a unit, both ``[..., R, N]``.
+    """
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True).clamp_min(-1e30))
+    unit = gains.amax(-1, keepdim=True).clamp_min(1e-10) / largest
+    return weights, (weights * gains / unit).round() * unit
 
 
 def attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView, precision: Precision) -> None:
@@ -142,21 +168,18 @@ def attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView, preci
         coded = matmul(query[..., :slow], keys.decoder[:, :slow, :slow])  # [n, B, H, R, D]
         exact = matmul(coded, keys.dequantize(fields)[..., :slow, :])
         levels = whole_levels(keys, fields, key_unit)[..., :slow, :]
-        whole = matmul(rounded(coded * key_unit[:, None, :slow], precision.queries), levels) * gains
+        whole = whole_scores(coded * key_unit[:, None, :slow], levels, gains, precision.queries)
         raw = raw + (whole - exact).permute(1, 2, 3, 0, 4).flatten(3)
         scores = reference._tile_scores(rows, view, block_table, raw)  # [B, H, R, n * 64]
-        peak = scores.amax(-1, keepdim=True).clamp_min(-1e30)
         softmax.add(scores)
-        factor = torch.exp(peak - softmax.peak.clamp_min(-1e30))
-        weights = torch.exp(scores - peak)
+        factor = torch.exp(scores.amax(-1, keepdim=True).clamp_min(-1e30) - softmax.peak.clamp_min(-1e30))
         fields = view.fields("value", first, last)
         gains = dequantize_gain(fields["gains"]).half().float().permute(1, 2, 0, 3).flatten(2).unsqueeze(2)
-        unit = gains.amax(-1, keepdim=True).clamp_min(1e-10) / precision.weights
-        scaled = (weights * gains / unit).round() * (unit * factor)
+        weights, scaled = (factor * each for each in whole_weights(scores, gains, precision.weights))
         levels = whole_levels(values, fields, value_unit) * value_unit[..., None]
         per_block = scaled.unflatten(-1, (-1, BLOCK)).permute(3, 0, 1, 2, 4)  # [n, B, H, R, 64]
         softmax.accumulate(matmul(per_block, levels.transpose(-1, -2)).sum(0), "codes")
-        softmax.accumulate(weights.sum(-1, keepdim=True) * factor, "mass")
+        softmax.accumulate(weights.sum(-1, keepdim=True), "mass")
     in_codes, mass = softmax.sums.pop("codes"), softmax.sums.pop("mass")
     softmax.accumulate(values.synthesize(in_codes) + mass * values.mean[:, None])
 
@@ -214,14 +237,16 @@ def measured(model: Any, calibration: Calibration, tokens: Tensor, context: int)
     for name, each in kept.items():
         kl, windows = torch.cat(each), torch.stack([window.mean() for window in each])
         ratio = windows.mean() / float32.mean()
-        stderr = (windows - ratio * float32).std() / float32.mean() / math.sqrt(len(windows))
+        stderr = None
+        if len(windows) > 1:
+            stderr = float((windows - ratio * float32).std() / float32.mean() / math.sqrt(len(windows)))
         found[name] = {
             "tokens": len(kl),
             "kl_mean": float(kl.mean()),
             "kl_p99": float(kl.quantile(0.99)),
             "kl_windows": windows.tolist(),
             "over_float32": float(ratio),
-            "over_float32_stderr": float(stderr) if len(windows) > 1 else None,
+            "over_float32_stderr": stderr,
         }
     return found
 
