@@ -196,11 +196,6 @@ def prefill_rung(run: Run, name: str, model: Any, make: Callable[[], Cache], tok
         "milliseconds": quantiles(samples[1:] or samples),
         "peak_bytes": max(peaks),
     }
-    if isinstance(cache, SpectralCache):
-        layers = cache.spectral_layers
-        _, calls = encoding(run, layers[0], 1, tokens - tokens % BLOCK)
-        found["encode_milliseconds"] = len(layers) * sum(measure(run, call)["median"] for call in calls.values())
-        found["encode_share"] = found["encode_milliseconds"] / found["milliseconds"]["median"]
     second = ids[:, : 64 if run.tiny else 1024]
     before = run.reset_peak()
     started = time.perf_counter()
@@ -211,4 +206,9 @@ def prefill_rung(run: Run, name: str, model: Any, make: Callable[[], Cache], tok
         "milliseconds": 1e3 * (time.perf_counter() - started),
         "peak_bytes": run.peak() - before,
     }
+    if isinstance(cache, SpectralCache):
+        layers = cache.spectral_layers
+        _, calls = encoding(run, layers[0], 1, tokens - tokens % BLOCK)
+        found["encode_milliseconds"] = len(layers) * sum(measure(run, call)["median"] for call in calls.values())
+        found["encode_share"] = found["encode_milliseconds"] / found["milliseconds"]["median"]
     return found
