@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.mark.timeout(600)
 def test_gpu_benchmark_measures_and_writes_its_record(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_decode.py", "--tiny", "--parts", "parity,copy,attention,encode,models"]
-    command += ["--rungs", "1", "--parity-only", "test_decoding and triton-width3", "--parity-seconds", "300"]
+    command += ["--rungs", "1", "--parity-only", "test_attention and triton-width3", "--parity-seconds", "300"]
     command += ["--minutes", "30"]
     paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels"))
     given = {**os.environ, "PYTHONPATH": paths, "OUT": str(tmp_path)}
