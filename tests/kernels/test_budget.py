@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import TypeVar
 
 import pytest
 import torch
@@ -31,21 +33,27 @@ OPERATIONS = 2.6
 """Of a lane, for one coefficient of one token, at 3 bits and widths as of a real model."""
 
 Cubins = dict[tuple[bool, int], bytes]
+T = TypeVar("T")
+
+
+def built(compile_it: Callable[[], T]) -> T:
+    """What compiling gives; the test is skipped where there is nothing to compile with."""
+    for path in Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc-builtins.so*"):
+        ctypes.CDLL(str(path))  # NVRTC asks for it by name; torch has loaded it only where torch has CUDA itself
+    try:
+        return compile_it()
+    except driver.CudaError as error:
+        if "can be loaded" not in str(error):
+            raise
+        pytest.skip(f"neither NVRTC nor nvcc is here: {error}; pip install nvidia-cuda-nvrtc")
 
 
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> Cubins:
     """Machine code of every variant."""
-    for path in Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc-builtins.so*"):
-        ctypes.CDLL(str(path))  # NVRTC asks for it by name; torch has loaded it only where torch has CUDA itself
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path_factory.mktemp("cubins")))
-        try:
-            return {variant: driver.compiled((9, 0), *variant) for variant in VARIANTS}
-        except driver.CudaError as error:
-            if "can be loaded" not in str(error):
-                raise
-            pytest.skip(f"neither NVRTC nor nvcc is here: {error}; pip install nvidia-cuda-nvrtc")
+        return built(lambda: {variant: driver.compiled((9, 0), *variant) for variant in VARIANTS})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -55,6 +63,22 @@ def test_kernels_keep_to_their_registers(cubins: Cubins, variant: tuple[bool, in
     assert 32 < found["attend"]["registers"] <= VARIANTS[variant]
     assert 32 < found["merge"]["registers"] <= 64, "a block of up to 1,024 threads"
     assert [(each["stack"], each["local"]) for each in found.values()] == [(0, 0)] * 2, "nothing is spilled"
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.skipif(not hasattr(driver, "compiled_codes"), reason="there is no kernel for a cache's own blocks")
+@pytest.mark.parametrize(("trellis", "registers"), [(False, 145), (True, 150)])
+def test_kernels_of_blocks_take_no_more_than_they_took(trellis: bool, registers: int, tmp_path: Path) -> None:
+    """They miss the budget; what is held is what was measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
+        found = resources(built(lambda: driver.compiled_codes((9, 0), trellis, trellis)))
+    assert found.keys() == {"turn_queries", "attend_codes", "merge"}
+    assert found["attend_codes"]["registers"] <= registers
+    assert found["attend_codes"]["stack"] <= 8
+    assert [found[name]["stack"] for name in ("turn_queries", "merge")] == [0, 0]
+    assert max(found[name]["registers"] for name in ("turn_queries", "merge")) <= REGISTERS
 
 
 @cache
