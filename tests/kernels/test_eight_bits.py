@@ -15,7 +15,8 @@ from quantcache import Calibration, backends, data
 from quantcache.cli.session import load_model
 from quantcache.data import calibrations_path
 from quantcache_kernels.cuda import layout as layouts
-from tests.kernels.test_cuda import COMPILER, LEVELS, Case, Inputs, emulator, run
+from tests.kernels import test_cuda
+from tests.kernels.test_cuda import LEVELS, Case, Inputs, emulator, run
 
 __all__ = ["emulator"]
 
@@ -47,7 +48,7 @@ def in_whole_numbers(inputs: Inputs, precision: Precision) -> Tensor:
     return (vectors * units[1].mT) @ inputs.decoder.double() + inputs.mean.double().unsqueeze(1)
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+@test_cuda.pytestmark  # it needs a C++ compiler
 @pytest.mark.parametrize("precise", [False, True])
 @pytest.mark.parametrize("group", [1, 4])
 def test_the_kernel_rounds_like_the_benchmark(group: int, precise: bool, emulator: ctypes.CDLL) -> None:
