@@ -27,7 +27,7 @@ if "--tiny" in sys.argv:
 
 import torch
 from gpu_models import model_part
-from gpu_run import CONFIGS, Run, filled_layer, kernels, log_path, measure
+from gpu_run import CONFIGS, Run, encoding, filled_layer, kernels, log_path, measure
 from records import ROOT, write_record
 from rich.console import Console
 from rich.table import Table
@@ -64,10 +64,28 @@ RUNGS = (
     ("gemma-2-9b", 1, 32_768),
     ("qwen2.5-7b", 32, 32_768),
     ("llama-8b", 1, 4096),
+    ("qwen2.5-7b", 8, 131_072),
+    ("gemma-2-9b", 8, 131_072),
+    ("llama-8b", 32, 131_072),
+    ("qwen2.5-7b", 1, 32_768),
+    ("gemma-2-9b", 1, 131_072),
+    ("qwen2.5-7b", 8, 4096),
+    ("gemma-2-9b", 8, 4096),
+    ("gemma-2-9b", 32, 32_768),
+    ("llama-8b", 32, 4096),
+    ("qwen2.5-7b", 1, 4096),
+    ("gemma-2-9b", 1, 4096),
+    ("qwen2.5-7b", 32, 131_072),
+    ("qwen2.5-7b", 32, 4096),
+    ("gemma-2-9b", 32, 4096),
+    ("gemma-2-9b", 32, 131_072),
 )
 """Model, batch and cached tokens of one layer's step, the most telling first."""
 
 QUICK = RUNGS[:3]
+
+RESERVED = {"encode": 30.0, "models": 150.0}
+"""Seconds that attention leaves to parts behind it: it has more to measure than there is time."""
 
 
 def main() -> None:
@@ -123,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8, help="of whole models")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="of whole models")
     parser.add_argument("--model-context", type=int, default=16_384)
-    parser.add_argument("--parity-only", default="triton", help="pytest expression of the parity tests to run")
+    parser.add_argument("--parity-only", default=None, help="pytest expression of the parity tests to run")
     parser.add_argument("--parity-seconds", type=float, default=150.0, help="when parity is cut short")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes of the parity suite")
     parser.add_argument("--tiny", action="store_true")
@@ -156,7 +174,7 @@ def gpu_state() -> dict[str, Any]:
 
 def parity(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """The parity suite on this device: what failed is reported, and stops nothing."""
-    chosen = "triton and (width3 or through)" if run.tiny else options.parity_only
+    chosen = options.parity_only or ("triton and (width3 or through)" if run.tiny else "triton")
     report = run.log.with_name(run.log.stem + "-parity.txt")
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-k", chosen, "-m", "not slow"]
     command += ["-p", "no:cacheprovider", "--tb=short", "-rfE", f"--junitxml={report.with_suffix('.xml')}"]
@@ -207,9 +225,11 @@ def rungs(run: Run, options: argparse.Namespace) -> list[tuple[str, int, int]]:
 @torch.inference_mode()
 def attention(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One layer's decoding step: every batch, length and geometry."""
+    later = options.parts[options.parts.index("attention") + 1 :]
+    reserved = 0.0 if run.tiny else sum(RESERVED.get(part, 0.0) for part in later)
     for name, batch, length in rungs(run, options):
         what = f"attention {name}, batch {batch}, {length} tokens"
-        if not run.has_time(what, 12):
+        if not run.has_time(what, 12 + reserved):
             continue
         try:
             found = attention_rung(run, name, batch, length, options.bits)
@@ -346,17 +366,13 @@ def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         tokens = min(tokens, 128) if run.tiny else tokens
         layer = filled_layer(run, name, batch, 140, options.bits[0])
-        codec = layer.codecs["key"]
-        x = run.states(batch, *layer.tails["key"].shape[1:2], tokens, layer.tails["key"].shape[3])
-        index = torch.arange(tokens // 64, device=x.device, dtype=torch.int32)
-        block_table = torch.stack((4 + 64 * index, torch.full_like(index, 64), 4 + 128 * (index // 2)), dim=1)
-        found = {"model": name, "batch": batch, "tokens": tokens, "bytes": x.nbytes}
-        for side in ("key", "value"):
-            codec = layer.codecs[side]
+        size, calls = encoding(run, layer, batch, tokens)
+        found = {"model": name, "batch": batch, "tokens": tokens, "bytes": size}
+        for side, call in calls.items():
             try:
-                times = measure(run, partial(backends.find("triton").encode, codec, x, block_table, None))
+                times = measure(run, call)
                 found[side] = times
-                found[f"{side}_gigabytes_per_second"] = x.nbytes / times["median"] / 1e6
+                found[f"{side}_gigabytes_per_second"] = size / times["median"] / 1e6
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 found[side] = f"{type(error).__name__}: {str(error)[:300]}"
         yield run.keep("encode", found)

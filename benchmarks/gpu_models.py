@@ -1,4 +1,4 @@
-"""Whole models on a GPU: tokens per second, prefill and memory, with the dense cache and with ours."""
+"""Whole models on a GPU: steps, ``generate``, CUDA graphs, prefill and memory, with the dense cache and with ours."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_run import Run, fill
+from gpu_run import Run, encoding, fill, measure
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 import quantcache
 from quantcache import SpectralCache, accounting
+from quantcache.coding.packing import BLOCK
 from quantcache.evaluation.summaries import quantiles
 
 
@@ -29,46 +31,52 @@ def model_part(run: Run, name: str, options: argparse.Namespace) -> dict[str, An
         "dense": lambda: DynamicCache(config=config),
         "spectral": lambda: SpectralCache(calibration, config, backend="triton"),
     }
-    weights = sum(p.nbytes for p in model.parameters())
-    found: dict[str, Any] = {"model": name, "layers": layers, "weights_bytes": weights, "decode": []}
-    for batch in options.batches:
-        for kind, make in makers.items():
-            if not run.has_time(f"{name}, batch {batch}, {kind}", 15):
-                continue
-            entry: dict[str, Any] = {"kind": kind, "batch": batch, "context": options.model_context}
-            try:
-                model.set_attn_implementation("sdpa" if kind == "dense" else "spectral")
-                entry |= decode_rung(run, name, model, make(), batch, options.model_context)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                entry["status"] = f"{type(error).__name__}: {str(error)[:500]}"
-            found["decode"].append(run.keep("decode", {"model": name, "layers": layers, **entry}))
-            run.free()
+    parts: dict[str, list[dict[str, Any]]] = {"decode": [], "prefill": [], "generate": [], "graph": []}
+
+    def attempt(part: str, kind: str, rung: Callable[..., dict[str, Any]], **what: int) -> None:
+        """Keep one figure; of a failure its status."""
+        if not run.has_time(f"{name}, {part}, {kind}, " + ", ".join(f"{key} {n}" for key, n in what.items()), 15):
+            return
+        entry = {"model": name, "layers": layers, "kind": kind, **what}
+        try:
+            model.set_attn_implementation("sdpa" if kind == "dense" else "spectral")
+            entry |= rung(run, name, model, makers[kind], **what)
+        except Exception as error:  # a compiler may fail with anything, and the next figure may not
+            entry["status"] = f"{type(error).__name__}: {str(error)[:500]}"
+        parts[part].append(run.keep(part, entry))
+        run.free()
+
+    filled = [(kind, {"batch": n, "context": options.model_context}) for n in options.batches for kind in makers]
+    for kind, what in filled:
+        attempt("decode", kind, decode_rung, **what)
     for tokens in (80,) if run.tiny else (8192, 32_768):
-        for kind, make in makers.items():
-            if run.has_time(f"{name}, prefill of {tokens} tokens, {kind}", 20):
-                model.set_attn_implementation("sdpa" if kind == "dense" else "spectral")
-                entry = {"model": name, "layers": layers, "kind": kind, "tokens": tokens}
-                try:
-                    entry |= prefill_rung(run, model, make, tokens)
-                except (RuntimeError, torch.OutOfMemoryError) as error:
-                    entry["status"] = f"{type(error).__name__}: {str(error)[:500]}"
-                found.setdefault("prefill", []).append(run.keep("prefill", entry))
-                run.free()
-    del model
-    run.free()
-    return found
+        for kind in makers:
+            attempt("prefill", kind, prefill_rung, tokens=tokens)
+    for kind, what in filled:
+        attempt("generate", kind, generate_rung, **what)
+    for kind, what in filled:
+        if kind == "spectral":
+            attempt("graph", kind, graph_rung, **what)
+    weights = sum(p.nbytes for p in model.parameters())
+    return {"model": name, "layers": layers, "weights_bytes": weights, **parts}
 
 
-def decode_rung(run: Run, name: str, model: torch.nn.Module, cache: Cache, batch: int, context: int) -> dict[str, Any]:
-    """Tokens per second behind ``context`` cached tokens."""
-    config = model.config
+def filled_cache(run: Run, name: str, model: Any, make: Callable[[], Cache], batch: int, context: int) -> Cache:
+    """A cache of some ``context`` tokens that no model has seen."""
+    cache, config = make(), model.config
     if isinstance(cache, SpectralCache):
         for layer in cache.spectral_layers:
             fill(run, layer, name, batch, context)
-    else:
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        for layer in range(config.num_hidden_layers):
-            cache.update(*(run.states(batch, config.num_key_value_heads, context, dim) for _ in range(2)), layer)
+        return cache
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(run.states(batch, config.num_key_value_heads, context, dim) for _ in range(2)), layer)
+    return cache
+
+
+def decode_rung(run: Run, name: str, model: Any, make: Callable[[], Cache], batch: int, context: int) -> dict[str, Any]:
+    """Tokens per second behind ``context`` cached tokens, step by step."""
+    cache = filled_cache(run, name, model, make, batch, context)
     ids = torch.full((batch, 1), 7, device=run.device)
     samples: list[float] = []
     warmup, steps = (0, 1) if run.tiny else (4, 68)  # one of 64 steps encodes a block in every layer
@@ -96,8 +104,82 @@ def decode_rung(run: Run, name: str, model: torch.nn.Module, cache: Cache, batch
     }
 
 
-def prefill_rung(run: Run, model: torch.nn.Module, make: Callable[[], Cache], tokens: int) -> dict[str, Any]:
-    """A prefill, and a second turn over what it left, with their peaks of memory."""
+def generate_rung(
+    run: Run, name: str, model: Any, make: Callable[[], Cache], batch: int, context: int
+) -> dict[str, Any]:
+    """Tokens per second of ``model.generate``, whose prompt is cached but for its last token."""
+    cache = filled_cache(run, name, model, make, batch, context)
+    model.generation_config.eos_token_id = None  # random weights may say anything
+    seconds = 0.0
+    for count in (1, 2) if run.tiny else (4, 68):  # the first warms up; one of 64 steps encodes a block in every layer
+        prompt = torch.full((batch, cache.get_seq_length() + 1), 7, device=run.device)
+        run.wait()
+        started = time.perf_counter()
+        text = model.generate(prompt, past_key_values=cache, max_new_tokens=count, do_sample=False)
+        run.wait()
+        seconds = time.perf_counter() - started
+        if text.shape[1] != prompt.shape[1] + count:
+            raise RuntimeError(f"{text.shape[1] - prompt.shape[1]} new tokens instead of {count}")
+    return {
+        "status": "ok",
+        "new_tokens": count,
+        "milliseconds_a_token": 1e3 * seconds / count,
+        "tokens_per_second": batch * count / seconds,
+    }
+
+
+def graph_rung(run: Run, name: str, model: Any, make: Callable[[], Cache], batch: int, context: int) -> dict[str, Any]:
+    """A decoding step from a CUDA graph: its time, or why it cannot be had."""
+    if run.device.type != "cuda":
+        return {"status": "unsupported: CUDA graphs need a GPU"}
+    cache = filled_cache(run, name, model, make, batch, context)
+    ids = torch.full((batch, 1), 7, device=run.device)
+
+    def step(cache: Cache) -> Tensor:
+        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits
+
+    step(cache)
+    eager = cache.fork()  # type: ignore[attr-defined]
+    expected = [step(eager).clone() for _ in range(2)]
+    run.wait()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            logits = step(cache)
+    except Exception as error:
+        return {"status": f"unsupported: a step cannot be captured: {type(error).__name__}: {str(error)[:300]}"}
+    replayed = []
+    for _ in range(2):
+        graph.replay()
+        replayed.append(logits.clone())
+    run.wait()
+    if reason := repeats(expected, replayed):
+        return {"status": f"unsupported: {reason}"}
+    return {"status": "ok", "milliseconds": measure(run, graph.replay)}
+
+
+def repeats(expected: list[Tensor], replayed: list[Tensor]) -> str | None:
+    """Why replays of a captured step are of no use.
+
+    Args:
+        expected: Logits of two steps as the model takes them.
+        replayed: Logits of two replays.
+
+    Returns:
+        The reason, None if replays go on as the model does.
+    """
+    between = float((expected[1] - expected[0]).float().norm())
+    first, second = (float((a - b).float().norm()) for a, b in zip(expected, replayed, strict=True))
+    if not first < between / 2:
+        return f"a captured step gives other logits, by {first:.3g}, where two steps differ by {between:.3g}"
+    if not second < between / 2:
+        return "a replay repeats the captured step: the host decides how long the cache is (kernels/README.md)"
+    return None
+
+
+def prefill_rung(run: Run, name: str, model: Any, make: Callable[[], Cache], tokens: int) -> dict[str, Any]:
+    """A prefill, and a second turn over what it left, with their peaks of memory; what of it encoding takes."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=run.device)
     samples, peaks = [], []
     for _ in range(1 if run.tiny else 3):
@@ -124,4 +206,9 @@ def prefill_rung(run: Run, model: torch.nn.Module, make: Callable[[], Cache], to
         "milliseconds": 1e3 * (time.perf_counter() - started),
         "peak_bytes": run.peak() - before,
     }
+    if isinstance(cache, SpectralCache):
+        layers = cache.spectral_layers
+        _, calls = encoding(run, layers[0], 1, tokens - tokens % BLOCK)
+        found["encode_milliseconds"] = len(layers) * sum(measure(run, call)["median"] for call in calls.values())
+        found["encode_share"] = found["encode_milliseconds"] / found["milliseconds"]["median"]
     return found

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from records import SCRATCH
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from quantcache import Calibration, SpectralCache
+from quantcache import Calibration, SpectralCache, backends
 from quantcache.backends.spans import block_table_of, next_spans
 from quantcache.backends.store import BlockStore
 from quantcache.cache.layer import SpectralLayer
@@ -228,6 +229,28 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
         stores[side] = BlockStore(count, {"codes": codes, "gains": gains})
     block_table = BlockStore(count, {"block_table": block_table_of(spans, layer.device)})
     layer._commit(spans=spans, stores=stores, block_table=block_table)
+
+
+def encoding(run: Run, layer: SpectralLayer, batch: int, tokens: int) -> tuple[int, dict[str, Callable[[], object]]]:
+    """Calls that encode whole blocks of random tokens as a layer does.
+
+    Args:
+        run: The run.
+        layer: A layer that has seen tokens.
+        batch: Rows.
+        tokens: A multiple of 64.
+
+    Returns:
+        Bytes that a call reads, and a call for each side.
+    """
+    backend, tail = backends.find("triton"), layer.tails["key"]
+    x = run.states(batch, tail.shape[1], tokens, tail.shape[3])
+    index = torch.arange(tokens // BLOCK, device=x.device, dtype=torch.int32)
+    block_table = torch.stack((4 + BLOCK * index, torch.full_like(index, BLOCK), 4 + 2 * BLOCK * (index // 2)), dim=1)
+    calls: dict[str, Callable[[], object]] = {
+        side: partial(backend.encode, layer.codecs[side], x, block_table, None) for side in SIDES
+    }
+    return x.nbytes, calls
 
 
 def kernels() -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 pytest.importorskip("triton")
@@ -21,9 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.mark.slow
 @pytest.mark.triton
+@pytest.mark.timeout(600)
 def test_gpu_benchmark_measures_and_writes_its_record(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu_decode.py", "--tiny", "--parts", "copy,attention,encode,models"]
-    command += ["--rungs", "1"]
+    command = [sys.executable, "benchmarks/gpu_decode.py", "--tiny", "--parts", "parity,copy,attention,encode,models"]
+    command += ["--rungs", "1", "--parity-only", "test_attention and triton-width3", "--parity-seconds", "300"]
+    command += ["--minutes", "30"]
     paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels"))
     given = {**os.environ, "PYTHONPATH": paths, "OUT": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
@@ -32,15 +36,51 @@ def test_gpu_benchmark_measures_and_writes_its_record(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     kinds = [line["kind"] for line in lines]
     assert "failure" not in kinds, [line["figures"] for line in lines if line["kind"] == "failure"]
-    assert set(kinds) == {"environment", "copy", "attention", "encode", "decode", "prefill", "kernels"}
+    parts = {"parity", "copy", "attention", "encode", "decode", "prefill", "generate", "graph"}
+    assert set(kinds) == {"environment", *parts, "kernels"}
     (path,) = tmp_path.glob("gpu-decode__*.json")
     record = Record.from_dict(json.loads(path.read_text()))
     assert not record.clean
+    parity = record.metrics["parity"]
+    assert (parity["exit_status"], parity["failed"]) == (0, []), parity["summary"]
+    assert parity["summary"].startswith("1 passed")
     for rung in record.metrics["attention"]:
         assert set(rung["status"].values()) == {"ok"}
         assert rung["difference"]["relative"] < 0.01  # in bfloat16; parity is tests/kernels' affair
-    assert {entry["status"] for entry in record.metrics["models"][0]["decode"]} == {"ok"}
-    assert {entry["status"] for entry in record.metrics["models"][0]["prefill"]} == {"ok"}
+    (model,) = record.metrics["models"]
+    for part in ("decode", "prefill", "generate"):
+        assert [(entry["kind"], entry["status"]) for entry in model[part]] == [("dense", "ok"), ("spectral", "ok")]
+    assert [entry["status"] for entry in model["graph"]] == ["unsupported: CUDA graphs need a GPU"]
+    assert model["prefill"][1]["encode_share"] > 0
+    assert record.metrics["not_measured"] == []
+
+
+def test_every_geometry_is_timed_at_every_length_and_batch() -> None:
+    from gpu_decode import QUICK, RUNGS
+    from gpu_run import CONFIGS
+
+    asked = set(itertools.product(CONFIGS, (1, 8, 32), (4096, 32_768, 131_072)))
+    assert asked <= set(RUNGS)
+    assert len(set(RUNGS)) == len(RUNGS)
+    assert len(QUICK) == 3
+
+
+@pytest.mark.parametrize(
+    ("replayed", "reason"),
+    [
+        ([0.0, 1.0], None),
+        ([0.01, 0.99], None),
+        ([0.0, 0.0], "repeats the captured step"),
+        ([1.0, 1.0], "gives other logits"),
+        ([float("nan"), 1.0], "gives other logits"),
+        ([0.0, float("nan")], "repeats the captured step"),
+    ],
+)
+def test_replays_must_go_on_as_the_model_does(replayed: list[float], reason: str | None) -> None:
+    from gpu_models import repeats
+
+    found = repeats(*([torch.tensor([x, 2.0]) for x in each] for each in ([0.0, 1.0], replayed)))
+    assert found is None if reason is None else reason in str(found)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 64), (3, 128), (2, 256)])

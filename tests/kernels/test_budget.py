@@ -1,0 +1,118 @@
+"""The CUDA kernels' budget, from their machine code for compute capability 9.0: NVRTC needs no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")  # its package brings the disassembler
+
+from gpu_run import CONFIGS
+from realistic import realistic_calibration
+from sass import AnchorCost, anchor_cost, operations, resources
+
+from quantcache.coding.schema import SIDES
+from quantcache_kernels.cuda import driver
+from quantcache_kernels.cuda.layout import CLASSES, TILE, column_tiles
+
+REGISTERS = 128
+"""Of a thread: then a multiprocessor holds 16 warps, more than shared memory has room for."""
+
+VARIANTS = {(True, 1): REGISTERS, (True, 2): 130, (False, 1): REGISTERS}
+"""Registers that ``attend`` may take, by whether queries have twice eight bits and by their tiles of columns."""
+
+OPERATIONS = 2.6
+"""Of a lane, for one coefficient of one token, at 3 bits and widths as of a real model."""
+
+Cubins = dict[tuple[bool, int], bytes]
+T = TypeVar("T")
+
+
+def built(compile_it: Callable[[], T]) -> T:
+    """What compiling gives; the test is skipped where there is nothing to compile with."""
+    for path in Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc-builtins.so*"):
+        ctypes.CDLL(str(path))  # NVRTC asks for it by name; torch has loaded it only where torch has CUDA itself
+    try:
+        return compile_it()
+    except driver.CudaError as error:
+        if "can be loaded" not in str(error):
+            raise
+        pytest.skip(f"neither NVRTC nor nvcc is here: {error}; pip install nvidia-cuda-nvrtc")
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> Cubins:
+    """Machine code of every variant."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path_factory.mktemp("cubins")))
+        return built(lambda: {variant: driver.compiled((9, 0), *variant) for variant in VARIANTS})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_keep_to_their_registers(cubins: Cubins, variant: tuple[bool, int]) -> None:
+    found = resources(cubins[variant])
+    assert found.keys() == {"attend", "merge"}
+    assert 32 < found["attend"]["registers"] <= VARIANTS[variant]
+    assert 32 < found["merge"]["registers"] <= 64, "a block of up to 1,024 threads"
+    assert [(each["stack"], each["local"]) for each in found.values()] == [(0, 0)] * 2, "nothing is spilled"
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.skipif(not hasattr(driver, "compiled_codes"), reason="there is no kernel for a cache's own blocks")
+@pytest.mark.parametrize(("trellis", "registers"), [(False, 145), (True, 150)])
+def test_kernels_of_blocks_take_no_more_than_they_took(trellis: bool, registers: int, tmp_path: Path) -> None:
+    """They miss the budget; what is held is what was measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
+        found = resources(built(lambda: driver.compiled_codes((9, 0), trellis, trellis)))
+    assert found.keys() == {"turn_queries", "attend_codes", "merge"}
+    assert found["attend_codes"]["registers"] <= registers
+    assert found["attend_codes"]["stack"] <= 8
+    assert [found[name]["stack"] for name in ("turn_queries", "merge")] == [0, 0]
+    assert max(found[name]["registers"] for name in ("turn_queries", "merge")) <= REGISTERS
+
+
+@cache
+def tile_widths(name: str) -> Tensor:
+    """Widths of tiles of a head's keys and values, ``[heads, 2, tiles]``: a tile has that of its widest coefficient."""
+    layers = realistic_calibration(CONFIGS[name](2), 3.0).layers.values()
+    sides = [
+        torch.cat([widths for layer in layers if (widths := layer.side(side).widths) is not None]) for side in SIDES
+    ]
+    return torch.stack(sides, dim=1).sort(dim=-1, descending=True).values.unflatten(-1, (-1, TILE)).amax(-1)
+
+
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_takes_few_operations_a_coefficient(cubins: Cubins, name: str, coding: str) -> None:
+    config, widths = CONFIGS[name](2), tile_widths(name)
+    if coding == "trellis":  # a path through a trellis of k bits is a code of k + 1
+        widths = torch.where(widths > 0, widths + 1, 0)
+    cost = anchor_cost(cubins[True, column_tiles(config.num_attention_heads // config.num_key_value_heads)])
+    assert 1 < mean(cost.lane_operations(*head) for head in widths.tolist()) <= OPERATIONS
+
+
+def test_what_is_counted_is_what_the_kernel_does(cubins: Cubins) -> None:
+    one, two = (anchor_cost(cubins[True, parts]) for parts in (1, 2))
+    for costs, more in ((one.keys, two.keys), (one.values, two.values)):
+        assert tuple(costs) == CLASSES
+        assert costs[8] < costs[1] < costs[2] < costs[3] < costs[4], "bytes are taken as they are"
+        assert all(costs[width] < more[width] for width in CLASSES), "more products"
+    assert one.body < two.body
+    by_hand = 32 * (one.body + one.keys[3] + one.keys[8] + one.values[1]) / (128 * 16 * 4)
+    assert one.lane_operations((6, 3), (1, 0)) == by_hand
+
+
+def test_operations_are_named_without_predicates() -> None:
+    code = [(0, "@!P0 BRA 0x10"), (16, "IMAD.MOV.U32 R1, RZ, RZ, R2"), (32, "@UP1 LDL.64 R2, [R1]")]
+    assert operations(code) == {"BRA": 1, "IMAD": 1, "LDL": 1}
+    assert AnchorCost(64, {3: 1}, {3: 3}).lane_operations((3,), (3,)) == 32 * 68 / (128 * 32)
