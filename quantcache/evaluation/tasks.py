@@ -195,8 +195,16 @@ def _answers(
     count: int,
     chunk: int,
 ) -> list[str]:
-    cache = method.make_cache()
-    feed(model, cache, exercise.text[None], chunk)
+    def read() -> Cache:
+        cache = method.make_cache()
+        feed(model, cache, exercise.text[None], chunk)
+        return cache
+
+    cache = read()
+    try:
+        copy.deepcopy(cache)
+    except (RuntimeError, TypeError):  # optimum-quanto's tensors cannot be copied: the text is read for every question
+        return [answer(model, tokenizer, read(), question, count) for question in exercise.questions]
     return [answer(model, tokenizer, copy.deepcopy(cache), question, count) for question in exercise.questions]
 
 

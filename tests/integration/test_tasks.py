@@ -213,6 +213,22 @@ def test_questions_do_not_see_each_other(demo_model: PreTrainedModel, demo_token
         assert said[0] == said[1][::-1]
 
 
+def test_caches_that_cannot_be_copied_read_the_text_for_every_question(
+    demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As transformers' own over optimum-quanto."""
+
+    class Uncopied(DynamicCache):
+        def __deepcopy__(self, memo: object) -> DynamicCache:
+            raise RuntimeError("cannot be copied")
+
+    (exercise,) = exercises.lookups(demo_tokenizer, pairs=(16,), shots=1, questions=2, seeds=1).exercises
+    (dense,) = parse_methods(["dense"], demo_model.config, None)
+    uncopied = Method("uncopied", "rival", False, lambda: Uncopied(config=demo_model.config))
+    ours, theirs = (tasks._answers(demo_model, demo_tokenizer, each, exercise, 6, 64) for each in (uncopied, dense))
+    assert ours == theirs
+
+
 def test_finished_exercises_are_not_asked_again(
     demo_model: PreTrainedModel,
     demo_tokenizer: PreTrainedTokenizerBase,
