@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantcache.backends.base import CODE_QUERIES, Backend, BackendReport, Fields
 from quantcache.backends.cpu import CpuBackend
+from quantcache.backends.cuda import CudaBackend
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.triton import TritonBackend
 from quantcache.backends.view import CacheView, Shared, SideView
@@ -47,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-BackendName = Literal["auto", "cpu", "native", "triton", "torch"]
+BackendName = Literal["auto", "cpu", "native", "triton", "cuda", "torch"]
 """What users ask for; "native" is what "cpu" was called before 0.3."""
 
 _TRITON = TritonBackend()
@@ -55,8 +56,11 @@ _TRITON = TritonBackend()
 FASTEST_FIRST: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(),), "cuda": (_TRITON,), "xpu": (_TRITON,)}
 """By type of device, what ``"auto"`` tries before plain torch."""
 
+ON_REQUEST: tuple[Backend, ...] = (CudaBackend(_TRITON),)
+"""What has to be asked for by name: nobody has run it on a device yet."""
+
 BACKENDS: dict[str, Backend] = {
-    each.name: each for each in (*(each for tried in FASTEST_FIRST.values() for each in tried), REFERENCE)
+    each.name: each for each in (*(each for tried in FASTEST_FIRST.values() for each in tried), *ON_REQUEST, REFERENCE)
 }
 """Every backend by name."""
 
@@ -67,7 +71,7 @@ def known_name(name: str) -> str:
     """Check the name of a backend.
 
     Args:
-        name: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"``.
+        name: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
         The name; of two names for one backend always the same.

@@ -90,7 +90,9 @@ def _shared_codec(calibration: Calibration, index: int, name: str, device: torch
         made = (
             DenseCodec()
             if side.widths is None
-            else SpectralCodec(side, rope, calibration.metadata.codec, device, f"layer {index}, {name}s")
+            else SpectralCodec(
+                side, rope, calibration.metadata.codec, device, f"layer {index}, {name}s", name == "value"
+            )
         )
         found = calibration.codecs.setdefault(key, made)  # all threads take the one that was there first
     return found
