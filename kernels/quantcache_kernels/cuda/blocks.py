@@ -1,9 +1,8 @@
 """How a cache's blocks lie in memory for the CUDA kernels: tiles of 16 coefficients in the order of the tensor cores.
 
 A block holds 64 tokens of all heads of one batch row and one side. A head's coefficients are sorted by width, the
-widest first, those of fast dimensions behind the others; sixteen are a tile, which has the width of its widest. A
-narrower code of the tile takes as many bits as the widest. Every one of 32 lanes has as many words as the tile has bits,
-for its own 32 codes; lane 4 g + j::
+widest first, those of fast dimensions behind the others. Sixteen are a tile, and all its codes take as many bits as the
+widest. Every one of 32 lanes has that many words, for its own 32 codes; lane 4 g + j::
 
     keys    tokens 8 g to 8 g + 7 of coefficients 4 j to 4 j + 3
             register 8 p + t: token 8 g + t, its halves are coefficients 4 j + 2 p and 4 j + 2 p + 1
@@ -151,8 +150,8 @@ class BlockLayout:
         """Pack codes.
 
         Args:
-            codes: A byte for each code, of a trellis the level in its subset with the path bit above (:data:`PATH_BIT`),
-                ``[n, B, H D, 64]`` uint8.
+            codes: A byte for each code, ``[n, B, H D, 64]`` uint8; of a trellis the level in its subset, and the path
+                bit above it (:data:`PATH_BIT`).
             values: Whether they are values.
 
         Returns:

@@ -143,6 +143,7 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 #include <ucontext.h>
 
@@ -156,7 +157,6 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 struct Block {
     struct Fiber {
         ucontext_t context;
-        std::vector<char> stack;
         bool done, waiting;
         u32 operands[8];
         int sums[4];
@@ -168,6 +168,13 @@ struct Block {
     std::function<void()> body;
 };
 static Block* emulated_;
+
+constexpr size_t STACK_BYTES_ = 64 << 10;
+static char* stack_(size_t fiber) {  // kept from block to block: making thousands of them takes longer than the kernels
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    while (stacks.size() <= fiber) stacks.emplace_back(new char[STACK_BYTES_]);
+    return stacks[fiber].get();
+}
 
 static void fiber_main_() {
     emulated_->body();
@@ -201,12 +208,12 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
     block.shared.assign(shared_bytes + 128, 0xA5);
     block.fibers.resize(threads);
     emulated_ = &block;
-    for (auto& fiber : block.fibers) {
-        fiber.stack.resize(64 << 10);
+    for (u32 i = 0; i < threads; ++i) {
+        Block::Fiber& fiber = block.fibers[i];
         fiber.done = fiber.waiting = false;
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_stack.ss_sp = stack_(i);
+        fiber.context.uc_stack.ss_size = STACK_BYTES_;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, fiber_main_, 0);
     }
