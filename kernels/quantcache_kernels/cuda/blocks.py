@@ -1,17 +1,17 @@
 """How a cache's blocks lie in memory for the CUDA kernels: tiles of 16 coefficients in the order of the tensor cores.
 
 A block holds 64 tokens of all heads of one batch row and one side. A head's coefficients are sorted by width, the
-widest first, those of fast dimensions behind the others. Sixteen are a tile, and all its codes take as many bits as the
-widest. Every one of 32 lanes has that many words, for its own 32 codes; lane 4 g + j::
+widest first, those of fast dimensions behind the others. Sixteen are a tile. Eight are half of one, and all their codes
+take as many bits as the widest's. Every one of 32 lanes has 16 codes of each half, in registers of two; lane 4 g + j::
 
-    keys    tokens 8 g to 8 g + 7 of coefficients 4 j to 4 j + 3
-            register 8 p + t: token 8 g + t, its halves are coefficients 4 j + 2 p and 4 j + 2 p + 1
-    values  tokens 16 j to 16 j + 15 of coefficients g and g + 8
-            register 8 h + s: coefficient g + 8 h, its halves are tokens 16 j + s and 16 j + 8 + s
+    keys    tokens 8 g to 8 g + 7 of coefficients 2 j and 2 j + 1 of the half
+            register t: token 8 g + t, the coefficients are its halves
+    values  tokens 16 j to 16 j + 15 of coefficient g of the half
+            register t: tokens 16 j + t and 16 j + 8 + t
 
-Codes are cut into fields of 4, 2 and 1 bits as in the portable layout; a field's word has both halves of 4, 8 or 16
-registers. A trellis has fields for its levels' k - 1 bits, and the path's bits behind them: a byte of that word is
-eight tokens in a row. The words of a lane come in pieces of four, two and one, each with all lanes side by side.
+Codes are cut into fields of 4, 2 and 1 bits as in the portable layout. A lane has two words of each 4-bit field, one of
+a 2-bit field and half a word of a 1-bit field; a field's words lie side by side for all lanes. A trellis has fields for
+its levels' k - 1 bits, and the path's bits behind them: a byte of those is eight tokens in a row.
 
 Shapes: B batch, H key/value heads, D dimension, S slots (16 times the tiles), n blocks.
 """
@@ -26,10 +26,13 @@ from torch import Tensor
 
 from quantcache_kernels.interface import BLOCK, MAX_WIDTH, SideConstants
 
-TILE = 16
-"""Coefficients of a tile."""
+TILE, HALF = 16, 8
+"""Coefficients of a tile, and those that share a width."""
 
 LANES = 32
+
+WORDS = 16
+"""Of a bit of the codes of half a tile."""
 
 FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (4, 4))
 """Bit fields of each width, most significant first."""
@@ -44,14 +47,14 @@ class BlockLayout:
 
     Attributes:
         dims: Coefficient of every slot, -1 for none, ``[H, S]`` int64 on the CPU.
-        tile_widths: Bits of every tile's codes, 0 for a tile that a head lacks, ``[H, S / 16]`` int64 on the CPU.
+        widths: Bits of the codes of every half of a tile, 0 where a head has none, ``[H, S / 8]`` int64 on the CPU.
         slow_tiles: Tiles of slow dimensions; they come first.
         dim: D.
         is_trellis: Whether codes are paths through a trellis.
     """
 
     dims: Tensor
-    tile_widths: Tensor
+    widths: Tensor
     slow_tiles: int
     dim: int
     is_trellis: bool
@@ -80,7 +83,7 @@ class BlockLayout:
         own = torch.where(dims < 0, 0, widths.gather(1, dims.clamp_min(0)))
         return cls(
             dims,
-            own.unflatten(1, (-1, TILE)).amax(-1),
+            own.unflatten(1, (-1, HALF)).amax(-1),
             parts[0].shape[1] // TILE,
             constants.dim,
             constants.coding == "trellis",
@@ -94,12 +97,12 @@ class BlockLayout:
     @property
     def tiles(self) -> int:
         """Tiles that every head has room for."""
-        return self.tile_widths.shape[1]
+        return self.dims.shape[1] // TILE
 
     @property
     def words(self) -> int:
         """Words of a block and batch row."""
-        return LANES * int(self.tile_widths.sum())
+        return WORDS * int(self.widths.sum())
 
     def gather(self, values: Tensor, dim: int) -> Tensor:
         """Bring per-coefficient values into slot order.
@@ -118,31 +121,27 @@ class BlockLayout:
         return values.gather(dim, index.clamp_min(0)).masked_fill(index < 0, 0)
 
     def table(self) -> Tensor:
-        """``HeadTiles`` of every head (codes.h), ``[H, 20]`` int32."""
-        rows, offset = [], 0
-        for widths in self.tile_widths.tolist():
-            size = 4 * LANES * sum(widths)
-            counts = [
-                sum(w == width for w in part)
-                for part in (widths[: self.slow_tiles], widths[self.slow_tiles :])
-                for width in range(MAX_WIDTH, 0, -1)
-            ]
-            rows.append([offset, size, *counts, 0, 0])
-            offset += size
-        return torch.tensor(rows, dtype=torch.int32, device="cpu")
+        """``HeadTiles`` of every head (codes.h), ``[H, 12]`` int32."""
+        rows, offset = torch.zeros(self.heads, 12, dtype=torch.int32, device="cpu"), 0
+        pairs = self.widths[:, 0::2] | self.widths[:, 1::2] << 4
+        rows.view(torch.uint8)[:, 16 : 16 + self.tiles] = pairs.to(torch.uint8)
+        for head, bits in enumerate(self.widths.sum(1).tolist()):
+            rows[head, 0], rows[head, 1] = offset, 4 * WORDS * bits
+            offset += 4 * WORDS * bits
+        return rows
 
     @cached_property
     def groups(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
-        """By width: the coefficients of all heads' tiles ``[m, 16]``, H D for none, and their words ``[m, W 32]``."""
+        """By width, half tiles of all heads: their coefficients ``[m, 8]``, H D for none, and words ``[m, 16 W]``."""
         coefficient = torch.arange(self.heads, dtype=torch.int64, device="cpu")[:, None] * self.dim + self.dims
-        coefficient = torch.where(self.dims < 0, self.heads * self.dim, coefficient).view(-1, TILE)
-        widths = self.tile_widths.flatten()
-        first = LANES * (widths.cumsum(0) - widths)
+        coefficient = torch.where(self.dims < 0, self.heads * self.dim, coefficient).view(-1, HALF)
+        widths = self.widths.flatten()
+        first = WORDS * (widths.cumsum(0) - widths)
         found = []
         for width in range(1, MAX_WIDTH + 1):
             own = (widths == width).nonzero().flatten()
             if own.numel():
-                inside = torch.arange(LANES * width, dtype=torch.int64, device="cpu")
+                inside = torch.arange(WORDS * width, dtype=torch.int64, device="cpu")
                 found.append((width, coefficient[own], first[own][:, None] + inside))
         return tuple(found)
 
@@ -162,22 +161,22 @@ class BlockLayout:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, 1))
         out = torch.zeros(*lead, self.words, dtype=torch.int32, device=device)
         for width, dims, words in self.groups:
-            tiles = codes[:, :, dims.to(device).flatten()].unflatten(2, (-1, TILE))  # [n, B, m, 16, 64]
-            own = tiles.flatten(3)[..., coefficient * BLOCK + token]  # [n, B, m, 32, 16, 2]
-            out[:, :, words.to(device).flatten()] = self._pack_tiles(own, width).flatten(2)
+            halves = codes[:, :, dims.to(device).flatten()].unflatten(2, (-1, HALF)).flatten(3)  # [n, B, m, 8 64]
+            own = halves[..., coefficient * BLOCK + token]  # [n, B, m, 32, 8, 2]
+            out[:, :, words.to(device).flatten()] = self._pack_halves(own, width).flatten(2)
         return out
 
-    def _pack_tiles(self, own: Tensor, width: int) -> Tensor:
-        """Words of lanes' codes ``[..., 32, 16, 2]``, in pieces, ``[..., 32 W]``."""
+    def _pack_halves(self, own: Tensor, width: int) -> Tensor:
+        """Words of lanes' codes ``[..., 32, 8, 2]``, ``[..., 16 W]``."""
         parts = []
         for length, above in self._fields(width):
-            bits = (own >> above & ((1 << length) - 1)).to(torch.int64).unflatten(-2, (length, 16 // length))
-            step = length * torch.arange(16 // length, dtype=torch.int64, device=own.device)
-            place = step[:, None] + 16 * torch.arange(2, dtype=torch.int64, device=own.device)
-            parts.append((bits << place).sum((-1, -2)))  # [..., 32, length]
+            bits = (own >> above & ((1 << length) - 1)).to(torch.int64)
+            if length == 4:  # two words
+                bits = bits.unflatten(-2, (2, 4))
+            words = (bits << _shifts(length, own.device)).sum((-1, -2)).flatten(3)
+            parts.append(words[..., 0::2] | words[..., 1::2] << 16 if length == 1 else words)
         words = torch.cat(parts, dim=-1)
-        words = (words - (words >> 31 << 32)).to(torch.int32)
-        return torch.cat([words[..., i : i + size].flatten(-2) for i, size in _pieces(width)], dim=-1)
+        return (words - (words >> 31 << 32)).to(torch.int32)
 
     def unpack(self, words: Tensor, values: bool) -> Tensor:
         """Invert :meth:`pack`.
@@ -193,23 +192,23 @@ class BlockLayout:
         token, coefficient = (each.to(device) for each in _places(values))
         codes = torch.zeros(*lead, self.heads * self.dim + 1, BLOCK, dtype=torch.uint8, device=device)
         for width, dims, places in self.groups:
-            own = words[:, :, places.to(device).flatten()].unflatten(2, (-1, LANES * width))
-            lanes = self._unpack_tiles(own, width)  # [n, B, m, 32, 16, 2]
-            tiles = lanes.new_zeros(*lanes.shape[:3], TILE * BLOCK)
-            tiles[..., coefficient * BLOCK + token] = lanes
-            codes[:, :, dims.to(device).flatten()] = tiles.unflatten(3, (TILE, BLOCK)).flatten(2, 3)
+            own = words[:, :, places.to(device).flatten()].unflatten(2, (-1, WORDS * width))
+            lanes = self._unpack_halves(own, width)  # [n, B, m, 32, 8, 2]
+            halves = lanes.new_zeros(*lanes.shape[:3], HALF * BLOCK)
+            halves[..., coefficient * BLOCK + token] = lanes
+            codes[:, :, dims.to(device).flatten()] = halves.unflatten(3, (HALF, BLOCK)).flatten(2, 3)
         return codes[:, :, :-1]
 
-    def _unpack_tiles(self, words: Tensor, width: int) -> Tensor:
-        pieces = [words[..., LANES * i : LANES * (i + size)].unflatten(-1, (LANES, size)) for i, size in _pieces(width)]
-        own, first = torch.cat(pieces, dim=-1), 0
-        codes = torch.zeros(*own.shape[:-1], 16, 2, dtype=torch.uint8, device=own.device)
+    def _unpack_halves(self, words: Tensor, width: int) -> Tensor:
+        codes, first = words.new_zeros(*words.shape[:-1], LANES, 8, 2, dtype=torch.uint8), 0
         for length, above in self._fields(width):
-            step = length * torch.arange(16 // length, dtype=torch.int32, device=own.device)
-            place = step[:, None] + 16 * torch.arange(2, dtype=torch.int32, device=own.device)
-            bits = own[..., first : first + length, None, None] >> place & ((1 << length) - 1)
+            own = words[..., first : first + WORDS * length]
+            if length == 1:
+                own = torch.stack((own & 0xFFFF, own >> 16), dim=-1).flatten(-2)
+            own = own.unflatten(-1, (LANES, -1))[..., None, None]  # [..., 32, 1 or 2, 1, 1]
+            bits = own >> _shifts(length, words.device) & ((1 << length) - 1)
             codes |= bits.to(torch.uint8).flatten(-3, -2) << above
-            first += length
+            first += WORDS * length
         return codes
 
     def _fields(self, width: int) -> list[tuple[int, int]]:
@@ -221,17 +220,16 @@ class BlockLayout:
         return fields + [(1, PATH_BIT)] * self.is_trellis
 
 
-def _pieces(width: int) -> list[tuple[int, int]]:
-    """First word and number of the words that a lane loads at once."""
-    sizes = [4] * (width // 4) + [2] * (width % 4 // 2) + [1] * (width % 2)
-    return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+def _shifts(length: int, device: torch.device) -> Tensor:
+    """Where a word of a field has the codes of its registers' halves, ``[registers, 2]`` int32."""
+    step = length * torch.arange(min(8, 16 // length), dtype=torch.int32, device=device)
+    half = 8 if length == 1 else 16  # half a word for a single bit
+    return step[:, None] + half * torch.arange(2, dtype=torch.int32, device=device)
 
 
 def _places(values: bool) -> tuple[Tensor, Tensor]:
-    """Token of the block and coefficient of the tile of every code, two ``[32 lanes, 16 registers, 2 halves]``."""
-    sizes = (torch.arange(size, dtype=torch.int64, device="cpu") for size in (LANES, 16, 2))
+    """Token of the block and coefficient of the half of every code, two ``[32 lanes, 8 registers, 2 halves]``."""
+    sizes = (torch.arange(size, dtype=torch.int64, device="cpu") for size in (LANES, 8, 2))
     lane, register, half = torch.meshgrid(*sizes, indexing="ij")
-    row, column, upper, low = lane // 4, lane % 4, register // 8, register % 8
-    if values:
-        return 16 * column + 8 * half + low, row + 8 * upper
-    return 8 * row + low, 4 * column + 2 * upper + half
+    row, column = lane // 4, lane % 4
+    return (16 * column + 8 * half + register, row) if values else (8 * row + register, 2 * column + half)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.blocks import LANES, TILE, BlockLayout
+from quantcache_kernels.cuda.blocks import HALF, LANES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.near import near_attention
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
@@ -159,13 +159,13 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
 def _polynomials(constants: SideConstants, layout: BlockLayout) -> tuple[Tensor, Tensor]:
     """Polynomials of every slot, ``[H, S, terms]`` float16, and what their results are in units of, ``[H, S]``.
 
-    A code of w bits in a tile of W is v = 1 + code / 2^W in half precision. The first two terms take it to
+    A code of w bits stored in W is v = 1 + code / 2^W in half precision. The first two terms take it to
     x = (code + 1/2) / 2^w - 1/2, without rounding. A path of k bits has the places of k + 1 bits.
     """
     is_trellis = constants.coding == "trellis"
     width = layout.gather(constants.widths.to(torch.int64), 1)
-    tile = layout.tile_widths.repeat_interleave(TILE, dim=1)
-    factor = torch.where(width > 0, torch.exp2((tile - width).double()), 0.0)
+    stored = layout.widths.repeat_interleave(HALF, dim=1)
+    factor = torch.where(width > 0, torch.exp2((stored - width).double()), 0.0)
     half_step = torch.exp2(-(width + 1 + int(is_trellis)).double())
     center = torch.where(width > 0, half_step - 0.5 - factor, 0.0)
     if is_trellis:
@@ -179,8 +179,8 @@ def _polynomials(constants: SideConstants, layout: BlockLayout) -> tuple[Tensor,
 
 
 def _key_order(terms: Tensor) -> Tensor:
-    """``[H, S, terms]`` as ``[H, tiles, 4, 2, terms, 2]``: a lane's two pairs of coefficients."""
-    return terms.unflatten(1, (-1, 4, 2, 2)).transpose(-1, -2)
+    """``[H, S, terms]`` as ``[H, tiles, 4, 2, terms, 2]``: a lane's two coefficients of either half."""
+    return terms.unflatten(1, (-1, 2, 4, 2)).permute(0, 1, 3, 2, 5, 4)
 
 
 def _value_order(terms: Tensor) -> Tensor:
@@ -204,10 +204,11 @@ def _key_matrices(
     largest = fast.abs().flatten(1).amax(1) if fast.shape[2] else mean.new_zeros(layout.heads)
     norms[:, 1] = power_of_two_above(torch.maximum(largest, mean.abs().amax(1)))
     unit = norms[:, 1, None, None]
-    # Column 2 i + e of eight dimensions is the half e of pair i; lane 4 g + j holds column g of slots 4 j to 4 j + 3.
-    tiles = layout.tiles - layout.slow_tiles
+    # Column 2 i + e of eight dimensions is the half e of pair i; lane 4 g + j holds column g of
+    # slots 2 j and 2 j + 1 of either half.
     by_pair = (fast / unit).unflatten(1, (2, num_fast // 2)).transpose(1, 2).flatten(1, 2)  # [H, dimension, slots]
-    fragments = by_pair.unflatten(1, (num_fast // 8, 8)).unflatten(3, (tiles, 4, 4)).permute(0, 3, 1, 2, 4, 5).half()
+    fragments = by_pair.unflatten(1, (num_fast // 8, 8)).unflatten(3, (layout.tiles - layout.slow_tiles, 2, 4, 2))
+    fragments = fragments.permute(0, 3, 1, 2, 5, 4, 6).half()
     means = (mean / unit[..., 0]).unflatten(1, (2, num_fast // 2)).transpose(1, 2)
     offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
     angles = offsets[:, None] * constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]

@@ -17,9 +17,9 @@
 #endif
 
 struct HeadTiles {  // of one side
-    int offset, bytes;       // of the head's tiles in a block, multiples of 128
-    int slow[8], fast[8];    // tiles of width 8, 7, ..., 1
+    int offset, bytes;  // of the head's tiles in a block, multiples of 64
     int reserved[2];
+    u8 widths[32];      // of the two halves of a tile, four bits each
 };
 
 struct CodesArguments {
@@ -30,8 +30,8 @@ struct CodesArguments {
     const u8* queries;        // [units, lines, query_bytes], from turn_queries
     const HeadTiles* key_heads;
     const HeadTiles* value_heads;
-    const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 pairs, terms]
-    const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 coefficients, terms]
+    const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]
+    const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 halves, terms]
     const u32* fast_decoder;  // [heads, fast_tiles, fast / 8, 32 lanes, 2]
     const float* fast_mean;   // [heads, fast / 2, 2]
     const float* rotation;    // [128, fast / 2, 2]: cosine and sine by offset from the anchor
@@ -52,19 +52,8 @@ constexpr u32 ONE_HALVES = 0x3C003C00;  // 1.0 twice
 constexpr int KEY_TERMS = KEY_TRELLIS ? 6 : 4, VALUE_TERMS = VALUE_TRELLIS ? 6 : 4;  // of a coefficient's polynomial
 constexpr int KEY_WORDS = 8 * KEY_TERMS, VALUE_WORDS = 16 * VALUE_TERMS;              // of a tile's polynomials
 
-// Words of a lane's 32 codes: pieces of four words, two and one, each with all lanes side by side.
-template <int W>
-DEVICE void load_tile(const u8* place, u32 lane, u32 (&words)[W]) {
-    UNROLL for (int i = 0; i + 4 <= W; i += 4) {
-        const Words4 w = reinterpret_cast<const Words4*>(place + 128 * i)[lane];
-        words[i] = w.x, words[i + 1] = w.y, words[i + 2] = w.z, words[i + 3] = w.w;
-    }
-    if constexpr (W % 4 >= 2) {
-        const Words2 w = reinterpret_cast<const Words2*>(place + 128 * (W / 4 * 4))[lane];
-        words[W / 4 * 4] = w.x, words[W / 4 * 4 + 1] = w.y;
-    }
-    if constexpr (W % 2) words[W - 1] = reinterpret_cast<const u32*>(place + 128 * (W - 1))[lane];
-}
+// Both bytes of 16 bits, each in a half of its own.
+DEVICE u32 spread(u32 bytes) { return (bytes & 0xFF) | (bytes & 0xFF00) << 8; }
 
 // Bits of register r of a field of F bits, moved so that the lowest is at bit `at` of either half.
 template <int F>
@@ -74,52 +63,66 @@ DEVICE u32 field(const u32* words, int r, int at) {
     return (shift < 0 ? word << -shift : word >> shift) & mask;
 }
 
-// B bits of register r, the highest at bit 9 of either half.
+// The fields of a lane's 16 codes: two words for four bits, one for two, and half a word for one.
+struct Fields {
+    u32 four[4], two, one;
+};
 template <int B>
-DEVICE u32 code_bits(const u32* words, int r) {
+DEVICE void load_fields(const u8* place, u32 lane, Fields& fields) {
+    UNROLL for (int i = 0; i < B / 4; ++i) {
+        const Words2 w = reinterpret_cast<const Words2*>(place + 256 * i)[lane];
+        fields.four[2 * i] = w.x, fields.four[2 * i + 1] = w.y;
+    }
+    if constexpr (B % 4 >= 2) fields.two = reinterpret_cast<const u32*>(place + 256 * (B / 4))[lane];
+    if constexpr (B % 2) fields.one = spread(reinterpret_cast<const u16*>(place + 64 * (B - 1))[lane]);
+}
+// The B bits of register r, the highest at bit 9 of either half.
+template <int B>
+DEVICE u32 code_bits(const Fields& fields, int r) {
     u32 x = 0;
-    if constexpr (B >= 4) x |= field<4>(words, r, 6);
-    if constexpr (B == 8) x |= field<4>(words + 4, r, 2);
-    if constexpr (B < 8 && (B & 2)) x |= field<2>(words + (B >= 4 ? 4 : 0), r, B >= 4 ? 4 : 8);
-    if constexpr (B & 1) x |= field<1>(words + (B >= 4 ? 4 : 0) + (B & 2), r, 10 - B);
+    if constexpr (B >= 4) x |= field<4>(fields.four, r, 6);
+    if constexpr (B == 8) x |= field<4>(fields.four + 2, r, 2);
+    if constexpr (B % 4 >= 2) x |= field<2>(&fields.two, r, B >= 4 ? 4 : 8);
+    if constexpr (B % 2) x |= field<1>(&fields.one, r, 10 - B);
     return x;
 }
 
 // A byte of path bits holds eight tokens in a row of one coefficient; in `before` are the eight tokens before them.
 DEVICE u32 delayed(u32 path, u32 before, int tokens) {
-    const u32 kept = (0xFFu << tokens & 0xFF) * 0x01010101u;
-    return (path << tokens & kept) | (before >> (8 - tokens) & ~kept);
+    const u32 kept = (0xFFu << tokens & 0xFF) * 0x0101u;
+    return (path << tokens & kept) | (before >> (8 - tokens) & ~kept & 0xFFFF);
 }
 
-// Levels of a lane's 32 codes in 16 registers, in units of their coefficient. Registers 0 to 7 have the first terms.
+// Levels of a lane's 16 codes of one half of a tile, of W bits, in units of their coefficient.
 template <int W, bool TRELLIS, bool KEYS>
-DEVICE void decode_tile(const u32 (&words)[W], const u32* terms, u32 lane, u32 (&levels)[16]) {
+DEVICE void decode(const u8* place, const u32* terms, u32 lane, u32* levels) {
     constexpr int TERMS = TRELLIS ? 6 : 4;
-    u32 own[2][TERMS];
-    UNROLL for (int i = 0; i < 2; ++i)
-        UNROLL for (int k = 0; k < TERMS; k += 2) {
-            const Words2 w = *reinterpret_cast<const Words2*>(terms + TERMS * i + k);
-            own[i][k] = w.x, own[i][k + 1] = w.y;
-        }
+    u32 t[TERMS];
+    UNROLL for (int k = 0; k < TERMS; k += 2) {
+        const Words2 w = *reinterpret_cast<const Words2*>(terms + k);
+        t[k] = w.x, t[k + 1] = w.y;
+    }
+    constexpr int BITS = TRELLIS ? W - 1 : W;
+    Fields fields;
+    load_fields<BITS>(place, lane, fields);
     u32 c1 = 0, c0 = 0;
     if constexpr (TRELLIS) {
-        const u32 path = words[W - 1];
+        const u32 path = reinterpret_cast<const u16*>(place + 64 * (W - 1))[lane];
         u32 before;
-        if constexpr (KEYS) {
+        if constexpr (KEYS) {  // the row above
             before = shuffle(path, static_cast<int>(lane) - 4);
             if (lane < 4) before = 0;
-        } else {
-            before = shuffle(path, static_cast<int>(lane) - 1) >> 16;
-            before = path << 16 | (lane % 4 ? before : 0);
+        } else {  // the lane to the left, and the other byte
+            before = shuffle(path, static_cast<int>(lane) - 1) >> 8;
+            before = path << 8 | (lane % 4 ? before : 0);
         }
-        c1 = path ^ delayed(path, before, 1) ^ delayed(path, before, 3);
-        c0 = delayed(path, before, 2);
+        c1 = spread(path ^ delayed(path, before, 1) ^ delayed(path, before, 3));
+        c0 = spread(delayed(path, before, 2));
     }
-    UNROLL for (int r = 0; r < 16; ++r) {
-        const u32* t = own[r / 8];
+    UNROLL for (int r = 0; r < 8; ++r) {
+        u32 x = ONE_HALVES | code_bits<BITS>(fields, r);
         if constexpr (TRELLIS) {
-            u32 x = ONE_HALVES | field<1>(&c1, r, 10 - W) | field<1>(&c0, r, 9 - W);
-            if constexpr (W > 1) x |= code_bits<W - 1>(words, r);
+            x |= field<1>(&c1, r, 10 - W) | field<1>(&c0, r, 9 - W);
             x = halves_multiply_add(x, t[0], t[1]);
             const u32 square = halves_multiply(x, x);
             u32 p = halves_multiply_add(square, t[5], t[4]);
@@ -127,67 +130,35 @@ DEVICE void decode_tile(const u32 (&words)[W], const u32* terms, u32 lane, u32 (
             p = halves_multiply_add(square, p, t[2]);
             levels[r] = halves_multiply_add(x, halves_multiply(square, p), x);  // x + x p rounds once
         } else {
-            const u32 x = halves_multiply_add(ONE_HALVES | code_bits<W>(words, r), t[0], t[1]);
+            x = halves_multiply_add(x, t[0], t[1]);
             const u32 square = halves_multiply(x, x);
-            const u32 p = halves_multiply_add(square, halves_multiply_add(square, t[3], t[2]), ONE_HALVES);
-            levels[r] = halves_multiply(x, p);
+            levels[r] = halves_multiply(x, halves_multiply_add(square, halves_multiply_add(square, t[3], t[2]), ONE_HALVES));
         }
     }
 }
 
-// Where a head's tiles of keys go on: codes, queries, terms.
-struct KeyPlace {
-    const u8* codes;
-    const u8* query;
-    const u32* terms;
-    const u32* decoder;
-};
-
-template <int W>
-DEVICE void score_tiles(int count, KeyPlace& place, u32 query_lane, int query_stride, u32 lane, float (&scores)[4][4]) {
-    ROLLED for (int tile = 0; tile < count; ++tile) {
-        u32 words[W], levels[16];
-        load_tile(place.codes, lane, words);
-        const Words2 query = reinterpret_cast<const Words2*>(place.query)[query_lane];
-        decode_tile<W, KEY_TRELLIS, true>(words, place.terms + 2 * KEY_TERMS * (lane % 4), lane, levels);
-        UNROLL for (int m = 0; m < 4; ++m)
-            mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], query.x, query.y);
-        place.codes += 128 * W, place.query += query_stride, place.terms += KEY_WORDS;
+template <bool TRELLIS, bool KEYS>
+DEVICE void decode_half(u32 width, const u8* place, const u32* terms, u32 lane, u32* levels) {
+    switch (width) {  // the same in all lanes
+        case 1: return decode<1, TRELLIS, KEYS>(place, terms, lane, levels);
+        case 2: return decode<2, TRELLIS, KEYS>(place, terms, lane, levels);
+        case 3: return decode<3, TRELLIS, KEYS>(place, terms, lane, levels);
+        case 4: return decode<4, TRELLIS, KEYS>(place, terms, lane, levels);
+        case 5: return decode<5, TRELLIS, KEYS>(place, terms, lane, levels);
+        case 6: return decode<6, TRELLIS, KEYS>(place, terms, lane, levels);
+        case 7: return decode<7, TRELLIS, KEYS>(place, terms, lane, levels);
+        case 8: return decode<8, TRELLIS, KEYS>(place, terms, lane, levels);
+        default: UNROLL for (int r = 0; r < 8; ++r) levels[r] = 0;
     }
 }
 
-// Coefficients of fast dimensions times their decoder: two tiles of eight dimensions, pairs side by side.
-template <int W>
-DEVICE void fast_tiles(int count, KeyPlace& place, int stride, u32 lane, float (&sums)[2][4][4]) {
-    ROLLED for (int tile = 0; tile < count; ++tile) {
-        u32 words[W], levels[16];
-        load_tile(place.codes, lane, words);
-        decode_tile<W, KEY_TRELLIS, true>(words, place.terms + 2 * KEY_TERMS * (lane % 4), lane, levels);
-        UNROLL for (int n = 0; n < 2; ++n) {
-            const Words2 decoder = reinterpret_cast<const Words2*>(place.decoder)[32 * n + lane];
-            UNROLL for (int m = 0; m < 4; ++m)
-                mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], decoder.x,
-                         decoder.y);
-        }
-        place.codes += 128 * W, place.terms += KEY_WORDS, place.decoder += stride;
-    }
-}
-
-template <int W>
-DEVICE void sum_tiles(int count, const u8*& codes, const u32*& terms, float*& sums, u32 lane, const u32 (&weights)[4][2],
-                      const float (&scale)[2]) {
-    ROLLED for (int tile = 0; tile < count; ++tile) {
-        u32 words[W], levels[16];
-        load_tile(codes, lane, words);
-        decode_tile<W, VALUE_TRELLIS, false>(words, terms + 2 * VALUE_TERMS * (lane / 4), lane, levels);
-        float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        UNROLL for (int m = 0; m < 4; ++m)
-            mma_half(c, levels[2 * m], levels[8 + 2 * m], levels[2 * m + 1], levels[9 + 2 * m], weights[m][0],
-                     weights[m][1]);
-        float* sum = sums + 4 * lane;
-        UNROLL for (int i = 0; i < 4; ++i) sum[i] = multiply_add(c[i], scale[i % 2], sum[i]);
-        codes += 128 * W, terms += VALUE_WORDS, sums += 128;
-    }
+// Levels of a tile, whose codes it goes past; the terms are the lane's own.
+template <bool TRELLIS, bool KEYS>
+DEVICE void decode_tile(u32 widths, const u8*& codes, const u32* terms, u32 lane, u32 (&levels)[16]) {
+    const u32 first = widths & 15, second = widths >> 4;
+    decode_half<TRELLIS, KEYS>(first, codes, terms, lane, levels);
+    decode_half<TRELLIS, KEYS>(second, codes + 64 * first, terms + (TRELLIS ? 6 : 4), lane, levels + 8);
+    codes += 64 * (first + second);
 }
 
 // Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1.
@@ -280,6 +251,9 @@ KERNEL void
     const u32 query_lane = static_cast<u32>(4 * query_row) + column;
     const int query_stride = 32 * a.rows;
     const int pairs = a.fast / 2, key_tiles = a.slow_tiles + a.fast_tiles;
+    const u32 key_widths = keys.widths[lane], value_widths = values.widths[lane];  // of the tile that is a lane's number
+    const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * KEY_TERMS * column;
+    const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * VALUE_TERMS * row;
 
     for (int block = begin; block < end; ++block) {
         const u32 parity = static_cast<u32>(block - begin) & 1;
@@ -292,15 +266,15 @@ KERNEL void
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
         load_gain_codes(key_gains, row, gains);
-        KeyPlace slow = {key_part, query_part, a.key_terms + head * key_tiles * KEY_WORDS, nullptr};
-        score_tiles<8>(keys.slow[0], slow, query_lane, query_stride, lane, scores);
-        score_tiles<7>(keys.slow[1], slow, query_lane, query_stride, lane, scores);
-        score_tiles<6>(keys.slow[2], slow, query_lane, query_stride, lane, scores);
-        score_tiles<5>(keys.slow[3], slow, query_lane, query_stride, lane, scores);
-        score_tiles<4>(keys.slow[4], slow, query_lane, query_stride, lane, scores);
-        score_tiles<3>(keys.slow[5], slow, query_lane, query_stride, lane, scores);
-        score_tiles<2>(keys.slow[6], slow, query_lane, query_stride, lane, scores);
-        score_tiles<1>(keys.slow[7], slow, query_lane, query_stride, lane, scores);
+        const u8* codes = key_part;
+        ROLLED for (int tile = 0; tile < a.slow_tiles; ++tile) {
+            u32 levels[16];
+            decode_tile<KEY_TRELLIS, true>(shuffle(key_widths, tile), codes, key_terms + tile * KEY_WORDS, lane, levels);
+            const Words2 query = reinterpret_cast<const Words2*>(query_part + query_stride * tile)[query_lane];
+            UNROLL for (int m = 0; m < 4; ++m)
+                mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], query.x,
+                         query.y);
+        }
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] *= gains[2 * m + i / 2];
         const u8* fast_query = query_part + query_stride * a.slow_tiles;
@@ -309,17 +283,20 @@ KERNEL void
             UNROLL for (int n = 0; n < 2; ++n)
                 UNROLL for (int m = 0; m < 4; ++m)
                     UNROLL for (int k = 0; k < 4; ++k) sums[n][m][k] = 0.0f;
-            const int width = a.fast / 8;  // tiles of eight dimensions
-            KeyPlace fast = {slow.codes, nullptr, a.key_terms + (head * key_tiles + a.slow_tiles) * KEY_WORDS,
-                             a.fast_decoder + (head * a.fast_tiles * width + 2 * i) * 64};
-            fast_tiles<8>(keys.fast[0], fast, 64 * width, lane, sums);
-            fast_tiles<7>(keys.fast[1], fast, 64 * width, lane, sums);
-            fast_tiles<6>(keys.fast[2], fast, 64 * width, lane, sums);
-            fast_tiles<5>(keys.fast[3], fast, 64 * width, lane, sums);
-            fast_tiles<4>(keys.fast[4], fast, 64 * width, lane, sums);
-            fast_tiles<3>(keys.fast[5], fast, 64 * width, lane, sums);
-            fast_tiles<2>(keys.fast[6], fast, 64 * width, lane, sums);
-            fast_tiles<1>(keys.fast[7], fast, 64 * width, lane, sums);
+            const u8* fast_codes = codes;
+            const u32* decoders = a.fast_decoder + (head * a.fast_tiles * (a.fast / 8) + 2 * i) * 64;
+            ROLLED for (int tile = a.slow_tiles; tile < key_tiles; ++tile) {
+                u32 levels[16];
+                decode_tile<KEY_TRELLIS, true>(shuffle(key_widths, tile), fast_codes, key_terms + tile * KEY_WORDS, lane,
+                                               levels);
+                UNROLL for (int n = 0; n < 2; ++n) {
+                    const Words2 decoder = reinterpret_cast<const Words2*>(decoders)[32 * n + lane];
+                    UNROLL for (int m = 0; m < 4; ++m)
+                        mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m],
+                                 decoder.x, decoder.y);
+                }
+                decoders += 64 * (a.fast / 8);
+            }
             const Words2 query = reinterpret_cast<const Words2*>(fast_query + query_stride * i)[query_lane];
             UNROLL for (int m = 0; m < 4; ++m) {
                 u32 turned[4];
@@ -402,18 +379,17 @@ KERNEL void
             total[q] = multiply_add(part[q], scale[q], total[q]);
         }
         // ---------------------------------------------------------------- values
-        {
-            const u8* codes = value_part;
-            const u32* terms = a.value_terms + head * a.value_tiles * VALUE_WORDS;
-            float* sums = all_sums;
-            sum_tiles<8>(values.slow[0], codes, terms, sums, lane, weights, scale);
-            sum_tiles<7>(values.slow[1], codes, terms, sums, lane, weights, scale);
-            sum_tiles<6>(values.slow[2], codes, terms, sums, lane, weights, scale);
-            sum_tiles<5>(values.slow[3], codes, terms, sums, lane, weights, scale);
-            sum_tiles<4>(values.slow[4], codes, terms, sums, lane, weights, scale);
-            sum_tiles<3>(values.slow[5], codes, terms, sums, lane, weights, scale);
-            sum_tiles<2>(values.slow[6], codes, terms, sums, lane, weights, scale);
-            sum_tiles<1>(values.slow[7], codes, terms, sums, lane, weights, scale);
+        const u8* value_codes = value_part;
+        ROLLED for (int tile = 0; tile < a.value_tiles; ++tile) {
+            u32 levels[16];
+            decode_tile<VALUE_TRELLIS, false>(shuffle(value_widths, tile), value_codes,
+                                              value_terms + tile * VALUE_WORDS, lane, levels);
+            float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            UNROLL for (int m = 0; m < 4; ++m)
+                mma_half(c, levels[2 * m], levels[8 + 2 * m], levels[2 * m + 1], levels[9 + 2 * m], weights[m][0],
+                         weights[m][1]);
+            float* sum = all_sums + 128 * tile + 4 * lane;
+            UNROLL for (int i = 0; i < 4; ++i) sum[i] = multiply_add(c[i], scale[i % 2], sum[i]);
         }
         sync_warp();
         if (more && lane == 0) {
@@ -532,7 +508,7 @@ KERNEL void BOUNDS(TURN_THREADS) turn_queries(
                 float* extra = reinterpret_cast<float*>(place + stride * (a.slow_tiles + a.fast / 16));
                 extra[r] = scales[r] * a.base, extra[8 + r] = sums[i] * scales[r] * a.base;
             } else {
-                store_half(place + stride * (c / 16) + 8 * (4 * r + c % 16 / 4) + 2 * (c % 4), sums[i]);
+                store_half(place + stride * (c / 16) + 8 * (4 * r + c % 8 / 2) + 4 * (c % 16 / 8) + 2 * (c % 2), sums[i]);
             }
         }
     }
