@@ -26,8 +26,8 @@ from quantcache_kernels.cuda.driver import missing
 from quantcache_kernels.interface import AttentionCall
 
 DTYPE = torch.bfloat16
-"""Of keys, values and queries. Products are of half precision: that is enough for models in bfloat16, and misses what
-the parity suite asks for models in float16 by a tenth."""
+"""Of keys, values and queries. Products are of half precision: that is enough for models in bfloat16, but not always
+for what the parity suite asks of models in float16."""
 
 CONVERTED_BLOCKS = 64
 """Blocks that are brought from one layout to the other at once, at a byte for every code."""

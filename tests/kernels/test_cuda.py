@@ -215,6 +215,15 @@ def test_rows_unpack_to_the_levels_that_were_packed() -> None:
                 torch.testing.assert_close(found[:, head, :, 16 * tile : 16 * tile + 16], expected)
 
 
+@pytest.mark.parametrize("width", range(1, 9))
+def test_integer_levels_are_too_coarse_for_a_cache_from_three_bits_on(width: int) -> None:
+    """Why no cache attends on them: rounded, they are further from the codec's levels than twice what bfloat16 is."""
+    levels = torch.tensor(LEVELS[width], dtype=torch.float64)
+    rounded = torch.tensor(layouts.integer_levels(LEVELS[width])) * layouts.steps(LEVELS)[width]
+    own, theirs = (float((x - levels).norm()) for x in (levels.bfloat16().double(), rounded))
+    assert (theirs > 2 * own) == (width >= 3), (theirs, own)
+
+
 def test_widths_must_fall() -> None:
     with pytest.raises(ValueError, match=r"key widths of head 0 must fall .* got \(2, 3, 1, 1\)"):
         Layout(((2, 3, 1, 1),), ((3, 3, 3, 3),))

@@ -18,8 +18,8 @@ Shapes: B batch, H key/value heads, D dimension, S slots (16 times the tiles), n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class BlockLayout:
     slow_tiles: int
     dim: int
     is_trellis: bool
+    _groups: dict[torch.device, tuple[tuple[int, Tensor, Tensor], ...]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, constants: SideConstants) -> BlockLayout:
@@ -130,9 +131,28 @@ class BlockLayout:
             offset += 4 * WORDS * bits
         return rows
 
-    @cached_property
-    def groups(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
-        """By width, half tiles of all heads: their coefficients ``[m, 8]``, H D for none, and words ``[m, 16 W]``."""
+    def groups(self, device: torch.device) -> tuple[tuple[int, Tensor, Tensor], ...]:
+        """By width, half tiles of all heads, made once for a device: copying them there would make the CPU wait.
+
+        Args:
+            device: Where codes are.
+
+        Returns:
+            Width, coefficients ``[8 m]`` (H D for none) and words ``[16 W m]``.
+        """
+        found = self._groups.get(device)
+        if found is None:
+            made = tuple(
+                (w, dims.flatten().to(device), words.flatten().to(device)) for w, dims, words in self._by_width()
+            )
+            found = self._groups.setdefault(device, made)
+        return found
+
+    def held(self) -> list[Tensor]:
+        """Every tensor on a device."""
+        return [tensor for groups in self._groups.values() for group in groups for tensor in group[1:]]
+
+    def _by_width(self) -> list[tuple[int, Tensor, Tensor]]:
         coefficient = torch.arange(self.heads, dtype=torch.int64, device="cpu")[:, None] * self.dim + self.dims
         coefficient = torch.where(self.dims < 0, self.heads * self.dim, coefficient).view(-1, HALF)
         widths = self.widths.flatten()
@@ -143,7 +163,7 @@ class BlockLayout:
             if own.numel():
                 inside = torch.arange(WORDS * width, dtype=torch.int64, device="cpu")
                 found.append((width, coefficient[own], first[own][:, None] + inside))
-        return tuple(found)
+        return found
 
     def pack(self, codes: Tensor, values: bool) -> Tensor:
         """Pack codes.
@@ -157,13 +177,13 @@ class BlockLayout:
             int32 words, ``[n, B, words]``.
         """
         lead, device = codes.shape[:2], codes.device
-        token, coefficient = (each.to(device) for each in _places(values))
+        place = _places(values, device)
         codes = torch.nn.functional.pad(codes, (0, 0, 0, 1))
         out = torch.zeros(*lead, self.words, dtype=torch.int32, device=device)
-        for width, dims, words in self.groups:
-            halves = codes[:, :, dims.to(device).flatten()].unflatten(2, (-1, HALF)).flatten(3)  # [n, B, m, 8 64]
-            own = halves[..., coefficient * BLOCK + token]  # [n, B, m, 32, 8, 2]
-            out[:, :, words.to(device).flatten()] = self._pack_halves(own, width).flatten(2)
+        for width, dims, words in self.groups(device):
+            halves = codes[:, :, dims].unflatten(2, (-1, HALF)).flatten(3)  # [n, B, m, 8 64]
+            own = halves[..., place]  # [n, B, m, 32, 8, 2]
+            out[:, :, words] = self._pack_halves(own, width).flatten(2)
         return out
 
     def _pack_halves(self, own: Tensor, width: int) -> Tensor:
@@ -189,14 +209,14 @@ class BlockLayout:
             ``[n, B, H D, 64]`` uint8; zero where a coefficient has no codes.
         """
         lead, device = words.shape[:2], words.device
-        token, coefficient = (each.to(device) for each in _places(values))
+        place = _places(values, device)
         codes = torch.zeros(*lead, self.heads * self.dim + 1, BLOCK, dtype=torch.uint8, device=device)
-        for width, dims, places in self.groups:
-            own = words[:, :, places.to(device).flatten()].unflatten(2, (-1, WORDS * width))
+        for width, dims, words_of in self.groups(device):
+            own = words[:, :, words_of].unflatten(2, (-1, WORDS * width))
             lanes = self._unpack_halves(own, width)  # [n, B, m, 32, 8, 2]
             halves = lanes.new_zeros(*lanes.shape[:3], HALF * BLOCK)
-            halves[..., coefficient * BLOCK + token] = lanes
-            codes[:, :, dims.to(device).flatten()] = halves.unflatten(3, (HALF, BLOCK)).flatten(2, 3)
+            halves[..., place] = lanes
+            codes[:, :, dims] = halves.unflatten(3, (HALF, BLOCK)).flatten(2, 3)
         return codes[:, :, :-1]
 
     def _unpack_halves(self, words: Tensor, width: int) -> Tensor:
@@ -227,9 +247,12 @@ def _shifts(length: int, device: torch.device) -> Tensor:
     return step[:, None] + half * torch.arange(2, dtype=torch.int32, device=device)
 
 
-def _places(values: bool) -> tuple[Tensor, Tensor]:
-    """Token of the block and coefficient of the half of every code, two ``[32 lanes, 8 registers, 2 halves]``."""
-    sizes = (torch.arange(size, dtype=torch.int64, device="cpu") for size in (LANES, 8, 2))
+@cache
+def _places(values: bool, device: torch.device) -> Tensor:
+    """Place of every lane's code among a half's coefficients times tokens, ``[32 lanes, 8 registers, 2 halves]``."""
+    sizes = (torch.arange(size, dtype=torch.int64, device=device) for size in (LANES, 8, 2))
     lane, register, half = torch.meshgrid(*sizes, indexing="ij")
     row, column = lane // 4, lane % 4
-    return (16 * column + 8 * half + register, row) if values else (8 * row + register, 2 * column + half)
+    if values:
+        return row * BLOCK + 16 * column + 8 * half + register
+    return (2 * column + half) * BLOCK + 8 * row + register

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,6 +108,7 @@ class PreparedCodes:
         return [
             *(self.heads, self.terms, self.decoder, self.mean, *self.frame, self.matrix, self.norms),
             *self.fast,
+            *self.layout.held(),
         ]
 
     @property
@@ -301,13 +303,14 @@ def attend(
         *map(pointer, (partial, stats, near, near_lse, values.decoder, values.mean, out, lse)),
         lines, heads, rows, values.mean.shape[1], slots, splits,
     )  # fmt: skip
-    kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     groups = -(-units // (TURNED_ROWS // rows))
-    kernels["turn_queries"].launch((groups, lines), TURN_THREADS, 4 * (dim * TURNED_ROWS + ROWS), to_turn, stream)
     shared = 256 + sum(room) + query_bytes + 512 * values.layout.tiles
-    kernels["attend_codes"].launch((splits, lines), 32, shared, to_attend, stream)
-    kernels["merge"].launch((rows, lines), 4 * to_merge.dim, to_merge.shared_bytes, to_merge, stream)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        kernels["turn_queries"].launch((groups, lines), TURN_THREADS, 4 * (dim * TURNED_ROWS + ROWS), to_turn, stream)
+        kernels["attend_codes"].launch((splits, lines), 32, shared, to_attend, stream)
+        kernels["merge"].launch((rows, lines), 4 * to_merge.dim, to_merge.shared_bytes, to_merge, stream)
     joined = out.view(batch, chunks, heads, rows, -1).transpose(1, 2).flatten(2, 3)[:, :, :total]
     by_query = joined.unflatten(2, (query_heads // heads, count)).flatten(1, 2).transpose(1, 2)
     return by_query.to(query.dtype).contiguous()

@@ -205,7 +205,7 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
     block.x = x;
     block.y = y;
     block.body = std::move(body);
-    block.shared.assign(shared_bytes + 128, 0xA5);
+    block.shared.assign(shared_bytes + 256, 0xA5);
     block.fibers.resize(threads);
     emulated_ = &block;
     for (u32 i = 0; i < threads; ++i) {
@@ -232,6 +232,9 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
         }
         if (done && waiting) return false;  // some lanes left while others wait: a GPU would hang
     }
+    const u8* behind = shared_memory() + shared_bytes;
+    for (const u8* place = behind; place < behind + 128; ++place)
+        if (*place != 0xA5) return false;  // somebody wrote behind the shared memory
     return true;
 }
 
