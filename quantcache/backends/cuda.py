@@ -50,7 +50,8 @@ class CudaBackend(Backend):
         """Another kind of device or an older one, no compiler, or a kernel that has failed its trial."""
         if rejected("attend", self.name, device):
             return "the kernel has failed its trial (see the log, or quantcache env --check)"
-        return None if device.type in kernels.LOADERS and device.type != "cuda" else missing(device)
+        emulated = device.type != "cuda" and device.type in kernels.LOADERS
+        return None if emulated else missing(device)
 
     def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
         """Another kind of blocks, geometry or dtype."""

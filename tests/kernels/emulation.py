@@ -19,6 +19,8 @@ from quantcache_kernels.cuda.driver import SOURCES
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulated"
+
 FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC")
 
 
@@ -28,8 +30,9 @@ def library() -> ctypes.CDLL:
     assert COMPILER is not None
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
     key = hashlib.sha256("\0".join((COMPILER, *FLAGS)).encode() + sources).hexdigest()[:24]
-    target = Path(tempfile.gettempdir()) / f"quantcache-emulated-{key}.so"
+    target = FOLDER / f"{key}.so"
     if not target.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / "kernels.so"
             subprocess.run([COMPILER, *FLAGS, "-o", made, SOURCES / "emulated.cpp"], check=True)
