@@ -59,6 +59,9 @@ FASTEST_FIRST: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(),), "cuda":
 ON_REQUEST: tuple[Backend, ...] = (CudaBackend(_TRITON),)
 """What has to be asked for by name: nobody has run it on a device yet."""
 
+NEXT_BEST: dict[str, tuple[Backend, ...]] = {"cuda": (_TRITON,)}
+"""Who serves the layers that a backend lacks which was asked for by name; plain torch where nobody is named."""
+
 BACKENDS: dict[str, Backend] = {
     each.name: each for each in (*(each for tried in FASTEST_FIRST.values() for each in tried), *ON_REQUEST, REFERENCE)
 }
@@ -116,9 +119,10 @@ def choose(
     """
     name = known_name(name)
     report = BackendReport(REFERENCE.name)
-    for backend in FASTEST_FIRST.get(device.type, ()) if name == "auto" else (BACKENDS[name],):
+    asked_for = (BACKENDS[name], *NEXT_BEST.get(name, ())) if name != "auto" else FASTEST_FIRST.get(device.type, ())
+    for backend in asked_for:
         reason = backend.unavailable(device)
-        if reason is not None and name != "auto":
+        if reason is not None and backend.name == name:
             raise QuantCacheError(f'backend="{name}" cannot be used here: {reason}')
         if reason is not None:
             report.passed_over[backend.name] = reason

@@ -200,6 +200,20 @@ def test_the_backend_has_to_be_asked_for() -> None:
         backends.choose("cuda", CPU, {}, {})
 
 
+def test_layers_that_it_lacks_are_left_to_triton(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = codecs(Case())
+    reasons = {"cuda": "keys or values are of torch.float16"}
+    for triton_is_there in (True, False):
+        if triton_is_there:
+            monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: None)
+        else:
+            monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: "it sleeps")
+            reasons["triton"] = "it sleeps"
+        backend, report = backends.choose("cuda", CPU, dict.fromkeys(SIDES, torch.float16), made)
+        assert backend.name == report.name == ("triton" if triton_is_there else "torch")
+        assert report.passed_over == reasons
+
+
 def test_blocks_that_the_kernels_lack_stay_portable(emulated: None) -> None:
     filled = fill(in_bfloat16(Case(value_dim=72)))
     layer = on_device(filled.layer, CUDA)
