@@ -19,7 +19,7 @@ Shapes: B batch, H key/value heads, D dimension, S slots (16 times the tiles), n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class BlockLayout:
         """Tiles that every head has room for."""
         return self.dims.shape[1] // TILE
 
-    @property
+    @cached_property
     def words(self) -> int:
         """Words of a block and batch row."""
         return WORDS * int(self.widths.sum())

@@ -48,8 +48,8 @@ def near_attention(
     if seen is not None:
         scores = scores.unflatten(2, (-1, count)).masked_fill(~seen[:, None, None], float("-inf")).flatten(2, 3)
     if call.sink_logits is not None:
-        logits = call.sink_logits.float().view(1, heads, -1, 1).repeat_interleave(count, dim=2)
-        scores = torch.cat((scores, logits.expand(scores.shape[0], -1, -1, -1)), dim=-1)
+        logits = call.sink_logits.float().view(1, heads, -1, 1, 1).expand(scores.shape[0], -1, -1, count, 1)
+        scores = torch.cat((scores, logits.flatten(2, 3)), dim=-1)
     lse = scores.logsumexp(-1)
     weights = (scores[..., : keys.shape[2]] - lse.clamp_min(NOTHING).unsqueeze(-1)).exp()
     return weights @ values.float(), (lse * math.log2(math.e)).clamp_min(NOTHING)
