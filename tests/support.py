@@ -129,6 +129,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "a forward pass that fails after its last layer",
         "interrupted operations on a cache",
         "a backend with a block layout of its own",
+        "CUDA kernels that attend on blocks, emulated",
         "two threads, two caches, one model",
         "two threads, one cache",
         "copies taken while another thread extends the cache",

@@ -1,7 +1,7 @@
 """Implementations of encoding and of attention on codes, and which of them serves a layer.
 
 To add one, write a :class:`Backend` in a module of its own and give it a place in :data:`FASTEST_FIRST`; nothing
-else in quantcache names a backend.
+else in quantcache names a backend. One that nobody has run on its devices yet goes to :data:`ON_REQUEST`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantcache.backends.base import CODE_QUERIES, Backend, BackendReport, Fields
 from quantcache.backends.cpu import CpuBackend
+from quantcache.backends.cuda import CudaBackend
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.triton import TritonBackend
 from quantcache.backends.view import CacheView, Shared, SideView
@@ -47,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-BackendName = Literal["auto", "cpu", "native", "triton", "torch"]
+BackendName = Literal["auto", "cpu", "native", "triton", "cuda", "torch"]
 """What users ask for; "native" is what "cpu" was called before 0.3."""
 
 _TRITON = TritonBackend()
@@ -55,8 +56,14 @@ _TRITON = TritonBackend()
 FASTEST_FIRST: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(),), "cuda": (_TRITON,), "xpu": (_TRITON,)}
 """By type of device, what ``"auto"`` tries before plain torch."""
 
+ON_REQUEST: tuple[Backend, ...] = (CudaBackend(_TRITON),)
+"""What has to be asked for by name: nobody has run it on a device yet."""
+
+NEXT_BEST: dict[str, tuple[Backend, ...]] = {"cuda": (_TRITON,)}
+"""Who serves the layers that a backend lacks which was asked for by name; plain torch where nobody is named."""
+
 BACKENDS: dict[str, Backend] = {
-    each.name: each for each in (*(each for tried in FASTEST_FIRST.values() for each in tried), REFERENCE)
+    each.name: each for each in (*(each for tried in FASTEST_FIRST.values() for each in tried), *ON_REQUEST, REFERENCE)
 }
 """Every backend by name."""
 
@@ -67,7 +74,7 @@ def known_name(name: str) -> str:
     """Check the name of a backend.
 
     Args:
-        name: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"``.
+        name: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
         The name; of two names for one backend always the same.
@@ -112,9 +119,10 @@ def choose(
     """
     name = known_name(name)
     report = BackendReport(REFERENCE.name)
-    for backend in FASTEST_FIRST.get(device.type, ()) if name == "auto" else (BACKENDS[name],):
+    asked_for = (BACKENDS[name], *NEXT_BEST.get(name, ())) if name != "auto" else FASTEST_FIRST.get(device.type, ())
+    for backend in asked_for:
         reason = backend.unavailable(device)
-        if reason is not None and name != "auto":
+        if reason is not None and backend.name == name:
             raise QuantCacheError(f'backend="{name}" cannot be used here: {reason}')
         if reason is not None:
             report.passed_over[backend.name] = reason

@@ -149,6 +149,18 @@ class Backend(ABC):
         """
         return fields
 
+    def gains(self, codec: SideCodec, fields: Fields) -> Tensor:
+        """Gains of a SpectralCodec's blocks.
+
+        Args:
+            codec: The side's codec.
+            fields: Blocks in this backend's layout.
+
+        Returns:
+            ``[n, B, H, 64]`` uint8.
+        """
+        return self.to_portable(codec, fields)["gains"]
+
     def from_portable(self, codec: SideCodec, fields: Fields) -> Fields:
         """Invert :meth:`to_portable`.
 

@@ -112,7 +112,7 @@ class TritonBackend(Backend):
         dims = (keys.dim, keys.frame.num_fast, values.dim, heads, count > 1, heads * count <= 8)
         codings = (keys.coding, values.coding)
         given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
-        work = functools.partial(_attention_trial, self, query, view, call)
+        work = functools.partial(attention_trial, self, query, view, call)
         return _trusted("attend", query.device, (*dims, *codings, query.dtype, *given), work)
 
 
@@ -182,7 +182,8 @@ def _trusted(operation: str, device: torch.device, geometry: Hashable, work: Cal
 
 
 @torch.no_grad()
-def _attention_trial(backend: TritonBackend, query: Tensor, view: CacheView, call: AttentionCall) -> Trial:
+def attention_trial(backend: Backend, query: Tensor, view: CacheView, call: AttentionCall) -> Trial:
+    """Attention on some blocks, for :func:`quantcache.backends.trials.passes`; arguments as for ``Backend.attend``."""
     small = view.first_blocks(TRIAL_BLOCKS)
     if call.mask is not None:
         call = call._replace(mask=call.mask.new_ones(*call.mask.shape[:3], small.length))

@@ -86,11 +86,11 @@ def _shared_codec(calibration: Calibration, index: int, name: str, device: torch
     if found is None:
         layer = calibration.layers[index]
         side = layer.side(name)
-        rope = layer.rope if name == "key" else Rope()
+        rope, settings = layer.rope if name == "key" else Rope(), calibration.metadata.codec
         made = (
             DenseCodec()
             if side.widths is None
-            else SpectralCodec(side, rope, calibration.metadata.codec, device, f"layer {index}, {name}s")
+            else SpectralCodec(side, rope, settings, device, f"layer {index}, {name}s", name == "value")
         )
         found = calibration.codecs.setdefault(key, made)  # all threads take the one that was there first
     return found

@@ -192,7 +192,7 @@ class SpectralLayer(BlockLayer):
             if frames is not None and frames.ndim == 2:
                 fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
             if isinstance(codec := codecs[side], SpectralCodec):
-                stored = backend.to_portable(codec, fields)["gains"]
+                stored = backend.gains(codec, fields)
                 gains[side] = guards.Later(codec.saturated(stored, block_table, self.first_read(grid)))
             stores[side] = store.appended(fields)
             tails[side] = tail[:, :, count:].clone()
@@ -232,6 +232,7 @@ class SpectralLayer(BlockLayer):
         for side, codec in self.codecs.items():
             if isinstance(codec, SpectralCodec) and self.spans:
                 where = self.block_table.slice(0, self.block_table.count)["block_table"]
-                found = codec.saturated(self.fields(side)["gains"], where, self.first_read(self.grid)).tolist()
+                gains = self.layout.gains(codec, self.stores[side].slice(0, len(self.spans)))
+                found = codec.saturated(gains, where, self.first_read(self.grid)).tolist()
                 above, below = above + found[0], below + found[1]
         return above, below

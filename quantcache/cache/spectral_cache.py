@@ -128,7 +128,7 @@ class SpectralCache(BlockCache):
         min_bits: Smallest width given to any coefficient.
         sink_length: First tokens of every row that stay in the model's dtype.
         residual_length: Recent tokens that stay in the model's dtype.
-        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"torch"``.
 
     Raises:
         CalibrationMismatch: The calibration is for another geometry than ``config``.

@@ -42,7 +42,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
     residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
-    backend: Annotated[str, typer.Option(help="auto, cpu, triton or torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, cpu, triton, cuda or torch.")] = "auto",
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")
     ] = 0.0,

@@ -48,7 +48,7 @@ def serve(
     quality: QualityOption = None,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
     residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
-    backend: Annotated[str, typer.Option(help="auto, cpu, triton or torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, cpu, triton, cuda or torch.")] = "auto",
     prefix_bytes: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for caches of earlier requests, such as 2GB; 0 for none.")
     ] = "1GB",

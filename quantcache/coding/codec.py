@@ -106,6 +106,7 @@ class SpectralCodec:
         settings: Codec choices of the artifact.
         device: Where the constants live.
         name: What the vectors are, for messages.
+        holds_values: Whether they are values; None where vectors that do not rotate are.
 
     Raises:
         QuantCacheError: The decoder on the device is not the inverse of the transform.
@@ -120,10 +121,12 @@ class SpectralCodec:
         settings: CodecSettings,
         device: torch.device | str = "cpu",
         name: str = "decoder",
+        holds_values: bool | None = None,
     ):
         if side.widths is None:
             raise ValueError("the side is dense: it has no widths")
         self.frame = Frame(side.dim, rope, settings.fast_wavelength, device)
+        self.holds_values = self.frame.is_identity if holds_values is None else holds_values
         self.gain_search, self.passes = settings.gain_search, settings.passes
         self.num_heads, self.dim = side.num_heads, side.dim
         widths = side.widths.to(torch.int64)

@@ -62,10 +62,13 @@ def _backends() -> list[tuple[str, torch.device, str]]:
 def _outcomes(
     name: str, device: torch.device, geometry: tuple[int, int, float], coding: Coding, dtype: torch.dtype
 ) -> list[Outcome]:
-    """The trials of one cache."""
+    """The trials of one cache; none where the backend lacks its dtype."""
     layer, new, query = _case(device, geometry, coding, dtype)
+    backend = backends.find(name)
+    if any(backend.lacks(codec, dtype) for codec in layer.codecs.values()):
+        return []
     layer.backend = name  # type: ignore[assignment]
-    view, backend = layer.snapshot(), backends.find(name)
+    view = layer.snapshot()
     block_table, call = view.block_table[:1], AttentionCall(None, geometry[0] ** -0.5)
     codecs: dict[str, Any] = dict(layer.codecs)
     some = {side: x[:, :, layer.sink_length : layer.sink_length + BLOCK] for side, x in new.items()}

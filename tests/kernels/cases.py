@@ -294,8 +294,8 @@ def codecs(case: Case, device: torch.device | str = "cpu") -> dict[str, Spectral
     values = random_side(case.heads, value_dim, widths(value_dim), seed=2, decay=0.95)
     settings = [CodecSettings(coding=coding) for coding in case.coding]
     return {
-        "key": SpectralCodec(keys, rope, settings[0], device),
-        "value": SpectralCodec(values, Rope(), settings[1], device),
+        "key": SpectralCodec(keys, rope, settings[0], device, holds_values=False),
+        "value": SpectralCodec(values, Rope(), settings[1], device, holds_values=True),
     }
 
 

@@ -6,8 +6,6 @@ Without a GPU nothing else can be known of them; benchmarks/gpu_attention.py rep
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,20 +19,17 @@ from quantcache_kernels.cuda import reference
 from quantcache_kernels.cuda.driver import SOURCES
 from quantcache_kernels.cuda.layout import Layout, column_tiles
 from quantcache_kernels.cuda.ops import Plan, choose_splits, plan
+from tests.kernels import emulation
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
 
 LEVELS = [list(gaussian_codebook(width).levels) for width in range(9)]
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def emulator() -> ctypes.CDLL:
     """The kernels for every way of placing queries in columns."""
-    target = tmp_path_factory.mktemp("emulator") / "kernels.so"
-    flags = ["-O1", "-std=c++17", "-shared", "-fPIC"]
-    subprocess.run([COMPILER, *flags, "-o", target, SOURCES / "emulated.cpp"], check=True)
-    return ctypes.CDLL(str(target))
+    return emulation.library()
 
 
 def run(emulator: ctypes.CDLL, call: Plan) -> None:
@@ -213,6 +208,15 @@ def test_rows_unpack_to_the_levels_that_were_packed() -> None:
                 integers = codes if width > 4 else torch.tensor(layouts.integer_levels(LEVELS[width]))[codes]
                 expected = integers * layouts.steps(LEVELS)[width] * inputs.gains[side][:, head, :, None]
                 torch.testing.assert_close(found[:, head, :, 16 * tile : 16 * tile + 16], expected)
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_integer_levels_are_too_coarse_for_a_cache_from_three_bits_on(width: int) -> None:
+    """Why no cache attends on them: rounded, they are further from the codec's levels than twice what bfloat16 is."""
+    levels = torch.tensor(LEVELS[width], dtype=torch.float64)
+    rounded = torch.tensor(layouts.integer_levels(LEVELS[width])) * layouts.steps(LEVELS)[width]
+    own, theirs = (float((x - levels).norm()) for x in (levels.bfloat16().double(), rounded))
+    assert (theirs > 2 * own) == (width >= 3), (theirs, own)
 
 
 def test_widths_must_fall() -> None:

@@ -151,7 +151,7 @@ def test_every_backend_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_check, "GEOMETRIES", ((64, 3, 1e4),))
     monkeypatch.setattr(kernel_check, "DTYPES", (torch.float32,))
     found = kernel_check.check_kernels()
-    assert {each["backend"] for each in found} == {"cpu", "triton"}
+    assert {each["backend"] for each in found} == {"cpu", "triton", "cuda"}
     for each in found:
         if each["operation"] is None:
             assert each["problem"], "a backend that is not there says why"

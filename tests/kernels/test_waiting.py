@@ -23,6 +23,7 @@ from quantcache import Calibration, SpectralCache
 from quantcache.attention import guards
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
+from quantcache_kernels.cuda import codes
 from quantcache_kernels.triton import decode, encode, ops, runtime
 from tests.builders import llama_config
 
@@ -123,15 +124,22 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     return found
 
 
-def step(looks: Looks, layers: list[SpectralLayer], config: LlamaConfig, count: int, batch: int = 2) -> None:
+def step(
+    looks: Looks,
+    layers: list[SpectralLayer],
+    config: LlamaConfig,
+    count: int,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """A step of every layer, as a model takes it."""
     looks.step += 1
     heads, dim = config.num_key_value_heads, config.head_dim
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = True, 2  # type: ignore[assignment]
     for layer in layers:
-        new = [torch.randn(batch, heads, count, dim) for _ in range(2)]
-        query = torch.randn(batch, 2 * heads, count, dim)
+        new = [torch.randn(batch, heads, count, dim, dtype=dtype) for _ in range(2)]
+        query = torch.randn(batch, 2 * heads, count, dim, dtype=dtype)
         spectral_attention_forward(module, query, *layer.update(*new), None)
 
 
@@ -149,6 +157,35 @@ def test_no_step_waits(looks: Looks, head_dim: int, residual: int) -> None:
     assert len(layers[0].spans) == 2
     assert len(looks.ages) == 3 * len(layers), "whether a block is finite, and how the last one's gains fit, by side"
     assert min(looks.ages) > 0, "an answer was read in the step that asked for it"
+
+
+class LeftOut:
+    """The CUDA kernels, none of which is launched."""
+
+    launches = 0
+
+    def __getitem__(self, name: str) -> LeftOut:
+        """Any kernel."""
+        return self
+
+    def launch(self, *args: object) -> None:
+        """Count."""
+        self.launches += 1
+
+
+def test_no_step_of_the_cuda_backend_waits(looks: Looks, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, config = LeftOut(), llama_config()
+    monkeypatch.setitem(codes.LOADERS, "cpu", lambda *args: kernels)
+    layers = SpectralCache(Calibration.synthetic(config), config, backend="cuda", residual_length=1).spectral_layers
+    step(looks, layers, config, 69, dtype=torch.bfloat16)  # tables are made, and go to the device
+    step(looks, layers, config, 1, dtype=torch.bfloat16)
+    kernels.launches = 0
+    with watched():
+        for _ in range(66):
+            step(looks, layers, config, 1, dtype=torch.bfloat16)
+    assert len(layers[0].spans) == 2
+    assert {layer.layout.name for layer in layers} == {"cuda"}
+    assert kernels.launches == 66 * 3 * len(layers), "queries, codes and their merge"
 
 
 def test_several_tokens_at_once_do_not_wait_either(looks: Looks) -> None:

@@ -24,12 +24,18 @@ class CudaError(RuntimeError):
     """A call of the driver or the compiler failed."""
 
 
-def source() -> str:
-    """The kernels as one text, without includes."""
-    header, kernels = ((SOURCES / name).read_text(encoding="utf-8") for name in ("warp.h", "attention.h"))
-    header = header.split("#else\n\n#include <cmath>")[0] + "#endif\n"
-    text = header + kernels.replace('#include "warp.h"', "")
-    return "\n".join("" if line.startswith("#pragma once") else line for line in text.splitlines()) + "\n"
+def source(name: str = "attention.h") -> str:
+    """Kernels as one text, without includes.
+
+    Args:
+        name: ``"attention.h"`` or ``"codes.h"``.
+
+    Returns:
+        The text.
+    """
+    header, merge, kernels = ((SOURCES / each).read_text(encoding="utf-8") for each in ("warp.h", "merge.h", name))
+    lines = (header.split("#else\n\n#include <cmath>")[0] + "#endif\n" + merge + kernels).splitlines()
+    return "\n".join("" if line.startswith(("#pragma once", '#include "')) else line for line in lines) + "\n"
 
 
 def _cache_folder() -> Path:
@@ -107,13 +113,29 @@ def compiled(capability: tuple[int, int], precise: bool, parts: int) -> bytes:
     Raises:
         CudaError: They do not compile.
     """
-    text = source()
-    options = (
-        f"--gpu-architecture=sm_{capability[0]}{capability[1]}",
-        "--std=c++17",
-        f"-DPRECISE={int(precise)}",
-        f"-DPARTS={parts}",
-    )
+    return _compiled(capability, source(), (f"-DPRECISE={int(precise)}", f"-DPARTS={parts}"))
+
+
+def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis: bool) -> bytes:
+    """The machine code of the kernels of a cache's blocks, from the cache on disk if it is there.
+
+    Args:
+        capability: Compute capability.
+        key_trellis: Whether the keys' codes are paths through a trellis.
+        value_trellis: Whether the values' are.
+
+    Returns:
+        A cubin.
+
+    Raises:
+        CudaError: They do not compile.
+    """
+    defines = f"-DKEY_TRELLIS={int(key_trellis)}", f"-DVALUE_TRELLIS={int(value_trellis)}"
+    return _compiled(capability, source("codes.h"), defines)
+
+
+def _compiled(capability: tuple[int, int], text: str, defines: tuple[str, ...]) -> bytes:
+    options = (f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", *defines)
     key = hashlib.sha256("\0".join((text, *options, str(torch.version.cuda))).encode()).hexdigest()[:32]
     path = _cache_folder() / f"{key}.cubin"
     if path.exists():
@@ -144,6 +166,32 @@ def _check(status: int) -> None:
         text = ctypes.c_char_p()
         _cuda().cuGetErrorString(status, ctypes.byref(text))
         raise CudaError(f"CUDA: {(text.value or b'unknown error').decode()} ({status})")
+
+
+@cache
+def missing(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device.
+
+    Args:
+        device: Where the tensors live.
+
+    Returns:
+        The reason, or None if they can.
+    """
+    if device.type != "cuda":
+        return f"the CUDA kernels do not run on {device.type} devices"
+    if torch.version.hip is not None:
+        return "the CUDA kernels do not run on AMD devices"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        return f"the CUDA kernels need compute capability 9.0, this device has {capability[0]}.{capability[1]}"
+    try:
+        _cuda()
+        if shutil.which("nvcc") is None and not Path(NVCC).exists():
+            _nvrtc()
+    except CudaError as error:
+        return str(error)
+    return None
 
 
 class Kernel:
@@ -210,12 +258,35 @@ def load(device: int, precise: bool, parts: int) -> dict[str, Kernel]:
     Raises:
         CudaError: They do not compile or load.
     """
+    capability = torch.cuda.get_device_capability(device)
+    return _loaded(device, compiled(capability, precise, parts), "attend", "merge")
+
+
+@cache
+def load_codes(device: int, key_trellis: bool, value_trellis: bool) -> dict[str, Kernel]:
+    """The kernels of a cache's blocks, loaded on a device, which must be the current one.
+
+    Args:
+        device: Index of the device.
+        key_trellis: See :func:`compiled_codes`.
+        value_trellis: See :func:`compiled_codes`.
+
+    Returns:
+        ``turn_queries``, ``attend_codes`` and ``merge``.
+
+    Raises:
+        CudaError: They do not compile or load.
+    """
+    binary = compiled_codes(torch.cuda.get_device_capability(device), key_trellis, value_trellis)
+    return _loaded(device, binary, "turn_queries", "attend_codes", "merge")
+
+
+def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:
     torch.cuda.current_stream(device).synchronize()  # there is a context now
-    binary = compiled(torch.cuda.get_device_capability(device), precise, parts)
     module = ctypes.c_void_p()
     _check(_cuda().cuModuleLoadData(ctypes.byref(module), binary))
     kernels = {}
-    for name in ("attend", "merge"):
+    for name in names:
         function = ctypes.c_void_p()
         _check(_cuda().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
         kernels[name] = Kernel(function)

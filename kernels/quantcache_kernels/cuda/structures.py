@@ -34,6 +34,35 @@ class MergeArguments(ctypes.Structure):
         return 4 * (20 * self.dim + self.coefficients + 32)
 
 
+class CodesArguments(ctypes.Structure):
+    """``CodesArguments`` of codes.h."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("keys", "key_gains", "values", "value_gains", "queries")),
+        *((name, Pointer) for name in ("key_heads", "value_heads", "key_terms", "value_terms")),
+        *((name, Pointer) for name in ("fast_decoder", "fast_mean", "rotation", "block_table", "first_seen", "mask")),
+        *((name, Pointer) for name in ("partial", "stats")),
+        *((name, ctypes.c_int) for name in ("blocks", "batch", "heads", "chunks", "rows", "count")),
+        *((name, ctypes.c_int) for name in ("per_split", "paired")),
+        *((name, ctypes.c_int) for name in ("key_bytes", "value_bytes", "query_bytes", "key_room", "value_room")),
+        *((name, ctypes.c_int) for name in ("slow_tiles", "fast_tiles", "fast", "value_tiles")),
+        *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length")),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class QueryArguments(ctypes.Structure):
+    """``QueryArguments`` of codes.h."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("query", "order", "partner", "sign", "turns", "matrix", "norms")),
+        *((name, Pointer) for name in ("block_table", "origins", "out")),
+        *((name, ctypes.c_int) for name in ("units", "paired", "lines", "heads", "lines_per_row", "rows")),
+        *((name, ctypes.c_int) for name in ("dim", "slow", "slow_tiles", "fast", "query_bytes")),
+        ("base", ctypes.c_float),
+    )
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous tensor's data."""
     assert tensor is None or tensor.is_contiguous()

@@ -1,7 +1,8 @@
 // The kernels on an emulated GPU, behind a C interface: for tests. Every way of placing queries in columns is a variant.
 #include "warp.h"
 
-#define VARIANT(name)                                                                                                 \
+#define VARIANT(name) ATTEND(name) MERGE(name)
+#define ATTEND(name)                                                                                                 \
     extern "C" int emulate_attend_##name(const name::AttentionArguments* a, int splits, int shared_bytes) {           \
         for (int line = 0; line < a->batch * a->num_heads; ++line)                                                    \
             for (int split = 0; split < splits; ++split)                                                              \
@@ -9,7 +10,8 @@
                                 static_cast<size_t>(shared_bytes), [a] { name::attend(*a); }))                        \
                     return 1;                                                                                         \
         return 0;                                                                                                     \
-    }                                                                                                                 \
+    }
+#define MERGE(name)                                                                                                   \
     extern "C" int emulate_merge_##name(const name::MergeArguments* a, int shared_bytes) {                            \
         for (int line = 0; line < a->lines; ++line)                                                                   \
             for (int query = 0; query < a->group; ++query)                                                            \
@@ -41,3 +43,48 @@ namespace eight_1 {
 #include "attention.h"
 }
 VARIANT(eight_1)
+
+#define CODES(name)                                                                                                   \
+    extern "C" int emulate_attend_codes_##name(const name::CodesArguments* a, int splits, int shared_bytes) {         \
+        for (int line = 0; line < a->batch * a->chunks * a->heads; ++line)                                            \
+            for (int split = 0; split < splits; ++split)                                                              \
+                if (!run_block_(32, static_cast<u32>(split), static_cast<u32>(line),                                  \
+                                static_cast<size_t>(shared_bytes), [a] { name::attend_codes(*a); }))                  \
+                    return 1;                                                                                         \
+        return 0;                                                                                                     \
+    }                                                                                                                 \
+    extern "C" int emulate_turn_queries_##name(const name::QueryArguments* a, int groups, int shared_bytes) {         \
+        for (int line = 0; line < a->lines; ++line)                                                                   \
+            for (int group = 0; group < groups; ++group)                                                              \
+                if (!run_block_(name::TURN_THREADS, static_cast<u32>(group), static_cast<u32>(line),                  \
+                                static_cast<size_t>(shared_bytes), [a] { name::turn_queries(*a); }))                  \
+                    return 1;                                                                                         \
+        return 0;                                                                                                     \
+    }                                                                                                                 \
+    MERGE(name)
+
+namespace scalar_scalar {
+#include "codes.h"
+}
+CODES(scalar_scalar)
+
+namespace trellis_scalar {
+#undef KEY_TRELLIS
+#define KEY_TRELLIS 1
+#include "codes.h"
+}
+CODES(trellis_scalar)
+
+namespace trellis_trellis {
+#undef VALUE_TRELLIS
+#define VALUE_TRELLIS 1
+#include "codes.h"
+}
+CODES(trellis_trellis)
+
+namespace scalar_trellis {
+#undef KEY_TRELLIS
+#define KEY_TRELLIS 0
+#include "codes.h"
+}
+CODES(scalar_trellis)

@@ -52,12 +52,31 @@ DEVICE float half_high(u32 x) {
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
     return y;
 }
+// Two half-precision numbers in a register.
+DEVICE u32 pack_halves(float low, float high) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+DEVICE u32 halves_multiply(u32 a, u32 b) {
+    u32 y;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+DEVICE u32 halves_multiply_add(u32 a, u32 b, u32 c) {
+    u32 y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+}
+DEVICE void turn(float revolutions, float& cosine, float& sine) { sincospif(2.0f * revolutions, &sine, &cosine); }
 DEVICE float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 DEVICE float logarithm_of_two(float x) { return __log2f(x); }
+DEVICE float round_up(float x) { return ceilf(x); }
+DEVICE float root(float x) { return sqrtf(x); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
@@ -85,6 +104,12 @@ DEVICE void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b) {
 DEVICE void mma_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// c + a b, a 16 x 16, b 16 x 8, both in half precision, in the operand order of mma.m16n8k16.
+DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
@@ -118,6 +143,7 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 #include <ucontext.h>
 
@@ -131,7 +157,6 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 struct Block {
     struct Fiber {
         ucontext_t context;
-        std::vector<char> stack;
         bool done, waiting;
         u32 operands[8];
         int sums[4];
@@ -143,6 +168,13 @@ struct Block {
     std::function<void()> body;
 };
 static Block* emulated_;
+
+constexpr size_t STACK_BYTES_ = 64 << 10;
+static char* stack_(size_t fiber) {  // kept from block to block: making thousands of them takes longer than the kernels
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    while (stacks.size() <= fiber) stacks.emplace_back(new char[STACK_BYTES_]);
+    return stacks[fiber].get();
+}
 
 static void fiber_main_() {
     emulated_->body();
@@ -173,15 +205,15 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
     block.x = x;
     block.y = y;
     block.body = std::move(body);
-    block.shared.assign(shared_bytes + 128, 0xA5);
+    block.shared.assign(shared_bytes + 256, 0xA5);
     block.fibers.resize(threads);
     emulated_ = &block;
-    for (auto& fiber : block.fibers) {
-        fiber.stack.resize(64 << 10);
+    for (u32 i = 0; i < threads; ++i) {
+        Block::Fiber& fiber = block.fibers[i];
         fiber.done = fiber.waiting = false;
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_stack.ss_sp = stack_(i);
+        fiber.context.uc_stack.ss_size = STACK_BYTES_;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, fiber_main_, 0);
     }
@@ -200,6 +232,9 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
         }
         if (done && waiting) return false;  // some lanes left while others wait: a GPU would hang
     }
+    const u8* behind = shared_memory() + shared_bytes;
+    for (const u8* place = behind; place < behind + 128; ++place)
+        if (*place != 0xA5) return false;  // somebody wrote behind the shared memory
     return true;
 }
 
@@ -233,10 +268,47 @@ DEVICE float half_of_(u32 h) {
                                                   static_cast<int>(exponent ? exponent : 1) - 25);
     return h & 0x8000 ? -magnitude : magnitude;
 }
-DEVICE float half_low(u32 x) { return half_of_(x & 0xFFFF); }
-DEVICE float half_high(u32 x) { return half_of_(x >> 16); }
+// Every half-precision number as a float, made once: products of matrices read millions of them.
+static const float* halves_() {
+    static const std::vector<float> table = [] {
+        std::vector<float> made(1 << 16);
+        for (u32 h = 0; h < 1 << 16; ++h) made[h] = half_of_(h);
+        return made;
+    }();
+    return table.data();
+}
+DEVICE float half_low(u32 x) { return halves_()[x & 0xFFFF]; }
+DEVICE float half_high(u32 x) { return halves_()[x >> 16]; }
+DEVICE u32 half_bits_(float x) {  // to nearest, ties to even
+    u32 bits;
+    memcpy(&bits, &x, 4);
+    const u32 sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+    if (magnitude > 0x7F800000) return sign | 0x7E00;
+    if (magnitude >= 0x477FF000) return sign | 0x7C00;
+    if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves its mantissa in place, rounded
+        float shifted;
+        memcpy(&shifted, &magnitude, 4);
+        shifted += 0.5f;
+        memcpy(&bits, &shifted, 4);
+        return sign | (bits - 0x3F000000);
+    }
+    return sign | ((magnitude + 0xC8000FFF + (magnitude >> 13 & 1)) >> 13);
+}
+DEVICE u32 pack_halves(float low, float high) { return half_bits_(low) | half_bits_(high) << 16; }
+DEVICE u32 halves_multiply(u32 a, u32 b) {
+    return pack_halves(half_low(a) * half_low(b), half_high(a) * half_high(b));
+}
+DEVICE u32 halves_multiply_add(u32 a, u32 b, u32 c) {
+    return pack_halves(half_low(a) * half_low(b) + half_low(c), half_high(a) * half_high(b) + half_high(c));
+}
+DEVICE void turn(float revolutions, float& cosine, float& sine) {
+    const double angle = 6.283185307179586 * revolutions;
+    cosine = static_cast<float>(std::cos(angle)), sine = static_cast<float>(std::sin(angle));
+}
 DEVICE float power_of_two(float x) { return std::exp2(x); }
 DEVICE float logarithm_of_two(float x) { return std::log2(x); }
+DEVICE float round_up(float x) { return std::ceil(x); }
+DEVICE float root(float x) { return std::sqrt(x); }
 DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float add(float a, float b) { return a + b; }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
@@ -297,6 +369,22 @@ DEVICE void mma_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
         for (u32 k = 0; k < 32; ++k)
             c[i] += signed_byte_(lane_(4 * row + k % 16 / 4).operands[i / 2 + 2 * (k / 16)], k & 3) *
                     static_cast<int>(lane_(4 * (column + (i & 1)) + k % 16 / 4).operands[4 + k / 16] >> 8 * (k & 3) & 255);
+    meet_();
+}
+DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    u32* own = own_().operands;
+    own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3, own[4] = b0, own[5] = b1;
+    meet_();
+    const float* halves = halves_();
+    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
+    for (u32 k = 0; k < 16; ++k) {
+        const u32 left = k % 8 / 2, shift = 16 * (k % 2);
+        const u32* as = lane_(4 * row + left).operands + 2 * (k / 8);
+        for (u32 i = 0; i < 4; ++i) {
+            const u32 b = lane_(4 * (column + (i & 1)) + left).operands[4 + k / 8];
+            c[i] += halves[as[i / 2] >> shift & 0xFFFF] * halves[b >> shift & 0xFFFF];
+        }
+    }
     meet_();
 }
 DEVICE void barrier_init(u64* barrier) { *barrier = 0; }

@@ -1,0 +1,258 @@
+"""How a cache's blocks lie in memory for the CUDA kernels: tiles of 16 coefficients in the order of the tensor cores.
+
+A block holds 64 tokens of all heads of one batch row and one side. A head's coefficients are sorted by width, the
+widest first, those of fast dimensions behind the others. Sixteen are a tile. Eight are half of one, and all their codes
+take as many bits as the widest's. Every one of 32 lanes has 16 codes of each half, in registers of two; lane 4 g + j::
+
+    keys    tokens 8 g to 8 g + 7 of coefficients 2 j and 2 j + 1 of the half
+            register t: token 8 g + t, the coefficients are its halves
+    values  tokens 16 j to 16 j + 15 of coefficient g of the half
+            register t: tokens 16 j + t and 16 j + 8 + t
+
+Codes are cut into fields of 4, 2 and 1 bits as in the portable layout. A lane has two words of each 4-bit field, one of
+a 2-bit field and half a word of a 1-bit field; a field's words lie side by side for all lanes. A trellis has fields for
+its levels' k - 1 bits, and the path's bits behind them: a byte of those is eight tokens in a row.
+
+Shapes: B batch, H key/value heads, D dimension, S slots (16 times the tiles), n blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from quantcache_kernels.interface import BLOCK, MAX_WIDTH, SideConstants
+
+TILE, HALF = 16, 8
+"""Coefficients of a tile, and those that share a width."""
+
+LANES = 32
+
+WORDS = 16
+"""Of a bit of the codes of half a tile."""
+
+FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (4, 4))
+"""Bit fields of each width, most significant first."""
+
+PATH_BIT = 7
+"""Where a byte has a trellis' path bit, above its level's."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the codes of one side of a layer lie.
+
+    Attributes:
+        dims: Coefficient of every slot, -1 for none, ``[H, S]`` int64 on the CPU.
+        widths: Bits of the codes of every half of a tile, 0 where a head has none, ``[H, S / 8]`` int64 on the CPU.
+        slow_tiles: Tiles of slow dimensions; they come first.
+        dim: D.
+        is_trellis: Whether codes are paths through a trellis.
+    """
+
+    dims: Tensor
+    widths: Tensor
+    slow_tiles: int
+    dim: int
+    is_trellis: bool
+    _groups: dict[torch.device, tuple[tuple[int, Tensor, Tensor], ...]] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, constants: SideConstants) -> BlockLayout:
+        """Lay a side out.
+
+        Args:
+            constants: The side, on the CPU.
+
+        Returns:
+            The layout.
+        """
+        parts, widths = [], constants.widths.to(torch.int64)
+        for first, last in ((0, constants.num_slow), (constants.num_slow, constants.dim)):
+            own = widths[:, first:last]
+            tiles = -(-int((own > 0).sum(1).max()) // TILE) if own.numel() else 0
+            if not first:
+                tiles = max(tiles, 1)  # one of nothing where a side has no codes
+            order = own.argsort(dim=1, descending=True, stable=True)[:, : TILE * tiles]
+            coded = own.gather(1, order) > 0
+            dims = torch.where(coded, order + first, -1)
+            parts.append(torch.nn.functional.pad(dims, (0, TILE * tiles - dims.shape[1]), value=-1))
+        dims = torch.cat(parts, dim=1)
+        own = torch.where(dims < 0, 0, widths.gather(1, dims.clamp_min(0)))
+        return cls(
+            dims,
+            own.unflatten(1, (-1, HALF)).amax(-1),
+            parts[0].shape[1] // TILE,
+            constants.dim,
+            constants.coding == "trellis",
+        )
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.dims.shape[0]
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that every head has room for."""
+        return self.dims.shape[1] // TILE
+
+    @cached_property
+    def words(self) -> int:
+        """Words of a block and batch row."""
+        return WORDS * int(self.widths.sum())
+
+    def gather(self, values: Tensor, dim: int) -> Tensor:
+        """Bring per-coefficient values into slot order.
+
+        Args:
+            values: ``[H, ..., D, ...]`` on the CPU.
+            dim: Which dimension is D.
+
+        Returns:
+            The same with S in place of D, zero in slots without a coefficient.
+        """
+        shape = [1] * values.dim()
+        shape[0], shape[dim] = self.dims.shape
+        index = self.dims.view(shape)
+        index = index.expand(*[size if i != dim else -1 for i, size in enumerate(values.shape)])
+        return values.gather(dim, index.clamp_min(0)).masked_fill(index < 0, 0)
+
+    def table(self) -> Tensor:
+        """``HeadTiles`` of every head (codes.h), ``[H, 12]`` int32."""
+        rows, offset = torch.zeros(self.heads, 12, dtype=torch.int32, device="cpu"), 0
+        pairs = self.widths[:, 0::2] | self.widths[:, 1::2] << 4
+        rows.view(torch.uint8)[:, 16 : 16 + self.tiles] = pairs.to(torch.uint8)
+        for head, bits in enumerate(self.widths.sum(1).tolist()):
+            rows[head, 0], rows[head, 1] = offset, 4 * WORDS * bits
+            offset += 4 * WORDS * bits
+        return rows
+
+    def groups(self, device: torch.device) -> tuple[tuple[int, Tensor, Tensor], ...]:
+        """By width, half tiles of all heads, made once for a device: copying them there would make the CPU wait.
+
+        Args:
+            device: Where codes are.
+
+        Returns:
+            Width, coefficients ``[8 m]`` (H D for none) and words ``[16 W m]``.
+        """
+        found = self._groups.get(device)
+        if found is None:
+            made = tuple(
+                (w, dims.flatten().to(device), words.flatten().to(device)) for w, dims, words in self._by_width()
+            )
+            found = self._groups.setdefault(device, made)
+        return found
+
+    def held(self) -> list[Tensor]:
+        """Every tensor on a device."""
+        return [tensor for groups in self._groups.values() for group in groups for tensor in group[1:]]
+
+    def _by_width(self) -> list[tuple[int, Tensor, Tensor]]:
+        coefficient = torch.arange(self.heads, dtype=torch.int64, device="cpu")[:, None] * self.dim + self.dims
+        coefficient = torch.where(self.dims < 0, self.heads * self.dim, coefficient).view(-1, HALF)
+        widths = self.widths.flatten()
+        first = WORDS * (widths.cumsum(0) - widths)
+        found = []
+        for width in range(1, MAX_WIDTH + 1):
+            own = (widths == width).nonzero().flatten()
+            if own.numel():
+                inside = torch.arange(WORDS * width, dtype=torch.int64, device="cpu")
+                found.append((width, coefficient[own], first[own][:, None] + inside))
+        return found
+
+    def pack(self, codes: Tensor, values: bool) -> Tensor:
+        """Pack codes.
+
+        Args:
+            codes: A byte for each code, ``[n, B, H D, 64]`` uint8; of a trellis the level in its subset, and the path
+                bit above it (:data:`PATH_BIT`).
+            values: Whether they are values.
+
+        Returns:
+            int32 words, ``[n, B, words]``.
+        """
+        lead, device = codes.shape[:2], codes.device
+        place = _places(values, device)
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, 1))
+        out = torch.zeros(*lead, self.words, dtype=torch.int32, device=device)
+        for width, dims, words in self.groups(device):
+            halves = codes[:, :, dims].unflatten(2, (-1, HALF)).flatten(3)  # [n, B, m, 8 64]
+            own = halves[..., place]  # [n, B, m, 32, 8, 2]
+            out[:, :, words] = self._pack_halves(own, width).flatten(2)
+        return out
+
+    def _pack_halves(self, own: Tensor, width: int) -> Tensor:
+        """Words of lanes' codes ``[..., 32, 8, 2]``, ``[..., 16 W]``."""
+        parts = []
+        for length, above in self._fields(width):
+            bits = (own >> above & ((1 << length) - 1)).to(torch.int64)
+            if length == 4:  # two words
+                bits = bits.unflatten(-2, (2, 4))
+            words = (bits << _shifts(length, own.device)).sum((-1, -2)).flatten(3)
+            parts.append(words[..., 0::2] | words[..., 1::2] << 16 if length == 1 else words)
+        words = torch.cat(parts, dim=-1)
+        return (words - (words >> 31 << 32)).to(torch.int32)
+
+    def unpack(self, words: Tensor, values: bool) -> Tensor:
+        """Invert :meth:`pack`.
+
+        Args:
+            words: int32, ``[n, B, words]``.
+            values: Whether they are values.
+
+        Returns:
+            ``[n, B, H D, 64]`` uint8; zero where a coefficient has no codes.
+        """
+        lead, device = words.shape[:2], words.device
+        place = _places(values, device)
+        codes = torch.zeros(*lead, self.heads * self.dim + 1, BLOCK, dtype=torch.uint8, device=device)
+        for width, dims, words_of in self.groups(device):
+            own = words[:, :, words_of].unflatten(2, (-1, WORDS * width))
+            lanes = self._unpack_halves(own, width)  # [n, B, m, 32, 8, 2]
+            halves = lanes.new_zeros(*lanes.shape[:3], HALF * BLOCK)
+            halves[..., place] = lanes
+            codes[:, :, dims] = halves.unflatten(3, (HALF, BLOCK)).flatten(2, 3)
+        return codes[:, :, :-1]
+
+    def _unpack_halves(self, words: Tensor, width: int) -> Tensor:
+        codes, first = words.new_zeros(*words.shape[:-1], LANES, 8, 2, dtype=torch.uint8), 0
+        for length, above in self._fields(width):
+            own = words[..., first : first + WORDS * length]
+            if length == 1:
+                own = torch.stack((own & 0xFFFF, own >> 16), dim=-1).flatten(-2)
+            own = own.unflatten(-1, (LANES, -1))[..., None, None]  # [..., 32, 1 or 2, 1, 1]
+            bits = own >> _shifts(length, words.device) & ((1 << length) - 1)
+            codes |= bits.to(torch.uint8).flatten(-3, -2) << above
+            first += WORDS * length
+        return codes
+
+    def _fields(self, width: int) -> list[tuple[int, int]]:
+        """Fields of a width in the order of their words: length, and which bit of a byte is its lowest."""
+        fields, above = [], width - 1 if self.is_trellis else width
+        for length in FIELDS[above]:
+            above -= length
+            fields.append((length, above))
+        return fields + [(1, PATH_BIT)] * self.is_trellis
+
+
+def _shifts(length: int, device: torch.device) -> Tensor:
+    """Where a word of a field has the codes of its registers' halves, ``[registers, 2]`` int32."""
+    step = length * torch.arange(min(8, 16 // length), dtype=torch.int32, device=device)
+    half = 8 if length == 1 else 16  # half a word for a single bit
+    return step[:, None] + half * torch.arange(2, dtype=torch.int32, device=device)
+
+
+@cache
+def _places(values: bool, device: torch.device) -> Tensor:
+    """Place of every lane's code among a half's coefficients times tokens, ``[32 lanes, 8 registers, 2 halves]``."""
+    sizes = (torch.arange(size, dtype=torch.int64, device=device) for size in (LANES, 8, 2))
+    lane, register, half = torch.meshgrid(*sizes, indexing="ij")
+    row, column = lane // 4, lane % 4
+    if values:
+        return row * BLOCK + 16 * column + 8 * half + register
+    return (2 * column + half) * BLOCK + 8 * row + register

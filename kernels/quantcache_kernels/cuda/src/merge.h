@@ -1,0 +1,123 @@
+// The splits of a context merged, and with them the tokens that are not encoded.
+#include "warp.h"
+
+struct MergeArguments {
+    const float* partial;    // what attend left
+    const float* stats;
+    const float* dense;      // [lines, group, dim]: attention over the tokens that are not encoded, or null
+    const float* dense_lse;  // [lines, group], base 2
+    const float* decoder;    // [heads, coefficients, dim]
+    const float* mean;       // [heads, dim]
+    float* out;              // [lines, group, dim]
+    float* lse;              // [lines, group], base 2
+    int lines, num_heads, group, dim, coefficients, splits;
+};
+
+constexpr int EARLY = 2;  // rows of the decoder that are on their way while splits are merged
+
+struct Four {
+    float x[4];
+};
+DEVICE Four load_four(const float* place) {
+    const Words4 w = *reinterpret_cast<const Words4*>(place);
+    return {{float_of(w.x), float_of(w.y), float_of(w.z), float_of(w.w)}};
+}
+DEVICE void store_four(float* place, const Four& v) {
+    *reinterpret_cast<Words4*>(place) = {bits_of(v.x[0]), bits_of(v.x[1]), bits_of(v.x[2]), bits_of(v.x[3])};
+}
+DEVICE void add_scaled(Four& sum, float factor, const Four& v) {
+    UNROLL for (int i = 0; i < 4; ++i) sum.x[i] = multiply_add(factor, v.x[i], sum.x[i]);
+}
+
+// One query: merge the splits, turn sums of levels into a vector, add the tokens that are not encoded.
+// A block has 4 dim threads. In either product a thread has four columns of one row in so many.
+KERNEL void BOUNDS(1024) merge(
+#ifdef __CUDACC__
+    const __grid_constant__ MergeArguments a
+#else
+    const MergeArguments& a
+#endif
+) {
+    const int dim = a.dim, coefficients = a.coefficients, threads = 4 * dim, thread = static_cast<int>(thread_index());
+    const int query = static_cast<int>(block_x()), line = static_cast<int>(block_y()), head = line % a.num_heads;
+    const int place = line * a.group + query;
+    const u64 stride = static_cast<u64>(a.lines) * a.group;  // from split to split
+    float* rows = reinterpret_cast<float*>(shared_memory());  // what is to be added up: 16 dim
+    float* weights = rows + 16 * dim;                         // 4 dim
+    float* vector = weights + 4 * dim;                        // coefficients
+    float* warps = vector + coefficients;                     // 32
+
+    const int out_row = thread / (dim / 4), out_column = 4 * (thread % (dim / 4));  // of the decoder: 16 rows at a time
+    const float* decoder = a.decoder + (static_cast<u64>(head) * coefficients + out_row) * dim + out_column;
+    const int steps = coefficients / 16;
+    Four early[EARLY];
+    UNROLL for (int i = 0; i < EARLY; ++i)
+        if (i < steps) early[i] = load_four(decoder + 16 * i * dim);
+
+    const float* stats = a.stats + 2 * place;
+    float peak = -1e30f;
+    for (int s = thread; s < a.splits; s += threads) peak = larger(peak, stats[2 * s * stride]);
+    UNROLL for (int mask = 1; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
+    if (thread % 32 == 0) warps[thread / 32] = peak;
+    sync_block();
+    for (int w = 0; w < threads / 32; ++w) peak = larger(peak, warps[w]);
+
+    const int columns = coefficients / 4, height = threads / columns;
+    const int row = thread / columns, column = 4 * (thread % columns);
+    const float* partial = a.partial + static_cast<u64>(place) * coefficients + column;
+    float total = 0.0f;
+    Four sum = {{0.0f, 0.0f, 0.0f, 0.0f}};
+    for (int first = 0; first < a.splits; first += threads) {
+        float weight = 0.0f;
+        if (first + thread < a.splits) {
+            const float* own = stats + 2 * (first + thread) * stride;
+            weight = power_of_two(own[0] - peak);
+            total = multiply_add(weight, own[1], total);
+        }
+        weights[thread] = weight;
+        sync_block();
+        const int count = a.splits - first < threads ? a.splits - first : threads;
+        if (row < height) {
+#ifdef __CUDACC__
+#pragma unroll 4
+#endif
+            for (int s = row; s < count; s += height)
+                add_scaled(sum, weights[s], load_four(partial + (first + s) * stride * coefficients));
+        }
+        sync_block();
+    }
+    UNROLL for (int mask = 1; mask < 32; mask *= 2) total = add(total, shuffle_xor(total, mask));
+    if (thread % 32 == 0) warps[thread / 32] = total;
+    if (row < height) store_four(rows + row * coefficients + column, sum);
+    sync_block();
+    total = 0.0f;
+    for (int w = 0; w < threads / 32; ++w) total = add(total, warps[w]);
+    for (int c = thread; c < coefficients; c += threads) {
+        float x = 0.0f;
+        for (int r = 0; r < height; ++r) x += rows[r * coefficients + c];
+        vector[c] = total > 0.0f ? x / total : 0.0f;
+    }
+    sync_block();
+
+    sum = {{0.0f, 0.0f, 0.0f, 0.0f}};
+    UNROLL for (int i = 0; i < EARLY; ++i)
+        if (i < steps) add_scaled(sum, vector[16 * i + out_row], early[i]);
+    for (int i = EARLY; i < steps; ++i)
+        add_scaled(sum, vector[16 * i + out_row], load_four(decoder + 16 * i * dim));
+    store_four(rows + out_row * dim + out_column, sum);
+    sync_block();
+    if (thread < dim) {
+        float x = a.mean[head * dim + thread];
+        UNROLL for (int r = 0; r < 16; ++r) x += rows[r * dim + thread];
+        float lse = total > 0.0f ? peak + logarithm_of_two(total) : -1e30f;
+        if (a.dense) {
+            const float other = a.dense_lse[place], top = larger(lse, other);
+            const float own_share = power_of_two(lse - top), other_share = power_of_two(other - top);
+            const float dense = a.dense[static_cast<u64>(place) * dim + thread];
+            x = (x * own_share + dense * other_share) / (own_share + other_share);
+            lse = top + logarithm_of_two(own_share + other_share);
+        }
+        a.out[static_cast<u64>(place) * dim + thread] = x;
+        if (thread == 0) a.lse[place] = lse;
+    }
+}

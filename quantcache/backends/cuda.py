@@ -1,0 +1,185 @@
+"""The CUDA kernels of ``quantcache_kernels.cuda``: attention on blocks in the order of the tensor cores.
+
+They attend. Encoding and decoding are left to the Triton kernels, or to plain torch where there is no Triton; blocks
+are brought from the portable layout into this one, and back.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from quantcache.backends.base import Backend, Fields, refused_by_kernels
+from quantcache.backends.reference import REFERENCE
+from quantcache.backends.trials import passes, rejected
+from quantcache.backends.triton import UNTRIED, TritonBackend, attention_trial
+from quantcache.backends.view import CacheView
+from quantcache.coding.blocks import SideCodec
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import pack, unpack
+from quantcache_kernels.cuda import codes as kernels
+from quantcache_kernels.cuda.blocks import PATH_BIT
+from quantcache_kernels.cuda.codes import PreparedCodes
+from quantcache_kernels.cuda.driver import missing
+from quantcache_kernels.interface import AttentionCall
+
+DTYPE = torch.bfloat16
+"""Of keys, values and queries. Products are of half precision: that is enough for models in bfloat16, but not always
+for what the parity suite asks of models in float16."""
+
+CONVERTED_BLOCKS = 64
+"""Blocks that are brought from one layout to the other at once, at a byte for every code."""
+
+
+class CudaBackend(Backend):
+    """Attends on a GPU of compute capability 9.0 or more.
+
+    Args:
+        encoder: What encodes and decodes, in the portable layout, where it can.
+    """
+
+    name = "cuda"
+    layout = "cuda"
+
+    def __init__(self, encoder: TritonBackend) -> None:
+        self._encoder = encoder
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Another kind of device or an older one, no compiler, or a kernel that has failed its trial."""
+        if rejected("attend", self.name, device):
+            return "the kernel has failed its trial (see the log, or quantcache env --check)"
+        emulated = device.type != "cuda" and device.type in kernels.LOADERS
+        return None if emulated else missing(device)
+
+    def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
+        """Another kind of blocks, geometry or dtype."""
+        if not isinstance(codec, SpectralCodec):
+            return f"blocks are coded by {type(codec).__name__}"
+        if dtype != DTYPE:
+            return f"keys or values are of {dtype}"
+        return kernels.unsupported(codec.dim, codec.frame.num_fast)
+
+    def refuses(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
+        """What no kernel takes, and a kernel that has failed its trial."""
+        if query.dtype != DTYPE:
+            return f"the queries are of {query.dtype}"
+        reason = refused_by_kernels(query, view, call)
+        if reason is None and not self._attends_rightly(query, view, call):
+            reason = "the kernel has failed its trial (see the log, or quantcache env --check)"
+        return reason
+
+    def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
+        """Attend with the kernels of queries, codes and their merge; plain torch attends on the other tokens."""
+        assert isinstance(view.key.codec, SpectralCodec)
+        assert isinstance(view.value.codec, SpectralCodec)
+        return kernels.attend(
+            query,
+            view.packed(),
+            view.dense_parts(),
+            view.block_table,
+            view.left_padding,
+            prepared(view.key.codec),
+            prepared(view.value.codec),
+            view.encoded_end,
+            call,
+            not view.cut,
+        )
+
+    def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
+        """Encode in the portable layout, then bring the blocks into this one."""
+        return self.from_portable(codec, self._portable(x.device).encode(codec, x, block_table, left_padding))
+
+    def decode(self, codec: SideCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
+        """Bring the blocks into the portable layout, then decode them."""
+        return self._portable(block_table.device).decode(
+            codec, self.to_portable(codec, fields), block_table, left_padding
+        )
+
+    def to_portable(self, codec: SideCodec, fields: Fields) -> Fields:
+        """Blocks in the portable layout; gains are the same in both."""
+        if not _is_ours(codec):
+            return fields
+        assert isinstance(codec, SpectralCodec)
+        words = [_to_portable(codec, part) for part in fields["codes"].split(CONVERTED_BLOCKS)]
+        return {**fields, "codes": torch.cat(words)}
+
+    def from_portable(self, codec: SideCodec, fields: Fields) -> Fields:
+        """Blocks in this layout."""
+        if not _is_ours(codec):
+            return fields
+        assert isinstance(codec, SpectralCodec)
+        words = [_from_portable(codec, part) for part in fields["codes"].split(CONVERTED_BLOCKS)]
+        return {**fields, "codes": torch.cat(words)}
+
+    def gains(self, codec: SideCodec, fields: Fields) -> Tensor:
+        """Gains, which need no conversion."""
+        return fields["gains"]
+
+    def _portable(self, device: torch.device) -> Backend:
+        """Who encodes and decodes."""
+        return REFERENCE if self._encoder.unavailable(device) else self._encoder
+
+    def _attends_rightly(self, query: Tensor, view: CacheView, call: AttentionCall) -> bool:
+        if query.device.type in UNTRIED:
+            return True
+        keys, values = view.key.codec, view.value.codec
+        assert isinstance(keys, SpectralCodec)
+        assert isinstance(values, SpectralCodec)
+        rows = query.shape[1] // keys.num_heads * query.shape[2]
+        geometry = (
+            *(keys.dim, keys.frame.num_fast, values.dim, rows, keys.coding, values.coding, query.dtype),
+            *(view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut),
+        )
+        work = functools.partial(attention_trial, self, query, view, call)
+        return passes("attend", self.name, query.device, geometry, work)
+
+
+def prepared(codec: SpectralCodec) -> PreparedCodes:
+    """A codec's constants in the form of the CUDA kernels, made once.
+
+    Args:
+        codec: The codec; the tables go to its device.
+
+    Returns:
+        The constants.
+    """
+    found = codec.derived.get("cuda")
+    if not isinstance(found, PreparedCodes):
+        made = kernels.prepare(codec.constants(), codec.mean.device, codec.holds_values)
+        found = codec.derived.setdefault("cuda", made)
+        assert isinstance(found, PreparedCodes)
+    return found
+
+
+def _is_ours(codec: SideCodec) -> bool:
+    """Whether blocks of a codec have this layout; those that the kernels lack stay portable."""
+    return isinstance(codec, SpectralCodec) and kernels.unsupported(codec.dim, codec.frame.num_fast) is None
+
+
+def _from_portable(codec: SpectralCodec, words: Tensor) -> Tensor:
+    """Words of some blocks, ``[n, B, W]``, in this layout."""
+    codes = torch.zeros(*words.shape[:2], codec.num_heads * codec.dim, 64, dtype=torch.uint8, device=words.device)
+    for c in codec.classes:
+        own = words[..., c.words].unflatten(-1, (-1, 2 * c.width))
+        if codec.coding == "trellis":
+            path = unpack(own[..., -2:], 1).to(torch.uint8) << PATH_BIT
+            codes[:, :, c.columns] = unpack(own[..., :-2], c.width - 1).to(torch.uint8) | path
+        else:
+            codes[:, :, c.columns] = unpack(own, c.width).to(torch.uint8)
+    return prepared(codec).layout.pack(codes, codec.holds_values)
+
+
+def _to_portable(codec: SpectralCodec, words: Tensor) -> Tensor:
+    """Invert :func:`_from_portable`."""
+    codes = prepared(codec).layout.unpack(words, codec.holds_values)
+    out = torch.zeros(*words.shape[:2], codec.num_words, dtype=torch.int32, device=words.device)
+    for c in codec.classes:
+        own = codes[:, :, c.columns]
+        if codec.coding == "trellis":
+            packed = torch.cat((pack(own & (1 << PATH_BIT) - 1, c.width - 1), pack(own >> PATH_BIT, 1)), dim=-1)
+        else:
+            packed = pack(own, c.width)
+        out[..., c.words] = packed.flatten(2)
+    return out

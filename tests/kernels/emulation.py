@@ -1,0 +1,76 @@
+"""The CUDA kernels on an emulated warp: their source, compiled by the host's compiler, in the place of a GPU's."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from quantcache_kernels.cuda import codes
+from quantcache_kernels.cuda.driver import SOURCES
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulated"
+
+FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """All variants of the kernels; compiled once for every state of the sources."""
+    assert COMPILER is not None
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    key = hashlib.sha256("\0".join((COMPILER, *FLAGS)).encode() + sources).hexdigest()[:24]
+    target = FOLDER / f"{key}.so"
+    if not target.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / "kernels.so"
+            subprocess.run([COMPILER, *FLAGS, "-o", made, SOURCES / "emulated.cpp"], check=True)
+            made.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+class Emulated:
+    """A kernel of :mod:`quantcache_kernels.cuda.driver` that runs here and now."""
+
+    def __init__(self, name: str, variant: str) -> None:
+        self.name = name
+        self.function = getattr(library(), f"emulate_{name}_{variant}")
+
+    def launch(
+        self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
+    ) -> None:
+        """Run all blocks."""
+        sizes = (shared_bytes,) if self.name == "merge" else (grid[0], shared_bytes)
+        assert self.function(ctypes.byref(arguments), *sizes) == 0, "some lanes wait for others that have left"
+
+
+def emulated(device: torch.device, key_trellis: bool, value_trellis: bool) -> Mapping[str, Emulated]:
+    """The kernels for codings of keys and values."""
+    names = ("scalar", "trellis")
+    variant = f"{names[key_trellis]}_{names[value_trellis]}"
+    return {name: Emulated(name, variant) for name in ("turn_queries", "attend_codes", "merge")}
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Let ``backend="cuda"`` run on the CPU inside the context.
+
+    Yields:
+        Nothing.
+    """
+    codes.LOADERS["cpu"] = emulated
+    try:
+        yield
+    finally:
+        del codes.LOADERS["cpu"]

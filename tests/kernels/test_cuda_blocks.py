@@ -1,0 +1,365 @@
+"""``backend="cuda"`` on an emulated warp: shared parity cases, its block layout, and a cache that attends through it.
+
+Nothing here has run on a GPU. What a GPU adds, barriers and copies that land late, an emulation cannot show.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcache import Calibration, SpectralCache, backends, data
+from quantcache.backends import AttentionCall, cuda, trials, triton
+from quantcache.backends.base import CODE_QUERIES
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.rope import Rope
+from quantcache.coding.schema import SIDES, Coding
+from quantcache.common.errors import QuantCacheError
+from quantcache_kernels.cuda import codes as kernels
+from quantcache_kernels.cuda.blocks import BlockLayout
+from quantcache_kernels.cuda.driver import missing, source
+from quantcache_kernels.cuda.near import near_attention
+from tests.families import FAMILIES
+from tests.helpers import attend_by_kernel, feed
+from tests.kernels import emulation, truth
+from tests.kernels.cases import ATTENTION, TRELLIS, Case, Kernel, codecs, fill, on_device
+
+pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
+
+CUDA = Kernel("cuda", lambda: "", half=True, multiple=16)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``backend="cuda"`` runs on the CPU; plain torch encodes, and what kernels allocate is poisoned."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 77)
+
+    monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: "the interpreter takes its time")
+    monkeypatch.setattr(torch, "empty", poisoned)
+    with emulation.on_the_cpu():
+        yield
+
+
+def in_bfloat16(case: Case) -> Case:
+    """A case of the shared suite as the kernels take it."""
+    return replace(case, dtype=torch.bfloat16)
+
+
+PARITY = (
+    *("T69", "G1", "G16", "D80", "D96", "D128", "D64-Dv32", "D64-Dv128", "width0", "width1", "width5", "width8"),
+    *("no-rope", "partial-rope", "all-fast", "padded", "padded-to-the-tail", "holes", "holes-one-mask", "cut"),
+    *("cut-padded", "softcap", "sink-logits", "softcap-sink-logits", "no-sinks", "many-sinks", "zero", "1e4", "1e-6"),
+    *("trellis-keys", "trellis-values", "trellis-width1", "trellis-width2", "trellis-width4", "trellis-width8"),
+    *("trellis-few-fast", "trellis-two-heads", "trellis-cut"),
+)
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_parity(name: str, emulated: None) -> None:
+    case = in_bfloat16((ATTENTION | TRELLIS)[name])
+    filled = fill(case)
+    view, more = filled.layer.snapshot(), {"softcap": case.softcap, "s_aux": filled.s_aux}
+    expected = truth.attention(filled.query, view, filled.mask, **more)
+    own = truth.attention(filled.query, view, filled.mask, **more, dtype=case.dtype)
+    layer = on_device(filled.layer, CUDA)
+    found = attend_by_kernel(filled.query, layer.snapshot(), filled.mask, case.softcap, filled.s_aux)
+    assert found is not None, "the kernel declined the case"
+    assert layer.layout.name == "cuda"
+    assert (found.dtype, found.shape) == (case.dtype, expected.shape)
+    theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
+    assert theirs <= 2 * allowed + 1e-6 * float(expected.norm()), (theirs, allowed)
+
+
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+def test_before_rounding_levels_and_rotations_are_those_of_half_precision(coding: Coding, emulated: None) -> None:
+    """A result in bfloat16 hides errors below its own rounding; that of the kernels is eight times finer."""
+    case = in_bfloat16(Case(tokens=200, heads=2, coding=(coding, coding)))
+    filled = fill(case)
+    expected = truth.attention(filled.query.float(), filled.layer.snapshot(), filled.mask)
+    own = truth.attention(filled.query.float(), filled.layer.snapshot(), filled.mask, dtype=torch.float16)
+    view = on_device(filled.layer, CUDA).snapshot()
+    found = cuda.CudaBackend.attend(backends.find("cuda"), filled.query.float(), view, AttentionCall(None, 64**-0.5))
+    theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
+    assert theirs <= 3 * allowed, "queries in coded coordinates and levels are rounded to half precision too"
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_the_number_of_splits_changes_rounding_only(splits: int, emulated: None) -> None:
+    filled = fill(in_bfloat16(Case(tokens=500, widths=2)))
+    view = on_device(filled.layer, CUDA).snapshot()
+    keys, values = (cuda.prepared(side.codec) for side in (view.key, view.value))
+    given = (filled.query.float(), view.packed(), view.dense_parts(), view.block_table, None, keys, values)
+    found = kernels.attend(*given, view.encoded_end, AttentionCall(None, 0.125), True, splits)
+    alone = kernels.attend(*given, view.encoded_end, AttentionCall(None, 0.125), True, 1)
+    assert float((found - alone).norm()) <= 2e-4 * float(alone.norm())
+
+
+def test_a_query_of_nan_spoils_its_own_row_alone(emulated: None) -> None:
+    filled = fill(in_bfloat16(Case(tokens=140, groups=5)))
+    view = on_device(filled.layer, CUDA).snapshot()
+    right = attend_by_kernel(filled.query, view)
+    filled.query[0, 3] = torch.nan
+    found = attend_by_kernel(filled.query, view)
+    assert right is not None
+    assert found is not None
+    assert found[0, 0, 3].isnan().all()
+    others = [0, 1, 2, 4]
+    assert torch.equal(found[:, :, others], right[:, :, others])
+
+
+# ----------------------------------------------------------------------- layout
+
+
+def random_fields(codec: SpectralCodec, rows: int, count: int) -> dict[str, Tensor]:
+    """Blocks drawn bit by bit: whatever a file may hold."""
+    generator = torch.Generator().manual_seed(count)
+    codes = torch.randint(-(2**31), 2**31, (count, rows, codec.num_words), generator=generator).to(torch.int32)
+    gains = torch.randint(0, 256, (count, rows, codec.num_heads, BLOCK), generator=generator).to(torch.uint8)
+    return {"codes": codes, "gains": gains, "shifts": torch.zeros(count, rows, BLOCK, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+@pytest.mark.parametrize("more", [{"heads": 3}, {"dim": 80, "rotary": 0.4}, {"widths": 7}, {"widths": 0}])
+def test_the_layout_holds_every_bit(coding: Coding, more: dict[str, int]) -> None:
+    backend = backends.find("cuda")
+    for codec in codecs(Case(coding=(coding, coding), **more)).values():
+        for count in (1, cuda.CONVERTED_BLOCKS + 1):
+            fields = random_fields(codec, 2, count)
+            ours = backend.from_portable(codec, fields)
+            assert ours["codes"].shape == (count, 2, cuda.prepared(codec).layout.words)
+            back = backend.to_portable(codec, ours)
+            assert back.keys() == fields.keys()
+            assert all(torch.equal(back[name], field) for name, field in fields.items())
+            assert backend.gains(codec, ours) is fields["gains"]
+
+
+def test_half_a_tile_takes_the_bits_of_its_widest_coefficient() -> None:
+    codec = codecs(Case(dim=64, rope="none"))["value"]
+    constants = codec.constants()
+    widths = torch.tensor([[5] * 3 + [3] * 20 + [0] * 41])
+    layout = BlockLayout.of(replace(constants, widths=widths))
+    assert layout.words * 32 / BLOCK == (widths > 0).sum().new_tensor(bits_of_tiles(widths[0].tolist())).item()
+
+
+def test_tiles_take_about_an_eighth_more_than_the_portable_layout() -> None:
+    calibration = Calibration.from_pretrained(data.calibrations_path() / "wiki11m")
+    own = portable = 0
+    for layer in calibration.layers.values():
+        for side in SIDES:
+            rope = layer.rope if side == "key" else Rope()
+            codec = SpectralCodec(layer.side(side), rope, calibration.metadata.codec, holds_values=side == "value")
+            own += cuda.prepared(codec).layout.words + 16 * codec.num_heads
+            portable += codec.num_words + 16 * codec.num_heads
+    assert calibration.bits == 3
+    assert 1.11 < own / portable < 1.14
+
+
+def bits_of_tiles(widths: list[int]) -> int:
+    """Bits of a token, by the definition."""
+    size = 8
+    ordered = sorted(widths, reverse=True)
+    return sum(size * max(ordered[i : i + size]) for i in range(0, len(ordered), size))
+
+
+# ----------------------------------------------------------------------- who is served
+
+
+def test_who_is_not_served_is_told_why(emulated: None) -> None:
+    backend = backends.find("cuda")
+    codec = codecs(Case())["key"]
+    assert backend.lacks(codec, torch.bfloat16) is None
+    assert backend.lacks(codec, torch.float32) == "keys or values are of torch.float32"
+    assert backend.lacks(codecs(Case(dim=40))["key"], torch.bfloat16) == (
+        "a dimension of 40 (16 of them fast) is not a multiple of 16 up to 256"
+    )
+    filled = fill(in_bfloat16(Case()))
+    view = on_device(filled.layer, CUDA).snapshot()
+    assert backend.refuses(filled.query.half(), view, AttentionCall(None, 1.0)) == "the queries are of torch.float16"
+
+
+def test_the_backend_has_to_be_asked_for() -> None:
+    assert all(each.name != "cuda" for tried in backends.FASTEST_FIRST.values() for each in tried)
+    assert missing(CPU) == "the CUDA kernels do not run on cpu devices"
+    with pytest.raises(QuantCacheError, match='backend="cuda" cannot be used here: the CUDA kernels do not run on cpu'):
+        backends.choose("cuda", CPU, {}, {})
+
+
+def test_layers_that_it_lacks_are_left_to_triton(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = codecs(Case())
+    reasons = {"cuda": "keys or values are of torch.float16"}
+    for triton_is_there in (True, False):
+        if triton_is_there:
+            monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: None)
+        else:
+            monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: "it sleeps")
+            reasons["triton"] = "it sleeps"
+        backend, report = backends.choose("cuda", CPU, dict.fromkeys(SIDES, torch.float16), made)
+        assert backend.name == report.name == ("triton" if triton_is_there else "torch")
+        assert report.passed_over == reasons
+
+
+def test_blocks_that_the_kernels_lack_stay_portable(emulated: None) -> None:
+    filled = fill(in_bfloat16(Case(value_dim=72)))
+    layer = on_device(filled.layer, CUDA)
+    view = layer.snapshot()
+    report = layer.backend_report()
+    assert report is not None
+    assert (report.name, report.attends) == (
+        "cuda",
+        "values: a dimension of 72 (0 of them fast) is not a multiple of 16 up to 256",
+    )
+    assert torch.equal(view.value.store.buffers["codes"], filled.layer.stores["value"].buffers["codes"])
+    call = AttentionCall(None, 0.125)
+    found, expected = (backends.attend(filled.query, each, call) for each in (view, filled.layer.snapshot()))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02])
+def test_a_kernel_is_tried_before_its_first_use(
+    factor: float, emulated: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trials.forget()
+    monkeypatch.setattr(cuda, "UNTRIED", set())
+    attend = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *args: factor * attend(*args))
+    filled = fill(in_bfloat16(Case(tokens=280, pads=(0, 9))))
+    view = on_device(filled.layer, CUDA).snapshot()
+    with caplog.at_level(logging.WARNING, logger="quantcache.backends.trials"):
+        found = attend_by_kernel(filled.query, view, filled.mask)
+    assert (found is None) == (factor > 1)
+    assert len(caplog.records) == (factor > 1)
+    if factor > 1:
+        assert "not using the attend kernel of backend 'cuda' in this process" in caplog.records[0].getMessage()
+        with pytest.raises(QuantCacheError, match="the kernel has failed its trial"):
+            backends.choose("cuda", CPU, {}, {})
+    trials.forget()
+
+
+def test_the_sources_are_one_text_for_the_compiler() -> None:
+    text = source("codes.h")
+    assert "#include" not in text
+    assert text.count("#if") == text.count("#endif")
+    assert all(f" {name}(" in text for name in ("turn_queries", "attend_codes", "merge"))
+
+
+def test_tokens_that_are_not_encoded_weigh_what_they_weigh_in_one_softmax() -> None:
+    random = torch.Generator().manual_seed(2)
+    query, keys, values = (torch.randn(1, 2, n, 16, generator=random, dtype=torch.float64) for n in (6, 12, 12))
+    dense = (keys[:, :, :4].float(), values[:, :, :4].float(), keys[:, :, 4:].float(), values[:, :, 4:].float())
+    logits = torch.randn(6, generator=random)
+    call = AttentionCall(None, 1.0, sink_logits=logits)
+    out, lse = near_attention(query.float(), dense, None, call, 100, 2)
+    scores = query @ keys.transpose(-1, -2)
+    scores[..., 0::2, 11] = -math.inf  # the first of two queries does not see the second token of them
+    rows = logits.double().view(1, 2, 3, 1).repeat_interleave(2, dim=2)
+    joined = torch.cat((scores, rows), dim=-1)
+    expected = torch.softmax(joined, -1)[..., :12] @ values
+    assert float((out - expected).norm()) <= 1e-5 * float(expected.norm())
+    assert float((lse - joined.logsumexp(-1) / math.log(2)).abs().max()) < 1e-5
+
+
+# ----------------------------------------------------------------------- a cache
+
+
+@functools.cache
+def model() -> torch.nn.Module:
+    """The small Llama in bfloat16."""
+    return FAMILIES[0].make(dtype=torch.bfloat16)
+
+
+def tokens(count: int) -> Tensor:
+    """Random tokens for two rows."""
+    return torch.randint(3, 250, (2, count), generator=torch.Generator().manual_seed(3))
+
+
+@functools.cache
+def seen() -> SpectralCache:
+    """A cache of two padded rows that has seen 214 tokens, most of them at once."""
+    config = model().config
+    found = SpectralCache(Calibration.synthetic(config, bits=3), config, residual_length=16, backend="cuda")
+    feed(model(), found, tokens(214), [150, 62, 1, 1], padding=(0, 7))
+    return found
+
+
+@pytest.fixture
+def filled_cache(emulated: None) -> SpectralCache:
+    """A copy of it, which may be changed."""
+    return copy.deepcopy(seen())
+
+
+def next_logits(cache: SpectralCache, count: int, backend: str = "", attention: str = "spectral") -> Tensor:
+    """What the model says of some more tokens, which a copy of the cache takes in."""
+    forked = copy.deepcopy(cache)
+    for layer in forked.spectral_layers:
+        layer.backend = backend or layer.backend
+    model().set_attn_implementation(attention)
+    try:
+        mask = torch.ones(2, 214 + count, dtype=torch.long)
+        mask[1, :7] = 0
+        positions = (mask.cumsum(-1) - 1)[:, 214:]
+        with torch.no_grad():
+            made = model()(tokens(count), attention_mask=mask, position_ids=positions, past_key_values=forked)
+    finally:
+        model().set_attn_implementation("spectral")
+    return made.logits.double()
+
+
+@pytest.mark.support("CUDA kernels that attend on blocks, emulated")
+def test_a_cache_attends_on_tiles(filled_cache: SpectralCache, tmp_path: Path) -> None:
+    reports = filled_cache.backend_report().values()
+    assert {(report.name, report.attends, *report.refused) for report in reports} == {("cuda", None)}
+    for count in (1, 3, CODE_QUERIES + 1):
+        exact, found, dense = (
+            next_logits(filled_cache, count, *how) for how in (("torch",), ("cuda",), ("cuda", "sdpa"))
+        )
+        own, theirs = (float((x - exact).norm()) for x in (dense, found))
+        assert theirs <= 2 * own + 1e-6 * float(exact.norm()), (count, theirs, own)
+    layer = filled_cache.spectral_layers[0]
+    assert layer.layout.name == "cuda"
+    measured = filled_cache.memory()
+    assert measured.codes == sum(
+        each.stores[side].buffers["codes"][: each.stores[side].count].nbytes
+        for each in filled_cache.spectral_layers
+        for side in SIDES
+    ), "the tiles' own bytes are counted"
+
+    filled_cache.save(tmp_path / "cache.safetensors")
+    calibration = Calibration.synthetic(model().config, bits=3)
+    read = SpectralCache.load(tmp_path / "cache.safetensors", calibration, config=model().config, backend="torch")
+    for ours, theirs in zip(filled_cache.spectral_layers, read.spectral_layers, strict=True):
+        for side in SIDES:
+            assert all(torch.equal(ours.fields(side)[name], field) for name, field in theirs.fields(side).items())
+    again = SpectralCache.load(tmp_path / "cache.safetensors", calibration, config=model().config, backend="cuda")
+    assert torch.equal(next_logits(again, 1), next_logits(filled_cache, 1))
+
+
+def test_rows_move_and_tokens_go_in_tiles_as_in_blocks(filled_cache: SpectralCache) -> None:
+    twin = copy.deepcopy(filled_cache)
+    for layer in twin.spectral_layers:
+        layer.backend = "torch"
+        layer.snapshot()
+    for each in (filled_cache, twin):
+        each.batch_select_indices(torch.tensor([1, 0]))
+        each.crop(-70)
+    for ours, theirs in zip(filled_cache.spectral_layers, twin.spectral_layers, strict=True):
+        assert ours.layout.name == "cuda"
+        assert ours.saturated_gains() == theirs.saturated_gains()
+        for side in SIDES:
+            assert all(torch.equal(ours.fields(side)[name], field) for name, field in theirs.fields(side).items())
+            assert torch.equal(ours.snapshot().dense(side), theirs.snapshot().dense(side))
