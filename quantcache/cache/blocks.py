@@ -17,7 +17,6 @@ from transformers.cache_utils import DynamicLayer
 
 from quantcache.attention import guards
 from quantcache.attention.lazy import LazyKV
-from quantcache.attention.traced import ruler_of
 from quantcache.backends import (
     REFERENCE,
     Backend,
@@ -35,7 +34,7 @@ from quantcache.backends.store import BlockStore, moved
 from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
 from quantcache.cache.tails import TailBuffer
-from quantcache.cache.transaction import glimpse, put
+from quantcache.cache.transaction import glimpse, measured, put
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
@@ -133,20 +132,12 @@ class BlockLayer(DynamicLayer):
 
     def _commit(self, **state: Any) -> None:
         """Put a new state in place at once. What follows from the old one is gone, unless the new one names it."""
-        put(self, self._measured({"look": None, "refused": False, "buffer": None, "shared": None, **state}))
+        put(self, measured(self, {"look": None, "refused": False, "buffer": None, "shared": None, **state}))
 
     def _go_on(self, **state: Any) -> None:
         """Put a new state in place at once, for blocks that stay as they are."""
         state["refused"] = False
-        put(self, self._measured(state))
-
-    def _measured(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A new state with its T, if this layer is the one that graphs ask."""
-        if self.ruler is not None:
-            new = glimpse(self)
-            vars(new).update(state)
-            state["ruler"] = ruler_of(new.get_seq_length())
-        return state
+        put(self, measured(self, state))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -404,7 +395,6 @@ class BlockLayer(DynamicLayer):
         new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
         new.tails, new.buffer = {side: tensor.clone() for side, tensor in new.tails.items()}, None
         new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
-        new.left_padding = None if new.left_padding is None else new.left_padding.clone()
-        new.origins = None if new.origins is None else new.origins.clone()
-        new.trail = None if new.trail is None else new.trail.clone()
+        optional = (new.left_padding, new.origins, new.trail)
+        new.left_padding, new.origins, new.trail = (None if t is None else t.clone() for t in optional)
         return new

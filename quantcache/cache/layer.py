@@ -151,9 +151,8 @@ class SpectralLayer(BlockLayer):
             lead: Tokens before them, which become sinks.
             due: How many blocks.
         """
-        grid, count = self.grid, lead + due * BLOCK
-        if self.trail is not None:
-            grid = padding.settled(self.trail, grid, self.encoded_end)
+        count = lead + due * BLOCK
+        grid = self.grid if self.trail is None else padding.settled(self.trail, self.grid, self.encoded_end)
         codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
         backend = self._served(codecs)[0]
         self._relay(backend)
@@ -192,8 +191,8 @@ class SpectralLayer(BlockLayer):
             if frames is not None and frames.ndim == 2:
                 fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
             if isinstance(codec := codecs[side], SpectralCodec):
-                stored = backend.gains(codec, fields)
-                gains[side] = guards.Later(codec.saturated(stored, block_table, self.first_read(grid)))
+                first = self.first_read(grid)
+                gains[side] = guards.Later(codec.saturated(backend.gains(codec, fields), block_table, first))
             stores[side] = store.appended(fields)
             tails[side] = tail[:, :, count:].clone()
         # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from quantcache.attention.traced import ruler_of
+
 _Object = TypeVar("_Object")
 
 
@@ -37,6 +39,23 @@ def frozen(thing: _Object) -> _Object:
     new = glimpse(thing)
     vars(new).update({n: copy.copy(v) for n, v in vars(new).items() if isinstance(v, dict | list)})
     return new
+
+
+def measured(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A layer's new state with its T as graphs read it, if it is the layer that they ask.
+
+    Args:
+        layer: The layer, not yet changed.
+        state: New attributes, to which this adds.
+
+    Returns:
+        ``state``.
+    """
+    if layer.ruler is not None:
+        new = glimpse(layer)
+        vars(new).update(state)
+        state["ruler"] = ruler_of(new.get_seq_length())
+    return state
 
 
 def put(thing: Any, state: dict[str, Any]) -> None:

@@ -73,11 +73,6 @@ class WidthClass:
         return self.union[trellis.unpack_path(words, self.width)]
 
 
-def is_diagonal(matrices: Tensor) -> bool:
-    """Whether square matrices ``[..., D, D]`` have nothing off their diagonals."""
-    return not bool((matrices - torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1))).any())
-
-
 def _width_class(widths: Tensor, offsets: Tensor, width: int, coding: Coding, device: torch.device | str) -> WidthClass:
     """All coefficients of one width of a side with these ``[H, D]`` widths and word offsets."""
     columns = (widths.flatten() == width).nonzero().flatten()
@@ -140,7 +135,7 @@ class SpectralCodec:
         linalg.require_product(
             analysis, self.decoder, sigma, f"{name}: with A the transform and F its decoder, A F = σ"
         )
-        self.is_diagonal = is_diagonal(analysis)
+        self.is_diagonal = linalg.is_diagonal(analysis)
         coded = widths > 0
         self.weights = torch.where(coded, spectrum, 0.0).float().to(device)  # [H, D]
         self.coded = coded.to(device)

@@ -166,3 +166,8 @@ def _skew(vectors: Tensor) -> Tensor:
     eye = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
     skew: Tensor = (vectors.transpose(-1, -2) @ vectors - eye).norm(dim=(-2, -1)) / max(vectors.shape[-1], 1) ** 0.5
     return skew
+
+
+def is_diagonal(matrices: Tensor) -> bool:
+    """Whether square matrices ``[..., D, D]`` have nothing off their diagonals."""
+    return not bool((matrices - torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1))).any())
