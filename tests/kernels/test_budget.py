@@ -23,6 +23,8 @@ from quantcache.coding.schema import SIDES
 from quantcache_kernels.cuda import driver
 from quantcache_kernels.cuda.layout import CLASSES, TILE, column_tiles
 
+pytestmark = pytest.mark.triton
+
 REGISTERS = 128
 """Of a thread: then a multiprocessor holds 16 warps, more than shared memory has room for."""
 
@@ -67,7 +69,6 @@ def test_kernels_keep_to_their_registers(cubins: Cubins, variant: tuple[bool, in
 
 @pytest.mark.slow
 @pytest.mark.triton
-@pytest.mark.skipif(not hasattr(driver, "compiled_codes"), reason="there is no kernel for a cache's own blocks")
 @pytest.mark.parametrize(("trellis", "registers"), [(False, 145), (True, 150)])
 def test_kernels_of_blocks_take_no_more_than_they_took(trellis: bool, registers: int, tmp_path: Path) -> None:
     """They miss the budget; what is held is what was measured."""
