@@ -80,7 +80,8 @@ def takes(*tensors: Tensor | None) -> bool:
 # ---------------------------------------------------------------------- tickets
 
 _caches: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_numbers = itertools.count(1)
+_PAGE = torch.arange(1 << 16, dtype=torch.int64, device="cpu")  # every ticket is one of its elements: none takes memory
+_numbers = itertools.cycle(range(len(_PAGE)))
 
 
 def ticket_of(cache: Any) -> Tensor:
@@ -91,11 +92,16 @@ def ticket_of(cache: Any) -> Tensor:
 
     Returns:
         Its ticket, ``[1]`` int64 on the CPU.
+
+    Raises:
+        QuantCacheError: There are too many caches.
     """
-    number = next(_numbers)
+    number = next((each for each in itertools.islice(_numbers, len(_PAGE)) if each not in _caches), None)
+    if number is None:
+        raise QuantCacheError(f"a process may hold {len(_PAGE)} caches at once, and it does")
     _caches[number] = cache
     with torch.inference_mode(False):  # what is made in inference mode can only be changed there
-        return torch.tensor([number], dtype=torch.int64, device="cpu")
+        return _PAGE[number : number + 1]
 
 
 def cache_of(ticket: Tensor) -> Any:

@@ -71,7 +71,7 @@ def test_own_records(path: Path) -> None:
 def test_folder_of_all_committed_records() -> None:
     """Suites without such figures are passed over in a folder, and refused when named."""
     found = read_measurements([RESULTS])
-    assert set(found.models()) == {"wiki11m", "smollm2-135m"}
+    assert set(found.models()) == {"wiki11m", "smollm2-135m", "gemma3-270m"}
     (path,) = RESULTS.rglob("findings__*.json")
     with pytest.raises(RecordError, match=r"findings.*\.json: records of suite 'findings' are not used here"):
         read_measurements([path])
