@@ -6,15 +6,13 @@ are brought from the portable layout into this one, and back.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from quantcache.backends.base import Backend, Fields, refused_by_kernels
 from quantcache.backends.reference import REFERENCE
-from quantcache.backends.trials import passes, rejected
-from quantcache.backends.triton import UNTRIED, TritonBackend, attention_trial
+from quantcache.backends.trials import rejected
+from quantcache.backends.triton import TritonBackend, attends_rightly
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
@@ -66,7 +64,8 @@ class CudaBackend(Backend):
         if query.dtype != DTYPE:
             return f"the queries are of {query.dtype}"
         reason = refused_by_kernels(query, view, call)
-        if reason is None and not self._attends_rightly(query, view, call):
+        rows = query.shape[1] // view.key.tail.shape[1] * query.shape[2]
+        if reason is None and not attends_rightly(self, query, view, call, (rows,)):
             reason = "the kernel has failed its trial (see the log, or quantcache env --check)"
         return reason
 
@@ -120,20 +119,6 @@ class CudaBackend(Backend):
     def _portable(self, device: torch.device) -> Backend:
         """Who encodes and decodes."""
         return REFERENCE if self._encoder.unavailable(device) else self._encoder
-
-    def _attends_rightly(self, query: Tensor, view: CacheView, call: AttentionCall) -> bool:
-        if query.device.type in UNTRIED:
-            return True
-        keys, values = view.key.codec, view.value.codec
-        assert isinstance(keys, SpectralCodec)
-        assert isinstance(values, SpectralCodec)
-        rows = query.shape[1] // keys.num_heads * query.shape[2]
-        geometry = (
-            *(keys.dim, keys.frame.num_fast, values.dim, rows, keys.coding, values.coding, query.dtype),
-            *(view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut),
-        )
-        work = functools.partial(attention_trial, self, query, view, call)
-        return passes("attend", self.name, query.device, geometry, work)
 
 
 def prepared(codec: SpectralCodec) -> PreparedCodes:

@@ -105,15 +105,8 @@ class TritonBackend(Backend):
         return decode(codec, fields, block_table, left_padding)
 
     def _attends_rightly(self, query: Tensor, view: CacheView, call: AttentionCall) -> bool:
-        keys, values = view.key.codec, view.value.codec
-        assert isinstance(keys, SpectralCodec)
-        assert isinstance(values, SpectralCodec)
-        heads, count = query.shape[1] // keys.num_heads, query.shape[2]
-        dims = (keys.dim, keys.frame.num_fast, values.dim, heads, count > 1, heads * count <= 8)
-        codings = (keys.coding, values.coding)
-        given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
-        work = functools.partial(attention_trial, self, query, view, call)
-        return _trusted("attend", query.device, (*dims, *codings, query.dtype, *given), work)
+        heads, count = query.shape[1] // view.key.tail.shape[1], query.shape[2]
+        return attends_rightly(self, query, view, call, (heads, count > 1, heads * count <= 8))
 
 
 def prepared(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
@@ -176,9 +169,35 @@ def without_trials() -> Iterator[None]:
         UNTRIED.update(before)
 
 
-def _trusted(operation: str, device: torch.device, geometry: Hashable, work: Callable[[], Trial]) -> bool:
+def _trusted(
+    operation: str, device: torch.device, geometry: Hashable, work: Callable[[], Trial], name: str = "triton"
+) -> bool:
     """Whether a kernel may be used."""
-    return device.type in UNTRIED or trials.passes(operation, "triton", device, geometry, work)
+    return device.type in UNTRIED or trials.passes(operation, name, device, geometry, work)
+
+
+def attends_rightly(
+    backend: Backend, query: Tensor, view: CacheView, call: AttentionCall, shape: tuple[Hashable, ...]
+) -> bool:
+    """Whether a backend's attention may be used for a call: it is tried once in each geometry.
+
+    Args:
+        backend: The backend.
+        query: As of ``Backend.attend``.
+        view: As of ``Backend.attend``.
+        call: As of ``Backend.attend``.
+        shape: What of the queries' shape chooses the kernel.
+
+    Returns:
+        True if so.
+    """
+    keys, values = view.key.codec, view.value.codec
+    assert isinstance(keys, SpectralCodec)
+    assert isinstance(values, SpectralCodec)
+    codecs = (keys.dim, keys.frame.num_fast, values.dim, keys.coding, values.coding)
+    given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
+    work = functools.partial(attention_trial, backend, query, view, call)
+    return _trusted("attend", query.device, (*codecs, *shape, query.dtype, *given), work, backend.name)
 
 
 @torch.no_grad()

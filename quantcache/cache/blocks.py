@@ -34,7 +34,7 @@ from quantcache.backends.store import BlockStore, moved
 from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
 from quantcache.cache.tails import TailBuffer
-from quantcache.cache.transaction import glimpse, measured, put
+from quantcache.cache.transaction import glimpse, put, with_ruler
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
@@ -132,12 +132,12 @@ class BlockLayer(DynamicLayer):
 
     def _commit(self, **state: Any) -> None:
         """Put a new state in place at once. What follows from the old one is gone, unless the new one names it."""
-        put(self, measured(self, {"look": None, "refused": False, "buffer": None, "shared": None, **state}))
+        put(self, with_ruler(self, {"look": None, "refused": False, "buffer": None, "shared": None, **state}))
 
     def _go_on(self, **state: Any) -> None:
         """Put a new state in place at once, for blocks that stay as they are."""
         state["refused"] = False
-        put(self, measured(self, state))
+        put(self, with_ruler(self, state))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""

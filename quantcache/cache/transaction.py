@@ -41,7 +41,7 @@ def frozen(thing: _Object) -> _Object:
     return new
 
 
-def measured(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
+def with_ruler(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """A layer's new state with its T as graphs read it, if it is the layer that they ask.
 
     Args:

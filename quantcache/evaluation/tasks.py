@@ -200,12 +200,14 @@ def _answers(
         feed(model, cache, exercise.text[None], chunk)
         return cache
 
-    cache = read()
-    try:
-        copy.deepcopy(cache)
-    except (RuntimeError, TypeError):  # optimum-quanto's tensors cannot be copied: the text is read for every question
-        return [answer(model, tokenizer, read(), question, count) for question in exercise.questions]
-    return [answer(model, tokenizer, copy.deepcopy(cache), question, count) for question in exercise.questions]
+    cache, answers = read(), []
+    for question in exercise.questions:
+        try:
+            own = copy.deepcopy(cache)
+        except (RuntimeError, TypeError):  # optimum-quanto's tensors cannot be copied
+            own = read()
+        answers.append(answer(model, tokenizer, own, question, count))
+    return answers
 
 
 @torch.no_grad()
