@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fidelity_tables import NO_RECORD, Parts, Record, Results, about, markdown, origin, results_of, stem
+from fidelity_tables import NO_RECORD, Parts, Record, Results, about, markdown, origin, residual, results_of, stem
 
 CLAIM_RATES = (2.0, 2.5, 3.0, 4.0)
 CLAIM_RATIO = 0.5
@@ -50,7 +50,7 @@ def claim_table(parts: Parts, page: Path) -> str:
     names = sorted(residuals, key=_number) + sorted((n for n in parts if n.startswith("context_")), key=_number)
     if not names:
         return NO_RECORD
-    found = [f"{_title(name)}: {_claim_of(results_of(parts, name))}" for name in names]
+    found = [f"{_title(parts, name)}: {_claim_of(results_of(parts, name))}" for name in names]
     if "residual_64" in parts:
         found += _predictions(parts["residual_64"][1])
     caption = (
@@ -64,7 +64,7 @@ def claim_table(parts: Parts, page: Path) -> str:
         by_record.setdefault(parts[name][0], []).append(name)
     for path, own in by_record.items():
         record = parts[own[0]][1]
-        which = f"{', '.join(map(_title, own))}: " if len(by_record) > 1 else ""
+        which = f"{', '.join(_title(parts, name) for name in own)}: " if len(by_record) > 1 else ""
         caption += f" {which}{about(record, own[0])}. {origin(path, record, page)}"
     return "\n\n".join([*found, caption])
 
@@ -73,11 +73,10 @@ def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-def _title(name: str) -> str:
-    kind, count = name.rpartition("_")[::2]
-    if kind == "context":
-        return f"Context {int(count):,}"
-    return f"Residual {count}" if int(count) else "No residual"
+def _title(parts: Parts, name: str) -> str:
+    kept = residual(parts, name)
+    kind = f"residual {kept}" if kept else "no residual"
+    return f"Context {_number(name):,}, {kind}" if name.startswith("context_") else kind.capitalize()
 
 
 def _claim_of(results: Results) -> str:

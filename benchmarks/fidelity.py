@@ -161,7 +161,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", default="all", help="comma-separated")
     parser.add_argument("--choice", default=CHOICE, help="methods for other contexts and WikiText-2")
     parser.add_argument("--text", default="wiki_eval.txt", help="evaluation text, a file beside the checkout")
-    parser.add_argument("--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths")
+    parser.add_argument(
+        "--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths; other parts keep the first"
+    )
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 1024], help="other contexts")
     parser.add_argument("--weights", nargs="*", default=[f"quanto-{kind}" for kind in KINDS], help="quantized weights")

@@ -76,6 +76,17 @@ def beside(parts: Parts, base: str, names: list[str]) -> list[str]:
     return [name for name in names if name in parts and alike(parts[base][1], parts[name][1])]
 
 
+def residual(parts: Parts, name: str) -> int | None:
+    """The recent tokens kept in a part; None for what each method's authors recommend."""
+    kept: int | None = parts[name][1]["settings"]["parts"][name]["residual"]
+    return kept
+
+
+def with_residual(parts: Parts, base: str, names: list[str]) -> list[str]:
+    """:func:`beside`, of parts that keep as many recent tokens as the other."""
+    return [name for name in beside(parts, base, names) if residual(parts, name) == residual(parts, base)]
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table; rows may be short, their last cells empty."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -269,7 +280,7 @@ def contexts_table(parts: Parts, page: Path) -> str:
     if "residual_64" not in parts:
         return NO_RECORD
     settings = parts["residual_64"][1]["settings"]
-    near = beside(parts, "residual_64", [name for name in parts if name.startswith("context_")])
+    near = with_residual(parts, "residual_64", [name for name in parts if name.startswith("context_")])
     # WikiText-2 is another text: its column stands for itself.
     wikitext = results_of(parts, "wikitext2") if "wikitext2" in parts else None
     if not near and wikitext is None:
@@ -311,7 +322,7 @@ def weights_table(parts: Parts, page: Path) -> str:
     if "residual_64" not in parts:
         return NO_RECORD
     record = parts["residual_64"][1]
-    near = beside(parts, "residual_64", [name for name in parts if name.startswith("weights_")])
+    near = with_residual(parts, "residual_64", [name for name in parts if name.startswith("weights_")])
     kinds = {key.removeprefix("weights_").removeprefix("quanto-"): key for key in near}
     if not kinds:
         return NO_RECORD

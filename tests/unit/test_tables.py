@@ -55,7 +55,11 @@ def record(created: str, kl: float, dirty: bool = False, suite: str = "fidelity"
             "calibration": {"tokens": 32_768},
             "evaluation": {"source": "bundled"},
             "parts": {
-                name: {"context": 512 if name == "context_512" else 2048, "tokens": 16_384, "residual": 64}
+                name: {
+                    "context": 512 if name == "context_512" else 2048,
+                    "tokens": 16_384,
+                    "residual": 0 if name == "residual_0" else 64,
+                }
                 for name in ("residual_64", "residual_0", "context_512", "recommended", "weights_int8", "weights_int4")
             },
         },
@@ -174,7 +178,7 @@ def test_pages_of_the_documentation_and_their_figures(checkout: Path) -> None:
     assert row.format("0.50, met") in text
     assert "No residual: met in 0 of 1 comparisons. No worse than fp8's 8 bits at 3.125 (spectral-3): 0.50 of" in text
     assert "Residual 64: met in 1 of 1 comparisons.\n" in text
-    assert "Context 512: met in 0 of 0 comparisons.\n" in text
+    assert "Context 512, residual 64: met in 0 of 0 comparisons.\n" in text
     assert "| spectral-3 | 4, 64 | 3.125 | 3.500 | 0.00200 | 0.1000 | 0.500 | 98.00% |" in text
     assert "| quanto-4 |  | unsupported: needs optimum-quanto |" in text
     assert "mean KL at 512 | mean KL at 2,048 |" in text
@@ -217,12 +221,19 @@ def test_claim_takes_the_lowest_setting_with_enough_bits_within_one() -> None:
     }
 
 
+def kept_in(part: str) -> int:
+    """The residual of a part of the records here."""
+    return int(part.removeprefix("residual_")) if part.startswith("residual_") else 64
+
+
 def part_of(created: str, kl: float, parts: dict[str, int], **settings: Any) -> dict[str, Any]:
     """A record of some parts only, by context."""
     content = record(created, kl)
     content["commit"] = created[5:10].replace("-", "") * 10
     content["settings"] |= {"calibration": {"tokens": 32_768, "seconds": kl}, "model_sha256": "m", **settings}
-    content["settings"]["parts"] = {n: {"context": c, "tokens": 8192, "residual": 64} for n, c in parts.items()}
+    content["settings"]["parts"] = {
+        name: {"context": context, "tokens": 8192, "residual": kept_in(name)} for name, context in parts.items()
+    }
     content["metrics"] = {name: {"spectral-3": method(kl)} for name in parts}
     return content
 
@@ -241,7 +252,7 @@ def test_every_part_is_of_the_newest_record_that_holds_it(checkout: Path) -> Non
         assert f"fidelity__{name}.json" in claim
         assert f"fidelity__{name}.json" in every
     assert "No residual: wiki11m in float32, 8 windows of 1,024 tokens" in claim
-    assert "Residual 256, Context 4,096: wiki11m" in claim
+    assert "Residual 256, Context 4,096, residual 64: wiki11m" in claim
     assert "mean KL, no residual | mean KL, residual 256 |" in every
     assert "| spectral-3 | 3.125 | 3.500 | 0.00100 | 98.00% | 30.12 | 0.00200 | 0.00300 |" in every
     assert "commit 0103010301," in every
@@ -263,6 +274,24 @@ def test_every_part_is_of_the_newest_record_that_holds_it(checkout: Path) -> Non
     assert tables.main(["--check"], checkout) == 0
     figure = checkout / "docs" / "figures" / "kl-bits-wiki11m.svg"
     assert figures.is_current(figure, "kl-bits-wiki11m", {"spectral": [(3.125, 0.004)]})
+
+
+def test_contexts_stand_side_by_side_only_with_the_same_residual(checkout: Path) -> None:
+    (checkout / "docs").mkdir()
+    page = checkout / "docs" / "fidelity.md"
+    page.write_text(ALL, "utf-8")
+    add(checkout, "a", part_of("2026-01-02T00:00:00+00:00", 0.001, {"residual_64": 1024, "context_2048": 2048}))
+    other = part_of("2026-01-03T00:00:00+00:00", 0.002, {"context_4096": 4096, "weights_int8": 1024})
+    for part in other["settings"]["parts"].values():
+        part["residual"] = 0
+    add(checkout, "b", other)
+    assert tables.main([], checkout) == 0
+    claim, *_, contexts, weights, _ = page.read_text("utf-8").split("<!-- /table -->")
+    assert "Context 2,048, residual 64: " in claim
+    assert "Context 4,096, no residual: " in claim
+    assert "mean KL at 1,024 | mean KL at 2,048 |" in contexts
+    assert "fidelity__b.json" not in contexts
+    assert weights.endswith(f"-->\n{tables.NO_RECORD}\n")
 
 
 @pytest.mark.parametrize(
