@@ -23,6 +23,7 @@ from quantcache.backends import BackendName, BackendReport
 from quantcache.backends.padding import Arrivals
 from quantcache.cache import files as cache_files
 from quantcache.cache.codecs import CodecFactory, ShapeCheck, calibrated_codecs
+from quantcache.cache.fingerprints import check_model
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import copy_beside, spectral_layer
 from quantcache.cache.tracing import TraceableCache
@@ -289,7 +290,7 @@ class SpectralCache(BlockCache):
         Args:
             path: File that :meth:`save` has written.
             calibration: The calibration it was filled with, at any bits.
-            model: The model that is to read it: weights that differ from those it was saved with are refused.
+            model: The model that is to read it: weights or a rotation other than it was saved with are refused.
             config: The model's config, if the model itself is not at hand.
             backend: As for :class:`SpectralCache`.
 
@@ -300,6 +301,8 @@ class SpectralCache(BlockCache):
             ArtifactError: The file is missing, damaged or malformed.
             CalibrationMismatch: It was written with another calibration or model.
         """
+        if not isinstance(calibration, Calibration):
+            raise TypeError(f"SpectralCache.load needs a Calibration, got {type(calibration).__name__}")
         path = Path(path)
         return steadily([path], lambda: cls._read(path, calibration, model, config, backend))
 
@@ -323,7 +326,7 @@ class SpectralCache(BlockCache):
         )
         assert cache.calibration is not None
         if model is not None:
-            cache_files.check_model(description, model, path)
+            check_model(description, model, path)
         cache_files.read_cache(path, description, cache, cache.calibration)
         return cache
 
