@@ -68,6 +68,11 @@ class ConsistentCache(DynamicCache):
             if not self._is_ours(me):
                 self._break("two threads use it at once")
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            if layer is None and self.layer_class_to_replicate is None:
+                raise QuantCacheError(
+                    f"the model caches keys and values of layer {layer_idx}, the cache has {len(self.layers)} layers: "
+                    "it was made for another model"
+                )
             if isinstance(layer, DynamicLayer):
                 if layer_idx not in self.foreign:
                     self._check_lengths(layer, layer_idx, key_states.shape[2])
