@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
@@ -64,8 +65,8 @@ class BlockCache(TraceableCache):
         if blocks_at_once < 1:
             raise ValueError(f"blocks_at_once must be at least 1, got {blocks_at_once}")
         for name, length in (("sink_length", sink_length), ("residual_length", residual_length)):
-            if length < 0:
-                raise ValueError(f"{name} must not be negative, got {length}")
+            if not isinstance(length, Integral) or length < 0:
+                raise ValueError(f"{name} must be a whole number from 0 up, got {length!r}")
         backends.known_name(backend)
         processes.use_living_threads()
         register_attention()
@@ -156,8 +157,11 @@ class SpectralCache(BlockCache):
     ):
         if not isinstance(calibration, Calibration):
             raise TypeError(f"SpectralCache needs a Calibration, got {type(calibration).__name__}")
-        config = config if model is None else model.config
-        if config is not None:
+        config = config if model is None else getattr(model, "config", None)
+        if config is not None or model is not None:
+            if not isinstance(config, PreTrainedConfig):
+                given = f"model={type(model).__name__}" if model is not None else f"config={type(config).__name__}"
+                raise TypeError(f"SpectralCache needs a model's config, or model=, got {given}")
             cache_layout.compressible_layers(config)
             calibration.check_compatible(config if model is None else model, strict=strict)
         sides: Any = {"key_bits": key_bits, "value_bits": value_bits, "min_bits": min_bits or 0}

@@ -19,6 +19,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, spl
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.enabling import enable, is_enabled
 from quantcache.cache.prefixes import PrefixStore
+from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sources import model_source
 
@@ -275,9 +276,8 @@ def _keep_to_context(model: PreTrainedModel, inputs: Any, config: Any) -> None:
     tokens = inputs["input_ids"].shape[-1]
     if not tokens:
         raise HTTPException(400, "the prompt is empty")
-    text_config = model.config.get_text_config(decoder=True)
-    most = getattr(text_config, "max_position_embeddings", None)
-    rope = getattr(text_config, "rope_parameters", None) or {}
+    most = compat.position_limit(model.config)
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     if not most or rope.get("rope_type") == "dynamic":  # which goes on beyond
         return
     if tokens >= most:
