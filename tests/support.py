@@ -30,6 +30,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "multi-turn chat on one cache",
         "pipeline and chat template",
         "TextIteratorStreamer",
+        "flex attention",
         "use_cache=False",
         "output_attentions",
         "return_dict_in_generate, output_scores and output_logits",

@@ -33,7 +33,9 @@ def measure(cache: Cache, saturation: bool = True) -> CacheMemory:
     count, tokens = _Count(saturation=saturation), 0
     layer: Any
     for index, layer in enumerate(cache.layers):
-        if not getattr(layer, "is_initialized", False) or compat.is_placeholder(layer):
+        if compat.is_stateful(layer):
+            count.add_states(layer)
+        if not getattr(layer, "is_initialized", False) or compat.is_placeholder(layer) or compat.is_recurrent(layer):
             continue
         if index not in getattr(cache, "foreign", ()):
             tokens = max(tokens, layer.get_seq_length())
@@ -82,6 +84,14 @@ class _Count:
             narrow = sum(t.numel() * min(t.element_size(), DENSE_BITS // 8) for t in scales)
             self.sizes["gains"] += narrow
             self.sizes["slack"] += sum(t.nbytes for t in scales) - narrow
+
+    def add_states(self, layer: Any) -> None:
+        """Count what a layer's recurrence and convolutions hold."""
+        for states in (layer.conv_states, layer.recurrent_states):
+            for state in states.values():
+                if isinstance(state, Tensor):
+                    self.sizes["dense"] += state.untyped_storage().nbytes()
+                    self.elements += state.numel()
 
     def add_blocks(self, layer: Any) -> None:
         """Count a layer that stores blocks."""

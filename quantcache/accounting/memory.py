@@ -43,7 +43,7 @@ class CacheMemory:
         gains: Per-token gains.
         sinks: First tokens in the model's dtype.
         residual: Recent tokens in the model's dtype.
-        dense: Layers and sides that are not compressed.
+        dense: Layers and sides that are not compressed, and the states of recurrent layers.
         bookkeeping: Places of the blocks (12 bytes each, with their buffer's slack), left padding, and of padded rows
             what is known of padding and positions.
         slack: Allocated but unused.

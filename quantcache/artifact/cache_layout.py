@@ -197,6 +197,26 @@ def rope_from_config(text_config: PreTrainedConfig, layer: int) -> Rope:
     return Rope("half", tuple(theta ** (-2.0 * i / rotary) for i in range(rotary // 2)))
 
 
+def length_of_constant_rotation(config: PreTrainedConfig) -> int | None:
+    """How long a text may get before the keys of its first tokens are rotated otherwise than in a shorter one.
+
+    Args:
+        config: ``model.config``.
+
+    Returns:
+        The largest number of tokens at which nothing has changed; None where rotations do not depend on the length.
+    """
+    limits = []
+    for each in layer_configs(config.get_text_config(decoder=True)):
+        parameters = getattr(each, "rope_parameters", None) or {}
+        for one in (parameters, *parameters.values()):
+            if isinstance(one, dict) and one.get("rope_type") in LENGTH_DEPENDENT:
+                own = one.get("original_max_position_embeddings") if one["rope_type"] == "longrope" else None
+                limits.append(own or getattr(each, "max_position_embeddings", None) or 0)
+    # transformers leaves a "dynamic" rotation as a longer text has made it for a text of exactly the limit.
+    return min(limits) - 1 if limits else None
+
+
 # ---------------------------------------------------------------------- which layers there are
 
 

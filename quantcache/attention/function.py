@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -26,11 +27,27 @@ from quantcache.common.ambient import matmul, without_autocast
 from quantcache.common.errors import UnsupportedModel
 from quantcache.common.registration import ATTENTION_NAME
 
+FLEX_NAME = "flex_attention"
+"""transformers' name of torch's flex attention."""
+
 
 def register_attention() -> None:
-    """Register ``"spectral"`` with transformers as an attention and as a mask; safe to repeat."""
+    """Register ``"spectral"`` with transformers as an attention and as a mask; safe to repeat.
+
+    ``"flex_attention"`` learns to read compressed caches.
+    """
     AttentionInterface.register(ATTENTION_NAME, spectral_attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, spectral_mask)
+    if AttentionInterface().get(FLEX_NAME) is flex_attention_forward:
+        AttentionInterface.register(FLEX_NAME, _flex_attention_forward)
+
+
+def _flex_attention_forward(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """transformers' flex attention; torch compiles it at once, and no lazy tensor can be in a graph."""
+    key, value = (each.materialize() if isinstance(each, LazyKV) else each for each in (key, value))
+    return flex_attention_forward(module, query, key, value, *args, **kwargs)
 
 
 def spectral_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -20,7 +20,7 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.passes import ForwardPass, Outcome, watch
 from quantcache.cache.rows import chosen_rows, held_rows, repeated_rows
 from quantcache.cache.settling import busy, first_layer, follows_text, lengths, unsettled, unusable
-from quantcache.cache.transaction import commit, frozen, is_unchanged
+from quantcache.cache.transaction import commit, compact_copy, frozen, is_unchanged
 from quantcache.common import processes
 from quantcache.common.errors import QuantCacheError
 
@@ -68,6 +68,11 @@ class ConsistentCache(DynamicCache):
             if not self._is_ours(me):
                 self._break("two threads use it at once")
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            if layer is None and self.layer_class_to_replicate is None:
+                raise QuantCacheError(
+                    f"the model caches keys and values of layer {layer_idx}, the cache has {len(self.layers)} layers: "
+                    "it was made for another model"
+                )
             if isinstance(layer, DynamicLayer):
                 if layer_idx not in self.foreign:
                     self._check_lengths(layer, layer_idx, key_states.shape[2])
@@ -359,7 +364,7 @@ class ConsistentCache(DynamicCache):
         Raises:
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
-        return self._taken(lambda layer: layer.fork() if isinstance(layer, SpectralLayer) else copy.deepcopy(layer))
+        return self._taken(lambda layer: layer.fork() if isinstance(layer, SpectralLayer) else compact_copy(layer))
 
     def __copy__(self) -> Self:
         """Another cache of the same layers."""

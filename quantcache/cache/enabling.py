@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 from transformers import PreTrainedModel
 
@@ -25,7 +25,7 @@ from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.requests import Listener, Reuse
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
-from quantcache.common.errors import NothingToCompress
+from quantcache.common.errors import NothingToCompress, QuantCacheError
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,11 @@ class _Generate:
         """A copied model generates as if nothing had been enabled on it."""
         copied = memo[id(self.model)]
         return MethodType(type(copied).generate, copied)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise QuantCacheError(
+            "a model whose generate() is enabled cannot be pickled: call quantcache.disable(model) first"
+        )
 
     def current(self) -> _Setting | None:
         """The setting in force: the innermost context of this thread, else the newest of all."""

@@ -25,7 +25,7 @@ from quantcache.artifact.files import TensorReader
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore
-from quantcache.cache.fingerprints import fingerprint, model_fingerprint
+from quantcache.cache.fingerprints import fingerprint, model_fingerprint, model_settings
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import MIXED
 from quantcache.coding.blocks import SideCodec
@@ -40,7 +40,7 @@ from quantcache.common.tensor_file import TensorFile, checksum
 from quantcache.common.writing import current_umask, partial_folder
 
 FORMAT = "quantcache-cache"
-SCHEMA_VERSION = "2.2"
+SCHEMA_VERSION = "2.3"
 DESCRIPTION = "quantcache"
 """Key of the JSON description in the safetensors header."""
 
@@ -106,6 +106,7 @@ def write_cache(
         "residual_length": spectral[0].residual_length if spectral else 0,
         "calibration": fingerprint(calibration),
         "model": None if model is None else model_fingerprint(model),
+        "settings": None if model is None else model_settings(model),
         "layers": layers,
         "sha256": checksum(tensors),
         "environment": compat.versions(),
@@ -232,22 +233,6 @@ def calibration_at(description: dict[str, Any], calibration: Calibration, path: 
         )
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: the rate is malformed: {error}") from error
-
-
-def check_model(description: dict[str, Any], model: PreTrainedModel, path: Path) -> None:
-    """Refuse a model of other weights.
-
-    Args:
-        description: From :func:`read_description`.
-        model: Model that will continue the cache.
-        path: The file, for messages.
-
-    Raises:
-        CalibrationMismatch: The file was written by another model.
-    """
-    theirs = description.get("model")
-    if theirs is not None and theirs != (ours := model_fingerprint(model)):
-        raise CalibrationMismatch(f"{path} was filled by model {str(theirs)[:12]}, this one is {ours[:12]}")
 
 
 def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibration: Calibration) -> None:

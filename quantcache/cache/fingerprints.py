@@ -5,18 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.coding.schema import SIDES
-from quantcache.common.errors import QuantCacheError
+from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.tensor_file import content_bytes
 
 WEIGHT_SAMPLES = 64
 """Elements of every parameter that go into a model's fingerprint."""
+
+_SETTINGS = (
+    *("rope_parameters", "no_rope_layers", "rms_norm_eps", "num_experts_per_tok"),
+    *("attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier"),
+)
+"""What a config can say otherwise of the same weights, and change what they cache."""
 
 
 def fingerprint(calibration: Calibration) -> str:
@@ -69,6 +78,51 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(content_bytes(next(fetched[sample.device])))
     return digest.hexdigest()
+
+
+def model_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model's config says that its weights do not show, and that what it caches depends on.
+
+    Args:
+        model: The model.
+
+    Returns:
+        JSON-ready values by name, those that the config has.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    found = {name: cache_layout.declared(text_config, name) for name in _SETTINGS}
+    if cache_layout.length_of_constant_rotation(model.config) is not None:
+        found["max_position_embeddings"] = cache_layout.declared(text_config, "max_position_embeddings")
+    settings: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def check_model(description: dict[str, Any], model: PreTrainedModel, path: Path) -> None:
+    """Refuse a saved cache of other weights, or of the same weights used otherwise.
+
+    Args:
+        description: The file's, from :func:`quantcache.cache.files.read_description`.
+        model: Model that will continue the cache.
+        path: The file, for messages.
+
+    Raises:
+        CalibrationMismatch: The file was written by another model.
+    """
+    theirs = description.get("model")
+    if theirs is not None and theirs != (ours := model_fingerprint(model)):
+        raise CalibrationMismatch(f"{path} was filled by model {str(theirs)[:12]}, this one is {ours[:12]}")
+    differs = _difference(description.get("settings"), model_settings(model))
+    if differs is not None:
+        name, there, here = differs
+        raise CalibrationMismatch(f"{path} was filled by a model with {name} {there!r}, this one has {here!r}")
+
+
+def _difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first value that two descriptions give otherwise; what only one of them names does not count."""
+    if not (isinstance(theirs, dict) and isinstance(ours, dict)):
+        return None if theirs is None or theirs == ours else (name, theirs, ours)
+    found = (_difference(theirs[key], ours[key], f"{name}.{key}" if name else key) for key in theirs if key in ours)
+    return next(filter(None, found), None)
 
 
 def _fetched(tensors: list[Tensor]) -> tuple[Tensor, ...]:

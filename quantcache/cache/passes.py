@@ -95,10 +95,10 @@ class _Mark:
         self.caller = (id(caller), caller.f_lasti)  # not the frame: it would be kept, and all its variables
 
     def __del__(self) -> None:
-        now = sys._getframe(1)
+        now = sys._getframe().f_back  # there is none when the interpreter ends
         # What dies in a cycle was kept by somebody who looked at frames, and says nothing about the call.
         cyclic = sys.getrefcount(self) > _LAST_REFERENCES
-        if cyclic or (id(now), now.f_lasti) == self.caller:
+        if cyclic or (now is not None and (id(now), now.f_lasti) == self.caller):
             self.forward_pass.returned = True
         self.forward_pass.ended = True
 

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from quantcache.accounting.memory import num_blocks
+from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.fingerprints import fingerprint, model_fingerprint
+from quantcache.cache.fingerprints import fingerprint, model_fingerprint, model_settings
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import SpectralRecurrentLayer
 from quantcache.cache.rows import held_rows
@@ -93,6 +94,7 @@ def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
     said = {
         "calibration": _fingerprints[cache.calibration],
         "model": model_fingerprint(model),
+        "settings": model_settings(model),
         "changes": _changes(model),
         "adapters": adapters,
         "dtype": str(model.dtype),
@@ -106,6 +108,20 @@ def _changes(model: PreTrainedModel) -> int:
     """How many changes of its weights torch has counted since the first call for a model."""
     count = sum(each._version for each in model.parameters() if not each.is_inference())
     return count - _first_seen.setdefault(model, count)
+
+
+def fits_rotation(tokens: int, model: PreTrainedModel) -> bool:
+    """Whether a text is short enough that its beginning is cached as in any other: some RoPE changes with the length.
+
+    Args:
+        tokens: T.
+        model: The model that reads it.
+
+    Returns:
+        False where a longer text's first keys are rotated otherwise than a shorter one's.
+    """
+    limit = cache_layout.length_of_constant_rotation(model.config)
+    return limit is None or tokens <= limit
 
 
 def can_be_cut(cache: SpectralCache) -> bool:

@@ -18,6 +18,7 @@ from quantcache.accounting.measuring import measure
 from quantcache.cache.prefix_folder import PrefixFolder
 from quantcache.cache.prefix_keys import (
     can_be_cut,
+    fits_rotation,
     identity,
     is_plain,
     kept_tokens,
@@ -128,6 +129,8 @@ class PrefixStore:
         with self._lock:
             self._counts["requests"] += 1
             self._counts["prompt_tokens"] += len(tokens)
+        if not fits_rotation(len(tokens), model):
+            return None
         while True:
             with self._lock:
                 found, keep = self._best(name, key, empty)
@@ -154,7 +157,8 @@ class PrefixStore:
     def add(self, tokens: Sequence[int], cache: SpectralCache, model: PreTrainedModel) -> bool:
         """Keep what a cache holds for prompts to come. The cache itself may be used on.
 
-        Caches of several rows or with padding are not kept, nor any that could not be told from its tokens alone.
+        Caches of several rows or with padding are not kept, nor any that could not be told from its tokens alone, nor
+        texts so long that the model rotates their first keys otherwise (dynamic NTK, longrope).
 
         Args:
             tokens: Token ids of what the cache holds; those beyond its length do not count.
@@ -173,7 +177,7 @@ class PrefixStore:
             raise QuantCacheError(f"the cache holds {length} tokens, only {len(tokens)} are named")
         kept = cache.fork()
         kept.announced = kept.arrivals = None
-        if not length or not is_plain(kept):
+        if not length or not fits_rotation(length, model) or not is_plain(kept):
             return False
         return self._insert(identity(cache, model), key_of(tokens[:length]), kept)
 

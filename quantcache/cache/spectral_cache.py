@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
@@ -23,6 +24,7 @@ from quantcache.backends import BackendName, BackendReport
 from quantcache.backends.padding import Arrivals
 from quantcache.cache import files as cache_files
 from quantcache.cache.codecs import CodecFactory, ShapeCheck, calibrated_codecs
+from quantcache.cache.fingerprints import check_model
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import copy_beside, spectral_layer
 from quantcache.cache.tracing import TraceableCache
@@ -63,8 +65,8 @@ class BlockCache(TraceableCache):
         if blocks_at_once < 1:
             raise ValueError(f"blocks_at_once must be at least 1, got {blocks_at_once}")
         for name, length in (("sink_length", sink_length), ("residual_length", residual_length)):
-            if length < 0:
-                raise ValueError(f"{name} must not be negative, got {length}")
+            if not isinstance(length, Integral) or length < 0:
+                raise ValueError(f"{name} must be a whole number from 0 up, got {length!r}")
         backends.known_name(backend)
         processes.use_living_threads()
         register_attention()
@@ -155,8 +157,11 @@ class SpectralCache(BlockCache):
     ):
         if not isinstance(calibration, Calibration):
             raise TypeError(f"SpectralCache needs a Calibration, got {type(calibration).__name__}")
-        config = config if model is None else model.config
-        if config is not None:
+        config = config if model is None else getattr(model, "config", None)
+        if config is not None or model is not None:
+            if not isinstance(config, PreTrainedConfig):
+                given = f"model={type(model).__name__}" if model is not None else f"config={type(config).__name__}"
+                raise TypeError(f"SpectralCache needs a model's config, or model=, got {given}")
             cache_layout.compressible_layers(config)
             calibration.check_compatible(config if model is None else model, strict=strict)
         sides: Any = {"key_bits": key_bits, "value_bits": value_bits, "min_bits": min_bits or 0}
@@ -289,7 +294,7 @@ class SpectralCache(BlockCache):
         Args:
             path: File that :meth:`save` has written.
             calibration: The calibration it was filled with, at any bits.
-            model: The model that is to read it: weights that differ from those it was saved with are refused.
+            model: The model that is to read it: weights or a rotation other than it was saved with are refused.
             config: The model's config, if the model itself is not at hand.
             backend: As for :class:`SpectralCache`.
 
@@ -300,6 +305,8 @@ class SpectralCache(BlockCache):
             ArtifactError: The file is missing, damaged or malformed.
             CalibrationMismatch: It was written with another calibration or model.
         """
+        if not isinstance(calibration, Calibration):
+            raise TypeError(f"SpectralCache.load needs a Calibration, got {type(calibration).__name__}")
         path = Path(path)
         return steadily([path], lambda: cls._read(path, calibration, model, config, backend))
 
@@ -323,7 +330,7 @@ class SpectralCache(BlockCache):
         )
         assert cache.calibration is not None
         if model is not None:
-            cache_files.check_model(description, model, path)
+            check_model(description, model, path)
         cache_files.read_cache(path, description, cache, cache.calibration)
         return cache
 

@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from quantcache.attention.traced import ruler_of
 
 _Object = TypeVar("_Object")
@@ -38,6 +41,25 @@ def frozen(thing: _Object) -> _Object:
     """
     new = glimpse(thing)
     vars(new).update({n: copy.copy(v) for n, v in vars(new).items() if isinstance(v, dict | list)})
+    return new
+
+
+def compact_copy(layer: Any) -> Any:
+    """A copy of a layer of transformers' own that does not keep the memory of tokens that have left its window.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        The copy.
+    """
+    new = glimpse(layer)
+    for name in ("keys", "values"):
+        held = getattr(layer, name, None)
+        if isinstance(held, Tensor):
+            setattr(new, name, held.clone(memory_format=torch.contiguous_format))
+    rest = {n: copy.deepcopy(v) for n, v in vars(new).items() if n not in ("keys", "values")}
+    vars(new).update(rest)
     return new
 
 

@@ -90,7 +90,7 @@ def calibrate(
     Raises:
         UnsupportedModel: The model's cache cannot be compressed, or its attention has no known interface.
         QuantCacheError: The data are empty or too short.
-        ValueError: ``metric`` or a number of bits is out of range.
+        ValueError: ``metric``, a number of bits or a token id is out of range, or a batch is not of token ids.
     """
     if metric not in ("fisher", "query", "identity"):
         raise ValueError(f"metric must be 'fisher', 'query' or 'identity', got {metric!r}")
@@ -163,6 +163,18 @@ def public_name(model: PreTrainedModel) -> str | None:
     return Path(name).name if name and os.path.isdir(name) else name
 
 
+def _require_token_ids(model: PreTrainedModel, batch: Tensor) -> None:
+    """Refuse a batch that a model cannot read."""
+    if batch.ndim not in (1, 2) or batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool:
+        raise ValueError(
+            f"data must be texts or batches of token ids, [B, T] or [T]; one has shape {list(batch.shape)} and dtype "
+            f"{batch.dtype}"
+        )
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < known:
+        raise ValueError(f"token ids must lie between 0 and {known - 1}, got {int(batch.min())} to {int(batch.max())}")
+
+
 def _sequences(
     model: PreTrainedModel,
     data: str | Sequence[str] | Iterable[Tensor],
@@ -179,6 +191,8 @@ def _sequences(
         warnings.warn(f"seq_len {seq_len} exceeds the model's limit; using {limit}", stacklevel=3)
     if isinstance(data, str):
         data = [data]
+    elif isinstance(data, Tensor) and data.ndim == 1:
+        data = data[None]
     wanted = max_tokens + YARDSTICK_SEQUENCES * YARDSTICK_TOKENS
     batches: list[Tensor] = []
     texts: list[str] = []
@@ -187,6 +201,7 @@ def _sequences(
             texts.append(item)
         else:
             batch = torch.as_tensor(item, device="cpu")
+            _require_token_ids(model, batch)
             batches.append(batch[None] if batch.ndim == 1 else batch)
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
             given += batch.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ def check_rate(bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> Non
     Raises:
         ValueError: ``min_bits`` is negative, or ``bits`` outside ``[min_bits, max_bits]``.
     """
-    if min_bits < 0:
-        raise ValueError(f"min_bits must not be negative, got {min_bits}")
+    if not isinstance(min_bits, Integral) or min_bits < 0:
+        raise ValueError(f"min_bits must be a whole number from 0 up, got {min_bits!r}")
     if not min_bits <= bits <= max_bits:  # also refuses NaN
         raise ValueError(f"bits must lie between min_bits ({min_bits}) and {max_bits}, got {bits}")
 

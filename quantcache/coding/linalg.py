@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from quantcache.common.ambient import without_autocast
 from quantcache.common.errors import QuantCacheError
 
 
@@ -49,6 +50,7 @@ def _compare(residual: Tensor, bound: float, identity: str) -> None:
         )
 
 
+@without_autocast
 def require_product(left: Tensor, right: Tensor, diagonal: Tensor, identity: str) -> None:
     """Refuse a matrix that is not what its product with another says, by more than its own rounding to float32 can.
 
@@ -65,6 +67,7 @@ def require_product(left: Tensor, right: Tensor, diagonal: Tensor, identity: str
     _compare(product_residual(left, right.cpu().double(), diagonal), bound, f"{identity} on {right.device}")
 
 
+@without_autocast
 def product_residual(left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
     """How far a product is from a diagonal matrix, in units of what rounding the right factor can do.
 
@@ -81,6 +84,7 @@ def product_residual(left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
     return relative
 
 
+@without_autocast
 def inverse(matrices: Tensor, name: str = "inverse") -> Tensor:
     """Inverses of square matrices.
 
@@ -100,6 +104,7 @@ def inverse(matrices: Tensor, name: str = "inverse") -> Tensor:
     return inverted
 
 
+@without_autocast
 def eigh(matrices: Tensor, name: str = "eigenvectors") -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of symmetric matrices.
 
@@ -121,6 +126,7 @@ def eigh(matrices: Tensor, name: str = "eigenvectors") -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
+@without_autocast
 def qr(matrices: Tensor, name: str = "QR") -> tuple[Tensor, Tensor]:
     """Orthogonal and triangular factors.
 
@@ -141,6 +147,7 @@ def qr(matrices: Tensor, name: str = "QR") -> tuple[Tensor, Tensor]:
     return orthogonal, triangular
 
 
+@without_autocast
 def singular_values(matrices: Tensor, name: str = "singular values") -> Tensor:
     """Singular values, descending; the last is zero for a singular matrix.
 

@@ -49,10 +49,11 @@ def estimate_memory(
 ) -> CacheMemory:
     """Bytes that a cache will hold, from the model's config alone.
 
-    Exactly what ``SpectralCache.memory()`` will say, shared constants apart, and for ``bf16`` what a DynamicCache will
-    hold; sliding-window layers are counted as they are. The codes of ours are exact where the dimension of every head
-    is a multiple of the codec's group size, or the calibration is given. transformers' quantized caches (quanto, hqq,
-    fp8) are counted after one update, everything coded; of simulated formats it is the size that codes would take.
+    Exactly what ``SpectralCache.memory()`` will say, shared constants and recurrent states apart, and for ``bf16``
+    what a DynamicCache will hold; sliding-window layers are counted as they are. The codes of ours are exact where
+    the dimension of every head is a multiple of the codec's group size, or the calibration is given. transformers'
+    quantized caches (quanto, hqq, fp8) are counted after one update, everything coded; of simulated formats it is the
+    size that codes would take.
 
     Args:
         config: The model's config, or what :func:`quantcache.planning.load_config` takes.

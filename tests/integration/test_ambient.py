@@ -20,6 +20,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.attention.function import spectral_attention, spectral_attention_forward
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
+from quantcache.coding import linalg
 from quantcache.coding.schema import SIDES
 from quantcache.common import ambient
 from tests.builders import llama_config
@@ -253,6 +254,22 @@ def test_autocast_is_as_good_as_with_stock_attention(autocast: Callable[[], Any]
     assert ours("spectral", "torch") <= allowed
     passing = SpectralCache(calibration, config, residual_length=0, key_bits=None, value_bits=None)
     assert torch.equal(run("sdpa", passing), expected)
+
+
+@pytest.mark.support("torch.autocast")
+@pytest.mark.parametrize("autocast", [CPU_BF16, CPU_F16], ids=["bfloat16", "float16"])
+def test_factorizations_are_checked_in_full_precision(autocast: Callable[[], Any]) -> None:
+    """A right result is no fault of the library, whatever autocast does to the products that check it."""
+    config = shared_model(LLAMA).config
+    matrices = torch.randn(2, 32, 32)
+    functions: list[Any] = [linalg.qr, linalg.inverse, linalg.singular_values, lambda m: linalg.eigh(m + m.mT)]
+    expected = [function(matrices) for function in functions], Calibration.synthetic(config)
+    with autocast():
+        found = [function(matrices) for function in functions], Calibration.synthetic(config)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    for index, layer in expected[1].layers.items():
+        for side in SIDES:
+            assert torch.equal(found[1].layers[index].side(side).analysis, layer.side(side).analysis)
 
 
 @pytest.mark.support("torch.autocast")

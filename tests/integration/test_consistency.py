@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import functools
 import gc
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -255,6 +257,31 @@ def test_nothing_of_a_pass_outlives_it() -> None:
     assert cache.forward_pass._mark() is None
     assert not model._forward_hooks
     assert passes.watch(cache, 0) is None, "no call of a module was given the cache"
+
+
+def test_a_mark_that_goes_when_no_code_is_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the interpreter's end: nothing is printed, and the pass counts as over."""
+    complaints: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    forward_pass = ForwardPass(0, 0)
+    marks = [passes._Mark(forward_pass, sys._getframe())]
+    _thread.start_new_thread(marks.clear, ())  # a thread in which no line of Python runs
+    limit = time.monotonic() + 10
+    while not (forward_pass.ended or complaints) and time.monotonic() < limit:
+        time.sleep(0.001)
+    assert forward_pass.ended
+    assert not complaints
+
+
+@pytest.mark.support("interrupted operations on a cache", refused=True)
+def test_a_model_of_more_layers_than_the_cache() -> None:
+    """It says what is wrong, and the cache goes on with its own model."""
+    family = replace(LLAMA, name="deeper", config=LLAMA.config | {"num_hidden_layers": 4})
+    cache = filled()
+    with pytest.raises(QuantCacheError, match=r"of layer 2, the cache has 2 layers: it was made for another model"):
+        feed(family.make(), cache, random_tokens(1, 3), (3,))
+    assert cache.rollback() == 132
+    assert torch.equal(go_on(cache), go_on(filled()))
 
 
 @pytest.mark.support("a forward pass that fails after its last layer", refused=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ import quantcache
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
-from quantcache.common.errors import ArtifactError, CalibrationMismatch, UnsupportedModel
+from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
 from tests.builders import llama_config
 from tests.families import FAMILIES, random_tokens
 
@@ -149,6 +150,16 @@ def test_enable_until_disable(model: PreTrainedModel, calibration: Calibration, 
         assert torch.equal(generate(model)[0], coarse)
     assert type(generate(model)[1]) is DynamicCache
     assert "generate" not in vars(model)
+
+
+@pytest.mark.support("enabled(), enable() and disable()", refused=True)
+def test_a_model_is_saved_whole_once_nothing_is_enabled(model: PreTrainedModel, calibration: Calibration) -> None:
+    with (
+        quantcache.enabled(model, calibration),
+        pytest.raises(QuantCacheError, match=r"cannot be pickled: call quantcache.disable\(model\) first"),
+    ):
+        torch.save(model, io.BytesIO())
+    torch.save(model, io.BytesIO())
 
 
 @enabling

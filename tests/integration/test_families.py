@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import re
 import warnings
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -340,3 +341,28 @@ def test_model_without_keys_and_values_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UnsupportedModel):
         calibrate(model, random_tokens(1, 40) % 64, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (random_tokens(1, 64)[0].tolist(), "one has shape [] and dtype torch.int64"),
+        (random_tokens(1, 64).double(), "one has shape [64] and dtype torch.float64"),
+        ([random_tokens(1, 64)[None]], "one has shape [1, 1, 64] and dtype torch.int64"),
+        (random_tokens(1, 64) + 200, "token ids must lie between 0 and 255, got "),
+        ([random_tokens(2, 64), -random_tokens(1, 64)], "token ids must lie between 0 and 255, got -"),
+    ],
+    ids=["numbers", "float", "3d", "unknown", "negative"],
+)
+def test_what_is_no_batch_of_token_ids(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        calibrate(shared_model(FAMILIES[0]), data, progress=False)
+
+
+def test_one_sequence_needs_no_list() -> None:
+    tokens = random_tokens(1, 64)
+    found, expected = (calibrate(shared_model(FAMILIES[0]), data, progress=False) for data in (tokens[0], [tokens[0]]))
+    for index, layer in expected.layers.items():
+        for side in SIDES:
+            assert torch.equal(found.layers[index].side(side).analysis, layer.side(side).analysis)
+    assert found.metadata.recipe == expected.metadata.recipe

@@ -16,6 +16,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.integrations import flex_attention as flex
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention.lazy import LazyKV
@@ -247,3 +249,26 @@ def test_iteration_gives_copies(length: int) -> None:
         assert type(keys) is type(values) is Tensor
         keys.zero_()
     assert torch.equal(cache.layers[0].keys, expected)
+
+
+@pytest.mark.support("flex attention")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("heads", [4, 6], ids=["grouped by torch", "repeated by transformers"])
+@lengths
+def test_flex_attention_reads_dense_tensors(length: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a compiled function of its own, and no graph takes a tensor without storage."""
+    plain = torch.nn.attention.flex_attention.flex_attention
+
+    def uncompiled(*args: Tensor, training: bool = False, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(flex, "compile_friendly_flex_attention", uncompiled)
+    cache, query = filled(length), torch.randn(1, heads, 1, 64)
+    attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    states = [torch.randn(1, 2, 1, 64) for _ in range(2)]
+    expected = cache.fork().update(*states, 0)
+    found = attend(torch.nn.Linear(1, 1), query, *cache.update(*states, 0), None, scaling=0.1)[0]
+    dense = [each.clone() for each in expected]
+    reference = F.scaled_dot_product_attention(query, *dense, scale=0.1, enable_gqa=True)
+    torch.testing.assert_close(found.transpose(1, 2), reference)
+    assert attend(torch.nn.Linear(1, 1), query, *dense, None, scaling=0.1)[0].equal(found)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
+from tests.builders import storages, tensors_in
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import error, feed
 from tests.reference import reference_cache
@@ -195,6 +196,40 @@ def test_recurrent_layers_stay_as_they_are(family: Family) -> None:
     tokens = random_tokens(2, 3, seed=3)
     copied = copy.deepcopy(passing)
     assert torch.equal(feed(ours, fork, tokens, (1, 1, 1)), feed(ours, copied, tokens, (1, 1, 1)))
+
+
+@pytest.mark.support("linear and full attention layers")
+@pytest.mark.parametrize("family", HYBRIDS, ids=str)
+def test_recurrent_states_are_counted(family: Family) -> None:
+    model, cache, tokens = family.make(), quantized(family), random_tokens(2, 150, seed=3)
+
+    def held() -> int:
+        states = [{**vars(layer), "codecs": None} for layer in cache.layers]
+        return sum(size for _, size in storages(tensors_in(states)))
+
+    assert cache.memory().total == 0
+    for count in (130, 1, 19):
+        feed(model, cache, tokens[:, :count], (count,))
+        assert cache.memory().total == held()
+    cache.batch_select_indices([1])
+    assert cache.memory().total == held()
+    cache = cache.fork()
+    assert cache.memory().total == held()
+
+
+@pytest.mark.support("fork()")
+def test_forks_do_not_keep_what_has_left_a_window() -> None:
+    """After a long prompt a window is a view of all of it; a fork, such as a stored prefix, holds the window alone."""
+    family = next(family for family in FAMILIES if family.name == "gemma3")
+    model, cache, tokens = shared_model(family), quantized(family), random_tokens(2, 300, seed=4)
+    feed(model, cache, tokens, (300,))
+    fork = cache.fork()
+    dim, heads = family.cached
+    window = model.config.sliding_window - 1
+    for held in (fork.layers[0].keys, fork.layers[0].values):
+        assert held.untyped_storage().nbytes() == 2 * heads * window * dim * 4
+    more = random_tokens(2, 60, seed=5)
+    assert torch.equal(feed(model, fork, more, (1, 59)), feed(model, cache, more, (1, 59)))
 
 
 @pytest.mark.support("longrope, whose model switches caches")

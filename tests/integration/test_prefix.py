@@ -174,6 +174,45 @@ def test_files_know_their_model_and_calibration(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["prefix"]
 
 
+@saving
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 5e5},
+            "rope_parameters.rope_theta 10000.0, .*500000.0",
+        ),
+        (
+            "rope_parameters",
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            "rope_type 'default', .*'linear'",
+        ),
+        ("rms_norm_eps", 0.5, "rms_norm_eps 1e-06, this one has 0.5"),
+        ("max_position_embeddings", 4096, None),  # which says nothing of what is cached
+    ],
+)
+def test_files_know_what_their_model_did_with_its_weights(
+    name: str, value: Any, message: str | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path, model = tmp_path / "prefix", shared_model(LLAMA)
+    filled(LLAMA).save(path, model)
+    other = copy.deepcopy(model)
+    setattr(other.config, name, value)
+    if message is None:
+        assert SpectralCache.load(path, calibration_of(LLAMA), other).get_seq_length() == 150
+    else:
+        with pytest.raises(CalibrationMismatch, match=message):
+            SpectralCache.load(path, calibration_of(LLAMA), other)
+
+
+@saving
+def test_a_calibration_is_no_path(tmp_path: Path) -> None:
+    filled(LLAMA).save(tmp_path / "prefix")
+    with pytest.raises(TypeError, match="needs a Calibration, got str"):
+        SpectralCache.load(tmp_path / "prefix", "calibration/")  # type: ignore[arg-type]
+
+
 def test_a_cache_whose_layers_differ_is_not_saved(tmp_path: Path) -> None:
     cache = filled(MODELS[0])
     keys, values = (torch.zeros(1, 2, 1, 64) for _ in SIDES)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA, GPT2, GEMMA3 = (next(f for f in FAMILIES if f.name == name) for name in ("llama", "gpt2", "gemma3"))
 DENSE = {"key_bits": "dense", "value_bits": "dense"}
 GIBI = 1 << 30
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
 
 storing = pytest.mark.support("prefixes of earlier prompts (PrefixStore)")
 on_disk = pytest.mark.support("prefixes in a folder, after restarts and damage")
@@ -262,7 +264,12 @@ def _adapt(model: PreTrainedModel) -> None:
     model.model.layers[0].disable_adapters = True  # as PEFT's layers say that they are switched off
 
 
+def _stretch(model: PreTrainedModel) -> None:
+    model.config.rope_parameters = YARN  # as for texts longer than the model was trained on
+
+
 @storing
+@pytest.mark.filterwarnings("ignore::quantcache.CalibrationWarning")
 @pytest.mark.parametrize(
     "other",
     [
@@ -274,6 +281,8 @@ def _adapt(model: PreTrainedModel) -> None:
         {"change": _train},
         {"change": _train_one_token},
         {"change": _adapt},
+        {"change": _stretch},
+        {"change": lambda model: setattr(model.config, "rms_norm_eps", 1e-3)},
         {"change": lambda model: model.to(torch.bfloat16)},
         {"autocast": True},
     ],
@@ -292,6 +301,38 @@ def test_what_was_made_otherwise_is_not_served(other: dict[str, Any]) -> None:
         generate(model, text)
     assert counts[0] == text.shape[1]
     assert store.statistics().hits == 0
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+LONGROPE |= {"short_factor": [1.0] * 32, "long_factor": [8.0] * 32}
+
+
+@storing
+@pytest.mark.parametrize(
+    ("rope", "longest", "reused"),
+    [(DYNAMIC, 256, 0), (LONGROPE, 1024, 0), (YARN, 1024, 200)],
+    ids=["dynamic", "longrope", "yarn"],
+)
+def test_rotations_that_depend_on_the_length_of_the_text(rope: dict[str, Any], longest: int, reused: int) -> None:
+    """A short text's keys are no beginning of a text long enough that the model rotates all of it otherwise."""
+    more = {"rope_parameters": rope, "max_position_embeddings": longest}
+    stretched = replace(LLAMA, name="stretched", config=LLAMA.config | more).make()
+    calibration, text = calibration_of(stretched), random_tokens(1, 300, seed=5)
+    empty = SpectralCache(calibration, stretched.config, **DENSE)
+    expected = feed(stretched, empty.fork(), text, (300,))[:, -1:]
+    store, cache = PrefixStore(GIBI), empty.fork()
+    feed(stretched, cache, text[:, :200], (200,))
+    assert store.add(text[0].tolist(), cache, stretched)
+    # between texts that are both short enough nothing is lost
+    assert store.fork(text[0, :220].tolist(), empty, stretched) is not None
+    found = store.fork(text[0].tolist(), empty, stretched)
+    assert (0 if found is None else found.get_seq_length()) == reused
+    go_on = empty.fork() if found is None else found
+    held = go_on.get_seq_length()
+    assert error(feed(stretched, go_on, text[:, held:], (300 - held,))[:, -1:], expected) < 1e-4
+    # nor is a long text's beginning one of a short text
+    assert store.add(text[0].tolist(), go_on, stretched) == bool(reused)
 
 
 BATCH = random_tokens(2, 150, seed=11)

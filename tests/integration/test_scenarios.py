@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +118,28 @@ def test_rebuilding_from_dense_tensors_is_refused() -> None:
     cache = empty(LLAMA)
     with pytest.raises(TypeError, match="SpectralCache needs a Calibration, got generator"):
         type(cache)(iter(cache))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"config": shared_model(LLAMA)}, TypeError, "needs a model's config, or model=, got config=LlamaForCausalLM"),
+        ({"config": shared_model(LLAMA).config.to_dict()}, TypeError, "got config=dict"),
+        ({"model": shared_model(LLAMA).config}, TypeError, "got model=LlamaConfig"),
+        ({"model": torch.nn.DataParallel(shared_model(LLAMA))}, TypeError, "got model=DataParallel"),
+        ({"residual_length": 64.0}, ValueError, "residual_length must be a whole number from 0 up, got 64.0"),
+        ({"residual_length": "64"}, ValueError, "residual_length must be a whole number from 0 up, got '64'"),
+        ({"sink_length": None}, ValueError, "sink_length must be a whole number from 0 up, got None"),
+        ({"sink_length": -1}, ValueError, "sink_length must be a whole number from 0 up, got -1"),
+        ({"min_bits": 1.5}, ValueError, "min_bits must be a whole number from 0 up, got 1.5"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_arguments_that_a_cache_cannot_be_made_with(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        SpectralCache(Calibration.synthetic(shared_model(LLAMA).config), **arguments)
 
 
 @pytest.mark.support("torch.export", refused=True)

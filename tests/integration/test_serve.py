@@ -43,6 +43,7 @@ if not MISSING:
     import uvicorn
 
     from quantcache.cli.serve import listener
+    from quantcache.cli.serving import models
     from quantcache.cli.serving.models import CompressedGeneration, Compression
     from quantcache.cli.serving.server import ServerOptions, application
 
@@ -185,6 +186,30 @@ def test_a_cancelled_request(client: Any, chatty: str) -> None:
 
 
 @serving
+def test_a_request_whose_client_has_gone(client: Any, chatty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a stream too, and however much it has asked for."""
+    steps: list[bool] = []
+    stop = models._Gone.__call__
+    monkeypatch.setattr(
+        models._Gone, "__call__", lambda self, *args, **kw: steps.append(self.gone) or stop(self, *args)
+    )
+    with pytest.raises(openai.APITimeoutError):
+        client.completions.create(model=chatty, prompt=STORY, max_tokens=1 << 40, temperature=0, timeout=0.5)
+    assert complete(client, chatty, STORY) == answer(STORY)
+    assert steps.count(True) == 1
+    assert steps[-8:] == 8 * [False]
+    assert len(steps) < 1000
+
+
+@serving
+def test_an_answer_ends_with_the_context(client: Any, chatty: str) -> None:
+    text = " the city" * 1022  # 2,044 tokens of 2,048
+    found = client.completions.create(model=chatty, prompt=text, max_tokens=1 << 40, temperature=0)
+    assert found.usage.total_tokens == 2048
+    assert found.choices[0].finish_reason == "length"
+
+
+@serving
 def test_what_the_server_says_of_itself(client: Any, chatty: str) -> None:
     assert [model.id for model in client.models.list()] == [chatty, "wiki11m"]
     found = client.get("/../quantcache", cast_to=object)
@@ -243,6 +268,26 @@ def test_a_cancelled_turn_is_kept(chatty: str) -> None:
 def detail(error: Any) -> str:
     """What the server says of an error."""
     return str(error.value.response.json()["detail"])
+
+
+@refusing
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("completions", {"prompt": ""}, "the prompt is empty"),
+        ("completions", {"prompt": "", "stream": True}, "the prompt is empty"),
+        ("completions", {}, "the prompt is empty"),
+        ("completions", {"prompt": " the city" * 1024}, "the prompt has 2048 tokens, this model's context 2048"),
+        ("completions", {"prompt": STORY, "max_tokens": 0}, "must be greater than 0, but is 0"),
+        ("completions", {"prompt": STORY, "max_tokens": -3}, "must be greater than 0, but is -3"),
+        ("completions", {"prompt": STORY, "max_tokens": "x"}, "invalid literal for int"),
+        ("chat/completions", {"messages": told(STORY), "max_tokens": 0}, "must be greater than 0, but is 0"),
+    ],
+)
+def test_requests_that_make_no_sense(path: str, body: dict[str, Any], message: str, client: Any, chatty: str) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        client.post(f"/{path}", body={"model": chatty, **body}, cast_to=object)
+    assert message in detail(error)
 
 
 @refusing

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fastapi import HTTPException
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, split_model_id
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.enabling import enable, is_enabled
 from quantcache.cache.prefixes import PrefixStore
+from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sources import model_source
 
@@ -190,21 +194,65 @@ class CompressedGeneration(GenerationState):
 
 
 class _Manager(GenerateManager):
-    """Generates on one thread, with a compressed cache or not at all."""
+    """Generates on one thread, with a compressed cache or not at all, and for nobody who has gone."""
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
     ) -> Any:
         """See transformers."""
         _refuse_other_caches(model, gen_config)
+        _keep_to_context(model, inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, *args, **kw)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
     ) -> Any:
-        """See transformers."""
+        """See transformers; a request ends when its client has gone, and lets the next one begin."""
         _refuse_other_caches(model, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kw)
+        _keep_to_context(model, inputs, gen_config)
+        gone = _Gone()
+        watching = asyncio.create_task(gone.watch(_connection.get()))
+        try:
+            inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([gone])}
+            return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kw)
+        finally:
+            watching.cancel()
+
+
+_connection: ContextVar[Callable[[], Awaitable[Any]] | None] = ContextVar("connection", default=None)
+"""What the client of the present request sends."""
+
+
+class Connections:
+    """ASGI middleware: lets whoever generates see whether the client is still there.
+
+    Args:
+        app: The application.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
+        """Handle a request."""
+        _connection.set(receive)
+        await self.app(scope, receive, send)
+
+
+class _Gone(StoppingCriteria):
+    """Stops a generation once its client has gone."""
+
+    def __init__(self) -> None:
+        self.gone = False
+
+    async def watch(self, receive: Callable[[], Awaitable[Any]] | None) -> None:
+        """Wait until the client goes: the request has been read, nothing else can come."""
+        while receive is not None and not self.gone:
+            self.gone = (await receive())["type"] == "http.disconnect"
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Which rows are done."""
+        return torch.full((input_ids.shape[0],), self.gone, device=input_ids.device, dtype=torch.bool)
 
 
 CONTINUOUS_BATCHING = (
@@ -221,3 +269,18 @@ def _refuse_other_caches(model: PreTrainedModel, config: Any) -> None:
         raise HTTPException(400, f"cache_implementation={config.cache_implementation!r}: caches are compressed here")
     if config.use_cache is False:
         raise HTTPException(400, "use_cache=false: caches are compressed here")
+
+
+def _keep_to_context(model: PreTrainedModel, inputs: Any, config: Any) -> None:
+    """Refuse a prompt that leaves a model nothing to say, and let an answer end where its context does."""
+    tokens = inputs["input_ids"].shape[-1]
+    if not tokens:
+        raise HTTPException(400, "the prompt is empty")
+    most = compat.position_limit(model.config)
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if not most or rope.get("rope_type") == "dynamic":  # which goes on beyond
+        return
+    if tokens >= most:
+        raise HTTPException(400, f"the prompt has {tokens} tokens, this model's context {most}")
+    if config.max_new_tokens is not None:
+        config.max_new_tokens = min(config.max_new_tokens, most - tokens)

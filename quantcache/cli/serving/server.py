@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantcache.cli.serving.models import CompressedGeneration, CompressedModels, Compression
+from fastapi.responses import JSONResponse
+
+from quantcache.cli.serving.models import CompressedGeneration, CompressedModels, Compression, Connections
 from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,9 @@ def _assembled(manager: CompressedModels, compression: Compression, options: Ser
     """transformers' application over the models, with an endpoint that tells of caches."""
     state = CompressedGeneration()
     app = compat.serving_application(manager, state, options.template, options.decisions, options.cors)
+    app.add_middleware(Connections)
+    for kind in (ValueError, TypeError, QuantCacheError):
+        app.add_exception_handler(kind, _explain)
 
     @app.get("/quantcache")
     def report() -> dict[str, Any]:
@@ -72,6 +81,12 @@ def _assembled(manager: CompressedModels, compression: Compression, options: Ser
         }
 
     return app
+
+
+async def _explain(request: Request, error: Exception) -> JSONResponse:
+    """Say what is wrong with a request; transformers' server leaves that to its log."""
+    logger.warning("%s is refused: %s", request.url.path, error, exc_info=logger.isEnabledFor(logging.INFO))
+    return JSONResponse({"detail": str(error)}, status_code=400)
 
 
 def template_keywords(given: str | None, reasoning: str) -> dict[str, Any]:
