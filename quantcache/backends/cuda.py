@@ -19,8 +19,9 @@ from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import pack, unpack
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.blocks import PATH_BIT
-from quantcache_kernels.cuda.codes import PreparedCodes
+from quantcache_kernels.cuda.codes import PreparedCodes, Starts
 from quantcache_kernels.cuda.driver import missing
+from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.interface import AttentionCall
 
 DTYPE = torch.bfloat16
@@ -70,15 +71,15 @@ class CudaBackend(Backend):
         return reason
 
     def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
-        """Attend with the kernels of queries, codes and their merge; plain torch attends on the other tokens."""
+        """Attend with the kernels of queries, codes, other tokens and their merge."""
         assert isinstance(view.key.codec, SpectralCodec)
         assert isinstance(view.value.codec, SpectralCodec)
         return kernels.attend(
             query,
             view.packed(),
-            view.dense_parts(),
+            NearTokens(*view.dense_parts()),
             view.block_table,
-            view.left_padding,
+            _starts(view),
             prepared(view.key.codec),
             prepared(view.value.codec),
             view.encoded_end,
@@ -135,6 +136,19 @@ def prepared(codec: SpectralCodec) -> PreparedCodes:
         made = kernels.prepare(codec.constants(), codec.mean.device, codec.holds_values)
         found = codec.derived.setdefault("cuda", made)
         assert isinstance(found, PreparedCodes)
+    return found
+
+
+def _starts(view: CacheView) -> Starts | None:
+    """Where padded rows begin, made once for all views of the same blocks."""
+    if view.left_padding is None:
+        return None
+    if "cuda starts" not in view.prepared:
+        assert view.key.sinks is not None
+        origins = view.left_padding.int()
+        view.prepared["cuda starts"] = Starts(origins, origins + view.key.sinks.shape[2])
+    found = view.prepared["cuda starts"]
+    assert isinstance(found, Starts)
     return found
 
 

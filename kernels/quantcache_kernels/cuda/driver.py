@@ -19,6 +19,9 @@ import torch
 NVCC = "/usr/local/cuda/bin/nvcc"
 SOURCES = Path(__file__).parent / "src"
 
+CODE_KERNELS = ("turn_queries", "attend_codes", "attend_near", "merge", "append_tail")
+"""The kernels of a cache's blocks."""
+
 
 class CudaError(RuntimeError):
     """A call of the driver or the compiler failed."""
@@ -33,8 +36,9 @@ def source(name: str = "attention.h") -> str:
     Returns:
         The text.
     """
-    header, merge, kernels = ((SOURCES / each).read_text(encoding="utf-8") for each in ("warp.h", "merge.h", name))
-    lines = (header.split("#else\n\n#include <cmath>")[0] + "#endif\n" + merge + kernels).splitlines()
+    names = ("warp.h", "rows.h", "merge.h", name, *(("near.h",) if name == "codes.h" else ()))
+    header, *kernels = ((SOURCES / each).read_text(encoding="utf-8") for each in names)
+    lines = (header.split("#else\n\n#include <cmath>")[0] + "#endif\n" + "".join(kernels)).splitlines()
     return "\n".join("" if line.startswith(("#pragma once", '#include "')) else line for line in lines) + "\n"
 
 
@@ -272,13 +276,13 @@ def load_codes(device: int, key_trellis: bool, value_trellis: bool) -> dict[str,
         value_trellis: See :func:`compiled_codes`.
 
     Returns:
-        ``turn_queries``, ``attend_codes`` and ``merge``.
+        Those of :data:`CODE_KERNELS`.
 
     Raises:
         CudaError: They do not compile or load.
     """
     binary = compiled_codes(torch.cuda.get_device_capability(device), key_trellis, value_trellis)
-    return _loaded(device, binary, "turn_queries", "attend_codes", "merge")
+    return _loaded(device, binary, *CODE_KERNELS)
 
 
 def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:
