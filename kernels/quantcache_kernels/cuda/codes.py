@@ -7,7 +7,6 @@ query index running fastest, D dimension, S slots of a side, n blocks.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from quantcache_kernels.cuda.blocks import HALF, LANES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
+from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
 from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, Queries, QueryArguments, Rows, pointer
@@ -34,9 +34,6 @@ TURNED_ROWS, TURN_THREADS = 32, 128
 """As in codes.h."""
 
 MAX_DIM = 256
-
-ALIGNMENT = 256
-"""Of the places in a call's memory, in bytes."""
 
 KINDS = (torch.bfloat16, torch.float32)
 """Of numbers that the kernels read as they are given."""
@@ -234,31 +231,6 @@ class Starts(NamedTuple):
 
     origins: Tensor
     first_seen: Tensor
-
-
-class Memory:
-    """Where the kernels of a call leave their results for each other.
-
-    Calls that follow each other on one stream may share it; once it has room for the largest, they allocate nothing.
-    """
-
-    def __init__(self) -> None:
-        self._room: Tensor | None = None
-
-    def places(self, sizes: Sequence[int], device: torch.device) -> list[int]:
-        """Addresses of so many bytes each, until the next call.
-
-        Args:
-            sizes: Bytes.
-            device: Where.
-
-        Returns:
-            The addresses.
-        """
-        *offsets, total = itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
-        if self._room is None or self._room.numel() < total:
-            self._room = torch.empty(total, dtype=torch.uint8, device=device)
-        return [self._room.data_ptr() + offset for offset in offsets]
 
 
 def attend(

@@ -52,7 +52,8 @@ class NearTokens:
         """The same as the kernels can read it."""
         if all(map(_is_readable, self.parts)):
             return self
-        return NearTokens(*map(readable, self.parts), self.tail_tokens)
+        keys, values, key_tail, value_tail = map(readable, self.parts)
+        return NearTokens(keys, values, key_tail, value_tail, self.tail_tokens)
 
     @property
     def splits(self) -> int:
@@ -102,7 +103,10 @@ def append_arguments(key: Tensor, value: Tensor, near: NearTokens) -> AppendArgu
 
 
 def _strides(*tensors: Tensor) -> ctypes.Array[Any]:
-    return Strides(*(tensor.stride()[:3] for tensor in tensors))
+    found = Strides()
+    for place, tensor in zip(found, tensors, strict=True):
+        place[:] = tensor.stride()[:3]
+    return found
 
 
 def readable(tensor: Tensor) -> Tensor:
