@@ -6,10 +6,12 @@ are brought from the portable layout into this one, and back.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
-from quantcache.backends.base import Backend, Fields, refused_by_kernels
+from quantcache.backends.base import Backend, Fields, Stage, refused_by_kernels
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.trials import rejected
 from quantcache.backends.triton import TritonBackend, attends_rightly
@@ -17,10 +19,12 @@ from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import pack, unpack
+from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.blocks import PATH_BIT
 from quantcache_kernels.cuda.codes import PreparedCodes, Starts
 from quantcache_kernels.cuda.driver import missing
+from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.interface import AttentionCall
 
@@ -87,6 +91,14 @@ class CudaBackend(Backend):
             not view.cut,
         )
 
+    def stage(
+        self, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, shared: dict[str, Any]
+    ) -> Stage:
+        """Lay out the arguments that do not change."""
+        if view.report is None or view.report.attends is not None:
+            raise CannotRepeat(f"attention runs in plain torch: {view.report and view.report.attends}")
+        return CudaStage(self, view, room, count, masked, shared.setdefault(self.name, Memory()))
+
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         """Encode in the portable layout, then bring the blocks into this one."""
         return self.from_portable(codec, self._portable(x.device).encode(codec, x, block_table, left_padding))
@@ -120,6 +132,52 @@ class CudaBackend(Backend):
     def _portable(self, device: torch.device) -> Backend:
         """Who encodes and decodes."""
         return REFERENCE if self._encoder.unavailable(device) else self._encoder
+
+
+class CudaStage(Stage):
+    """A layer's launches of a step of one token; arguments are those of :meth:`Backend.stage`."""
+
+    def __init__(
+        self, backend: Backend, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, memory: Memory
+    ) -> None:
+        keys, values = view.key, view.value
+        assert keys.sinks is not None
+        assert values.sinks is not None
+        self._backend, self._view, self._masked, self._memory = backend, view, masked, memory
+        self._near = NearTokens(keys.sinks, values.sinks, room["key"], room["value"], count).readable()
+        if self._near.key_tail is not room["key"] or self._near.value_tail is not room["value"]:
+            raise CannotRepeat("the kernels cannot read the tail where it lies")
+        self._packed, self._starts = view.packed(), _starts(view)
+        self._sides = prepared(cast(SpectralCodec, keys.codec)), prepared(cast(SpectralCodec, values.codec))
+        self._out: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """One launch."""
+        kernels.append(key, value, self._near)
+
+    def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
+        """Four launches, whose results go where those of the step before went."""
+        if not self._masked:
+            call = call._replace(mask=None)
+        if self._out is None:
+            reason = "it brings several tokens at once" if query.shape[2] > 1 else None
+            reason = reason or self._backend.refuses(query, self._view, call)
+            if reason is not None:
+                raise CannotRepeat(f"the {self._backend.name} backend does not serve this step: {reason}")
+        self._out = kernels.attend(
+            query,
+            self._packed,
+            self._near,
+            self._view.block_table,
+            self._starts,
+            *self._sides,
+            self._view.encoded_end,
+            call,
+            not self._view.cut,
+            memory=self._memory,
+            out=self._out,
+        )
+        return self._out
 
 
 def prepared(codec: SpectralCodec) -> PreparedCodes:
