@@ -153,7 +153,7 @@ class CudaStage(Stage):
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """One launch."""
-        kernels.append(key, value, self._near)
+        kernels.append(key, value, self._near, *self._sides)
 
     def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
         """Four launches, whose results go where those of the step before went."""

@@ -1,252 +1,124 @@
-"""Decoding steps that are captured in a CUDA graph and repeated without the host, until a block is due.
-
-In the steps between two blocks nothing that is launched depends on how many tokens there are: the device counts them
-itself (:class:`quantcache.backends.Stage`). So the first of them runs as it is, the second is captured, and the others
-are replays. The host only notes that there is one token more, and encodes when a block is full; then a new graph is
-captured.
-"""
+"""A model's decoding steps from CUDA graphs: one by one, and in ``generate``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quantcache.attention.function import ATTENTION_NAME
-from quantcache.attention.lazy import LazyKV
-from quantcache.backends import CacheView, Stage, padding
-from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import BlockCache
-from quantcache.cache.tails import TailBuffer
-from quantcache.cache.transaction import commit, with_ruler
-from quantcache.coding.packing import BLOCK
-from quantcache.coding.schema import SIDES
+from quantcache.cache.stages import Graph, Period
 from quantcache.common import compat
 from quantcache.common.errors import CannotRepeat, QuantCacheError
 
+logger = logging.getLogger(__name__)
 
-class Graph(Protocol):
-    """A ``torch.cuda.CUDAGraph``."""
-
-    def replay(self) -> None:
-        """Carry out what was captured."""
-
-    def pool(self) -> Any:
-        """Where its memory comes from."""
+_READ = ("input_ids", "attention_mask", "position_ids")
+_KNOWN = ("past_key_values", "cache_position")
+_NOTHING_ELSE = {"use_cache": (None, True), "return_dict": (None, True), "logits_to_keep": (None, 0, 1)}
+"""Arguments of a forward pass that a graph's step is given, those that follow from the cache, and those that ask for
+nothing else with these values."""
 
 
-@dataclass
-class _Staged:
-    """One layer between two of its blocks.
+class _Steps:
+    """Steps of a model on a cache that the caller holds.
 
-    Attributes:
-        layer: The layer.
-        buffer: Its tails' memory, with room until a block is due.
-        view: What its attention reads, whose stage does the work.
-        tails: Its tails as they were left.
-        spans: Its blocks.
+    Args:
+        model: The model.
+
+    Raises:
+        CannotRepeat: The model's attention is another one.
     """
 
-    layer: SpectralLayer
-    buffer: TailBuffer
-    view: CacheView
-    tails: dict[str, Tensor]
-    spans: list[Any]
+    def __init__(self, model: Any):
+        names = set(compat.attention_implementations(model).values())
+        if names != {ATTENTION_NAME}:
+            raise CannotRepeat(f'the model attends by {", ".join(sorted(map(str, names)))}, not by "spectral"')
+        self._model = model
+        self._period: Period | None = None
+        self._graph: Graph | None = None  # the last one, whose memory the next one goes on with
 
-    @property
-    def stage(self) -> Stage:
-        """Who appends and attends."""
-        assert self.view.stage is not None
-        return self.view.stage
+    @torch.no_grad()
+    def take(
+        self, cache: BlockCache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """Take one step; see :meth:`DecodeGraph.__call__`."""
+        cache._require_settled(cache.layers)
+        length = cache.get_seq_length()
+        if input_ids.ndim != 2 or input_ids.shape[1] != 1:
+            raise QuantCacheError(f"a step takes one token for each row, [B, 1], got {list(input_ids.shape)}")
+        if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], length + 1):
+            expected = [input_ids.shape[0], length + 1]
+            raise QuantCacheError(f"the attention mask has shape {list(attention_mask.shape)}, expected {expected}")
+        masked = attention_mask is not None and not bool(attention_mask.all())
+        period, longer = self._ready(cache, input_ids.shape[0], masked)
+        period.ids.copy_(input_ids)
+        if position_ids is None:
+            period.positions.fill_(length)
+        else:
+            period.positions.copy_(position_ids)
+        if masked:
+            assert attention_mask is not None
+            period.mask[:, 0, 0, : length + 1] = attention_mask.bool()
+        try:
+            logits = period.run(self._graph)
+        except BaseException:
+            self._period = None  # its counts may be ahead of the cache's
+            raise
+        self._graph = period.graph or self._graph
 
-    @property
-    def holds(self) -> bool:
-        """Whether nobody else has changed the layer."""
-        layer = self.layer
-        return layer.buffer is self.buffer and layer.tails is self.tails and layer.spans is self.spans
+        def note() -> None:
+            period.note(longer)
+            cache.forward_pass = None  # whatever became of the last one, this one is through
 
-
-class _StagedCache(DynamicCache):
-    """What a model is given in place of its cache while a step is captured."""
-
-    def __init__(self, layers: list[_Staged], length: int):
-        super().__init__()
-        self._staged, self._length = layers, length
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append a token to a layer; see :meth:`SpectralLayer.update`."""
-        staged = self._staged[layer_idx]
-        staged.stage.append(key_states, value_states)
-        return LazyKV(staged.view, "key"), LazyKV(staged.view, "value")
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Refused: a graph would keep the answer."""
-        raise CannotRepeat("the model asks for the number of tokens in the middle of a step")
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Refused, likewise."""
-        raise CannotRepeat("the model makes a mask of its own in the middle of a step")
-
-
-class _Period:
-    """The steps of a batch between two blocks: what they read and write, and their graph once there is one."""
-
-    def __init__(self, model: Any, cache: BlockCache, masked: bool):
-        layers = _stageable(cache)
-        views = [layer.snapshot() for layer in layers]
-        device, batch = layers[0].device, layers[0].tails["key"].shape[0]
-        held = [layer.tails["key"].shape[2] for layer in layers]
-        self.counts = torch.tensor(held, dtype=torch.int32, device="cpu").to(device)
-        self.layers: list[_Staged] = []
-        shared: dict[str, Any] = {}
-        for layer, view, count, here in zip(layers, views, self.counts.split(1), held, strict=True):
-            assert view.backend is not None
-            until_due = layer.residual_length + BLOCK * layer.blocks_at_once
-            buffer = TailBuffer(layer.tails, max(1, until_due - here))
-            room = buffer.room()
-            stage = view.backend.stage(view, room, count, masked, shared)
-            key, value = (replace(view.side(side), tail=room[side]) for side in SIDES)
-            view = replace(view, key=key, value=value, flush=None, stage=stage)
-            self.layers.append(_Staged(layer, buffer, view, layer.tails, layer.spans))
-        for staged in self.layers:
-            staged.layer._go_on(buffer=staged.buffer)
-        length = max(staged.view.length for staged in self.layers)
-        self.model, self.masked = model, masked
-        self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.int64, device=device) for _ in range(2))
-        self.mask = torch.ones(batch if masked else 1, 1, 1, length, dtype=torch.bool, device=device)
-        self.cache = _StagedCache(self.layers, length)
-        self.steps = 0
-        self.graph: Graph | None = None
-        self.logits: Tensor | None = None
-
-    def holds(self, batch: int, masked: bool) -> bool:
-        """Whether the next step of some rows is one of these."""
-        return batch == self.ids.shape[0] and masked == self.masked and all(each.holds for each in self.layers)
-
-    def body(self) -> Tensor:
-        """One step, the same each time: logits, ``[B, 1, V]``."""
-        self.counts.add_(1)
-        output = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        logits: Tensor = output.logits
+        cache._change(note)
+        for layer in cache.spectral_layers:
+            layer.flush()
         return logits
 
-    def claimed(self) -> list[dict[str, Tensor]] | None:
-        """Every layer's tails with one token more; None where somebody else has taken a place, or there is none."""
-        found = [staged.buffer.claim(staged.tails, 1) for staged in self.layers]
-        longer = [tails for tails in found if tails is not None]
-        return longer if len(longer) == len(found) else None
-
-    def run(self, earlier: Graph | None) -> Tensor:
-        """The next step: as it is the first time, then captured, then again from the graph."""
-        self.steps += 1
-        if self.steps == 1:
-            return self.body()
-        if self.graph is None:
-            self.graph, self.logits = recorded(self.body, earlier)
-        assert self.logits is not None
-        self.graph.replay()
-        return self.logits.clone()
-
-    def note(self, longer: list[dict[str, Tensor]]) -> None:
-        """Say in all layers at once that there is one token more."""
-        states = []
-        for staged, tails in zip(self.layers, longer, strict=True):
-            layer, trail = staged.layer, staged.layer.trail
-            if trail is not None:
-                new, end = tails["key"][:, :, -1:], layer.encoded_end
-                trail = padding.extended(trail, None, layer.grid, end, end + tails["key"].shape[2], new)
-            states.append(with_ruler(layer, {"tails": tails, "trail": trail, "pending": True, "refused": False}))
-            staged.tails = tails
-        commit([staged.layer for staged in self.layers], states)
-
-
-def recorded(step: Callable[[], Tensor], earlier: Graph | None) -> tuple[Graph, Tensor]:
-    """Capture a step in a CUDA graph; it is not carried out.
-
-    Args:
-        step: The step, which has run before.
-        earlier: A graph that is not replayed any more, whose memory this one may use.
-
-    Returns:
-        The graph, and where its result will be.
-
-    Raises:
-        CannotRepeat: It does something that a graph cannot hold.
-    """
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=None if earlier is None else earlier.pool()):
-            result = step()
-    except QuantCacheError:
-        raise
-    except RuntimeError as error:
-        raise CannotRepeat(f"the step cannot be captured: {type(error).__name__}: {error}") from error
-    return graph, result
-
-
-def _stageable(cache: BlockCache) -> list[SpectralLayer]:
-    """The layers of a cache all of which can be staged.
-
-    Args:
-        cache: The cache.
-
-    Returns:
-        The layers.
-
-    Raises:
-        CannotRepeat: Some cannot.
-    """
-    cache._require_settled(cache.layers)
-    if not cache.layers or not cache.read_once:
-        raise CannotRepeat("the model's layers share keys and values")
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is not SpectralLayer:
-            raise CannotRepeat(f"layer {index} is a {type(layer).__name__}, whose steps change with its length")
-        layer.flush()
-        if not layer.spans:
-            raise CannotRepeat(f"layer {index} has encoded nothing yet: it holds {layer.get_seq_length()} tokens")
-    layers = cache.spectral_layers
-    devices = {layer.tails["key"].device for layer in layers}
-    if len(devices) > 1:
-        raise CannotRepeat(f"the layers are on several devices: {', '.join(sorted(map(str, devices)))}")
-    return layers
+    def _ready(self, cache: BlockCache, batch: int, masked: bool) -> tuple[Period, list[dict[str, Tensor]]]:
+        """The period that the next step is one of, and tails with room for it."""
+        period = self._period
+        if period is not None and period.holds(batch, masked):
+            longer = period.claimed()
+            if longer is not None:
+                return period, longer
+        self._period = None
+        period = Period(self._model, cache, masked)
+        held = period.ids.shape[0]
+        if held != batch:
+            raise QuantCacheError(f"the tokens are for {batch} rows, the cache holds {held}")
+        longer = period.claimed()
+        assert longer is not None
+        self._period = period
+        return period, longer
 
 
 class DecodeGraph:
-    """Greedy or sampled decoding of a model with a compressed cache, its steps replayed from CUDA graphs.
+    """Decoding of a model with a compressed cache, its steps replayed from CUDA graphs.
 
     A call is a forward pass of one new token for every row. The cache is the same as after a pass of the model itself:
     it may be used, copied, cut and saved in between. Needs ``backend="cuda"`` and a cache of spectral layers alone.
 
     Args:
         model: The model, with ``attn_implementation="spectral"``.
-        cache: Its cache, which holds encoded blocks.
+        cache: Its cache, which holds encoded blocks when the first step is taken.
 
     Raises:
         CannotRepeat: The model's attention is another one.
     """
 
     def __init__(self, model: Any, cache: BlockCache):
-        names = set(compat.attention_implementations(model).values())
-        if names != {ATTENTION_NAME}:
-            raise CannotRepeat(f'the model attends by {", ".join(sorted(map(str, names)))}, not by "spectral"')
-        self.model, self.cache = model, cache
-        self._period: _Period | None = None
-        self._graph: Graph | None = None  # the last one, whose memory the next one goes on with
+        self._steps, self.cache = _Steps(model), cache
 
-    @torch.no_grad()
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
@@ -264,46 +136,81 @@ class DecodeGraph:
             CannotRepeat: The step cannot be captured; the cache is as before.
             QuantCacheError: The arguments do not fit the cache.
         """
-        length = self.cache.get_seq_length()
-        if input_ids.ndim != 2 or input_ids.shape[1] != 1:
-            raise QuantCacheError(f"a step takes one token for each row, [B, 1], got {list(input_ids.shape)}")
-        if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], length + 1):
-            expected = [input_ids.shape[0], length + 1]
-            raise QuantCacheError(f"the attention mask has shape {list(attention_mask.shape)}, expected {expected}")
-        masked = attention_mask is not None and not bool(attention_mask.all())
-        period, longer = self._ready(input_ids.shape[0], masked)
-        period.ids.copy_(input_ids)
-        if position_ids is None:
-            period.positions.fill_(length)
-        else:
-            period.positions.copy_(position_ids)
-        if masked:
-            assert attention_mask is not None
-            period.mask[:, 0, 0, : length + 1] = attention_mask.bool()
-        try:
-            logits = period.run(self._graph)
-        except BaseException:
-            self._period = None  # its counts may be ahead of the cache's
-            raise
-        self._graph = period.graph or self._graph
-        self.cache._change(lambda: period.note(longer))
-        for layer in self.cache.spectral_layers:
-            layer.flush()
-        return logits
+        return self._steps.take(self.cache, input_ids, attention_mask, position_ids)
 
-    def _ready(self, batch: int, masked: bool) -> tuple[_Period, list[dict[str, Tensor]]]:
-        """The period that the next step is one of, and tails with room for it."""
-        period = self._period
-        if period is not None and period.holds(batch, masked):
-            longer = period.claimed()
-            if longer is not None:
-                return period, longer
-        self._period = None
-        period = _Period(self.model, self.cache, masked)
-        held = period.ids.shape[0]
-        if held != batch:
-            raise QuantCacheError(f"the tokens are for {batch} rows, the cache holds {held}")
-        longer = period.claimed()
-        assert longer is not None
-        self._period = period
-        return period, longer
+
+@contextlib.contextmanager
+def decode_graphs(model: Any) -> Iterator[Any]:
+    """Let a model take its decoding steps on compressed caches from CUDA graphs, in ``generate`` too.
+
+    Steps that a graph cannot hold run as always; why not is logged once.
+
+    Args:
+        model: The model, with ``attn_implementation="spectral"``; its caches have ``backend="cuda"``.
+
+    Yields:
+        The model.
+    """
+    before = vars(model).get("forward")
+    model.forward = _Forward(model)
+    try:
+        yield model
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+
+
+class _Forward:
+    """Stands in for a model's ``forward``.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.original = model, model.forward
+        self.steps: weakref.WeakKeyDictionary[BlockCache, _Steps | None] = weakref.WeakKeyDictionary()
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass."""
+        if args or not self.is_step(kwargs):
+            return self.original(*args, **kwargs)
+        cache = kwargs["past_key_values"]
+        try:
+            if cache not in self.steps:
+                self.steps[cache] = _Steps(self.model)
+            step = self.steps[cache]
+            if step is not None:
+                mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+                logits = step.take(cache, kwargs["input_ids"], mask, positions)
+                return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        except CannotRepeat as error:
+            self.steps[cache] = None
+            _warn_once(f"decoding without CUDA graphs: {error}")
+        return self.original(**kwargs)
+
+    def is_step(self, given: dict[str, Any]) -> bool:
+        """Whether a pass is of one new token on a compressed cache that has encoded something, and asks for logits."""
+        cache, ids = given.get("past_key_values"), given.get("input_ids")
+        if not isinstance(cache, BlockCache) or not isinstance(ids, Tensor) or torch.is_grad_enabled():
+            return False
+        layers, positions, mask = cache.spectral_layers, given.get("position_ids"), given.get("attention_mask")
+        rest = {name: value for name, value in given.items() if name not in (*_READ, *_KNOWN)}
+        return (
+            ids.ndim == 2
+            and ids.shape[1] == 1
+            and bool(layers)
+            and all(layer.spans for layer in layers)
+            and (positions is None or (positions.ndim == 2 and positions.shape[1] == 1))
+            and (mask is None or mask.shape == (ids.shape[0], cache.get_seq_length() + 1))
+            and not any(isinstance(value, Tensor) for value in rest.values())
+            and all(value in _NOTHING_ELSE.get(name, (None, False)) for name, value in rest.items())
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

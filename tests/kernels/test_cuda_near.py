@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cuda import codes as kernels
-from quantcache_kernels.cuda.near import MAX_SPLITS, NEAR_THREADS, NEAR_TOKENS, NearTokens
+from quantcache_kernels.cuda.near import MAX_SPLITS, NEAR_THREADS, NEAR_TOKENS, NearTokens, append_arguments
 from quantcache_kernels.cuda.structures import Queries, Rows, pointer
 from tests.kernels import emulation
 
@@ -211,12 +211,12 @@ def test_new_tokens_go_where_the_device_says(count: int) -> None:
     memory = [torch.full((70, 2, 3, dim), 7.0).bfloat16() for dim in (64, 32)]
     tokens = torch.tensor([count], dtype=torch.int32)
     near = NearTokens(*empty, *(each.permute(1, 2, 0, 3) for each in memory), tokens)
-    with emulation.on_the_cpu():
-        for held in (0, 11, 70 - count, 70):
-            before = [each.clone() for each in memory]
-            tokens.fill_(held + count)
-            kernels.append(key, value, near)
-            for tokens_of, old, new in zip(memory, before, (key, value), strict=True):
-                if held + count <= 70:
-                    old[held : held + count] = new.permute(2, 0, 1, 3)
-                assert torch.equal(tokens_of, old), "nothing is written behind the room there is"
+    kernel, given = emulation.emulated(CPU, False, False)["append_tail"], append_arguments(key, value, near)
+    for held in (0, 11, 70 - count, 70):
+        before = [each.clone() for each in memory]
+        tokens.fill_(held + count)
+        kernel.launch((given.vectors, 2), 32, 0, given, 0)
+        for tokens_of, old, new in zip(memory, before, (key, value), strict=True):
+            if held + count <= 70:
+                old[held : held + count] = new.permute(2, 0, 1, 3)
+            assert torch.equal(tokens_of, old), "nothing is written behind the room there is"

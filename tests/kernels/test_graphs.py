@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
+import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -16,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantcache import Calibration, SpectralCache
+from quantcache import Calibration, DecodeGraph, SpectralCache, decode_graphs
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.backends import triton
-from quantcache.cache import graphs
-from quantcache.cache.graphs import DecodeGraph
+from quantcache.cache import stages
 from quantcache.coding.packing import BLOCK
 from quantcache.common.errors import CannotRepeat, QuantCacheError
 from quantcache_kernels.cuda import codes
@@ -60,7 +62,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Again]]:
         return graph, graph.result
 
     monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: "the interpreter takes its time")
-    monkeypatch.setattr(graphs, "recorded", recorded)
+    monkeypatch.setattr(stages, "recorded", recorded)
     with emulation.on_the_cpu():
         yield captured
 
@@ -174,6 +176,40 @@ def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: 
     assert cache.get_seq_length() == length + 1
 
 
+def test_generate_takes_its_steps_from_graphs(emulated: list[Again], caplog: pytest.LogCaptureFixture) -> None:
+    length = 4 + BLOCK + 66
+    prompt, mask = tokens(length), torch.ones(2, length, dtype=torch.long)
+    mask[1, :7] = 0
+    config = model().config
+    given = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+
+    def made(backend: str) -> SpectralCache:
+        return SpectralCache(Calibration.synthetic(config, bits=3), config, residual_length=4, backend=backend)
+
+    with decode_graphs(model()) as same:
+        assert same is model()
+        cache = made("cuda")
+        found = model().generate(prompt, past_key_values=cache, **given)
+        assert len(emulated) == 2
+        step = model().forward.steps[cache]
+        assert step is not None
+        assert len(cache.spectral_layers[0].spans) == 2
+        gone = weakref.ref(cache)
+        del cache, step
+        gc.collect()
+        assert gone() is None, "a graph keeps no cache"
+        with caplog.at_level(logging.WARNING, logger="quantcache.cache.graphs"):
+            for _ in range(2):
+                model().generate(prompt, past_key_values=made("torch"), **given)
+        assert [record.getMessage() for record in caplog.records] == [
+            "decoding without CUDA graphs: attention by the torch backend depends on lengths that the host knows"
+        ]
+    assert "forward" not in vars(model())
+    assert len(emulated) == 2
+    expected = model().generate(prompt, past_key_values=made("cuda"), **given)
+    assert torch.equal(found, expected)
+
+
 class Launches:
     """Kernels that note what they are launched with."""
 
@@ -219,7 +255,7 @@ def test_sixty_three_steps_launch_the_same(
     cache = filled(length, padding)
     layers, launches = cache.spectral_layers, Launches(emulate=False)
     assert [layer.tails["key"].shape[2] for layer in layers] == [4] * len(layers), "a block has just been encoded"
-    period = graphs._Period(model(), cache, bool(padding))
+    period = stages.Period(model(), cache, bool(padding))
     heads, dim = model().config.num_key_value_heads, model().config.head_dim
     key, value = (torch.randn(2, 1, heads, dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     query = torch.randn(2, 1, 2 * heads, dim, dtype=torch.bfloat16).transpose(1, 2)

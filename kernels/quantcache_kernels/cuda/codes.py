@@ -336,17 +336,19 @@ def attend(
     return out
 
 
-def append(key: Tensor, value: Tensor, near: NearTokens) -> None:
+def append(key: Tensor, value: Tensor, near: NearTokens, keys: PreparedCodes, values: PreparedCodes) -> None:
     """Put new tokens into a tail whose length only the device knows.
 
     Args:
         key: ``[B, H, Tnew, D]`` bfloat16.
         value: ``[B, H, Tnew, Dv]``.
         near: Where the tail lies, and how many tokens it has, these included.
+        keys: The keys' constants: they say which module is loaded.
+        values: The values'.
     """
     arguments, device = append_arguments(readable(key), readable(value), near), key.device
     with on_device(device):
-        kernels = LOADERS[device.type](device, False, False)
+        kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         kernels["append_tail"].launch((arguments.vectors, 2), 32, 0, arguments, stream_of(device))
 
 
