@@ -100,6 +100,7 @@ def same_tokens(one: SpectralCache, other: SpectralCache) -> None:
             assert all(torch.equal(mine[name], field) for name, field in other_fields.items())
 
 
+@pytest.mark.support("decoding steps that a CUDA graph can repeat, emulated")
 @pytest.mark.parametrize("padding", [(), (0, 7)])
 def test_steps_from_a_graph_are_the_models_own(emulated: list[Again], padding: tuple[int, ...]) -> None:
     length, steps = 4 + BLOCK + 64, 7
@@ -247,8 +248,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.support("decoding steps that a CUDA graph can repeat, emulated")
 @pytest.mark.parametrize("padding", [(), (0, 7)])
-def test_sixty_three_steps_launch_the_same(
+def test_all_steps_between_two_blocks_launch_the_same(
     emulated: list[Again], monkeypatch: pytest.MonkeyPatch, padding: tuple[int, ...]
 ) -> None:
     length = 4 + BLOCK + 4
