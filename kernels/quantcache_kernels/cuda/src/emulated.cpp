@@ -81,7 +81,6 @@ VARIANT(eight_1)
 
 namespace scalar_scalar {
 #include "codes.h"
-#include "near.h"
 }
 CODES(scalar_scalar)
 
@@ -89,7 +88,6 @@ namespace trellis_scalar {
 #undef KEY_TRELLIS
 #define KEY_TRELLIS 1
 #include "codes.h"
-#include "near.h"
 }
 CODES(trellis_scalar)
 
@@ -97,7 +95,6 @@ namespace trellis_trellis {
 #undef VALUE_TRELLIS
 #define VALUE_TRELLIS 1
 #include "codes.h"
-#include "near.h"
 }
 CODES(trellis_trellis)
 
@@ -105,6 +102,5 @@ namespace scalar_trellis {
 #undef KEY_TRELLIS
 #define KEY_TRELLIS 0
 #include "codes.h"
-#include "near.h"
 }
 CODES(scalar_trellis)

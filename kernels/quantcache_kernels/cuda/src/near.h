@@ -2,7 +2,7 @@
 // is, is read from the GPU's memory, so that a CUDA graph may be replayed while it grows; so is the place to which new
 // tokens go.
 //
-// Included behind codes.h, whose soft cap it takes.
+// Included by codes.h, whose soft cap it takes.
 
 struct NearArguments {
     Queries queries;
