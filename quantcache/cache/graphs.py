@@ -7,6 +7,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -52,13 +53,22 @@ class _Steps:
     ) -> Tensor:
         """Take one step; see :meth:`DecodeGraph.__call__`."""
         cache._require_settled(cache.layers)
-        length = cache.get_seq_length()
-        if input_ids.ndim != 2 or input_ids.shape[1] != 1:
-            raise QuantCacheError(f"a step takes one token for each row, [B, 1], got {list(input_ids.shape)}")
-        if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], length + 1):
-            expected = [input_ids.shape[0], length + 1]
-            raise QuantCacheError(f"the attention mask has shape {list(attention_mask.shape)}, expected {expected}")
-        masked = attention_mask is not None and not bool(attention_mask.all())
+        rows, length = input_ids.shape[0], cache.get_seq_length()
+        expected = {"input_ids": [rows, 1], "attention_mask": [rows, length + 1], "position_ids": [rows, 1]}
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        for name, tensor in given.items():
+            if tensor is not None and list(tensor.shape) != expected[name]:
+                raise QuantCacheError(
+                    f"a step on {length} tokens takes {name} of shape {expected[name]}, got {list(tensor.shape)}"
+                )
+        logits: list[Tensor] = []
+        cache._change(lambda: logits.append(self._step(cache, input_ids, attention_mask, position_ids)))
+        return logits[0]
+
+    def _step(
+        self, cache: BlockCache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        length, masked = cache.get_seq_length(), attention_mask is not None and not bool(attention_mask.all())
         period, longer = self._ready(cache, input_ids.shape[0], masked)
         period.ids.copy_(input_ids)
         if position_ids is None:
@@ -74,12 +84,8 @@ class _Steps:
             self._period = None  # its counts may be ahead of the cache's
             raise
         self._graph = period.graph or self._graph
-
-        def note() -> None:
-            period.note(longer)
-            cache.forward_pass = None  # whatever became of the last one, this one is through
-
-        cache._change(note)
+        period.note(longer)
+        cache.forward_pass = None  # whatever became of the last one, this one is through
         for layer in cache.spectral_layers:
             layer.flush()
         return logits
@@ -127,7 +133,7 @@ class DecodeGraph:
         Args:
             input_ids: The new token of every row, ``[B, 1]``.
             attention_mask: Which tokens may be looked at, ``[B, T + 1]``; None for all.
-            position_ids: Positions of the new tokens, ``[B, 1]`` or ``[1, 1]``; None for T.
+            position_ids: Positions of the new tokens, ``[B, 1]``; None for T.
 
         Returns:
             Logits, ``[B, 1, V]``.
@@ -185,12 +191,19 @@ class _Forward:
             step = self.steps[cache]
             if step is not None:
                 mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+                if positions is not None:
+                    positions = positions.expand(kwargs["input_ids"].shape)
                 logits = step.take(cache, kwargs["input_ids"], mask, positions)
                 return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         except CannotRepeat as error:
             self.steps[cache] = None
             _warn_once(f"decoding without CUDA graphs: {error}")
         return self.original(**kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied model runs as if nothing had been captured."""
+        copied = memo[id(self.model)]
+        return MethodType(type(copied).forward, copied)
 
     def is_step(self, given: dict[str, Any]) -> bool:
         """Whether a pass is of one new token on a compressed cache that has encoded something, and asks for logits."""
@@ -204,7 +217,7 @@ class _Forward:
             and ids.shape[1] == 1
             and bool(layers)
             and all(layer.spans for layer in layers)
-            and (positions is None or (positions.ndim == 2 and positions.shape[1] == 1))
+            and (positions is None or positions.shape in (ids.shape, (1, 1)))
             and (mask is None or mask.shape == (ids.shape[0], cache.get_seq_length() + 1))
             and not any(isinstance(value, Tensor) for value in rest.values())
             and all(value in _NOTHING_ELSE.get(name, (None, False)) for name, value in rest.items())

@@ -9,9 +9,11 @@ import copy
 import ctypes
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,7 +58,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Again]]:
 
     def recorded(step: Callable[[], Tensor], earlier: Any) -> tuple[Again, Tensor]:
         graph = Again(step)
-        graph.result = torch.full((2, 1, model().config.vocab_size), torch.nan, dtype=torch.bfloat16)
+        with torch.inference_mode(False):  # a GPU does not ask in which mode its memory is written to
+            graph.result = torch.full((2, 1, model().config.vocab_size), torch.nan, dtype=torch.bfloat16)
         graph.earlier = earlier
         captured.append(graph)
         return graph, graph.result
@@ -103,7 +106,7 @@ def same_tokens(one: SpectralCache, other: SpectralCache) -> None:
 @pytest.mark.support("decoding steps that a CUDA graph can repeat, emulated")
 @pytest.mark.parametrize("padding", [(), (0, 7)])
 def test_steps_from_a_graph_are_the_models_own(emulated: list[Again], padding: tuple[int, ...]) -> None:
-    length, steps = 4 + BLOCK + 64, 7
+    length, steps = 4 + BLOCK + 65, 5
     cache = filled(length, padding)
     plain, step = copy.deepcopy(cache), DecodeGraph(model(), cache)
     ids = tokens(length + steps)[:, length:]
@@ -131,7 +134,7 @@ def test_a_cache_may_be_used_in_between(emulated: list[Again]) -> None:
     length = 4 + BLOCK + 20
     cache = filled(length)
     step, ids = DecodeGraph(model(), cache), tokens(length + 40)[:, length:]
-    for i in range(3):
+    for i in range(2):
         step(ids[:, i : i + 1])
     fork = cache.fork()
     other = DecodeGraph(model(), fork)
@@ -144,7 +147,7 @@ def test_a_cache_may_be_used_in_between(emulated: list[Again]) -> None:
         model()(ids[:, 6:7], past_key_values=cache)
     step(ids[:, 7:8])
     plain = filled(length)
-    feed(model(), plain, ids[:, [0, 1, 2, 3, 6, 7]], [1] * 6)
+    feed(model(), plain, ids[:, [0, 1, 3, 6, 7]], [1] * 5)
     same_tokens(cache, plain)
 
 
@@ -152,10 +155,12 @@ def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: 
     length = 4 + BLOCK + 20
     cache, ids = filled(length), tokens(1)
     step = DecodeGraph(model(), cache)
-    with pytest.raises(QuantCacheError, match=r"one token for each row, \[B, 1\], got \[2, 3\]"):
+    with pytest.raises(QuantCacheError, match=r"on 88 tokens takes input_ids of shape \[2, 1\], got \[2, 3\]"):
         step(tokens(3))
-    with pytest.raises(QuantCacheError, match=r"has shape \[2, 5\], expected \[2, 89\]"):
+    with pytest.raises(QuantCacheError, match=r"takes attention_mask of shape \[2, 89\], got \[2, 5\]"):
         step(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(QuantCacheError, match=r"takes position_ids of shape \[2, 1\], got \[2, 2\]"):
+        step(ids, position_ids=torch.ones(2, 2, dtype=torch.long))
     with pytest.raises(QuantCacheError, match="for 1 rows, the cache holds 2"):
         step(ids[:1])
     with pytest.raises(CannotRepeat, match="layer 0 has encoded nothing yet: it holds 20 tokens"):
@@ -173,8 +178,17 @@ def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: 
         patch.setattr(config, "_attn_implementation", "sdpa")
         with pytest.raises(CannotRepeat, match='the model attends by sdpa, not by "spectral"'):
             DecodeGraph(model(), cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "updating", 1 + threading.get_ident(), raising=False)
+        patch.setattr(threading, "enumerate", lambda: [SimpleNamespace(ident=cache.updating)])
+        with pytest.raises(QuantCacheError, match="another thread is changing the cache"):
+            step(ids)
     step(ids)
-    assert cache.get_seq_length() == length + 1
+    with torch.inference_mode():  # whose tensors may not be written to once it is over
+        step(ids)
+    step(ids)
+    step(ids)
+    assert cache.get_seq_length() == length + 4
 
 
 def test_generate_takes_its_steps_from_graphs(emulated: list[Again], caplog: pytest.LogCaptureFixture) -> None:
@@ -182,13 +196,14 @@ def test_generate_takes_its_steps_from_graphs(emulated: list[Again], caplog: pyt
     prompt, mask = tokens(length), torch.ones(2, length, dtype=torch.long)
     mask[1, :7] = 0
     config = model().config
-    given = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    given = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
 
     def made(backend: str) -> SpectralCache:
         return SpectralCache(Calibration.synthetic(config, bits=3), config, residual_length=4, backend=backend)
 
     with decode_graphs(model()) as same:
         assert same is model()
+        assert copy.deepcopy(model()).forward.__func__ is type(model()).forward, "a copy is another model's"
         cache = made("cuda")
         found = model().generate(prompt, past_key_values=cache, **given)
         assert len(emulated) == 2
@@ -201,7 +216,7 @@ def test_generate_takes_its_steps_from_graphs(emulated: list[Again], caplog: pyt
         assert gone() is None, "a graph keeps no cache"
         with caplog.at_level(logging.WARNING, logger="quantcache.cache.graphs"):
             for _ in range(2):
-                model().generate(prompt, past_key_values=made("torch"), **given)
+                model().generate(prompt, past_key_values=made("torch"), **(given | {"max_new_tokens": 2}))
         assert [record.getMessage() for record in caplog.records] == [
             "decoding without CUDA graphs: attention by the torch backend depends on lengths that the host knows"
         ]
