@@ -33,9 +33,24 @@ def source(name: str = "attention.h") -> str:
     Returns:
         The text.
     """
-    header, merge, kernels = ((SOURCES / each).read_text(encoding="utf-8") for each in ("warp.h", "merge.h", name))
-    lines = (header.split("#else\n\n#include <cmath>")[0] + "#endif\n" + merge + kernels).splitlines()
-    return "\n".join("" if line.startswith(("#pragma once", '#include "')) else line for line in lines) + "\n"
+    lines: list[str] = []
+    seen: set[str] = set()
+
+    def take(name: str) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        text = (SOURCES / name).read_text(encoding="utf-8")
+        if name == "warp.h":  # without its emulation
+            text = text.split("#else\n\n#include <cmath>")[0] + "#endif\n"
+        for line in text.splitlines():
+            if line.startswith('#include "'):
+                take(line.split('"')[1])
+            elif not line.startswith("#pragma once"):
+                lines.append(line)
+
+    take(name)
+    return "\n".join(lines) + "\n"
 
 
 def _cache_folder() -> Path:
