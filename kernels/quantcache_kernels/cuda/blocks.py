@@ -39,6 +39,9 @@ WORDS = 16
 FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (4, 4))
 """Bit fields of each width, most significant first."""
 
+TABLED = 8
+"""Added to the width of half a tile of up to three bits whose levels are looked up."""
+
 PATH_BIT = 7
 """Where a byte has a trellis' path bit, above its level's."""
 
@@ -50,6 +53,7 @@ class BlockLayout:
     Attributes:
         dims: Coefficient of every slot, -1 for none, ``[H, S]`` int64 on the CPU.
         widths: Bits of the codes of every half of a tile, 0 where a head has none, ``[H, S / 8]`` int64 on the CPU.
+        own_widths: Bits of every slot's coefficient, 0 for none, ``[H, S]`` int64 on the CPU.
         slow_tiles: Tiles of slow dimensions; they come first.
         dim: D.
         is_trellis: Whether codes are paths through a trellis.
@@ -57,6 +61,7 @@ class BlockLayout:
 
     dims: Tensor
     widths: Tensor
+    own_widths: Tensor
     slow_tiles: int
     dim: int
     is_trellis: bool
@@ -87,6 +92,7 @@ class BlockLayout:
         return cls(
             dims,
             own.unflatten(1, (-1, HALF)).amax(-1),
+            own,
             parts[0].shape[1] // TILE,
             constants.dim,
             constants.coding == "trellis",
@@ -115,6 +121,27 @@ class BlockLayout:
             words[:, 1::2] = torch.where(self.widths[:, 0::2] > 0, words[:, 1::2].clamp_min(WORDS), 0)
         return words.unflatten(1, (-1, 2)).sum(-1)
 
+    @cached_property
+    def tabled(self) -> Tensor:
+        """Whether levels of half a tile are looked up, ``[H, S / 8]`` bool: of a trellis of up to three bits, where the
+        two coefficients of any lane have one width."""
+        pairs = self.own_widths.view(self.heads, -1, HALF // 2, 2)
+        alike = ((pairs[..., 0] == pairs[..., 1]) | (pairs[..., 1] == 0)).all(-1)
+        return alike & (self.widths > 0) & (self.widths <= 3) & self.is_trellis
+
+    @cached_property
+    def _swapped(self) -> Tensor:
+        """Coefficients whose levels' two bits change places, ``[H D + 1]`` bool: a table's index has the sign inside."""
+        slots = (self.own_widths == 3) & (self.tabled & (self.widths == 3)).repeat_interleave(HALF, dim=1)
+        found = torch.zeros(self.heads * self.dim + 1, dtype=torch.bool, device="cpu")
+        found[self._coefficients()[slots]] = True
+        return found
+
+    def _coefficients(self) -> Tensor:
+        """Of every slot among those of all heads, H D for none, ``[H, S]`` int64."""
+        first = self.dim * torch.arange(self.heads, dtype=torch.int64, device="cpu")[:, None]
+        return torch.where(self.dims < 0, self.heads * self.dim, first + self.dims)
+
     def gather(self, values: Tensor, dim: int) -> Tensor:
         """Bring per-coefficient values into slot order.
 
@@ -134,7 +161,8 @@ class BlockLayout:
     def table(self) -> Tensor:
         """``HeadTiles`` of every head (codes.h), ``[H, 12]`` int32."""
         rows, offset = torch.zeros(self.heads, 12, dtype=torch.int32, device="cpu"), 0
-        pairs = self.widths[:, 0::2] | self.widths[:, 1::2] << 4
+        kinds = self.widths + TABLED * self.tabled
+        pairs = kinds[:, 0::2] | kinds[:, 1::2] << 4
         rows.view(torch.uint8)[:, 16 : 16 + self.tiles] = pairs.to(torch.uint8)
         for head, words in enumerate(self.tile_words.sum(1).tolist()):
             rows[head, 0], rows[head, 1] = offset, 4 * words
@@ -149,7 +177,8 @@ class BlockLayout:
 
         Returns:
             Width, coefficients ``[8 m]`` (H D for none) and words of fields ``[16 W m]`` (of a trellis 16 (W - 1) m).
-            Of a trellis, width 0 stands for whole tiles, ``[16 m]``, and their words of path bits ``[32 m]``.
+            Of a trellis, width 0 stands for whole tiles, ``[16 m]``, and their words of path bits ``[32 m]``; -1 for
+            coefficients whose levels' two bits change places.
         """
         found = self._groups.get(device)
         if found is None:
@@ -164,8 +193,7 @@ class BlockLayout:
         return [tensor for groups in self._groups.values() for group in groups for tensor in group[1:]]
 
     def _by_width(self) -> list[tuple[int, Tensor, Tensor]]:
-        coefficient = torch.arange(self.heads, dtype=torch.int64, device="cpu")[:, None] * self.dim + self.dims
-        coefficient = torch.where(self.dims < 0, self.heads * self.dim, coefficient).view(-1, HALF)
+        coefficient = self._coefficients().view(-1, HALF)
         widths, paths = self.widths.view(-1, 2), int(self.is_trellis)
         tiles = self.tile_words.flatten()
         tiles = tiles.cumsum(0) - tiles  # first word
@@ -181,6 +209,8 @@ class BlockLayout:
             own = widths[:, 0].nonzero().flatten()
             inside = torch.arange(LANES, dtype=torch.int64, device="cpu")
             found.append((0, coefficient.view(-1, TILE)[own], tiles[own][:, None] + inside))
+        if bool(self._swapped.any()):
+            found.insert(0, (-1, self._swapped.nonzero(), tiles[:0]))
         return found
 
     def pack(self, codes: Tensor, values: bool) -> Tensor:
@@ -199,6 +229,9 @@ class BlockLayout:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, 1))
         out = torch.zeros(*lead, self.words, dtype=torch.int32, device=device)
         for width, dims, words in self.groups(device):
+            if width < 0:
+                codes[:, :, dims] = _swap(codes[:, :, dims])
+                continue
             halves = codes[:, :, dims].unflatten(2, (-1, HALF)).flatten(3)  # [n, B, m, 8 64]
             own = halves[..., place]  # [n, B, m, 32, 8, 2]
             packed = self._pack_fields(own, width) if width else _pack_paths(own)
@@ -229,13 +262,16 @@ class BlockLayout:
         lead, device = words.shape[:2], words.device
         place = _places(values, device)
         codes = torch.zeros(*lead, self.heads * self.dim + 1, BLOCK, dtype=torch.uint8, device=device)
-        for width, dims, words_of in self.groups(device):
+        for width, dims, words_of in reversed(self.groups(device)):
+            if width < 0:
+                codes[:, :, dims] = _swap(codes[:, :, dims])
+                continue
             own = words[:, :, words_of]
             lanes = self._unpack_fields(own, width) if width else _unpack_paths(own)  # [n, B, m, 32, 8, 2]
             halves = lanes.new_zeros(*lanes.shape[:3], HALF * BLOCK)
             halves[..., place] = lanes
             found = halves.unflatten(3, (HALF, BLOCK)).flatten(2, 3)
-            codes[:, :, dims] = found if width else codes[:, :, dims] | found
+            codes[:, :, dims] |= found
         return codes[:, :, :-1]
 
     def _unpack_fields(self, words: Tensor, width: int) -> Tensor:
@@ -261,6 +297,11 @@ class BlockLayout:
             above -= length
             fields.append((length, above))
         return fields
+
+
+def _swap(codes: Tensor) -> Tensor:
+    """Bits 0 and 1 of bytes in each other's place."""
+    return codes & 0xFC | codes << 1 & 2 | codes >> 1 & 1
 
 
 def _path_shifts(device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -31,6 +32,9 @@ ROWS = 8
 
 TURNED_ROWS, TURN_THREADS = 32, 128
 """As in codes.h."""
+
+ONE_HALVES = 0x3C003C00
+"""As in decoding.h."""
 
 MAX_DIM = 256
 
@@ -129,7 +133,7 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         The constants.
     """
     layout = BlockLayout.of(constants)
-    terms, scale = _polynomials(constants, layout)
+    terms, scale = _terms(constants, layout, values)
     decoder = layout.gather(constants.decoder, 2) * scale[:, None]  # [H, D, S]
     table = layout.table()
     empty = torch.zeros(0, dtype=torch.float32, device="cpu")
@@ -147,7 +151,7 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         constants.coding == "trellis",
         int(table[:, 1].max()),
         on_device(table),
-        on_device(_value_order(terms) if values else _key_order(terms)),
+        on_device(terms),
         on_device(decoder.transpose(1, 2) if values else empty),
         on_device(constants.mean),
         [on_device(each) for each in frame],
@@ -180,15 +184,74 @@ def _polynomials(constants: SideConstants, layout: BlockLayout) -> tuple[Tensor,
     return terms.half(), torch.where(width > 0, own[..., 0], 0.0).float()
 
 
-def _key_order(terms: Tensor) -> Tensor:
-    """``[H, S, terms]`` as ``[H, tiles, 4, 2, terms, 2]``: a lane's two coefficients of either half."""
-    return terms.unflatten(1, (-1, 2, 4, 2)).permute(0, 1, 3, 2, 5, 4)
+def _terms(constants: SideConstants, layout: BlockLayout, values: bool) -> tuple[Tensor, Tensor]:
+    """Polynomials or tables of every half tile in the order in which lanes take them, and units of levels, ``[H, S]``.
+
+    Of keys ``[H, tiles, 4, 2 halves, words]`` int32, a lane's two coefficients in the halves of a word of a polynomial;
+    of values ``[H, tiles, 8, 2 halves, words]``, its one coefficient twice.
+    """
+    terms, scale = _polynomials(constants, layout)
+    if values:
+        words = terms.unsqueeze(-1).expand(*terms.shape, 2).contiguous().view(torch.int32).squeeze(-1)
+        width = layout.own_widths
+    else:
+        pairs = terms.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+        words, width = pairs.view(torch.int32).squeeze(-1), layout.own_widths.unflatten(1, (-1, 2)).amax(-1)
+    if constants.coding == "trellis":
+        books = [level_tables(constants.unions[w], w) for w in range(4)]
+        tables = torch.tensor([words for words, _ in books], dtype=torch.int64, device="cpu").to(torch.int32)
+        units = torch.tensor([unit for _, unit in books], dtype=torch.float32, device="cpu")
+        lanes = width.shape[1] // layout.widths.shape[1]
+        tabled = layout.tabled.repeat_interleave(lanes, dim=1).unsqueeze(-1)
+        words = torch.where(tabled, tables[width.clamp_max(3)], torch.nn.functional.pad(words, (0, 2)))
+        tabled = layout.tabled.repeat_interleave(HALF, dim=1)
+        scale = torch.where(tabled, units[layout.own_widths.clamp_max(3)], scale)
+    return words.unflatten(1, (layout.tiles, 2, -1)).transpose(2, 3), scale
 
 
-def _value_order(terms: Tensor) -> Tensor:
-    """``[H, S, terms]`` as ``[H, tiles, 8, 2, terms, 2]``: a lane's two coefficients, each twice."""
-    own = terms.unflatten(1, (-1, 2, 8)).transpose(2, 3)  # [H, tiles, 8 rows, 2, terms]
-    return own.unsqueeze(-1).expand(*own.shape, 2)
+@cache
+def level_tables(levels: Sequence[float], width: int) -> tuple[list[int], float]:
+    """Union levels of a trellis of up to three bits as bytes of half-precision numbers; see ``look_up`` in decoding.h.
+
+    A place of four bits has the level's lower bit above the other three: then its sign is among those. The byte that
+    ``prmt`` finds for a place beyond eight has the sign bit of the first eight's, and so must the level: the levels'
+    unit, which is free, is the one of those that give lower bytes of equal sign for which rounding is least.
+
+    Args:
+        levels: The union codebook, ascending.
+        width: k, 0 to 3.
+
+    Returns:
+        Unsigned words: upper bytes of eight levels, their lower bytes, and both of the eight others; and the levels' unit.
+    """
+    exact = torch.zeros(16, dtype=torch.float64, device="cpu")
+    places = torch.arange(2 << width, device="cpu")
+    if width == 3:
+        places = places & 3 | places << 1 & 8 | places >> 1 & 4
+    if width:
+        exact[places] = torch.tensor(levels, dtype=torch.float64, device="cpu")
+    best, least = None, math.inf
+    for step in range(512):
+        factor = 1 + step / 512
+        rounded = (exact * factor).half()
+        bits = rounded.view(torch.int16).to(torch.int64) & 0xFFFF
+        first, second = bits[:8], bits[8:]
+        if width == 3 and bool(((first ^ second) & 0x8080).any()):
+            continue
+        error = float((rounded.double() / factor - exact).square().sum())
+        if error < least:
+            best, least = (first, second, factor), error
+    assert best is not None
+    first, second, factor = best
+    signs = (first >> 7 & 0x0101) * 0x7F
+    second = (second ^ signs) & 0x7F7F if width == 3 else torch.zeros_like(second)
+    words = [
+        sum(int(x >> shift & 255) << 8 * i for i, x in enumerate(half[four : four + 4]))
+        for half in (first, second)
+        for shift in (8, 0)
+        for four in (0, 4)
+    ]
+    return words, 1 / factor
 
 
 def _key_matrices(
@@ -297,7 +360,7 @@ def attend(
         n, batch, heads, chunks, rows, count, per_split, paired,
         4 * keys.layout.words, 4 * values.layout.words, query_bytes, *room,
         keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast, values.layout.tiles,
-        *((0, 0, 0) if mask is None else _mask_strides(mask)), softcap,
+        *((0, 0, 0) if mask is None else _mask_strides(mask)), softcap, ONE_HALVES,
     )  # fmt: skip
     to_merge = MergeArguments(
         *map(pointer, (partial, stats, near, near_lse, values.decoder, values.mean, out, lse)),

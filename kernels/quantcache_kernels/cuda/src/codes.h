@@ -19,7 +19,7 @@
 struct HeadTiles {  // of one side
     int offset, bytes;  // of the head's tiles in a block, multiples of 64
     int reserved[2];
-    u8 widths[32];      // of the two halves of a tile, four bits each
+    u8 kinds[32];       // of the two halves of a tile, four bits each: width, and TABLED where levels are looked up
 };
 
 struct CodesArguments {
@@ -30,7 +30,7 @@ struct CodesArguments {
     const u8* queries;        // [units, lines, query_bytes], from turn_queries
     const HeadTiles* key_heads;
     const HeadTiles* value_heads;
-    const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]
+    const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]: polynomials or tables
     const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 halves, terms]
     const u32* fast_decoder;  // [heads, fast_tiles, fast / 8, 32 lanes, 2]
     const float* fast_mean;   // [heads, fast / 2, 2]
@@ -46,10 +46,11 @@ struct CodesArguments {
     int slow_tiles, fast_tiles, fast, value_tiles;
     int mask_batch, mask_query, mask_length;
     float softcap;
+    u32 one;  // ONE_HALVES, as something that the compiler does not know: an instruction takes a single constant
 };
 
-constexpr int KEY_TERMS = KEY_TRELLIS ? 6 : 4, VALUE_TERMS = VALUE_TRELLIS ? 6 : 4;  // of a coefficient's polynomial
-constexpr int KEY_WORDS = 8 * KEY_TERMS, VALUE_WORDS = 16 * VALUE_TERMS;              // of a tile's polynomials
+constexpr int KEY_TERMS = KEY_TRELLIS ? PATH_TERMS : SCALAR_TERMS, KEY_WORDS = 8 * KEY_TERMS;  // of half a tile; of one
+constexpr int VALUE_TERMS = VALUE_TRELLIS ? PATH_TERMS : SCALAR_TERMS, VALUE_WORDS = 16 * VALUE_TERMS;
 constexpr int FAST_COLUMNS = 4;  // tiles of eight fast dimensions that are decoded at once
 
 // Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1.
@@ -142,7 +143,7 @@ KERNEL void
     const u32 query_lane = static_cast<u32>(4 * query_row) + column;
     const int query_stride = 32 * a.rows;
     const int pairs = a.fast / 2, key_tiles = a.slow_tiles + a.fast_tiles;
-    const u32 key_widths = keys.widths[lane], value_widths = values.widths[lane];  // of the tile that is a lane's number
+    const u32 key_kinds = keys.kinds[lane], value_kinds = values.kinds[lane];  // of the tile that is a lane's number
     const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * KEY_TERMS * column;
     const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * VALUE_TERMS * row;
 
@@ -158,11 +159,13 @@ KERNEL void
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
         load_gain_codes(key_gains, row, gains);
         const u8* codes = key_part;
+        const u32* terms = key_terms;
         ROLLED for (int tile = 0; tile < a.slow_tiles; ++tile) {
-            const u32 widths = shuffle(key_widths, tile);
-            if (!widths) break;
+            const u32 kinds = shuffle(key_kinds, tile);
+            if (!kinds) break;
             u32 levels[16];
-            decode_tile<KEY_TRELLIS, true, 8>(widths, codes, key_terms + tile * KEY_WORDS, lane, 0, levels);
+            decode_tile<KEY_TRELLIS, true, 8>(kinds, codes, terms, a.one, lane, 0, levels);
+            terms += KEY_WORDS;
             const Words2 query = reinterpret_cast<const Words2*>(query_part + query_stride * tile)[query_lane];
             UNROLL for (int m = 0; m < 4; ++m)
                 mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], query.x,
@@ -180,12 +183,14 @@ KERNEL void
                 UNROLL for (int m = 0; m < 2; ++m)
                     UNROLL for (int k = 0; k < 4; ++k) sums[n][m][k] = 0.0f;
             const u8* fast_codes = codes;
+            terms = key_terms + a.slow_tiles * KEY_WORDS;
             const u32* decoders = a.fast_decoder + (head * a.fast_tiles * (a.fast / 8) + columns) * 64;
             ROLLED for (int tile = a.slow_tiles; tile < key_tiles; ++tile) {
-                const u32 widths = shuffle(key_widths, tile);
-                if (!widths) break;
+                const u32 kinds = shuffle(key_kinds, tile);
+                if (!kinds) break;
                 u32 levels[8];
-                decode_tile<KEY_TRELLIS, true, 4>(widths, fast_codes, key_terms + tile * KEY_WORDS, lane, late, levels);
+                decode_tile<KEY_TRELLIS, true, 4>(kinds, fast_codes, terms, a.one, lane, late, levels);
+                terms += KEY_WORDS;
                 UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
                     if (n >= more_columns) break;
                     const Words2 decoder = reinterpret_cast<const Words2*>(decoders)[32 * n + lane];
@@ -293,11 +298,13 @@ KERNEL void
         }
         // ---------------------------------------------------------------- values
         const u8* value_codes = value_part;
+        terms = value_terms;
         ROLLED for (int tile = 0; tile < a.value_tiles; ++tile) {
-            const u32 widths = shuffle(value_widths, tile);
-            if (!widths) break;
+            const u32 kinds = shuffle(value_kinds, tile);
+            if (!kinds) break;
             u32 levels[16];
-            decode_tile<VALUE_TRELLIS, false, 8>(widths, value_codes, value_terms + tile * VALUE_WORDS, lane, 0, levels);
+            decode_tile<VALUE_TRELLIS, false, 8>(kinds, value_codes, terms, a.one, lane, 0, levels);
+            terms += VALUE_WORDS;
             float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             UNROLL for (int m = 0; m < 4; ++m)
                 mma_half(c, levels[2 * m], levels[8 + 2 * m], levels[2 * m + 1], levels[9 + 2 * m], weights[m][0],

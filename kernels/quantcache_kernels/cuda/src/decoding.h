@@ -4,7 +4,9 @@
 // two half-precision numbers, which a polynomial of each coefficient's own turns into levels.
 //
 // Of a trellis the subsets of all the lane's codes come first, from one word of path bits: a delay by a token is a shift
-// by two. They are two bits of each code, and the level's are put above them while they are still eight in a word.
+// by two. They are two bits of each code, and the level's are put above them while they are still eight in a word. Then
+// eight codes are nibbles that choose bytes: half a tile of up to three bits looks its levels up where it can, upper and
+// lower bytes each in a table of its own.
 #include "warp.h"
 
 #ifdef MARKED
@@ -14,10 +16,10 @@
 #endif
 
 constexpr u32 ONE_HALVES = 0x3C003C00;  // 1.0 twice
+constexpr int TABLED = 8;  // added to the width of half a tile whose levels are looked up
+constexpr int PATH_TERMS = 8, SCALAR_TERMS = 4;  // words of a lane's polynomial or table of half a tile
 
 DEVICE constexpr u32 twice(u32 half) { return half * 0x10001u; }
-// Bits of a where the mask has ones, else of b: one instruction.
-DEVICE u32 select(u32 a, u32 b, u32 mask) { return (a & mask) | (b & ~mask); }
 DEVICE u32 shifted(u32 word, int left) { return left < 0 ? word >> -left : word << left; }
 
 // Bits of register r of a field of F bits, moved so that the lowest is at bit `at` of either half.
@@ -69,7 +71,7 @@ DEVICE void join(u32 low, u32 high, int low_bits, u32 (&nibbles)[2]) {
 // Levels of the first or the late COUNT registers of half a tile, of W bits, in units of their coefficient. Of a trellis,
 // `subsets` has two bits for every code.
 template <int W, bool TRELLIS, int COUNT>
-DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 lane, int late, u32* levels) {
+DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 one, u32 lane, int late, u32* levels) {
     MARK(W);
     constexpr int TERMS = TRELLIS ? 6 : 4, B = TRELLIS ? W - 1 : W;
     u32 t[TERMS];
@@ -82,7 +84,7 @@ DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 lane, int
     if constexpr (COUNT == 4 && TRELLIS) subsets >>= 8 * late;
     u32 nibbles[2];
     UNROLL for (int r = 0; r < COUNT; ++r) {
-        u32 x = ONE_HALVES;  // the highest bit of a code goes to bit 9
+        u32 x = one;  // the highest bit of a code goes to bit 9
         if constexpr (B >= 4) x |= field<4>(fields.four, r, 6);
         if constexpr (TRELLIS) {
             constexpr int LAST = 9 - W;
@@ -127,19 +129,60 @@ DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 lane, int
     }
 }
 
-template <bool TRELLIS, int COUNT>
-DEVICE void decode_half(u32 width, const u8* place, const u32* terms, u32 subsets, u32 lane, int late, u32* levels) {
-    switch (width) {  // the same in all lanes
-        case 1: return decode<1, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        case 2: return decode<2, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        case 3: return decode<3, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        case 4: return decode<4, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        case 5: return decode<5, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        case 6: return decode<6, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        case 7: return decode<7, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        case 8: return decode<8, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        default: MARK(0); UNROLL for (int r = 0; r < COUNT; ++r) levels[r] = 0;
+// Bytes of a table's other half where a selector's highest bit is set, as codes.py prepares them for it: the selected
+// byte comes with the sign of the byte that the first half has there.
+DEVICE u32 either(u32 first, u32 second) { return first ^ (second & 0x7F7F7F7F); }
+
+// The same for up to three bits of a trellis, from tables: upper bytes of eight levels, then lower ones; of sixteen levels
+// both again.
+template <int W, int COUNT>
+DEVICE void look_up(const u8* place, const u32* tables, u32 subsets, u32 lane, int late, u32* levels) {
+    MARK(TABLED + W);
+    Words4 upper = reinterpret_cast<const Words4*>(tables)[0], other;
+    if constexpr (W == 3) other = reinterpret_cast<const Words4*>(tables)[1];
+    Fields fields;
+    load_fields<W - 1, COUNT>(place, lane, late, fields);
+    if constexpr (COUNT == 4) subsets >>= 8 * late;
+    u32 nibbles[2] = {subsets, subsets >> 2};
+    if constexpr (W == 2) join(subsets, fields.one, 2, nibbles);
+    if constexpr (W == 3) join(subsets, fields.two, 2, nibbles);
+    UNROLL for (int odd = 0; odd < 2; ++odd) {
+        if constexpr (W < 3) nibbles[odd] &= W == 1 ? 0x33333333 : 0x77777777;
+        UNROLL for (int r = odd; r < COUNT; r += 4) {  // registers r and r + 2
+            const u32 codes = byte_permute(nibbles[odd], 0, r < 4 ? 0x4420 : 0x4431);
+            u32 high = byte_permute(upper.x, upper.y, codes), low = byte_permute(upper.z, upper.w, codes);
+            if constexpr (W == 3) {
+                high = either(high, byte_permute(other.x, other.y, codes ^ 0x8888));
+                low = either(low, byte_permute(other.z, other.w, codes ^ 0x8888));
+            }
+            levels[r] = byte_permute(low, high, 0x6240);
+            levels[r + 2] = byte_permute(low, high, 0x7351);
+        }
     }
+}
+
+template <bool TRELLIS, int COUNT>
+DEVICE void decode_half(u32 kind, const u8* place, const u32* terms, u32 subsets, u32 one, u32 lane, int late,
+                        u32* levels) {
+    // The same in all lanes; a jump table would wait for memory.
+    if (TRELLIS && kind > TABLED) {
+        if (kind == TABLED + 3) return look_up<3, COUNT>(place, terms, subsets, lane, late, levels);
+        if (kind == TABLED + 2) return look_up<2, COUNT>(place, terms, subsets, lane, late, levels);
+        return look_up<1, COUNT>(place, terms, subsets, lane, late, levels);
+    }
+    if (kind <= 4) {
+        if (kind == 4) return decode<4, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+        if (kind == 3) return decode<3, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+        if (kind == 2) return decode<2, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+        if (kind == 1) return decode<1, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+        MARK(0);
+        UNROLL for (int r = 0; r < COUNT; ++r) levels[r] = 0;
+        return;
+    }
+    if (kind == 5) return decode<5, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+    if (kind == 6) return decode<6, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+    if (kind == 7) return decode<7, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+    return decode<8, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
 }
 
 // Path bits of some tokens ago; `before` has those of the eight tokens before a lane's.
@@ -161,13 +204,21 @@ DEVICE void find_subsets(u32 path, u32 lane, u32 (&subsets)[2]) {
 
 // Levels of COUNT registers of either half of a tile, whose codes it goes past; the terms are the lane's own.
 template <bool TRELLIS, bool KEYS, int COUNT>
-DEVICE void decode_tile(u32 widths, const u8*& codes, const u32* terms, u32 lane, int late, u32 (&levels)[2 * COUNT]) {
-    const u32 first = widths & 15, second = widths >> 4;
+DEVICE void decode_tile(u32 kinds, const u8*& codes, const u32* terms, u32 one, u32 lane, int late,
+                        u32 (&levels)[2 * COUNT]) {
+    const u32 kind = kinds & 15, second_kind = kinds >> 4;
+    u32 first = kind, second = second_kind;  // bits
     u32 subsets[2] = {0, 0};
-    const u8* place = codes + 64 * TRELLIS;
-    if constexpr (TRELLIS) find_subsets<KEYS>(reinterpret_cast<const u32*>(codes)[lane], lane, subsets);
+    const u8* place = codes;
+    if constexpr (TRELLIS) {
+        if (first > TABLED) first -= TABLED;
+        if (second > TABLED) second -= TABLED;
+        find_subsets<KEYS>(reinterpret_cast<const u32*>(codes)[lane], lane, subsets);
+        place += 64;
+    }
     codes += 64 * (first + (TRELLIS && !second ? 1 : second));
-    decode_half<TRELLIS, COUNT>(first, place + 64 * TRELLIS, terms, subsets[0], lane, late, levels);
+    decode_half<TRELLIS, COUNT>(kind, place + 64 * TRELLIS, terms, subsets[0], one, lane, late, levels);
     place += 64 * first;
-    decode_half<TRELLIS, COUNT>(second, place, terms + (TRELLIS ? 6 : 4), subsets[1], lane, late, levels + COUNT);
+    terms += TRELLIS ? PATH_TERMS : SCALAR_TERMS;
+    decode_half<TRELLIS, COUNT>(second_kind, place, terms, subsets[1], one, lane, late, levels + COUNT);
 }
