@@ -257,6 +257,7 @@ KERNEL void
         }
         sync_warp();
         if (more && lane == 0) {
+            MARK(12);
             next_keys += static_cast<u64>(a.batch) * a.key_bytes, next_key_gains += gain_stride;
             fetch_keys(block + 1, !a.paired || (block + 1) % 2 == 0);
         }
@@ -287,10 +288,9 @@ KERNEL void
                 peak[q] = higher;
                 total[q] *= decay[q];
             }
-            for (int i = 0; i < 4 * a.value_tiles; ++i) {
-                const int at = 128 * (i / 4) + 4 * static_cast<int>(lane) + i % 4;
-                all_sums[at] *= decay[i % 2];
-            }
+            ROLLED for (int tile = 0; tile < a.value_tiles; ++tile)
+                UNROLL for (int i = 0; i < 4; ++i)
+                    all_sums[128 * tile + 4 * static_cast<int>(lane) + i] *= decay[i % 2];
         }
         UNROLL for (int q = 0; q < 2; ++q) {
             scale[q] = power_of_two(tile_peak[q] - peak[q]);
@@ -314,6 +314,7 @@ KERNEL void
         }
         sync_warp();
         if (more && lane == 0) {
+            MARK(13);
             next_values += static_cast<u64>(a.batch) * a.value_bytes, next_value_gains += gain_stride;
             fetch_values();
         }

@@ -10,9 +10,9 @@
 #include "warp.h"
 
 #ifdef MARKED
-#define MARK(width) asm volatile("pmevent %0;" ::"n"(width))  // benchmarks/sass.py finds a width's code by it
+#define MARK(place) asm volatile("pmevent %0;" ::"n"(place))  // benchmarks/sass.py finds places in machine code by it
 #else
-#define MARK(width)
+#define MARK(place)
 #endif
 
 constexpr u32 ONE_HALVES = 0x3C003C00;  // 1.0 twice
