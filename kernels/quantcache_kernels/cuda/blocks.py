@@ -159,11 +159,12 @@ class BlockLayout:
         return values.gather(dim, index.clamp_min(0)).masked_fill(index < 0, 0)
 
     def table(self) -> Tensor:
-        """``HeadTiles`` of every head (codes.h), ``[H, 12]`` int32."""
-        rows, offset = torch.zeros(self.heads, 12, dtype=torch.int32, device="cpu"), 0
+        """``HeadTiles`` of every head (codes.h), ``[H, 36]`` int32."""
+        rows, offset = torch.zeros(self.heads, 36, dtype=torch.int32, device="cpu"), 0
         kinds = self.widths + TABLED * self.tabled
-        pairs = kinds[:, 0::2] | kinds[:, 1::2] << 4
-        rows.view(torch.uint8)[:, 16 : 16 + self.tiles] = pairs.to(torch.uint8)
+        second = 4 * WORDS * (self.widths[:, 0::2] + self.is_trellis)  # behind path bits and the first half's fields
+        tiles = kinds[:, 0::2] | kinds[:, 1::2] << 4 | second << 8 | 4 * self.tile_words << 20
+        rows[:, 4 : 4 + self.tiles] = torch.where(self.widths[:, 0::2] > 0, tiles, 0).to(torch.int32)
         for head, words in enumerate(self.tile_words.sum(1).tolist()):
             rows[head, 0], rows[head, 1] = offset, 4 * words
             offset += 4 * words

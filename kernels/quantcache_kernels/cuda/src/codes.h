@@ -19,7 +19,9 @@
 struct HeadTiles {  // of one side
     int offset, bytes;  // of the head's tiles in a block, multiples of 64
     int reserved[2];
-    u8 kinds[32];       // of the two halves of a tile, four bits each: width, and TABLED where levels are looked up
+    // Kinds of the two halves of a tile, four bits each: width, and TABLED where levels are looked up. From bit 8 on where
+    // the second half's fields are in the tile, from bit 20 on the tile's bytes. 0 for a tile of nothing and those behind.
+    u32 tiles[32];
 };
 
 struct CodesArguments {
@@ -57,8 +59,10 @@ constexpr int FAST_COLUMNS = 4;  // tiles of eight fast dimensions that are deco
 DEVICE void load_gain_codes(const u8* place, u32 row, float (&gains)[8]) {
     const Words2 w = reinterpret_cast<const Words2*>(place)[row];
     UNROLL for (int i = 0; i < 8; ++i) {
-        const int code = static_cast<int>((i < 4 ? w.x : w.y) >> 8 * (i % 4) & 255);
-        gains[i] = code ? power_of_two(static_cast<float>(code - 128) * 0.03125f) : 0.0f;
+        // A code in the lowest byte of 2^23 is a number: 2^23 + code.
+        const float code = float_of(byte_permute(i < 4 ? w.x : w.y, 0x4B000000, 0x7650u | static_cast<u32>(i % 4)));
+        const float power = power_of_two(multiply_add(code, 0.03125f, -262148.0f));
+        gains[i] = code > 8388608.0f ? power : 0.0f;
     }
 }
 
@@ -143,7 +147,7 @@ KERNEL void
     const u32 query_lane = static_cast<u32>(4 * query_row) + column;
     const int query_stride = 32 * a.rows;
     const int pairs = a.fast / 2, key_tiles = a.slow_tiles + a.fast_tiles;
-    const u32 key_kinds = keys.kinds[lane], value_kinds = values.kinds[lane];  // of the tile that is a lane's number
+    const u32 own_keys = keys.tiles[lane], own_values = values.tiles[lane];  // of the tile that is a lane's number
     const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * KEY_TERMS * column;
     const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * VALUE_TERMS * row;
 
@@ -161,10 +165,10 @@ KERNEL void
         const u8* codes = key_part;
         const u32* terms = key_terms;
         ROLLED for (int tile = 0; tile < a.slow_tiles; ++tile) {
-            const u32 kinds = shuffle(key_kinds, tile);
-            if (!kinds) break;
+            const u32 found = shuffle(own_keys, tile);
+            if (!found) break;
             u32 levels[16];
-            decode_tile<KEY_TRELLIS, true, 8>(kinds, codes, terms, a.one, lane, 0, levels);
+            decode_tile<KEY_TRELLIS, true, 8>(found, codes, terms, a.one, lane, 0, levels);
             terms += KEY_WORDS;
             const Words2 query = reinterpret_cast<const Words2*>(query_part + query_stride * tile)[query_lane];
             UNROLL for (int m = 0; m < 4; ++m)
@@ -186,10 +190,10 @@ KERNEL void
             terms = key_terms + a.slow_tiles * KEY_WORDS;
             const u32* decoders = a.fast_decoder + (head * a.fast_tiles * (a.fast / 8) + columns) * 64;
             ROLLED for (int tile = a.slow_tiles; tile < key_tiles; ++tile) {
-                const u32 kinds = shuffle(key_kinds, tile);
-                if (!kinds) break;
+                const u32 found = shuffle(own_keys, tile);
+                if (!found) break;
                 u32 levels[8];
-                decode_tile<KEY_TRELLIS, true, 4>(kinds, fast_codes, terms, a.one, lane, late, levels);
+                decode_tile<KEY_TRELLIS, true, 4>(found, fast_codes, terms, a.one, lane, late, levels);
                 terms += KEY_WORDS;
                 UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
                     if (n >= more_columns) break;
@@ -235,23 +239,28 @@ KERNEL void
         }
         const float* extra = reinterpret_cast<const float*>(query_part + query_stride * (a.slow_tiles + a.fast / 16));
         float y[2][8], tile_peak[2];
+        const bool all_seen = length == 64 && start >= first_seen && !a.mask;
         UNROLL for (int q = 0; q < 2; ++q) {
             const int own = 2 * static_cast<int>(column) + q, safe = own < a.rows ? own : a.rows - 1;
             const float unit = extra[safe], offset = extra[8 + safe];
-            const int query = (chunk * a.rows + safe) % a.count;
-            tile_peak[q] = -1e30f;
-            UNROLL for (int r = 0; r < 8; ++r) {
-                float x = multiply_add(scores[r / 2][2 * (r % 2) + q], unit, offset);
-                if (a.softcap > 0.0f) x = capped(x, a.softcap) * 1.4426950408889634f;
-                const int token = 8 * static_cast<int>(row) + r, slot = start + token;
-                bool seen = token < length && slot >= first_seen;
-                if (a.mask) {
-                    const u64 entry = static_cast<u64>(b) * a.mask_batch + static_cast<u64>(query) * a.mask_query + slot;
-                    seen = seen && slot < a.mask_length && a.mask[entry];
+            UNROLL for (int r = 0; r < 8; ++r) y[q][r] = multiply_add(scores[r / 2][2 * (r % 2) + q], unit, offset);
+            if (a.softcap > 0.0f)
+                UNROLL for (int r = 0; r < 8; ++r) y[q][r] = capped(y[q][r], a.softcap) * 1.4426950408889634f;
+            if (!all_seen) {
+                const int query = (chunk * a.rows + safe) % a.count;
+                UNROLL for (int r = 0; r < 8; ++r) {
+                    const int token = 8 * static_cast<int>(row) + r, slot = start + token;
+                    bool seen = token < length && slot >= first_seen;
+                    if (a.mask) {
+                        const u64 entry =
+                            static_cast<u64>(b) * a.mask_batch + static_cast<u64>(query) * a.mask_query + slot;
+                        seen = seen && slot < a.mask_length && a.mask[entry];
+                    }
+                    if (!seen) y[q][r] = -1e30f;
                 }
-                y[q][r] = seen ? x : -1e30f;
-                tile_peak[q] = larger(tile_peak[q], y[q][r]);
             }
+            tile_peak[q] = -5e29f;  // what is not seen is far below it and weighs nothing
+            UNROLL for (int r = 0; r < 8; ++r) tile_peak[q] = larger(tile_peak[q], y[q][r]);
             UNROLL for (int mask = 4; mask < 32; mask *= 2)
                 tile_peak[q] = larger(tile_peak[q], shuffle_xor(tile_peak[q], mask));
         }
@@ -269,8 +278,7 @@ KERNEL void
         UNROLL for (int r = 0; r < 8; ++r) {
             float w[2];
             UNROLL for (int q = 0; q < 2; ++q) {
-                // What is not seen weighs nothing; NaN is not among it.
-                const float p = y[q][r] <= -5e29f ? 0.0f : power_of_two(add(y[q][r], -tile_peak[q]));
+                const float p = power_of_two(add(y[q][r], -tile_peak[q]));
                 part[q] += p;
                 w[q] = p * gains[r];
             }
@@ -300,17 +308,19 @@ KERNEL void
         const u8* value_codes = value_part;
         terms = value_terms;
         ROLLED for (int tile = 0; tile < a.value_tiles; ++tile) {
-            const u32 kinds = shuffle(value_kinds, tile);
-            if (!kinds) break;
+            const u32 found = shuffle(own_values, tile);
+            if (!found) break;
             u32 levels[16];
-            decode_tile<VALUE_TRELLIS, false, 8>(kinds, value_codes, terms, a.one, lane, 0, levels);
+            decode_tile<VALUE_TRELLIS, false, 8>(found, value_codes, terms, a.one, lane, 0, levels);
             terms += VALUE_WORDS;
             float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             UNROLL for (int m = 0; m < 4; ++m)
                 mma_half(c, levels[2 * m], levels[8 + 2 * m], levels[2 * m + 1], levels[9 + 2 * m], weights[m][0],
                          weights[m][1]);
-            float* sum = all_sums + 128 * tile + 4 * lane;
-            UNROLL for (int i = 0; i < 4; ++i) sum[i] = multiply_add(c[i], scale[i % 2], sum[i]);
+            Words4& sum = reinterpret_cast<Words4*>(all_sums)[32 * tile + static_cast<int>(lane)];
+            const Words4 w = sum;
+            sum = {bits_of(multiply_add(c[0], scale[0], float_of(w.x))), bits_of(multiply_add(c[1], scale[1], float_of(w.y))),
+                   bits_of(multiply_add(c[2], scale[0], float_of(w.z))), bits_of(multiply_add(c[3], scale[1], float_of(w.w)))};
         }
         sync_warp();
         if (more && lane == 0) {

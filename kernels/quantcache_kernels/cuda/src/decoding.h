@@ -73,11 +73,12 @@ DEVICE void join(u32 low, u32 high, int low_bits, u32 (&nibbles)[2]) {
 template <int W, bool TRELLIS, int COUNT>
 DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 one, u32 lane, int late, u32* levels) {
     MARK(W);
-    constexpr int TERMS = TRELLIS ? 6 : 4, B = TRELLIS ? W - 1 : W;
-    u32 t[TERMS];
-    UNROLL for (int k = 0; k < TERMS; k += 2) {
-        const Words2 w = *reinterpret_cast<const Words2*>(terms + k);
-        t[k] = w.x, t[k + 1] = w.y;
+    constexpr int B = TRELLIS ? W - 1 : W;
+    const Words4 first_terms = *reinterpret_cast<const Words4*>(terms);
+    u32 t[6] = {first_terms.x, first_terms.y, first_terms.z, first_terms.w, 0, 0};
+    if constexpr (TRELLIS && W > 1) {
+        const Words2 last_terms = *reinterpret_cast<const Words2*>(terms + 4);
+        t[4] = last_terms.x, t[5] = last_terms.y;
     }
     Fields fields;
     load_fields<B, COUNT>(place, lane, late, fields);
@@ -117,7 +118,7 @@ DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 one, u32 
         if constexpr (TRELLIS) {
             u32 p = t[2];
             if constexpr (W > 1) {
-                p = W > 2 ? halves_multiply_add(square, t[TERMS - 1], t[TERMS - 2]) : t[TERMS - 2];
+                p = W > 2 ? halves_multiply_add(square, t[5], t[4]) : t[4];
                 p = halves_multiply_add(square, p, t[3]);
                 p = halves_multiply_add(square, p, t[2]);
             }
@@ -204,21 +205,17 @@ DEVICE void find_subsets(u32 path, u32 lane, u32 (&subsets)[2]) {
 
 // Levels of COUNT registers of either half of a tile, whose codes it goes past; the terms are the lane's own.
 template <bool TRELLIS, bool KEYS, int COUNT>
-DEVICE void decode_tile(u32 kinds, const u8*& codes, const u32* terms, u32 one, u32 lane, int late,
+DEVICE void decode_tile(u32 tile, const u8*& codes, const u32* terms, u32 one, u32 lane, int late,
                         u32 (&levels)[2 * COUNT]) {
-    const u32 kind = kinds & 15, second_kind = kinds >> 4;
-    u32 first = kind, second = second_kind;  // bits
     u32 subsets[2] = {0, 0};
     const u8* place = codes;
     if constexpr (TRELLIS) {
-        if (first > TABLED) first -= TABLED;
-        if (second > TABLED) second -= TABLED;
-        find_subsets<KEYS>(reinterpret_cast<const u32*>(codes)[lane], lane, subsets);
-        place += 64;
+        find_subsets<KEYS>(reinterpret_cast<const u32*>(place)[lane], lane, subsets);
+        place += 128;
     }
-    codes += 64 * (first + (TRELLIS && !second ? 1 : second));
-    decode_half<TRELLIS, COUNT>(kind, place + 64 * TRELLIS, terms, subsets[0], one, lane, late, levels);
-    place += 64 * first;
+    decode_half<TRELLIS, COUNT>(tile & 15, place, terms, subsets[0], one, lane, late, levels);
+    place = codes + (tile >> 8 & 0xFFF);
+    codes += tile >> 20;
     terms += TRELLIS ? PATH_TERMS : SCALAR_TERMS;
-    decode_half<TRELLIS, COUNT>(second_kind, place, terms, subsets[1], one, lane, late, levels + COUNT);
+    decode_half<TRELLIS, COUNT>(tile >> 4 & 15, place, terms, subsets[1], one, lane, late, levels + COUNT);
 }
