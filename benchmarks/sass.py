@@ -209,16 +209,16 @@ class BlockCost:
 
     Attributes:
         body: What is done once.
-        fast_pass: What a pass over half of the tokens in 32 fast dimensions does beside decoding.
+        fast_pass: What a pass over half of the tokens does beside decoding, by fast dimensions: 32 or 48.
         slow: For a tile of slow dimensions of keys, by the kinds of its halves (``HeadTiles`` in codes.h).
-        fast: For a tile of fast dimensions in one pass.
+        fast: For a tile of fast dimensions in a pass, by the pass's dimensions and by kinds.
         values: For a tile of values.
     """
 
     body: int
-    fast_pass: int
+    fast_pass: dict[int, int]
     slow: dict[tuple[int, int], int]
-    fast: dict[tuple[int, int], int]
+    fast: dict[int, dict[tuple[int, int], int]]
     values: dict[tuple[int, int], int]
 
     def instructions(self, keys: Sequence[int], slow_tiles: int, fast: int, values: Sequence[int]) -> int:
@@ -233,13 +233,17 @@ class BlockCost:
         Returns:
             The number.
         """
-        passes = 2 * -(-fast // 32)
-        parts = ((self.slow, keys[:slow_tiles], 1), (self.fast, keys[slow_tiles:], passes), (self.values, values, 1))
-        tiles = sum(times * costs[kind & 15, kind >> 4] for costs, kinds, times in parts for kind in kinds if kind)
-        return self.body + passes * self.fast_pass + tiles
+        count = self.body
+        for costs, kinds in ((self.slow, keys[:slow_tiles]), (self.values, values)):
+            count += sum(costs[kind & 15, kind >> 4] for kind in kinds if kind)
+        for first in range(0, fast, 48):
+            size = 32 if fast - first <= 32 else 48
+            tiles = sum(self.fast[size][kind & 15, kind >> 4] for kind in keys[slow_tiles:] if kind)
+            count += 2 * (self.fast_pass[size] + tiles)
+        return count
 
 
-FETCH_KEYS, FETCH_VALUES = 12, 13
+FETCH_KEYS, FETCH_VALUES, ALL_COLUMNS = 12, 13, 14
 """Marks in ``attend_codes`` beside those of widths."""
 
 
@@ -274,15 +278,22 @@ def block_cost(cubin: bytes) -> BlockCost:
     if not around or len(passes) != 1:
         raise ValueError(f"attend_codes has {len(tiles)} loops with products of tiles and {len(passes)} of passes")
     blocks = min(around, key=lambda span: span[1] - span[0])
-    costs = [_tile_costs(ways, tile, {a: kind for a, kind in marks.items() if tile[0] <= a <= tile[1]}) for tile in tiles]
     places = [next(a for a, kind in marks.items() if kind == place) for place in (FETCH_KEYS, FETCH_VALUES)]
     stops = [blocks[0], *places, blocks[1]]
     once = sum(_shortest(ways, *pair) for pair in zip(stops, stops[1:], strict=False)) + 1 - len(places)
-    tile = tiles[1]
-    left = {to for at, found in ways.items() if tile[0] <= at <= tile[1] for to in found if not tile[0] <= to <= tile[1]}
-    outside = {at: [to for to in found if to != tile[0] or at < tile[0]] for at, found in ways.items()}
-    outside |= {tile[0]: sorted(left)}
-    return BlockCost(once, _longest(outside, passes[0][0], passes[0][1]) + 1, *costs)
+    slow, fast, values = tiles
+    left = {to for at, found in ways.items() if fast[0] <= at <= fast[1] for to in found if not fast[0] <= to <= fast[1]}
+    some = {at: [to for to in found if marks.get(to) != ALL_COLUMNS] for at, found in ways.items()}
+    return BlockCost(
+        once,
+        {
+            size: _longest(taken | {fast[0]: sorted(left)}, passes[0][0], passes[0][1]) - more
+            for size, taken, more in ((32, some, 0), (48, ways, 1))
+        },
+        _tile_costs(ways, slow, marks),
+        {size: _tile_costs(taken, fast, marks, more) for size, taken, more in ((32, some, 0), (48, ways, 1))},
+        _tile_costs(ways, values, marks),
+    )
 
 
 def _ways(body: list[tuple[int, str]]) -> dict[int, list[int]]:
@@ -326,10 +337,10 @@ def _longest(ways: dict[int, list[int]], start: int, stop: int) -> int:
 
 
 def _tile_costs(
-    ways: dict[int, list[int]], span: tuple[int, int], marks: dict[int, int]
+    ways: dict[int, list[int]], span: tuple[int, int], marks: dict[int, int], more_marks: int = 0
 ) -> dict[tuple[int, int], int]:
     """Instructions of a loop over tiles by the kinds of a tile's halves; its marks are those of either half."""
-    places = sorted(marks)
+    places = [a for a in sorted(marks) if span[0] <= a <= span[1] and marks[a] < FETCH_KEYS]
     halves = places[: len(places) // 2], places[len(places) // 2 :]
     if sorted(marks[a] for a in halves[0]) != sorted(marks[a] for a in halves[1]):
         raise ValueError(f"a loop over tiles has the marks {[marks[a] for a in places]}")
@@ -337,7 +348,7 @@ def _tile_costs(
         (marks[a], marks[b]): _shortest(ways, span[0], a)
         + _longest(ways, a, b)
         + _longest(ways, b, span[1])
-        - 1  # two marks, and the branch at the end
+        - (1 + more_marks)  # marks, but for the branch at the end
         for a in halves[0]
         for b in halves[1]
     }

@@ -53,7 +53,7 @@ struct CodesArguments {
 
 constexpr int KEY_TERMS = KEY_TRELLIS ? PATH_TERMS : SCALAR_TERMS, KEY_WORDS = 8 * KEY_TERMS;  // of half a tile; of one
 constexpr int VALUE_TERMS = VALUE_TRELLIS ? PATH_TERMS : SCALAR_TERMS, VALUE_WORDS = 16 * VALUE_TERMS;
-constexpr int FAST_COLUMNS = 4;  // tiles of eight fast dimensions that are decoded at once
+constexpr int FAST_COLUMNS = 6;  // tiles of eight fast dimensions that are decoded at once
 
 // Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1.
 DEVICE void load_gain_codes(const u8* place, u32 row, float (&gains)[8]) {
@@ -196,7 +196,8 @@ KERNEL void
                 decode_tile<KEY_TRELLIS, true, 4>(found, fast_codes, terms, a.one, lane, late, levels);
                 terms += KEY_WORDS;
                 UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
-                    if (n >= more_columns) break;
+                    if (n && n % 2 == 0 && n >= more_columns) break;
+                    if (n == 4) MARK(14);
                     const Words2 decoder = reinterpret_cast<const Words2*>(decoders)[32 * n + lane];
                     UNROLL for (int m = 0; m < 2; ++m)
                         mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[4 + 2 * m], levels[5 + 2 * m],
@@ -211,7 +212,8 @@ KERNEL void
             UNROLL for (int m = 0; m < 2; ++m)
                 UNROLL for (int k = 0; k < 4; ++k) part[m][k] = 0.0f;
             UNROLL for (int i = 0; i < FAST_COLUMNS / 2; ++i) {
-                if (2 * i >= more_columns) break;
+                if (i && 2 * i >= more_columns) break;
+                if (i == 2) MARK(14);
                 const u8* place = fast_query + query_stride * (columns / 2 + i);
                 const Words2 query = reinterpret_cast<const Words2*>(place)[query_lane];
                 UNROLL for (int m = 0; m < 2; ++m) {
