@@ -243,7 +243,7 @@ class BlockCost:
         return count
 
 
-FETCH_KEYS, FETCH_VALUES, ALL_COLUMNS = 12, 13, 14
+FETCH, ALL_COLUMNS = 14, 15
 """Marks in ``attend_codes`` beside those of widths."""
 
 
@@ -278,7 +278,7 @@ def block_cost(cubin: bytes) -> BlockCost:
     if not around or len(passes) != 1:
         raise ValueError(f"attend_codes has {len(tiles)} loops with products of tiles and {len(passes)} of passes")
     blocks = min(around, key=lambda span: span[1] - span[0])
-    places = [next(a for a, kind in marks.items() if kind == place) for place in (FETCH_KEYS, FETCH_VALUES)]
+    places = [a for a, kind in marks.items() if kind == FETCH]  # keys, then values
     stops = [blocks[0], *places, blocks[1]]
     once = sum(_shortest(ways, *pair) for pair in zip(stops, stops[1:], strict=False)) + 1 - len(places)
     slow, fast, values = tiles
@@ -287,7 +287,7 @@ def block_cost(cubin: bytes) -> BlockCost:
     return BlockCost(
         once,
         {
-            size: _longest(taken | {fast[0]: sorted(left)}, passes[0][0], passes[0][1]) - more
+            size: _longest(taken | {fast[0]: sorted(left)}, passes[0][0], passes[0][1]) + 1 - more
             for size, taken, more in ((32, some, 0), (48, ways, 1))
         },
         _tile_costs(ways, slow, marks),
@@ -340,7 +340,7 @@ def _tile_costs(
     ways: dict[int, list[int]], span: tuple[int, int], marks: dict[int, int], more_marks: int = 0
 ) -> dict[tuple[int, int], int]:
     """Instructions of a loop over tiles by the kinds of a tile's halves; its marks are those of either half."""
-    places = [a for a in sorted(marks) if span[0] <= a <= span[1] and marks[a] < FETCH_KEYS]
+    places = [a for a in sorted(marks) if span[0] <= a <= span[1] and marks[a] < FETCH]
     halves = places[: len(places) // 2], places[len(places) // 2 :]
     if sorted(marks[a] for a in halves[0]) != sorted(marks[a] for a in halves[1]):
         raise ValueError(f"a loop over tiles has the marks {[marks[a] for a in places]}")

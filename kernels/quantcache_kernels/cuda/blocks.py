@@ -40,7 +40,10 @@ FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4,
 """Bit fields of each width, most significant first."""
 
 TABLED = 8
-"""Added to the width of half a tile of up to three bits whose levels are looked up."""
+"""Added to the width of half a tile whose levels are looked up."""
+
+PLACES = 5
+"""Bits that a place in a codebook may have for that; a trellis of k bits has places of k + 1."""
 
 PATH_BIT = 7
 """Where a byte has a trellis' path bit, above its level's."""
@@ -123,18 +126,25 @@ class BlockLayout:
 
     @cached_property
     def tabled(self) -> Tensor:
-        """Whether levels of half a tile are looked up, ``[H, S / 8]`` bool: of a trellis of up to three bits, where the
-        two coefficients of any lane have one width."""
+        """Whether levels of half a tile are looked up, ``[H, S / 8]`` bool: of few bits, where the two coefficients of any
+        lane have one width."""
         pairs = self.own_widths.view(self.heads, -1, HALF // 2, 2)
         alike = ((pairs[..., 0] == pairs[..., 1]) | (pairs[..., 1] == 0)).all(-1)
-        return alike & (self.widths > 0) & (self.widths <= 3) & self.is_trellis
+        return alike & (self.widths > 0) & (self.widths + self.is_trellis <= PLACES)
 
-    @cached_property
-    def _swapped(self) -> Tensor:
-        """Coefficients whose levels' two bits change places, ``[H D + 1]`` bool: a table's index has the sign inside."""
-        slots = (self.own_widths == 3) & (self.tabled & (self.widths == 3)).repeat_interleave(HALF, dim=1)
-        found = torch.zeros(self.heads * self.dim + 1, dtype=torch.bool, device="cpu")
-        found[self._coefficients()[slots]] = True
+    def _recoded(self) -> list[tuple[Tensor, Tensor]]:
+        """Coefficients whose codes are stored as something else, and what each byte becomes and came from, ``[2, 256]``."""
+        stored = torch.where(self.tabled, self.widths, 0).repeat_interleave(HALF, dim=1)
+        found = []
+        for width in range(1, PLACES + 1):
+            for own in range(1, width + 1):
+                slots = (stored == width) & (self.own_widths == own)
+                codes = torch.arange(1 << own - self.is_trellis, dtype=torch.int64, device="cpu")
+                became = stored_codes(codes, width, own, self.is_trellis)
+                if bool(slots.any()) and not torch.equal(codes, became):
+                    maps = torch.arange(1 << PATH_BIT, dtype=torch.int64, device="cpu").repeat(2, 1)
+                    maps[0, codes], maps[1, became] = became, codes
+                    found.append((self._coefficients()[slots], torch.cat((maps, maps + (1 << PATH_BIT)), dim=1)))
         return found
 
     def _coefficients(self) -> Tensor:
@@ -178,8 +188,8 @@ class BlockLayout:
 
         Returns:
             Width, coefficients ``[8 m]`` (H D for none) and words of fields ``[16 W m]`` (of a trellis 16 (W - 1) m).
-            Of a trellis, width 0 stands for whole tiles, ``[16 m]``, and their words of path bits ``[32 m]``; -1 for
-            coefficients whose levels' two bits change places.
+            Of a trellis, width 0 stands for whole tiles, ``[16 m]``, and their words of path bits ``[32 m]``. -1 stands
+            for coefficients whose codes are stored as something else: what each byte becomes and came from, ``[512]``.
         """
         found = self._groups.get(device)
         if found is None:
@@ -210,9 +220,7 @@ class BlockLayout:
             own = widths[:, 0].nonzero().flatten()
             inside = torch.arange(LANES, dtype=torch.int64, device="cpu")
             found.append((0, coefficient.view(-1, TILE)[own], tiles[own][:, None] + inside))
-        if bool(self._swapped.any()):
-            found.insert(0, (-1, self._swapped.nonzero(), tiles[:0]))
-        return found
+        return [(-1, *recoded) for recoded in self._recoded()] + found
 
     def pack(self, codes: Tensor, values: bool) -> Tensor:
         """Pack codes.
@@ -231,7 +239,7 @@ class BlockLayout:
         out = torch.zeros(*lead, self.words, dtype=torch.int32, device=device)
         for width, dims, words in self.groups(device):
             if width < 0:
-                codes[:, :, dims] = _swap(codes[:, :, dims])
+                codes[:, :, dims] = words[:256].to(torch.uint8)[codes[:, :, dims].long()]
                 continue
             halves = codes[:, :, dims].unflatten(2, (-1, HALF)).flatten(3)  # [n, B, m, 8 64]
             own = halves[..., place]  # [n, B, m, 32, 8, 2]
@@ -265,7 +273,7 @@ class BlockLayout:
         codes = torch.zeros(*lead, self.heads * self.dim + 1, BLOCK, dtype=torch.uint8, device=device)
         for width, dims, words_of in reversed(self.groups(device)):
             if width < 0:
-                codes[:, :, dims] = _swap(codes[:, :, dims])
+                codes[:, :, dims] = words_of[256:].to(torch.uint8)[codes[:, :, dims].long()]
                 continue
             own = words[:, :, words_of]
             lanes = self._unpack_fields(own, width) if width else _unpack_paths(own)  # [n, B, m, 32, 8, 2]
@@ -300,9 +308,32 @@ class BlockLayout:
         return fields
 
 
-def _swap(codes: Tensor) -> Tensor:
-    """Bits 0 and 1 of bytes in each other's place."""
-    return codes & 0xFC | codes << 1 & 2 | codes >> 1 & 1
+def stored_codes(codes: Tensor, stored: int, width: int, is_trellis: bool) -> Tensor:
+    """Codes as half a tile whose levels are looked up has them; see :mod:`quantcache_kernels.cuda.tables`.
+
+    Args:
+        codes: Without path bits, int64.
+        stored: Bits of the half.
+        width: Bits of the code.
+        is_trellis: Whether they are those of a trellis.
+
+    Returns:
+        The same shape.
+    """
+    places, top = width + is_trellis, width - is_trellis - 1
+    if places == PLACES:  # the magnitude, and whether the sign is negative
+        negative = (codes >> top ^ 1) & 1
+        codes = (codes ^ -negative) & ((1 << top) - 1)
+        return codes | negative << top if is_trellis else swapped(codes, 0, 3) << 1 | negative
+    if places == PLACES - 1:
+        codes = swapped(codes, top, top - 1)
+    return codes if is_trellis or stored < PLACES else codes << 1
+
+
+def swapped(codes: Tensor, one: int, other: int) -> Tensor:
+    """Codes with two bits in each other's place."""
+    differs = (codes >> one ^ codes >> other) & 1
+    return codes ^ (differs << one | differs << other)
 
 
 def _path_shifts(device: torch.device) -> Tensor:

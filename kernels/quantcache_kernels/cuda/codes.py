@@ -11,17 +11,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.blocks import HALF, LANES, TILE, BlockLayout
+from quantcache_kernels.cuda.blocks import HALF, LANES, PLACES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.near import near_attention
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
 from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, QueryArguments, pointer
+from quantcache_kernels.cuda.tables import level_tables
 from quantcache_kernels.interface import ANCHOR_LENGTH, AttentionCall, SideConstants
 from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
@@ -33,7 +33,7 @@ ROWS = 8
 TURNED_ROWS, TURN_THREADS = 32, 128
 """As in codes.h."""
 
-ONE_HALVES = 0x3C003C00
+TERMS, ONE_HALVES = 8, 0x3C003C00
 """As in decoding.h."""
 
 MAX_DIM = 256
@@ -197,61 +197,18 @@ def _terms(constants: SideConstants, layout: BlockLayout, values: bool) -> tuple
     else:
         pairs = terms.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
         words, width = pairs.view(torch.int32).squeeze(-1), layout.own_widths.unflatten(1, (-1, 2)).amax(-1)
-    if constants.coding == "trellis":
-        books = [level_tables(constants.unions[w], w) for w in range(4)]
-        tables = torch.tensor([words for words, _ in books], dtype=torch.int64, device="cpu").to(torch.int32)
-        units = torch.tensor([unit for _, unit in books], dtype=torch.float32, device="cpu")
-        lanes = width.shape[1] // layout.widths.shape[1]
-        tabled = layout.tabled.repeat_interleave(lanes, dim=1).unsqueeze(-1)
-        words = torch.where(tabled, tables[width.clamp_max(3)], torch.nn.functional.pad(words, (0, 2)))
-        tabled = layout.tabled.repeat_interleave(HALF, dim=1)
-        scale = torch.where(tabled, units[layout.own_widths.clamp_max(3)], scale)
+    words = torch.nn.functional.pad(words, (0, TERMS - words.shape[-1]))
+    is_trellis = constants.coding == "trellis"
+    most = PLACES - is_trellis
+    books = [level_tables(tuple((constants.unions if is_trellis else constants.levels)[w]), is_trellis) for w in range(most + 1)]
+    tables = torch.tensor([words for words, _ in books], dtype=torch.int64, device="cpu").to(torch.int32)
+    units = torch.tensor([unit for _, unit in books], dtype=torch.float32, device="cpu")
+    lanes = width.shape[1] // layout.widths.shape[1]
+    tabled = layout.tabled.repeat_interleave(lanes, dim=1).unsqueeze(-1)
+    words = torch.where(tabled, tables[width.clamp_max(most)], words)
+    tabled = layout.tabled.repeat_interleave(HALF, dim=1)
+    scale = torch.where(tabled & (layout.own_widths > 0), units[layout.own_widths.clamp_max(most)], scale)
     return words.unflatten(1, (layout.tiles, 2, -1)).transpose(2, 3), scale
-
-
-@cache
-def level_tables(levels: Sequence[float], width: int) -> tuple[list[int], float]:
-    """Union levels of a trellis of up to three bits as bytes of half-precision numbers; see ``look_up`` in decoding.h.
-
-    A place of four bits has the level's lower bit above the other three: then its sign is among those. The byte that
-    ``prmt`` finds for a place beyond eight has the sign bit of the first eight's, and so must the level: the levels'
-    unit, which is free, is the one of those that give lower bytes of equal sign for which rounding is least.
-
-    Args:
-        levels: The union codebook, ascending.
-        width: k, 0 to 3.
-
-    Returns:
-        Unsigned words: upper bytes of eight levels, their lower bytes, and both of the eight others; and the levels' unit.
-    """
-    exact = torch.zeros(16, dtype=torch.float64, device="cpu")
-    places = torch.arange(2 << width, device="cpu")
-    if width == 3:
-        places = places & 3 | places << 1 & 8 | places >> 1 & 4
-    if width:
-        exact[places] = torch.tensor(levels, dtype=torch.float64, device="cpu")
-    best, least = None, math.inf
-    for step in range(512):
-        factor = 1 + step / 512
-        rounded = (exact * factor).half()
-        bits = rounded.view(torch.int16).to(torch.int64) & 0xFFFF
-        first, second = bits[:8], bits[8:]
-        if width == 3 and bool(((first ^ second) & 0x8080).any()):
-            continue
-        error = float((rounded.double() / factor - exact).square().sum())
-        if error < least:
-            best, least = (first, second, factor), error
-    assert best is not None
-    first, second, factor = best
-    signs = (first >> 7 & 0x0101) * 0x7F
-    second = (second ^ signs) & 0x7F7F if width == 3 else torch.zeros_like(second)
-    words = [
-        sum(int(x >> shift & 255) << 8 * i for i, x in enumerate(half[four : four + 4]))
-        for half in (first, second)
-        for shift in (8, 0)
-        for four in (0, 4)
-    ]
-    return words, 1 / factor
 
 
 def _key_matrices(

@@ -51,8 +51,7 @@ struct CodesArguments {
     u32 one;  // ONE_HALVES, as something that the compiler does not know: an instruction takes a single constant
 };
 
-constexpr int KEY_TERMS = KEY_TRELLIS ? PATH_TERMS : SCALAR_TERMS, KEY_WORDS = 8 * KEY_TERMS;  // of half a tile; of one
-constexpr int VALUE_TERMS = VALUE_TRELLIS ? PATH_TERMS : SCALAR_TERMS, VALUE_WORDS = 16 * VALUE_TERMS;
+constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
 constexpr int FAST_COLUMNS = 6;  // tiles of eight fast dimensions that are decoded at once
 
 // Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1.
@@ -148,8 +147,8 @@ KERNEL void
     const int query_stride = 32 * a.rows;
     const int pairs = a.fast / 2, key_tiles = a.slow_tiles + a.fast_tiles;
     const u32 own_keys = keys.tiles[lane], own_values = values.tiles[lane];  // of the tile that is a lane's number
-    const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * KEY_TERMS * column;
-    const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * VALUE_TERMS * row;
+    const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * TERMS * column;
+    const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * TERMS * row;
 
     for (int block = begin; block < end; ++block) {
         const u32 parity = static_cast<u32>(block - begin) & 1;
@@ -197,7 +196,7 @@ KERNEL void
                 terms += KEY_WORDS;
                 UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
                     if (n && n % 2 == 0 && n >= more_columns) break;
-                    if (n == 4) MARK(14);
+                    if (n == 4) MARK(15);
                     const Words2 decoder = reinterpret_cast<const Words2*>(decoders)[32 * n + lane];
                     UNROLL for (int m = 0; m < 2; ++m)
                         mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[4 + 2 * m], levels[5 + 2 * m],
@@ -213,7 +212,7 @@ KERNEL void
                 UNROLL for (int k = 0; k < 4; ++k) part[m][k] = 0.0f;
             UNROLL for (int i = 0; i < FAST_COLUMNS / 2; ++i) {
                 if (i && 2 * i >= more_columns) break;
-                if (i == 2) MARK(14);
+                if (i == 2) MARK(15);
                 const u8* place = fast_query + query_stride * (columns / 2 + i);
                 const Words2 query = reinterpret_cast<const Words2*>(place)[query_lane];
                 UNROLL for (int m = 0; m < 2; ++m) {
@@ -268,7 +267,7 @@ KERNEL void
         }
         sync_warp();
         if (more && lane == 0) {
-            MARK(12);
+            MARK(14);
             next_keys += static_cast<u64>(a.batch) * a.key_bytes, next_key_gains += gain_stride;
             fetch_keys(block + 1, !a.paired || (block + 1) % 2 == 0);
         }
@@ -326,7 +325,7 @@ KERNEL void
         }
         sync_warp();
         if (more && lane == 0) {
-            MARK(13);
+            MARK(14);
             next_values += static_cast<u64>(a.batch) * a.value_bytes, next_value_gains += gain_stride;
             fetch_values();
         }

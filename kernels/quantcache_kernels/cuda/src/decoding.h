@@ -5,8 +5,8 @@
 //
 // Of a trellis the subsets of all the lane's codes come first, from one word of path bits: a delay by a token is a shift
 // by two. They are two bits of each code, and the level's are put above them while they are still eight in a word. Then
-// eight codes are nibbles that choose bytes: half a tile of up to three bits looks its levels up where it can, upper and
-// lower bytes each in a table of its own.
+// eight codes are nibbles that choose bytes: half a tile of few bits looks its levels up where it can, upper and lower bytes
+// each in a table of its own.
 #include "warp.h"
 
 #ifdef MARKED
@@ -17,7 +17,7 @@
 
 constexpr u32 ONE_HALVES = 0x3C003C00;  // 1.0 twice
 constexpr int TABLED = 8;  // added to the width of half a tile whose levels are looked up
-constexpr int PATH_TERMS = 8, SCALAR_TERMS = 4;  // words of a lane's polynomial or table of half a tile
+constexpr int TERMS = 8;  // words of a lane's polynomial or table of half a tile
 
 DEVICE constexpr u32 twice(u32 half) { return half * 0x10001u; }
 DEVICE u32 shifted(u32 word, int left) { return left < 0 ? word >> -left : word << left; }
@@ -130,46 +130,75 @@ DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 one, u32 
     }
 }
 
-// Bytes of a table's other half where a selector's highest bit is set, as codes.py prepares them for it: the selected
+// Bytes of a table's other half where a selector's highest bit is set, as tables.py prepares them for it: the selected
 // byte comes with the sign of the byte that the first half has there.
 DEVICE u32 either(u32 first, u32 second) { return first ^ (second & 0x7F7F7F7F); }
 
-// The same for up to three bits of a trellis, from tables: upper bytes of eight levels, then lower ones; of sixteen levels
-// both again.
-template <int W, int COUNT>
+// Two registers of levels from four nibbles: a register's codes are two nibbles apart.
+template <bool SIXTEEN>
+DEVICE void look_up_two(u32 codes, const Words4& first, const Words4& second, u32& one, u32& other) {
+    u32 upper = byte_permute(first.x, first.y, codes), lower = byte_permute(first.z, first.w, codes);
+    if constexpr (SIXTEEN) {
+        upper = either(upper, byte_permute(second.x, second.y, codes ^ 0x8888));
+        lower = either(lower, byte_permute(second.z, second.w, codes ^ 0x8888));
+    }
+    one = byte_permute(lower, upper, 0x6240);
+    other = byte_permute(lower, upper, 0x7351);
+}
+
+// The same from tables: upper bytes of eight levels, then lower ones; of sixteen levels both again. Of 32 levels they are
+// those without sign: one bit says that the sign is negative, and the place is that of the magnitude.
+template <int W, bool TRELLIS, int COUNT>
 DEVICE void look_up(const u8* place, const u32* tables, u32 subsets, u32 lane, int late, u32* levels) {
     MARK(TABLED + W);
-    Words4 upper = reinterpret_cast<const Words4*>(tables)[0], other;
-    if constexpr (W == 3) other = reinterpret_cast<const Words4*>(tables)[1];
+    constexpr int PLACES = TRELLIS ? W + 1 : W;  // bits
+    const Words4 first = reinterpret_cast<const Words4*>(tables)[0];
+    Words4 second = {0, 0, 0, 0};
+    if constexpr (PLACES > 3) second = reinterpret_cast<const Words4*>(tables)[1];
     Fields fields;
-    load_fields<W - 1, COUNT>(place, lane, late, fields);
-    if constexpr (COUNT == 4) subsets >>= 8 * late;
-    u32 nibbles[2] = {subsets, subsets >> 2};
-    if constexpr (W == 2) join(subsets, fields.one, 2, nibbles);
-    if constexpr (W == 3) join(subsets, fields.two, 2, nibbles);
-    UNROLL for (int odd = 0; odd < 2; ++odd) {
-        if constexpr (W < 3) nibbles[odd] &= W == 1 ? 0x33333333 : 0x77777777;
-        UNROLL for (int r = odd; r < COUNT; r += 4) {  // registers r and r + 2
-            const u32 codes = byte_permute(nibbles[odd], 0, r < 4 ? 0x4420 : 0x4431);
-            u32 high = byte_permute(upper.x, upper.y, codes), low = byte_permute(upper.z, upper.w, codes);
-            if constexpr (W == 3) {
-                high = either(high, byte_permute(other.x, other.y, codes ^ 0x8888));
-                low = either(low, byte_permute(other.z, other.w, codes ^ 0x8888));
-            }
-            levels[r] = byte_permute(low, high, 0x6240);
-            levels[r + 2] = byte_permute(low, high, 0x7351);
+    load_fields<TRELLIS ? W - 1 : W, COUNT>(place, lane, late, fields);
+    if constexpr (COUNT == 4 && TRELLIS) subsets >>= 8 * late;
+    if constexpr (!TRELLIS && PLACES > 3) {
+        UNROLL for (int r = 0; r < COUNT; r += 2) {
+            const u32 codes = byte_permute(fields.four[r / 4], 0, r % 4 ? 0x4431 : 0x4420);
+            look_up_two<true>(codes, first, second, levels[r], levels[r + 1]);
         }
+    } else {
+        u32 nibbles[2];
+        if constexpr (TRELLIS && PLACES > 3) {
+            if constexpr (PLACES == 5) subsets ^= (fields.one & 0x55555555) * 3;
+            join(subsets, fields.two, 2, nibbles);
+        } else {
+            constexpr u32 MASK = ((1u << PLACES) - 1) * 0x11111111u;
+            if constexpr (PLACES == 3) {
+                if constexpr (TRELLIS) join(subsets, fields.one, 2, nibbles);
+                else join(fields.one, fields.two, 1, nibbles);
+            } else {
+                nibbles[0] = TRELLIS ? subsets : PLACES == 2 ? fields.two : fields.one;
+                nibbles[1] = nibbles[0] >> 2;
+            }
+            nibbles[0] &= MASK, nibbles[1] &= MASK;
+        }
+        UNROLL for (int odd = 0; odd < 2; ++odd)
+            UNROLL for (int r = odd; r < COUNT; r += 4) {
+                const u32 codes = byte_permute(nibbles[odd], 0, r < 4 ? 0x4420 : 0x4431);
+                look_up_two<(PLACES > 3)>(codes, first, second, levels[r], levels[r + 2]);
+            }
     }
+    if constexpr (PLACES == 5) UNROLL for (int r = 0; r < COUNT; ++r) levels[r] ^= single(fields.one, r, 15);
 }
 
 template <bool TRELLIS, int COUNT>
 DEVICE void decode_half(u32 kind, const u8* place, const u32* terms, u32 subsets, u32 one, u32 lane, int late,
                         u32* levels) {
     // The same in all lanes; a jump table would wait for memory.
-    if (TRELLIS && kind > TABLED) {
-        if (kind == TABLED + 3) return look_up<3, COUNT>(place, terms, subsets, lane, late, levels);
-        if (kind == TABLED + 2) return look_up<2, COUNT>(place, terms, subsets, lane, late, levels);
-        return look_up<1, COUNT>(place, terms, subsets, lane, late, levels);
+    if (kind > TABLED) {
+        if (kind == TABLED + 3) return look_up<3, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
+        if (kind == TABLED + 4) return look_up<4, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
+        if (kind == TABLED + 2) return look_up<2, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
+        if constexpr (!TRELLIS)
+            if (kind == TABLED + 5) return look_up<5, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
+        return look_up<1, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
     }
     if (kind <= 4) {
         if (kind == 4) return decode<4, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
@@ -216,6 +245,5 @@ DEVICE void decode_tile(u32 tile, const u8*& codes, const u32* terms, u32 one, u
     decode_half<TRELLIS, COUNT>(tile & 15, place, terms, subsets[0], one, lane, late, levels);
     place = codes + (tile >> 8 & 0xFFF);
     codes += tile >> 20;
-    terms += TRELLIS ? PATH_TERMS : SCALAR_TERMS;
-    decode_half<TRELLIS, COUNT>(tile >> 4 & 15, place, terms, subsets[1], one, lane, late, levels + COUNT);
+    decode_half<TRELLIS, COUNT>(tile >> 4 & 15, place, terms + TERMS, subsets[1], one, lane, late, levels + COUNT);
 }
