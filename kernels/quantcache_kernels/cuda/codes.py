@@ -16,12 +16,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.blocks import HALF, LANES, TILE, BlockLayout
+from quantcache_kernels.cuda.blocks import HALF, LANES, PLACES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
 from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, Queries, QueryArguments, Rows, pointer
+from quantcache_kernels.cuda.tables import level_tables
 from quantcache_kernels.interface import ANCHOR_LENGTH, AttentionCall, SideConstants
 from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
@@ -32,6 +33,9 @@ ROWS = 8
 
 TURNED_ROWS, TURN_THREADS = 32, 128
 """As in codes.h."""
+
+TERMS, ONE_HALVES = 8, 0x3C003C00
+"""As in decoding.h."""
 
 MAX_DIM = 256
 
@@ -133,7 +137,7 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         The constants.
     """
     layout = BlockLayout.of(constants)
-    terms, scale = _polynomials(constants, layout)
+    terms, scale = _terms(constants, layout, values)
     decoder = layout.gather(constants.decoder, 2) * scale[:, None]  # [H, D, S]
     table = layout.table()
     empty = torch.zeros(0, dtype=torch.float32, device="cpu")
@@ -151,7 +155,7 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         constants.coding == "trellis",
         int(table[:, 1].max()),
         on_device(table),
-        on_device(_value_order(terms) if values else _key_order(terms)),
+        on_device(terms),
         on_device(decoder.transpose(1, 2) if values else empty),
         on_device(constants.mean),
         [on_device(each) for each in frame],
@@ -184,15 +188,31 @@ def _polynomials(constants: SideConstants, layout: BlockLayout) -> tuple[Tensor,
     return terms.half(), torch.where(width > 0, own[..., 0], 0.0).float()
 
 
-def _key_order(terms: Tensor) -> Tensor:
-    """``[H, S, terms]`` as ``[H, tiles, 4, 2, terms, 2]``: a lane's two coefficients of either half."""
-    return terms.unflatten(1, (-1, 2, 4, 2)).permute(0, 1, 3, 2, 5, 4)
+def _terms(constants: SideConstants, layout: BlockLayout, values: bool) -> tuple[Tensor, Tensor]:
+    """Polynomials or tables of every half tile in the order in which lanes take them, and units of levels, ``[H, S]``.
 
-
-def _value_order(terms: Tensor) -> Tensor:
-    """``[H, S, terms]`` as ``[H, tiles, 8, 2, terms, 2]``: a lane's two coefficients, each twice."""
-    own = terms.unflatten(1, (-1, 2, 8)).transpose(2, 3)  # [H, tiles, 8 rows, 2, terms]
-    return own.unsqueeze(-1).expand(*own.shape, 2)
+    Of keys ``[H, tiles, 4, 2 halves, words]`` int32, a lane's two coefficients in the halves of a word of a polynomial;
+    of values ``[H, tiles, 8, 2 halves, words]``, its one coefficient twice.
+    """
+    terms, scale = _polynomials(constants, layout)
+    if values:
+        words = terms.unsqueeze(-1).expand(*terms.shape, 2).contiguous().view(torch.int32).squeeze(-1)
+        width = layout.own_widths
+    else:
+        pairs = terms.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+        words, width = pairs.view(torch.int32).squeeze(-1), layout.own_widths.unflatten(1, (-1, 2)).amax(-1)
+    words = torch.nn.functional.pad(words, (0, TERMS - words.shape[-1]))
+    is_trellis = constants.coding == "trellis"
+    most = PLACES - is_trellis
+    books = [level_tables(tuple((constants.unions if is_trellis else constants.levels)[w]), is_trellis) for w in range(most + 1)]
+    tables = torch.tensor([words for words, _ in books], dtype=torch.int64, device="cpu").to(torch.int32)
+    units = torch.tensor([unit for _, unit in books], dtype=torch.float32, device="cpu")
+    lanes = width.shape[1] // layout.widths.shape[1]
+    tabled = layout.tabled.repeat_interleave(lanes, dim=1).unsqueeze(-1)
+    words = torch.where(tabled, tables[width.clamp_max(most)], words)
+    tabled = layout.tabled.repeat_interleave(HALF, dim=1)
+    scale = torch.where(tabled & (layout.own_widths > 0), units[layout.own_widths.clamp_max(most)], scale)
+    return words.unflatten(1, (layout.tiles, 2, -1)).transpose(2, 3), scale
 
 
 def _key_matrices(
@@ -313,7 +333,7 @@ def attend(
         *map(pointer, (block_table, first_seen, mask)), partial, stats,
         n, batch, heads, chunks, rows, count, per_split, paired,
         4 * keys.layout.words, 4 * values.layout.words, query_bytes, *room,
-        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast, values.layout.tiles, *strides, softcap,
+        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast, values.layout.tiles, *strides, softcap, ONE_HALVES,
     )  # fmt: skip
     to_near = near.arguments(queries, (pointer(origins), pointer(mask), pointer(logits), *found))
     to_near.encoded_end, to_near.causal, to_near.lines = encoded_end, call.hides_the_future(count), lines

@@ -134,13 +134,16 @@ def compiled(capability: tuple[int, int], precise: bool, parts: int) -> bytes:
     return _compiled(capability, source(), (f"-DPRECISE={int(precise)}", f"-DPARTS={parts}"))
 
 
-def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis: bool) -> bytes:
+def compiled_codes(
+    capability: tuple[int, int], key_trellis: bool, value_trellis: bool, marked: bool = False
+) -> bytes:
     """The machine code of the kernels of a cache's blocks, from the cache on disk if it is there.
 
     Args:
         capability: Compute capability.
         key_trellis: Whether the keys' codes are paths through a trellis.
         value_trellis: Whether the values' are.
+        marked: Leave marks in the machine code, for counting what it does.
 
     Returns:
         A cubin.
@@ -149,7 +152,7 @@ def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis
         CudaError: They do not compile.
     """
     defines = f"-DKEY_TRELLIS={int(key_trellis)}", f"-DVALUE_TRELLIS={int(value_trellis)}"
-    return _compiled(capability, source("codes.h"), defines)
+    return _compiled(capability, source("codes.h"), defines + ("-DMARKED",) * marked)
 
 
 def _compiled(capability: tuple[int, int], text: str, defines: tuple[str, ...]) -> bytes:

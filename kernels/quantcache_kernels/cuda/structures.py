@@ -67,6 +67,7 @@ class CodesArguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("slow_tiles", "fast_tiles", "fast", "value_tiles")),
         *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length")),
         ("softcap", ctypes.c_float),
+        ("one", ctypes.c_uint),
     )
 
 
