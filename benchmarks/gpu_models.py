@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 import quantcache
-from quantcache import SpectralCache, accounting
+from quantcache import DecodeGraph, SpectralCache, accounting
 from quantcache.coding.packing import BLOCK
+from quantcache.common.errors import CannotRepeat
 from quantcache.evaluation.summaries import quantiles
 
 
@@ -31,6 +32,7 @@ def model_part(run: Run, name: str, options: argparse.Namespace) -> dict[str, An
         "dense": lambda: DynamicCache(config=config),
         "spectral": lambda: SpectralCache(calibration, config, backend="triton"),
     }
+    on_tiles = {"spectral-cuda": lambda: SpectralCache(calibration, config, backend="cuda")}
     parts: dict[str, list[dict[str, Any]]] = {"decode": [], "prefill": [], "generate": [], "graph": []}
 
     def attempt(part: str, kind: str, rung: Callable[..., dict[str, Any]], **what: int) -> None:
@@ -40,7 +42,7 @@ def model_part(run: Run, name: str, options: argparse.Namespace) -> dict[str, An
         entry = {"model": name, "layers": layers, "kind": kind, **what}
         try:
             model.set_attn_implementation("sdpa" if kind == "dense" else "spectral")
-            entry |= rung(run, name, model, makers[kind], **what)
+            entry |= rung(run, name, model, (makers | on_tiles)[kind], **what)
         except Exception as error:  # a compiler may fail with anything, and the next figure may not
             entry["status"] = f"{type(error).__name__}: {str(error)[:500]}"
         parts[part].append(run.keep(part, entry))
@@ -57,6 +59,7 @@ def model_part(run: Run, name: str, options: argparse.Namespace) -> dict[str, An
     for kind, what in filled:
         if kind == "spectral":
             attempt("graph", kind, graph_rung, **what)
+            attempt("graph", "spectral-cuda", staged_graph_rung, **what)
     weights = sum(p.nbytes for p in model.parameters())
     return {"model": name, "layers": layers, "weights_bytes": weights, **parts}
 
@@ -157,6 +160,40 @@ def graph_rung(run: Run, name: str, model: Any, make: Callable[[], Cache], batch
     if reason := repeats(expected, replayed):
         return {"status": f"unsupported: {reason}"}
     return {"status": "ok", "milliseconds": measure(run, graph.replay)}
+
+
+def staged_graph_rung(
+    run: Run, name: str, model: Any, make: Callable[[], Cache], batch: int, context: int
+) -> dict[str, Any]:
+    """Steps of a :class:`DecodeGraph`, a new graph for every block included: their time, or why they cannot be had."""
+    if run.device.type != "cuda":
+        return {"status": "unsupported: CUDA graphs need a GPU"}
+    cache = filled_cache(run, name, model, make, batch, context)
+    assert isinstance(cache, SpectralCache)
+    ids = torch.full((batch, 1), 7, device=run.device)
+    plain, step = cache.fork(), DecodeGraph(model, cache)
+    given = {"input_ids": ids, "past_key_values": plain, "use_cache": True}
+    expected = [model(**given).logits.clone() for _ in range(4)]
+    try:
+        found = [step(ids).clone() for _ in range(4)]  # as it is, captured, replayed twice
+    except CannotRepeat as error:
+        return {"status": f"unsupported: {error}"}
+    if reason := repeats(expected[2:], found[2:]):
+        return {"status": f"unsupported: {reason}"}
+    samples = []
+    for _ in range(68):
+        run.wait()
+        started = time.perf_counter()
+        step(ids)
+        run.wait()
+        samples.append(1e3 * (time.perf_counter() - started))
+    times = quantiles(samples)
+    return {
+        "status": "ok",
+        "milliseconds": times,
+        "slowest_milliseconds": max(samples),
+        "tokens_per_second": 1e3 * batch / times["mean"],
+    }
 
 
 def repeats(expected: list[Tensor], replayed: list[Tensor]) -> str | None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,155 @@ def anchor_cost(cubin: bytes) -> AnchorCost:
         dict(zip(CLASSES, keys, strict=True)),
         dict(zip(CLASSES, values, strict=True)),
     )
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Instructions of a warp for one block of 64 tokens of one head of the kernel that serves caches.
+
+    Attributes:
+        body: What is done once.
+        fast_pass: What a pass over half of the tokens does beside decoding, by fast dimensions: 32 or 48.
+        slow: For a tile of slow dimensions of keys, by the kinds of its halves (``HeadTiles`` in codes.h).
+        fast: For a tile of fast dimensions in a pass, by the pass's dimensions and by kinds.
+        values: For a tile of values.
+    """
+
+    body: int
+    fast_pass: dict[int, int]
+    slow: dict[tuple[int, int], int]
+    fast: dict[int, dict[tuple[int, int], int]]
+    values: dict[tuple[int, int], int]
+
+    def instructions(self, keys: Sequence[int], slow_tiles: int, fast: int, values: Sequence[int]) -> int:
+        """Instructions of a warp for a block.
+
+        Args:
+            keys: Kinds of the tiles of keys of a head, the second half's four bits above the first's.
+            slow_tiles: How many of them are of slow dimensions.
+            fast: Fast dimensions.
+            values: Kinds of the tiles of values.
+
+        Returns:
+            The number.
+        """
+        count = self.body
+        for costs, kinds in ((self.slow, keys[:slow_tiles]), (self.values, values)):
+            count += sum(costs[kind & 15, kind >> 4] for kind in kinds if kind)
+        for first in range(0, fast, 48):
+            size = 32 if fast - first <= 32 else 48
+            tiles = sum(self.fast[size][kind & 15, kind >> 4] for kind in keys[slow_tiles:] if kind)
+            count += 2 * (self.fast_pass[size] + tiles)
+        return count
+
+
+FETCH, ALL_COLUMNS = 14, 15
+"""Marks in ``attend_codes`` beside those of widths."""
+
+
+def block_cost(cubin: bytes) -> BlockCost:
+    """Count the instructions of ``attend_codes`` from one block to the next, on the ways that lead through its marks.
+
+    There are neither masks nor soft caps, and no score is a thousand times larger than those before.
+
+    Args:
+        cubin: Machine code with marks.
+
+    Returns:
+        The counts, without the marks.
+
+    Raises:
+        ValueError: The loops are not those of this kernel.
+    """
+    body = functions(cubin)["attend_codes"]
+    ways = _ways(body)
+    marks = {a: int(text.split()[-1], 16).bit_length() - 1 for a, text in body if operations([(a, text)])["PMTRIG"]}
+    spans = loops(body)
+
+    def holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+        return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+    def has_products(span: tuple[int, int]) -> bool:
+        return bool(operations([each for each in body if span[0] <= each[0] <= span[1]])["HMMA"])
+
+    tiles = sorted(s for s in spans if has_products(s) and not any(holds(s, other) for other in spans))
+    around = [s for s in spans if len(tiles) == 3 and all(holds(s, tile) for tile in tiles)]
+    passes = [s for s in spans if len(tiles) == 3 and holds(s, tiles[1]) and not holds(s, tiles[0])]
+    if not around or len(passes) != 1:
+        raise ValueError(f"attend_codes has {len(tiles)} loops with products of tiles and {len(passes)} of passes")
+    blocks = min(around, key=lambda span: span[1] - span[0])
+    places = [a for a, kind in marks.items() if kind == FETCH]  # keys, then values
+    stops = [blocks[0], *places, blocks[1]]
+    once = sum(_shortest(ways, *pair) for pair in pairwise(stops)) + 1 - len(places)
+    slow, fast, values = tiles
+    inside = range(fast[0], fast[1] + 1)
+    left = {to for at, found in ways.items() if at in inside for to in found if to not in inside}
+    some = {at: [to for to in found if marks.get(to) != ALL_COLUMNS] for at, found in ways.items()}
+    return BlockCost(
+        once,
+        {
+            size: _longest(taken | {fast[0]: sorted(left)}, passes[0][0], passes[0][1]) + 1 - more
+            for size, taken, more in ((32, some, 0), (48, ways, 1))
+        },
+        _tile_costs(ways, slow, marks),
+        {size: _tile_costs(taken, fast, marks, more) for size, taken, more in ((32, some, 0), (48, ways, 1))},
+        _tile_costs(ways, values, marks),
+    )
+
+
+def _ways(body: list[tuple[int, str]]) -> dict[int, list[int]]:
+    """By the address of an instruction, where the next one may be."""
+    found: dict[int, list[int]] = {}
+    for (address, text), following in zip(body, [a for a, _ in body[1:]] + [-1], strict=True):
+        name = next(iter(operations([(address, text)])))
+        always = not re.match(r"@|.*\bBRA(?:\.\w+)*\s+!?U?P\d", text)
+        to = [int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)] if name == "BRA" else []
+        if name == "BRX":
+            raise ValueError("a jump table: where it leads is not in the disassembly")
+        if not (always and name in ("BRA", "EXIT")) and following >= 0:
+            to.append(following)
+        found[address] = to
+    return found
+
+
+def _shortest(ways: dict[int, list[int]], start: int, stop: int) -> int:
+    """Instructions from one address to the one before another, on the shortest way."""
+    seen, edge, count = {start}, [start], 0
+    while edge:
+        if stop in edge:
+            return count
+        edge = list({to for at in edge for to in ways[at]} - seen)
+        seen |= set(edge)
+        count += 1
+    raise ValueError(f"no way leads from {start:#x} to {stop:#x}")
+
+
+def _longest(ways: dict[int, list[int]], start: int, stop: int) -> int:
+    """The same on the longest way that goes forward only."""
+    best = {start: 0}
+    for at in sorted(ways):
+        if start <= at < stop and at in best:
+            for to in ways[at]:
+                if at < to <= stop:
+                    best[to] = max(best.get(to, 0), best[at] + 1)
+    if stop not in best:
+        raise ValueError(f"no way leads from {start:#x} to {stop:#x}")
+    return best[stop]
+
+
+def _tile_costs(
+    ways: dict[int, list[int]], span: tuple[int, int], marks: dict[int, int], more_marks: int = 0
+) -> dict[tuple[int, int], int]:
+    """Instructions of a loop over tiles by the kinds of a tile's halves; its marks are those of either half."""
+    places = [a for a in sorted(marks) if span[0] <= a <= span[1] and marks[a] < FETCH]
+    halves = places[: len(places) // 2], places[len(places) // 2 :]
+    if sorted(marks[a] for a in halves[0]) != sorted(marks[a] for a in halves[1]):
+        raise ValueError(f"a loop over tiles has the marks {[marks[a] for a in places]}")
+    return {
+        (marks[a], marks[b]): _shortest(ways, span[0], a)
+        + _longest(ways, a, b)
+        + _longest(ways, b, span[1])
+        - (1 + more_marks)  # marks, but for the branch at the end
+        for a in halves[0]
+        for b in halves[1]
+    }

@@ -19,13 +19,24 @@ if TYPE_CHECKING:
     from quantcache.accounting import CacheMemory
     from quantcache.artifact import Calibration
     from quantcache.attention import register_attention
-    from quantcache.cache import BlockCache, PrefixStore, SpectralCache, SpectralLayer, disable, enable, enabled
+    from quantcache.cache import (
+        BlockCache,
+        DecodeGraph,
+        PrefixStore,
+        SpectralCache,
+        SpectralLayer,
+        decode_graphs,
+        disable,
+        enable,
+        enabled,
+    )
     from quantcache.calibration import calibrate
     from quantcache.coding import SideCodec
     from quantcache.common.errors import (
         ArtifactError,
         CalibrationMismatch,
         CalibrationWarning,
+        CannotRepeat,
         HubError,
         QuantCacheError,
         UnsupportedModel,
@@ -40,6 +51,8 @@ _HOMES = {
     "Calibration": "artifact",
     "CalibrationMismatch": "common.errors",
     "CalibrationWarning": "common.errors",
+    "CannotRepeat": "common.errors",
+    "DecodeGraph": "cache",
     "HubError": "common.errors",
     "PrefixStore": "cache",
     "QuantCacheError": "common.errors",
@@ -49,6 +62,7 @@ _HOMES = {
     "UnsupportedModel": "common.errors",
     "absorb": "export",
     "calibrate": "calibration",
+    "decode_graphs": "cache",
     "disable": "cache",
     "enable": "cache",
     "enabled": "cache",
@@ -65,6 +79,8 @@ __all__ = [
     "Calibration",
     "CalibrationMismatch",
     "CalibrationWarning",
+    "CannotRepeat",
+    "DecodeGraph",
     "HubError",
     "PrefixStore",
     "QuantCacheError",
@@ -75,6 +91,7 @@ __all__ = [
     "__version__",
     "absorb",
     "calibrate",
+    "decode_graphs",
     "disable",
     "enable",
     "enabled",

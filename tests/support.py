@@ -131,6 +131,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "interrupted operations on a cache",
         "a backend with a block layout of its own",
         "CUDA kernels that attend on blocks, emulated",
+        "decoding steps that a CUDA graph can repeat, emulated",
         "two threads, two caches, one model",
         "two threads, one cache",
         "copies taken while another thread extends the cache",

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantcache.backends.base import CODE_QUERIES, Backend, BackendReport, Fields
+from quantcache.backends.base import CODE_QUERIES, Backend, BackendReport, Fields, Stage
 from quantcache.backends.cpu import CpuBackend
 from quantcache.backends.cuda import CudaBackend
 from quantcache.backends.reference import REFERENCE
@@ -40,6 +40,7 @@ __all__ = [
     "Fields",
     "Shared",
     "SideView",
+    "Stage",
     "attend",
     "choose",
     "find",
@@ -173,6 +174,8 @@ def attend(query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
     Returns:
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
+    if view.stage is not None:
+        return view.stage.attend(query, call)
     backend, report = view.backend, view.report
     few = query.shape[2] <= CODE_QUERIES and view.on_codes
     if backend is None or report is None or backend is REFERENCE or report.attends is not None or not few:

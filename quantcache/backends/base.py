@@ -22,6 +22,7 @@ from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
+from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.interface import AttentionCall
 
 CODE_QUERIES = 16
@@ -29,6 +30,37 @@ CODE_QUERIES = 16
 
 Fields = dict[str, Tensor]
 """Encoded blocks, ``[n, B, ...]`` each: in every layout blocks come first and rows second."""
+
+
+class Stage(ABC):
+    """One layer's part in steps of one token that are repeated without the host: what is launched is always the same.
+
+    It serves until the layer's blocks change.
+    """
+
+    @abstractmethod
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Put a token where the device's own count of tokens says.
+
+        Args:
+            key: ``[B, H, 1, D]``.
+            value: ``[B, H, 1, Dv]``.
+        """
+
+    @abstractmethod
+    def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
+        """Attend on encoded blocks, sinks and as many tokens of the tail as the device counts.
+
+        Args:
+            query: ``[B, Hq, 1, D]``.
+            call: The rest of the call; its mask covers all the room in the tail.
+
+        Returns:
+            ``[B, 1, Hq, Dv]`` in the query's dtype, overwritten by the next call.
+
+        Raises:
+            CannotRepeat: The backend refuses the call.
+        """
 
 
 class Backend(ABC):
@@ -91,6 +123,26 @@ class Backend(ABC):
         Returns:
             ``[B, Tq, Hq, Dv]`` in the query's dtype.
         """
+
+    def stage(
+        self, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, shared: dict[str, Any]
+    ) -> Stage:
+        """Get ready for steps of one token that are to be repeated without the host.
+
+        Args:
+            view: What may be read before them; it holds encoded blocks.
+            room: Memory of the tails by side, ``[B, H, any, D]``: the view's tokens, and room for those to come.
+            count: How many tokens the tails have, ``[1]`` int32 on the device; it grows before each step.
+            masked: Whether the calls' masks hide anything.
+            shared: What the stages of a model's layers, which follow each other, have in common.
+
+        Returns:
+            The stage.
+
+        Raises:
+            CannotRepeat: The backend has no such steps, or cannot serve these.
+        """
+        raise CannotRepeat(f"attention by the {self.name} backend depends on lengths that the host knows")
 
     @without_autocast
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:

@@ -6,10 +6,12 @@ are brought from the portable layout into this one, and back.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
-from quantcache.backends.base import Backend, Fields, refused_by_kernels
+from quantcache.backends.base import Backend, Fields, Stage, refused_by_kernels
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.trials import rejected
 from quantcache.backends.triton import TritonBackend, attends_rightly
@@ -17,10 +19,13 @@ from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import pack, unpack
+from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.blocks import PATH_BIT
-from quantcache_kernels.cuda.codes import PreparedCodes
+from quantcache_kernels.cuda.codes import PreparedCodes, Starts
 from quantcache_kernels.cuda.driver import missing
+from quantcache_kernels.cuda.memory import Memory
+from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.interface import AttentionCall
 
 DTYPE = torch.bfloat16
@@ -70,21 +75,29 @@ class CudaBackend(Backend):
         return reason
 
     def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
-        """Attend with the kernels of queries, codes and their merge; plain torch attends on the other tokens."""
+        """Attend with the kernels of queries, codes, other tokens and their merge."""
         assert isinstance(view.key.codec, SpectralCodec)
         assert isinstance(view.value.codec, SpectralCodec)
         return kernels.attend(
             query,
             view.packed(),
-            view.dense_parts(),
+            NearTokens(*view.dense_parts()),
             view.block_table,
-            view.left_padding,
+            _starts(view),
             prepared(view.key.codec),
             prepared(view.value.codec),
             view.encoded_end,
             call,
             not view.cut,
         )
+
+    def stage(
+        self, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, shared: dict[str, Any]
+    ) -> Stage:
+        """Lay out the arguments that do not change."""
+        if view.report is None or view.report.attends is not None:
+            raise CannotRepeat(f"attention runs in plain torch: {view.report and view.report.attends}")
+        return CudaStage(self, view, room, count, masked, shared.setdefault(self.name, Memory()))
 
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         """Encode in the portable layout, then bring the blocks into this one."""
@@ -121,6 +134,52 @@ class CudaBackend(Backend):
         return REFERENCE if self._encoder.unavailable(device) else self._encoder
 
 
+class CudaStage(Stage):
+    """A layer's launches of a step of one token; arguments are those of :meth:`Backend.stage`."""
+
+    def __init__(
+        self, backend: Backend, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, memory: Memory
+    ) -> None:
+        keys, values = view.key, view.value
+        assert keys.sinks is not None
+        assert values.sinks is not None
+        self._backend, self._view, self._masked, self._memory = backend, view, masked, memory
+        self._near = NearTokens(keys.sinks, values.sinks, room["key"], room["value"], count).readable()
+        if self._near.key_tail is not room["key"] or self._near.value_tail is not room["value"]:
+            raise CannotRepeat("the kernels cannot read the tail where it lies")
+        self._packed, self._starts = view.packed(), _starts(view)
+        self._sides = prepared(cast(SpectralCodec, keys.codec)), prepared(cast(SpectralCodec, values.codec))
+        self._out: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """One launch."""
+        kernels.append(key, value, self._near, *self._sides)
+
+    def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
+        """Four launches, whose results go where those of the step before went."""
+        if not self._masked:
+            call = call._replace(mask=None)
+        if self._out is None:
+            reason = "it brings several tokens at once" if query.shape[2] > 1 else None
+            reason = reason or self._backend.refuses(query, self._view, call)
+            if reason is not None:
+                raise CannotRepeat(f"the {self._backend.name} backend does not serve this step: {reason}")
+        self._out = kernels.attend(
+            query,
+            self._packed,
+            self._near,
+            self._view.block_table,
+            self._starts,
+            *self._sides,
+            self._view.encoded_end,
+            call,
+            not self._view.cut,
+            memory=self._memory,
+            out=self._out,
+        )
+        return self._out
+
+
 def prepared(codec: SpectralCodec) -> PreparedCodes:
     """A codec's constants in the form of the CUDA kernels, made once.
 
@@ -135,6 +194,19 @@ def prepared(codec: SpectralCodec) -> PreparedCodes:
         made = kernels.prepare(codec.constants(), codec.mean.device, codec.holds_values)
         found = codec.derived.setdefault("cuda", made)
         assert isinstance(found, PreparedCodes)
+    return found
+
+
+def _starts(view: CacheView) -> Starts | None:
+    """Where padded rows begin, made once for all views of the same blocks."""
+    if view.left_padding is None:
+        return None
+    if "cuda starts" not in view.prepared:
+        assert view.key.sinks is not None
+        origins = view.left_padding.int()
+        view.prepared["cuda starts"] = Starts(origins, origins + view.key.sinks.shape[2])
+    found = view.prepared["cuda starts"]
+    assert isinstance(found, Starts)
     return found
 
 

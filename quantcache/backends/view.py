@@ -16,9 +16,10 @@ from quantcache.coding.blocks import SideCodec, block_slots
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import without_autocast
+from quantcache.common.errors import CannotRepeat
 
 if TYPE_CHECKING:
-    from quantcache.backends.base import Backend, BackendReport
+    from quantcache.backends.base import Backend, BackendReport, Stage
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -92,6 +93,8 @@ class CacheView:
         report: Where the backend says which calls it left to plain torch.
         prepared: What backends have made of the blocks and sinks, by name; all views of these share it.
         touched: Sides that were asked for as tensors.
+        stage: Who attends in place of the backend while a step is captured: tails are then all the room that there is,
+            and only the device knows how much of it is taken.
     """
 
     key: SideView
@@ -107,6 +110,7 @@ class CacheView:
     report: BackendReport | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
+    stage: Stage | None = None
 
     def side(self, name: str) -> SideView:
         """The view of ``"key"`` or ``"value"``."""
@@ -211,6 +215,8 @@ class CacheView:
             ``[B, H, T, D]``.
         """
         side = self.side(name)
+        if self.stage is not None:
+            raise CannotRepeat(f"something other than spectral attention asks for the {name}s of a captured step")
         if not self.num_blocks:
             return side.tail
         assert side.codec is not None

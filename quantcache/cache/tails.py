@@ -33,17 +33,17 @@ class TailBuffer:
                 self._sides[side].write(0, tail)
         self._newest = [tails]
 
-    def append(self, tails: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Write tokens behind those of a layer.
+    def claim(self, tails: dict[str, Tensor], count: int) -> dict[str, Tensor] | None:
+        """Take the space behind a layer's tokens for more of them, which the caller writes.
 
         Args:
             tails: The layer's tails, ``[B, H, t, D]``.
-            new: The new ones, ``[B, H, n, D]``.
+            count: How many more.
 
         Returns:
-            The tails, ``[B, H, t + n, D]``; None where there is no space for them, or somebody else has taken it.
+            The tails, ``[B, H, t + count, D]``; None where there is no space for them, or somebody else has taken it.
         """
-        held, count = tails["key"].shape[2], new["key"].shape[2]
+        held = tails["key"].shape[2]
         if held + count > self.capacity or (self._inference and not torch.is_inference_mode_enabled()):
             return None  # torch refuses to write to tensors of its inference mode once that is over
         try:
@@ -53,11 +53,30 @@ class TailBuffer:
         if newest["key"] is not tails["key"] or newest["value"] is not tails["value"]:
             self._newest.append(newest)
             return None
-        for side, tokens in new.items():
-            self._sides[side].write(held, tokens)
         longer = {side: own.read(held + count) for side, own in self._sides.items()}
         self._newest.append(longer)
         return longer
+
+    def append(self, tails: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Write tokens behind those of a layer.
+
+        Args:
+            tails: The layer's tails, ``[B, H, t, D]``.
+            new: The new ones, ``[B, H, n, D]``.
+
+        Returns:
+            As of :meth:`claim`.
+        """
+        longer = self.claim(tails, new["key"].shape[2])
+        if longer is not None:
+            held = tails["key"].shape[2]
+            for side, tokens in new.items():
+                self._sides[side].write(held, tokens)
+        return longer
+
+    def room(self) -> dict[str, Tensor]:
+        """All of the memory by side, ``[B, H, capacity, D]``: what lies behind the tokens may be anything."""
+        return {side: own.read(self.capacity) for side, own in self._sides.items()}
 
 
 class _Side:

@@ -40,6 +40,10 @@ class NothingToCompress(UnsupportedModel):
     """No layer of the model's cache grows with the text in a way that quantcache can compress."""
 
 
+class CannotRepeat(QuantCacheError):
+    """A decoding step of a model cannot be captured in a CUDA graph and repeated."""
+
+
 class CalibrationWarning(UserWarning):
     """A calibration fits a model's geometry, but was made for another model."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from quantcache_kernels.cuda import codes
-from quantcache_kernels.cuda.driver import SOURCES
+from quantcache_kernels.cuda.driver import CODE_KERNELS, SOURCES
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -59,7 +59,7 @@ def emulated(device: torch.device, key_trellis: bool, value_trellis: bool) -> Ma
     """The kernels for codings of keys and values."""
     names = ("scalar", "trellis")
     variant = f"{names[key_trellis]}_{names[value_trellis]}"
-    return {name: Emulated(name, variant) for name in ("turn_queries", "attend_codes", "merge")}
+    return {name: Emulated(name, variant) for name in CODE_KERNELS}
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def test_no_step_of_the_cuda_backend_waits(looks: Looks, monkeypatch: pytest.Mon
             step(looks, layers, config, 1, dtype=torch.bfloat16)
     assert len(layers[0].spans) == 2
     assert {layer.layout.name for layer in layers} == {"cuda"}
-    assert kernels.launches == 66 * 3 * len(layers), "queries, codes and their merge"
+    assert kernels.launches == 66 * 4 * len(layers), "queries, codes, other tokens and their merge"
 
 
 def test_several_tokens_at_once_do_not_wait_either(looks: Looks) -> None:

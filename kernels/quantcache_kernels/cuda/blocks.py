@@ -9,9 +9,11 @@ take as many bits as the widest's. Every one of 32 lanes has 16 codes of each ha
     values  tokens 16 j to 16 j + 15 of coefficient g of the half
             register t: tokens 16 j + t and 16 j + 8 + t
 
-Codes are cut into fields of 4, 2 and 1 bits as in the portable layout. A lane has two words of each 4-bit field, one of
-a 2-bit field and half a word of a 1-bit field; a field's words lie side by side for all lanes. A trellis has fields for
-its levels' k - 1 bits, and the path's bits behind them: a byte of those is eight tokens in a row.
+Codes are cut into fields of 4, 2 and 1 bits. A lane has two words of each 4-bit field, one of a 2-bit field and half a
+word of a 1-bit field; a field's words lie side by side for all lanes. Register t is F t bits up in a field of F bits,
+its halves 16 bits apart; of a 1-bit field it is 2 t bits up, its halves side by side. A trellis has fields for its
+levels' k - 1 bits. Its path bits come first, in one word of a lane for both halves of a tile: those of register t are
+2 t bits up, and the second half of the tile is a bit above the first.
 
 Shapes: B batch, H key/value heads, D dimension, S slots (16 times the tiles), n blocks.
 """
@@ -37,6 +39,12 @@ WORDS = 16
 FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (4, 4))
 """Bit fields of each width, most significant first."""
 
+TABLED = 8
+"""Added to the width of half a tile whose levels are looked up."""
+
+PLACES = 5
+"""Bits that a place in a codebook may have for that; a trellis of k bits has places of k + 1."""
+
 PATH_BIT = 7
 """Where a byte has a trellis' path bit, above its level's."""
 
@@ -48,6 +56,7 @@ class BlockLayout:
     Attributes:
         dims: Coefficient of every slot, -1 for none, ``[H, S]`` int64 on the CPU.
         widths: Bits of the codes of every half of a tile, 0 where a head has none, ``[H, S / 8]`` int64 on the CPU.
+        own_widths: Bits of every slot's coefficient, 0 for none, ``[H, S]`` int64 on the CPU.
         slow_tiles: Tiles of slow dimensions; they come first.
         dim: D.
         is_trellis: Whether codes are paths through a trellis.
@@ -55,6 +64,7 @@ class BlockLayout:
 
     dims: Tensor
     widths: Tensor
+    own_widths: Tensor
     slow_tiles: int
     dim: int
     is_trellis: bool
@@ -85,6 +95,7 @@ class BlockLayout:
         return cls(
             dims,
             own.unflatten(1, (-1, HALF)).amax(-1),
+            own,
             parts[0].shape[1] // TILE,
             constants.dim,
             constants.coding == "trellis",
@@ -103,7 +114,51 @@ class BlockLayout:
     @cached_property
     def words(self) -> int:
         """Words of a block and batch row."""
-        return WORDS * int(self.widths.sum())
+        return int(self.tile_words.sum())
+
+    @cached_property
+    def tile_words(self) -> Tensor:
+        """Words of every tile, ``[H, tiles]`` int64: a lane's word of path bits is there for half a tile too."""
+        words = WORDS * self.widths
+        if self.is_trellis:
+            words[:, 1::2] = torch.where(self.widths[:, 0::2] > 0, words[:, 1::2].clamp_min(WORDS), 0)
+        return words.unflatten(1, (-1, 2)).sum(-1)
+
+    @cached_property
+    def tabled(self) -> Tensor:
+        """Whether levels of half a tile are looked up, ``[H, S / 8]`` bool.
+
+        They are of few bits, where the two coefficients of any lane have one width.
+        """
+        pairs = self.own_widths.view(self.heads, -1, HALF // 2, 2)
+        alike = ((pairs[..., 0] == pairs[..., 1]) | (pairs[..., 1] == 0)).all(-1)
+        return alike & (self.widths > 0) & (self.widths + self.is_trellis <= PLACES)
+
+    @cached_property
+    def kinds(self) -> Tensor:
+        """How the halves of every tile are decoded, ``[H, tiles]`` int64: four bits each, the second half's above."""
+        halves = self.widths + TABLED * self.tabled
+        return torch.where(self.widths[:, 0::2] > 0, halves[:, 0::2] | halves[:, 1::2] << 4, 0)
+
+    def _recoded(self) -> list[tuple[Tensor, Tensor]]:
+        """Coefficients whose codes are stored as others, and what each byte becomes and came from, ``[2, 256]``."""
+        stored = torch.where(self.tabled, self.widths, 0).repeat_interleave(HALF, dim=1)
+        found = []
+        for width in range(1, PLACES + 1):
+            for own in range(1, width + 1):
+                slots = (stored == width) & (self.own_widths == own)
+                codes = torch.arange(1 << own - self.is_trellis, dtype=torch.int64, device="cpu")
+                became = stored_codes(codes, width, own, self.is_trellis)
+                if bool(slots.any()) and not torch.equal(codes, became):
+                    maps = torch.arange(1 << PATH_BIT, dtype=torch.int64, device="cpu").repeat(2, 1)
+                    maps[0, codes], maps[1, became] = became, codes
+                    found.append((self._coefficients()[slots], torch.cat((maps, maps + (1 << PATH_BIT)), dim=1)))
+        return found
+
+    def _coefficients(self) -> Tensor:
+        """Of every slot among those of all heads, H D for none, ``[H, S]`` int64."""
+        first = self.dim * torch.arange(self.heads, dtype=torch.int64, device="cpu")[:, None]
+        return torch.where(self.dims < 0, self.heads * self.dim, first + self.dims)
 
     def gather(self, values: Tensor, dim: int) -> Tensor:
         """Bring per-coefficient values into slot order.
@@ -122,13 +177,14 @@ class BlockLayout:
         return values.gather(dim, index.clamp_min(0)).masked_fill(index < 0, 0)
 
     def table(self) -> Tensor:
-        """``HeadTiles`` of every head (codes.h), ``[H, 12]`` int32."""
-        rows, offset = torch.zeros(self.heads, 12, dtype=torch.int32, device="cpu"), 0
-        pairs = self.widths[:, 0::2] | self.widths[:, 1::2] << 4
-        rows.view(torch.uint8)[:, 16 : 16 + self.tiles] = pairs.to(torch.uint8)
-        for head, bits in enumerate(self.widths.sum(1).tolist()):
-            rows[head, 0], rows[head, 1] = offset, 4 * WORDS * bits
-            offset += 4 * WORDS * bits
+        """``HeadTiles`` of every head (codes.h), ``[H, 36]`` int32."""
+        rows, offset = torch.zeros(self.heads, 36, dtype=torch.int32, device="cpu"), 0
+        second = 4 * WORDS * (self.widths[:, 0::2] + self.is_trellis)  # behind path bits and the first half's fields
+        tiles = self.kinds | second << 8 | 4 * self.tile_words << 20
+        rows[:, 4 : 4 + self.tiles] = torch.where(self.widths[:, 0::2] > 0, tiles, 0).to(torch.int32)
+        for head, words in enumerate(self.tile_words.sum(1).tolist()):
+            rows[head, 0], rows[head, 1] = offset, 4 * words
+            offset += 4 * words
         return rows
 
     def groups(self, device: torch.device) -> tuple[tuple[int, Tensor, Tensor], ...]:
@@ -138,7 +194,9 @@ class BlockLayout:
             device: Where codes are.
 
         Returns:
-            Width, coefficients ``[8 m]`` (H D for none) and words ``[16 W m]``.
+            Width, coefficients ``[8 m]`` (H D for none) and words of fields ``[16 W m]`` (of a trellis 16 (W - 1) m).
+            Of a trellis, width 0 stands for whole tiles, ``[16 m]``, and their words of path bits ``[32 m]``. -1 stands
+            for coefficients whose codes are stored as something else: what each byte becomes and came from, ``[512]``.
         """
         found = self._groups.get(device)
         if found is None:
@@ -153,17 +211,23 @@ class BlockLayout:
         return [tensor for groups in self._groups.values() for group in groups for tensor in group[1:]]
 
     def _by_width(self) -> list[tuple[int, Tensor, Tensor]]:
-        coefficient = torch.arange(self.heads, dtype=torch.int64, device="cpu")[:, None] * self.dim + self.dims
-        coefficient = torch.where(self.dims < 0, self.heads * self.dim, coefficient).view(-1, HALF)
-        widths = self.widths.flatten()
-        first = WORDS * (widths.cumsum(0) - widths)
+        coefficient = self._coefficients().view(-1, HALF)
+        widths, paths = self.widths.view(-1, 2), int(self.is_trellis)
+        tiles = self.tile_words.flatten()
+        tiles = tiles.cumsum(0) - tiles  # first word
+        fields = (widths - paths).clamp_min(0)  # bits
+        first = tiles[:, None] + WORDS * torch.stack((0 * tiles, fields[:, 0]), dim=1) + 2 * WORDS * paths
         found = []
-        for width in range(1, MAX_WIDTH + 1):
-            own = (widths == width).nonzero().flatten()
+        for width in range(1 + paths, MAX_WIDTH + 1):
+            own = (widths == width).flatten().nonzero().flatten()
             if own.numel():
-                inside = torch.arange(WORDS * width, dtype=torch.int64, device="cpu")
-                found.append((width, coefficient[own], first[own][:, None] + inside))
-        return found
+                inside = torch.arange(WORDS * (width - paths), dtype=torch.int64, device="cpu")
+                found.append((width, coefficient[own], first.flatten()[own][:, None] + inside))
+        if self.is_trellis and bool(widths.any()):
+            own = widths[:, 0].nonzero().flatten()
+            inside = torch.arange(LANES, dtype=torch.int64, device="cpu")
+            found.append((0, coefficient.view(-1, TILE)[own], tiles[own][:, None] + inside))
+        return [(-1, *recoded) for recoded in self._recoded()] + found
 
     def pack(self, codes: Tensor, values: bool) -> Tensor:
         """Pack codes.
@@ -181,13 +245,17 @@ class BlockLayout:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, 1))
         out = torch.zeros(*lead, self.words, dtype=torch.int32, device=device)
         for width, dims, words in self.groups(device):
+            if width < 0:
+                codes[:, :, dims] = words[:256].to(torch.uint8)[codes[:, :, dims].long()]
+                continue
             halves = codes[:, :, dims].unflatten(2, (-1, HALF)).flatten(3)  # [n, B, m, 8 64]
             own = halves[..., place]  # [n, B, m, 32, 8, 2]
-            out[:, :, words] = self._pack_halves(own, width).flatten(2)
+            packed = self._pack_fields(own, width) if width else _pack_paths(own)
+            out[:, :, words] = (packed - (packed >> 31 << 32)).to(torch.int32).flatten(2)
         return out
 
-    def _pack_halves(self, own: Tensor, width: int) -> Tensor:
-        """Words of lanes' codes ``[..., 32, 8, 2]``, ``[..., 16 W]``."""
+    def _pack_fields(self, own: Tensor, width: int) -> Tensor:
+        """Words of lanes' codes ``[..., 32, 8, 2]``, ``[..., 16 W]`` int64."""
         parts = []
         for length, above in self._fields(width):
             bits = (own >> above & ((1 << length) - 1)).to(torch.int64)
@@ -195,8 +263,7 @@ class BlockLayout:
                 bits = bits.unflatten(-2, (2, 4))
             words = (bits << _shifts(length, own.device)).sum((-1, -2)).flatten(3)
             parts.append(words[..., 0::2] | words[..., 1::2] << 16 if length == 1 else words)
-        words = torch.cat(parts, dim=-1)
-        return (words - (words >> 31 << 32)).to(torch.int32)
+        return torch.cat(parts, dim=-1)
 
     def unpack(self, words: Tensor, values: bool) -> Tensor:
         """Invert :meth:`pack`.
@@ -211,15 +278,21 @@ class BlockLayout:
         lead, device = words.shape[:2], words.device
         place = _places(values, device)
         codes = torch.zeros(*lead, self.heads * self.dim + 1, BLOCK, dtype=torch.uint8, device=device)
-        for width, dims, words_of in self.groups(device):
-            own = words[:, :, words_of].unflatten(2, (-1, WORDS * width))
-            lanes = self._unpack_halves(own, width)  # [n, B, m, 32, 8, 2]
+        for width, dims, words_of in reversed(self.groups(device)):
+            if width < 0:
+                codes[:, :, dims] = words_of[256:].to(torch.uint8)[codes[:, :, dims].long()]
+                continue
+            own = words[:, :, words_of]
+            lanes = self._unpack_fields(own, width) if width else _unpack_paths(own)  # [n, B, m, 32, 8, 2]
             halves = lanes.new_zeros(*lanes.shape[:3], HALF * BLOCK)
             halves[..., place] = lanes
-            codes[:, :, dims] = halves.unflatten(3, (HALF, BLOCK)).flatten(2, 3)
+            found = halves.unflatten(3, (HALF, BLOCK)).flatten(2, 3)
+            codes[:, :, dims] |= found
         return codes[:, :, :-1]
 
-    def _unpack_halves(self, words: Tensor, width: int) -> Tensor:
+    def _unpack_fields(self, words: Tensor, width: int) -> Tensor:
+        size = WORDS * (width - self.is_trellis)
+        words = words.unflatten(2, (-1, size))
         codes, first = words.new_zeros(*words.shape[:-1], LANES, 8, 2, dtype=torch.uint8), 0
         for length, above in self._fields(width):
             own = words[..., first : first + WORDS * length]
@@ -233,17 +306,65 @@ class BlockLayout:
 
     def _fields(self, width: int) -> list[tuple[int, int]]:
         """Fields of a width in the order of their words: length, and which bit of a byte is its lowest."""
-        fields, above = [], width - 1 if self.is_trellis else width
+        if self.is_trellis and width == 4:
+            return [(2, 0), (1, 2)]  # two bits join the subset's
+        fields, above = [], width - self.is_trellis
         for length in FIELDS[above]:
             above -= length
             fields.append((length, above))
-        return fields + [(1, PATH_BIT)] * self.is_trellis
+        return fields
+
+
+def stored_codes(codes: Tensor, stored: int, width: int, is_trellis: bool) -> Tensor:
+    """Codes as half a tile whose levels are looked up has them; see :mod:`quantcache_kernels.cuda.tables`.
+
+    Args:
+        codes: Without path bits, int64.
+        stored: Bits of the half.
+        width: Bits of the code.
+        is_trellis: Whether they are those of a trellis.
+
+    Returns:
+        The same shape.
+    """
+    places, top = width + is_trellis, width - is_trellis - 1
+    if places == PLACES:  # the magnitude, and whether the sign is negative
+        negative = (codes >> top ^ 1) & 1
+        codes = (codes ^ -negative) & ((1 << top) - 1)
+        return codes | negative << top if is_trellis else swapped(codes, 0, 3) << 1 | negative
+    if places == PLACES - 1:
+        codes = swapped(codes, top, top - 1)
+    return codes if is_trellis or stored < PLACES else codes << 1
+
+
+def swapped(codes: Tensor, one: int, other: int) -> Tensor:
+    """Codes with two bits in each other's place."""
+    differs = (codes >> one ^ codes >> other) & 1
+    return codes ^ (differs << one | differs << other)
+
+
+def _path_shifts(device: torch.device) -> Tensor:
+    """Where a lane's word has the path bits of either half of a tile, ``[2, 1, 8, 2]`` int32."""
+    half, register, side = (torch.arange(size, dtype=torch.int32, device=device) for size in (2, 8, 2))
+    return half[:, None, None, None] + 2 * register[:, None] + 16 * side
+
+
+def _pack_paths(own: Tensor) -> Tensor:
+    """Words of path bits of lanes' codes ``[n, B, 2 m, 32, 8, 2]``, ``[n, B, m, 32]`` int64."""
+    bits = (own >> PATH_BIT).to(torch.int64).unflatten(2, (-1, 2))
+    return (bits << _path_shifts(own.device)).sum((-1, -2, 3))
+
+
+def _unpack_paths(words: Tensor) -> Tensor:
+    """Invert :func:`_pack_paths`; words ``[n, B, 32 m]``."""
+    own = words.unflatten(2, (-1, 1, LANES))[..., None, None]
+    return ((own >> _path_shifts(words.device) & 1) << PATH_BIT).to(torch.uint8).flatten(2, 3)
 
 
 def _shifts(length: int, device: torch.device) -> Tensor:
     """Where a word of a field has the codes of its registers' halves, ``[registers, 2]`` int32."""
-    step = length * torch.arange(min(8, 16 // length), dtype=torch.int32, device=device)
-    half = 8 if length == 1 else 16  # half a word for a single bit
+    step = max(2, length) * torch.arange(min(8, 16 // length), dtype=torch.int32, device=device)
+    half = 1 if length == 1 else 16  # half a word for a single bit
     return step[:, None] + half * torch.arange(2, dtype=torch.int32, device=device)
 
 

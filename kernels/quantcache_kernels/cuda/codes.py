@@ -9,18 +9,20 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.blocks import HALF, LANES, TILE, BlockLayout
+from quantcache_kernels.cuda.blocks import HALF, LANES, PLACES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
-from quantcache_kernels.cuda.near import near_attention
+from quantcache_kernels.cuda.memory import Memory
+from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
-from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, QueryArguments, pointer
+from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, Queries, QueryArguments, Rows, pointer
+from quantcache_kernels.cuda.tables import level_tables
 from quantcache_kernels.interface import ANCHOR_LENGTH, AttentionCall, SideConstants
 from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
@@ -32,7 +34,13 @@ ROWS = 8
 TURNED_ROWS, TURN_THREADS = 32, 128
 """As in codes.h."""
 
+TERMS, ONE_HALVES = 8, 0x3C003C00
+"""As in decoding.h."""
+
 MAX_DIM = 256
+
+KINDS = (torch.bfloat16, torch.float32)
+"""Of numbers that the kernels read as they are given."""
 
 EXTRA_BYTES = 64
 """Of a unit's queries behind their fragments: eight units and eight offsets."""
@@ -129,7 +137,7 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         The constants.
     """
     layout = BlockLayout.of(constants)
-    terms, scale = _polynomials(constants, layout)
+    terms, scale = _terms(constants, layout, values)
     decoder = layout.gather(constants.decoder, 2) * scale[:, None]  # [H, D, S]
     table = layout.table()
     empty = torch.zeros(0, dtype=torch.float32, device="cpu")
@@ -147,7 +155,7 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         constants.coding == "trellis",
         int(table[:, 1].max()),
         on_device(table),
-        on_device(_value_order(terms) if values else _key_order(terms)),
+        on_device(terms),
         on_device(decoder.transpose(1, 2) if values else empty),
         on_device(constants.mean),
         [on_device(each) for each in frame],
@@ -180,15 +188,34 @@ def _polynomials(constants: SideConstants, layout: BlockLayout) -> tuple[Tensor,
     return terms.half(), torch.where(width > 0, own[..., 0], 0.0).float()
 
 
-def _key_order(terms: Tensor) -> Tensor:
-    """``[H, S, terms]`` as ``[H, tiles, 4, 2, terms, 2]``: a lane's two coefficients of either half."""
-    return terms.unflatten(1, (-1, 2, 4, 2)).permute(0, 1, 3, 2, 5, 4)
+def _terms(constants: SideConstants, layout: BlockLayout, values: bool) -> tuple[Tensor, Tensor]:
+    """Polynomials or tables of every half tile in the order in which lanes take them, and units of levels, ``[H, S]``.
 
-
-def _value_order(terms: Tensor) -> Tensor:
-    """``[H, S, terms]`` as ``[H, tiles, 8, 2, terms, 2]``: a lane's two coefficients, each twice."""
-    own = terms.unflatten(1, (-1, 2, 8)).transpose(2, 3)  # [H, tiles, 8 rows, 2, terms]
-    return own.unsqueeze(-1).expand(*own.shape, 2)
+    Of keys ``[H, tiles, 4, 2 halves, words]`` int32, a lane's two coefficients in the halves of a word of a polynomial;
+    of values ``[H, tiles, 8, 2 halves, words]``, its one coefficient twice.
+    """
+    terms, scale = _polynomials(constants, layout)
+    if values:
+        words = terms.unsqueeze(-1).expand(*terms.shape, 2).contiguous().view(torch.int32).squeeze(-1)
+        width = layout.own_widths
+    else:
+        pairs = terms.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+        words, width = pairs.view(torch.int32).squeeze(-1), layout.own_widths.unflatten(1, (-1, 2)).amax(-1)
+    words = torch.nn.functional.pad(words, (0, TERMS - words.shape[-1]))
+    is_trellis = constants.coding == "trellis"
+    most = PLACES - is_trellis
+    books = [
+        level_tables(tuple((constants.unions if is_trellis else constants.levels)[w]), is_trellis)
+        for w in range(most + 1)
+    ]
+    tables = torch.tensor([words for words, _ in books], dtype=torch.int64, device="cpu").to(torch.int32)
+    units = torch.tensor([unit for _, unit in books], dtype=torch.float32, device="cpu")
+    lanes = width.shape[1] // layout.widths.shape[1]
+    tabled = layout.tabled.repeat_interleave(lanes, dim=1).unsqueeze(-1)
+    words = torch.where(tabled, tables[width.clamp_max(most)], words)
+    tabled = layout.tabled.repeat_interleave(HALF, dim=1)
+    scale = torch.where(tabled & (layout.own_widths > 0), units[layout.own_widths.clamp_max(most)], scale)
+    return words.unflatten(1, (layout.tiles, 2, -1)).transpose(2, 3), scale
 
 
 def _key_matrices(
@@ -217,18 +244,32 @@ def _key_matrices(
     return matrix, norms, [fragments, means, torch.stack((angles.cos(), angles.sin()), dim=-1).float()]
 
 
+class Starts(NamedTuple):
+    """Where the rows of a padded batch begin.
+
+    Attributes:
+        origins: Slot of every row's first token, ``[B]`` int32.
+        first_seen: Slot behind its sinks, ``[B]`` int32: it sees blocks from there on.
+    """
+
+    origins: Tensor
+    first_seen: Tensor
+
+
 def attend(
     query: Tensor,
     packed: Sequence[Tensor],
-    dense: tuple[Tensor, Tensor, Tensor, Tensor],
+    near: NearTokens,
     block_table: Tensor,
-    left_padding: Tensor | None,
+    starts: Starts | None,
     keys: PreparedCodes,
     values: PreparedCodes,
     encoded_end: int,
     call: AttentionCall,
     paired: bool,
     splits: int | None = None,
+    memory: Memory | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention over packed blocks, sinks and recent tokens.
 
@@ -236,32 +277,30 @@ def attend(
         query: ``[B, Hq, Tq, D]``, any strides.
         packed: The blocks: codes ``[n, B, words]`` int32 (:class:`BlockLayout`) and gains ``[n, B, H, 64]`` uint8 of
             the keys, then of the values.
-        dense: Sinks of keys and values, ``[B, H, S, D]``, then the tokens behind the last block; the last Tq of them
-            are the queries' own.
+        near: Sinks and the tokens behind the last block; the last Tq of them are the queries' own.
         block_table: First slot, valid tokens and anchor slot of every block, ``[n, 3]`` int32.
-        left_padding: Left padding of every row, ``[B]``, or None. A row's sinks are its first valid tokens, and it sees
-            blocks from the slot behind them on.
+        starts: Where padded rows begin; None for slot 0 throughout. A row's sinks are its first valid tokens.
         keys: The keys' constants.
         values: The values'.
         encoded_end: Slot behind the last block.
         call: The rest of the call.
         paired: Whether blocks 2i and 2i + 1 share an anchor throughout, as they do unless a crop cut one.
         splits: Parts of the context, or None for what fits the device.
+        memory: What other calls on this stream use too; None for memory of this call's own.
+        out: Where the result goes, ``[B, Tq, Hq, Dv]`` contiguous; None for a new tensor.
 
     Returns:
-        ``[B, Tq, Hq, Dv]`` in the query's dtype.
+        ``[B, Tq, Hq, Dv]`` in the query's dtype, float32 or bfloat16.
     """
     device, (batch, query_heads, count, dim) = query.device, query.shape
     heads, n = keys.layout.heads, block_table.shape[0]
     total = query_heads // heads * count
     chunks = -(-total // ROWS)
-    rows = -(-total // chunks)
-    lines, slots = batch * chunks * heads, TILE * values.layout.tiles
+    place = Rows(heads, chunks, -(-total // chunks), count, total)
+    rows, lines = place.rows, batch * chunks * heads
+    slots, value_dim = TILE * values.layout.tiles, values.mean.shape[1]
     units = -(-n // 2) if paired else n
-
-    grouped = (query.float() * call.scaling).reshape(batch, heads, total, dim)
-    near, near_lse = near_attention(grouped, dense, left_padding, call, encoded_end, count)
-    grouped, near, near_lse = (_in_chunks(each, chunks, rows) for each in (grouped, near, near_lse.unsqueeze(-1)))
+    near, query = near.readable(), query if query.stride(3) == 1 else query.contiguous()
 
     query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + EXTRA_BYTES
     warps = WARPS_PER_PROCESSOR * _processors(device)
@@ -269,59 +308,88 @@ def attend(
     per_split += per_split % 2  # the two blocks of an anchor stay together
     splits = -(-n // per_split)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    turned = empty(units, lines, query_bytes, dtype=torch.uint8)
-    partial, stats = empty(splits, lines, rows, slots), empty(splits, lines, rows, 2)
-    out, lse = empty(lines, rows, values.mean.shape[1]), empty(lines, rows)
-    origins = first_seen = mask = None
-    if left_padding is not None:
-        origins = left_padding.int().contiguous()
-        first_seen = origins + dense[0].shape[2]
-    if call.mask is not None:
-        mask = call.mask.contiguous()
+    vectors = lines * rows  # of every split
+    sizes = units * lines * query_bytes, 4 * splits * vectors * slots, 8 * splits * vectors
+    near_sizes = 4 * near.splits * vectors * value_dim, 4 * near.splits * vectors
+    memory = memory or Memory()  # held until everything is launched
+    turned, partial, stats, *found = memory.places((*sizes, *near_sizes), device)
+    if out is None:
+        out = torch.empty(batch, count, query_heads, value_dim, dtype=query.dtype, device=device)
+    mask = None if call.mask is None else call.mask.contiguous()
+    logits = None if call.sink_logits is None else call.sink_logits.contiguous()
+    if logits is not None and logits.dtype not in KINDS:
+        logits = logits.float()
+    origins, first_seen = (None, None) if starts is None else starts
     packed = [each.contiguous() for each in packed]
     block_table = block_table.contiguous()
-    softcap = call.softcap or 0.0
+    strides, softcap = (0, 0, 0) if mask is None else _mask_strides(mask), call.softcap or 0.0
+    queries = Queries(query.data_ptr(), *query.stride()[:3], place, _is_half(query), call.scaling)
     to_turn = QueryArguments(
-        *map(pointer, (grouped, *keys.frame, keys.matrix, keys.norms, block_table, origins, turned)),
-        units, paired, lines, heads, lines // batch, rows,
-        dim, dim - keys.num_fast, keys.layout.slow_tiles, keys.num_fast, query_bytes,
+        queries, *map(pointer, (*keys.frame, keys.matrix, keys.norms, block_table, origins)), turned,
+        units, paired, lines, dim, dim - keys.num_fast, keys.layout.slow_tiles, keys.num_fast, query_bytes,
         1.0 if softcap else LOG2_E,
     )  # fmt: skip
     room = keys.room, values.room
     to_attend = CodesArguments(
-        *map(pointer, (*packed, turned, keys.heads, values.heads, keys.terms, values.terms, *keys.fast)),
-        *map(pointer, (block_table, first_seen, mask, partial, stats)),
+        *map(pointer, packed), turned,
+        *map(pointer, (keys.heads, values.heads, keys.terms, values.terms, *keys.fast)),
+        *map(pointer, (block_table, first_seen, mask)), partial, stats,
         n, batch, heads, chunks, rows, count, per_split, paired,
         4 * keys.layout.words, 4 * values.layout.words, query_bytes, *room,
-        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast, values.layout.tiles,
-        *((0, 0, 0) if mask is None else _mask_strides(mask)), softcap,
+        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast, values.layout.tiles, *strides, softcap, ONE_HALVES,
     )  # fmt: skip
+    to_near = near.arguments(queries, (pointer(origins), pointer(mask), pointer(logits), *found))
+    to_near.encoded_end, to_near.causal, to_near.lines = encoded_end, call.hides_the_future(count), lines
+    to_near.mask_batch, to_near.mask_query, to_near.mask_length = strides
+    to_near.logits_are_half, to_near.softcap = logits is not None and _is_half(logits), softcap
     to_merge = MergeArguments(
-        *map(pointer, (partial, stats, near, near_lse, values.decoder, values.mean, out, lse)),
-        lines, heads, rows, values.mean.shape[1], slots, splits,
+        partial, stats, *found, *map(pointer, (values.decoder, values.mean, out)), None,
+        place, lines, value_dim, slots, splits, near.splits, _is_half(out),
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
+    turn_bytes = 4 * (dim * TURNED_ROWS + ROWS + rows * dim)
     shared = 256 + sum(room) + query_bytes + 512 * values.layout.tiles
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        kernels["turn_queries"].launch((groups, lines), TURN_THREADS, 4 * (dim * TURNED_ROWS + ROWS), to_turn, stream)
+        stream = stream_of(device)
+        kernels["turn_queries"].launch((groups, lines), TURN_THREADS, turn_bytes, to_turn, stream)
         kernels["attend_codes"].launch((splits, lines), 32, shared, to_attend, stream)
-        kernels["merge"].launch((rows, lines), 4 * to_merge.dim, to_merge.shared_bytes, to_merge, stream)
-    joined = out.view(batch, chunks, heads, rows, -1).transpose(1, 2).flatten(2, 3)[:, :, :total]
-    by_query = joined.unflatten(2, (query_heads // heads, count)).flatten(1, 2).transpose(1, 2)
-    return by_query.to(query.dtype).contiguous()
+        kernels["attend_near"].launch((near.splits, lines), NEAR_THREADS, near.shared_bytes(rows), to_near, stream)
+        kernels["merge"].launch((rows, lines), 4 * value_dim, to_merge.shared_bytes, to_merge, stream)
+    return out
 
 
-def _in_chunks(x: Tensor, chunks: int, rows: int) -> Tensor:
-    """``[B, H, R, ...]`` as ``[B, chunks, H, rows, ...]``, zero behind R."""
-    missing = chunks * rows - x.shape[2]
-    if missing:
-        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
-    return x.unflatten(2, (chunks, rows)).transpose(1, 2).contiguous()
+def append(key: Tensor, value: Tensor, near: NearTokens, keys: PreparedCodes, values: PreparedCodes) -> None:
+    """Put new tokens into a tail whose length only the device knows.
+
+    Args:
+        key: ``[B, H, Tnew, D]`` bfloat16.
+        value: ``[B, H, Tnew, Dv]``.
+        near: Where the tail lies, and how many tokens it has, these included.
+        keys: The keys' constants: they say which module is loaded.
+        values: The values'.
+    """
+    arguments, device = append_arguments(readable(key), readable(value), near), key.device
+    with on_device(device):
+        kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
+        kernels["append_tail"].launch((arguments.vectors, 2), 32, 0, arguments, stream_of(device))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which a device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def stream_of(device: torch.device) -> int:
+    """Raw handle of a device's current stream."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _is_half(tensor: Tensor) -> bool:
+    """Whether numbers are of bfloat16; else they are of float32."""
+    if tensor.dtype not in KINDS:
+        raise ValueError(f"the CUDA kernels take numbers of bfloat16 and float32, got {tensor.dtype}")
+    return tensor.dtype == torch.bfloat16
 
 
 def _mask_strides(mask: Tensor) -> tuple[int, int, int]:

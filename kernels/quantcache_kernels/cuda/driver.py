@@ -19,6 +19,9 @@ import torch
 NVCC = "/usr/local/cuda/bin/nvcc"
 SOURCES = Path(__file__).parent / "src"
 
+CODE_KERNELS = ("turn_queries", "attend_codes", "attend_near", "merge", "append_tail")
+"""The kernels of a cache's blocks."""
+
 
 class CudaError(RuntimeError):
     """A call of the driver or the compiler failed."""
@@ -33,9 +36,24 @@ def source(name: str = "attention.h") -> str:
     Returns:
         The text.
     """
-    header, merge, kernels = ((SOURCES / each).read_text(encoding="utf-8") for each in ("warp.h", "merge.h", name))
-    lines = (header.split("#else\n\n#include <cmath>")[0] + "#endif\n" + merge + kernels).splitlines()
-    return "\n".join("" if line.startswith(("#pragma once", '#include "')) else line for line in lines) + "\n"
+    lines: list[str] = []
+    seen: set[str] = set()
+
+    def take(name: str) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        text = (SOURCES / name).read_text(encoding="utf-8")
+        if name == "warp.h":  # without its emulation
+            text = text.split("#else\n\n#include <cmath>")[0] + "#endif\n"
+        for line in text.splitlines():
+            if line.startswith('#include "'):
+                take(line.split('"')[1])
+            elif not line.startswith("#pragma once"):
+                lines.append(line)
+
+    take(name)
+    return "\n".join(lines) + "\n"
 
 
 def _cache_folder() -> Path:
@@ -116,13 +134,14 @@ def compiled(capability: tuple[int, int], precise: bool, parts: int) -> bytes:
     return _compiled(capability, source(), (f"-DPRECISE={int(precise)}", f"-DPARTS={parts}"))
 
 
-def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis: bool) -> bytes:
+def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis: bool, marked: bool = False) -> bytes:
     """The machine code of the kernels of a cache's blocks, from the cache on disk if it is there.
 
     Args:
         capability: Compute capability.
         key_trellis: Whether the keys' codes are paths through a trellis.
         value_trellis: Whether the values' are.
+        marked: Leave marks in the machine code, for counting what it does.
 
     Returns:
         A cubin.
@@ -131,7 +150,7 @@ def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis
         CudaError: They do not compile.
     """
     defines = f"-DKEY_TRELLIS={int(key_trellis)}", f"-DVALUE_TRELLIS={int(value_trellis)}"
-    return _compiled(capability, source("codes.h"), defines)
+    return _compiled(capability, source("codes.h"), defines + ("-DMARKED",) * marked)
 
 
 def _compiled(capability: tuple[int, int], text: str, defines: tuple[str, ...]) -> bytes:
@@ -272,13 +291,13 @@ def load_codes(device: int, key_trellis: bool, value_trellis: bool) -> dict[str,
         value_trellis: See :func:`compiled_codes`.
 
     Returns:
-        ``turn_queries``, ``attend_codes`` and ``merge``.
+        Those of :data:`CODE_KERNELS`.
 
     Raises:
         CudaError: They do not compile or load.
     """
     binary = compiled_codes(torch.cuda.get_device_capability(device), key_trellis, value_trellis)
-    return _loaded(device, binary, "turn_queries", "attend_codes", "merge")
+    return _loaded(device, binary, *CODE_KERNELS)
 
 
 def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:

@@ -1,85 +1,121 @@
-"""Attention on the tokens that are not encoded, in plain torch: what the merge kernel joins with the blocks.
+"""The tokens that are not encoded: attention on them as one more split of a call, and how new ones join the tail.
 
-Shapes: B batch, H key/value heads, G query heads of a group, Tq queries, R = G Tq rows of queries with the query index
-running fastest, N tokens that are not encoded.
+Shapes: B batch, H key/value heads, S sinks, t tokens behind the last block, D and Dv dimensions.
 """
 
 from __future__ import annotations
 
-import math
+import ctypes
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcache_kernels.interface import AttentionCall
+from quantcache_kernels.cuda.structures import AppendArguments, NearArguments, Queries, Strides, pointer
 
-NOTHING = -1e29
-"""Logarithm of the weight where nothing is seen: above that of a split that has seen nothing, so that zero wins."""
+NEAR_THREADS, NEAR_TOKENS, MAX_ROWS = 128, 64, 8
+"""As in near.h."""
+
+MAX_SPLITS = 16
+"""Into how many parts a tail is cut at most; a longer one takes more than one round."""
+
+VECTOR_BYTES = 16
+"""What the kernels read at once."""
 
 
-def near_attention(
-    query: Tensor,
-    dense: tuple[Tensor, Tensor, Tensor, Tensor],
-    left_padding: Tensor | None,
-    call: AttentionCall,
-    encoded_end: int,
-    count: int,
-) -> tuple[Tensor, Tensor]:
-    """Attention on sinks and recent tokens, with the sink logits.
+@dataclass(frozen=True)
+class NearTokens:
+    """Sinks and tail of a call.
+
+    Attributes:
+        key_sinks: ``[B, H, S, D]`` bfloat16.
+        value_sinks: ``[B, H, S, Dv]``.
+        key_tail: ``[B, H, t, D]``; the last tokens are the queries' own.
+        value_tail: ``[B, H, t, Dv]``.
+        tail_tokens: How many tokens the tail has, ``[1]`` int32 on the device: it may then hold room for more. None for
+            all of them.
+    """
+
+    key_sinks: Tensor
+    value_sinks: Tensor
+    key_tail: Tensor
+    value_tail: Tensor
+    tail_tokens: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sinks of keys and values, then their tails."""
+        return self.key_sinks, self.value_sinks, self.key_tail, self.value_tail
+
+    def readable(self) -> NearTokens:
+        """The same as the kernels can read it."""
+        if all(map(_is_readable, self.parts)):
+            return self
+        keys, values, key_tail, value_tail = map(readable, self.parts)
+        return NearTokens(keys, values, key_tail, value_tail, self.tail_tokens)
+
+    @property
+    def splits(self) -> int:
+        """Parts that one call is cut into; follows from the room in the tail, not from what it holds."""
+        return min(MAX_SPLITS, -(-(self.key_sinks.shape[2] + self.key_tail.shape[2]) // NEAR_TOKENS))
+
+    def shared_bytes(self, rows: int) -> int:
+        """Shared memory of a block of threads with so many rows of queries."""
+        dim, value_dim = self.key_tail.shape[3], self.value_tail.shape[3]
+        groups = NEAR_THREADS // (value_dim // 2)
+        return 4 * (rows * (dim + NEAR_TOKENS + groups * value_dim) + 3 * MAX_ROWS)
+
+    def arguments(self, queries: Queries, places: tuple[int | None, ...]) -> NearArguments:
+        """Arguments of attention on these tokens.
+
+        Args:
+            queries: The queries.
+            places: Addresses, from ``origins`` to ``lse``.
+
+        Returns:
+            The arguments; what they say of the call is left to the caller.
+        """
+        found = NearArguments(queries, *(part.data_ptr() for part in self.parts), pointer(self.tail_tokens), *places)
+        found.strides = _strides(*self.parts)
+        found.sinks, found.tail = self.key_sinks.shape[2], self.key_tail.shape[2]
+        found.dim, found.value_dim, found.splits = self.key_tail.shape[3], self.value_tail.shape[3], self.splits
+        return found
+
+
+def append_arguments(key: Tensor, value: Tensor, near: NearTokens) -> AppendArguments:
+    """Arguments of the kernel that puts new tokens into a tail, behind those that it had.
 
     Args:
-        query: Scaled, ``[B, H, R, D]`` float32.
-        dense: Sinks of keys and values, ``[B, H, S, D]``, then the tokens behind the last block.
-        left_padding: Left padding of every row, ``[B]``, or None; a row's sinks begin there.
-        call: The rest of the call.
-        encoded_end: Slot behind the last block.
-        count: Tq.
+        key: ``[B, H, Tnew, D]`` bfloat16, readable.
+        value: ``[B, H, Tnew, Dv]``.
+        near: Where the tail lies, and how many tokens it has, the new ones included.
 
     Returns:
-        ``[B, H, R, Dv]`` float32, and the logarithm of the sum of exponentials, base 2, ``[B, H, R]``.
+        The arguments.
     """
-    key_sinks, value_sinks, key_tail, value_tail = dense
-    device, tail, heads = query.device, key_tail.shape[2], query.shape[1]
-    keys, values = torch.cat((key_sinks, key_tail), dim=2), torch.cat((value_sinks, value_tail), dim=2)
-    scores = query @ keys.float().transpose(-1, -2)
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    seen = _seen(key_sinks.shape[2], tail, left_padding, call, encoded_end, count, device)
-    if seen is not None:
-        scores = scores.unflatten(2, (-1, count)).masked_fill(~seen[:, None, None], float("-inf")).flatten(2, 3)
-    if call.sink_logits is not None:
-        logits = call.sink_logits.float().view(1, heads, -1, 1, 1).expand(scores.shape[0], -1, -1, count, 1)
-        scores = torch.cat((scores, logits.flatten(2, 3)), dim=-1)
-    lse = scores.logsumexp(-1)
-    weights = (scores[..., : keys.shape[2]] - lse.clamp_min(NOTHING).unsqueeze(-1)).exp()
-    return weights @ values.float(), (lse * math.log2(math.e)).clamp_min(NOTHING)
+    batch, heads, count, dim = key.shape
+    return AppendArguments(
+        *(tensor.data_ptr() for tensor in (key, value, near.key_tail, near.value_tail)), pointer(near.tail_tokens),
+        _strides(key, value, near.key_tail, near.value_tail),
+        heads, count, batch * heads * count, dim, value.shape[3], near.key_tail.shape[2],
+    )  # fmt: skip
 
 
-def _seen(
-    sinks: int,
-    tail: int,
-    left_padding: Tensor | None,
-    call: AttentionCall,
-    encoded_end: int,
-    count: int,
-    device: torch.device,
-) -> Tensor | None:
-    """Which tokens a query sees, ``[B or 1, Tq or 1, N]``; None for all."""
-    causal = call.hides_the_future(count)
-    if left_padding is None and call.mask is None and not causal:
-        return None
-    offsets = torch.arange(sinks, dtype=torch.int64, device=device)[None]
-    sink_slots = offsets if left_padding is None else left_padding[:, None] + offsets
-    tail_slots = torch.arange(encoded_end, encoded_end + tail, dtype=torch.int64, device=device)
-    slots = torch.cat((sink_slots, tail_slots.expand(sink_slots.shape[0], -1)), dim=1)  # [B or 1, N]
-    there = torch.cat((sink_slots < encoded_end, torch.ones_like(slots[:, sinks:], dtype=torch.bool)), dim=1)
-    seen = there[:, None]
-    if causal:
-        own = torch.arange(encoded_end + tail - count, encoded_end + tail, dtype=torch.int64, device=device)
-        seen = seen & (slots[:, None] <= own[:, None])
-    if call.mask is not None:
-        mask = call.mask[:, 0]
-        batch = max(mask.shape[0], slots.shape[0])
-        index = slots.clamp_max(mask.shape[2] - 1)[:, None].expand(batch, mask.shape[1], -1)
-        seen = seen & mask.expand(batch, -1, -1).gather(2, index)
-    return seen
+def _strides(*tensors: Tensor) -> ctypes.Array[Any]:
+    found = Strides()
+    for place, tensor in zip(found, tensors, strict=True):
+        place[:] = tensor.stride()[:3]
+    return found
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """A tensor as the kernels can read it: itself, or a copy."""
+    return tensor if _is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether every vector lies together, and where 16 bytes can be read at once."""
+    each = VECTOR_BYTES // tensor.itemsize
+    *outer, last = tensor.stride()
+    return last == 1 and not tensor.data_ptr() % VECTOR_BYTES and not any(stride % each for stride in outer)

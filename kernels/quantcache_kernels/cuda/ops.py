@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcache_kernels.cuda.driver import load
 from quantcache_kernels.cuda.layout import ANCHOR, Layout, column_tiles, make_tables
-from quantcache_kernels.cuda.structures import AttentionArguments, MergeArguments, pointer
+from quantcache_kernels.cuda.structures import AttentionArguments, MergeArguments, Rows, pointer
 
 WARPS_PER_PROCESSOR = 12
 """Warps that shared memory has room for at 3 bits."""
@@ -142,7 +142,7 @@ def plan(
     )  # fmt: skip
     merge = MergeArguments(
         *map(pointer, (partial, stats, dense, dense_lse, decoder, mean, out, lse)),
-        lines, layout.heads, group, dim, layout.coefficients, splits,
+        Rows(layout.heads, 1, group, 1, group), lines, dim, layout.coefficients, splits, int(dense is not None), 0,
     )  # fmt: skip
     held = [t for t in (rows, queries, heads, starts, dense, dense_lse, decoder, mean) if t is not None]
     return Plan(attention, merge, splits, shared, out, lse, partial, stats, held, precise)
@@ -162,4 +162,5 @@ def launch(call: Plan, *, merge: bool = True) -> None:
         lines, dim = call.merge.lines, call.merge.dim
         kernels["attend"].launch((call.splits, lines), 32, call.shared_bytes, call.attention, stream)
         if merge:
-            kernels["merge"].launch((call.merge.group, lines), 4 * dim, call.merge.shared_bytes, call.merge, stream)
+            grid = call.merge.place.rows, lines
+            kernels["merge"].launch(grid, 4 * dim, call.merge.shared_bytes, call.merge, stream)

@@ -1,4 +1,4 @@
-"""The kernels' arguments, as attention.h declares them."""
+"""The kernels' arguments, as their sources declare them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,37 @@ class AttentionArguments(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    """``Rows`` of rows.h."""
+
+    _fields_ = tuple((name, ctypes.c_int) for name in ("heads", "chunks", "rows", "count", "total"))
+
+
+class Queries(ctypes.Structure):
+    """``Queries`` of rows.h."""
+
+    _fields_ = (
+        ("data", Pointer),
+        *((name, ctypes.c_longlong) for name in ("batch_stride", "head_stride", "query_stride")),
+        ("place", Rows),
+        ("is_half", ctypes.c_int),
+        ("scaling", ctypes.c_float),
+    )
+
+
 class MergeArguments(ctypes.Structure):
-    """``MergeArguments`` of attention.h."""
+    """``MergeArguments`` of merge.h."""
 
     _fields_ = (
         *((name, Pointer) for name in ("partial", "stats", "dense", "dense_lse", "decoder", "mean", "out", "lse")),
-        *((name, ctypes.c_int) for name in ("lines", "num_heads", "group", "dim", "coefficients", "splits")),
+        ("place", Rows),
+        *((name, ctypes.c_int) for name in ("lines", "dim", "coefficients", "splits", "dense_splits", "is_half")),
     )
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory that ``merge`` takes."""
-        return 4 * (20 * self.dim + self.coefficients + 32)
+        return 4 * (20 * self.dim + self.coefficients + 33)
 
 
 class CodesArguments(ctypes.Structure):
@@ -48,6 +67,7 @@ class CodesArguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("slow_tiles", "fast_tiles", "fast", "value_tiles")),
         *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length")),
         ("softcap", ctypes.c_float),
+        ("one", ctypes.c_uint),
     )
 
 
@@ -55,11 +75,41 @@ class QueryArguments(ctypes.Structure):
     """``QueryArguments`` of codes.h."""
 
     _fields_ = (
-        *((name, Pointer) for name in ("query", "order", "partner", "sign", "turns", "matrix", "norms")),
+        ("queries", Queries),
+        *((name, Pointer) for name in ("order", "partner", "sign", "turns", "matrix", "norms")),
         *((name, Pointer) for name in ("block_table", "origins", "out")),
-        *((name, ctypes.c_int) for name in ("units", "paired", "lines", "heads", "lines_per_row", "rows")),
-        *((name, ctypes.c_int) for name in ("dim", "slow", "slow_tiles", "fast", "query_bytes")),
+        *((name, ctypes.c_int) for name in ("units", "paired", "lines", "dim", "slow", "slow_tiles", "fast")),
+        ("query_bytes", ctypes.c_int),
         ("base", ctypes.c_float),
+    )
+
+
+Strides = (ctypes.c_longlong * 3) * 4
+"""Of four tensors, in elements: batch, head and token."""
+
+
+class NearArguments(ctypes.Structure):
+    """``NearArguments`` of near.h."""
+
+    _fields_ = (
+        ("queries", Queries),
+        *((name, Pointer) for name in ("key_sinks", "value_sinks", "key_tail", "value_tail")),
+        *((name, Pointer) for name in ("tail_tokens", "origins", "mask", "sink_logits", "out", "lse")),
+        ("strides", Strides),
+        *((name, ctypes.c_int) for name in ("dim", "value_dim", "sinks", "tail", "encoded_end", "causal")),
+        *((name, ctypes.c_int) for name in ("lines", "splits")),
+        *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length", "logits_are_half")),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class AppendArguments(ctypes.Structure):
+    """``AppendArguments`` of near.h."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("key", "value", "key_tail", "value_tail", "tail_tokens")),
+        ("strides", Strides),
+        *((name, ctypes.c_int) for name in ("heads", "count", "vectors", "dim", "value_dim", "tail")),
     )
 
 

@@ -1,13 +1,13 @@
-// Attention of a few queries on a cache's blocks, and the queries' way into coded coordinates.
+// Attention of a few queries on a cache's blocks.
 //
-// A warp goes over a split of the context, a block of 64 tokens at a time. A lane's words hold its own codes (blocks.py),
-// two of them in the halves of a register: under the exponent of 1.0 they are two half-precision numbers, which a
-// polynomial of each coefficient's own turns into levels. Those are what mma.m16n8k16 takes: tokens are rows of every
-// tile of scores, queries its columns, and a tile of weights, turned around by movmatrix, is the right operand of the
-// products with values. Only the fast dimensions of a key are decoded: multiplied with their decoder, rotated by the
-// token's offset from its anchor, and multiplied with the query, all as tiles of the same kind.
+// A warp goes over a split of the context, a block of 64 tokens at a time. Levels (decoding.h) are what mma.m16n8k16
+// takes: tokens are rows of every tile of scores, queries its columns, and a tile of weights, turned around by movmatrix,
+// is the right operand of the products with values. Only the fast dimensions of a key are decoded: multiplied with their
+// decoder, rotated by the token's offset from its anchor, and multiplied with the query, all as tiles of the same kind.
 #include "warp.h"
 #include "merge.h"
+#include "decoding.h"
+#include "queries.h"
 
 #ifndef KEY_TRELLIS
 #define KEY_TRELLIS 0  // whether codes are paths through a trellis
@@ -19,7 +19,9 @@
 struct HeadTiles {  // of one side
     int offset, bytes;  // of the head's tiles in a block, multiples of 64
     int reserved[2];
-    u8 widths[32];      // of the two halves of a tile, four bits each
+    // Kinds of the two halves of a tile, four bits each: width, and TABLED where levels are looked up. From bit 8 on where
+    // the second half's fields are in the tile, from bit 20 on the tile's bytes. 0 for a tile of nothing and those behind.
+    u32 tiles[32];
 };
 
 struct CodesArguments {
@@ -30,7 +32,7 @@ struct CodesArguments {
     const u8* queries;        // [units, lines, query_bytes], from turn_queries
     const HeadTiles* key_heads;
     const HeadTiles* value_heads;
-    const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]
+    const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]: polynomials or tables
     const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 halves, terms]
     const u32* fast_decoder;  // [heads, fast_tiles, fast / 8, 32 lanes, 2]
     const float* fast_mean;   // [heads, fast / 2, 2]
@@ -46,127 +48,20 @@ struct CodesArguments {
     int slow_tiles, fast_tiles, fast, value_tiles;
     int mask_batch, mask_query, mask_length;
     float softcap;
+    u32 one;  // ONE_HALVES, as something that the compiler does not know: an instruction takes a single constant
 };
 
-constexpr u32 ONE_HALVES = 0x3C003C00;  // 1.0 twice
-constexpr int KEY_TERMS = KEY_TRELLIS ? 6 : 4, VALUE_TERMS = VALUE_TRELLIS ? 6 : 4;  // of a coefficient's polynomial
-constexpr int KEY_WORDS = 8 * KEY_TERMS, VALUE_WORDS = 16 * VALUE_TERMS;              // of a tile's polynomials
-
-// Both bytes of 16 bits, each in a half of its own.
-DEVICE u32 spread(u32 bytes) { return (bytes & 0xFF) | (bytes & 0xFF00) << 8; }
-
-// Bits of register r of a field of F bits, moved so that the lowest is at bit `at` of either half.
-template <int F>
-DEVICE u32 field(const u32* words, int r, int at) {
-    const u32 word = words[r / (16 / F)], mask = ((1u << F) - 1) * 0x10001u << at;
-    const int shift = F * (r % (16 / F)) - at;
-    return (shift < 0 ? word << -shift : word >> shift) & mask;
-}
-
-// The fields of a lane's 16 codes: two words for four bits, one for two, and half a word for one.
-struct Fields {
-    u32 four[4], two, one;
-};
-template <int B>
-DEVICE void load_fields(const u8* place, u32 lane, Fields& fields) {
-    UNROLL for (int i = 0; i < B / 4; ++i) {
-        const Words2 w = reinterpret_cast<const Words2*>(place + 256 * i)[lane];
-        fields.four[2 * i] = w.x, fields.four[2 * i + 1] = w.y;
-    }
-    if constexpr (B % 4 >= 2) fields.two = reinterpret_cast<const u32*>(place + 256 * (B / 4))[lane];
-    if constexpr (B % 2) fields.one = spread(reinterpret_cast<const u16*>(place + 64 * (B - 1))[lane]);
-}
-// The B bits of register r, the highest at bit 9 of either half.
-template <int B>
-DEVICE u32 code_bits(const Fields& fields, int r) {
-    u32 x = 0;
-    if constexpr (B >= 4) x |= field<4>(fields.four, r, 6);
-    if constexpr (B == 8) x |= field<4>(fields.four + 2, r, 2);
-    if constexpr (B % 4 >= 2) x |= field<2>(&fields.two, r, B >= 4 ? 4 : 8);
-    if constexpr (B % 2) x |= field<1>(&fields.one, r, 10 - B);
-    return x;
-}
-
-// A byte of path bits holds eight tokens in a row of one coefficient; in `before` are the eight tokens before them.
-DEVICE u32 delayed(u32 path, u32 before, int tokens) {
-    const u32 kept = (0xFFu << tokens & 0xFF) * 0x0101u;
-    return (path << tokens & kept) | (before >> (8 - tokens) & ~kept & 0xFFFF);
-}
-
-// Levels of a lane's 16 codes of one half of a tile, of W bits, in units of their coefficient.
-template <int W, bool TRELLIS, bool KEYS>
-DEVICE void decode(const u8* place, const u32* terms, u32 lane, u32* levels) {
-    constexpr int TERMS = TRELLIS ? 6 : 4;
-    u32 t[TERMS];
-    UNROLL for (int k = 0; k < TERMS; k += 2) {
-        const Words2 w = *reinterpret_cast<const Words2*>(terms + k);
-        t[k] = w.x, t[k + 1] = w.y;
-    }
-    constexpr int BITS = TRELLIS ? W - 1 : W;
-    Fields fields;
-    load_fields<BITS>(place, lane, fields);
-    u32 c1 = 0, c0 = 0;
-    if constexpr (TRELLIS) {
-        const u32 path = reinterpret_cast<const u16*>(place + 64 * (W - 1))[lane];
-        u32 before;
-        if constexpr (KEYS) {  // the row above
-            before = shuffle(path, static_cast<int>(lane) - 4);
-            if (lane < 4) before = 0;
-        } else {  // the lane to the left, and the other byte
-            before = shuffle(path, static_cast<int>(lane) - 1) >> 8;
-            before = path << 8 | (lane % 4 ? before : 0);
-        }
-        c1 = spread(path ^ delayed(path, before, 1) ^ delayed(path, before, 3));
-        c0 = spread(delayed(path, before, 2));
-    }
-    UNROLL for (int r = 0; r < 8; ++r) {
-        u32 x = ONE_HALVES | code_bits<BITS>(fields, r);
-        if constexpr (TRELLIS) {
-            x |= field<1>(&c1, r, 10 - W) | field<1>(&c0, r, 9 - W);
-            x = halves_multiply_add(x, t[0], t[1]);
-            const u32 square = halves_multiply(x, x);
-            u32 p = halves_multiply_add(square, t[5], t[4]);
-            p = halves_multiply_add(square, p, t[3]);
-            p = halves_multiply_add(square, p, t[2]);
-            levels[r] = halves_multiply_add(x, halves_multiply(square, p), x);  // x + x p rounds once
-        } else {
-            x = halves_multiply_add(x, t[0], t[1]);
-            const u32 square = halves_multiply(x, x);
-            levels[r] = halves_multiply(x, halves_multiply_add(square, halves_multiply_add(square, t[3], t[2]), ONE_HALVES));
-        }
-    }
-}
-
-template <bool TRELLIS, bool KEYS>
-DEVICE void decode_half(u32 width, const u8* place, const u32* terms, u32 lane, u32* levels) {
-    switch (width) {  // the same in all lanes
-        case 1: return decode<1, TRELLIS, KEYS>(place, terms, lane, levels);
-        case 2: return decode<2, TRELLIS, KEYS>(place, terms, lane, levels);
-        case 3: return decode<3, TRELLIS, KEYS>(place, terms, lane, levels);
-        case 4: return decode<4, TRELLIS, KEYS>(place, terms, lane, levels);
-        case 5: return decode<5, TRELLIS, KEYS>(place, terms, lane, levels);
-        case 6: return decode<6, TRELLIS, KEYS>(place, terms, lane, levels);
-        case 7: return decode<7, TRELLIS, KEYS>(place, terms, lane, levels);
-        case 8: return decode<8, TRELLIS, KEYS>(place, terms, lane, levels);
-        default: UNROLL for (int r = 0; r < 8; ++r) levels[r] = 0;
-    }
-}
-
-// Levels of a tile, whose codes it goes past; the terms are the lane's own.
-template <bool TRELLIS, bool KEYS>
-DEVICE void decode_tile(u32 widths, const u8*& codes, const u32* terms, u32 lane, u32 (&levels)[16]) {
-    const u32 first = widths & 15, second = widths >> 4;
-    decode_half<TRELLIS, KEYS>(first, codes, terms, lane, levels);
-    decode_half<TRELLIS, KEYS>(second, codes + 64 * first, terms + (TRELLIS ? 6 : 4), lane, levels + 8);
-    codes += 64 * (first + second);
-}
+constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
+constexpr int FAST_COLUMNS = 6;  // tiles of eight fast dimensions that are decoded at once
 
 // Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1.
 DEVICE void load_gain_codes(const u8* place, u32 row, float (&gains)[8]) {
     const Words2 w = reinterpret_cast<const Words2*>(place)[row];
     UNROLL for (int i = 0; i < 8; ++i) {
-        const int code = static_cast<int>((i < 4 ? w.x : w.y) >> 8 * (i % 4) & 255);
-        gains[i] = code ? power_of_two(static_cast<float>(code - 128) * 0.03125f) : 0.0f;
+        // A code in the lowest byte of 2^23 is a number: 2^23 + code.
+        const float code = float_of(byte_permute(i < 4 ? w.x : w.y, 0x4B000000, 0x7650u | static_cast<u32>(i % 4)));
+        const float power = power_of_two(multiply_add(code, 0.03125f, -262148.0f));
+        gains[i] = code > 8388608.0f ? power : 0.0f;
     }
 }
 
@@ -181,7 +76,7 @@ DEVICE float capped(float x, float cap) {
 
 KERNEL void
 #ifdef __CUDACC__
-    __launch_bounds__(32, 12)
+    __launch_bounds__(32, 16)
 #endif
         attend_codes(
 #ifdef __CUDACC__
@@ -251,9 +146,9 @@ KERNEL void
     const u32 query_lane = static_cast<u32>(4 * query_row) + column;
     const int query_stride = 32 * a.rows;
     const int pairs = a.fast / 2, key_tiles = a.slow_tiles + a.fast_tiles;
-    const u32 key_widths = keys.widths[lane], value_widths = values.widths[lane];  // of the tile that is a lane's number
-    const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * KEY_TERMS * column;
-    const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * VALUE_TERMS * row;
+    const u32 own_keys = keys.tiles[lane], own_values = values.tiles[lane];  // of the tile that is a lane's number
+    const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * TERMS * column;
+    const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * TERMS * row;
 
     for (int block = begin; block < end; ++block) {
         const u32 parity = static_cast<u32>(block - begin) & 1;
@@ -267,9 +162,13 @@ KERNEL void
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
         load_gain_codes(key_gains, row, gains);
         const u8* codes = key_part;
+        const u32* terms = key_terms;
         ROLLED for (int tile = 0; tile < a.slow_tiles; ++tile) {
+            const u32 found = shuffle(own_keys, tile);
+            if (!found) break;
             u32 levels[16];
-            decode_tile<KEY_TRELLIS, true>(shuffle(key_widths, tile), codes, key_terms + tile * KEY_WORDS, lane, levels);
+            decode_tile<KEY_TRELLIS, true, 8>(found, codes, terms, a.one, lane, 0, levels);
+            terms += KEY_WORDS;
             const Words2 query = reinterpret_cast<const Words2*>(query_part + query_stride * tile)[query_lane];
             UNROLL for (int m = 0; m < 4; ++m)
                 mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], query.x,
@@ -278,67 +177,97 @@ KERNEL void
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] *= gains[2 * m + i / 2];
         const u8* fast_query = query_part + query_stride * a.slow_tiles;
-        ROLLED for (int i = 0; i < a.fast / 16; ++i) {
-            float sums[2][4][4];
-            UNROLL for (int n = 0; n < 2; ++n)
-                UNROLL for (int m = 0; m < 4; ++m)
+        // A pass decodes a lane's first or late four tokens in some of the fast dimensions.
+        ROLLED for (int pass = 0; pass < 2 * ((a.fast / 8 + FAST_COLUMNS - 1) / FAST_COLUMNS); ++pass) {
+            const int late = pass % 2, columns = pass / 2 * FAST_COLUMNS;
+            const int more_columns = a.fast / 8 - columns;
+            float sums[FAST_COLUMNS][2][4];
+            UNROLL for (int n = 0; n < FAST_COLUMNS; ++n)
+                UNROLL for (int m = 0; m < 2; ++m)
                     UNROLL for (int k = 0; k < 4; ++k) sums[n][m][k] = 0.0f;
             const u8* fast_codes = codes;
-            const u32* decoders = a.fast_decoder + (head * a.fast_tiles * (a.fast / 8) + 2 * i) * 64;
+            terms = key_terms + a.slow_tiles * KEY_WORDS;
+            const u32* decoders = a.fast_decoder + (head * a.fast_tiles * (a.fast / 8) + columns) * 64;
             ROLLED for (int tile = a.slow_tiles; tile < key_tiles; ++tile) {
-                u32 levels[16];
-                decode_tile<KEY_TRELLIS, true>(shuffle(key_widths, tile), fast_codes, key_terms + tile * KEY_WORDS, lane,
-                                               levels);
-                UNROLL for (int n = 0; n < 2; ++n) {
+                const u32 found = shuffle(own_keys, tile);
+                if (!found) break;
+                u32 levels[8];
+                decode_tile<KEY_TRELLIS, true, 4>(found, fast_codes, terms, a.one, lane, late, levels);
+                terms += KEY_WORDS;
+                UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
+                    if (n && n % 2 == 0 && n >= more_columns) break;
+                    if (n == 4) MARK(15);
                     const Words2 decoder = reinterpret_cast<const Words2*>(decoders)[32 * n + lane];
-                    UNROLL for (int m = 0; m < 4; ++m)
-                        mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m],
+                    UNROLL for (int m = 0; m < 2; ++m)
+                        mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[4 + 2 * m], levels[5 + 2 * m],
                                  decoder.x, decoder.y);
                 }
                 decoders += 64 * (a.fast / 8);
             }
-            const Words2 query = reinterpret_cast<const Words2*>(fast_query + query_stride * i)[query_lane];
-            UNROLL for (int m = 0; m < 4; ++m) {
-                u32 turned[4];
-                UNROLL for (int n = 0; n < 2; ++n) {
-                    const int pair = 8 * i + 4 * n + static_cast<int>(column);
-                    const Words2 mean = reinterpret_cast<const Words2*>(a.fast_mean)[head * pairs + pair];
-                    UNROLL for (int e = 0; e < 2; ++e) {
-                        const int offset = offset_of_block + 8 * static_cast<int>(row) + 2 * m + e;
-                        const Words2 angle = reinterpret_cast<const Words2*>(a.rotation)[offset * pairs + pair];
-                        const float cosine = float_of(angle.x), sine = float_of(angle.y), gain = gains[2 * m + e];
-                        const float first = multiply_add(gain, sums[n][m][2 * e], float_of(mean.x));
-                        const float second = multiply_add(gain, sums[n][m][2 * e + 1], float_of(mean.y));
-                        turned[2 * n + e] = pack_halves(first * cosine - second * sine, second * cosine + first * sine);
+            const float* means = a.fast_mean + 2 * (head * pairs + 4 * columns + static_cast<int>(column));
+            const float* angles = a.rotation + 2 * ((offset_of_block + 8 * static_cast<int>(row) + 4 * late) * pairs +
+                                                    4 * columns + static_cast<int>(column));
+            float part[2][4];
+            UNROLL for (int m = 0; m < 2; ++m)
+                UNROLL for (int k = 0; k < 4; ++k) part[m][k] = 0.0f;
+            UNROLL for (int i = 0; i < FAST_COLUMNS / 2; ++i) {
+                if (i && 2 * i >= more_columns) break;
+                if (i == 2) MARK(15);
+                const u8* place = fast_query + query_stride * (columns / 2 + i);
+                const Words2 query = reinterpret_cast<const Words2*>(place)[query_lane];
+                UNROLL for (int m = 0; m < 2; ++m) {
+                    u32 turned[4];
+                    UNROLL for (int n = 0; n < 2; ++n) {
+                        const Words2 mean = *reinterpret_cast<const Words2*>(means + 8 * (2 * i + n));
+                        UNROLL for (int e = 0; e < 2; ++e) {
+                            const float* own = angles + 2 * (2 * m + e) * pairs + 8 * (2 * i + n);
+                            const Words2 angle = *reinterpret_cast<const Words2*>(own);
+                            const float cosine = float_of(angle.x), sine = float_of(angle.y);
+                            const float gain = late ? gains[4 + 2 * m + e] : gains[2 * m + e];
+                            const float* sum = sums[2 * i + n][m] + 2 * e;
+                            const float first = multiply_add(gain, sum[0], float_of(mean.x));
+                            const float second = multiply_add(gain, sum[1], float_of(mean.y));
+                            turned[2 * n + e] =
+                                pack_halves(first * cosine - second * sine, second * cosine + first * sine);
+                        }
                     }
+                    mma_half(part[m], turned[0], turned[1], turned[2], turned[3], query.x, query.y);
                 }
-                mma_half(scores[m], turned[0], turned[1], turned[2], turned[3], query.x, query.y);
             }
+            UNROLL for (int m = 0; m < 4; ++m)
+                UNROLL for (int k = 0; k < 4; ++k)
+                    if (late == m / 2) scores[m][k] += part[m % 2][k];
         }
         const float* extra = reinterpret_cast<const float*>(query_part + query_stride * (a.slow_tiles + a.fast / 16));
         float y[2][8], tile_peak[2];
+        const bool all_seen = length == 64 && start >= first_seen && !a.mask;
         UNROLL for (int q = 0; q < 2; ++q) {
             const int own = 2 * static_cast<int>(column) + q, safe = own < a.rows ? own : a.rows - 1;
             const float unit = extra[safe], offset = extra[8 + safe];
-            const int query = (chunk * a.rows + safe) % a.count;
-            tile_peak[q] = -1e30f;
-            UNROLL for (int r = 0; r < 8; ++r) {
-                float x = multiply_add(scores[r / 2][2 * (r % 2) + q], unit, offset);
-                if (a.softcap > 0.0f) x = capped(x, a.softcap) * 1.4426950408889634f;
-                const int token = 8 * static_cast<int>(row) + r, slot = start + token;
-                bool seen = token < length && slot >= first_seen;
-                if (a.mask) {
-                    const u64 entry = static_cast<u64>(b) * a.mask_batch + static_cast<u64>(query) * a.mask_query + slot;
-                    seen = seen && slot < a.mask_length && a.mask[entry];
+            UNROLL for (int r = 0; r < 8; ++r) y[q][r] = multiply_add(scores[r / 2][2 * (r % 2) + q], unit, offset);
+            if (a.softcap > 0.0f)
+                UNROLL for (int r = 0; r < 8; ++r) y[q][r] = capped(y[q][r], a.softcap) * 1.4426950408889634f;
+            if (!all_seen) {
+                const int query = (chunk * a.rows + safe) % a.count;
+                UNROLL for (int r = 0; r < 8; ++r) {
+                    const int token = 8 * static_cast<int>(row) + r, slot = start + token;
+                    bool seen = token < length && slot >= first_seen;
+                    if (a.mask) {
+                        const u64 entry =
+                            static_cast<u64>(b) * a.mask_batch + static_cast<u64>(query) * a.mask_query + slot;
+                        seen = seen && slot < a.mask_length && a.mask[entry];
+                    }
+                    if (!seen) y[q][r] = -1e30f;
                 }
-                y[q][r] = seen ? x : -1e30f;
-                tile_peak[q] = larger(tile_peak[q], y[q][r]);
             }
+            tile_peak[q] = -5e29f;  // what is not seen is far below it and weighs nothing
+            UNROLL for (int r = 0; r < 8; ++r) tile_peak[q] = larger(tile_peak[q], y[q][r]);
             UNROLL for (int mask = 4; mask < 32; mask *= 2)
                 tile_peak[q] = larger(tile_peak[q], shuffle_xor(tile_peak[q], mask));
         }
         sync_warp();
         if (more && lane == 0) {
+            MARK(14);
             next_keys += static_cast<u64>(a.batch) * a.key_bytes, next_key_gains += gain_stride;
             fetch_keys(block + 1, !a.paired || (block + 1) % 2 == 0);
         }
@@ -350,8 +279,7 @@ KERNEL void
         UNROLL for (int r = 0; r < 8; ++r) {
             float w[2];
             UNROLL for (int q = 0; q < 2; ++q) {
-                // What is not seen weighs nothing; NaN is not among it.
-                const float p = y[q][r] <= -5e29f ? 0.0f : power_of_two(add(y[q][r], -tile_peak[q]));
+                const float p = power_of_two(add(y[q][r], -tile_peak[q]));
                 part[q] += p;
                 w[q] = p * gains[r];
             }
@@ -369,10 +297,9 @@ KERNEL void
                 peak[q] = higher;
                 total[q] *= decay[q];
             }
-            for (int i = 0; i < 4 * a.value_tiles; ++i) {
-                const int at = 128 * (i / 4) + 4 * static_cast<int>(lane) + i % 4;
-                all_sums[at] *= decay[i % 2];
-            }
+            ROLLED for (int tile = 0; tile < a.value_tiles; ++tile)
+                UNROLL for (int i = 0; i < 4; ++i)
+                    all_sums[128 * tile + 4 * static_cast<int>(lane) + i] *= decay[i % 2];
         }
         UNROLL for (int q = 0; q < 2; ++q) {
             scale[q] = power_of_two(tile_peak[q] - peak[q]);
@@ -380,19 +307,25 @@ KERNEL void
         }
         // ---------------------------------------------------------------- values
         const u8* value_codes = value_part;
+        terms = value_terms;
         ROLLED for (int tile = 0; tile < a.value_tiles; ++tile) {
+            const u32 found = shuffle(own_values, tile);
+            if (!found) break;
             u32 levels[16];
-            decode_tile<VALUE_TRELLIS, false>(shuffle(value_widths, tile), value_codes,
-                                              value_terms + tile * VALUE_WORDS, lane, levels);
+            decode_tile<VALUE_TRELLIS, false, 8>(found, value_codes, terms, a.one, lane, 0, levels);
+            terms += VALUE_WORDS;
             float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             UNROLL for (int m = 0; m < 4; ++m)
                 mma_half(c, levels[2 * m], levels[8 + 2 * m], levels[2 * m + 1], levels[9 + 2 * m], weights[m][0],
                          weights[m][1]);
-            float* sum = all_sums + 128 * tile + 4 * lane;
-            UNROLL for (int i = 0; i < 4; ++i) sum[i] = multiply_add(c[i], scale[i % 2], sum[i]);
+            Words4& sum = reinterpret_cast<Words4*>(all_sums)[32 * tile + static_cast<int>(lane)];
+            const Words4 w = sum;
+            sum = {bits_of(multiply_add(c[0], scale[0], float_of(w.x))), bits_of(multiply_add(c[1], scale[1], float_of(w.y))),
+                   bits_of(multiply_add(c[2], scale[0], float_of(w.z))), bits_of(multiply_add(c[3], scale[1], float_of(w.w)))};
         }
         sync_warp();
         if (more && lane == 0) {
+            MARK(14);
             next_values += static_cast<u64>(a.batch) * a.value_bytes, next_value_gains += gain_stride;
             fetch_values();
         }
@@ -414,110 +347,4 @@ KERNEL void
     }
 }
 
-struct QueryArguments {
-    const float* query;        // [lines, rows, dim], times the softmax scale
-    const int* order;          // [dim]: cached dimension of every framed one
-    const int* partner;        // [dim]: framed dimension it turns with
-    const float* sign;         // [dim]
-    const u64* turns;          // [dim]: revolutions per token in units of 2^-64
-    const float* matrix;       // [heads, slow, 16 slow_tiles + 1]: decoder, and the mean
-    const float* norms;        // [heads, 2]: largest column norm of the decoder, unit of the fast part
-    const int* block_table;    // [blocks, 3]
-    const int* origins;        // [batch]: what is to be taken from a slot for its position, or null
-    u8* out;                   // [units, lines, query_bytes]: see attend_codes
-    int units, paired, lines, heads, lines_per_row, rows, dim, slow, slow_tiles, fast;
-    int query_bytes;
-    float base;                // of the scores: log2(e), or 1 where a soft cap comes in between
-};
-
-constexpr int TURNED_ROWS = 32;  // rows of queries, units times rows, that a block of threads works on
-constexpr int TURN_THREADS = 128;
-
-DEVICE void store_half(u8* place, float x) {
-    *reinterpret_cast<u16*>(place) = static_cast<u16>(pack_halves(x, 0.0f));
-}
-
-// Queries brought to every anchor and into coded coordinates, in fragment order.
-KERNEL void BOUNDS(TURN_THREADS) turn_queries(
-#ifdef __CUDACC__
-    const __grid_constant__ QueryArguments a
-#else
-    const QueryArguments& a
-#endif
-) {
-    const int thread = static_cast<int>(thread_index()), line = static_cast<int>(block_y()), head = line % a.heads;
-    const int units = TURNED_ROWS / a.rows, first = static_cast<int>(block_x()) * units, held = units * a.rows;
-    float* framed = reinterpret_cast<float*>(shared_memory());  // [dim, TURNED_ROWS]
-    float* scales = framed + a.dim * TURNED_ROWS;               // [8]: what a row is divided by
-    const float* query = a.query + static_cast<u64>(line) * a.rows * a.dim;
-
-    // A power of two brings every row below 4096, so that half precision neither overflows nor loses small entries.
-    const float fast_unit = a.norms[2 * head + 1], norm = larger(a.norms[2 * head], fast_unit);
-    for (int step = 0; step < a.rows; step += TURN_THREADS / 32) {  // all warps take as many steps
-        const int warp = step + thread / 32, r = warp < a.rows ? warp : a.rows - 1;
-        float sum = 0.0f;
-        for (int d = thread % 32; d < a.dim; d += 32) sum = multiply_add(query[r * a.dim + d], query[r * a.dim + d], sum);
-        UNROLL for (int mask = 1; mask < 32; mask *= 2) sum = add(sum, shuffle_xor(sum, mask));
-        const float bound = root(sum) * norm * (1.0f / 4096.0f);
-        if (thread % 32 == 0 && warp < a.rows) {
-            scales[r] = bound > 0.0f ? power_of_two(round_up(logarithm_of_two(bound))) : 1.0f;
-            if (!(bound == bound)) scales[r] = bound;
-        }
-    }
-    sync_block();
-    const int origin = a.origins ? a.origins[line / a.lines_per_row] : 0;
-    for (int i = thread; i < a.dim * units; i += TURN_THREADS) {
-        const int d = i % a.dim, u = i / a.dim, unit = first + u < a.units ? first + u : a.units - 1;
-        const int anchor = a.block_table[3 * (a.paired ? 2 * unit : unit) + 2] - origin;
-        const u64 turned = static_cast<u64>(static_cast<long long>(anchor)) * a.turns[d];
-        float cosine, sine;
-        turn(static_cast<float>(static_cast<int>(turned >> 32)) * (1.0f / 4294967296.0f), cosine, sine);
-        sine *= a.sign[d];
-        const int own = a.order[d], other = a.order[a.partner[d]];
-        for (int r = 0; r < a.rows; ++r)
-            framed[d * TURNED_ROWS + u * a.rows + r] =
-                (query[r * a.dim + own] * cosine + query[r * a.dim + other] * sine) / scales[r];
-    }
-    for (int i = thread; i < a.dim * (TURNED_ROWS - held); i += TURN_THREADS)
-        framed[i / (TURNED_ROWS - held) * TURNED_ROWS + held + i % (TURNED_ROWS - held)] = 0.0f;
-    sync_block();
-
-    const int columns = 16 * a.slow_tiles + 1, stride = 32 * a.rows;
-    const int last = a.units - first < units ? a.units - first : units;
-    u8* out = a.out + (static_cast<u64>(first) * a.lines + line) * a.query_bytes;
-    const u64 unit_stride = static_cast<u64>(a.lines) * a.query_bytes;
-    for (int c = thread; c < columns; c += TURN_THREADS) {
-        float sums[TURNED_ROWS];
-        UNROLL for (int i = 0; i < TURNED_ROWS; ++i) sums[i] = 0.0f;
-        const float* matrix = a.matrix + static_cast<u64>(head) * a.slow * columns + c;
-        for (int d = 0; d < a.slow; ++d) {
-            const float x = matrix[d * columns];
-            UNROLL for (int i = 0; i < TURNED_ROWS; i += 4) {
-                const Words4 w = *reinterpret_cast<const Words4*>(framed + d * TURNED_ROWS + i);
-                sums[i] = multiply_add(x, float_of(w.x), sums[i]), sums[i + 1] = multiply_add(x, float_of(w.y), sums[i + 1]);
-                sums[i + 2] = multiply_add(x, float_of(w.z), sums[i + 2]);
-                sums[i + 3] = multiply_add(x, float_of(w.w), sums[i + 3]);
-            }
-        }
-        const bool is_mean = c == columns - 1;
-        UNROLL for (int i = 0; i < TURNED_ROWS; ++i) {
-            const int u = i / a.rows, r = i % a.rows;
-            if (u >= last) continue;
-            u8* place = out + u * unit_stride;
-            if (is_mean) {
-                float* extra = reinterpret_cast<float*>(place + stride * (a.slow_tiles + a.fast / 16));
-                extra[r] = scales[r] * a.base, extra[8 + r] = sums[i] * scales[r] * a.base;
-            } else {
-                store_half(place + stride * (c / 16) + 8 * (4 * r + c % 8 / 2) + 4 * (c % 16 / 8) + 2 * (c % 2), sums[i]);
-            }
-        }
-    }
-    // The fast part turns with its offset from the anchor; its query is stored as it is, in the fast unit.
-    for (int i = thread; i < a.fast * held; i += TURN_THREADS) {
-        const int d = i / held, u = i % held / a.rows, r = i % a.rows;
-        if (u >= last) continue;
-        const int second = d >= a.fast / 2, pair = second ? d - a.fast / 2 : d;
-        u8* place = out + u * unit_stride + stride * (a.slow_tiles + pair / 8) + 8 * (4 * r + pair % 4);
-        store_half(place + 4 * (pair % 8 / 4) + 2 * second, framed[(a.slow + d) * TURNED_ROWS + i % held] * fast_unit);
-    }
-}
+#include "near.h"

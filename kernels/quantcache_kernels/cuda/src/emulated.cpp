@@ -14,7 +14,7 @@
 #define MERGE(name)                                                                                                   \
     extern "C" int emulate_merge_##name(const name::MergeArguments* a, int shared_bytes) {                            \
         for (int line = 0; line < a->lines; ++line)                                                                   \
-            for (int query = 0; query < a->group; ++query)                                                            \
+            for (int query = 0; query < a->place.rows; ++query)                                                            \
                 if (!run_block_(static_cast<u32>(4 * a->dim), static_cast<u32>(query), static_cast<u32>(line),        \
                                 static_cast<size_t>(shared_bytes), [a] { name::merge(*a); }))                         \
                     return 1;                                                                                         \
@@ -58,6 +58,22 @@ VARIANT(eight_1)
             for (int group = 0; group < groups; ++group)                                                              \
                 if (!run_block_(name::TURN_THREADS, static_cast<u32>(group), static_cast<u32>(line),                  \
                                 static_cast<size_t>(shared_bytes), [a] { name::turn_queries(*a); }))                  \
+                    return 1;                                                                                         \
+        return 0;                                                                                                     \
+    }                                                                                                                 \
+    extern "C" int emulate_attend_near_##name(const name::NearArguments* a, int splits, int shared_bytes) {           \
+        for (int line = 0; line < a->lines; ++line)                                                                   \
+            for (int split = 0; split < splits; ++split)                                                              \
+                if (!run_block_(name::NEAR_THREADS, static_cast<u32>(split), static_cast<u32>(line),                  \
+                                static_cast<size_t>(shared_bytes), [a] { name::attend_near(*a); }))                   \
+                    return 1;                                                                                         \
+        return 0;                                                                                                     \
+    }                                                                                                                 \
+    extern "C" int emulate_append_tail_##name(const name::AppendArguments* a, int vectors, int shared_bytes) {        \
+        for (u32 side = 0; side < 2; ++side)                                                                          \
+            for (int vector = 0; vector < vectors; ++vector)                                                          \
+                if (!run_block_(32, static_cast<u32>(vector), side, static_cast<size_t>(shared_bytes),                \
+                                [a] { name::append_tail(*a); }))                                                      \
                     return 1;                                                                                         \
         return 0;                                                                                                     \
     }                                                                                                                 \

@@ -1,16 +1,17 @@
 // The splits of a context merged, and with them the tokens that are not encoded.
-#include "warp.h"
+#include "rows.h"
 
 struct MergeArguments {
     const float* partial;    // what attend left
     const float* stats;
-    const float* dense;      // [lines, group, dim]: attention over the tokens that are not encoded, or null
-    const float* dense_lse;  // [lines, group], base 2
+    const float* dense;      // [dense_splits, lines, rows, dim]: attention over the tokens that are not encoded
+    const float* dense_lse;  // [dense_splits, lines, rows], base 2
     const float* decoder;    // [heads, coefficients, dim]
     const float* mean;       // [heads, dim]
-    float* out;              // [lines, group, dim]
-    float* lse;              // [lines, group], base 2
-    int lines, num_heads, group, dim, coefficients, splits;
+    u8* out;                 // [batch, count, query heads, dim], float32 or bfloat16
+    float* lse;              // [lines, rows], base 2, or null
+    Rows place;
+    int lines, dim, coefficients, splits, dense_splits, is_half;
 };
 
 constexpr int EARLY = 2;  // rows of the decoder that are on their way while splits are merged
@@ -39,13 +40,19 @@ KERNEL void BOUNDS(1024) merge(
 #endif
 ) {
     const int dim = a.dim, coefficients = a.coefficients, threads = 4 * dim, thread = static_cast<int>(thread_index());
-    const int query = static_cast<int>(block_x()), line = static_cast<int>(block_y()), head = line % a.num_heads;
-    const int place = line * a.group + query;
-    const u64 stride = static_cast<u64>(a.lines) * a.group;  // from split to split
+    const int query = static_cast<int>(block_x()), line = static_cast<int>(block_y()), head = line % a.place.heads;
+    const int place = line * a.place.rows + query;
+    const u64 stride = static_cast<u64>(a.lines) * a.place.rows;  // from split to split
     float* rows = reinterpret_cast<float*>(shared_memory());  // what is to be added up: 16 dim
     float* weights = rows + 16 * dim;                         // 4 dim
     float* vector = weights + 4 * dim;                        // coefficients
     float* warps = vector + coefficients;                     // 32
+    int* target = reinterpret_cast<int*>(warps + 32);         // the vector that is written, -1 for none: kept out of registers
+    if (thread == 0) {
+        const Row own = find_row(a.place, line, query);
+        const int query_heads = a.place.heads * (a.place.total / a.place.count);
+        *target = own.there ? (own.batch * a.place.count + own.query) * query_heads + own.query_head : -1;
+    }
 
     const int out_row = thread / (dim / 4), out_column = 4 * (thread % (dim / 4));  // of the decoder: 16 rows at a time
     const float* decoder = a.decoder + (static_cast<u64>(head) * coefficients + out_row) * dim + out_column;
@@ -110,14 +117,19 @@ KERNEL void BOUNDS(1024) merge(
         float x = a.mean[head * dim + thread];
         UNROLL for (int r = 0; r < 16; ++r) x += rows[r * dim + thread];
         float lse = total > 0.0f ? peak + logarithm_of_two(total) : -1e30f;
-        if (a.dense) {
-            const float other = a.dense_lse[place], top = larger(lse, other);
+        ROLLED for (int s = 0; s < a.dense_splits; ++s) {
+            const u32 at = static_cast<u32>((s * a.lines + line) * a.place.rows + query);
+            const float other = a.dense_lse[at], top = larger(lse, other);
             const float own_share = power_of_two(lse - top), other_share = power_of_two(other - top);
-            const float dense = a.dense[static_cast<u64>(place) * dim + thread];
-            x = (x * own_share + dense * other_share) / (own_share + other_share);
-            lse = top + logarithm_of_two(own_share + other_share);
+            const float dense = a.dense[at * static_cast<u32>(dim) + static_cast<u32>(thread)];
+            const float share = own_share + other_share;
+            x = (x * own_share + dense * other_share) / share;
+            lse = top + logarithm_of_two(share);
         }
-        a.out[static_cast<u64>(place) * dim + thread] = x;
-        if (thread == 0) a.lse[place] = lse;
+        const int vector_out = *target;
+        const u64 at = static_cast<u64>(vector_out) * dim + thread;
+        if (vector_out >= 0 && a.is_half) reinterpret_cast<u16*>(a.out)[at] = static_cast<u16>(to_bfloat16(x));
+        if (vector_out >= 0 && !a.is_half) reinterpret_cast<float*>(a.out)[at] = x;
+        if (thread == 0 && a.lse) a.lse[line * a.place.rows + query] = lse;
     }
 }

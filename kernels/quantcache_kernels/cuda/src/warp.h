@@ -41,6 +41,12 @@ DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
     return d;
 }
+// Bits of a where the mask has ones, else of b.
+DEVICE u32 select(u32 a, u32 b, u32 mask) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(y) : "r"(a), "r"(b), "r"(mask));
+    return y;
+}
 DEVICE u32 funnel_left(u32 low, u32 high, u32 shift) { return __funnelshift_l(low, high, shift); }
 DEVICE float half_low(u32 x) {
     float y;
@@ -258,6 +264,7 @@ DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
     }
     return out;
 }
+DEVICE u32 select(u32 a, u32 b, u32 mask) { return (a & mask) | (b & ~mask); }
 DEVICE u32 funnel_left(u32 low, u32 high, u32 shift) {
     return static_cast<u32>(((static_cast<u64>(high) << 32 | low) << (shift & 31)) >> 32);
 }

@@ -1,0 +1,47 @@
+// Rows of queries: where they are read, and where their results go.
+#include "warp.h"
+
+// A line is a row of the batch, a chunk of the rows of queries that share a key/value head, and that head, which runs
+// fastest. Such rows are the query heads of a group times the queries, the queries running fastest; there are `total` of
+// them, `rows` in a chunk, the last of which may have room left.
+struct Rows {
+    int heads, chunks, rows, count, total;
+};
+
+struct Row {
+    int batch, head, query_head, query;
+    bool there;
+};
+DEVICE Row find_row(const Rows& a, int line, int row) {
+    const int head = line % a.heads, batch = line / (a.heads * a.chunks);
+    const int own = line / a.heads % a.chunks * a.rows + row;
+    return {batch, head, head * (a.total / a.count) + own / a.count, own % a.count, own < a.total};
+}
+
+struct Queries {
+    const u8* data;  // [batch, query heads, count, dim], float32 or bfloat16
+    long long batch_stride, head_stride, query_stride;  // in elements
+    Rows place;
+    int is_half;
+    float scaling;
+};
+
+DEVICE float from_bfloat16(u32 bits) { return float_of(bits << 16); }
+DEVICE u32 to_bfloat16(float x) {  // to nearest, ties to even
+    const u32 bits = bits_of(x);
+    return x == x ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
+}
+DEVICE float load_number(const u8* place, u64 index, int is_half) {
+    return is_half ? from_bfloat16(reinterpret_cast<const u16*>(place)[index]) : reinterpret_cast<const float*>(place)[index];
+}
+
+// The queries of a line, times the scaling, [rows, dim]; zero where there is none.
+DEVICE void load_queries(const Queries& a, int line, int dim, float* out) {
+    const int threads = static_cast<int>(block_threads());
+    for (int i = static_cast<int>(thread_index()); i < a.place.rows * dim; i += threads) {
+        const Row row = find_row(a.place, line, i / dim);
+        const u64 index = static_cast<u64>(row.batch * a.batch_stride + row.query_head * a.head_stride +
+                                           row.query * a.query_stride + i % dim);
+        out[i] = row.there ? load_number(a.data, index, a.is_half) * a.scaling : 0.0f;
+    }
+}

@@ -1,0 +1,66 @@
+"""Codebooks of few levels as bytes of half-precision numbers, for looking them up; see ``look_up`` in src/decoding.h.
+
+``prmt`` takes four nibbles to four bytes of eight: the lower three bits choose, and where the fourth is set, the chosen
+byte's sign fills the result. So eight levels are one instruction for their upper bytes and one for their lower ones.
+Sixteen are two: the other eight have their own bytes, the selector's fourth bit is turned around, and what either
+finds where it should not is the sign of a byte that the tables know, except for the highest bit, which is the sign of
+the first's. Both of a place's two levels must have it in common, in either byte:
+
+- the level's sign is among the lower three bits of the place, which therefore has its highest two bits swapped;
+- the sign of lower bytes is met by choice of the levels' unit, which is free.
+
+Of 32 levels the 16 magnitudes are looked up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from quantcache_kernels.cuda.blocks import PLACES, swapped
+
+STEPS = 2048
+"""Units that are tried."""
+
+
+@cache
+def level_tables(levels: Sequence[float], is_trellis: bool) -> tuple[list[int], float]:
+    """Tables of a codebook of up to 32 levels.
+
+    Args:
+        levels: Ascending and symmetric about zero; a power of two of them.
+        is_trellis: Whether it is the union codebook of a trellis.
+
+    Returns:
+        Unsigned words (upper bytes of eight levels, their lower bytes, both of the eight others), and the levels' unit.
+    """
+    bits = (len(levels) - 1).bit_length()
+    book = torch.tensor(levels, dtype=torch.float64, device="cpu")
+    if bits == PLACES:
+        book, bits = book[len(levels) // 2 :], bits - 1
+        order = torch.arange(len(book), device="cpu") if is_trellis else swapped(torch.arange(len(book)), 0, 3)
+    else:
+        order = torch.arange(len(book), device="cpu")
+        order = swapped(order, 3, 2) if bits == 4 else order
+    exact = torch.zeros(16, dtype=torch.float64, device="cpu")
+    exact[order] = book
+    factors = 1 + torch.arange(STEPS, dtype=torch.float64, device="cpu") / STEPS
+    rounded = (exact * factors[:, None]).half()
+    halves = (rounded.view(torch.int16).to(torch.int64) & 0xFFFF).unflatten(1, (2, 8))
+    errors = (rounded.double() / factors[:, None] - exact).square().sum(1)
+    if bits == 4:
+        errors[((halves[:, 0] ^ halves[:, 1]) & 0x8080).any(1)] = math.inf
+    best = int(errors.argmin())
+    assert math.isfinite(float(errors[best]))
+    first, second = halves[best]
+    second = (second ^ (first >> 7 & 0x0101) * 0x7F) & 0x7F7F if bits == 4 else torch.zeros_like(second)
+    words = [
+        sum(int(x >> shift & 255) << 8 * i for i, x in enumerate(half[four : four + 4]))
+        for half in (first, second)
+        for shift in (8, 0)
+        for four in (0, 4)
+    ]
+    return words, float(1 / factors[best])

@@ -1,0 +1,229 @@
+"""A model's decoding steps from CUDA graphs: one by one, and in ``generate``."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from quantcache.attention.function import ATTENTION_NAME
+from quantcache.cache.spectral_cache import BlockCache
+from quantcache.cache.stages import Graph, Period
+from quantcache.common import compat
+from quantcache.common.errors import CannotRepeat, QuantCacheError
+
+logger = logging.getLogger(__name__)
+
+_READ = ("input_ids", "attention_mask", "position_ids")
+_KNOWN = ("past_key_values", "cache_position")
+_NOTHING_ELSE = {"use_cache": (None, True), "return_dict": (None, True), "logits_to_keep": (None, 0, 1)}
+"""Arguments of a forward pass that a graph's step is given, those that follow from the cache, and those that ask for
+nothing else with these values."""
+
+
+class _Steps:
+    """Steps of a model on a cache that the caller holds.
+
+    Args:
+        model: The model.
+
+    Raises:
+        CannotRepeat: The model's attention is another one.
+    """
+
+    def __init__(self, model: Any):
+        names = set(compat.attention_implementations(model).values())
+        if names != {ATTENTION_NAME}:
+            raise CannotRepeat(f'the model attends by {", ".join(sorted(map(str, names)))}, not by "spectral"')
+        self._model = model
+        self._period: Period | None = None
+        self._graph: Graph | None = None  # the last one, whose memory the next one goes on with
+
+    @torch.no_grad()
+    def take(
+        self, cache: BlockCache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """Take one step; see :meth:`DecodeGraph.__call__`."""
+        cache._require_settled(cache.layers)
+        rows, length = input_ids.shape[0], cache.get_seq_length()
+        expected = {"input_ids": [rows, 1], "attention_mask": [rows, length + 1], "position_ids": [rows, 1]}
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        for name, tensor in given.items():
+            if tensor is not None and list(tensor.shape) != expected[name]:
+                raise QuantCacheError(
+                    f"a step on {length} tokens takes {name} of shape {expected[name]}, got {list(tensor.shape)}"
+                )
+        logits: list[Tensor] = []
+        cache._change(lambda: logits.append(self._step(cache, input_ids, attention_mask, position_ids)))
+        return logits[0]
+
+    def _step(
+        self, cache: BlockCache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        length, masked = cache.get_seq_length(), attention_mask is not None and not bool(attention_mask.all())
+        period, longer = self._ready(cache, input_ids.shape[0], masked)
+        period.ids.copy_(input_ids)
+        if position_ids is None:
+            period.positions.fill_(length)
+        else:
+            period.positions.copy_(position_ids)
+        if masked:
+            assert attention_mask is not None
+            period.mask[:, 0, 0, : length + 1] = attention_mask.bool()
+        try:
+            logits = period.run(self._graph)
+        except BaseException:
+            self._period = None  # its counts may be ahead of the cache's
+            raise
+        self._graph = period.graph or self._graph
+        period.note(longer)
+        cache.forward_pass = None  # whatever became of the last one, this one is through
+        for layer in cache.spectral_layers:
+            layer.flush()
+        return logits
+
+    def _ready(self, cache: BlockCache, batch: int, masked: bool) -> tuple[Period, list[dict[str, Tensor]]]:
+        """The period that the next step is one of, and tails with room for it."""
+        period = self._period
+        if period is not None and period.holds(batch, masked):
+            longer = period.claimed()
+            if longer is not None:
+                return period, longer
+        self._period = None
+        period = Period(self._model, cache, masked)
+        held = period.ids.shape[0]
+        if held != batch:
+            raise QuantCacheError(f"the tokens are for {batch} rows, the cache holds {held}")
+        longer = period.claimed()
+        assert longer is not None
+        self._period = period
+        return period, longer
+
+
+class DecodeGraph:
+    """Decoding of a model with a compressed cache, its steps replayed from CUDA graphs.
+
+    A call is a forward pass of one new token for every row. The cache is the same as after a pass of the model itself:
+    it may be used, copied, cut and saved in between. Needs ``backend="cuda"`` and a cache of spectral layers alone.
+
+    Args:
+        model: The model, with ``attn_implementation="spectral"``.
+        cache: Its cache, which holds encoded blocks when the first step is taken.
+
+    Raises:
+        CannotRepeat: The model's attention is another one.
+    """
+
+    def __init__(self, model: Any, cache: BlockCache):
+        self._steps, self.cache = _Steps(model), cache
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Take one step.
+
+        Args:
+            input_ids: The new token of every row, ``[B, 1]``.
+            attention_mask: Which tokens may be looked at, ``[B, T + 1]``; None for all.
+            position_ids: Positions of the new tokens, ``[B, 1]``; None for T.
+
+        Returns:
+            Logits, ``[B, 1, V]``.
+
+        Raises:
+            CannotRepeat: The step cannot be captured; the cache is as before.
+            QuantCacheError: The arguments do not fit the cache.
+        """
+        return self._steps.take(self.cache, input_ids, attention_mask, position_ids)
+
+
+@contextlib.contextmanager
+def decode_graphs(model: Any) -> Iterator[Any]:
+    """Let a model take its decoding steps on compressed caches from CUDA graphs, in ``generate`` too.
+
+    Steps that a graph cannot hold run as always; why not is logged once.
+
+    Args:
+        model: The model, with ``attn_implementation="spectral"``; its caches have ``backend="cuda"``.
+
+    Yields:
+        The model.
+    """
+    before = vars(model).get("forward")
+    model.forward = _Forward(model)
+    try:
+        yield model
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+
+
+class _Forward:
+    """Stands in for a model's ``forward``.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.original = model, model.forward
+        self.steps: weakref.WeakKeyDictionary[BlockCache, _Steps | None] = weakref.WeakKeyDictionary()
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass."""
+        if args or not self.is_step(kwargs):
+            return self.original(*args, **kwargs)
+        cache = kwargs["past_key_values"]
+        try:
+            if cache not in self.steps:
+                self.steps[cache] = _Steps(self.model)
+            step = self.steps[cache]
+            if step is not None:
+                mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+                if positions is not None:
+                    positions = positions.expand(kwargs["input_ids"].shape)
+                logits = step.take(cache, kwargs["input_ids"], mask, positions)
+                return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        except CannotRepeat as error:
+            self.steps[cache] = None
+            _warn_once(f"decoding without CUDA graphs: {error}")
+        return self.original(**kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied model runs as if nothing had been captured."""
+        copied = memo[id(self.model)]
+        return MethodType(type(copied).forward, copied)
+
+    def is_step(self, given: dict[str, Any]) -> bool:
+        """Whether a pass is of one new token on a compressed cache that has encoded something, and asks for logits."""
+        cache, ids = given.get("past_key_values"), given.get("input_ids")
+        if not isinstance(cache, BlockCache) or not isinstance(ids, Tensor) or torch.is_grad_enabled():
+            return False
+        layers, positions, mask = cache.spectral_layers, given.get("position_ids"), given.get("attention_mask")
+        rest = {name: value for name, value in given.items() if name not in (*_READ, *_KNOWN)}
+        return (
+            ids.ndim == 2
+            and ids.shape[1] == 1
+            and bool(layers)
+            and all(layer.spans for layer in layers)
+            and (positions is None or positions.shape in (ids.shape, (1, 1)))
+            and (mask is None or mask.shape == (ids.shape[0], cache.get_seq_length() + 1))
+            and not any(isinstance(value, Tensor) for value in rest.values())
+            and all(value in _NOTHING_ELSE.get(name, (None, False)) for name, value in rest.items())
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

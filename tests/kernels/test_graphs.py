@@ -1,0 +1,308 @@
+"""Steps of one token that a CUDA graph could repeat: the same launches each time, and the same results as without.
+
+There is no GPU here: kernels run on an emulated warp, and what is "replayed" is the captured function itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quantcache import Calibration, DecodeGraph, SpectralCache, decode_graphs
+from quantcache.attention.function import spectral_attention_forward
+from quantcache.backends import triton
+from quantcache.cache import stages
+from quantcache.coding.packing import BLOCK
+from quantcache.common.errors import CannotRepeat, QuantCacheError
+from quantcache_kernels.cuda import codes
+from tests.families import FAMILIES
+from tests.helpers import feed
+from tests.kernels import emulation
+from tests.kernels.test_waiting import watched
+
+pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
+
+
+class Again:
+    """A graph whose replay is the step itself."""
+
+    def __init__(self, step: Callable[[], Tensor]):
+        self.step, self.result = step, torch.empty(0)
+        self.earlier: Any = None
+
+    def replay(self) -> None:
+        """Carry it out."""
+        self.result.copy_(self.step())
+
+    def pool(self) -> None:
+        """No memory."""
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Again]]:
+    """``backend="cuda"`` on the CPU, and graphs that are functions; yields those that were captured."""
+    captured = []
+
+    def recorded(step: Callable[[], Tensor], earlier: Any) -> tuple[Again, Tensor]:
+        graph = Again(step)
+        with torch.inference_mode(False):  # a GPU does not ask in which mode its memory is written to
+            graph.result = torch.full((2, 1, model().config.vocab_size), torch.nan, dtype=torch.bfloat16)
+        graph.earlier = earlier
+        captured.append(graph)
+        return graph, graph.result
+
+    monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: "the interpreter takes its time")
+    monkeypatch.setattr(stages, "recorded", recorded)
+    with emulation.on_the_cpu():
+        yield captured
+
+
+_made: list[torch.nn.Module] = []
+
+
+def model() -> Any:
+    """The small Llama in bfloat16."""
+    if not _made:
+        _made.append(FAMILIES[0].make(dtype=torch.bfloat16))
+    return _made[0]
+
+
+def tokens(count: int) -> Tensor:
+    """Random tokens for two rows."""
+    return torch.randint(3, 250, (2, count), generator=torch.Generator().manual_seed(3))
+
+
+def filled(length: int, padding: tuple[int, ...] = (), residual: int = 4) -> SpectralCache:
+    """A cache of two rows."""
+    config = model().config
+    found = SpectralCache(Calibration.synthetic(config, bits=3), config, residual_length=residual, backend="cuda")
+    feed(model(), found, tokens(length), [length - 1, 1], padding=padding)
+    return found
+
+
+def same_tokens(one: SpectralCache, other: SpectralCache) -> None:
+    """Two caches hold the same."""
+    for ours, theirs in zip(one.spectral_layers, other.spectral_layers, strict=True):
+        assert ours.spans == theirs.spans
+        for side in ("key", "value"):
+            assert torch.equal(ours.tails[side], theirs.tails[side])
+            mine, other_fields = ours.fields(side), theirs.fields(side)
+            assert all(torch.equal(mine[name], field) for name, field in other_fields.items())
+
+
+@pytest.mark.support("decoding steps that a CUDA graph can repeat, emulated")
+@pytest.mark.parametrize("padding", [(), (0, 7)])
+def test_steps_from_a_graph_are_the_models_own(emulated: list[Again], padding: tuple[int, ...]) -> None:
+    length, steps = 4 + BLOCK + 65, 5
+    cache = filled(length, padding)
+    plain, step = copy.deepcopy(cache), DecodeGraph(model(), cache)
+    ids = tokens(length + steps)[:, length:]
+    mask = torch.ones(2, length + steps, dtype=torch.long)
+    for row, pad in enumerate(padding):
+        mask[row, :pad] = 0
+    positions = mask.cumsum(-1) - 1
+    for i in range(steps):
+        here = length + i
+        given = (
+            {"attention_mask": mask[:, : here + 1], "position_ids": positions[:, here : here + 1]} if padding else {}
+        )
+        found = step(ids[:, i : i + 1], **given)
+        with torch.no_grad():
+            expected = model()(ids[:, i : i + 1], past_key_values=plain, use_cache=True, **given).logits
+        assert torch.equal(found, expected), i
+        assert cache.get_seq_length() == plain.get_seq_length() == here + 1
+    same_tokens(cache, plain)
+    assert len(cache.spectral_layers[0].spans) == 2, "a block was encoded on the way"
+    assert len(emulated) == 2, "one graph before it, one behind"
+    assert emulated[1].earlier is emulated[0], "whose memory it takes over"
+
+
+def test_a_cache_may_be_used_in_between(emulated: list[Again]) -> None:
+    length = 4 + BLOCK + 20
+    cache = filled(length)
+    step, ids = DecodeGraph(model(), cache), tokens(length + 40)[:, length:]
+    for i in range(2):
+        step(ids[:, i : i + 1])
+    fork = cache.fork()
+    other = DecodeGraph(model(), fork)
+    first = [step(ids[:, 3:4]), step(ids[:, 4:5])]
+    second = [other(ids[:, 3:4]), other(ids[:, 5:6])]  # takes other places than the original
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+    cache.crop(-1)
+    with torch.no_grad():
+        model()(ids[:, 6:7], past_key_values=cache)
+    step(ids[:, 7:8])
+    plain = filled(length)
+    feed(model(), plain, ids[:, [0, 1, 3, 6, 7]], [1] * 5)
+    same_tokens(cache, plain)
+
+
+def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: pytest.MonkeyPatch) -> None:
+    length = 4 + BLOCK + 20
+    cache, ids = filled(length), tokens(1)
+    step = DecodeGraph(model(), cache)
+    with pytest.raises(QuantCacheError, match=r"on 88 tokens takes input_ids of shape \[2, 1\], got \[2, 3\]"):
+        step(tokens(3))
+    with pytest.raises(QuantCacheError, match=r"takes attention_mask of shape \[2, 89\], got \[2, 5\]"):
+        step(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(QuantCacheError, match=r"takes position_ids of shape \[2, 1\], got \[2, 2\]"):
+        step(ids, position_ids=torch.ones(2, 2, dtype=torch.long))
+    with pytest.raises(QuantCacheError, match="for 1 rows, the cache holds 2"):
+        step(ids[:1])
+    with pytest.raises(CannotRepeat, match="layer 0 has encoded nothing yet: it holds 20 tokens"):
+        DecodeGraph(model(), filled(20))(ids)
+    padded = filled(length, (0, 7))
+    with pytest.raises(CannotRepeat, match="the cuda backend does not serve this step: a query attends to padding"):
+        DecodeGraph(model(), padded)(ids)
+    assert padded.get_seq_length() == length
+    for layer in padded.spectral_layers:
+        layer.backend = "torch"
+    with pytest.raises(CannotRepeat, match="attention by the torch backend depends on lengths that the host knows"):
+        DecodeGraph(model(), padded)(ids)
+    config = model().config
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "_attn_implementation", "sdpa")
+        with pytest.raises(CannotRepeat, match='the model attends by sdpa, not by "spectral"'):
+            DecodeGraph(model(), cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "updating", 1 + threading.get_ident(), raising=False)
+        patch.setattr(threading, "enumerate", lambda: [SimpleNamespace(ident=cache.updating)])
+        with pytest.raises(QuantCacheError, match="another thread is changing the cache"):
+            step(ids)
+    step(ids)
+    with torch.inference_mode():  # whose tensors may not be written to once it is over
+        step(ids)
+    step(ids)
+    step(ids)
+    assert cache.get_seq_length() == length + 4
+
+
+def test_generate_takes_its_steps_from_graphs(emulated: list[Again], caplog: pytest.LogCaptureFixture) -> None:
+    length = 4 + BLOCK + 66
+    prompt, mask = tokens(length), torch.ones(2, length, dtype=torch.long)
+    mask[1, :7] = 0
+    config = model().config
+    given = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+
+    def made(backend: str) -> SpectralCache:
+        return SpectralCache(Calibration.synthetic(config, bits=3), config, residual_length=4, backend=backend)
+
+    with decode_graphs(model()) as same:
+        assert same is model()
+        assert copy.deepcopy(model()).forward.__func__ is type(model()).forward, "a copy is another model's"
+        cache = made("cuda")
+        found = model().generate(prompt, past_key_values=cache, **given)
+        assert len(emulated) == 2
+        step = model().forward.steps[cache]
+        assert step is not None
+        assert len(cache.spectral_layers[0].spans) == 2
+        gone = weakref.ref(cache)
+        del cache, step
+        gc.collect()
+        assert gone() is None, "a graph keeps no cache"
+        with caplog.at_level(logging.WARNING, logger="quantcache.cache.graphs"):
+            for _ in range(2):
+                model().generate(prompt, past_key_values=made("torch"), **(given | {"max_new_tokens": 2}))
+        assert [record.getMessage() for record in caplog.records] == [
+            "decoding without CUDA graphs: attention by the torch backend depends on lengths that the host knows"
+        ]
+    assert "forward" not in vars(model())
+    assert len(emulated) == 2
+    expected = model().generate(prompt, past_key_values=made("cuda"), **given)
+    assert torch.equal(found, expected)
+
+
+class Launches:
+    """Kernels that note what they are launched with."""
+
+    def __init__(self, emulate: bool):
+        self.seen: list[tuple[Any, ...]] = []
+        self.emulate = emulate
+
+    def __call__(self, device: torch.device, *trellis: bool) -> Mapping[str, Any]:
+        """Kernels by name, in place of a loader."""
+        found = emulation.emulated(device, *trellis)
+        return {name: _Noted(self, name, kernel) for name, kernel in found.items()}
+
+
+class _Noted:
+    def __init__(self, notes: Launches, name: str, kernel: Any):
+        self.notes, self.name, self.kernel = notes, name, kernel
+
+    def launch(self, grid: Any, threads: int, shared: int, arguments: ctypes.Structure, stream: int) -> None:
+        """Note everything: pointers and numbers are the argument's bytes."""
+        self.notes.seen.append((self.name, grid, threads, shared, bytes(arguments), stream))
+        if self.notes.emulate:
+            self.kernel.launch(grid, threads, shared, arguments, stream)
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note it."""
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.support("decoding steps that a CUDA graph can repeat, emulated")
+@pytest.mark.parametrize("padding", [(), (0, 7)])
+def test_all_steps_between_two_blocks_launch_the_same(
+    emulated: list[Again], monkeypatch: pytest.MonkeyPatch, padding: tuple[int, ...]
+) -> None:
+    length = 4 + BLOCK + 4
+    cache = filled(length, padding)
+    layers, launches = cache.spectral_layers, Launches(emulate=False)
+    assert [layer.tails["key"].shape[2] for layer in layers] == [4] * len(layers), "a block has just been encoded"
+    period = stages.Period(model(), cache, bool(padding))
+    heads, dim = model().config.num_key_value_heads, model().config.head_dim
+    key, value = (torch.randn(2, 1, heads, dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    query = torch.randn(2, 1, 2 * heads, dim, dtype=torch.bfloat16).transpose(1, 2)
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 2  # type: ignore[assignment]
+    if padding:
+        period.mask[1, :, :, :7] = False
+
+    def step() -> list[tuple[Any, ...]]:
+        launches.seen.clear()
+        longer = period.claimed()
+        assert longer is not None
+        period.counts.add_(1)
+        with operations, watched() if step_one else nullcontext():
+            for index in range(len(layers)):
+                given = period.cache.update(key, value, index)
+                spectral_attention_forward(module, query, *given, period.mask, dim**-0.5)
+        period.note(longer)
+        return list(launches.seen)
+
+    operations, step_one = Operations(), None
+    with torch.no_grad():
+        codes.LOADERS["cpu"] = launches
+        for number in range(BLOCK):
+            if number == 1:
+                operations.seen.clear()
+            found = step()
+            assert len(found) == 5 * len(layers), "a token, queries, codes, other tokens and their merge"
+            step_one = step_one or found
+            assert found == step_one, f"step {number} launches something else"
+    assert operations.seen == [], "torch does nothing, so it allocates nothing"
+    assert period.claimed() is None, "the next block is due"
+    assert period.counts.tolist() == [layer.tails["key"].shape[2] for layer in layers]
