@@ -41,9 +41,10 @@ def level_tables(levels: Sequence[float], is_trellis: bool) -> tuple[list[int], 
     book = torch.tensor(levels, dtype=torch.float64, device="cpu")
     if bits == PLACES:
         book, bits = book[len(levels) // 2 :], bits - 1
-        order = torch.arange(len(book), device="cpu") if is_trellis else swapped(torch.arange(len(book)), 0, 3)
+        order = torch.arange(len(book), dtype=torch.int64, device="cpu")
+        order = order if is_trellis else swapped(order, 0, 3)
     else:
-        order = torch.arange(len(book), device="cpu")
+        order = torch.arange(len(book), dtype=torch.int64, device="cpu")
         order = swapped(order, 3, 2) if bits == 4 else order
     exact = torch.zeros(16, dtype=torch.float64, device="cpu")
     exact[order] = book
