@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,7 @@ def block_cost(cubin: bytes) -> BlockCost:
         The counts, without the marks.
 
     Raises:
-        ValueError: The loops are not those of this kernel.
+        ValueError: The loops are not those of this kernel, or there are no marks.
     """
     body = functions(cubin)["attend_codes"]
     ways = _ways(body)
@@ -280,9 +281,10 @@ def block_cost(cubin: bytes) -> BlockCost:
     blocks = min(around, key=lambda span: span[1] - span[0])
     places = [a for a, kind in marks.items() if kind == FETCH]  # keys, then values
     stops = [blocks[0], *places, blocks[1]]
-    once = sum(_shortest(ways, *pair) for pair in zip(stops, stops[1:], strict=False)) + 1 - len(places)
+    once = sum(_shortest(ways, *pair) for pair in pairwise(stops)) + 1 - len(places)
     slow, fast, values = tiles
-    left = {to for at, found in ways.items() if fast[0] <= at <= fast[1] for to in found if not fast[0] <= to <= fast[1]}
+    inside = [at for at in ways if fast[0] <= at <= fast[1]]
+    left = {to for at in inside for to in ways[at] if not fast[0] <= to <= fast[1]}
     some = {at: [to for to in found if marks.get(to) != ALL_COLUMNS] for at, found in ways.items()}
     return BlockCost(
         once,

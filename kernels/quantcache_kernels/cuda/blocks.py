@@ -10,10 +10,10 @@ take as many bits as the widest's. Every one of 32 lanes has 16 codes of each ha
             register t: tokens 16 j + t and 16 j + 8 + t
 
 Codes are cut into fields of 4, 2 and 1 bits. A lane has two words of each 4-bit field, one of a 2-bit field and half a
-word of a 1-bit field; a field's words lie side by side for all lanes. Register t is F t bits up in a field of F bits, its
-halves 16 bits apart; of a 1-bit field it is 2 t bits up, its halves side by side. A trellis has fields for its levels'
-k - 1 bits. Its path bits come first, in one word of a lane for both halves of a tile: those of register t are 2 t bits up,
-and the second half of the tile is a bit above the first.
+word of a 1-bit field; a field's words lie side by side for all lanes. Register t is F t bits up in a field of F bits,
+its halves 16 bits apart; of a 1-bit field it is 2 t bits up, its halves side by side. A trellis has fields for its
+levels' k - 1 bits. Its path bits come first, in one word of a lane for both halves of a tile: those of register t are
+2 t bits up, and the second half of the tile is a bit above the first.
 
 Shapes: B batch, H key/value heads, D dimension, S slots (16 times the tiles), n blocks.
 """
@@ -126,14 +126,16 @@ class BlockLayout:
 
     @cached_property
     def tabled(self) -> Tensor:
-        """Whether levels of half a tile are looked up, ``[H, S / 8]`` bool: of few bits, where the two coefficients of any
-        lane have one width."""
+        """Whether levels of half a tile are looked up, ``[H, S / 8]`` bool.
+
+        They are where there are few and the two coefficients of any lane have one width.
+        """
         pairs = self.own_widths.view(self.heads, -1, HALF // 2, 2)
         alike = ((pairs[..., 0] == pairs[..., 1]) | (pairs[..., 1] == 0)).all(-1)
         return alike & (self.widths > 0) & (self.widths + self.is_trellis <= PLACES)
 
     def _recoded(self) -> list[tuple[Tensor, Tensor]]:
-        """Coefficients whose codes are stored as something else, and what each byte becomes and came from, ``[2, 256]``."""
+        """Coefficients whose codes are stored as something else; what bytes become, and came from, ``[2, 256]``."""
         stored = torch.where(self.tabled, self.widths, 0).repeat_interleave(HALF, dim=1)
         found = []
         for width in range(1, PLACES + 1):

@@ -31,10 +31,10 @@ ROWS = 8
 """Rows of queries that a tile has columns for; more of them read the codes again."""
 
 TURNED_ROWS, TURN_THREADS = 32, 128
-"""As in codes.h."""
+"""As in queries.h."""
 
 TERMS, ONE_HALVES = 8, 0x3C003C00
-"""As in decoding.h."""
+"""As in decoding.h: words of a lane's polynomial or table of half a tile, and 1.0 twice in half precision."""
 
 MAX_DIM = 256
 
@@ -200,7 +200,8 @@ def _terms(constants: SideConstants, layout: BlockLayout, values: bool) -> tuple
     words = torch.nn.functional.pad(words, (0, TERMS - words.shape[-1]))
     is_trellis = constants.coding == "trellis"
     most = PLACES - is_trellis
-    books = [level_tables(tuple((constants.unions if is_trellis else constants.levels)[w]), is_trellis) for w in range(most + 1)]
+    levels = constants.unions if is_trellis else constants.levels
+    books = [level_tables(tuple(levels[w]), is_trellis) for w in range(most + 1)]
     tables = torch.tensor([words for words, _ in books], dtype=torch.int64, device="cpu").to(torch.int32)
     units = torch.tensor([unit for _, unit in books], dtype=torch.float32, device="cpu")
     lanes = width.shape[1] // layout.widths.shape[1]

@@ -131,9 +131,7 @@ def compiled(capability: tuple[int, int], precise: bool, parts: int) -> bytes:
     return _compiled(capability, source(), (f"-DPRECISE={int(precise)}", f"-DPARTS={parts}"))
 
 
-def compiled_codes(
-    capability: tuple[int, int], key_trellis: bool, value_trellis: bool, marked: bool = False
-) -> bytes:
+def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis: bool, marked: bool = False) -> bytes:
     """The machine code of the kernels of a cache's blocks, from the cache on disk if it is there.
 
     Args:

@@ -53,7 +53,7 @@ class CodesArguments(ctypes.Structure):
 
 
 class QueryArguments(ctypes.Structure):
-    """``QueryArguments`` of codes.h."""
+    """``QueryArguments`` of queries.h."""
 
     _fields_ = (
         *((name, Pointer) for name in ("query", "order", "partner", "sign", "turns", "matrix", "norms")),

@@ -2,9 +2,9 @@
 
 ``prmt`` takes four nibbles to four bytes of eight: the lower three bits choose, and where the fourth is set, the chosen
 byte's sign fills the result. So eight levels are one instruction for their upper bytes and one for their lower ones.
-Sixteen are two: the other eight have their own bytes, the selector's fourth bit is turned around, and what either
-finds where it should not is the sign of a byte that the tables know, except for the highest bit, which is the sign of the
-first's. Both of a place's two levels must have it in common, in either byte:
+Sixteen are two: the other eight have their own bytes, the selector's fourth bit is turned around, and what either finds
+where it should not is the sign of a byte that the tables know. So the result's highest bit depends on the lower three
+bits alone, and both levels that these choose must have it in common, in their upper bytes and in their lower ones:
 
 - the level's sign is among the lower three bits of the place, which therefore has its highest two bits swapped;
 - the sign of lower bytes is met by choice of the levels' unit, which is free.
@@ -35,13 +35,14 @@ def level_tables(levels: Sequence[float], is_trellis: bool) -> tuple[list[int], 
         is_trellis: Whether it is the union codebook of a trellis.
 
     Returns:
-        Unsigned words: upper bytes of eight levels, their lower bytes, and both of the eight others; and the levels' unit.
+        Unsigned words: upper bytes of eight levels, their lower bytes, and both of the eight others; the levels' unit.
     """
     bits = (len(levels) - 1).bit_length()
     book = torch.tensor(levels, dtype=torch.float64, device="cpu")
     if bits == PLACES:
         book, bits = book[len(levels) // 2 :], bits - 1
-        order = torch.arange(len(book), device="cpu") if is_trellis else swapped(torch.arange(len(book)), 0, 3)
+        order = torch.arange(len(book), device="cpu")
+        order = order if is_trellis else swapped(order, 0, 3)
     else:
         order = torch.arange(len(book), device="cpu")
         order = swapped(order, 3, 2) if bits == 4 else order
