@@ -178,7 +178,7 @@ def test_tables_hold_narrower_codes_beside_wider_ones(coding: Coding, half: tupl
     assert layout.tabled.sum() == int(coding == "scalar" or half[0] < 5)
     generator = torch.Generator().manual_seed(5)
     codes = torch.randint(0, 256, (2, 1, 64, BLOCK), generator=generator)
-    kept = widths[0, :, None] - (coding == "trellis")
+    kept = widths[0, :, None] - int(coding == "trellis")
     codes = torch.where(kept < 0, 0, codes & (1 << kept.clamp_min(0)) - 1 | (codes & 128) * (coding == "trellis"))
     for values in (False, True):
         words = layout.pack(codes.to(torch.uint8), values)
