@@ -25,9 +25,10 @@ from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.errors import QuantCacheError
 from quantcache_kernels.cuda import codes as kernels
-from quantcache_kernels.cuda.blocks import BlockLayout
+from quantcache_kernels.cuda.blocks import PLACES, BlockLayout, stored_codes
 from quantcache_kernels.cuda.driver import missing, source
 from quantcache_kernels.cuda.near import NearTokens
+from quantcache_kernels.cuda.tables import level_tables
 from tests.families import FAMILIES
 from tests.helpers import attend_by_kernel, feed
 from tests.kernels import emulation, truth
@@ -65,6 +66,7 @@ PARITY = (
     *("width0", "width1", "width5", "width8"),
     *("no-rope", "partial-rope", "all-fast", "padded", "padded-to-the-tail", "holes", "holes-one-mask", "cut"),
     *("cut-padded", "softcap", "sink-logits", "softcap-sink-logits", "no-sinks", "many-sinks", "zero", "1e4", "1e-6"),
+    *("width3", "width4", "trellis-width3", "trellis-width6", "trellis-all-fast"),
     *("trellis-keys", "trellis-values", "trellis-width1", "trellis-width2", "trellis-width4", "trellis-width8"),
     *("trellis-few-fast", "trellis-two-heads", "trellis-cut"),
 )
@@ -136,7 +138,10 @@ def random_fields(codec: SpectralCodec, rows: int, count: int) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("coding", ["scalar", "trellis"])
-@pytest.mark.parametrize("more", [{"heads": 3}, {"dim": 80, "rotary": 0.4}, {"widths": 7}, {"widths": 0}])
+@pytest.mark.parametrize(
+    "more",
+    [{"heads": 3}, {"dim": 80, "rotary": 0.4}, {"widths": 7}, {"widths": 0}, *({"widths": w} for w in (1, 3, 4, 5))],
+)
 def test_the_layout_holds_every_bit(coding: Coding, more: dict[str, int]) -> None:
     backend = backends.find("cuda")
     for codec in codecs(Case(coding=(coding, coding), **more)).values():
@@ -156,6 +161,73 @@ def test_half_a_tile_takes_the_bits_of_its_widest_coefficient() -> None:
     widths = torch.tensor([[5] * 3 + [3] * 20 + [0] * 41])
     layout = BlockLayout.of(replace(constants, widths=widths))
     assert layout.words * 32 / BLOCK == (widths > 0).sum().new_tensor(bits_of_tiles(widths[0].tolist())).item()
+
+
+def by_twos(*widths: int) -> Tensor:
+    """Widths of pairs of coefficients, of one head."""
+    return torch.tensor([widths]).repeat_interleave(2, dim=1)
+
+
+@pytest.mark.parametrize("half", [(5, 4, 3, 2), (5, 5, 1, 1), (4, 3, 2, 1), (4, 4, 4, 4), (3, 2, 1, 0), (2, 1, 1, 1)])
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+def test_tables_hold_narrower_codes_beside_wider_ones(coding: Coding, half: tuple[int, ...]) -> None:
+    """Widths that a half whose levels are looked up may mix, bit by bit and back."""
+    codec = codecs(Case(dim=64, rope="none", coding=(coding, coding)))["value"]
+    constants = codec.constants()
+    widths = by_twos(*half, *(0,) * 28)
+    layout = BlockLayout.of(replace(constants, widths=widths))
+    assert layout.tabled.sum() == int(coding == "scalar" or half[0] < 5)
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 256, (2, 1, 64, BLOCK), generator=generator)
+    kept = widths[0, :, None] - int(coding == "trellis")
+    codes = torch.where(kept < 0, 0, codes & (1 << kept.clamp_min(0)) - 1 | (codes & 128) * (coding == "trellis"))
+    for values in (False, True):
+        words = layout.pack(codes.to(torch.uint8), values)
+        assert words.shape == (2, 1, layout.words)
+        assert torch.equal(layout.unpack(words, values).long(), codes)
+
+
+@pytest.mark.parametrize("width", range(1, 6))
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+def test_tables_hold_levels_in_half_precision(coding: Coding, width: int) -> None:
+    """What ``prmt`` finds, with its rule for a selector's highest bit, is the level rounded once."""
+    is_trellis = coding == "trellis"
+    if width + is_trellis > PLACES:
+        return
+    constants = codecs(Case(coding=(coding, coding)))["value"].constants()
+    levels = torch.tensor((constants.unions if is_trellis else constants.levels)[width], dtype=torch.float64)
+    words, unit = level_tables(tuple(levels.tolist()), is_trellis)
+    found = []
+    for place in range(len(levels)):
+        if is_trellis:  # the subset's two bits are below the level's
+            stored = int(stored_codes(torch.tensor(place >> 2), width, width, True))
+            negative, nibble = stored >> 2, (stored & 3) << 2 | place & 3
+            nibble ^= 3 * negative
+        else:
+            stored = int(stored_codes(torch.tensor(place), width, width, False))
+            negative, nibble = (stored & 1, stored >> 1) if width == PLACES else (0, stored)
+        found.append((-1) ** negative * unit * looked_up(words, nibble))
+    expected = (levels / unit).half().double() * unit
+    assert torch.equal(torch.tensor(found, dtype=torch.float64), expected)
+
+
+def looked_up(words: list[int], place: int) -> float:
+    """One level by the instructions of ``look_up_two``."""
+    halves = []
+    for table in (words[0:2], words[2:4]), (words[4:6], words[6:8]):
+        halves.append([(pair[0] | pair[1] << 32) >> 8 * (place & 7) & 255 for pair in table])
+    other = place >> 3
+    halves[1 - other] = [255 * (byte >> 7) for byte in halves[1 - other]]
+    high, low = (one ^ (two & 127) for one, two in zip(*halves, strict=True))
+    return float(torch.tensor([low, high], dtype=torch.uint8).view(torch.float16))
+
+
+def test_a_trellis_of_half_a_tile_has_a_whole_word_of_path_bits() -> None:
+    constants = codecs(Case(dim=64, rope="none", coding=("trellis", "trellis")))["value"].constants()
+    layout = BlockLayout.of(replace(constants, widths=by_twos(*(3,) * 4, *(2,) * 8, *(0,) * 20)))
+    assert layout.words == 16 * (3 + 2 + 2 + 1), "the third half has a tile of its own"
+    assert (layout.table()[0, 4:8] >> 20).tolist() == [4 * 16 * 5, 4 * 16 * 3, 0, 0]
+    assert (layout.table()[0, 4:6] >> 8 & 0xFFF).tolist() == [4 * 16 * 4, 4 * 16 * 3]
 
 
 def test_tiles_take_about_an_eighth_more_than_the_portable_layout() -> None:

@@ -72,7 +72,7 @@ class CodesArguments(ctypes.Structure):
 
 
 class QueryArguments(ctypes.Structure):
-    """``QueryArguments`` of codes.h."""
+    """``QueryArguments`` of queries.h."""
 
     _fields_ = (
         ("queries", Queries),
