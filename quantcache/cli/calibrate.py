@@ -178,7 +178,8 @@ def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | No
     try:
         return calibration.push_to_hub(repo_id, model_card_kwargs={"metrics": rows})
     except (HubError, KeyboardInterrupt) as error:
-        kept = saved or Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-", dir="."))
+        # From Python 3.12 on the name is a whole path.
+        kept = saved or Path(Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-", dir=".")).name)
         if saved is None:
             calibration.save_pretrained(kept, model_card_kwargs={"metrics": rows})
         raise type(error)(f"{str(error) or 'interrupted'}; the calibration is kept in {kept}") from error
