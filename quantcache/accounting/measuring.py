@@ -33,8 +33,7 @@ def measure(cache: Cache, saturation: bool = True) -> CacheMemory:
     count, tokens = _Count(saturation=saturation), 0
     layer: Any
     for index, layer in enumerate(cache.layers):
-        if compat.is_stateful(layer):
-            count.add_states(layer)
+        count.add_states(layer)
         if not getattr(layer, "is_initialized", False) or compat.is_placeholder(layer) or compat.is_recurrent(layer):
             continue
         if index not in getattr(cache, "foreign", ()):
@@ -87,11 +86,9 @@ class _Count:
 
     def add_states(self, layer: Any) -> None:
         """Count what a layer's recurrence and convolutions hold."""
-        for states in (layer.conv_states, layer.recurrent_states):
-            for state in states.values():
-                if isinstance(state, Tensor):
-                    self.sizes["dense"] += state.untyped_storage().nbytes()
-                    self.elements += state.numel()
+        for state in compat.recurrent_states(layer):
+            self.sizes["dense"] += state.untyped_storage().nbytes()
+            self.elements += state.numel()
 
     def add_blocks(self, layer: Any) -> None:
         """Count a layer that stores blocks."""

@@ -71,9 +71,9 @@ class Staged:
 class StagedCache(DynamicCache):
     """What a model is given in place of its cache while a step is captured."""
 
-    def __init__(self, layers: list[Staged], length: int):
+    def __init__(self, layers: list[Staged]):
         super().__init__()
-        self._staged, self._length = layers, length
+        self._staged = layers
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -118,7 +118,7 @@ class Period:
         self.model, self.masked = model, masked
         self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.int64, device=device) for _ in range(2))
         self.mask = torch.ones(batch if masked else 1, 1, 1, length, dtype=torch.bool, device=device)
-        self.cache = StagedCache(self.layers, length)
+        self.cache = StagedCache(self.layers)
         self.steps = 0
         self.graph: Graph | None = None
         self.logits: Tensor | None = None

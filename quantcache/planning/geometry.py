@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from quantcache.accounting.memory import LayerSize, SideSize
@@ -105,11 +104,5 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
         indexer = getattr(holder, "indexer_keys", None)
         if indexer is not None:
             layers.append(LayerSize(SideSize(1, indexer.shape[-1]), SideSize(0, 0), blocks=False))
-    states = sum(_state_bytes(layer) for layer in traced or ())
+    states = sum(state.nbytes for layer in traced or () for state in compat.recurrent_states(layer))
     return Geometry(tuple(layers), states, "declared" if traced is None else "traced")
-
-
-def _state_bytes(layer: Any) -> int:
-    """Bytes of a recurrent layer's states for one row."""
-    states = [getattr(layer, name, None) or {} for name in ("conv_states", "recurrent_states")]
-    return sum(tensor.nbytes for held in states for tensor in held.values() if isinstance(tensor, torch.Tensor))

@@ -67,6 +67,19 @@ def is_stateful(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionLayer)
 
 
+def recurrent_states(layer: Any) -> list[torch.Tensor]:
+    """What a stock cache layer holds of its recurrence and convolutions.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+
+    Returns:
+        The tensors; none where there is no such thing, or nothing yet.
+    """
+    found = (getattr(layer, name, None) or {} for name in ("conv_states", "recurrent_states"))
+    return [state for states in found for state in states.values() if isinstance(state, torch.Tensor)]
+
+
 def is_placeholder(layer: Any) -> bool:
     """Whether a stock cache layer never holds anything.
 
