@@ -24,7 +24,7 @@ import torch
 from ablation_codecs import AnchorCodec, GainCodec, codec_cache, fitted_books, with_books
 from ablation_statistics import FRAMES, SEQUENCE, AblationStatistics, Needs, gather
 from ablation_variants import CALIBRATION_TOKENS, CHECKPOINTS, Variant, ablations, allocate
-from fidelity import CHUNK, read, tokenized
+from fidelity import CHUNK, read
 from records import ROOT, Run, suite_of, write_record
 from rich.console import Console
 from rich.progress import Progress
@@ -40,7 +40,7 @@ from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.common import compat
-from quantcache.common.sequences import leading_token
+from quantcache.common.sequences import leading_token, text_tokens
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import Method, measure_fidelity, parse_methods, summaries
@@ -66,7 +66,7 @@ def main() -> None:
     evaluation_text, evaluation_source = read(options.text, data.evaluation_text)
     if calibration_text == evaluation_text:
         sys.exit("error: calibration and evaluation text are the same")
-    tokens = tokenized(tokenizer, evaluation_text, options.windows * context + 1)
+    tokens = text_tokens(tokenizer, evaluation_text, options.windows * context + 1)
     if len(tokens) <= options.windows * context:
         sys.exit(f"error: the text has {len(tokens)} tokens, {options.windows} windows of {context} need more")
     chosen = choose(options, model, leading_token(model.config, tokens) is not None)
@@ -100,7 +100,7 @@ def main() -> None:
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         most = max(variant.tokens or options.calibration_tokens for variant in variants)
-        calibration_tokens = tokenized(tokenizer, calibration_text, most)
+        calibration_tokens = text_tokens(tokenizer, calibration_text, most)
         bench = Bench(model, settings, calibration_tokens, tokens)
         bench.gather(variants, run.folder, bar)
         task = bar.add_task("measuring", total=len(variants))

@@ -33,6 +33,7 @@ from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import Rope
+from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.export import absorb
@@ -184,7 +185,7 @@ def main() -> None:
     text, source = read("wiki_eval.txt", data.evaluation_text)
     tokenizer = AutoTokenizer.from_pretrained(data.demo_model_path())
     needed = options.windows * options.context
-    tokens = tokenizer(text[: 64 * needed], return_tensors="pt", verbose=False).input_ids[0][:needed]
+    tokens = text_tokens(tokenizer, text, needed)
     models: dict[str, Any] = {}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=len(ABSORB) * needed)

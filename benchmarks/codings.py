@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from fidelity import calibrated, read, tokenized
+from fidelity import calibrated, read
 from records import Run, write_record
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ from quantcache import Calibration, SpectralCache, data
 from quantcache.attention import spectral_attention
 from quantcache.cli.session import load_model
 from quantcache.coding.schema import Coding
+from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import measure_fidelity, needs_statistics, parse_methods, text_statistics
 
 RIVALS = "fp8,quanto-4,kivi-2,kivi-3,kivi-4,quarot-3,quarot-4,turboquant-mse-3,turboquant-mse-4,oscar-3,oscar-4"
@@ -51,7 +52,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
     text, source = read("wikitext2_test.txt", data.evaluation_text)
-    tokens = tokenized(tokenizer, text, options.windows * options.context)
+    tokens = text_tokens(tokenizer, text, options.windows * options.context)
     fidelity = {}
     for coding in CODINGS:
         names = [f"spectral-{bits:g}" for bits in options.bits]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import calibrated, read, tokenized
+from fidelity import calibrated, read
 from records import Run, suite_of, write_record
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +39,7 @@ from quantcache.coding.gains import GAIN_CENTER, dequantize_gain
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import matmul
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
-from quantcache.common.sequences import cut_windows
+from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.fidelity import chunk_edges, kl_divergence, log_probabilities
 from quantcache_kernels.cuda.layout import largest_level
@@ -268,7 +268,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
     text, source = read("wikitext2_test.txt", data.evaluation_text)
-    tokens = tokenized(tokenizer, text, options.windows * options.context)
+    tokens = text_tokens(tokenizer, text, options.windows * options.context)
     found = {}
     for coding in options.codings:
         given = calibration.with_bits(options.bits).with_coding(coding)

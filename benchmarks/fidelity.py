@@ -31,7 +31,7 @@ from quantcache import Calibration, calibrate, data
 from quantcache.artifact.prediction import predict_kl_at
 from quantcache.cli.session import load_model
 from quantcache.common import compat
-from quantcache.common.sequences import cut_windows
+from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
@@ -188,13 +188,13 @@ def make_parts(
     for context in (options.context, *options.contexts):
         if context > limit:
             sys.exit(f"error: context {context} exceeds the model's limit of {limit} positions")
-    tokens = tokenized(tokenizer, text, options.windows * options.context)
+    tokens = text_tokens(tokenizer, text, options.windows * options.context)
     parts = [Part(f"residual_{r}", options.methods, tokens, options.context, r) for r in options.residuals]
     if options.quick:
         return parts
     parts.append(Part("recommended", options.methods, tokens, options.context, None))
     for context in options.contexts:  # on the same text, or on more of it where a window is longer
-        longer = tokenized(tokenizer, text, max(len(tokens), context))
+        longer = text_tokens(tokenizer, text, max(len(tokens), context))
         parts.append(Part(f"context_{context}", options.choice, longer, context, options.residuals[0]))
     parts += [
         Part(f"weights_{kind}", OURS, tokens, options.context, options.residuals[0], weights=kind)
@@ -202,14 +202,9 @@ def make_parts(
     ]
     path = SHARED / WIKITEXT
     if path.is_file() and options.text != WIKITEXT:
-        wikitext = tokenized(tokenizer, path.read_text(encoding="utf-8"), max(len(tokens), WIKITEXT_WINDOW))
+        wikitext = text_tokens(tokenizer, path.read_text(encoding="utf-8"), max(len(tokens), WIKITEXT_WINDOW))
         parts.append(Part("wikitext2", options.choice, wikitext, WIKITEXT_WINDOW, options.residuals[0], options.stride))
     return parts
-
-
-def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> Tensor:
-    """The first tokens of a text."""
-    return tokenizer(text[: 64 * count], return_tensors="pt", verbose=False).input_ids[0][:count]
 
 
 def calibrated(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fidelity import CHUNK, SINKS, read, tokenized
+from fidelity import CHUNK, SINKS, read
 from records import ROOT, Run, write_record
 from rich.console import Console
 from torch import Tensor
@@ -24,6 +24,7 @@ from quantcache import data
 from quantcache.attention.probe import RecordingCache, recorded_queries, run
 from quantcache.cli.session import load_model
 from quantcache.coding import linalg
+from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import Method, measure_fidelity, parse_methods, text_statistics
 from quantcache.evaluation.methods.base import Setting, SimulatedCodec, hadamard, simulated_cache
 from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec
@@ -46,7 +47,7 @@ def main() -> None:
     model, tokenizer = load_model("wiki11m", device="cpu", dtype="float32")
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
     evaluation_text, evaluation_source = read("wiki_eval.txt", data.evaluation_text)
-    tokens = tokenized(tokenizer, evaluation_text, options.windows * options.context)
+    tokens = text_tokens(tokenizer, evaluation_text, options.windows * options.context)
     statistics = text_statistics(model, tokenizer, calibration_text, options.calibration_tokens)
     settings = {
         "model": "wiki11m",

@@ -29,6 +29,7 @@ from quantcache import PrefixStore, data
 from quantcache.accounting.measuring import measure
 from quantcache.cache.prefix_keys import key_of
 from quantcache.cli.session import load_calibration, load_model
+from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.provenance import calibration_sha256, model_sha256, text_sha256
 from quantcache.evaluation.summaries import quantiles
 
@@ -108,7 +109,7 @@ def main() -> None:
     ours = load_model(options.model, device="cpu", dtype=options.dtype)[0]
     calibration = load_calibration(options.calibration)
     text, source = read("wiki_eval.txt", data.evaluation_text)
-    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    tokens = text_tokens(tokenizer, text)
     bytes_of = {
         "dense": conversation_bytes(dense, DynamicCache(config=dense.config), tokens[: options.tokens]),
         "spectral": conversation_bytes(

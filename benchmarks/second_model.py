@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fidelity import read, tokenized
+from fidelity import read
 from records import SCRATCH
 from rich.console import Console
 from rich.progress import Progress
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from quantcache import data
 from quantcache.calibration.passages import shared, sketch
 from quantcache.cli.session import load_model
+from quantcache.common.sequences import text_tokens
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.provenance import MOST_SHARED, model_sha256, text_sha256
 
@@ -64,8 +65,8 @@ def main() -> None:
     hits, size = shared(sketch(text), evaluation_text)
     if text == evaluation_text or hits > MOST_SHARED * size:
         sys.exit(f"error: {source} and the evaluation text {evaluation_source} overlap")
-    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    held_out = tokenized(tokenizer, evaluation_text, options.windows * CONTEXT)
+    tokens = text_tokens(tokenizer, text)
+    held_out = text_tokens(tokenizer, evaluation_text, options.windows * CONTEXT)
     model = converted(first, tokens[:CONTEXT])
     before = perplexity(first, held_out), perplexity(model, held_out)
     print(f"perplexity of {BUNDLED_MODEL} {before[0]:.2f}, with QK norm {before[1]:.2f}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import trellis_codebooks
 from ablation_codecs import ReconstructingCodec, codec_cache, root_mean_square, side_codecs
-from fidelity import calibrated, read, tokenized
+from fidelity import calibrated, read
 from records import Run, suite_of, write_record
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +37,7 @@ from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES
 from quantcache.coding.trellis import CODES, STATES, best_path, nearest_by_subset, subsets_of_path, union_levels
 from quantcache.common.defaults import SINK_LENGTH
+from quantcache.common.sequences import text_tokens
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import Method, measure_fidelity
 
@@ -189,7 +190,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
     text, source = read("wikitext2_test.txt", data.evaluation_text)
-    tokens = tokenized(tokenizer, text, options.windows * options.context)
+    tokens = text_tokens(tokenizer, text, options.windows * options.context)
     bench = Bench(run, model, calibration.with_coding("trellis"), tokens, options)
     every = list(ENCODERS.items())
     encoders = dict(every if options.encoders is None else [every[i] for i in options.encoders])

@@ -25,11 +25,11 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import UNAVAILABLE, predict_kl
 from quantcache.artifact.quality import quality_rates
 from quantcache.attention.probe import detect_ropes, evaluating
-from quantcache.calibration.calibrator import calibrate, public_name, tokenize
+from quantcache.calibration.calibrator import calibrate, public_name
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.sequences import cut_windows
+from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.evaluation import measure_fidelity, parse_methods
 from quantcache.evaluation.provenance import check_overlap
 
@@ -164,7 +164,7 @@ def _sequences(
 ) -> list[Tensor]:
     """At least two sequences of one length, each ``[1, T]``."""
     limit = compat.position_limit(model.config) or 2048
-    ids = tokenize(text, tokenizer, max_tokens)[:max_tokens]
+    ids = text_tokens(tokenizer, text, max_tokens)
     length = min(seq_len or 2048, limit, len(ids) // 2)
     if length < min(MIN_SEQUENCE, limit):
         raise QuantCacheError(

@@ -37,7 +37,7 @@ from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.sequences import leading_token, split_text
+from quantcache.common.sequences import leading_token, split_text, text_tokens
 
 Metric = Literal["fisher", "query", "identity"]
 
@@ -212,7 +212,7 @@ def _sequences(
             raise QuantCacheError("texts need a tokenizer: pass tokenizer=, or batches of token ids")
         joined = "\n\n".join(texts)
         digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
-        tokens = tokenize(joined, tokenizer, wanted)[:wanted]
+        tokens = text_tokens(tokenizer, joined, wanted)
         batches += split_text(model.config, tokens[:max_tokens], length)
         leading = leading_token(model.config, tokens)
         later = tokens[max_tokens:] if leading is None else torch.cat((leading, tokens[max_tokens:]))
@@ -244,25 +244,6 @@ def _divide(batches: list[Tensor], limit: int, max_tokens: int) -> tuple[list[Te
         if rows < batch.shape[0]:
             left += batch[rows:].split(1)
     return kept, left
-
-
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tensor:
-    """Tokens of the start of a text, without tokenizing megabytes that are not needed.
-
-    Args:
-        text: Plain text of any length.
-        tokenizer: Tokenizer; it adds its usual special tokens.
-        max_tokens: Tokens that are wanted.
-
-    Returns:
-        ``[N]``, at least ``max_tokens`` if the text has so many.
-    """
-    size = max_tokens * 16
-    while True:
-        tokens = tokenizer(text[:size], return_tensors="pt", verbose=False).input_ids[0]
-        if len(tokens) >= max_tokens or size >= len(text):
-            return tokens
-        size *= 4
 
 
 def _gather(

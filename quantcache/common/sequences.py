@@ -1,4 +1,4 @@
-"""Cutting a text's tokens into the sequences that a model reads, each with the BOS token where texts begin with one.
+"""A text's tokens, and sequences cut from them for a model to read, each with the BOS token where texts begin with one.
 
 Models that are trained with a token at the start of every text use it as an attention sink. Sequences cut from the
 middle of a text lack it: such a model predicts several times worse, and its keys and values are not those of use.
@@ -8,7 +8,43 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def text_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, count: int | None = None, add_special_tokens: bool = True
+) -> Tensor:
+    """Tokens of a text, in which a mark for an unknown word stays the text that it is.
+
+    WikiText writes ``<unk>`` for rare words, and some tokenizers have a token of that name. A model has not met it in
+    training: its keys and values are unlike all others, and one token in 25 of such a text would be it.
+
+    Args:
+        tokenizer: Any transformers tokenizer.
+        text: Plain text, or chats in the model's own template.
+        count: Tokens that are wanted, all by default. Megabytes behind them are not tokenized.
+        add_special_tokens: Put the tokenizer's special tokens around the text.
+
+    Returns:
+        ``[N]``, at most ``count``.
+    """
+    size = len(text) if count is None else 16 * count
+    while True:
+        ids = _ids(tokenizer, text[:size], add_special_tokens)
+        if count is None or len(ids) >= count or size >= len(text):
+            return torch.tensor(ids[:count], dtype=torch.long, device="cpu")
+        size *= 4
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    unknown = getattr(tokenizer, "unk_token", None)
+    if unknown and unknown in text:
+        found = set(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        # Other special tokens belong to a chat template, say, which stays as it is.
+        if found.intersection(tokenizer.all_special_ids) == {tokenizer.unk_token_id}:
+            whole = tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True, verbose=False)
+            return list(whole.input_ids)
+    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
 
 def leading_token(config: PreTrainedConfig, tokens: Tensor) -> Tensor | None:

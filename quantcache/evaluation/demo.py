@@ -22,6 +22,7 @@ from quantcache.accounting import CacheMemory, measure
 from quantcache.attention.function import register_attention
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
+from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import measure_fidelity, parse_methods
 
 NAME = "Marlow"
@@ -81,7 +82,7 @@ def run_demo(settings: DemoSettings | None = None, progress: bool = True) -> dic
         seed=settings.seed,
         progress=progress,
     )
-    tokens = tokenizer(data.evaluation_text(), return_tensors="pt", verbose=False).input_ids[0]
+    tokens = text_tokens(tokenizer, data.evaluation_text())
     measured = tokens[: settings.windows * settings.context]
     code = "".join(random.Random(settings.seed).choices("0123456789", k=5))
     context, question = _plant(tokenizer, tokens[len(measured) :][: settings.recall_context], code)
@@ -186,7 +187,7 @@ def _plant(tokenizer: Any, haystack: Tensor, code: str) -> tuple[Tensor, Tensor]
     """A context as long as the haystack with the code planted at a quarter of it, and the question."""
 
     def encode(text: str) -> Tensor:
-        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+        return text_tokens(tokenizer, text, add_special_tokens=False)
 
     fact = encode(f"\nThe secret code of {NAME} is {code}.\n")
     place = len(haystack) // 4

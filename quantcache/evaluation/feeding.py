@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from quantcache.common import compat
 from quantcache.common.defaults import CHUNK
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.methods import Method, parse_methods
 
 PROMPT_CHUNK = 256
@@ -106,8 +107,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     Returns:
         ``[T]``.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor(ids, dtype=torch.long, device="cpu")
+    return text_tokens(tokenizer, text, add_special_tokens=False)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> Tensor:

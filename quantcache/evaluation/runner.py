@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import divergence, exercises, memory, needle, qa, routing, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths, has_template, opening
@@ -43,9 +44,7 @@ def used_tokens(material: Material, plan: Plan) -> Tensor:
     Raises:
         QuantCacheError: They are fewer than one window.
     """
-    # Four bytes and more of text make a token; 64 leave room for any tokenizer without reading all of a long file.
-    text = material.text[: 64 * plan.tokens]
-    ids: Tensor = material.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][: plan.tokens]
+    ids = text_tokens(material.tokenizer, material.text, plan.tokens)
     if len(ids) < max(plan.contexts):
         raise QuantCacheError(f"the text has {len(ids)} tokens, one window needs {max(plan.contexts)}")
     return ids

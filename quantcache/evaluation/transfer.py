@@ -17,6 +17,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths
 from quantcache.evaluation.fidelity import measure_fidelity
@@ -196,7 +197,7 @@ def measure_transfer(
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str, name: str, tokens: int, context: int) -> Tensor:
-    ids = tokenizer(text[: 64 * tokens], return_tensors="pt", verbose=False).input_ids[0][:tokens]
+    ids = text_tokens(tokenizer, text, tokens)
     if len(ids) < context:
         raise QuantCacheError(f"{name} has {len(ids)} tokens, one window needs {context}")
     whole: Tensor = ids[: len(ids) // context * context]

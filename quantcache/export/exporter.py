@@ -24,6 +24,7 @@ from quantcache.artifact.calibration import SUBFOLDER, Calibration
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.sequences import text_tokens
 from quantcache.common.writing import partial_folder
 from quantcache.export.absorption import Basis
 from quantcache.export.card import LogitDifference, card_header, render_export_card
@@ -226,8 +227,7 @@ def _text_tokens(folder: Path, count: int) -> Tensor:
     except Exception as error:  # whatever is wrong with it, it is copied as it is and matters for this comparison only
         logger.info("comparing on random tokens: %s has no tokenizer (%s)", folder, error)
         return torch.empty(1, 0, dtype=torch.int64, device="cpu")
-    text = data.evaluation_text()[: 64 * count]
-    return torch.tensor([tokenizer(text, verbose=False).input_ids[:count]], dtype=torch.int64, device="cpu")
+    return text_tokens(tokenizer, data.evaluation_text(), count)[None]
 
 
 def _require_free(output: Path) -> None:

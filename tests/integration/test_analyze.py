@@ -34,8 +34,7 @@ class Letters:
     """A tokenizer of a token for each character, of the tiny models' vocabulary."""
 
     def __call__(self, text: str, **_: Any) -> Any:
-        ids = torch.tensor([[3 + ord(letter) % 250 for letter in text]])
-        return type("Encoding", (), {"input_ids": ids})()
+        return type("Encoding", (), {"input_ids": [3 + ord(letter) % 250 for letter in text]})()
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return "".join(chr(i) for i in ids)

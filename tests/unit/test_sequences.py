@@ -1,11 +1,13 @@
-"""Sequences cut from a text: nothing lost, nothing twice, and BOS in front of each where the text begins with it."""
+"""A text's tokens, and sequences cut from them: nothing lost or twice, BOS in front where the text begins with it."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Gemma3Config, LlamaConfig, PreTrainedConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import Gemma3Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from quantcache.common.sequences import cut_windows, split_text
+from quantcache.common.sequences import cut_windows, split_text, text_tokens
 
 BOS = 2
 WITH_BOS = LlamaConfig(bos_token_id=BOS)
@@ -47,3 +49,49 @@ def test_texts_that_do_not_begin_with_bos_are_cut_as_they_are() -> None:
 def test_models_of_several_parts_say_it_in_their_text_configuration() -> None:
     config: PreTrainedConfig = Gemma3Config(text_config={"bos_token_id": BOS})
     assert cut_windows(config, text_of(7), 4)[:, 0].tolist() == [BOS, BOS]
+
+
+@pytest.fixture(scope="module")
+def marking() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a BOS token, and with a token of its own for unknown words and for a chat's turns."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<unk>", "<turn>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    core.train_from_iterator(["a film, a play"], trainer)
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", unk_token="<unk>", additional_special_tokens=["<turn>"]
+    )
+
+
+def test_a_mark_for_unknown_words_is_text(marking: PreTrainedTokenizerFast) -> None:
+    text = "a film <unk> and a play <unk>"
+    assert 1 in marking(text).input_ids, "the tokenizer itself takes it for a token of its own"
+    for leading in (True, False):
+        found = text_tokens(marking, text, add_special_tokens=leading).tolist()
+        assert 1 not in found
+        assert found[:1] == [0] if leading else 0 not in found
+        assert marking.decode(found[leading:]) == text
+
+
+def test_marks_of_a_chat_are_tokens(marking: PreTrainedTokenizerFast) -> None:
+    text = "<turn>a film<turn>a play <unk>"
+    assert text_tokens(marking, text).tolist() == marking(text).input_ids
+    assert text_tokens(marking, text).tolist().count(2) == 2
+
+
+@pytest.mark.parametrize("text", ["a film, a play", "", "unk"])
+def test_other_texts_are_as_the_tokenizer_gives_them(marking: PreTrainedTokenizerFast, text: str) -> None:
+    assert text_tokens(marking, text).tolist() == marking(text).input_ids
+
+
+@pytest.mark.parametrize("mark", ["", "<unk> "])
+def test_only_as_much_text_is_tokenized_as_is_wanted(marking: PreTrainedTokenizerFast, mark: str) -> None:
+    text = mark + "a film, a play " * 400
+    whole = text_tokens(marking, text).tolist()
+    for count in (0, 1, 7, 300, len(whole), len(whole) + 9):
+        assert text_tokens(marking, text, count).tolist() == whole[:count]

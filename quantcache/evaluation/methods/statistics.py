@@ -21,7 +21,7 @@ from quantcache.coding.spectral import Moments
 from quantcache.common import compat
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.sequences import split_text
+from quantcache.common.sequences import split_text, text_tokens
 
 STATISTICS_TOKENS = 8192
 """Tokens that rivals are fitted to, where nobody says otherwise."""
@@ -143,9 +143,7 @@ def text_statistics(
         The moments.
     """
     text = data.calibration_text() if text is None else text
-    # Some bytes make a token; 16 leave room for any tokenizer without reading all of a long text.
-    tokens = tokenizer(text[: 16 * max_tokens], return_tensors="pt", verbose=False).input_ids[0][:max_tokens]
-    return collect_statistics(model, tokens, text=text)
+    return collect_statistics(model, text_tokens(tokenizer, text, max_tokens), text=text)
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
