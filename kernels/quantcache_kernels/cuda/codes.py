@@ -94,7 +94,7 @@ class PreparedCodes:
         frame: Of keys, order, partner, sign and turns.
         matrix: Of keys, from framed queries to coded ones, ``[H, slow, slow slots + 1]``: the last column is the mean.
         norms: Of keys, largest column norm of the matrix, and the fast part's unit, ``[H, 2]``.
-        fast: Of keys, decoder of the fast part in fragment order, its mean, and cosines and sines by offset.
+        fast: Of keys, decoder of the fast part in fragment order, then its mean, and cosines and sines, by offset.
         num_fast: Fast dimensions.
     """
 
@@ -233,15 +233,22 @@ def _key_matrices(
     largest = fast.abs().flatten(1).amax(1) if fast.shape[2] else mean.new_zeros(layout.heads)
     norms[:, 1] = power_of_two_above(torch.maximum(largest, mean.abs().amax(1)))
     unit = norms[:, 1, None, None]
-    # Column 2 i + e of eight dimensions is the half e of pair i; lane 4 g + j holds column g of
-    # slots 2 j and 2 j + 1 of either half.
-    by_pair = (fast / unit).unflatten(1, (2, num_fast // 2)).transpose(1, 2).flatten(1, 2)  # [H, dimension, slots]
-    fragments = by_pair.unflatten(1, (num_fast // 8, 8)).unflatten(3, (layout.tiles - layout.slow_tiles, 2, 4, 2))
+    # Eight pairs are 16 columns, first halves before second ones; lane 4 g + j holds column g of slots 2 j and 2 j + 1
+    # of either half.
+    columns = (fast / unit).unflatten(1, (2, num_fast // 16, 8)).transpose(1, 2).flatten(1, 3)  # [H, column, slots]
+    fragments = columns.unflatten(1, (num_fast // 8, 8)).unflatten(3, (layout.tiles - layout.slow_tiles, 2, 4, 2))
     fragments = fragments.permute(0, 3, 1, 2, 5, 4, 6).half()
-    means = (mean / unit[..., 0]).unflatten(1, (2, num_fast // 2)).transpose(1, 2)
+    first, second = (mean / unit[..., 0]).double().unflatten(1, (2, 1, num_fast // 2)).unbind(1)  # [H, 1, pairs]
     offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
     angles = offsets[:, None] * constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]
-    return matrix, norms, [fragments, means, torch.stack((angles.cos(), angles.sin()), dim=-1).float()]
+    cosines, sines = angles.cos(), angles.sin()
+    turned = _by_two_pairs(first * cosines - second * sines, second * cosines + first * sines)
+    return matrix, norms, [fragments, turned, _by_two_pairs(cosines, sines)]
+
+
+def _by_two_pairs(first: Tensor, second: Tensor) -> Tensor:
+    """Halves of pairs ``[..., pairs]`` as a lane takes them: of two pairs the first halves, then the second ones."""
+    return torch.stack([each.unflatten(-1, (-1, 2)) for each in (first, second)], dim=-2).half()
 
 
 class Starts(NamedTuple):

@@ -2,8 +2,7 @@
 //
 // A warp goes over a split of the context, a block of 64 tokens at a time. Levels (decoding.h) are what mma.m16n8k16
 // takes: tokens are rows of every tile of scores, queries its columns, and a tile of weights, turned around by movmatrix,
-// is the right operand of the products with values. Only the fast dimensions of a key are decoded: multiplied with their
-// decoder, rotated by the token's offset from its anchor, and multiplied with the query, all as tiles of the same kind.
+// is the right operand of the products with values. Only the fast dimensions of a key are decoded (fast.h).
 #include "warp.h"
 #include "merge.h"
 #include "decoding.h"
@@ -35,8 +34,8 @@ struct CodesArguments {
     const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]: polynomials or tables
     const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 halves, terms]
     const u32* fast_decoder;  // [heads, fast_tiles, fast / 8, 32 lanes, 2]
-    const float* fast_mean;   // [heads, fast / 2, 2]
-    const float* rotation;    // [128, fast / 2, 2]: cosine and sine by offset from the anchor
+    const u32* fast_mean;     // [heads, 128, fast / 16, 4, 2]: turned by every offset from the anchor
+    const u32* rotation;      // [128, fast / 16, 4, 2]: cosines and sines of two pairs by offset
     const int* block_table;   // [blocks, 3]: first slot, valid tokens, slot of the anchor
     const int* first_seen;    // [batch]: first slot that is read here, or null
     const u8* mask;           // [batch or 1, count or 1, mask_length], or null
@@ -52,7 +51,8 @@ struct CodesArguments {
 };
 
 constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
-constexpr int FAST_COLUMNS = 6;  // tiles of eight fast dimensions that are decoded at once
+
+#include "fast.h"
 
 // Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1.
 DEVICE void load_gain_codes(const u8* place, u32 row, float (&gains)[8]) {
@@ -145,7 +145,7 @@ KERNEL void
     const int query_row = static_cast<int>(row) < a.rows ? static_cast<int>(row) : a.rows - 1;
     const u32 query_lane = static_cast<u32>(4 * query_row) + column;
     const int query_stride = 32 * a.rows;
-    const int pairs = a.fast / 2, key_tiles = a.slow_tiles + a.fast_tiles;
+    const int key_tiles = a.slow_tiles + a.fast_tiles;
     const u32 own_keys = keys.tiles[lane], own_values = values.tiles[lane];  // of the tile that is a lane's number
     const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * TERMS * column;
     const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * TERMS * row;
@@ -160,84 +160,27 @@ KERNEL void
         float scores[4][4], gains[8];
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
-        load_gain_codes(key_gains, row, gains);
         const u8* codes = key_part;
         const u32* terms = key_terms;
         ROLLED for (int tile = 0; tile < a.slow_tiles; ++tile) {
             const u32 found = shuffle(own_keys, tile);
             if (!found) break;
             u32 levels[16];
-            decode_tile<KEY_TRELLIS, true, 8>(found, codes, terms, a.one, lane, 0, levels);
+            decode_tile<KEY_TRELLIS, true>(found, codes, terms, a.one, lane, levels);
             terms += KEY_WORDS;
             const Words2 query = reinterpret_cast<const Words2*>(query_part + query_stride * tile)[query_lane];
             UNROLL for (int m = 0; m < 4; ++m)
                 mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], query.x,
                          query.y);
         }
+        const u8* fast_query = query_part + query_stride * a.slow_tiles;
+        const int first_token = offset_of_block + 8 * static_cast<int>(row);
+        score_fast<KEY_TRELLIS>(a, head, own_keys, codes, key_terms + a.slow_tiles * KEY_WORDS, fast_query, first_token,
+                                query_lane, lane, scores);
+        load_gain_codes(key_gains, row, gains);
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] *= gains[2 * m + i / 2];
-        const u8* fast_query = query_part + query_stride * a.slow_tiles;
-        // A pass decodes a lane's first or late four tokens in some of the fast dimensions.
-        ROLLED for (int pass = 0; pass < 2 * ((a.fast / 8 + FAST_COLUMNS - 1) / FAST_COLUMNS); ++pass) {
-            const int late = pass % 2, columns = pass / 2 * FAST_COLUMNS;
-            const int more_columns = a.fast / 8 - columns;
-            float sums[FAST_COLUMNS][2][4];
-            UNROLL for (int n = 0; n < FAST_COLUMNS; ++n)
-                UNROLL for (int m = 0; m < 2; ++m)
-                    UNROLL for (int k = 0; k < 4; ++k) sums[n][m][k] = 0.0f;
-            const u8* fast_codes = codes;
-            terms = key_terms + a.slow_tiles * KEY_WORDS;
-            const u32* decoders = a.fast_decoder + (head * a.fast_tiles * (a.fast / 8) + columns) * 64;
-            ROLLED for (int tile = a.slow_tiles; tile < key_tiles; ++tile) {
-                const u32 found = shuffle(own_keys, tile);
-                if (!found) break;
-                u32 levels[8];
-                decode_tile<KEY_TRELLIS, true, 4>(found, fast_codes, terms, a.one, lane, late, levels);
-                terms += KEY_WORDS;
-                UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
-                    if (n && n % 2 == 0 && n >= more_columns) break;
-                    if (n == 4) MARK(15);
-                    const Words2 decoder = reinterpret_cast<const Words2*>(decoders)[32 * n + lane];
-                    UNROLL for (int m = 0; m < 2; ++m)
-                        mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[4 + 2 * m], levels[5 + 2 * m],
-                                 decoder.x, decoder.y);
-                }
-                decoders += 64 * (a.fast / 8);
-            }
-            const float* means = a.fast_mean + 2 * (head * pairs + 4 * columns + static_cast<int>(column));
-            const float* angles = a.rotation + 2 * ((offset_of_block + 8 * static_cast<int>(row) + 4 * late) * pairs +
-                                                    4 * columns + static_cast<int>(column));
-            float part[2][4];
-            UNROLL for (int m = 0; m < 2; ++m)
-                UNROLL for (int k = 0; k < 4; ++k) part[m][k] = 0.0f;
-            UNROLL for (int i = 0; i < FAST_COLUMNS / 2; ++i) {
-                if (i && 2 * i >= more_columns) break;
-                if (i == 2) MARK(15);
-                const u8* place = fast_query + query_stride * (columns / 2 + i);
-                const Words2 query = reinterpret_cast<const Words2*>(place)[query_lane];
-                UNROLL for (int m = 0; m < 2; ++m) {
-                    u32 turned[4];
-                    UNROLL for (int n = 0; n < 2; ++n) {
-                        const Words2 mean = *reinterpret_cast<const Words2*>(means + 8 * (2 * i + n));
-                        UNROLL for (int e = 0; e < 2; ++e) {
-                            const float* own = angles + 2 * (2 * m + e) * pairs + 8 * (2 * i + n);
-                            const Words2 angle = *reinterpret_cast<const Words2*>(own);
-                            const float cosine = float_of(angle.x), sine = float_of(angle.y);
-                            const float gain = late ? gains[4 + 2 * m + e] : gains[2 * m + e];
-                            const float* sum = sums[2 * i + n][m] + 2 * e;
-                            const float first = multiply_add(gain, sum[0], float_of(mean.x));
-                            const float second = multiply_add(gain, sum[1], float_of(mean.y));
-                            turned[2 * n + e] =
-                                pack_halves(first * cosine - second * sine, second * cosine + first * sine);
-                        }
-                    }
-                    mma_half(part[m], turned[0], turned[1], turned[2], turned[3], query.x, query.y);
-                }
-            }
-            UNROLL for (int m = 0; m < 4; ++m)
-                UNROLL for (int k = 0; k < 4; ++k)
-                    if (late == m / 2) scores[m][k] += part[m % 2][k];
-        }
+        score_means(a, head, fast_query, first_token, query_lane, lane, scores);
         const float* extra = reinterpret_cast<const float*>(query_part + query_stride * (a.slow_tiles + a.fast / 16));
         float y[2][8], tile_peak[2];
         const bool all_seen = length == 64 && start >= first_seen && !a.mask;
@@ -312,7 +255,7 @@ KERNEL void
             const u32 found = shuffle(own_values, tile);
             if (!found) break;
             u32 levels[16];
-            decode_tile<VALUE_TRELLIS, false, 8>(found, value_codes, terms, a.one, lane, 0, levels);
+            decode_tile<VALUE_TRELLIS, false>(found, value_codes, terms, a.one, lane, levels);
             terms += VALUE_WORDS;
             float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             UNROLL for (int m = 0; m < 4; ++m)

@@ -74,6 +74,11 @@ DEVICE u32 halves_multiply_add(u32 a, u32 b, u32 c) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
     return y;
 }
+DEVICE u32 halves_negate(u32 a) {
+    u32 y;
+    asm("neg.f16x2 %0, %1;" : "=r"(y) : "r"(a));
+    return y;
+}
 DEVICE void turn(float revolutions, float& cosine, float& sine) { sincospif(2.0f * revolutions, &sine, &cosine); }
 DEVICE float power_of_two(float x) {
     float y;
@@ -116,6 +121,12 @@ DEVICE void mma_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
 DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// The same with sums in half precision.
+DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
+        : "+r"(c[0]), "+r"(c[1])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
@@ -308,6 +319,7 @@ DEVICE u32 halves_multiply(u32 a, u32 b) {
 DEVICE u32 halves_multiply_add(u32 a, u32 b, u32 c) {
     return pack_halves(half_low(a) * half_low(b) + half_low(c), half_high(a) * half_high(b) + half_high(c));
 }
+DEVICE u32 halves_negate(u32 a) { return a ^ 0x80008000; }
 DEVICE void turn(float revolutions, float& cosine, float& sine) {
     const double angle = 6.283185307179586 * revolutions;
     cosine = static_cast<float>(std::cos(angle)), sine = static_cast<float>(std::sin(angle));
@@ -393,6 +405,11 @@ DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
         }
     }
     meet_();
+}
+DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    float sums[4] = {half_low(c[0]), half_high(c[0]), half_low(c[1]), half_high(c[1])};
+    mma_half(sums, a0, a1, a2, a3, b0, b1);
+    c[0] = pack_halves(sums[0], sums[1]), c[1] = pack_halves(sums[2], sums[3]);
 }
 DEVICE void barrier_init(u64* barrier) { *barrier = 0; }
 DEVICE void barriers_ready() {}
