@@ -247,8 +247,12 @@ def _key_matrices(
 
 
 def _by_two_pairs(first: Tensor, second: Tensor) -> Tensor:
-    """Halves of pairs ``[..., pairs]`` as a lane takes them: of two pairs the first halves, then the second ones."""
-    return torch.stack([each.unflatten(-1, (-1, 2)) for each in (first, second)], dim=-2).half()
+    """Halves of pairs ``[..., offsets, pairs]`` as lanes take them, ``[..., steps, offsets, 4, 2, 2]`` float16.
+
+    A step is eight pairs; of two of them come the first halves, then the second ones.
+    """
+    steps = [each.unflatten(-1, (-1, 4, 2)).transpose(-4, -3) for each in (first, second)]
+    return torch.stack(steps, dim=-2).half()
 
 
 class Starts(NamedTuple):
@@ -355,7 +359,7 @@ def attend(
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
     turn_bytes = 4 * (dim * TURNED_ROWS + ROWS + rows * dim)
-    shared = 256 + sum(room) + query_bytes + 512 * values.layout.tiles
+    shared = 512 + sum(room) + query_bytes + 512 * values.layout.tiles
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         stream = stream_of(device)

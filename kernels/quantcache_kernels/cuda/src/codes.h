@@ -18,8 +18,8 @@
 struct HeadTiles {  // of one side
     int offset, bytes;  // of the head's tiles in a block, multiples of 64
     int reserved[2];
-    // Kinds of the two halves of a tile, four bits each: width, and TABLED where levels are looked up. From bit 8 on where
-    // the second half's fields are in the tile, from bit 20 on the tile's bytes. 0 for a tile of nothing and those behind.
+    // Kinds of the two halves of a tile, four bits each: width, and TABLED where levels are looked up. 0 for a tile of
+    // nothing and those behind.
     u32 tiles[32];
 };
 
@@ -34,8 +34,8 @@ struct CodesArguments {
     const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]: polynomials or tables
     const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 halves, terms]
     const u32* fast_decoder;  // [heads, fast_tiles, fast / 8, 32 lanes, 2]
-    const u32* fast_mean;     // [heads, 128, fast / 16, 4, 2]: turned by every offset from the anchor
-    const u32* rotation;      // [128, fast / 16, 4, 2]: cosines and sines of two pairs by offset
+    const u32* fast_mean;     // [heads, fast / 16, 128, 4, 2]: turned by every offset from the anchor
+    const u32* rotation;      // [fast / 16, 128, 4, 2]: cosines and sines of two pairs by offset
     const int* block_table;   // [blocks, 3]: first slot, valid tokens, slot of the anchor
     const int* first_seen;    // [batch]: first slot that is read here, or null
     const u8* mask;           // [batch or 1, count or 1, mask_length], or null
@@ -54,14 +54,23 @@ constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's p
 
 #include "fast.h"
 
-// Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1.
-DEVICE void load_gain_codes(const u8* place, u32 row, float (&gains)[8]) {
-    const Words2 w = reinterpret_cast<const Words2*>(place)[row];
-    UNROLL for (int i = 0; i < 8; ++i) {
+// Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1. A row's lanes have the
+// same eight: each brings two of them into the room for all 64.
+DEVICE void load_gains(const u8* place, float* room, u32 lane, float (&gains)[8]) {
+    const u32 codes = reinterpret_cast<const u16*>(place)[lane];
+    float own[2];
+    UNROLL for (int i = 0; i < 2; ++i) {
         // A code in the lowest byte of 2^23 is a number: 2^23 + code.
-        const float code = float_of(byte_permute(i < 4 ? w.x : w.y, 0x4B000000, 0x7650u | static_cast<u32>(i % 4)));
+        const float code = float_of(byte_permute(codes, 0x4B000000, i ? 0x7651 : 0x7650));
         const float power = power_of_two(multiply_add(code, 0.03125f, -262148.0f));
-        gains[i] = code > 8388608.0f ? power : 0.0f;
+        own[i] = code > 8388608.0f ? power : 0.0f;
+    }
+    reinterpret_cast<Words2*>(room)[lane] = {bits_of(own[0]), bits_of(own[1])};
+    sync_warp();
+    UNROLL for (int i = 0; i < 2; ++i) {
+        const Words4 w = reinterpret_cast<const Words4*>(room)[2 * (lane / 4) + i];
+        gains[4 * i] = float_of(w.x), gains[4 * i + 1] = float_of(w.y);
+        gains[4 * i + 2] = float_of(w.z), gains[4 * i + 3] = float_of(w.w);
     }
 }
 
@@ -99,7 +108,8 @@ KERNEL void
     u64* value_barrier = key_barrier + 1;
     u8* key_gains = shared + 128;
     u8* value_gains = key_gains + 64;
-    u8* key_part = value_gains + 64;
+    float* gain_room = reinterpret_cast<float*>(value_gains + 64);
+    u8* key_part = value_gains + 64 + 256;
     u8* value_part = key_part + a.key_room;
     u8* query_part = value_part + a.value_room;
     float* all_sums = reinterpret_cast<float*>(query_part + a.query_bytes);
@@ -143,7 +153,7 @@ KERNEL void
     float peak[2] = {-1e30f, -1e30f}, total[2] = {0.0f, 0.0f};
     const int first_seen = a.first_seen ? a.first_seen[b] : 0;
     const int query_row = static_cast<int>(row) < a.rows ? static_cast<int>(row) : a.rows - 1;
-    const u32 query_lane = static_cast<u32>(4 * query_row) + column;
+    const u8* own_query = query_part + 32 * query_row + 8 * static_cast<int>(column);
     const int query_stride = 32 * a.rows;
     const int key_tiles = a.slow_tiles + a.fast_tiles;
     const u32 own_keys = keys.tiles[lane], own_values = values.tiles[lane];  // of the tile that is a lane's number
@@ -160,7 +170,7 @@ KERNEL void
         float scores[4][4], gains[8];
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
-        const u8* codes = key_part;
+        const u8 *codes = key_part + 4 * lane, *query = own_query;
         const u32* terms = key_terms;
         ROLLED for (int tile = 0; tile < a.slow_tiles; ++tile) {
             const u32 found = shuffle(own_keys, tile);
@@ -168,19 +178,19 @@ KERNEL void
             u32 levels[16];
             decode_tile<KEY_TRELLIS, true>(found, codes, terms, a.one, lane, levels);
             terms += KEY_WORDS;
-            const Words2 query = reinterpret_cast<const Words2*>(query_part + query_stride * tile)[query_lane];
+            const Words2 q = *reinterpret_cast<const Words2*>(query);
+            query += query_stride;
             UNROLL for (int m = 0; m < 4; ++m)
-                mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], query.x,
-                         query.y);
+                mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], q.x, q.y);
         }
-        const u8* fast_query = query_part + query_stride * a.slow_tiles;
+        const u8* fast_query = own_query + query_stride * a.slow_tiles;
         const int first_token = offset_of_block + 8 * static_cast<int>(row);
         score_fast<KEY_TRELLIS>(a, head, own_keys, codes, key_terms + a.slow_tiles * KEY_WORDS, fast_query, first_token,
-                                query_lane, lane, scores);
-        load_gain_codes(key_gains, row, gains);
+                                lane, scores);
+        load_gains(key_gains, gain_room, lane, gains);
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] *= gains[2 * m + i / 2];
-        score_means(a, head, fast_query, first_token, query_lane, lane, scores);
+        score_means(a, head, fast_query, first_token, lane, scores);
         const float* extra = reinterpret_cast<const float*>(query_part + query_stride * (a.slow_tiles + a.fast / 16));
         float y[2][8], tile_peak[2];
         const bool all_seen = length == 64 && start >= first_seen && !a.mask;
@@ -218,7 +228,7 @@ KERNEL void
         barrier_wait(value_barrier, parity);
         u32 weights[4][2];
         float part[2] = {0.0f, 0.0f};
-        load_gain_codes(value_gains, row, gains);
+        load_gains(value_gains, gain_room, lane, gains);
         UNROLL for (int r = 0; r < 8; ++r) {
             float w[2];
             UNROLL for (int q = 0; q < 2; ++q) {
@@ -249,7 +259,8 @@ KERNEL void
             total[q] = multiply_add(part[q], scale[q], total[q]);
         }
         // ---------------------------------------------------------------- values
-        const u8* value_codes = value_part;
+        const u8* value_codes = value_part + 4 * lane;
+        Words4* sums = reinterpret_cast<Words4*>(all_sums) + lane;
         terms = value_terms;
         ROLLED for (int tile = 0; tile < a.value_tiles; ++tile) {
             const u32 found = shuffle(own_values, tile);
@@ -261,10 +272,10 @@ KERNEL void
             UNROLL for (int m = 0; m < 4; ++m)
                 mma_half(c, levels[2 * m], levels[8 + 2 * m], levels[2 * m + 1], levels[9 + 2 * m], weights[m][0],
                          weights[m][1]);
-            Words4& sum = reinterpret_cast<Words4*>(all_sums)[32 * tile + static_cast<int>(lane)];
-            const Words4 w = sum;
-            sum = {bits_of(multiply_add(c[0], scale[0], float_of(w.x))), bits_of(multiply_add(c[1], scale[1], float_of(w.y))),
+            const Words4 w = *sums;
+            *sums = {bits_of(multiply_add(c[0], scale[0], float_of(w.x))), bits_of(multiply_add(c[1], scale[1], float_of(w.y))),
                    bits_of(multiply_add(c[2], scale[0], float_of(w.z))), bits_of(multiply_add(c[3], scale[1], float_of(w.w)))};
+            sums += 32;
         }
         sync_warp();
         if (more && lane == 0) {

@@ -39,17 +39,19 @@ DEVICE u32 single(u32 word, int r, int at) { return shifted(word, at - 2 * r) & 
 struct Fields {
     u32 four[4], two, one;
 };
+// `place` is where a lane's own word would be in a field of two bits, and goes past the fields.
 template <int B>
-DEVICE void load_fields(const u8* place, u32 lane, Fields& fields) {
+DEVICE void load_fields(const u8*& place, u32 lane, Fields& fields) {
     UNROLL for (int i = 0; i < B / 4; ++i) {
-        const Words2 w = reinterpret_cast<const Words2*>(place + 256 * i)[lane];
+        const Words2 w = *reinterpret_cast<const Words2*>(place + 4 * lane + 256 * i);
         fields.four[2 * i] = w.x, fields.four[2 * i + 1] = w.y;
     }
-    if constexpr (B % 4 >= 2) fields.two = reinterpret_cast<const u32*>(place + 256 * (B / 4))[lane];
+    if constexpr (B % 4 >= 2) fields.two = *reinterpret_cast<const u32*>(place + 256 * (B / 4));
     if constexpr (B % 2) {
-        const u32 word = reinterpret_cast<const u16*>(place + 64 * (B - 1))[lane];
+        const u32 word = *reinterpret_cast<const u16*>(place - 2 * lane + 64 * (B - 1));
         fields.one = select(word, word << 15, 0xFFFF);
     }
+    place += 64 * B;
 }
 
 // Two fields as nibbles: those of even registers, then those of odd ones. `low` has the lower bits.
@@ -62,7 +64,7 @@ DEVICE void join(u32 low, u32 high, int low_bits, u32 (&nibbles)[2]) {
 // Levels of the eight registers of half a tile, of W bits, in units of their coefficient. Of a trellis, `subsets` has two
 // bits for every code.
 template <int W, bool TRELLIS>
-DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 one, u32 lane, u32* levels) {
+DEVICE void decode(const u8*& place, const u32* terms, u32 subsets, u32 one, u32 lane, u32* levels) {
     MARK(W);
     constexpr int B = TRELLIS ? W - 1 : W;
     const Words4 first_terms = *reinterpret_cast<const Words4*>(terms);
@@ -139,7 +141,7 @@ DEVICE void look_up_two(u32 codes, const Words4& first, const Words4& second, u3
 // The same from tables: upper bytes of eight levels, then lower ones; of sixteen levels both again. Of 32 levels they are
 // those without sign: one bit says that the sign is negative, and the place is that of the magnitude.
 template <int W, bool TRELLIS>
-DEVICE void look_up(const u8* place, const u32* tables, u32 subsets, u32 lane, u32* levels) {
+DEVICE void look_up(const u8*& place, const u32* tables, u32 subsets, u32 lane, u32* levels) {
     MARK(TABLED + W);
     constexpr int PLACES = TRELLIS ? W + 1 : W;  // bits
     const Words4 first = reinterpret_cast<const Words4*>(tables)[0];
@@ -178,7 +180,7 @@ DEVICE void look_up(const u8* place, const u32* tables, u32 subsets, u32 lane, u
 }
 
 template <bool TRELLIS>
-DEVICE void decode_half(u32 kind, const u8* place, const u32* terms, u32 subsets, u32 one, u32 lane, u32* levels) {
+DEVICE void decode_half(u32 kind, const u8*& place, const u32* terms, u32 subsets, u32 one, u32 lane, u32* levels) {
     // The same in all lanes; a jump table would wait for memory.
     if (kind > TABLED) {
         if (kind == TABLED + 3) return look_up<3, TRELLIS>(place, terms, subsets, lane, levels);
@@ -211,26 +213,28 @@ DEVICE u32 delayed(u32 path, u32 before) {
 
 // Subsets of a lane's codes in either half of a tile, two bits each: register r at 2 r, and 16 bits above that.
 template <bool KEYS>
-DEVICE void find_subsets(u32 path, u32 lane, u32 (&subsets)[2]) {
-    u32 before = shuffle(path, static_cast<int>(lane) - (KEYS ? 4 : 1));  // the row above, or the lane to the left
-    if (KEYS ? lane < 4 : lane % 4 == 0) before = 0;
-    if constexpr (!KEYS) before = byte_permute(before, path, 0x5432);
-    const u32 c1 = path ^ delayed<1>(path, before) ^ delayed<3>(path, before), c0 = delayed<2>(path, before);
+DEVICE void find_subsets(u32 path, u32 (&subsets)[2]) {
+    u32 c1, c0;
+    if constexpr (KEYS) {  // the tokens before are in the row above
+        const u32 before = shuffle_up<4, 32>(path);
+        c1 = path ^ delayed<1>(path, before) ^ delayed<3>(path, before), c0 = delayed<2>(path, before);
+    } else {  // a word's tokens follow each other; those before are in the lane to the left
+        const u32 before = shuffle_up<1, 4>(path);
+        c1 = path ^ funnel_left(before, path, 2) ^ funnel_left(before, path, 6), c0 = funnel_left(before, path, 4);
+    }
     subsets[0] = select(c0, c1 << 1, 0x55555555);
     subsets[1] = select(c0 >> 1, c1, 0x55555555);
 }
 
-// Levels of either half of a tile, whose codes it goes past; the terms are the lane's own.
+// Levels of either half of a tile. Codes are at the lane's own words, and the pointer goes past the tile; the terms are
+// the lane's own.
 template <bool TRELLIS, bool KEYS>
 DEVICE void decode_tile(u32 tile, const u8*& codes, const u32* terms, u32 one, u32 lane, u32 (&levels)[16]) {
     u32 subsets[2] = {0, 0};
-    const u8* place = codes;
     if constexpr (TRELLIS) {
-        find_subsets<KEYS>(reinterpret_cast<const u32*>(place)[lane], lane, subsets);
-        place += 128;
+        find_subsets<KEYS>(*reinterpret_cast<const u32*>(codes), subsets);
+        codes += 128;
     }
-    decode_half<TRELLIS>(tile & 15, place, terms, subsets[0], one, lane, levels);
-    place = codes + (tile >> 8 & 0xFFF);
-    codes += tile >> 20;
-    decode_half<TRELLIS>(tile >> 4 & 15, place, terms + TERMS, subsets[1], one, lane, levels + 8);
+    decode_half<TRELLIS>(tile & 15, codes, terms, subsets[0], one, lane, levels);
+    decode_half<TRELLIS>(tile >> 4, codes, terms + TERMS, subsets[1], one, lane, levels + 8);
 }

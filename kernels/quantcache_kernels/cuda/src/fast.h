@@ -6,6 +6,7 @@
 // come behind it, once for all scores of a token. Means do not have gains: they are turned by every offset beforehand,
 // and their products are added at the end.
 constexpr int FAST_COLUMNS = 6;  // tiles of eight columns that are decoded at once
+constexpr int TURNS = 128 * 4;   // of a step: offsets times a row's lanes
 
 // Sums of a head's fast dimensions from tile `first` of columns on, for every one of a lane's eight tokens.
 template <bool TRELLIS>
@@ -35,21 +36,21 @@ DEVICE void decode_fast(const CodesArguments& a, int head, int first, u32 own_ti
 // Products of the fast dimensions without their means, added to scores that have no gains yet.
 template <bool TRELLIS>
 DEVICE void score_fast(const CodesArguments& a, int head, u32 own_tiles, const u8* codes, const u32* terms,
-                       const u8* query, int first_token, u32 query_lane, u32 lane, float (&scores)[4][4]) {
+                       const u8* query, int first_token, u32 lane, float (&scores)[4][4]) {
     const int steps = a.fast / 16;
-    const Words2* turns = reinterpret_cast<const Words2*>(a.rotation) + first_token * 4 * steps + static_cast<int>(lane % 4);
+    const Words2* turns = reinterpret_cast<const Words2*>(a.rotation) + 4 * first_token + static_cast<int>(lane % 4);
     ROLLED for (int first = 0; first < 2 * steps; first += FAST_COLUMNS) {
         u32 sums[FAST_COLUMNS][4][2];
         decode_fast<TRELLIS>(a, head, first, own_tiles, codes, terms, lane, sums);
         UNROLL for (int i = 0; i < FAST_COLUMNS / 2; ++i) {
             if (i && first / 2 + i >= steps) break;
             if (i == 2) MARK(15);
-            const int step = first / 2 + i;
-            const Words2 q = reinterpret_cast<const Words2*>(query + 32 * a.rows * step)[query_lane];
+            const Words2 q = *reinterpret_cast<const Words2*>(query);
+            query += 32 * a.rows;
             UNROLL for (int m = 0; m < 4; ++m) {
                 u32 turned[4];
                 UNROLL for (int e = 0; e < 2; ++e) {
-                    const Words2 angle = turns[4 * ((2 * m + e) * steps + step)];
+                    const Words2 angle = turns[TURNS * i + 4 * (2 * m + e)];
                     const u32 one = sums[2 * i][m][e], two = sums[2 * i + 1][m][e];
                     turned[e] = halves_multiply_add(one, angle.x, halves_negate(halves_multiply(two, angle.y)));
                     turned[2 + e] = halves_multiply_add(two, angle.x, halves_multiply(one, angle.y));
@@ -57,21 +58,22 @@ DEVICE void score_fast(const CodesArguments& a, int head, u32 own_tiles, const u
                 mma_half(scores[m], turned[0], turned[1], turned[2], turned[3], q.x, q.y);
             }
         }
+        turns += TURNS * (FAST_COLUMNS / 2);
     }
 }
 
 // Products of the fast dimensions' means.
-DEVICE void score_means(const CodesArguments& a, int head, const u8* query, int first_token, u32 query_lane, u32 lane,
+DEVICE void score_means(const CodesArguments& a, int head, const u8* query, int first_token, u32 lane,
                         float (&scores)[4][4]) {
     const int steps = a.fast / 16;
-    const Words2* means = reinterpret_cast<const Words2*>(a.fast_mean) + (128 * head + first_token) * 4 * steps +
+    const Words2* means = reinterpret_cast<const Words2*>(a.fast_mean) + TURNS * head * steps + 4 * first_token +
                           static_cast<int>(lane % 4);
     ROLLED for (int step = 0; step < steps; ++step) {
-        const Words2 q = reinterpret_cast<const Words2*>(query + 32 * a.rows * step)[query_lane];
+        const Words2 q = *reinterpret_cast<const Words2*>(query);
         UNROLL for (int m = 0; m < 4; ++m) {
-            const Words2 even = means[8 * m * steps], odd = means[4 * (2 * m + 1) * steps];
+            const Words2 even = means[8 * m], odd = means[8 * m + 4];
             mma_half(scores[m], even.x, odd.x, even.y, odd.y, q.x, q.y);
         }
-        means += 4;
+        query += 32 * a.rows, means += TURNS;
     }
 }

@@ -27,7 +27,11 @@ struct alignas(16) Words4 {
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
 
-DEVICE u32 thread_index() { return threadIdx.x; }
+DEVICE u32 thread_index() {
+    u32 x;  // volatile: else it is read again wherever registers are short, and every reading takes its time
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
 DEVICE u32 block_x() { return blockIdx.x; }
 DEVICE u32 block_y() { return blockIdx.y; }
 DEVICE u32 block_threads() { return blockDim.x; }
@@ -96,6 +100,15 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+// What the lane DELTA below has, of every WIDTH; 0 where there is none.
+template <int DELTA, int WIDTH>
+DEVICE u32 shuffle_up(u32 x) {
+    u32 y;
+    asm volatile("{.reg .pred there; shfl.sync.up.b32 %0|there, %1, %2, %3, 0xFFFFFFFF; @!there mov.b32 %0, 0;}"
+                 : "=r"(y)
+                 : "r"(x), "n"(DELTA), "n"((32 - WIDTH) << 8));
+    return y;
+}
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
 // An 8x8 matrix of 16-bit elements, lane 4 r + c holding elements 2 c and 2 c + 1 of row r: its transpose.
@@ -347,6 +360,12 @@ DEVICE u32 shuffle(u32 x, int lane) {
     u32 y = lane_(static_cast<u32>(lane) & 31).operands[0];
     meet_();
     return y;
+}
+template <int DELTA, int WIDTH>
+DEVICE u32 shuffle_up(u32 x) {
+    const u32 lane = emulated_->running & 31;
+    const u32 y = shuffle(x, static_cast<int>(lane) - DELTA);
+    return lane % WIDTH < DELTA ? 0 : y;
 }
 DEVICE bool any_lane(bool x) {
     own_().operands[0] = x;
