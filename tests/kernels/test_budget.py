@@ -138,7 +138,9 @@ def test_what_is_counted_of_blocks_is_what_the_kernel_does(block_costs: dict[str
         assert cost.fast_pass[32] < cost.fast_pass[48]
         assert all(cost.fast[32][kind] < cost.fast[48][kind] for kind in cost.slow)
         assert cost.mean > 4
-        by_hand = cost.body + cost.slow[3, 3] + cost.fast_pass[32] + cost.fast[32][4, 0] + cost.mean + cost.values[5, 11]
+        by_hand = (
+            cost.body + cost.slow[3, 3] + cost.fast_pass[32] + cost.fast[32][4, 0] + cost.mean + cost.values[5, 11]
+        )
         assert cost.instructions([0x33, 0x04, 0], 1, 16, [0xB5, 0]) == by_hand
         more = cost.fast_pass[48] + cost.fast[48][4, 0] - cost.fast[32][4, 0] - cost.fast_pass[32] + 2 * cost.mean
         assert cost.instructions([0x33, 0x04, 0], 1, 48, [0xB5, 0]) == by_hand + more

@@ -227,7 +227,7 @@ def test_a_trellis_of_half_a_tile_has_a_whole_word_of_path_bits() -> None:
     layout = BlockLayout.of(replace(constants, widths=by_twos(*(3,) * 4, *(2,) * 8, *(0,) * 20)))
     assert layout.words == 16 * (3 + 2 + 2 + 1), "the third half has a tile of its own"
     assert layout.tile_words.tolist() == [[16 * 5, 16 * 3]]
-    assert layout.table()[0, 1:8].tolist() == [4 * 16 * 8, 0, 0, 0xAB, 0x0A, 0, 0]
+    assert layout.table()[0, 1:8].tolist() == [4 * 16 * 8, 2, 0, 0xAB, 0x0A, 0, 0]
 
 
 def test_tiles_take_about_an_eighth_more_than_the_portable_layout() -> None:

@@ -242,17 +242,19 @@ def _key_matrices(
     offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
     angles = offsets[:, None] * constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]
     cosines, sines = angles.cos(), angles.sin()
-    turned = _by_two_pairs(first * cosines - second * sines, second * cosines + first * sines)
-    return matrix, norms, [fragments, turned, _by_two_pairs(cosines, sines)]
+    turned = _by_lanes(first * cosines - second * sines, second * cosines + first * sines)
+    return matrix, norms, [fragments, turned, _by_lanes(cosines, sines)]
 
 
-def _by_two_pairs(first: Tensor, second: Tensor) -> Tensor:
-    """Halves of pairs ``[..., offsets, pairs]`` as lanes take them, ``[..., steps, offsets, 4, 2, 2]`` float16.
+def _by_lanes(first: Tensor, second: Tensor) -> Tensor:
+    """Halves of pairs ``[..., offsets, pairs]`` as lanes take them, ``[..., steps, offsets, 4, 2, 2, 2]`` float16.
 
-    A step is eight pairs; of two of them come the first halves, then the second ones.
+    A step is eight pairs, a lane has two of them: their first halves at an offset and at the next one, whatever parity
+    the offset has, then their second halves.
     """
-    steps = [each.unflatten(-1, (-1, 4, 2)).transpose(-4, -3) for each in (first, second)]
-    return torch.stack(steps, dim=-2).half()
+    halves = torch.stack((first, second), dim=-1).unflatten(-2, (-1, 4, 2)).transpose(-5, -4)
+    halves = halves.transpose(-1, -2)  # [..., steps, offsets, 4, first or second, pair]
+    return torch.stack((halves, halves.roll(-1, -4)), dim=-2).half()
 
 
 class Starts(NamedTuple):

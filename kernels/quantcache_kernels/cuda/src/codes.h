@@ -17,9 +17,8 @@
 
 struct HeadTiles {  // of one side
     int offset, bytes;  // of the head's tiles in a block, multiples of 64
-    int reserved[2];
-    // Kinds of the two halves of a tile, four bits each: width, and TABLED where levels are looked up. 0 for a tile of
-    // nothing and those behind.
+    int slow, fast;     // its tiles that hold anything; all of values' are slow
+    // Kinds of the two halves of a tile, four bits each: width, and TABLED where levels are looked up.
     u32 tiles[32];
 };
 
@@ -34,8 +33,8 @@ struct CodesArguments {
     const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]: polynomials or tables
     const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 halves, terms]
     const u32* fast_decoder;  // [heads, fast_tiles, fast / 8, 32 lanes, 2]
-    const u32* fast_mean;     // [heads, fast / 16, 128, 4, 2]: turned by every offset from the anchor
-    const u32* rotation;      // [fast / 16, 128, 4, 2]: cosines and sines of two pairs by offset
+    const u32* fast_mean;     // [heads, fast / 16, 128, 4, 2, 2]: turned by every offset from the anchor and by the next
+    const u32* rotation;      // [fast / 16, 128, 4, 2, 2]: cosines of two pairs likewise, then sines
     const int* block_table;   // [blocks, 3]: first slot, valid tokens, slot of the anchor
     const int* first_seen;    // [batch]: first slot that is read here, or null
     const u8* mask;           // [batch or 1, count or 1, mask_length], or null
@@ -156,6 +155,7 @@ KERNEL void
     const u8* own_query = query_part + 32 * query_row + 8 * static_cast<int>(column);
     const int query_stride = 32 * a.rows;
     const int key_tiles = a.slow_tiles + a.fast_tiles;
+    const int slow_tiles = keys.slow, fast_tiles = keys.fast, value_tiles = values.slow;
     const u32 own_keys = keys.tiles[lane], own_values = values.tiles[lane];  // of the tile that is a lane's number
     const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * TERMS * column;
     const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * TERMS * row;
@@ -172,11 +172,9 @@ KERNEL void
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
         const u8 *codes = key_part + 4 * lane, *query = own_query;
         const u32* terms = key_terms;
-        ROLLED for (int tile = 0; tile < a.slow_tiles; ++tile) {
-            const u32 found = shuffle(own_keys, tile);
-            if (!found) break;
+        ROLLED for (int tile = 0; tile < slow_tiles; ++tile) {
             u32 levels[16];
-            decode_tile<KEY_TRELLIS, true>(found, codes, terms, a.one, lane, levels);
+            decode_tile<KEY_TRELLIS, true>(shuffle(own_keys, tile), codes, terms, a.one, lane, levels);
             terms += KEY_WORDS;
             const Words2 q = *reinterpret_cast<const Words2*>(query);
             query += query_stride;
@@ -185,19 +183,23 @@ KERNEL void
         }
         const u8* fast_query = own_query + query_stride * a.slow_tiles;
         const int first_token = offset_of_block + 8 * static_cast<int>(row);
-        score_fast<KEY_TRELLIS>(a, head, own_keys, codes, key_terms + a.slow_tiles * KEY_WORDS, fast_query, first_token,
+        score_fast<KEY_TRELLIS>(a, head, fast_tiles, own_keys, codes, key_terms + a.slow_tiles * KEY_WORDS, fast_query, first_token,
                                 lane, scores);
         load_gains(key_gains, gain_room, lane, gains);
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] *= gains[2 * m + i / 2];
         score_means(a, head, fast_query, first_token, lane, scores);
         const float* extra = reinterpret_cast<const float*>(query_part + query_stride * (a.slow_tiles + a.fast / 16));
-        float y[2][8], tile_peak[2];
+        float y[2][8], unit[2], offset[2], tile_peak[2];  // exponents are y times a unit, which is positive, plus an offset
         const bool all_seen = length == 64 && start >= first_seen && !a.mask;
         UNROLL for (int q = 0; q < 2; ++q) {
             const int own = 2 * static_cast<int>(column) + q, safe = own < a.rows ? own : a.rows - 1;
-            const float unit = extra[safe], offset = extra[8 + safe];
-            UNROLL for (int r = 0; r < 8; ++r) y[q][r] = multiply_add(scores[r / 2][2 * (r % 2) + q], unit, offset);
+            unit[q] = extra[safe], offset[q] = extra[8 + safe];
+            UNROLL for (int r = 0; r < 8; ++r) y[q][r] = scores[r / 2][2 * (r % 2) + q];
+            if (!all_seen || a.softcap > 0.0f) {
+                UNROLL for (int r = 0; r < 8; ++r) y[q][r] = multiply_add(y[q][r], unit[q], offset[q]);
+                unit[q] = 1.0f, offset[q] = 0.0f;
+            }
             if (a.softcap > 0.0f)
                 UNROLL for (int r = 0; r < 8; ++r) y[q][r] = capped(y[q][r], a.softcap) * 1.4426950408889634f;
             if (!all_seen) {
@@ -213,10 +215,13 @@ KERNEL void
                     if (!seen) y[q][r] = -1e30f;
                 }
             }
-            tile_peak[q] = -5e29f;  // what is not seen is far below it and weighs nothing
-            UNROLL for (int r = 0; r < 8; ++r) tile_peak[q] = larger(tile_peak[q], y[q][r]);
+            tile_peak[q] = y[q][0];
+            UNROLL for (int r = 1; r < 8; ++r) tile_peak[q] = larger(tile_peak[q], y[q][r]);
             UNROLL for (int mask = 4; mask < 32; mask *= 2)
                 tile_peak[q] = larger(tile_peak[q], shuffle_xor(tile_peak[q], mask));
+            // What is not seen is far below the least peak and weighs nothing.
+            tile_peak[q] = larger(multiply_add(tile_peak[q], unit[q], offset[q]), -5e29f);
+            offset[q] -= tile_peak[q];
         }
         sync_warp();
         if (more && lane == 0) {
@@ -232,7 +237,7 @@ KERNEL void
         UNROLL for (int r = 0; r < 8; ++r) {
             float w[2];
             UNROLL for (int q = 0; q < 2; ++q) {
-                const float p = power_of_two(add(y[q][r], -tile_peak[q]));
+                const float p = power_of_two(multiply_add(y[q][r], unit[q], offset[q]));
                 part[q] += p;
                 w[q] = p * gains[r];
             }
@@ -262,11 +267,9 @@ KERNEL void
         const u8* value_codes = value_part + 4 * lane;
         Words4* sums = reinterpret_cast<Words4*>(all_sums) + lane;
         terms = value_terms;
-        ROLLED for (int tile = 0; tile < a.value_tiles; ++tile) {
-            const u32 found = shuffle(own_values, tile);
-            if (!found) break;
+        ROLLED for (int tile = 0; tile < value_tiles; ++tile) {
             u32 levels[16];
-            decode_tile<VALUE_TRELLIS, false>(found, value_codes, terms, a.one, lane, levels);
+            decode_tile<VALUE_TRELLIS, false>(shuffle(own_values, tile), value_codes, terms, a.one, lane, levels);
             terms += VALUE_WORDS;
             float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             UNROLL for (int m = 0; m < 4; ++m)

@@ -10,17 +10,15 @@ constexpr int TURNS = 128 * 4;   // of a step: offsets times a row's lanes
 
 // Sums of a head's fast dimensions from tile `first` of columns on, for every one of a lane's eight tokens.
 template <bool TRELLIS>
-DEVICE void decode_fast(const CodesArguments& a, int head, int first, u32 own_tiles, const u8* codes, const u32* terms,
+DEVICE void decode_fast(const CodesArguments& a, int head, int first, int tiles, u32 own_tiles, const u8* codes, const u32* terms,
                         u32 lane, u32 (&sums)[FAST_COLUMNS][4][2]) {
     UNROLL for (int n = 0; n < FAST_COLUMNS; ++n)
         UNROLL for (int m = 0; m < 4; ++m) sums[n][m][0] = sums[n][m][1] = 0;
     const int columns = a.fast / 8, left = columns - first;
     const Words2* decoder = reinterpret_cast<const Words2*>(a.fast_decoder) + (head * a.fast_tiles * columns + first) * 32;
-    ROLLED for (int tile = a.slow_tiles; tile < a.slow_tiles + a.fast_tiles; ++tile) {
-        const u32 found = shuffle(own_tiles, tile);
-        if (!found) break;
+    ROLLED for (int tile = 0; tile < tiles; ++tile) {
         u32 levels[16];
-        decode_tile<TRELLIS, true>(found, codes, terms, a.one, lane, levels);
+        decode_tile<TRELLIS, true>(shuffle(own_tiles, a.slow_tiles + tile), codes, terms, a.one, lane, levels);
         terms += KEY_WORDS;
         UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
             if (n && n % 2 == 0 && n >= left) break;
@@ -35,25 +33,26 @@ DEVICE void decode_fast(const CodesArguments& a, int head, int first, u32 own_ti
 
 // Products of the fast dimensions without their means, added to scores that have no gains yet.
 template <bool TRELLIS>
-DEVICE void score_fast(const CodesArguments& a, int head, u32 own_tiles, const u8* codes, const u32* terms,
+DEVICE void score_fast(const CodesArguments& a, int head, int tiles, u32 own_tiles, const u8* codes, const u32* terms,
                        const u8* query, int first_token, u32 lane, float (&scores)[4][4]) {
     const int steps = a.fast / 16;
-    const Words2* turns = reinterpret_cast<const Words2*>(a.rotation) + 4 * first_token + static_cast<int>(lane % 4);
+    const Words4* turns = reinterpret_cast<const Words4*>(a.rotation) + 4 * first_token + static_cast<int>(lane % 4);
     ROLLED for (int first = 0; first < 2 * steps; first += FAST_COLUMNS) {
         u32 sums[FAST_COLUMNS][4][2];
-        decode_fast<TRELLIS>(a, head, first, own_tiles, codes, terms, lane, sums);
+        decode_fast<TRELLIS>(a, head, first, tiles, own_tiles, codes, terms, lane, sums);
         UNROLL for (int i = 0; i < FAST_COLUMNS / 2; ++i) {
             if (i && first / 2 + i >= steps) break;
             if (i == 2) MARK(15);
             const Words2 q = *reinterpret_cast<const Words2*>(query);
             query += 32 * a.rows;
             UNROLL for (int m = 0; m < 4; ++m) {
+                const Words4 w = turns[TURNS * i + 8 * m];
+                const u32 cosines[2] = {w.x, w.y}, sines[2] = {w.z, w.w};
                 u32 turned[4];
                 UNROLL for (int e = 0; e < 2; ++e) {
-                    const Words2 angle = turns[TURNS * i + 4 * (2 * m + e)];
                     const u32 one = sums[2 * i][m][e], two = sums[2 * i + 1][m][e];
-                    turned[e] = halves_multiply_add(one, angle.x, halves_negate(halves_multiply(two, angle.y)));
-                    turned[2 + e] = halves_multiply_add(two, angle.x, halves_multiply(one, angle.y));
+                    turned[e] = halves_multiply_add(one, cosines[e], halves_negate(halves_multiply(two, sines[e])));
+                    turned[2 + e] = halves_multiply_add(two, cosines[e], halves_multiply(one, sines[e]));
                 }
                 mma_half(scores[m], turned[0], turned[1], turned[2], turned[3], q.x, q.y);
             }
@@ -66,13 +65,13 @@ DEVICE void score_fast(const CodesArguments& a, int head, u32 own_tiles, const u
 DEVICE void score_means(const CodesArguments& a, int head, const u8* query, int first_token, u32 lane,
                         float (&scores)[4][4]) {
     const int steps = a.fast / 16;
-    const Words2* means = reinterpret_cast<const Words2*>(a.fast_mean) + TURNS * head * steps + 4 * first_token +
+    const Words4* means = reinterpret_cast<const Words4*>(a.fast_mean) + TURNS * head * steps + 4 * first_token +
                           static_cast<int>(lane % 4);
     ROLLED for (int step = 0; step < steps; ++step) {
         const Words2 q = *reinterpret_cast<const Words2*>(query);
         UNROLL for (int m = 0; m < 4; ++m) {
-            const Words2 even = means[8 * m], odd = means[8 * m + 4];
-            mma_half(scores[m], even.x, odd.x, even.y, odd.y, q.x, q.y);
+            const Words4 w = means[8 * m];
+            mma_half(scores[m], w.x, w.y, w.z, w.w, q.x, q.y);
         }
         query += 32 * a.rows, means += TURNS;
     }
