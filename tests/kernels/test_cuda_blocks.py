@@ -74,7 +74,19 @@ PARITY = (
 
 @pytest.mark.parametrize("name", PARITY)
 def test_parity(name: str, emulated: None) -> None:
-    case = in_bfloat16((ATTENTION | TRELLIS)[name])
+    check_parity(in_bfloat16((ATTENTION | TRELLIS)[name]))
+
+
+@pytest.mark.parametrize("tokens", [100, 101])
+def test_blocks_begin_at_any_offset_from_their_anchor(tokens: int, emulated: None) -> None:
+    case = in_bfloat16(Case(tokens=tokens, sink_length=5 + tokens % 2, cut=True))
+    table = fill(case).layer.snapshot().block_table
+    assert 39 - tokens % 2 in (table[:, 0] - table[:, 2]).tolist()
+    check_parity(case)
+
+
+def check_parity(case: Case) -> None:
+    """Attention is at most twice as far from float64 as plain torch in the case's dtype."""
     filled = fill(case)
     view, more = filled.layer.snapshot(), {"softcap": case.softcap, "s_aux": filled.s_aux}
     expected = truth.attention(filled.query, view, filled.mask, **more)

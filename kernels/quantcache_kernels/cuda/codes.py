@@ -18,12 +18,13 @@ from torch import Tensor
 
 from quantcache_kernels.cuda.blocks import HALF, LANES, PLACES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
+from quantcache_kernels.cuda.fast import lay_out_fast
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
 from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, Queries, QueryArguments, Rows, pointer
 from quantcache_kernels.cuda.tables import level_tables
-from quantcache_kernels.interface import ANCHOR_LENGTH, AttentionCall, SideConstants
+from quantcache_kernels.interface import AttentionCall, SideConstants
 from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
 LOG2_E = math.log2(math.e)
@@ -233,28 +234,9 @@ def _key_matrices(
     largest = fast.abs().flatten(1).amax(1) if fast.shape[2] else mean.new_zeros(layout.heads)
     norms[:, 1] = power_of_two_above(torch.maximum(largest, mean.abs().amax(1)))
     unit = norms[:, 1, None, None]
-    # Eight pairs are 16 columns, first halves before second ones; lane 4 g + j holds column g of slots 2 j and 2 j + 1
-    # of either half.
-    columns = (fast / unit).unflatten(1, (2, num_fast // 16, 8)).transpose(1, 2).flatten(1, 3)  # [H, column, slots]
-    fragments = columns.unflatten(1, (num_fast // 8, 8)).unflatten(3, (layout.tiles - layout.slow_tiles, 2, 4, 2))
-    fragments = fragments.permute(0, 3, 1, 2, 5, 4, 6).half()
-    first, second = (mean / unit[..., 0]).double().unflatten(1, (2, 1, num_fast // 2)).unbind(1)  # [H, 1, pairs]
-    offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
-    angles = offsets[:, None] * constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]
-    cosines, sines = angles.cos(), angles.sin()
-    turned = _by_lanes(first * cosines - second * sines, second * cosines + first * sines)
-    return matrix, norms, [fragments, turned, _by_lanes(cosines, sines)]
-
-
-def _by_lanes(first: Tensor, second: Tensor) -> Tensor:
-    """Halves of pairs ``[..., offsets, pairs]`` as lanes take them, ``[..., steps, offsets, 4, 2, 2, 2]`` float16.
-
-    A step is eight pairs, a lane has two of them: their first halves at an offset and at the next one, whatever parity
-    the offset has, then their second halves.
-    """
-    halves = torch.stack((first, second), dim=-1).unflatten(-2, (-1, 4, 2)).transpose(-5, -4)
-    halves = halves.transpose(-1, -2)  # [..., steps, offsets, 4, first or second, pair]
-    return torch.stack((halves, halves.roll(-1, -4)), dim=-2).half()
+    by_tile = (fast / unit).unflatten(2, (layout.tiles - layout.slow_tiles, TILE))
+    frequencies = constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]
+    return matrix, norms, lay_out_fast(by_tile, mean / unit[..., 0], frequencies)
 
 
 class Starts(NamedTuple):

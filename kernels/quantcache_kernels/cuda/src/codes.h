@@ -183,8 +183,8 @@ KERNEL void
         }
         const u8* fast_query = own_query + query_stride * a.slow_tiles;
         const int first_token = offset_of_block + 8 * static_cast<int>(row);
-        score_fast<KEY_TRELLIS>(a, head, fast_tiles, own_keys, codes, key_terms + a.slow_tiles * KEY_WORDS, fast_query, first_token,
-                                lane, scores);
+        score_fast<KEY_TRELLIS>(a, head, fast_tiles, own_keys, codes, key_terms + a.slow_tiles * KEY_WORDS, fast_query,
+                                first_token, lane, scores);
         load_gains(key_gains, gain_room, lane, gains);
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] *= gains[2 * m + i / 2];

@@ -8,10 +8,10 @@
 constexpr int FAST_COLUMNS = 6;  // tiles of eight columns that are decoded at once
 constexpr int TURNS = 128 * 4;   // of a step: offsets times a row's lanes
 
-// Sums of a head's fast dimensions from tile `first` of columns on, for every one of a lane's eight tokens.
+// Sums of a head's fast dimensions from tile `first` of columns on, of every one of a lane's eight tokens.
 template <bool TRELLIS>
-DEVICE void decode_fast(const CodesArguments& a, int head, int first, int tiles, u32 own_tiles, const u8* codes, const u32* terms,
-                        u32 lane, u32 (&sums)[FAST_COLUMNS][4][2]) {
+DEVICE void decode_fast(const CodesArguments& a, int head, int first, int tiles, u32 own_tiles, const u8* codes,
+                        const u32* terms, u32 lane, u32 (&sums)[FAST_COLUMNS][4][2]) {
     UNROLL for (int n = 0; n < FAST_COLUMNS; ++n)
         UNROLL for (int m = 0; m < 4; ++m) sums[n][m][0] = sums[n][m][1] = 0;
     const int columns = a.fast / 8, left = columns - first;
