@@ -27,11 +27,7 @@ struct alignas(16) Words4 {
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
 
-DEVICE u32 thread_index() {
-    u32 x;  // volatile: else it is read again wherever registers are short, and every reading takes its time
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-}
+DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE u32 block_x() { return blockIdx.x; }
 DEVICE u32 block_y() { return blockIdx.y; }
 DEVICE u32 block_threads() { return blockDim.x; }
