@@ -82,6 +82,32 @@ DEVICE float capped(float x, float cap) {
     return (y < 0.0f ? -value : value) * cap;
 }
 
+// Puts scores of tokens that a query does not see far below all others: a lane's eight of a block, `first` and behind.
+DEVICE void hide_tokens(const CodesArguments& a, int b, int query, int start, int first, int length, int first_seen,
+                        float (&y)[8]) {
+    UNROLL for (int r = 0; r < 8; ++r) {
+        const int token = first + r, slot = start + token;
+        bool seen = token < length && slot >= first_seen;
+        if (a.mask) {
+            const u64 entry = static_cast<u64>(b) * a.mask_batch + static_cast<u64>(query) * a.mask_query + slot;
+            seen = seen && slot < a.mask_length && a.mask[entry];
+        }
+        if (!seen) y[r] = -1e30f;
+    }
+}
+
+// A query's largest exponent in a block. Exponents are y times a unit, which is positive, plus an offset, from which the
+// largest is taken.
+DEVICE float find_peak(const float (&y)[8], float unit, float& offset) {
+    float peak = y[0];
+    UNROLL for (int r = 1; r < 8; ++r) peak = larger(peak, y[r]);
+    UNROLL for (int mask = 4; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
+    // What is not seen is far below the least peak and weighs nothing.
+    peak = larger(multiply_add(peak, unit, offset), -5e29f);
+    offset -= peak;
+    return peak;
+}
+
 KERNEL void
 #ifdef __CUDACC__
     __launch_bounds__(32, 16)
@@ -190,7 +216,7 @@ KERNEL void
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] *= gains[2 * m + i / 2];
         score_means(a, head, fast_query, first_token, lane, scores);
         const float* extra = reinterpret_cast<const float*>(query_part + query_stride * (a.slow_tiles + a.fast / 16));
-        float y[2][8], unit[2], offset[2], tile_peak[2];  // exponents are y times a unit, which is positive, plus an offset
+        float y[2][8], unit[2], offset[2], tile_peak[2];
         const bool all_seen = length == 64 && start >= first_seen && !a.mask;
         UNROLL for (int q = 0; q < 2; ++q) {
             const int own = 2 * static_cast<int>(column) + q, safe = own < a.rows ? own : a.rows - 1;
@@ -202,26 +228,10 @@ KERNEL void
             }
             if (a.softcap > 0.0f)
                 UNROLL for (int r = 0; r < 8; ++r) y[q][r] = capped(y[q][r], a.softcap) * 1.4426950408889634f;
-            if (!all_seen) {
-                const int query = (chunk * a.rows + safe) % a.count;
-                UNROLL for (int r = 0; r < 8; ++r) {
-                    const int token = 8 * static_cast<int>(row) + r, slot = start + token;
-                    bool seen = token < length && slot >= first_seen;
-                    if (a.mask) {
-                        const u64 entry =
-                            static_cast<u64>(b) * a.mask_batch + static_cast<u64>(query) * a.mask_query + slot;
-                        seen = seen && slot < a.mask_length && a.mask[entry];
-                    }
-                    if (!seen) y[q][r] = -1e30f;
-                }
-            }
-            tile_peak[q] = y[q][0];
-            UNROLL for (int r = 1; r < 8; ++r) tile_peak[q] = larger(tile_peak[q], y[q][r]);
-            UNROLL for (int mask = 4; mask < 32; mask *= 2)
-                tile_peak[q] = larger(tile_peak[q], shuffle_xor(tile_peak[q], mask));
-            // What is not seen is far below the least peak and weighs nothing.
-            tile_peak[q] = larger(multiply_add(tile_peak[q], unit[q], offset[q]), -5e29f);
-            offset[q] -= tile_peak[q];
+            if (!all_seen)
+                hide_tokens(a, b, (chunk * a.rows + safe) % a.count, start, 8 * static_cast<int>(row), length, first_seen,
+                            y[q]);
+            tile_peak[q] = find_peak(y[q], unit[q], offset[q]);
         }
         sync_warp();
         if (more && lane == 0) {
