@@ -210,7 +210,8 @@ class BlockCost:
 
     Attributes:
         body: What is done once.
-        fast_pass: What a pass over half of the tokens does beside decoding, by fast dimensions: 32 or 48.
+        fast_pass: What a pass over some fast dimensions does beside decoding, by their number: 32 or 48.
+        mean: What the means of sixteen fast dimensions take.
         slow: For a tile of slow dimensions of keys, by the kinds of its halves (``HeadTiles`` in codes.h).
         fast: For a tile of fast dimensions in a pass, by the pass's dimensions and by kinds.
         values: For a tile of values.
@@ -218,6 +219,7 @@ class BlockCost:
 
     body: int
     fast_pass: dict[int, int]
+    mean: int
     slow: dict[tuple[int, int], int]
     fast: dict[int, dict[tuple[int, int], int]]
     values: dict[tuple[int, int], int]
@@ -234,13 +236,13 @@ class BlockCost:
         Returns:
             The number.
         """
-        count = self.body
+        count = self.body + fast // 16 * self.mean
         for costs, kinds in ((self.slow, keys[:slow_tiles]), (self.values, values)):
             count += sum(costs[kind & 15, kind >> 4] for kind in kinds if kind)
         for first in range(0, fast, 48):
             size = 32 if fast - first <= 32 else 48
             tiles = sum(self.fast[size][kind & 15, kind >> 4] for kind in keys[slow_tiles:] if kind)
-            count += 2 * (self.fast_pass[size] + tiles)
+            count += self.fast_pass[size] + tiles
         return count
 
 
@@ -274,15 +276,15 @@ def block_cost(cubin: bytes) -> BlockCost:
         return bool(operations([each for each in body if span[0] <= each[0] <= span[1]])["HMMA"])
 
     tiles = sorted(s for s in spans if has_products(s) and not any(holds(s, other) for other in spans))
-    around = [s for s in spans if len(tiles) == 3 and all(holds(s, tile) for tile in tiles)]
-    passes = [s for s in spans if len(tiles) == 3 and holds(s, tiles[1]) and not holds(s, tiles[0])]
+    around = [s for s in spans if len(tiles) == 4 and all(holds(s, tile) for tile in tiles)]
+    passes = [s for s in spans if len(tiles) == 4 and holds(s, tiles[1]) and not holds(s, tiles[0])]
     if not around or len(passes) != 1:
-        raise ValueError(f"attend_codes has {len(tiles)} loops with products of tiles and {len(passes)} of passes")
+        raise ValueError(f"attend_codes has {len(tiles)} loops with products and {len(passes)} of passes")
     blocks = min(around, key=lambda span: span[1] - span[0])
     places = [a for a, kind in marks.items() if kind == FETCH]  # keys, then values
     stops = [blocks[0], *places, blocks[1]]
     once = sum(_shortest(ways, *pair) for pair in pairwise(stops)) + 1 - len(places)
-    slow, fast, values = tiles
+    slow, fast, means, values = tiles
     inside = range(fast[0], fast[1] + 1)
     left = {to for at, found in ways.items() if at in inside for to in found if to not in inside}
     some = {at: [to for to in found if marks.get(to) != ALL_COLUMNS] for at, found in ways.items()}
@@ -292,6 +294,7 @@ def block_cost(cubin: bytes) -> BlockCost:
             size: _longest(taken | {fast[0]: sorted(left)}, passes[0][0], passes[0][1]) + 1 - more
             for size, taken, more in ((32, some, 0), (48, ways, 1))
         },
+        _longest(ways, *means) + 1,
         _tile_costs(ways, slow, marks),
         {size: _tile_costs(taken, fast, marks, more) for size, taken, more in ((32, some, 0), (48, ways, 1))},
         _tile_costs(ways, values, marks),

@@ -38,12 +38,12 @@ OPERATIONS = 2.6
 """Of a lane, for one coefficient of one token, at 3 bits and widths as of a real model."""
 
 BLOCK_OPERATIONS = {
-    ("llama-8b", "scalar"): 6.4,
-    ("llama-8b", "trellis"): 7.9,
-    ("qwen2.5-7b", "scalar"): 6.4,
-    ("qwen2.5-7b", "trellis"): 7.9,
-    ("gemma-2-9b", "scalar"): 7.5,
-    ("gemma-2-9b", "trellis"): 9.5,
+    ("llama-8b", "scalar"): 4.9,
+    ("llama-8b", "trellis"): 6.2,
+    ("qwen2.5-7b", "scalar"): 4.9,
+    ("qwen2.5-7b", "trellis"): 6.2,
+    ("gemma-2-9b", "scalar"): 5.4,
+    ("gemma-2-9b", "trellis"): 6.9,
 }
 """The same of the kernel of blocks, which misses that bound: what was measured."""
 
@@ -137,9 +137,12 @@ def test_what_is_counted_of_blocks_is_what_the_kernel_does(block_costs: dict[str
             assert sum(looked_up) < sum(computed)
         assert cost.fast_pass[32] < cost.fast_pass[48]
         assert all(cost.fast[32][kind] < cost.fast[48][kind] for kind in cost.slow)
-        by_hand = cost.body + cost.slow[3, 3] + 2 * (cost.fast_pass[32] + cost.fast[32][4, 0]) + cost.values[5, 11]
+        assert cost.mean > 4
+        by_hand = (
+            cost.body + cost.slow[3, 3] + cost.fast_pass[32] + cost.fast[32][4, 0] + cost.mean + cost.values[5, 11]
+        )
         assert cost.instructions([0x33, 0x04, 0], 1, 16, [0xB5, 0]) == by_hand
-        more = 2 * (cost.fast_pass[48] + cost.fast[48][4, 0] - cost.fast[32][4, 0] - cost.fast_pass[32])
+        more = cost.fast_pass[48] + cost.fast[48][4, 0] - cost.fast[32][4, 0] - cost.fast_pass[32] + 2 * cost.mean
         assert cost.instructions([0x33, 0x04, 0], 1, 48, [0xB5, 0]) == by_hand + more
 
 

@@ -179,9 +179,9 @@ class BlockLayout:
     def table(self) -> Tensor:
         """``HeadTiles`` of every head (codes.h), ``[H, 36]`` int32."""
         rows, offset = torch.zeros(self.heads, 36, dtype=torch.int32, device="cpu"), 0
-        second = 4 * WORDS * (self.widths[:, 0::2] + self.is_trellis)  # behind path bits and the first half's fields
-        tiles = self.kinds | second << 8 | 4 * self.tile_words << 20
-        rows[:, 4 : 4 + self.tiles] = torch.where(self.widths[:, 0::2] > 0, tiles, 0).to(torch.int32)
+        rows[:, 2] = (self.kinds[:, : self.slow_tiles] > 0).sum(1)
+        rows[:, 3] = (self.kinds[:, self.slow_tiles :] > 0).sum(1)
+        rows[:, 4 : 4 + self.tiles] = self.kinds
         for head, words in enumerate(self.tile_words.sum(1).tolist()):
             rows[head, 0], rows[head, 1] = offset, 4 * words
             offset += 4 * words

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from quantcache_kernels.cuda.blocks import HALF, LANES, PLACES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
+from quantcache_kernels.cuda.fast import lay_out_fast
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
 from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, Queries, QueryArguments, Rows, pointer
 from quantcache_kernels.cuda.tables import level_tables
-from quantcache_kernels.interface import ANCHOR_LENGTH, AttentionCall, SideConstants
+from quantcache_kernels.interface import AttentionCall, SideConstants
 from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
 LOG2_E = math.log2(math.e)
@@ -94,7 +95,7 @@ class PreparedCodes:
         frame: Of keys, order, partner, sign and turns.
         matrix: Of keys, from framed queries to coded ones, ``[H, slow, slow slots + 1]``: the last column is the mean.
         norms: Of keys, largest column norm of the matrix, and the fast part's unit, ``[H, 2]``.
-        fast: Of keys, decoder of the fast part in fragment order, its mean, and cosines and sines by offset.
+        fast: Of keys, decoder of the fast part in fragment order, then its mean, and cosines and sines, by offset.
         num_fast: Fast dimensions.
     """
 
@@ -233,15 +234,9 @@ def _key_matrices(
     largest = fast.abs().flatten(1).amax(1) if fast.shape[2] else mean.new_zeros(layout.heads)
     norms[:, 1] = power_of_two_above(torch.maximum(largest, mean.abs().amax(1)))
     unit = norms[:, 1, None, None]
-    # Column 2 i + e of eight dimensions is the half e of pair i; lane 4 g + j holds column g of
-    # slots 2 j and 2 j + 1 of either half.
-    by_pair = (fast / unit).unflatten(1, (2, num_fast // 2)).transpose(1, 2).flatten(1, 2)  # [H, dimension, slots]
-    fragments = by_pair.unflatten(1, (num_fast // 8, 8)).unflatten(3, (layout.tiles - layout.slow_tiles, 2, 4, 2))
-    fragments = fragments.permute(0, 3, 1, 2, 5, 4, 6).half()
-    means = (mean / unit[..., 0]).unflatten(1, (2, num_fast // 2)).transpose(1, 2)
-    offsets = torch.arange(ANCHOR_LENGTH, dtype=torch.float64, device="cpu")
-    angles = offsets[:, None] * constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]
-    return matrix, norms, [fragments, means, torch.stack((angles.cos(), angles.sin()), dim=-1).float()]
+    by_tile = (fast / unit).unflatten(2, (layout.tiles - layout.slow_tiles, TILE))
+    frequencies = constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]
+    return matrix, norms, lay_out_fast(by_tile, mean / unit[..., 0], frequencies)
 
 
 class Starts(NamedTuple):
@@ -348,7 +343,7 @@ def attend(
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
     turn_bytes = 4 * (dim * TURNED_ROWS + ROWS + rows * dim)
-    shared = 256 + sum(room) + query_bytes + 512 * values.layout.tiles
+    shared = 512 + sum(room) + query_bytes + 512 * values.layout.tiles
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         stream = stream_of(device)

@@ -44,8 +44,8 @@ def source(name: str = "attention.h") -> str:
             return
         seen.add(name)
         text = (SOURCES / name).read_text(encoding="utf-8")
-        if name == "warp.h":  # without its emulation
-            text = text.split("#else\n\n#include <cmath>")[0] + "#endif\n"
+        if name == "warp.h":
+            text = text.replace('#else\n#include "emulated_warp.h"\n', "")
         for line in text.splitlines():
             if line.startswith('#include "'):
                 take(line.split('"')[1])

@@ -2,8 +2,7 @@
 //
 // A warp goes over a split of the context, a block of 64 tokens at a time. Levels (decoding.h) are what mma.m16n8k16
 // takes: tokens are rows of every tile of scores, queries its columns, and a tile of weights, turned around by movmatrix,
-// is the right operand of the products with values. Only the fast dimensions of a key are decoded: multiplied with their
-// decoder, rotated by the token's offset from its anchor, and multiplied with the query, all as tiles of the same kind.
+// is the right operand of the products with values. Only the fast dimensions of a key are decoded (fast.h).
 #include "warp.h"
 #include "merge.h"
 #include "decoding.h"
@@ -18,9 +17,8 @@
 
 struct HeadTiles {  // of one side
     int offset, bytes;  // of the head's tiles in a block, multiples of 64
-    int reserved[2];
-    // Kinds of the two halves of a tile, four bits each: width, and TABLED where levels are looked up. From bit 8 on where
-    // the second half's fields are in the tile, from bit 20 on the tile's bytes. 0 for a tile of nothing and those behind.
+    int slow, fast;     // its tiles that hold anything; all of values' are slow
+    // Kinds of the two halves of a tile, four bits each: width, and TABLED where levels are looked up.
     u32 tiles[32];
 };
 
@@ -35,8 +33,8 @@ struct CodesArguments {
     const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]: polynomials or tables
     const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 halves, terms]
     const u32* fast_decoder;  // [heads, fast_tiles, fast / 8, 32 lanes, 2]
-    const float* fast_mean;   // [heads, fast / 2, 2]
-    const float* rotation;    // [128, fast / 2, 2]: cosine and sine by offset from the anchor
+    const u32* fast_mean;     // [heads, fast / 16, 128, 4, 2, 2]: turned by every offset from the anchor and by the next
+    const u32* rotation;      // [fast / 16, 128, 4, 2, 2]: cosines of two pairs likewise, then sines
     const int* block_table;   // [blocks, 3]: first slot, valid tokens, slot of the anchor
     const int* first_seen;    // [batch]: first slot that is read here, or null
     const u8* mask;           // [batch or 1, count or 1, mask_length], or null
@@ -52,16 +50,26 @@ struct CodesArguments {
 };
 
 constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
-constexpr int FAST_COLUMNS = 6;  // tiles of eight fast dimensions that are decoded at once
 
-// Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1.
-DEVICE void load_gain_codes(const u8* place, u32 row, float (&gains)[8]) {
-    const Words2 w = reinterpret_cast<const Words2*>(place)[row];
-    UNROLL for (int i = 0; i < 8; ++i) {
+#include "fast.h"
+
+// Gains of a lane's eight tokens: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1. A row's lanes have the
+// same eight: each brings two of them into the room for all 64.
+DEVICE void load_gains(const u8* place, float* room, u32 lane, float (&gains)[8]) {
+    const u32 codes = reinterpret_cast<const u16*>(place)[lane];
+    float own[2];
+    UNROLL for (int i = 0; i < 2; ++i) {
         // A code in the lowest byte of 2^23 is a number: 2^23 + code.
-        const float code = float_of(byte_permute(i < 4 ? w.x : w.y, 0x4B000000, 0x7650u | static_cast<u32>(i % 4)));
+        const float code = float_of(byte_permute(codes, 0x4B000000, i ? 0x7651 : 0x7650));
         const float power = power_of_two(multiply_add(code, 0.03125f, -262148.0f));
-        gains[i] = code > 8388608.0f ? power : 0.0f;
+        own[i] = code > 8388608.0f ? power : 0.0f;
+    }
+    reinterpret_cast<Words2*>(room)[lane] = {bits_of(own[0]), bits_of(own[1])};
+    sync_warp();
+    UNROLL for (int i = 0; i < 2; ++i) {
+        const Words4 w = reinterpret_cast<const Words4*>(room)[2 * (lane / 4) + i];
+        gains[4 * i] = float_of(w.x), gains[4 * i + 1] = float_of(w.y);
+        gains[4 * i + 2] = float_of(w.z), gains[4 * i + 3] = float_of(w.w);
     }
 }
 
@@ -72,6 +80,32 @@ DEVICE float capped(float x, float cap) {
     series = 1.0f - square * (0.3333333333333333f - square * (0.13333333333333333f - square * series));
     const float value = far < 0.3f ? far * series : (1.0f - decayed) / (1.0f + decayed);
     return (y < 0.0f ? -value : value) * cap;
+}
+
+// Puts scores of tokens that a query does not see far below all others: a lane's eight of a block, `first` and behind.
+DEVICE void hide_tokens(const CodesArguments& a, int b, int query, int start, int first, int length, int first_seen,
+                        float (&y)[8]) {
+    UNROLL for (int r = 0; r < 8; ++r) {
+        const int token = first + r, slot = start + token;
+        bool seen = token < length && slot >= first_seen;
+        if (a.mask) {
+            const u64 entry = static_cast<u64>(b) * a.mask_batch + static_cast<u64>(query) * a.mask_query + slot;
+            seen = seen && slot < a.mask_length && a.mask[entry];
+        }
+        if (!seen) y[r] = -1e30f;
+    }
+}
+
+// A query's largest exponent in a block. Exponents are y times a unit, which is positive, plus an offset, from which the
+// largest is taken.
+DEVICE float find_peak(const float (&y)[8], float unit, float& offset) {
+    float peak = y[0];
+    UNROLL for (int r = 1; r < 8; ++r) peak = larger(peak, y[r]);
+    UNROLL for (int mask = 4; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
+    // What is not seen is far below the least peak and weighs nothing.
+    peak = larger(multiply_add(peak, unit, offset), -5e29f);
+    offset -= peak;
+    return peak;
 }
 
 KERNEL void
@@ -99,7 +133,8 @@ KERNEL void
     u64* value_barrier = key_barrier + 1;
     u8* key_gains = shared + 128;
     u8* value_gains = key_gains + 64;
-    u8* key_part = value_gains + 64;
+    float* gain_room = reinterpret_cast<float*>(value_gains + 64);
+    u8* key_part = value_gains + 64 + 256;
     u8* value_part = key_part + a.key_room;
     u8* query_part = value_part + a.value_room;
     float* all_sums = reinterpret_cast<float*>(query_part + a.query_bytes);
@@ -143,9 +178,10 @@ KERNEL void
     float peak[2] = {-1e30f, -1e30f}, total[2] = {0.0f, 0.0f};
     const int first_seen = a.first_seen ? a.first_seen[b] : 0;
     const int query_row = static_cast<int>(row) < a.rows ? static_cast<int>(row) : a.rows - 1;
-    const u32 query_lane = static_cast<u32>(4 * query_row) + column;
+    const u8* own_query = query_part + 32 * query_row + 8 * static_cast<int>(column);
     const int query_stride = 32 * a.rows;
-    const int pairs = a.fast / 2, key_tiles = a.slow_tiles + a.fast_tiles;
+    const int key_tiles = a.slow_tiles + a.fast_tiles;
+    const int slow_tiles = keys.slow, fast_tiles = keys.fast, value_tiles = values.slow;
     const u32 own_keys = keys.tiles[lane], own_values = values.tiles[lane];  // of the tile that is a lane's number
     const u32* key_terms = a.key_terms + head * key_tiles * KEY_WORDS + 2 * TERMS * column;
     const u32* value_terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * TERMS * row;
@@ -160,110 +196,42 @@ KERNEL void
         float scores[4][4], gains[8];
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
-        load_gain_codes(key_gains, row, gains);
-        const u8* codes = key_part;
+        const u8 *codes = key_part + 4 * lane, *query = own_query;
         const u32* terms = key_terms;
-        ROLLED for (int tile = 0; tile < a.slow_tiles; ++tile) {
-            const u32 found = shuffle(own_keys, tile);
-            if (!found) break;
+        ROLLED for (int tile = 0; tile < slow_tiles; ++tile) {
             u32 levels[16];
-            decode_tile<KEY_TRELLIS, true, 8>(found, codes, terms, a.one, lane, 0, levels);
+            decode_tile<KEY_TRELLIS, true>(shuffle(own_keys, tile), codes, terms, a.one, lane, levels);
             terms += KEY_WORDS;
-            const Words2 query = reinterpret_cast<const Words2*>(query_part + query_stride * tile)[query_lane];
+            const Words2 q = *reinterpret_cast<const Words2*>(query);
+            query += query_stride;
             UNROLL for (int m = 0; m < 4; ++m)
-                mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], query.x,
-                         query.y);
+                mma_half(scores[m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], q.x, q.y);
         }
+        const u8* fast_query = own_query + query_stride * a.slow_tiles;
+        const int first_token = offset_of_block + 8 * static_cast<int>(row);
+        score_fast<KEY_TRELLIS>(a, head, fast_tiles, own_keys, codes, key_terms + a.slow_tiles * KEY_WORDS, fast_query,
+                                first_token, lane, scores);
+        load_gains(key_gains, gain_room, lane, gains);
         UNROLL for (int m = 0; m < 4; ++m)
             UNROLL for (int i = 0; i < 4; ++i) scores[m][i] *= gains[2 * m + i / 2];
-        const u8* fast_query = query_part + query_stride * a.slow_tiles;
-        // A pass decodes a lane's first or late four tokens in some of the fast dimensions.
-        ROLLED for (int pass = 0; pass < 2 * ((a.fast / 8 + FAST_COLUMNS - 1) / FAST_COLUMNS); ++pass) {
-            const int late = pass % 2, columns = pass / 2 * FAST_COLUMNS;
-            const int more_columns = a.fast / 8 - columns;
-            float sums[FAST_COLUMNS][2][4];
-            UNROLL for (int n = 0; n < FAST_COLUMNS; ++n)
-                UNROLL for (int m = 0; m < 2; ++m)
-                    UNROLL for (int k = 0; k < 4; ++k) sums[n][m][k] = 0.0f;
-            const u8* fast_codes = codes;
-            terms = key_terms + a.slow_tiles * KEY_WORDS;
-            const u32* decoders = a.fast_decoder + (head * a.fast_tiles * (a.fast / 8) + columns) * 64;
-            ROLLED for (int tile = a.slow_tiles; tile < key_tiles; ++tile) {
-                const u32 found = shuffle(own_keys, tile);
-                if (!found) break;
-                u32 levels[8];
-                decode_tile<KEY_TRELLIS, true, 4>(found, fast_codes, terms, a.one, lane, late, levels);
-                terms += KEY_WORDS;
-                UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
-                    if (n && n % 2 == 0 && n >= more_columns) break;
-                    if (n == 4) MARK(15);
-                    const Words2 decoder = reinterpret_cast<const Words2*>(decoders)[32 * n + lane];
-                    UNROLL for (int m = 0; m < 2; ++m)
-                        mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[4 + 2 * m], levels[5 + 2 * m],
-                                 decoder.x, decoder.y);
-                }
-                decoders += 64 * (a.fast / 8);
-            }
-            const float* means = a.fast_mean + 2 * (head * pairs + 4 * columns + static_cast<int>(column));
-            const float* angles = a.rotation + 2 * ((offset_of_block + 8 * static_cast<int>(row) + 4 * late) * pairs +
-                                                    4 * columns + static_cast<int>(column));
-            float part[2][4];
-            UNROLL for (int m = 0; m < 2; ++m)
-                UNROLL for (int k = 0; k < 4; ++k) part[m][k] = 0.0f;
-            UNROLL for (int i = 0; i < FAST_COLUMNS / 2; ++i) {
-                if (i && 2 * i >= more_columns) break;
-                if (i == 2) MARK(15);
-                const u8* place = fast_query + query_stride * (columns / 2 + i);
-                const Words2 query = reinterpret_cast<const Words2*>(place)[query_lane];
-                UNROLL for (int m = 0; m < 2; ++m) {
-                    u32 turned[4];
-                    UNROLL for (int n = 0; n < 2; ++n) {
-                        const Words2 mean = *reinterpret_cast<const Words2*>(means + 8 * (2 * i + n));
-                        UNROLL for (int e = 0; e < 2; ++e) {
-                            const float* own = angles + 2 * (2 * m + e) * pairs + 8 * (2 * i + n);
-                            const Words2 angle = *reinterpret_cast<const Words2*>(own);
-                            const float cosine = float_of(angle.x), sine = float_of(angle.y);
-                            const float gain = late ? gains[4 + 2 * m + e] : gains[2 * m + e];
-                            const float* sum = sums[2 * i + n][m] + 2 * e;
-                            const float first = multiply_add(gain, sum[0], float_of(mean.x));
-                            const float second = multiply_add(gain, sum[1], float_of(mean.y));
-                            turned[2 * n + e] =
-                                pack_halves(first * cosine - second * sine, second * cosine + first * sine);
-                        }
-                    }
-                    mma_half(part[m], turned[0], turned[1], turned[2], turned[3], query.x, query.y);
-                }
-            }
-            UNROLL for (int m = 0; m < 4; ++m)
-                UNROLL for (int k = 0; k < 4; ++k)
-                    if (late == m / 2) scores[m][k] += part[m % 2][k];
-        }
+        score_means(a, head, fast_query, first_token, lane, scores);
         const float* extra = reinterpret_cast<const float*>(query_part + query_stride * (a.slow_tiles + a.fast / 16));
-        float y[2][8], tile_peak[2];
+        float y[2][8], unit[2], offset[2], tile_peak[2];
         const bool all_seen = length == 64 && start >= first_seen && !a.mask;
         UNROLL for (int q = 0; q < 2; ++q) {
             const int own = 2 * static_cast<int>(column) + q, safe = own < a.rows ? own : a.rows - 1;
-            const float unit = extra[safe], offset = extra[8 + safe];
-            UNROLL for (int r = 0; r < 8; ++r) y[q][r] = multiply_add(scores[r / 2][2 * (r % 2) + q], unit, offset);
+            unit[q] = extra[safe], offset[q] = extra[8 + safe];
+            UNROLL for (int r = 0; r < 8; ++r) y[q][r] = scores[r / 2][2 * (r % 2) + q];
+            if (!all_seen || a.softcap > 0.0f) {
+                UNROLL for (int r = 0; r < 8; ++r) y[q][r] = multiply_add(y[q][r], unit[q], offset[q]);
+                unit[q] = 1.0f, offset[q] = 0.0f;
+            }
             if (a.softcap > 0.0f)
                 UNROLL for (int r = 0; r < 8; ++r) y[q][r] = capped(y[q][r], a.softcap) * 1.4426950408889634f;
-            if (!all_seen) {
-                const int query = (chunk * a.rows + safe) % a.count;
-                UNROLL for (int r = 0; r < 8; ++r) {
-                    const int token = 8 * static_cast<int>(row) + r, slot = start + token;
-                    bool seen = token < length && slot >= first_seen;
-                    if (a.mask) {
-                        const u64 entry =
-                            static_cast<u64>(b) * a.mask_batch + static_cast<u64>(query) * a.mask_query + slot;
-                        seen = seen && slot < a.mask_length && a.mask[entry];
-                    }
-                    if (!seen) y[q][r] = -1e30f;
-                }
-            }
-            tile_peak[q] = -5e29f;  // what is not seen is far below it and weighs nothing
-            UNROLL for (int r = 0; r < 8; ++r) tile_peak[q] = larger(tile_peak[q], y[q][r]);
-            UNROLL for (int mask = 4; mask < 32; mask *= 2)
-                tile_peak[q] = larger(tile_peak[q], shuffle_xor(tile_peak[q], mask));
+            if (!all_seen)
+                hide_tokens(a, b, (chunk * a.rows + safe) % a.count, start, 8 * static_cast<int>(row), length, first_seen,
+                            y[q]);
+            tile_peak[q] = find_peak(y[q], unit[q], offset[q]);
         }
         sync_warp();
         if (more && lane == 0) {
@@ -275,11 +243,11 @@ KERNEL void
         barrier_wait(value_barrier, parity);
         u32 weights[4][2];
         float part[2] = {0.0f, 0.0f};
-        load_gain_codes(value_gains, row, gains);
+        load_gains(value_gains, gain_room, lane, gains);
         UNROLL for (int r = 0; r < 8; ++r) {
             float w[2];
             UNROLL for (int q = 0; q < 2; ++q) {
-                const float p = power_of_two(add(y[q][r], -tile_peak[q]));
+                const float p = power_of_two(multiply_add(y[q][r], unit[q], offset[q]));
                 part[q] += p;
                 w[q] = p * gains[r];
             }
@@ -306,22 +274,21 @@ KERNEL void
             total[q] = multiply_add(part[q], scale[q], total[q]);
         }
         // ---------------------------------------------------------------- values
-        const u8* value_codes = value_part;
+        const u8* value_codes = value_part + 4 * lane;
+        Words4* sums = reinterpret_cast<Words4*>(all_sums) + lane;
         terms = value_terms;
-        ROLLED for (int tile = 0; tile < a.value_tiles; ++tile) {
-            const u32 found = shuffle(own_values, tile);
-            if (!found) break;
+        ROLLED for (int tile = 0; tile < value_tiles; ++tile) {
             u32 levels[16];
-            decode_tile<VALUE_TRELLIS, false, 8>(found, value_codes, terms, a.one, lane, 0, levels);
+            decode_tile<VALUE_TRELLIS, false>(shuffle(own_values, tile), value_codes, terms, a.one, lane, levels);
             terms += VALUE_WORDS;
             float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             UNROLL for (int m = 0; m < 4; ++m)
                 mma_half(c, levels[2 * m], levels[8 + 2 * m], levels[2 * m + 1], levels[9 + 2 * m], weights[m][0],
                          weights[m][1]);
-            Words4& sum = reinterpret_cast<Words4*>(all_sums)[32 * tile + static_cast<int>(lane)];
-            const Words4 w = sum;
-            sum = {bits_of(multiply_add(c[0], scale[0], float_of(w.x))), bits_of(multiply_add(c[1], scale[1], float_of(w.y))),
+            const Words4 w = *sums;
+            *sums = {bits_of(multiply_add(c[0], scale[0], float_of(w.x))), bits_of(multiply_add(c[1], scale[1], float_of(w.y))),
                    bits_of(multiply_add(c[2], scale[0], float_of(w.z))), bits_of(multiply_add(c[3], scale[1], float_of(w.w)))};
+            sums += 32;
         }
         sync_warp();
         if (more && lane == 0) {

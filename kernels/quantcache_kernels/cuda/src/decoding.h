@@ -39,26 +39,19 @@ DEVICE u32 single(u32 word, int r, int at) { return shifted(word, at - 2 * r) & 
 struct Fields {
     u32 four[4], two, one;
 };
-// Of all eight registers, or of four of them, the first or the late ones.
-template <int B, int COUNT>
-DEVICE void load_fields(const u8* place, u32 lane, int late, Fields& fields) {
+// `place` is where a lane's own word would be in a field of two bits, and goes past the fields.
+template <int B>
+DEVICE void load_fields(const u8*& place, u32 lane, Fields& fields) {
     UNROLL for (int i = 0; i < B / 4; ++i) {
-        if constexpr (COUNT == 8) {
-            const Words2 w = reinterpret_cast<const Words2*>(place + 256 * i)[lane];
-            fields.four[2 * i] = w.x, fields.four[2 * i + 1] = w.y;
-        } else {
-            fields.four[2 * i] = reinterpret_cast<const u32*>(place + 256 * i)[2 * lane + static_cast<u32>(late)];
-        }
+        const Words2 w = *reinterpret_cast<const Words2*>(place + 4 * lane + 256 * i);
+        fields.four[2 * i] = w.x, fields.four[2 * i + 1] = w.y;
     }
-    if constexpr (B % 4 >= 2) fields.two = reinterpret_cast<const u32*>(place + 256 * (B / 4))[lane];
+    if constexpr (B % 4 >= 2) fields.two = *reinterpret_cast<const u32*>(place + 256 * (B / 4));
     if constexpr (B % 2) {
-        const u32 word = reinterpret_cast<const u16*>(place + 64 * (B - 1))[lane];
+        const u32 word = *reinterpret_cast<const u16*>(place - 2 * lane + 64 * (B - 1));
         fields.one = select(word, word << 15, 0xFFFF);
     }
-    if constexpr (COUNT == 4) {
-        if constexpr (B % 4 >= 2) fields.two >>= 8 * late;
-        if constexpr (B % 2) fields.one >>= 8 * late;
-    }
+    place += 64 * B;
 }
 
 // Two fields as nibbles: those of even registers, then those of odd ones. `low` has the lower bits.
@@ -68,10 +61,10 @@ DEVICE void join(u32 low, u32 high, int low_bits, u32 (&nibbles)[2]) {
     nibbles[1] = select(low >> 2, shifted(high, low_bits - 2), mask);
 }
 
-// Levels of the first or the late COUNT registers of half a tile, of W bits, in units of their coefficient. Of a trellis,
-// `subsets` has two bits for every code.
-template <int W, bool TRELLIS, int COUNT>
-DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 one, u32 lane, int late, u32* levels) {
+// Levels of the eight registers of half a tile, of W bits, in units of their coefficient. Of a trellis, `subsets` has two
+// bits for every code.
+template <int W, bool TRELLIS>
+DEVICE void decode(const u8*& place, const u32* terms, u32 subsets, u32 one, u32 lane, u32* levels) {
     MARK(W);
     constexpr int B = TRELLIS ? W - 1 : W;
     const Words4 first_terms = *reinterpret_cast<const Words4*>(terms);
@@ -81,10 +74,9 @@ DEVICE void decode(const u8* place, const u32* terms, u32 subsets, u32 one, u32 
         t[4] = last_terms.x, t[5] = last_terms.y;
     }
     Fields fields;
-    load_fields<B, COUNT>(place, lane, late, fields);
-    if constexpr (COUNT == 4 && TRELLIS) subsets >>= 8 * late;
+    load_fields<B>(place, lane, fields);
     u32 nibbles[2];
-    UNROLL for (int r = 0; r < COUNT; ++r) {
+    UNROLL for (int r = 0; r < 8; ++r) {
         u32 x = one;  // the highest bit of a code goes to bit 9
         if constexpr (B >= 4) x |= field<4>(fields.four, r, 6);
         if constexpr (TRELLIS) {
@@ -148,18 +140,17 @@ DEVICE void look_up_two(u32 codes, const Words4& first, const Words4& second, u3
 
 // The same from tables: upper bytes of eight levels, then lower ones; of sixteen levels both again. Of 32 levels they are
 // those without sign: one bit says that the sign is negative, and the place is that of the magnitude.
-template <int W, bool TRELLIS, int COUNT>
-DEVICE void look_up(const u8* place, const u32* tables, u32 subsets, u32 lane, int late, u32* levels) {
+template <int W, bool TRELLIS>
+DEVICE void look_up(const u8*& place, const u32* tables, u32 subsets, u32 lane, u32* levels) {
     MARK(TABLED + W);
     constexpr int PLACES = TRELLIS ? W + 1 : W;  // bits
     const Words4 first = reinterpret_cast<const Words4*>(tables)[0];
     Words4 second = {0, 0, 0, 0};
     if constexpr (PLACES > 3) second = reinterpret_cast<const Words4*>(tables)[1];
     Fields fields;
-    load_fields<TRELLIS ? W - 1 : W, COUNT>(place, lane, late, fields);
-    if constexpr (COUNT == 4 && TRELLIS) subsets >>= 8 * late;
+    load_fields<TRELLIS ? W - 1 : W>(place, lane, fields);
     if constexpr (!TRELLIS && PLACES > 3) {
-        UNROLL for (int r = 0; r < COUNT; r += 2) {
+        UNROLL for (int r = 0; r < 8; r += 2) {
             const u32 codes = byte_permute(fields.four[r / 4], 0, r % 4 ? 0x4431 : 0x4420);
             look_up_two<true>(codes, first, second, levels[r], levels[r + 1]);
         }
@@ -180,39 +171,38 @@ DEVICE void look_up(const u8* place, const u32* tables, u32 subsets, u32 lane, i
             nibbles[0] &= MASK, nibbles[1] &= MASK;
         }
         UNROLL for (int odd = 0; odd < 2; ++odd)
-            UNROLL for (int r = odd; r < COUNT; r += 4) {
+            UNROLL for (int r = odd; r < 8; r += 4) {
                 const u32 codes = byte_permute(nibbles[odd], 0, r < 4 ? 0x4420 : 0x4431);
                 look_up_two<(PLACES > 3)>(codes, first, second, levels[r], levels[r + 2]);
             }
     }
-    if constexpr (PLACES == 5) UNROLL for (int r = 0; r < COUNT; ++r) levels[r] ^= single(fields.one, r, 15);
+    if constexpr (PLACES == 5) UNROLL for (int r = 0; r < 8; ++r) levels[r] ^= single(fields.one, r, 15);
 }
 
-template <bool TRELLIS, int COUNT>
-DEVICE void decode_half(u32 kind, const u8* place, const u32* terms, u32 subsets, u32 one, u32 lane, int late,
-                        u32* levels) {
+template <bool TRELLIS>
+DEVICE void decode_half(u32 kind, const u8*& place, const u32* terms, u32 subsets, u32 one, u32 lane, u32* levels) {
     // The same in all lanes; a jump table would wait for memory.
     if (kind > TABLED) {
-        if (kind == TABLED + 3) return look_up<3, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        if (kind == TABLED + 4) return look_up<4, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        if (kind == TABLED + 2) return look_up<2, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
+        if (kind == TABLED + 3) return look_up<3, TRELLIS>(place, terms, subsets, lane, levels);
+        if (kind == TABLED + 4) return look_up<4, TRELLIS>(place, terms, subsets, lane, levels);
+        if (kind == TABLED + 2) return look_up<2, TRELLIS>(place, terms, subsets, lane, levels);
         if constexpr (!TRELLIS)
-            if (kind == TABLED + 5) return look_up<5, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
-        return look_up<1, TRELLIS, COUNT>(place, terms, subsets, lane, late, levels);
+            if (kind == TABLED + 5) return look_up<5, TRELLIS>(place, terms, subsets, lane, levels);
+        return look_up<1, TRELLIS>(place, terms, subsets, lane, levels);
     }
     if (kind <= 4) {
-        if (kind == 4) return decode<4, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
-        if (kind == 3) return decode<3, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
-        if (kind == 2) return decode<2, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
-        if (kind == 1) return decode<1, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+        if (kind == 4) return decode<4, TRELLIS>(place, terms, subsets, one, lane, levels);
+        if (kind == 3) return decode<3, TRELLIS>(place, terms, subsets, one, lane, levels);
+        if (kind == 2) return decode<2, TRELLIS>(place, terms, subsets, one, lane, levels);
+        if (kind == 1) return decode<1, TRELLIS>(place, terms, subsets, one, lane, levels);
         MARK(0);
-        UNROLL for (int r = 0; r < COUNT; ++r) levels[r] = 0;
+        UNROLL for (int r = 0; r < 8; ++r) levels[r] = 0;
         return;
     }
-    if (kind == 5) return decode<5, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
-    if (kind == 6) return decode<6, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
-    if (kind == 7) return decode<7, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
-    return decode<8, TRELLIS, COUNT>(place, terms, subsets, one, lane, late, levels);
+    if (kind == 5) return decode<5, TRELLIS>(place, terms, subsets, one, lane, levels);
+    if (kind == 6) return decode<6, TRELLIS>(place, terms, subsets, one, lane, levels);
+    if (kind == 7) return decode<7, TRELLIS>(place, terms, subsets, one, lane, levels);
+    return decode<8, TRELLIS>(place, terms, subsets, one, lane, levels);
 }
 
 // Path bits of some tokens ago; `before` has those of the eight tokens before a lane's.
@@ -223,27 +213,28 @@ DEVICE u32 delayed(u32 path, u32 before) {
 
 // Subsets of a lane's codes in either half of a tile, two bits each: register r at 2 r, and 16 bits above that.
 template <bool KEYS>
-DEVICE void find_subsets(u32 path, u32 lane, u32 (&subsets)[2]) {
-    u32 before = shuffle(path, static_cast<int>(lane) - (KEYS ? 4 : 1));  // the row above, or the lane to the left
-    if (KEYS ? lane < 4 : lane % 4 == 0) before = 0;
-    if constexpr (!KEYS) before = byte_permute(before, path, 0x5432);
-    const u32 c1 = path ^ delayed<1>(path, before) ^ delayed<3>(path, before), c0 = delayed<2>(path, before);
+DEVICE void find_subsets(u32 path, u32 (&subsets)[2]) {
+    u32 c1, c0;
+    if constexpr (KEYS) {  // the tokens before are in the row above
+        const u32 before = shuffle_up<4, 32>(path);
+        c1 = path ^ delayed<1>(path, before) ^ delayed<3>(path, before), c0 = delayed<2>(path, before);
+    } else {  // a word's tokens follow each other; those before are in the lane to the left
+        const u32 before = shuffle_up<1, 4>(path);
+        c1 = path ^ funnel_left(before, path, 2) ^ funnel_left(before, path, 6), c0 = funnel_left(before, path, 4);
+    }
     subsets[0] = select(c0, c1 << 1, 0x55555555);
     subsets[1] = select(c0 >> 1, c1, 0x55555555);
 }
 
-// Levels of COUNT registers of either half of a tile, whose codes it goes past; the terms are the lane's own.
-template <bool TRELLIS, bool KEYS, int COUNT>
-DEVICE void decode_tile(u32 tile, const u8*& codes, const u32* terms, u32 one, u32 lane, int late,
-                        u32 (&levels)[2 * COUNT]) {
+// Levels of either half of a tile. Codes are at the lane's own words, and the pointer goes past the tile; the terms are
+// the lane's own.
+template <bool TRELLIS, bool KEYS>
+DEVICE void decode_tile(u32 tile, const u8*& codes, const u32* terms, u32 one, u32 lane, u32 (&levels)[16]) {
     u32 subsets[2] = {0, 0};
-    const u8* place = codes;
     if constexpr (TRELLIS) {
-        find_subsets<KEYS>(reinterpret_cast<const u32*>(place)[lane], lane, subsets);
-        place += 128;
+        find_subsets<KEYS>(*reinterpret_cast<const u32*>(codes), subsets);
+        codes += 128;
     }
-    decode_half<TRELLIS, COUNT>(tile & 15, place, terms, subsets[0], one, lane, late, levels);
-    place = codes + (tile >> 8 & 0xFFF);
-    codes += tile >> 20;
-    decode_half<TRELLIS, COUNT>(tile >> 4 & 15, place, terms + TERMS, subsets[1], one, lane, late, levels + COUNT);
+    decode_half<TRELLIS>(tile & 15, codes, terms, subsets[0], one, lane, levels);
+    decode_half<TRELLIS>(tile >> 4, codes, terms + TERMS, subsets[1], one, lane, levels + 8);
 }

@@ -107,7 +107,7 @@ KERNEL void BOUNDS(TURN_THREADS) turn_queries(
         const int d = i / held, u = i % held / rows, r = i % rows;
         if (u >= last) continue;
         const int second = d >= a.fast / 2, pair = second ? d - a.fast / 2 : d;
-        u8* place = out + u * unit_stride + stride * (a.slow_tiles + pair / 8) + 8 * (4 * r + pair % 4);
-        store_half(place + 4 * (pair % 8 / 4) + 2 * second, framed[(a.slow + d) * TURNED_ROWS + i % held] * fast_unit);
+        u8* place = out + u * unit_stride + stride * (a.slow_tiles + pair / 8) + 8 * (4 * r + pair % 8 / 2);
+        store_half(place + 4 * second + 2 * (pair % 2), framed[(a.slow + d) * TURNED_ROWS + i % held] * fast_unit);
     }
 }

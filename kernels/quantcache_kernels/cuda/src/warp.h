@@ -74,6 +74,11 @@ DEVICE u32 halves_multiply_add(u32 a, u32 b, u32 c) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
     return y;
 }
+DEVICE u32 halves_negate(u32 a) {
+    u32 y;
+    asm("neg.f16x2 %0, %1;" : "=r"(y) : "r"(a));
+    return y;
+}
 DEVICE void turn(float revolutions, float& cosine, float& sine) { sincospif(2.0f * revolutions, &sine, &cosine); }
 DEVICE float power_of_two(float x) {
     float y;
@@ -91,6 +96,15 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+// What the lane DELTA below has, of every WIDTH; 0 where there is none.
+template <int DELTA, int WIDTH>
+DEVICE u32 shuffle_up(u32 x) {
+    u32 y;
+    asm volatile("{.reg .pred there; shfl.sync.up.b32 %0|there, %1, %2, %3, 0xFFFFFFFF; @!there mov.b32 %0, 0;}"
+                 : "=r"(y)
+                 : "r"(x), "n"(DELTA), "n"((32 - WIDTH) << 8));
+    return y;
+}
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
 // An 8x8 matrix of 16-bit elements, lane 4 r + c holding elements 2 c and 2 c + 1 of row r: its transpose.
@@ -116,6 +130,12 @@ DEVICE void mma_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
 DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// The same with sums in half precision.
+DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
+        : "+r"(c[0]), "+r"(c[1])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
@@ -144,260 +164,5 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 }
 
 #else
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
-#include <ucontext.h>
-
-#define KERNEL static
-#define BOUNDS(threads)
-#define DEVICE static inline
-#define UNROLL
-#define ROLLED
-
-// The emulated block: fibers, what they wait for, and the operands they brought.
-struct Block {
-    struct Fiber {
-        ucontext_t context;
-        bool done, waiting;
-        u32 operands[8];
-        int sums[4];
-    };
-    ucontext_t scheduler;
-    std::vector<Fiber> fibers;
-    std::vector<u8> shared;
-    u32 x, y, running;
-    std::function<void()> body;
-};
-static Block* emulated_;
-
-constexpr size_t STACK_BYTES_ = 64 << 10;
-static char* stack_(size_t fiber) {  // kept from block to block: making thousands of them takes longer than the kernels
-    static std::vector<std::unique_ptr<char[]>> stacks;
-    while (stacks.size() <= fiber) stacks.emplace_back(new char[STACK_BYTES_]);
-    return stacks[fiber].get();
-}
-
-static void fiber_main_() {
-    emulated_->body();
-    Block::Fiber& fiber = emulated_->fibers[emulated_->running];
-    fiber.done = true;
-    swapcontext(&fiber.context, &emulated_->scheduler);
-}
-
-DEVICE u32 thread_index() { return emulated_->running; }
-DEVICE u32 block_x() { return emulated_->x; }
-DEVICE u32 block_y() { return emulated_->y; }
-DEVICE u32 block_threads() { return static_cast<u32>(emulated_->fibers.size()); }
-DEVICE u8* shared_memory() {
-    return reinterpret_cast<u8*>((reinterpret_cast<uintptr_t>(emulated_->shared.data()) + 127) & ~uintptr_t(127));
-}
-
-// Wait until every lane of the block is here. All collectives run through it, so a lane that strays stops the block.
-DEVICE void meet_() {
-    Block::Fiber& fiber = emulated_->fibers[emulated_->running];
-    fiber.waiting = true;
-    swapcontext(&fiber.context, &emulated_->scheduler);
-}
-DEVICE Block::Fiber& own_() { return emulated_->fibers[emulated_->running]; }
-DEVICE Block::Fiber& lane_(u32 lane) { return emulated_->fibers[(emulated_->running & ~31u) + lane]; }
-
-static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::function<void()> body) {
-    Block block;
-    block.x = x;
-    block.y = y;
-    block.body = std::move(body);
-    block.shared.assign(shared_bytes + 256, 0xA5);
-    block.fibers.resize(threads);
-    emulated_ = &block;
-    for (u32 i = 0; i < threads; ++i) {
-        Block::Fiber& fiber = block.fibers[i];
-        fiber.done = fiber.waiting = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = stack_(i);
-        fiber.context.uc_stack.ss_size = STACK_BYTES_;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main_, 0);
-    }
-    for (u32 done = 0; done < threads;) {
-        u32 waiting = 0;
-        done = 0;
-        for (u32 i = 0; i < threads; ++i) {
-            Block::Fiber& fiber = block.fibers[i];
-            if (!fiber.done) {
-                fiber.waiting = false;
-                block.running = i;
-                swapcontext(&block.scheduler, &fiber.context);
-            }
-            done += fiber.done;
-            waiting += fiber.waiting && !fiber.done;
-        }
-        if (done && waiting) return false;  // some lanes left while others wait: a GPU would hang
-    }
-    const u8* behind = shared_memory() + shared_bytes;
-    for (const u8* place = behind; place < behind + 128; ++place)
-        if (*place != 0xA5) return false;  // somebody wrote behind the shared memory
-    return true;
-}
-
-DEVICE u32 bits_of(float x) {
-    u32 y;
-    memcpy(&y, &x, 4);
-    return y;
-}
-DEVICE float float_of(u32 x) {
-    float y;
-    memcpy(&y, &x, 4);
-    return y;
-}
-DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
-    u64 bytes = static_cast<u64>(b) << 32 | a;
-    u32 out = 0;
-    for (int i = 0; i < 4; ++i) {
-        u32 nibble = selector >> 4 * i & 15, byte = static_cast<u32>(bytes >> 8 * (nibble & 7)) & 255;
-        if (nibble & 8) byte = byte & 128 ? 255 : 0;
-        out |= byte << 8 * i;
-    }
-    return out;
-}
-DEVICE u32 select(u32 a, u32 b, u32 mask) { return (a & mask) | (b & ~mask); }
-DEVICE u32 funnel_left(u32 low, u32 high, u32 shift) {
-    return static_cast<u32>(((static_cast<u64>(high) << 32 | low) << (shift & 31)) >> 32);
-}
-DEVICE float half_of_(u32 h) {
-    u32 exponent = h >> 10 & 31, mantissa = h & 1023;
-    float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                     : std::ldexp(static_cast<float>(exponent ? mantissa | 1024 : mantissa),
-                                                  static_cast<int>(exponent ? exponent : 1) - 25);
-    return h & 0x8000 ? -magnitude : magnitude;
-}
-// Every half-precision number as a float, made once: products of matrices read millions of them.
-static const float* halves_() {
-    static const std::vector<float> table = [] {
-        std::vector<float> made(1 << 16);
-        for (u32 h = 0; h < 1 << 16; ++h) made[h] = half_of_(h);
-        return made;
-    }();
-    return table.data();
-}
-DEVICE float half_low(u32 x) { return halves_()[x & 0xFFFF]; }
-DEVICE float half_high(u32 x) { return halves_()[x >> 16]; }
-DEVICE u32 half_bits_(float x) {  // to nearest, ties to even
-    u32 bits;
-    memcpy(&bits, &x, 4);
-    const u32 sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-    if (magnitude > 0x7F800000) return sign | 0x7E00;
-    if (magnitude >= 0x477FF000) return sign | 0x7C00;
-    if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves its mantissa in place, rounded
-        float shifted;
-        memcpy(&shifted, &magnitude, 4);
-        shifted += 0.5f;
-        memcpy(&bits, &shifted, 4);
-        return sign | (bits - 0x3F000000);
-    }
-    return sign | ((magnitude + 0xC8000FFF + (magnitude >> 13 & 1)) >> 13);
-}
-DEVICE u32 pack_halves(float low, float high) { return half_bits_(low) | half_bits_(high) << 16; }
-DEVICE u32 halves_multiply(u32 a, u32 b) {
-    return pack_halves(half_low(a) * half_low(b), half_high(a) * half_high(b));
-}
-DEVICE u32 halves_multiply_add(u32 a, u32 b, u32 c) {
-    return pack_halves(half_low(a) * half_low(b) + half_low(c), half_high(a) * half_high(b) + half_high(c));
-}
-DEVICE void turn(float revolutions, float& cosine, float& sine) {
-    const double angle = 6.283185307179586 * revolutions;
-    cosine = static_cast<float>(std::cos(angle)), sine = static_cast<float>(std::sin(angle));
-}
-DEVICE float power_of_two(float x) { return std::exp2(x); }
-DEVICE float logarithm_of_two(float x) { return std::log2(x); }
-DEVICE float round_up(float x) { return std::ceil(x); }
-DEVICE float root(float x) { return std::sqrt(x); }
-DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
-DEVICE float add(float a, float b) { return a + b; }
-DEVICE float larger(float a, float b) { return std::fmax(a, b); }
-
-DEVICE void sync_warp() { meet_(); }
-DEVICE void sync_block() { meet_(); }
-DEVICE float shuffle_xor(float x, int mask) {
-    own_().operands[0] = bits_of(x);
-    meet_();
-    float y = float_of(lane_((emulated_->running & 31) ^ static_cast<u32>(mask)).operands[0]);
-    meet_();
-    return y;
-}
-DEVICE u32 shuffle(u32 x, int lane) {
-    own_().operands[0] = x;
-    meet_();
-    u32 y = lane_(static_cast<u32>(lane) & 31).operands[0];
-    meet_();
-    return y;
-}
-DEVICE bool any_lane(bool x) {
-    own_().operands[0] = x;
-    meet_();
-    bool any = false;
-    for (u32 i = 0; i < 32; ++i) any |= lane_(i).operands[0] != 0;
-    meet_();
-    return any;
-}
-DEVICE u32 transpose(u32 x) {
-    own_().operands[0] = x;
-    meet_();
-    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3), y = 0;
-    for (u32 i = 0; i < 2; ++i) {
-        u32 pair = lane_(4 * (column + i) + row / 2).operands[0];
-        y |= (row & 1 ? pair >> 16 : pair & 0xFFFF) << 16 * i;
-    }
-    meet_();
-    return y;
-}
-DEVICE int signed_byte_(u32 word, u32 i) { return static_cast<s8>(word >> 8 * i); }
-DEVICE void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b) {
-    u32* own = own_().operands;
-    own[0] = a0, own[1] = a1, own[2] = b;
-    meet_();
-    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
-    for (u32 i = 0; i < 4; ++i)
-        for (u32 k = 0; k < 16; ++k)
-            c[i] += signed_byte_(lane_(4 * row + k / 4).operands[i / 2], k & 3) *
-                    signed_byte_(lane_(4 * (column + (i & 1)) + k / 4).operands[2], k & 3);
-    meet_();
-}
-DEVICE void mma_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    u32* own = own_().operands;
-    own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3, own[4] = b0, own[5] = b1;
-    meet_();
-    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
-    for (u32 i = 0; i < 4; ++i)
-        for (u32 k = 0; k < 32; ++k)
-            c[i] += signed_byte_(lane_(4 * row + k % 16 / 4).operands[i / 2 + 2 * (k / 16)], k & 3) *
-                    static_cast<int>(lane_(4 * (column + (i & 1)) + k % 16 / 4).operands[4 + k / 16] >> 8 * (k & 3) & 255);
-    meet_();
-}
-DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    u32* own = own_().operands;
-    own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3, own[4] = b0, own[5] = b1;
-    meet_();
-    const float* halves = halves_();
-    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
-    for (u32 k = 0; k < 16; ++k) {
-        const u32 left = k % 8 / 2, shift = 16 * (k % 2);
-        const u32* as = lane_(4 * row + left).operands + 2 * (k / 8);
-        for (u32 i = 0; i < 4; ++i) {
-            const u32 b = lane_(4 * (column + (i & 1)) + left).operands[4 + k / 8];
-            c[i] += halves[as[i / 2] >> shift & 0xFFFF] * halves[b >> shift & 0xFFFF];
-        }
-    }
-    meet_();
-}
-DEVICE void barrier_init(u64* barrier) { *barrier = 0; }
-DEVICE void barriers_ready() {}
-DEVICE void barrier_expect(u64* barrier, u32) { *barrier ^= 1; }  // whose parity's phase is complete next
-DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64*) { memcpy(shared, global, bytes); }
-DEVICE void barrier_wait(u64*, u32) { meet_(); }
-
+#include "emulated_warp.h"
 #endif
