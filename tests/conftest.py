@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import platform
 import socket
 from collections import defaultdict
 from collections.abc import Generator, Iterator
@@ -49,7 +50,9 @@ def pytest_report_header() -> str:
 
     names = ("torch", "triton", "transformers", "huggingface_hub", "numpy")
     found = {name: next((d.version for d in packages.distributions(name=name)), "none") for name in names}
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    versions = {"Python": platform.python_version()} | found
+    return f"{', '.join(f'{name} {version}' for name, version in versions.items())}, on {device}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -12,12 +13,15 @@ import tarfile
 import tomllib
 import zipfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import quantcache
 from quantcache import data
+from tests import conftest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "quantcache"
@@ -321,3 +325,13 @@ def test_attention_runs_where_nothing_of_quantcache_was_used_yet() -> None:
         "print(torch.equal(ours, model(ids).logits))"
     )
     assert run_python(code).splitlines()[-1] == "True"
+
+
+def test_a_run_says_what_it_ran_on() -> None:
+    header = conftest.pytest_report_header()
+    for name in ("torch", "transformers", "huggingface_hub", "numpy"):
+        assert f"{name} {version(name)}," in header
+    assert header.startswith(f"Python {platform.python_version()}, torch ")
+    assert ", triton " in header
+    cuda = torch.cuda.is_available()
+    assert header.endswith(f", on {torch.cuda.get_device_name() if cuda else f'CPU ({platform.machine()})'}")

@@ -60,10 +60,28 @@ def spectral_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     Returns:
         ``[B, 1, Tq, T]`` bool, or None where attention needs none.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        return sdpa_mask(*args, **kwargs)
+    if _sees_all(**kwargs):
+        return None
     mask: Any = sdpa_mask(*args, **kwargs)
-    if torch.compiler.is_dynamo_compiling() and mask is not None:
+    if mask is not None:
         mask.shown_ = kwargs.get("attention_mask")
     return mask
+
+
+def _sees_all(
+    q_length: int | None = None,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> bool:
+    """Whether a single query has nothing hidden from it. transformers makes a mask then too, while a model is traced.
+
+    Not only would that be read for nothing: torch 2.11 compiles a graph of its own for a mask of a single token.
+    """
+    return q_length == 1 and attention_mask is None and allow_is_causal_skip and local_size is None
 
 
 def spectral_attention_forward(

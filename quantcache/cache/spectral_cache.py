@@ -133,7 +133,8 @@ class SpectralCache(BlockCache):
         backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"torch"``.
 
     Raises:
-        CalibrationMismatch: The calibration is for another geometry than ``config``.
+        CalibrationMismatch: The calibration is for another geometry than ``config``, or a calibrated layer would stay
+            as it is.
         QuantCacheError: ``quality`` is given, and the calibration predicts nothing or no such rate.
         UnsupportedModel: ``config`` is an encoder-decoder's.
         ValueError: A length or a number of bits is out of range, or both ``bits`` and ``quality`` are given.
@@ -176,6 +177,9 @@ class SpectralCache(BlockCache):
             residual_length,
             backend,
         )
+        unused = sorted(calibration.layers.keys() - {layer.index for layer in self.spectral_layers})
+        if unused:
+            raise CalibrationMismatch(f"the calibration covers layers {unused}, which this cache does not compress")
         self.calibration: Calibration | None = calibration
 
     @classmethod

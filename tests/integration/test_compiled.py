@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 
 from quantcache.artifact.calibration import Calibration
+from quantcache.attention.function import spectral_mask
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.errors import QuantCacheError
 from tests.families import FAMILIES, Family, random_tokens
@@ -132,6 +134,28 @@ def test_a_graph_serves_all_tokens_blocks_and_caches() -> None:
         found, _ = step_by_step(compiled, cache, tokens[:, :4])
         assert torch.equal(found, step_by_step(model, plain, tokens[:, :4])[0])
         assert (graphs(), breaks()) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "needed"),
+    [
+        (1, {}, False),
+        (1, {"allow_is_causal_skip": False}, True),  # a mask function of the model's own
+        (1, {"local_size": 4}, True),
+        (1, {"attention_mask": torch.tensor([[False] + [True] * 8])}, True),
+        (2, {}, True),
+    ],
+    ids=["one query", "other functions", "window", "padding", "two queries"],
+)
+def test_one_query_without_padding_needs_no_mask(count: int, options: dict[str, Any], needed: bool) -> None:
+    def mask() -> Tensor | None:
+        return spectral_mask(
+            batch_size=1, q_length=count, kv_length=9, q_offset=9 - count, mask_function=causal_mask_function, **options
+        )
+
+    traced = torch.compile(mask, backend="eager", fullgraph=True)()
+    assert (traced is not None) == needed
+    assert needed or mask() is None  # transformers itself makes none where nothing is traced
 
 
 @pytest.mark.support("torch.compile of the decode step")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import re
 import struct
 import time
 import warnings
@@ -20,8 +22,9 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.checks import MOST_HEADER, MOST_LAYERS
 from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
 from quantcache.attention.function import spectral_attention
-from quantcache.cache.spectral_cache import SpectralCache
-from quantcache.common.errors import ArtifactError, QuantCacheError
+from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.coding.schema import Metadata
+from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.common.jsonfile import MOST_BYTES, MOST_DEPTH
 from tests.builders import llama_config
 
@@ -332,5 +335,28 @@ def test_caches_without_a_config(folder: Path, attributes: dict[str, Any]) -> No
     spoil_config(folder, lambda config: config.update(cache_config=attributes))
     started = time.perf_counter()
     with contextlib.suppress(QuantCacheError):
-        assert len(SpectralCache(load(folder)).layers) == 1
+        (layer,) = SpectralCache(load(folder)).layers
+        assert isinstance(layer, SpectralLayer)
     assert time.perf_counter() - started < SECONDS
+
+
+UNCOMPRESSED: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "shared": ({"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3}, [2]),
+    "all shared": ({"num_kv_shared_layers": 3, "layer_types": ["full_attention"] * 3}, [0, 1, 2]),
+    "windows": ({"sliding_window": 8, "layer_types": ["full_attention", *["sliding_attention"] * 2]}, [1, 2]),
+    "another input": ({"cross_attention_layers": [1]}, [1]),
+    "fewer layers": ({"num_hidden_layers": 2}, [2]),
+}
+
+
+@pytest.mark.support("calibration files: hostile values")
+@pytest.mark.parametrize(("attributes", "unused"), UNCOMPRESSED.values(), ids=UNCOMPRESSED)
+def test_no_calibrated_layer_stays_dense_unsaid(attributes: dict[str, Any], unused: list[int]) -> None:
+    made = Calibration.synthetic(llama_config(DIM, layers=3), 3.0)
+    metadata = dataclasses.replace(made.metadata, cache_config=made.metadata.cache_config | attributes)
+    assert len(SpectralCache(made).spectral_layers) == 3
+    with pytest.raises(CalibrationMismatch, match=re.escape(f"covers layers {unused}, which this cache does not")):
+        SpectralCache(Calibration(made.layers, metadata))
+    if unused == [2]:  # nor where the model's own config is given
+        with pytest.raises(CalibrationMismatch, match=re.escape("covers layers [2], which")):
+            SpectralCache(Calibration(made.layers, Metadata()), llama_config(DIM, layers=2))
