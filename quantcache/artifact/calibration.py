@@ -330,6 +330,9 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                 raise ArtifactError(f"{folder} is not a calibration folder: missing {' and '.join(missing)}")
             files = folder / CONFIG_NAME, folder / TENSORS_NAME
             return cls(*steadily(files, lambda: from_files(*files)))
+        if os.path.isfile(pretrained_model_name_or_path):
+            file = pretrained_model_name_or_path
+            raise ArtifactError(f"{file} is a file: a calibration is a folder with {CONFIG_NAME} and {TENSORS_NAME}")
         repo_id = hub.require_repo_id(pretrained_model_name_or_path)
         options: dict[str, Any] = {
             "revision": revision,

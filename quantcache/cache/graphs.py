@@ -68,7 +68,8 @@ class _Steps:
     def _step(
         self, cache: BlockCache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
-        length, masked = cache.get_seq_length(), attention_mask is not None and not bool(attention_mask.all())
+        # What a mask hides is on the device: to look would make the host wait at every step. So every mask is followed.
+        length, masked = cache.get_seq_length(), attention_mask is not None
         period, longer = self._ready(cache, input_ids.shape[0], masked)
         period.ids.copy_(input_ids)
         if position_ids is None:
@@ -132,7 +133,9 @@ class DecodeGraph:
 
         Args:
             input_ids: The new token of every row, ``[B, 1]``.
-            attention_mask: Which tokens may be looked at, ``[B, T + 1]``; None for all.
+            attention_mask: Which tokens may be looked at, ``[B, T + 1]``; None for all, which is faster than a mask
+                that shows all. It may change from step to step, but what was padding of a row when its last block was
+                encoded stays hidden until the next one.
             position_ids: Positions of the new tokens, ``[B, 1]``; None for T.
 
         Returns:

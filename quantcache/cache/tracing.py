@@ -61,7 +61,10 @@ class TraceableCache(ConsistentCache):
         if isinstance(layer, SpectralLayer):
             rows, count = key_states.shape[0], key_states.shape[2]
             kwargs["arrivals"] = self._arrivals(layer, rows, layer.get_seq_length() + count, count)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if key_states.shape[2] > 1:
+            compat.release_left(layer)
+        return found
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of a mask; see DynamicCache. Whoever asks is about to say which tokens are padding."""

@@ -227,7 +227,8 @@ class Activations:
             keeps two copies of one side in float32 besides. Ours: its blocks once more, because stores grow by
             copying, a chunk's queries and outputs in float32, and the scores of a tile (at most 256 queries of every
             head against 512 keys) in float32 four times.
-        windows: Tokens behind the window that sliding layers still hold until the next step: at most a chunk.
+        windows: Tokens behind the window, at most a chunk, of all sliding layers: transformers' caches hold them until
+            the next step. Ours hold those of one layer while it attends.
     """
 
     layer: int
@@ -267,11 +268,12 @@ def estimate_activations(
     queries = heads * (0 if widest is None else widest.key.dim)
     new = 0 if widest is None else widest.elements
     tile = batch * heads * min(chunk, QUERY_CHUNK) * min(tokens, TILE_BLOCKS * BLOCK)
-    windows = sum(
+    left = [
         2 * batch * each.elements * (min(tokens, each.window - 1 + chunk) - each.kept(tokens))
         for each in geometry.layers
         if each.window is not None
-    )
+    ]
+    windows = max(left, default=0) if form.kind in ("spectral", "simulated") else sum(left)
     return Activations(
         layer=2 * batch * chunk * (3 * hidden + max(2 * queries + new, 3 * _mlp_width(text))),
         logits=6 * batch * text.vocab_size,

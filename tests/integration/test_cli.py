@@ -250,6 +250,11 @@ BAD_INPUT = {
         ("inspect", "other"),
         "other is not a calibration folder: missing calibration_config.json",
     ),
+    "a file for a calibration": (("inspect", "one.txt"), "one.txt is a file: a calibration is a folder with"),
+    "a file of a calibration": (
+        ("generate", "wiki11m", "-c", "calibration/calibration.safetensors", "--prompt", "a"),
+        "calibration/calibration.safetensors is a file: a calibration is a folder with",
+    ),
     "inspect at 11 bits": (("inspect", "calibration", "--bits", "11"), "--bits"),
     "evaluation text too short": (("eval", "wiki11m", "-c", "calibration", "--text", "short.txt"), "one window"),
     "unknown method": ((*EVAL, "--methods", "dense,luck-3"), "unknown method 'luck-3'"),

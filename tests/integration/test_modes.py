@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common import compat
 from tests.builders import storages, tensors_in
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import error, feed
@@ -218,18 +219,34 @@ def test_recurrent_states_are_counted(family: Family) -> None:
 
 
 @pytest.mark.support("fork()")
-def test_forks_do_not_keep_what_has_left_a_window() -> None:
-    """After a long prompt a window is a view of all of it; a fork, such as a stored prefix, holds the window alone."""
+@pytest.mark.parametrize("counts", [(300,), (40, 300), (1, 299), (200, 5, 1, 30)], ids=str)
+def test_what_has_left_a_window_is_let_go(counts: tuple[int, ...]) -> None:
+    """transformers' window is a view of the whole prompt: a cache, and a fork such as a stored prefix, has its own."""
     family = next(family for family in FAMILIES if family.name == "gemma3")
-    model, cache, tokens = shared_model(family), quantized(family), random_tokens(2, 300, seed=4)
-    feed(model, cache, tokens, (300,))
-    fork = cache.fork()
+    model, cache, tokens = shared_model(family), quantized(family), random_tokens(2, sum(counts), seed=4)
+    feed(model, cache, tokens, counts)
     dim, heads = family.cached
-    window = model.config.sliding_window - 1
-    for held in (fork.layers[0].keys, fork.layers[0].values):
-        assert held.untyped_storage().nbytes() == 2 * heads * window * dim * 4
+    window = 2 * heads * (model.config.sliding_window - 1) * dim * 4
+    for other in (cache, cache.fork()):
+        sliding = [layer for layer in other.layers if compat.is_window(layer)]
+        assert [each.untyped_storage().nbytes() for layer in sliding for each in (layer.keys, layer.values)] == [
+            window
+        ] * (2 * len(sliding))
+        assert other.memory().dense == 2 * window * len(sliding)
     more = random_tokens(2, 60, seed=5)
+    fork = cache.fork()
     assert torch.equal(feed(model, fork, more, (1, 59)), feed(model, cache, more, (1, 59)))
+
+
+def test_a_layer_that_records_its_past_keeps_it() -> None:
+    family = next(family for family in FAMILIES if family.name == "gemma3")
+    cache = quantized(family)
+    cache.activate_past_recording()
+    feed(shared_model(family), cache, random_tokens(2, 300, seed=4), (300,))
+    layer = next(layer for layer in cache.layers if compat.is_window(layer))
+    assert layer.keys.shape[2] == 300
+    cache.crop(-3)
+    assert layer.keys.shape[2] == layer.sliding_window - 1
 
 
 @pytest.mark.support("longrope, whose model switches caches")

@@ -270,6 +270,11 @@ def detail(error: Any) -> str:
     return str(error.value.response.json()["detail"])
 
 
+WHOLE = "must be a whole number of at least 1"
+STOP = "stop must be a text or a list of texts, none of them empty"
+MESSAGES = "messages must be a list of at least one message"
+
+
 @refusing
 @pytest.mark.parametrize(
     ("path", "body", "message"),
@@ -278,16 +283,134 @@ def detail(error: Any) -> str:
         ("completions", {"prompt": "", "stream": True}, "the prompt is empty"),
         ("completions", {}, "the prompt is empty"),
         ("completions", {"prompt": " the city" * 1024}, "the prompt has 2048 tokens, this model's context 2048"),
-        ("completions", {"prompt": STORY, "max_tokens": 0}, "must be greater than 0, but is 0"),
-        ("completions", {"prompt": STORY, "max_tokens": -3}, "must be greater than 0, but is -3"),
-        ("completions", {"prompt": STORY, "max_tokens": "x"}, "invalid literal for int"),
-        ("chat/completions", {"messages": told(STORY), "max_tokens": 0}, "must be greater than 0, but is 0"),
+        ("completions", {"prompt": STORY, "max_tokens": 0}, f"max_tokens {WHOLE}, got 0"),
+        ("completions", {"prompt": STORY, "max_tokens": -3}, f"max_tokens {WHOLE}, got -3"),
+        (
+            "completions",
+            {"prompt": STORY, "max_tokens": "x"},
+            f"max_tokens {WHOLE}, got 'x'",
+        ),
+        (
+            "chat/completions",
+            {"messages": told(STORY), "max_tokens": 0},
+            f"max_tokens {WHOLE}, got 0",
+        ),
     ],
 )
 def test_requests_that_make_no_sense(path: str, body: dict[str, Any], message: str, client: Any, chatty: str) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         client.post(f"/{path}", body={"model": chatty, **body}, cast_to=object)
     assert message in detail(error)
+
+
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+IN_VAIN = {
+    "n": ("completions", {"n": 2}, "n=2 is not supported here, only 1"),
+    "n of a chat": ("chat/completions", {"n": 3}, "n=3 is not supported here, only 1"),
+    "best of": ("completions", {"best_of": 2}, "best_of=2 is not supported here, only 1"),
+    "logprobs": ("completions", {"logprobs": 0}, "logprobs=0 is not supported here, only False"),
+    "logprobs of a chat": ("chat/completions", {"logprobs": True}, "logprobs=True is not supported here, only False"),
+    "echo": ("completions", {"echo": True}, "echo=True is not supported here, only False"),
+    "biases": ("completions", {"logit_bias": {"5": 1}}, "logit_bias={'5': 1} is not supported here, only {}"),
+    "presence": ("chat/completions", {"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported here, only 0"),
+    "JSON": (
+        "chat/completions",
+        {"response_format": {"type": "json_object"}},
+        "response_format={'type': 'json_object'} is not supported here, only {'type': 'text'}",
+    ),
+    "a tool": (
+        "chat/completions",
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+        "tool_choice='required' is not supported here, only 'auto'",
+    ),
+    "an earlier response": ("responses", {"previous_response_id": "r1"}, "previous_response_id='r1' is not supported"),
+    "cold": ("completions", {"temperature": -1}, "temperature must be a number of at least 0, got -1"),
+    "warm": ("chat/completions", {"temperature": "warm"}, "temperature must be a number of at least 0, got 'warm'"),
+    "top_p": ("chat/completions", {"top_p": 1.5}, "top_p must be a number from 0 to 1, got 1.5"),
+    "less than none": ("responses", {"top_p": -0.1}, "top_p must be a number from 0 to 1, got -0.1"),
+    "penalty": ("completions", {"frequency_penalty": -1}, "frequency_penalty must be a number from -0.99 to 2, got -1"),
+    "no answer": ("chat/completions", {"max_completion_tokens": 0}, f"max_completion_tokens {WHOLE}, got 0"),
+    "no response": (
+        "responses",
+        {"max_output_tokens": 1.5},
+        "max_output_tokens must be a whole number of at least 1, got",
+    ),
+    "stop": (
+        "completions",
+        {"stop": ["a", ""]},
+        "stop must be a text or a list of texts, none of them empty, got ['a', '",
+    ),
+    "stop at 3": ("chat/completions", {"stop": 3}, f"{STOP}, got 3"),
+    "seed": ("completions", {"seed": "x"}, "seed must be a whole number, got 'x'"),
+    "stream": ("completions", {"stream": "yes"}, "stream must be true or false, got 'yes'"),
+    "role": (
+        "chat/completions",
+        {"messages": [{"role": "narrator", "content": "a"}]},
+        "a message's role must be one of system, developer, user, assistant, tool, got 'narrator'",
+    ),
+    "no messages": ("chat/completions", {"messages": []}, f"{MESSAGES}, got []"),
+    "none at all": (
+        "chat/completions",
+        {"messages": None},
+        "messages must be a list of at least one message, got None",
+    ),
+    "a picture": (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]},
+        "content of type 'image_url': this model takes text only",
+    ),
+    "a number": (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": 3}]},
+        "or a list of parts with a type, got 3",
+    ),
+    "more answers": (
+        "completions",
+        {"generation_config": json.dumps({"num_return_sequences": 2, "do_sample": True})},
+        "num_return_sequences=2: a request has one answer",
+    ),
+}
+
+
+@refusing
+@pytest.mark.parametrize(("path", "body", "message"), IN_VAIN.values(), ids=IN_VAIN)
+def test_what_is_asked_in_vain_is_named(
+    path: str, body: dict[str, Any], message: str, client: Any, chatty: str
+) -> None:
+    base = {"completions": {"prompt": "a"}, "chat/completions": CHAT, "responses": {"input": "a"}}[path]
+    for more in ({}, {"stream": True}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.post(f"/{path}", body={"model": chatty, **base, **more, **body}, cast_to=object)
+        found = caught.value.response.json()
+        assert message in found["error"]["message"]
+        assert found["error"]["type"] == "invalid_request_error"
+        assert found["detail"] == found["error"]["message"]
+
+
+@serving
+def test_what_asks_for_nothing_else_is_let_through(client: Any, chatty: str) -> None:
+    found = client.chat.completions.create(
+        model=chatty, messages=told(STORY), max_tokens=8, temperature=0, n=1, logprobs=False, presence_penalty=0,
+        response_format={"type": "text"}, user="me", tool_choice="auto", top_p=1, stop=["never said"],
+        logit_bias={"5": -1},
+    )  # fmt: skip
+    assert found.choices[0].message.content == answer(rendered(STORY))
+    parts = [{"role": "user", "content": [{"type": "text", "text": STORY}]}]
+    found = client.chat.completions.create(model=chatty, messages=parts, max_tokens=8, temperature=0)
+    assert found.choices[0].message.content == answer(rendered(STORY))
+
+
+@serving
+def test_a_temperature_asks_for_sampling(client: Any, chatty: str) -> None:
+    def said(**more: Any) -> str:
+        found = client.completions.create(model=chatty, prompt=STORY, max_tokens=12, **more)
+        return str(found.choices[0].text)
+
+    likeliest = answer(STORY, tokens=12)
+    assert said() == said(temperature=0) == likeliest
+    warm = [said(temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert warm[0] == warm[1]
+    assert len({*warm, likeliest}) == 3
 
 
 @refusing

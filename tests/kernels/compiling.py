@@ -120,7 +120,7 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
     from quantcache_kernels.triton import ops, runtime
 
     run = JITFunction.run
-    before = (ops.unavailable, runtime.unavailable, runtime.on_cuda, runtime.capability)
+    before = (ops.unavailable, runtime.unavailable, runtime.on_cuda)
     found: list[tuple[str, str, Any]] = []
     seen: set[tuple[str, str]] = set()
 
@@ -147,14 +147,13 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
     JITFunction.run = stopped
     ops.unavailable = runtime.unavailable = lambda device: None
     runtime.on_cuda = lambda device: True
-    runtime.capability = lambda device: capability
     knobs.runtime.jit_cache_hook = hook
     try:
         yield found
     finally:
         knobs.runtime.jit_cache_hook = None
         JITFunction.run = run
-        ops.unavailable, runtime.unavailable, runtime.on_cuda, runtime.capability = before
+        ops.unavailable, runtime.unavailable, runtime.on_cuda = before
 
 
 class FrontEndPassed(Exception):

@@ -53,40 +53,55 @@ def test_every_variant_passes_the_front_end() -> None:
 
 KERNELS = ("attend", "query", "dense", "merge", "decode", "encode", "path", "level")
 
-STACKS = {
-    90: {  # bytes of attention's stack, by case
-        "llama-8b": 0,
-        "llama-8b-trellis": 16,
-        "gemma-2": 256,  # more than 32 fast dimensions, and 256 in all
-        "D64": 16,
-        "T69": None,  # float32: levels are looked up, and products are not for tensor cores
+SPILLS = {  # bytes of stack that kernels may take, by target, case and kernel; all others none
+    90: {
+        "gemma-2": {"attend": 256, "encode": 1216},
+        "gemma-2-trellis": {"encode": 960, "level": 256},
+        "llama-8b": {"dense": 8, "encode": 256},
+        "llama-8b-trellis": {"attend": 16, "encode": 256},
+        "D64": {"attend": 16},
     },
-    80: {"llama-8b-trellis": 128},
-    120: {"llama-8b-trellis": 32},
+    80: {
+        "gemma-2": {"encode": 704},
+        "gemma-2-trellis": {"encode": 512, "level": 160},
+        "llama-8b-trellis": {"attend": 128, "encode": 256},
+    },
+    120: {
+        "gemma-2": {"encode": 736},
+        "gemma-2-trellis": {"encode": 512, "level": 288},
+        "llama-8b-trellis": {"attend": 32, "encode": 256},
+    },
 }
+"""Exempt are those that hold a whole head at once. A program of ``attend`` is one warp, with the sums of all value
+tiles; ``encode`` and ``level`` search with all coefficients of a block, beside what they know of every slot, and 8 or
+32 warps do not help. In float32 ("T69") attention looks levels up and has no tensor cores: not bounded."""
+
+UNBOUNDED = {("T69", "attend")}
+
+OF_256 = ["^gemma-2$:query|dense|merge|decode|encode", "^gemma-2-trellis$:decode|encode|path|level"]
 COMPILED = {
     90: ["^llama-8b$", "^llama-8b-trellis$:attend|decode|encode|path|level", "^gemma-2$:attend", "^D64$:attend|query",
-         "^T69$:attend"],
-    80: ["^llama-8b-trellis$"],
-    120: ["^llama-8b-trellis$"],
+         "^T69$:attend", *OF_256],
+    80: ["^llama-8b-trellis$", *OF_256],
+    120: ["^llama-8b-trellis$", *OF_256],
 }  # fmt: skip
-QUERY_STACK = 256
-"""Bytes of stack that bringing queries into coded coordinates may take; it took 4,024 on sm_80."""
 
 
 @pytest.mark.slow
 @pytest.mark.triton
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("target", STACKS)
+@pytest.mark.parametrize("target", COMPILED)
 def test_kernels_compile_for(target: int) -> None:
     found = run("--target", str(target), "--only", *COMPILED[target])
     assert not [each for each in found if each["error"]]
     assert {each["kernel"] for each in found} == {f"{name}_kernel" for name in KERNELS}
-    assert all(each["stack"] <= QUERY_STACK for each in found if each["kernel"] == "query_kernel")
-    attention = {each["case"]: each for each in found if each["kernel"] == "attend_kernel"}
-    assert attention.keys() == STACKS[target].keys()
-    for case, stack in STACKS[target].items():
-        assert 0 < attention[case]["loop"] < 9000
-        if stack is not None:
-            assert attention[case]["stack"] <= stack, case
-            assert attention[case]["local"] <= stack // 4, case
+    wide = {each["kernel"] for each in found if each["case"].startswith("gemma-2")}
+    assert wide >= {f"{name}_kernel" for name in KERNELS if name != "attend"}
+    spilled = {}
+    for each in found:
+        case, kernel = each["case"], each["kernel"].removesuffix("_kernel")
+        most = SPILLS[target].get(case, {}).get(kernel, 0)
+        if (case, kernel) not in UNBOUNDED and (each["stack"] > most or each["local"] > most // 4):
+            spilled[case, kernel] = each["stack"], each["local"]
+        assert kernel != "attend" or 0 < each["loop"] < 9000
+    assert not spilled

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from quantcache import Calibration, DecodeGraph, SpectralCache, decode_graphs
 from quantcache.attention.function import spectral_attention_forward
@@ -44,8 +44,9 @@ class Again:
         self.earlier: Any = None
 
     def replay(self) -> None:
-        """Carry it out."""
-        self.result.copy_(self.step())
+        """Carry it out; torch does not see what a graph does."""
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            self.result.copy_(self.step())
 
     def pool(self) -> None:
         """No memory."""
@@ -128,6 +129,24 @@ def test_steps_from_a_graph_are_the_models_own(emulated: list[Again], padding: t
     assert len(cache.spectral_layers[0].spans) == 2, "a block was encoded on the way"
     assert len(emulated) == 2, "one graph before it, one behind"
     assert emulated[1].earlier is emulated[0], "whose memory it takes over"
+
+
+def test_a_mask_may_change_from_step_to_step(emulated: list[Again]) -> None:
+    length = 4 + BLOCK + 8
+    cache, ids = filled(length), tokens(length + 4)[:, length:]
+    plain, step, unmasked = copy.deepcopy(cache), DecodeGraph(model(), cache), DecodeGraph(model(), cache.fork())
+    hidden: list[list[int] | None] = [None, [], [30, 74], [9]]  # tokens of row 1 that a step does not see
+    for i, holes in enumerate(hidden):
+        mask = torch.ones(2, length + i + 1, dtype=torch.long)
+        mask[1, holes or []] = 0
+        given = {} if holes is None else {"attention_mask": mask, "position_ids": torch.full((2, 1), length + i)}
+        found = step(ids[:, i : i + 1], **given)
+        with torch.no_grad():
+            expected = model()(ids[:, i : i + 1], past_key_values=plain, use_cache=True, **given).logits
+        assert torch.equal(found, expected), i
+        if i < 3:  # a mask that shows all is the same as none
+            assert torch.equal(found, unmasked(ids[:, i : i + 1])) == (not holes), i
+    same_tokens(cache, plain)
 
 
 def test_a_cache_may_be_used_in_between(emulated: list[Again]) -> None:
@@ -306,3 +325,29 @@ def test_all_steps_between_two_blocks_launch_the_same(
     assert operations.seen == [], "torch does nothing, so it allocates nothing"
     assert period.claimed() is None, "the next block is due"
     assert period.counts.tolist() == [layer.tails["key"].shape[2] for layer in layers]
+
+
+@pytest.mark.support("decoding steps that a CUDA graph can repeat, emulated")
+@pytest.mark.parametrize("padding", [None, (), (0, 7)])
+@pytest.mark.parametrize("in_generate", [False, True])
+def test_no_step_between_two_blocks_waits(
+    emulated: list[Again], monkeypatch: pytest.MonkeyPatch, padding: tuple[int, ...] | None, in_generate: bool
+) -> None:
+    length = 4 + BLOCK + 8
+    cache = filled(length, padding or ())
+    mask, ids = torch.ones(2, length + 4, dtype=torch.long), tokens(length + 4)
+    for row, pad in enumerate(padding or ()):
+        mask[row, :pad] = 0
+    positions = mask.cumsum(-1) - 1
+    monkeypatch.setitem(codes.LOADERS, "cpu", Launches(emulate=False))
+    with torch.no_grad(), decode_graphs(model()):
+        forward, step = model().forward, DecodeGraph(model(), cache)
+        for here in range(length, length + 4):
+            given = {"input_ids": ids[:, here : here + 1]}
+            if padding is not None:
+                given |= {"attention_mask": mask[:, : here + 1], "position_ids": positions[:, here : here + 1]}
+            # What is padding may be looked at when a block has been encoded; the next step is captured.
+            with watched() if here > length else nullcontext():
+                _ = forward(**given, past_key_values=cache, use_cache=True) if in_generate else step(**given)
+    assert len(emulated) == 1
+    assert cache.get_seq_length() == length + 4

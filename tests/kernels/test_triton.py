@@ -25,6 +25,8 @@ from quantcache.coding.schema import Coding
 from quantcache.coding.trellis import union_levels
 from quantcache.common.errors import QuantCacheError
 from quantcache_kernels.triton import encode, ops
+from quantcache_kernels.triton.codes import rotation
+from quantcache_kernels.triton.runtime import jit, tl
 from quantcache_kernels.triton.tables import HALF_TERMS
 from tests.kernels import encoding as rule
 from tests.kernels import truth
@@ -108,6 +110,31 @@ def test_triton_decoding(name: str) -> None:
         fields = other.store.slice(0, view.num_blocks)
         found = backends.find("triton").decode(other.codec, fields, moved.block_table, moved.left_padding)
         assert_near(found, reference, truth.decoded(side, view))
+
+
+@jit
+def rotation_kernel(positions, turns, cosines, sines, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Cosines and sines of some positions."""
+    place = tl.arange(0, COUNT)
+    cos, sin = rotation(tl.load(positions + place), tl.load(turns + place))
+    tl.store(cosines + place, cos)
+    tl.store(sines + place, sin)
+
+
+def test_rotations_are_as_exact_as_float32() -> None:
+    """In every quarter of a turn and on its edges, at positions on both sides of zero and beyond float32's integers."""
+    generator = torch.Generator().manual_seed(1)
+    eighths = torch.arange(-8, 9)[:, None] * 2**61 + torch.tensor([-(2**33), 0, 2**33])  # of a turn, and a bit beside
+    eighths = eighths.flatten()[4:-4]
+    free = torch.randint(-(2**63), 2**63 - 1, (1024 - 2 * len(eighths),), generator=generator)
+    turns = torch.cat((eighths, free, eighths))
+    positions = torch.randint(-100, 2**40, (1024,), generator=generator)
+    positions[: len(eighths)], positions[-len(eighths) :] = 1, -1
+    cos, sin = torch.zeros(2, 1024, device=TRITON_DEVICE)
+    rotation_kernel[(1,)](positions.to(TRITON_DEVICE), turns.to(TRITON_DEVICE), cos, sin, COUNT=1024)
+    angles = (positions * turns).double() * (2 * torch.pi / 2**64)  # the product wraps, as revolutions do
+    assert float((cos.cpu() - angles.cos()).abs().max()) < 2e-7
+    assert float((sin.cpu() - angles.sin()).abs().max()) < 2e-7
 
 
 @pytest.mark.parametrize("width", range(1, 9))

@@ -553,6 +553,18 @@ def test_missing_file(saved: Path, name: str) -> None:
     assert load_error(saved) == f"{saved} is not a calibration folder: missing {name}"
 
 
+@pytest.mark.parametrize("name", [CONFIG_NAME, TENSORS_NAME, "notes.txt", "empty"])
+def test_a_file_in_place_of_the_folder(saved: Path, name: str) -> None:
+    file = saved / name
+    if not file.exists():
+        file.write_text("" if name == "empty" else "a word or two")
+    expected = f"{file} is a file: a calibration is a folder with {CONFIG_NAME} and {TENSORS_NAME}"
+    assert load_error(file) == expected
+    with pytest.raises(ArtifactError) as caught:
+        Calibration.from_pretrained(str(file))
+    assert str(caught.value) == expected
+
+
 def test_folder_of_something_else(tmp_path: Path) -> None:
     assert load_error(tmp_path) == f"{tmp_path} is not a calibration folder: missing {CONFIG_NAME} and {TENSORS_NAME}"
 

@@ -20,10 +20,22 @@ GAIN_CENTER = constant(128.0)  # gain code of 1.0
 
 
 @jit
-def angle(position, turns):
-    """Angle in radians, within ±π, of int64 positions and revolutions per token in units of 2^-64."""
+def rotation(position, turns):
+    """Cosines and sines of the angles of int64 positions, at revolutions per token in units of 2^-64.
+
+    Whole revolutions and quarters are taken off as integers. What is left is within ±π/4, where a short series does;
+    the sines of a library also keep an array in local memory for the angles of more than 10^5 that never come here.
+    """
     fraction = ((position * turns) >> 32).to(tl.int32)  # the product wraps: whole revolutions vanish
-    return fraction.to(tl.float32) * 1.4629180792671596e-9  # 2π / 2^32
+    quarter = (fraction + (1 << 29)) >> 30  # wraps likewise
+    angle = (fraction - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-9  # 2π / 2^32
+    square = angle * angle
+    sin = angle + angle * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
+    cos = square * square * (4.166664568298827e-2 + square * (2.443315711809948e-5 * square - 1.388731625493765e-3))
+    cos = 1.0 - (0.5 * square - cos)
+    odd = (quarter & 1) != 0
+    sin, cos = tl.where(odd, cos, sin), tl.where(odd, sin, cos)
+    return tl.where(((quarter + 1) & 2) != 0, -cos, cos), tl.where((quarter & 2) != 0, -sin, sin)
 
 
 @jit

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.triton.codes import (
-    angle,
     arrange_tile,
     gain_of,
     key_levels,
     load_tile,
+    rotation,
     second_nibble,
     unpack,
 )
@@ -75,9 +75,9 @@ def decode_kernel(
             anchor -= start
             position -= start
         position = tl.where((column < DS)[None, :], anchor, position[:, None])
-        turned = angle(position, tl.load(turns + column, mask=inside, other=0)[None, :])
+        cos, sin = rotation(position, tl.load(turns + column, mask=inside, other=0)[None, :])
         back = tl.load(sign + column, mask=inside, other=0.0)[None, :]
-        result = result * tl.cos(turned) - other * (tl.sin(turned) * back)
+        result = result * cos - other * (sin * back)
     place = ((b * heads + head).to(tl.int64) * n + block) * 64 + token
     target = out + place[:, None] * D + tl.load(order + column, mask=inside, other=0)[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=inside[None, :])
@@ -112,5 +112,5 @@ def launch(
         n, batch, heads, codes.shape[2], 0x3C003C00,
         D=dim, DS=num_slow, TILES=slow_tiles + fast_tiles, COLUMNS=columns,
         FRAMED=bool(framed), POLYNOMIAL=tables[7].dtype == torch.float16, TRELLIS=bool(is_trellis),
-        HAS_STARTS=left_padding is not None, num_warps=4,
+        HAS_STARTS=left_padding is not None, num_warps=8 if framed else 4,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.triton import runtime, trellis
-from quantcache_kernels.triton.codes import angle
+from quantcache_kernels.triton.codes import rotation
 from quantcache_kernels.triton.packing import store_codes, store_gains, warps
 from quantcache_kernels.triton.runtime import BLOCK, jit, kernel, power_of_two, tl
 
@@ -68,6 +68,7 @@ def encode_kernel(
             ahead = tl.load(sign + dim, mask=inside, other=0.0)[None, :]
             if dim0 < DS:
                 cos, sin = rotation(tl.zeros((1, 1), tl.int64) + anchor, turns_)
+                cos, sin = tl.broadcast_to(cos, (64, 16)), tl.broadcast_to(sin, (64, 16))
             else:
                 cos, sin = rotation((first + token).to(tl.int64)[:, None], turns_)
             vectors = vectors * cos + with_ * (sin * ahead)
@@ -113,13 +114,6 @@ def encode_kernel(
         code = nearest(y, rms * best, width, book, coded, scale, origin, boundaries, bins)
         offset = tl.load(offsets + place, mask=real, other=0)
         store_codes(codes + line * W, tl.trans(code).to(tl.uint32), offset, width, SP)
-
-
-@jit
-def rotation(position, turns):
-    """Cosines and sines ``[64, 16]`` of positions ``[64 or 1, 1]``."""
-    turned = angle(position, turns)
-    return tl.broadcast_to(tl.cos(turned), (64, 16)), tl.broadcast_to(tl.sin(turned), (64, 16))
 
 
 @jit

@@ -236,22 +236,6 @@ def _keys(
     return [slow, constants.mean, norms], [fast_decoder.to(dtype), mean, rotation], padded
 
 
-def query_tile(dim: int, capability: int) -> tuple[int, int]:
-    """What a program that brings queries into coded coordinates holds at once.
-
-    Args:
-        dim: D.
-        capability: Compute capability, such as 90; 0 for what is not NVIDIA's.
-
-    Returns:
-        Rows of queries, anchors times rows of a head, and columns of the decoder. Where the tensor cores take operands
-        from registers only (before Hopper, and on consumers' Blackwell), what spills least as compiled.
-    """
-    if capability // 10 in (8, 12):
-        return (16, 32) if dim > 128 else (64, 16)
-    return (64, 16) if dim > 128 else (64, 32)
-
-
 def _check(device: torch.device) -> None:
     reason = unavailable(device)
     if reason is not None:
@@ -427,17 +411,16 @@ def attend(
     limits = {"maxnreg": SETTINGS.registers} if SETTINGS.registers and runtime.on_cuda(device) else {}
     with launch_on(device):
         query_rows = power_of_two(min(rows, 16), 1)
-        tile_rows, columns = query_tile(dim, runtime.capability(device))
-        query_anchors = tile_rows // query_rows
+        query_anchors = 64 // query_rows
         query_kernel[(-(-anchors // query_anchors), heads, batch * -(-rows // query_rows))](
             query, *frame, slow_decoder, key_mean, norms,
             block_table, left_padding, scaling, 1.0 if has_softcap else LOG2_E,
             queries, scales, *query.stride(), rows, count, batch, anchors,
-            D=dim, DP=power_of_two(dim), DS=num_slow, SS=slots, HALF=(dim - num_slow) // 2, P=padded,
+            D=dim, DS=num_slow, SS=slots, SP=power_of_two(slots), HALF=(dim - num_slow) // 2, P=padded,
             TOP=4096.0, PAIRED=paired, HAS_STARTS=has_starts,
             # Tensor cores, unless the model is of float32.
             PRECISION="tf32x3" if runtime.on_cuda(device) and dtype == torch.float16 else "ieee",
-            ROWS=query_rows, ANCHORS=query_anchors, COLUMNS=columns, num_warps=8,
+            ROWS=query_rows, ANCHORS=query_anchors, num_warps=8,
         )  # fmt: skip
         attend_kernel[(splits, heads, batch * row_tiles)](
             queries, scales, keys.view(torch.uint32), key_gains, *key_code,

@@ -6,8 +6,8 @@ part of a key, P half of its fast part (padded to a multiple of 16).
 
 from __future__ import annotations
 
-from quantcache_kernels.triton.codes import angle
-from quantcache_kernels.triton.runtime import kernel, tl
+from quantcache_kernels.triton.codes import rotation
+from quantcache_kernels.triton.runtime import jit, kernel, tl
 
 
 @kernel("q_batch", "q_head", "q_query", "R", "count", "batch", "anchors")
@@ -23,13 +23,13 @@ def query_kernel(
     out,  # [anchors, B, H, R, Ss + 2 P]
     out_scale,  # [anchors, B, H, 2, R] float32: unit of the row, and its score against the slow mean
     q_batch, q_head, q_query, q_dim, R, count, batch, anchors,
-    D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr, SS: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, DS: tl.constexpr, SS: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr,
     TOP: tl.constexpr, PAIRED: tl.constexpr, HAS_STARTS: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, ANCHORS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, ANCHORS: tl.constexpr,
 ):  # fmt: skip
     """Queries in coded coordinates, for some anchors: slow slots, then the two halves of the fast part.
 
-    The decoder is read once for all rows of all anchors of a program.
+    The decoder is read once for all rows of all anchors of a program, 16 dimensions at a time.
     """
     anchor, head, b = tl.program_id(0) * ANCHORS + tl.arange(0, ANCHORS), tl.program_id(1), tl.program_id(2) % batch
     row = (tl.program_id(2) // batch) * ROWS + tl.arange(0, ROWS)
@@ -41,45 +41,68 @@ def query_kernel(
     if HAS_STARTS:
         position -= tl.load(left_padding + b)
 
-    dim = tl.arange(0, DP)
-    own = tl.load(order + dim, mask=dim < D, other=0)
-    other = tl.load(order + tl.load(partner + dim, mask=dim < D, other=0), mask=dim < D, other=0)
-    turned = angle(position[:, None], tl.load(turns + dim, mask=dim < D, other=0)[None, :])
-    ahead = tl.load(sign + dim, mask=dim < D, other=0.0)[None, :] * tl.sin(turned)
-    there = (row < R)[:, None] & (dim < D)[None, :]
-    first = tl.load(source + own[None, :] * q_dim, mask=there, other=0.0).to(tl.float32) * scaling
-    second = tl.load(source + other[None, :] * q_dim, mask=there, other=0.0).to(tl.float32) * scaling
-    framed = first[None, :, :] * tl.cos(turned)[:, None, :] + second[None, :, :] * ahead[:, None, :]
-    framed = framed.reshape(ANCHORS * ROWS, DP)
+    slot = tl.arange(0, SP)
+    y = tl.zeros((ANCHORS * ROWS, SP), tl.float32)
+    squares = tl.zeros((ANCHORS * ROWS,), tl.float32)
+    offset = tl.zeros((ANCHORS * ROWS,), tl.float32)
+    for first in range(0, DS, 16):
+        dim = first + tl.arange(0, 16)
+        inside = dim < DS
+        framed = in_frame(
+            source, order, partner, sign, turns, position, row < R, dim, inside, q_dim, scaling, ANCHORS * ROWS
+        )
+        squares += tl.sum(framed * framed, axis=1)
+        offset += tl.sum(framed * tl.load(mean + head * D + dim, mask=inside, other=0.0)[None, :], axis=1)
+        if SS > 0:
+            matrix = tl.load(
+                decoder + (head * D + dim)[:, None] * SS + slot[None, :],
+                mask=inside[:, None] & (slot < SS)[None, :],
+                other=0.0,
+            )
+            y = tl.dot(framed, matrix, y, input_precision=PRECISION)
+    for first in range(DS, D, 16):
+        dim = first + tl.arange(0, 16)
+        framed = in_frame(
+            source, order, partner, sign, turns, position, row < R, dim, dim < D, q_dim, scaling, ANCHORS * ROWS
+        )
+        squares += tl.sum(framed * framed, axis=1)
     line = ((anchor.to(tl.int64) * batch + b) * heads + head)[:, None]
     valid = ((anchor < anchors)[:, None] & (row < R)[None, :]).reshape(ANCHORS * ROWS)
 
     # A power of two brings every row below TOP, so that half precision neither overflows nor loses small entries.
-    length = tl.sqrt(tl.sum(framed * framed, axis=1))
     fast_unit = tl.load(norms + head * 2 + 1)
-    bound = length * tl.maximum(tl.load(norms + head * 2), fast_unit) * (1.0 / TOP)
+    bound = tl.sqrt(squares) * tl.maximum(tl.load(norms + head * 2), fast_unit) * (1.0 / TOP)
     unit = tl.where(bound > 0, tl.exp2(tl.ceil(tl.log2(tl.maximum(bound, 1e-30)))), 1.0)
-    slow_mean = tl.load(mean + head * D + dim, mask=dim < DS, other=0.0)
-    offset = tl.sum(framed * slow_mean[None, :], axis=1)
     place = (line * 2 * R + row[None, :]).reshape(ANCHORS * ROWS)
     tl.store(out_scale + place, unit * base, mask=valid)
     tl.store(out_scale + place + R, offset * base, mask=valid)
 
     target = out + ((line * R + row[None, :]) * (SS + 2 * P)).reshape(ANCHORS * ROWS)[:, None]
-    framed = framed / unit[:, None]
-    for start in range(0, SS, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        matrix = tl.load(
-            decoder + (head * D + dim)[:, None] * SS + column[None, :],
-            mask=(dim < DS)[:, None] & (column < SS)[None, :],
-            other=0.0,
+    if SS > 0:
+        y = y / unit[:, None]
+        tl.store(target + slot[None, :], y.to(out.dtype.element_ty), mask=valid[:, None] & (slot < SS)[None, :])
+    # The fast part turns with its offset from the anchor; its query is stored as it is, in the fast unit.
+    for first in range(DS, D, 16):
+        dim = first + tl.arange(0, 16)
+        framed = in_frame(
+            source, order, partner, sign, turns, position, row < R, dim, dim < D, q_dim, scaling, ANCHORS * ROWS
         )
-        part = tl.dot(framed, matrix, input_precision=PRECISION)
-        tl.store(target + column[None, :], part.to(out.dtype.element_ty), mask=valid[:, None] & (column < SS)[None, :])
-    if P > 0:
-        # The fast part turns with its offset from the anchor; its query is stored as it is, in the fast unit.
-        fast = framed * fast_unit
-        fast_dim = dim - DS
-        column = SS + fast_dim + tl.where(fast_dim >= HALF, P - HALF, 0)
-        there = valid[:, None] & ((dim >= DS) & (dim < D))[None, :]
-        tl.store(target + column[None, :], fast.to(out.dtype.element_ty), mask=there)
+        fast = framed / unit[:, None] * fast_unit
+        column = SS + dim - DS + tl.where(dim - DS >= HALF, P - HALF, 0)
+        tl.store(target + column[None, :], fast.to(out.dtype.element_ty), mask=valid[:, None] & (dim < D)[None, :])
+
+
+@jit
+def in_frame(
+    source, order, partner, sign, turns, position, valid_row, dim, inside, q_dim, scaling, LINES: tl.constexpr
+):  # fmt: skip
+    """Some dimensions of rows of queries, scaled, in the frame of every anchor: ``[anchors * rows, dimensions]``."""
+    own = tl.load(order + dim, mask=inside, other=0)
+    other = tl.load(order + tl.load(partner + dim, mask=inside, other=0), mask=inside, other=0)
+    cos, sin = rotation(position[:, None], tl.load(turns + dim, mask=inside, other=0)[None, :])
+    sin *= tl.load(sign + dim, mask=inside, other=0.0)[None, :]
+    there = valid_row[:, None] & inside[None, :]
+    first = tl.load(source + own[None, :] * q_dim, mask=there, other=0.0).to(tl.float32) * scaling
+    second = tl.load(source + other[None, :] * q_dim, mask=there, other=0.0).to(tl.float32) * scaling
+    framed = first[None, :, :] * cos[:, None, :] + second[None, :, :] * sin[:, None, :]
+    return framed.reshape(LINES, dim.shape[0])

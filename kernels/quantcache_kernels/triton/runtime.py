@@ -115,15 +115,6 @@ def on_cuda(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-@functools.cache
-def capability(device: torch.device) -> int:
-    """Compute capability of one of NVIDIA's devices, such as 90; 0 for any other."""
-    if not on_cuda(device):
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def power_of_two(count: int, least: int = 16) -> int:
     """The smallest power of two that is no less than ``count`` and ``least``."""
     return max(least, 1 << max(count - 1, 0).bit_length())

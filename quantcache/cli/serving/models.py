@@ -19,6 +19,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, spl
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.enabling import enable, is_enabled
 from quantcache.cache.prefixes import PrefixStore
+from quantcache.cli.serving.asked import asks_for_sampling
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sources import model_source
@@ -200,16 +201,14 @@ class _Manager(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
     ) -> Any:
         """See transformers."""
-        _refuse_other_caches(model, gen_config)
-        _keep_to_context(model, inputs, gen_config)
+        _follow(model, inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, *args, **kw)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
     ) -> Any:
         """See transformers; a request ends when its client has gone, and lets the next one begin."""
-        _refuse_other_caches(model, gen_config)
-        _keep_to_context(model, inputs, gen_config)
+        _follow(model, inputs, gen_config)
         gone = _Gone()
         watching = asyncio.create_task(gone.watch(_connection.get()))
         try:
@@ -259,6 +258,16 @@ CONTINUOUS_BATCHING = (
     "continuous batching keeps all requests in one paged cache of its own, which cannot hold compressed blocks: "
     "serve without it, or use 'transformers serve --continuous-batching'"
 )
+
+
+def _follow(model: PreTrainedModel, inputs: Any, config: Any) -> None:
+    """Let a generation config say what its request asks for, or refuse it."""
+    if asks_for_sampling():  # transformers' server would take the likeliest token, whatever the temperature
+        config.do_sample = True
+    if config.num_return_sequences not in (None, 1):
+        raise HTTPException(400, f"num_return_sequences={config.num_return_sequences}: a request has one answer")
+    _refuse_other_caches(model, config)
+    _keep_to_context(model, inputs, config)
 
 
 def _refuse_other_caches(model: PreTrainedModel, config: Any) -> None:

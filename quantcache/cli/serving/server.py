@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
+from quantcache.cli.serving.asked import check_request, require_text
 from quantcache.cli.serving.models import CompressedGeneration, CompressedModels, Compression, Connections
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
@@ -62,10 +64,13 @@ def application(compression: Compression, options: ServerOptions) -> Iterator[Fa
 def _assembled(manager: CompressedModels, compression: Compression, options: ServerOptions) -> FastAPI:
     """transformers' application over the models, with an endpoint that tells of caches."""
     state = CompressedGeneration()
-    app = compat.serving_application(manager, state, options.template, options.decisions, options.cors)
+    app = compat.serving_application(
+        manager, state, options.template, options.decisions, options.cors, check_request, require_text
+    )
     app.add_middleware(Connections)
     for kind in (ValueError, TypeError, QuantCacheError):
         app.add_exception_handler(kind, _explain)
+    app.add_exception_handler(HTTPException, _say)
 
     @app.get("/quantcache")
     def report() -> dict[str, Any]:
@@ -86,7 +91,20 @@ def _assembled(manager: CompressedModels, compression: Compression, options: Ser
 async def _explain(request: Request, error: Exception) -> JSONResponse:
     """Say what is wrong with a request; transformers' server leaves that to its log."""
     logger.warning("%s is refused: %s", request.url.path, error, exc_info=logger.isEnabledFor(logging.INFO))
-    return JSONResponse({"detail": str(error)}, status_code=400)
+    return _answer(400, str(error))
+
+
+async def _say(request: Request, error: Exception) -> JSONResponse:
+    """Say what is wrong as OpenAI's clients expect it."""
+    assert isinstance(error, HTTPException)
+    return _answer(error.status_code, str(error.detail))
+
+
+def _answer(status: int, message: str) -> JSONResponse:
+    """An error in OpenAI's form, and in that of transformers' server, ``detail``."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error, "detail": message}, status_code=status)
 
 
 def template_keywords(given: str | None, reasoning: str) -> dict[str, Any]:

@@ -43,6 +43,23 @@ def is_window(layer: Any) -> bool:
     return type(layer) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
 
+def release_left(layer: Any) -> None:
+    """Let go of tokens that an update of several has pushed out of a layer's window.
+
+    What transformers keeps is a view of the window and of all that came before it, a long prompt for instance. After a
+    step that is one token, which the next step lets go of.
+
+    Args:
+        layer: A layer of a ``DynamicCache``, just updated; none but those with a window are looked at.
+    """
+    if not is_window(layer) or layer.record_past:  # which needs them for crop()
+        return
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        if held.shape[2] and held.untyped_storage().nbytes() > held.nbytes:
+            setattr(layer, name, held.clone(memory_format=torch.contiguous_format))
+
+
 def is_recurrent(layer: Any) -> bool:
     """Whether a stock cache layer holds recurrent states and nothing else.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.import_utils import is_serve_available
@@ -22,8 +23,18 @@ def require_server() -> None:
         raise QuantCacheError("serving needs fastapi, uvicorn and openai: pip install 'quantcache[serve]'")
 
 
+Check = Callable[[dict[str, Any], Collection[str]], None]
+"""Refuses what a request asks for in vain, given the fields that transformers does not look at."""
+
+
 def serving_application(
-    manager: Any, state: Any, template: dict[str, Any], decisions: str | None, cors: bool
+    manager: Any,
+    state: Any,
+    template: dict[str, Any],
+    decisions: str | None,
+    cors: bool,
+    check: Check,
+    check_text: Callable[[list[dict[str, Any]]], None],
 ) -> FastAPI:
     """transformers' application with every endpoint that the installed version has.
 
@@ -33,6 +44,8 @@ def serving_application(
         template: Keywords of every chat template.
         decisions: The decision endpoint's file, where there is that endpoint.
         cors: Whether browsers may call it from any origin.
+        check: Is shown every request for text.
+        check_text: Is shown the messages to a model that takes nothing but text.
 
     Returns:
         The application.
@@ -45,6 +58,25 @@ def serving_application(
     from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.transcription import TranscriptionHandler
+
+    def checked(kind: Any) -> Any:
+        """A handler that checks requests before it handles them."""
+
+        class Checked(kind):  # type: ignore[misc]
+            async def handle_request(self, body: dict[str, Any], *args: Any) -> Any:
+                unread = {"logit_bias"} if kind is CompletionHandler else set()
+                check(body, {*getattr(kind, "_unused_fields", ()), *unread})
+                if kind is ChatCompletionHandler and body.get("messages") is None:
+                    raise ValueError("messages must be a list of at least one message, got None")
+                return await super().handle_request(body, *args)
+
+            @staticmethod
+            def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> Any:
+                if modality.name == "LLM":
+                    check_text(messages)
+                return kind.get_processor_inputs_from_messages(messages, modality)
+
+        return Checked
 
     more: dict[str, Any] = {}
     try:  # since 5.20 or so
@@ -61,9 +93,9 @@ def serving_application(
         )
     return build_server(
         manager,
-        ChatCompletionHandler(manager, state, chat_template_kwargs=template),
-        completion_handler=CompletionHandler(manager, state),
-        response_handler=ResponseHandler(manager, state, chat_template_kwargs=template),
+        checked(ChatCompletionHandler)(manager, state, chat_template_kwargs=template),
+        completion_handler=checked(CompletionHandler)(manager, state),
+        response_handler=checked(ResponseHandler)(manager, state, chat_template_kwargs=template),
         transcription_handler=TranscriptionHandler(manager, state),
         generation_state=state,
         enable_cors=cors,
