@@ -396,7 +396,7 @@ def test_what_asks_for_nothing_else_is_let_through(client: Any, chatty: str) -> 
     )  # fmt: skip
     assert found.choices[0].message.content == answer(rendered(STORY))
     parts = [{"role": "user", "content": [{"type": "text", "text": STORY}]}]
-    found = client.chat.completions.create(model=chatty, messages=parts, max_tokens=8, temperature=0)
+    found = client.chat.completions.create(model=chatty, messages=parts, max_completion_tokens=8, temperature=0)
     assert found.choices[0].message.content == answer(rendered(STORY))
 
 

@@ -23,6 +23,9 @@ def require_server() -> None:
         raise QuantCacheError("serving needs fastapi, uvicorn and openai: pip install 'quantcache[serve]'")
 
 
+_LENGTH = "max_completion_tokens"
+"""OpenAI's present name of ``max_tokens``, which is all that transformers' first servers know."""
+
 Check = Callable[[dict[str, Any], Collection[str]], None]
 """Refuses what a request asks for in vain, given the fields that transformers does not look at."""
 
@@ -64,8 +67,10 @@ def serving_application(
 
         class Checked(kind):  # type: ignore[misc]
             async def handle_request(self, body: dict[str, Any], *args: Any) -> Any:
-                unread = {"logit_bias"} if kind is CompletionHandler else set()
-                check(body, {*getattr(kind, "_unused_fields", ()), *unread})
+                unused = {*getattr(kind, "_unused_fields", ()), *({"logit_bias"} if kind is CompletionHandler else ())}
+                check(body, unused - {_LENGTH})
+                if _LENGTH in unused and body.get(_LENGTH) is not None:  # before 5.20 or so
+                    body["max_tokens"] = body.pop(_LENGTH)
                 if kind is ChatCompletionHandler and body.get("messages") is None:
                     raise ValueError("messages must be a list of at least one message, got None")
                 return await super().handle_request(body, *args)
