@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.feeding import encode, frame_of
-from quantcache.evaluation.needle import NAMES, NeedleFormat
+from quantcache.evaluation.needle import NAMES, NeedleFormat, answer_tokens
 from quantcache.evaluation.plan import Sizes
 from quantcache.evaluation.tasks import Exercise, Task
 
@@ -134,7 +134,7 @@ def records(
             whole = torch.cat((before, *planted, pieces[-1]))
             exercises.append(Exercise(str(length), whole, tuple(questions), tuple(codes)))
     settings = {"lengths": sorted(lengths), "records": count, "seeds": seeds, "format": vars(form)}
-    new_tokens = len(encode(tokenizer, form.question.format(name=NAMES[0]))) + 2 * form.digits
+    new_tokens = answer_tokens(tokenizer, form)
     return Task("records", "Records retrieved", "tokens", tuple(exercises), _holds, new_tokens, settings)
 
 

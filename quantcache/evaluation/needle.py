@@ -220,9 +220,21 @@ def _answers(
     cache = method.make_cache()
     held = prompts.shape[1] - question
     feed(model, cache, prompts[:, :held], chunk)
-    count = len(encode(tokenizer, " " + "0" * form.digits)) + 2
-    found = greedy(model, cache, prompts[:, held:], count)
+    found = greedy(model, cache, prompts[:, held:], answer_tokens(tokenizer, form))
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in found]
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, form: NeedleFormat) -> int:
+    """Tokens that an answer may take: chat models say the question again before they come to the code.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        form: How facts are stated and asked for.
+
+    Returns:
+        Tokens.
+    """
+    return len(encode(tokenizer, form.question.format(name=NAMES[0]))) + 2 * form.digits
 
 
 def _entry(method: Method, grid: list[tuple[int, float]], cells: Cells) -> NeedleEntry:

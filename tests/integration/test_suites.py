@@ -112,6 +112,13 @@ def test_needles_are_found_in_a_cache_that_keeps_them(
     json.dumps(result, allow_nan=False)
 
 
+def test_an_answer_may_be_a_sentence(demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    room = needle.answer_tokens(demo_tokenizer, needle.NeedleFormat())
+    for name in needle.NAMES:
+        said = f"The secret code of {name} is 12345."
+        assert len(demo_tokenizer(said, add_special_tokens=False).input_ids) <= room
+
+
 def test_needle_prompts_have_the_length_and_depth_asked_for(demo_tokenizer: PreTrainedTokenizerBase) -> None:
     haystack = torch.tensor(demo_tokenizer(data.evaluation_text()[:9000], verbose=False).input_ids)
     for depth in (0.0, 0.5, 1.0):
