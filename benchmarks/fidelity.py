@@ -36,7 +36,7 @@ from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
 from quantcache.evaluation.methods import RECIPES, RivalStatistics
-from quantcache.evaluation.provenance import model_sha256
+from quantcache.evaluation.provenance import model_sha256, text_sha256
 from quantcache.evaluation.weights import KINDS, quantize_weights, weights_library
 
 BITS = 3.0
@@ -54,6 +54,8 @@ OURS = "dense,spectral-2,spectral-3,spectral-4"
 """Methods measured on models with quantized weights."""
 
 WIKITEXT, WIKITEXT_WINDOW = "wikitext2_test.txt", 1024
+HELD_OUT = "wiki_eval.txt"
+"""Text of the calibration's kind that it has not seen."""
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -71,6 +73,7 @@ class Part:
         stride: Tokens by which windows slide, None if they do not overlap.
         weights: What the model's weights are quantized to (:func:`quantcache.evaluation.weights.quantize_weights`); the
             dense cache of that model is then the reference, the calibration that of the unquantized one.
+        text: SHA-256 of the text where it is not the evaluation text.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Part:
     residual: int | None
     stride: int | None = None
     weights: str | None = None
+    text: str | None = None
 
 
 def main() -> None:
@@ -114,6 +118,7 @@ def main() -> None:
                 "residual": p.residual,
                 "stride": p.stride,
                 "weights": p.weights,
+                **({} if p.text is None else {"text_sha256": p.text}),
             }
             for p in parts
         },
@@ -160,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=BUNDLED_MODEL, help=f"{MODEL_HELP} The record's suite is named after it.")
     parser.add_argument("--methods", default="all", help="comma-separated")
     parser.add_argument("--choice", default=CHOICE, help="methods for other contexts and WikiText-2")
-    parser.add_argument("--text", default="wiki_eval.txt", help="evaluation text, a file beside the checkout")
+    parser.add_argument("--text", default=HELD_OUT, help="evaluation text, a file beside the checkout")
     parser.add_argument(
         "--residuals", type=int, nargs="+", default=[64, 0], help="residual lengths; other parts keep the first"
     )
@@ -201,7 +206,12 @@ def make_parts(
         for kind in options.weights
     ]
     path = SHARED / WIKITEXT
-    if path.is_file() and options.text != WIKITEXT:
+    if options.text == WIKITEXT:
+        other = read(HELD_OUT, data.evaluation_text)[0]
+        own = ",".join(name for name in options.methods.split(",") if name == "dense" or name.startswith("spectral"))
+        held_out = text_tokens(tokenizer, other, len(tokens))
+        parts.append(Part("wikipedia", own, held_out, options.context, options.residuals[0], text=text_sha256(other)))
+    elif path.is_file():
         wikitext = text_tokens(tokenizer, path.read_text(encoding="utf-8"), max(len(tokens), WIKITEXT_WINDOW))
         parts.append(Part("wikitext2", options.choice, wikitext, WIKITEXT_WINDOW, options.residuals[0], options.stride))
     return parts

@@ -336,10 +336,27 @@ def test_predicted_beside_measured(checkout: Path, said: bool) -> None:
     add(checkout, "a", content)
     assert tables.main([], checkout) == 0
     text = (checkout / "README.md").read_text("utf-8")
-    assert "| method | predicted KL | measured KL | predicted / measured | within 2x |" in text
-    assert ("| spectral-2 | 0.00600 | 0.01000 | 0.60 | met |" in text) == said
-    assert ("| spectral-2 | 0.00400 | 0.01000 | 0.40 | **not met** |" in text) != said
-    assert ("| spectral-3 | 0.00380 | 0.00200 | 1.90 | met |" in text) == said
+    assert "| text | method | predicted KL | measured KL | predicted / measured | within 2x |" in text
+    own = "| held-out Wikipedia text | spectral-"
+    assert (f"{own}2 | 0.00600 | 0.01000 | 0.60 | met |" in text) == said
+    assert (f"{own}2 | 0.00400 | 0.01000 | 0.40 | **not met** |" in text) != said
+    assert (f"{own}3 | 0.00380 | 0.00200 | 1.90 | met |" in text) == said
+    assert "WikiText-2's test text: " not in text
+
+
+@pytest.mark.parametrize("sinks", [4, 0], ids=["alike", "other sinks"])
+def test_predicted_beside_what_another_text_measures(checkout: Path, sinks: int) -> None:
+    """A calibration predicts for text of its own kind: the table says what another one costs."""
+    (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:claim"), "utf-8")
+    content = part_of("2026-01-02T00:00:00+00:00", 0.002, {"residual_64": 1024})
+    content["settings"]["predicted_kl"] = {"spectral-3": 0.0019}
+    add(checkout, "a", content)
+    add(checkout, "b", part_of("2026-01-03T00:00:00+00:00", 0.005, {"wikitext2": 1024}, sinks=sinks))
+    assert tables.main([], checkout) == 0
+    text = (checkout / "README.md").read_text("utf-8")
+    assert "| held-out Wikipedia text | spectral-3 | 0.00190 | 0.00200 | 0.95 | met |" in text
+    assert ("| WikiText-2's test text | spectral-3 | 0.00190 | 0.00500 | 0.38 | **not met** |" in text) == (sinks == 4)
+    assert ("fidelity__b.json" in text) == (sinks == 4)
 
 
 def test_predictions_of_a_record_are_those_of_the_calibration() -> None:
