@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from quantcache.attention import alignment, guards
 from quantcache.attention.lazy import LazyKV
-from quantcache.backends import padding
+from quantcache.backends import Backend, Fields, padding
 from quantcache.backends.padding import Arrivals, Grid
-from quantcache.backends.spans import block_table_of, next_spans
+from quantcache.backends.spans import Span, block_table_of, next_spans
+from quantcache.backends.store import BlockStore
 from quantcache.cache.blocks import BlockLayer
 from quantcache.cache.tails import appended
+from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
@@ -21,6 +24,33 @@ from quantcache.common.ambient import without_autocast
 
 LOOK_AHEAD = 8
 """Tokens before a block is due that it is looked at: more than a step of assisted decoding brings."""
+
+
+@dataclass(frozen=True)
+class _Due:
+    """Tokens at the beginning of the tail that are to become blocks.
+
+    Attributes:
+        lead: How many of them become sinks.
+        count: All of them.
+        grid: Where the rows lie, now that this is known of them.
+        codecs: Of either side.
+        backend: Who encodes them.
+        spans: Where the blocks lie.
+        block_table: The spans as attention reads them.
+        framed: Whether keys are encoded in frames of their positions.
+        shifts: By how much tokens lie elsewhere in their frames than their slots say, if any does.
+    """
+
+    lead: int
+    count: int
+    grid: Grid
+    codecs: dict[str, SideCodec]
+    backend: Backend
+    spans: list[Span]
+    block_table: Tensor
+    framed: bool
+    shifts: Tensor | None
 
 
 class SpectralLayer(BlockLayer):
@@ -144,14 +174,48 @@ class SpectralLayer(BlockLayer):
 
     @without_autocast
     @torch.no_grad()
-    def _encode(self, lead: int, due: int) -> None:
+    def _encode(self, lead: int, blocks: int) -> None:
         """Make blocks of the tail's oldest tokens.
 
         Args:
             lead: Tokens before them, which become sinks.
-            due: How many blocks.
+            blocks: How many.
         """
-        count = lead + due * BLOCK
+        due = self._due(lead, lead + blocks * BLOCK)
+        self._require_finite(due)
+        tails, sinks, leads, stores = {}, {}, {}, {}
+        gains: dict[str, guards.Later] = {}
+        for side in SIDES:
+            tail, codec = self.tails[side], due.codecs[side]
+            encoded = tail[:, :, lead : due.count]
+            sinks[side], before = self._aside(side, due, encoded)
+            if before is not None:
+                leads[side] = before
+            store, fields = self._blocks_of(side, due, encoded)
+            if isinstance(codec, SpectralCodec):
+                found = due.backend.gains(codec, fields)
+                gains[side] = guards.Later(codec.saturated(found, due.block_table, self.first_read(due.grid)))
+            stores[side] = store.appended(fields)
+            tails[side] = tail[:, :, due.count :].clone()
+        # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
+        guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
+        self._commit(
+            left_padding=due.grid.left_padding,
+            origins=due.grid.origins,
+            trail=None if self.trail is None else self.trail[:, :, due.count :].clone(),
+            leads=leads,
+            codecs=due.codecs,
+            spans=self.spans + due.spans,
+            stores=stores,
+            block_table=self.block_table.appended({"block_table": due.block_table}),
+            sinks=sinks,
+            tails=tails,
+            gains=gains if guards.Later.pays(self.device) else {},
+            pending=False,
+        )
+
+    def _due(self, lead: int, count: int) -> _Due:
+        """Settle where the rows lie, who encodes, and where the new blocks go."""
         grid = self.grid if self.trail is None else padding.settled(self.trail, self.grid, self.encoded_end)
         codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
         backend = self._served(codecs)[0]
@@ -159,58 +223,52 @@ class SpectralLayer(BlockLayer):
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
         grid = grid if framed else Grid(grid.left_padding)
         shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
-        spans = next_spans(self.spans[-1] if self.spans else None, lead, due)
-        block_table = block_table_of(spans, self.device)
-        coded = {side: tail[:, :, lead:count] for side, tail in self.tails.items() if codecs[side].bits is not None}
-        look = self.look if self.look is not None and due == 1 else guards.Look(coded)
+        spans = next_spans(self.spans[-1] if self.spans else None, lead, (count - lead) // BLOCK)
+        return _Due(lead, count, grid, codecs, backend, spans, block_table_of(spans, self.device), framed, shifts)
+
+    def _require_finite(self, due: _Due) -> None:
+        """Refuse to encode what is not finite, and leave it where it is."""
+        coded = {
+            side: tail[:, :, due.lead : due.count]
+            for side, tail in self.tails.items()
+            if due.codecs[side].bits is not None
+        }
+        look = self.look if self.look is not None and len(due.spans) == 1 else guards.Look(coded)
         if not look.finite():
             self._commit(refused=True)
             for side, tokens in coded.items():
-                guards.require_finite(self.index, side, tokens, spans[0].start, grid.left_padding)
-        tails, sinks, stores = {}, {}, {}
-        leads = {} if grid.left_padding is None else dict(self.leads)  # else they are the sinks: padded rows are gone
-        gains: dict[str, guards.Later] = {}
-        for side in SIDES:
-            tail, store = self.tails[side], self.stores[side]
-            encoded = tail[:, :, lead:count]
-            sinks[side] = self.sinks[side] if self.spans else tail[:, :, :lead].clone()
-            if grid.left_padding is not None:
-                if not self.spans:
-                    # Padding may hold anything; of NaN no more is kept than codes would.
-                    leads[side] = sinks[side] if codecs[side].bits is None else sinks[side].nan_to_num()
-                    sinks[side] = alignment.with_sinks(torch.zeros_like(sinks[side]), sinks[side], grid.left_padding, 0)
-                sinks[side] = alignment.with_sinks(sinks[side], encoded, grid.left_padding, spans[0].start)
-            frames = grid.frames
-            if framed and side == "key":
-                held = self.block_table.slice(0, self.block_table.count).get("block_table", block_table)
-                grids = (self.grid, grid)
-                store = alignment.moved_rows(store, codecs[side], held, grids, tail.dtype, backend)
-                if shifts is not None:
-                    store, frames = alignment.with_shifts(store, grid, tail.shape[0], tail.device), shifts
-            fields = backend.encode(codecs[side], encoded, block_table, frames)
-            if frames is not None and frames.ndim == 2:
-                fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
-            if isinstance(codec := codecs[side], SpectralCodec):
-                first = self.first_read(grid)
-                gains[side] = guards.Later(codec.saturated(backend.gains(codec, fields), block_table, first))
-            stores[side] = store.appended(fields)
-            tails[side] = tail[:, :, count:].clone()
-        # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
-        guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
-        self._commit(
-            left_padding=grid.left_padding,
-            origins=grid.origins,
-            trail=None if self.trail is None else self.trail[:, :, count:].clone(),
-            leads=leads,
-            codecs=codecs,
-            spans=self.spans + spans,
-            stores=stores,
-            block_table=self.block_table.appended({"block_table": block_table}),
-            sinks=sinks,
-            tails=tails,
-            gains=gains if guards.Later.pays(self.device) else {},
-            pending=False,
-        )
+                guards.require_finite(self.index, side, tokens, due.spans[0].start, due.grid.left_padding)
+
+    def _aside(self, side: str, due: _Due, encoded: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sinks, those among the new blocks' tokens too, and what lies before the first block if not the sinks."""
+        sinks = self.sinks[side] if self.spans else self.tails[side][:, :, : due.lead].clone()
+        if due.grid.left_padding is None:
+            return sinks, None  # the sinks are the lead: there is no padding, or no row that has it any more
+        before = self.leads.get(side)
+        if not self.spans:
+            # Padding may hold anything; of NaN no more is kept than codes would.
+            before = sinks if due.codecs[side].bits is None else sinks.nan_to_num()
+            sinks = alignment.with_sinks(torch.zeros_like(sinks), sinks, due.grid.left_padding, 0)
+        return alignment.with_sinks(sinks, encoded, due.grid.left_padding, due.spans[0].start), before
+
+    def _blocks_of(self, side: str, due: _Due, encoded: Tensor) -> tuple[BlockStore, Fields]:
+        """Encode a side's new blocks.
+
+        Returns:
+            What is stored, with keys of rows that have moved encoded anew, and what is to be added.
+        """
+        store, frames = self.stores[side], due.grid.frames
+        if due.framed and side == "key":
+            held = self.block_table.slice(0, self.block_table.count).get("block_table", due.block_table)
+            grids, dtype = (self.grid, due.grid), self.tails[side].dtype
+            store = alignment.moved_rows(store, due.codecs[side], held, grids, dtype, due.backend)
+            if due.shifts is not None:
+                store = alignment.with_shifts(store, due.grid, encoded.shape[0], encoded.device)
+                frames = due.shifts
+        fields = due.backend.encode(due.codecs[side], encoded, due.block_table, frames)
+        if frames is not None and frames.ndim == 2:
+            fields["shifts"] = frames.int().unflatten(1, (-1, BLOCK)).transpose(0, 1)
+        return store, fields
 
     @property
     def starts(self) -> Tensor | None:
