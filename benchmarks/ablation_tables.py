@@ -101,6 +101,22 @@ def _cell(entry: dict[str, Any] | None) -> str:
     return f"{entry['kl_mean']:.5f} ± {entry['kl_stderr']:.5f} ({entry['bits_per_element']:.3f})"
 
 
+def frames_table(path: Path, record: Record, page: Path) -> str:
+    """A step's time by the wavelength below which keys are stored without rotation."""
+    settings, rows, wavelengths = record["settings"], [], []
+    for geometry, rungs in record["metrics"].items():
+        for length, found in rungs.items():
+            wavelengths = [f"wavelength {'all' if name == 'inf' else name}" for name in found]
+            cells = [f"{entry['median']:.3f} ({entry['times']:.2f}×)" for entry in found.values()]
+            rows.append([geometry, f"{int(length):,}", *cells])
+    caption = (
+        f"One layer, one new token at {settings['bits']:g} bits, trellis codes, float32, {settings['threads']} "
+        f"thread{'s' * (settings['threads'] != 1)}: median milliseconds, and how many times those of wavelength "
+        f"{settings['default']:g}. {origin(path, record, page)}"
+    )
+    return markdown(["geometry", "cached tokens", *wavelengths], rows) + f"\n\n{caption}"
+
+
 def findings_table(path: Path, record: Record, page: Path) -> str:
     """The published findings with our numbers."""
     settings, metrics = record["settings"], record["metrics"]

@@ -191,9 +191,10 @@ def attention_rung(geometry: Geometry, length: int, options: argparse.Namespace)
     def states(heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(1, heads, tokens, geometry.dim, generator=generator).to(dtype)
 
-    layer = spectral_layer(geometry, length, torch.float32, options, states)
+    calibration = synthetic(geometry.config(), options)
+    layer = spectral_layer(geometry, length, torch.float32, calibration, states)
     steps: dict[str, Callable[[], object]] = {"spectral": transformers_step(layer, geometry, torch.float32, states)}
-    half = spectral_layer(geometry, length, torch.bfloat16, options, states)
+    half = spectral_layer(geometry, length, torch.bfloat16, calibration, states)
     steps["spectral_bfloat16"] = transformers_step(half, geometry, torch.bfloat16, states)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         steps[f"dense_{name}"] = dense_step(geometry, length, dtype, states)
@@ -249,11 +250,10 @@ def synthetic(config: PreTrainedConfig, options: argparse.Namespace) -> Calibrat
 
 
 def spectral_layer(
-    geometry: Geometry, length: int, dtype: torch.dtype, options: argparse.Namespace, states: States
+    geometry: Geometry, length: int, dtype: torch.dtype, calibration: Calibration, states: States
 ) -> SpectralLayer:
     """A layer with ``length`` tokens, encoded by the kernels."""
-    config = geometry.config()
-    cache = SpectralCache(synthetic(config, options), config, backend="cpu")
+    cache = SpectralCache(calibration, geometry.config(), backend="cpu")
     layer = cache.spectral_layers[0]
     for first in range(0, length, 4096):
         count = min(4096, length - first)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-from ablation_tables import ablation_table, findings_table
+from ablation_tables import ablation_table, findings_table, frames_table
 from absorb_tables import absorb_table
 from claim_tables import claim_table
 from cpu_tables import cpu_attention_table, cpu_models_table
@@ -85,6 +85,7 @@ PART_TABLES: dict[str, tuple[str, PartRender]] = {
 
 TABLES: dict[str, tuple[str, Render]] = {
     "findings": ("findings", findings_table),
+    "frames": ("frames", frames_table),
     "absorb": ("absorb", absorb_table),
     "cpu-attention": ("cpu-decode", cpu_attention_table),
     "cpu-models": ("cpu-decode", cpu_models_table),

@@ -185,18 +185,21 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         check_identity(self.layers, self.metadata, model, strict)
 
     @classmethod
-    def synthetic(cls, config: PreTrainedConfig, bits: float = 3.0, seed: int = 0) -> Calibration:
+    def synthetic(
+        cls, config: PreTrainedConfig, bits: float = 3.0, seed: int = 0, codec: CodecSettings | None = None
+    ) -> Calibration:
         """A stand-in of the right geometry for speed and memory work; its codes mean nothing for fidelity.
 
         Args:
             config: ``model.config``.
             bits: Mean code width.
             seed: Seed of the random transforms.
+            codec: Codec choices; the defaults if None.
 
         Returns:
             A calibration with random orthogonal transforms and geometric spectra.
         """
-        return cls(*random_constants(config, seed)).with_bits(bits)
+        return cls(*random_constants(config, seed, codec)).with_bits(bits)
 
     # -------------------------------------------------------------- files and Hub
 

@@ -12,12 +12,15 @@ from quantcache.coding.schema import CodecSettings, LayerCalibration, Metadata, 
 from quantcache.common import compat
 
 
-def random_constants(config: PreTrainedConfig, seed: int) -> tuple[dict[int, LayerCalibration], Metadata]:
+def random_constants(
+    config: PreTrainedConfig, seed: int, codec: CodecSettings | None = None
+) -> tuple[dict[int, LayerCalibration], Metadata]:
     """Random orthogonal transforms and geometric spectra for every layer that can be compressed.
 
     Args:
         config: The model's config.
         seed: Seed of the transforms.
+        codec: Codec choices; the defaults if None.
 
     Returns:
         The layers, without widths, and what a calibration says of itself.
@@ -28,7 +31,7 @@ def random_constants(config: PreTrainedConfig, seed: int) -> tuple[dict[int, Lay
     text_config = config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(seed)
     cache_layout.compressible_layers(config)
-    codec = CodecSettings()
+    codec = codec or CodecSettings()
     layers = {}
     for index, (key, value) in tracing.cached_shapes(config).items():
         rope = cache_layout.rope_from_config(text_config, index)

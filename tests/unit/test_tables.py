@@ -359,6 +359,20 @@ def test_predicted_beside_what_another_text_measures(checkout: Path, sinks: int)
     assert ("fidelity__b.json" in text) == (sinks == 4)
 
 
+def test_frames_beside_the_default(checkout: Path) -> None:
+    (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:frames"), "utf-8")
+    content = record("2026-01-02T00:00:00+00:00", 0, suite="frames")
+    content["settings"] = {"bits": 3.0, "threads": 1, "default": 128.0}
+    rung = {"128": {"median": 2.0, "times": 1.0}, "inf": {"median": 5.0, "times": 2.5}}
+    content["metrics"] = {"llama-8b": {"4096": rung}}
+    add(checkout, "a", content)
+    assert tables.main([], checkout) == 0
+    text = (checkout / "README.md").read_text("utf-8")
+    assert "| geometry | cached tokens | wavelength 128 | wavelength all |" in text
+    assert "| llama-8b | 4,096 | 2.000 (1.00×) | 5.000 (2.50×) |" in text
+    assert "those of wavelength 128. Abacus 9" in text
+
+
 def test_predictions_of_a_record_are_those_of_the_calibration() -> None:
     calibration = Calibration.from_pretrained(calibrations_path() / "wiki11m")
     entries = {"dense": {"family": "dense"}, "spectral-2.5": {"family": "ours"}, "kivi-2": {"family": "rival"}}

@@ -1,0 +1,77 @@
+"""What it costs to undo RoPE completely for more of the keys' dimensions: a decoding step by wavelength.
+
+Rotary pairs that turn once in fewer tokens than the wavelength are stored free of rotation. That loses less (see the
+ablation of the frame), but attention decodes their coefficients and rotates them for every token, where it scores the
+others without either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+
+import torch
+from cpu_decode import GEOMETRIES, spectral_layer, take_turns, transformers_step
+from records import ROOT, write_record
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from quantcache import Calibration
+from quantcache.coding.rope import FAST_WAVELENGTH
+from quantcache.coding.schema import CodecSettings
+from quantcache.evaluation.summaries import quantiles
+
+WAVELENGTHS = (32.0, FAST_WAVELENGTH, 1024.0, math.inf)
+
+
+def main() -> None:
+    """Measure, print a table and write a record."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    metrics = {
+        name: {str(length): rung(name, length, options) for length in options.lengths} for name in options.geometries
+    }
+    table = Table("geometry", "cached tokens", *(f"wavelength {each:g}" for each in WAVELENGTHS), title="ms (times)")
+    for name, rungs in metrics.items():
+        for length, found in rungs.items():
+            cells = (f"{each['median']:.3f} ({each['times']:.2f})" for each in found.values())
+            table.add_row(name, f"{int(length):,}", *cells)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    path = write_record("frames", {**vars(options), "default": FAST_WAVELENGTH}, metrics)
+    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--geometries", nargs="+", default=["llama-8b", "smollm2"], choices=list(GEOMETRIES))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16_384], help="cached tokens")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bits", type=float, default=3.0)
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for each geometry and length")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def rung(name: str, length: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds of one layer's step by wavelength, in turns, and how many times the default's that is."""
+    geometry, generator = GEOMETRIES[name], torch.Generator().manual_seed(length)
+
+    def states(heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(1, heads, tokens, geometry.dim, generator=generator).to(dtype)
+
+    steps = {}
+    for wavelength in WAVELENGTHS:
+        codec = CodecSettings(fast_wavelength=wavelength, coding="trellis")
+        calibration = Calibration.synthetic(geometry.config(), options.bits, codec=codec)
+        layer = spectral_layer(geometry, length, torch.float32, calibration, states)
+        steps[f"{wavelength:g}"] = transformers_step(layer, geometry, torch.float32, states)
+    found = {key: quantiles(samples) for key, samples in take_turns(steps, options.seconds).items()}
+    own = found[f"{FAST_WAVELENGTH:g}"]["median"]
+    return {key: {**entry, "times": entry["median"] / own} for key, entry in found.items()}
+
+
+if __name__ == "__main__":
+    main()
