@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +122,13 @@ def test_nothing_predicted_nothing_chosen() -> None:
 def test_words_of_a_divergence() -> None:
     found = [quality_of(kl) for kl in (None, 0.0, 0.001, 0.00101, 0.005, 0.02, 0.021)]
     assert found == [None, "near-lossless", "near-lossless", "balanced", "balanced", "small", None]
+
+
+def test_the_documentation_says_what_the_words_choose() -> None:
+    """The page's table is that of the calibrations that ship."""
+    root = Path(__file__).resolve().parents[2]
+    lines = (root / "docs" / "using-a-cache.md").read_text(encoding="utf-8").splitlines()
+    shipped = [Calibration.for_model("wiki11m"), Calibration.from_pretrained(root / "calibrations" / "smollm2-135m")]
+    for own in zip(*map(quality_rates, shipped), strict=True):
+        cells = [f"{rate.bits:g} bits, {rate.predicted_kl:.2g} predicted" for rate in own]
+        assert f"| {' | '.join([f'`{own[0].quality}`', f'{own[0].max_kl:g}', *cells])} |" in lines
