@@ -88,7 +88,8 @@ def gain_kernel(
     gains,  # [n, B, H, 64] uint8
     steps,  # [n, B, H, 64] float32, of a trellis: the gain that the search has found
     batch, W,
-    S: tl.constexpr, CHUNK: tl.constexpr, FACTORS: tl.constexpr, TRELLIS: tl.constexpr,
+    S: tl.constexpr, CHUNK: tl.constexpr, FACTORS: tl.constexpr, TRIALS: tl.constexpr,
+    TRELLIS: tl.constexpr,
 ):  # fmt: skip
     """Gains and packed fields of one head of one block; of a trellis the steps."""
     block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -109,57 +110,63 @@ def gain_kernel(
     rms = tl.sqrt(tl.sum(squares, axis=1) / tl.load(counts + head).to(tl.float32))
 
     # The gain search: how much of a token's energy the best gain explains, for every factor.
-    best = tl.zeros((64,), tl.float32) + tl.load(factors)
-    most = tl.full((64,), -1.0, tl.float32)
-    gain = tl.zeros((64,), tl.float32)
-    for f in range(FACTORS):
-        factor = tl.load(factors + f)
-        crosses, energies = tl.zeros((64, CHUNK), tl.float32), tl.zeros((64, CHUNK), tl.float32)
-        for first in range(0, S, CHUNK):
-            slot = first + tl.arange(0, CHUNK)
-            y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
-            width = tl.load(widths + slot, mask=slot < S, other=0)
-            code = nearest(y, rms * factor, width, slot, search, boundaries, bins, S)
+    trial = tl.arange(0, TRIALS)
+    crosses, energies = tl.zeros((64, TRIALS), tl.float32), tl.zeros((64, TRIALS), tl.float32)
+    for first in range(0, S, CHUNK):
+        slot = first + tl.arange(0, CHUNK)
+        y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
+        width = tl.load(widths + slot, mask=slot < S, other=0)
+        weight = tl.load(weights + slot, mask=slot < S, other=0.0)[None, :]
+        grid = grid_of(width, slot, search, S)
+        for f in range(FACTORS):
+            code = nearest(y, rms * tl.load(factors + f), width, grid, boundaries, bins)
             level = tl.load(levels + (((1 << width) - 2)[None, :] + code), mask=(width > 0)[None, :], other=0.0)
-            weighted = level * tl.load(weights + slot, mask=slot < S, other=0.0)[None, :]
-            crosses += weighted * y
-            energies += weighted * level
-        cross, energy = tl.sum(crosses, axis=1), tl.sum(energies, axis=1)
-        found = tl.maximum(tl.where(energy > 0, cross / energy, 0.0), 0.0)
-        saved = found * cross
-        better = saved > most
-        best = tl.where(better, factor, best)
-        gain = tl.where(better, found, gain)
-        most = tl.where(better, saved, most)
+            weighted, own = level * weight, (trial == f)[None, :]
+            crosses += tl.where(own, tl.sum(weighted * y, axis=1)[:, None], 0.0)
+            energies += tl.where(own, tl.sum(weighted * level, axis=1)[:, None], 0.0)
+    fits = energies > 0
+    found = tl.maximum(tl.where(fits, crosses, 0.0) / tl.where(fits, energies, 1.0), 0.0)
+    saved = found * crosses
+    saved = tl.where((saved > -1.0) & (trial < FACTORS)[None, :], saved, -1.0)  # not a number is none
+    best = tl.min(tl.where(saved == tl.max(saved, axis=1)[:, None], trial[None, :], TRIALS), axis=1)
+    gain = tl.sum(tl.where((trial[None, :] == best[:, None]) & (saved > -1.0), found, 0.0), axis=1)
+    step = rms * tl.load(factors + best)
 
     if TRELLIS:
-        tl.store(steps + row + token, rms * best)
+        tl.store(steps + row + token, step)
     else:
         store_gains(gains + row + token, gain)
         for first in range(0, S, CHUNK):
             slot = first + tl.arange(0, CHUNK)
             y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
             width = tl.load(widths + slot, mask=slot < S, other=0)
-            code = nearest(y, rms * best, width, slot, search, boundaries, bins, S)
+            code = nearest(y, step, width, grid_of(width, slot, search, S), boundaries, bins)
             offset = tl.load(offsets + head * S + slot, mask=slot < S, other=0)
             store_codes(codes + line * W, tl.trans(code).to(tl.uint32), offset, width, CHUNK)
 
 
 @jit
-def nearest(y, step, width, slot, search, boundaries, bins, S: tl.constexpr):
+def grid_of(width, slot, search, S: tl.constexpr):
+    """Of the bins of some slots, how many there are in a unit, where the first one is, and the last one's number."""
+    scale = tl.load(search + slot, mask=slot < S, other=0.0)
+    origin = tl.load(search + S + slot, mask=slot < S, other=0.0)
+    return scale[None, :], origin[None, :], ((4 << width) - 1).to(tl.float32)[None, :]
+
+
+@jit
+def nearest(y, step, width, grid, boundaries, bins):
     """Codes ``[64, slots]``: how many boundaries lie below y / step.
 
     A uniform grid of bins, finer than the boundaries, gives the number of boundaries below the bin; at most one more
     lies inside it.
     """
-    scale = tl.load(search + slot, mask=slot < S, other=0.0)[None, :]
-    origin = tl.load(search + S + slot, mask=slot < S, other=0.0)[None, :]
-    coded, book = (width > 0)[None, :], ((1 << width) - 2)[None, :]
+    scale, origin, last = grid
+    coded = (width > 0)[None, :]
     u = tl.where(step[:, None] > 0, y / step[:, None], 0.0)
-    last = ((4 << width) - 1).to(tl.float32)[None, :]
     index = tl.minimum(tl.maximum(tl.floor(u * scale + origin), 0.0), last).to(tl.int32)
     code = tl.load(bins + (((4 << width) - 8)[None, :] + index), mask=coded, other=0)
-    return code + (u > tl.load(boundaries + (book + code), mask=coded, other=0.0)).to(tl.int32)
+    above = tl.load(boundaries + (((1 << width) - 2)[None, :] + code), mask=coded, other=0.0)
+    return code + (u > above).to(tl.int32)
 
 
 def launch(
@@ -184,7 +191,7 @@ def launch(
     """
     dim, num_slow, slots, payload, framed, passes = sizes
     tables, trellis_tables = (tables[: -trellis.TABLES], tables[-trellis.TABLES :]) if passes else (tables, [])
-    chunk = chunk_of(slots)
+    chunk, factors = chunk_of(slots), tables[-1].shape[0]
     # Fours of blocks keep pointers aligned: those that are not would be variants of their own to Triton.
     lines = x.shape[0] * x.shape[1] * BLOCK
     count = 4 * max(1, SCRATCH // (16 * lines * slots))
@@ -206,7 +213,8 @@ def launch(
         )  # fmt: skip
         gain_kernel[grid](
             coefficients, *tables[6:], codes[some], gains[some], steps, x.shape[0], payload,
-            S=slots, CHUNK=chunk, FACTORS=tables[-1].shape[0], TRELLIS=bool(passes), num_warps=CHUNK_WARPS,
+            S=slots, CHUNK=chunk, FACTORS=factors, TRIALS=power_of_two(factors, 1), TRELLIS=bool(passes),
+            num_warps=CHUNK_WARPS,
         )  # fmt: skip
         if passes:
             trellis.launch(coefficients, steps, tables, trellis_tables, sizes, codes[some], gains[some])
