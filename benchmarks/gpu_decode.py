@@ -385,7 +385,7 @@ def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 @torch.inference_mode()
 def sweep(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """The kernels' settings, one after the other: each keeps the best of those before it."""
-    from quantcache_kernels.triton.ops import SETTINGS
+    from quantcache_kernels.triton.attention import SETTINGS
 
     choices: dict[str, tuple[Any, ...]] = {
         "programs_per_processor": (8, 4, 12, 16, 24),

@@ -19,9 +19,9 @@ from quantcache.coding.packing import BLOCK
 from quantcache_kernels.interface import AttentionCall
 
 if TYPE_CHECKING:
-    from quantcache_kernels.triton.ops import PreparedSide
+    from quantcache_kernels.triton.constants import PreparedSide
 
-# quantcache_kernels.triton.ops is imported where it is used: importing it imports Triton.
+# Modules of quantcache_kernels.triton are imported where they are used: importing them imports Triton.
 
 TRIAL_BLOCKS = 2
 
@@ -47,7 +47,7 @@ class TritonBackend(Backend):
         """Another kind of blocks, or geometry."""
         if not isinstance(codec, SpectralCodec):
             return f"blocks are coded by {type(codec).__name__}"
-        from quantcache_kernels.triton.ops import unsupported
+        from quantcache_kernels.triton.constants import unsupported
 
         return unsupported(codec.dim, codec.frame.num_fast, codec.num_words)
 
@@ -119,7 +119,7 @@ def prepared(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
     Returns:
         The tables.
     """
-    from quantcache_kernels.triton.ops import PreparedSide, compute_dtype, prepare
+    from quantcache_kernels.triton.constants import PreparedSide, compute_dtype, prepare
 
     name = f"triton {compute_dtype(dtype)}"
     found = codec.derived.get(name)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run(*arguments: str) -> list[dict[str, Any]]:
 @pytest.mark.triton
 def test_decoding_compiles_few_variants() -> None:
     (found,) = run("--steps", "600")
-    assert set(found) == {"encode_kernel", "query_kernel", "attend_kernel", "dense_kernel", "merge_kernel"}
+    assert set(found) == {f"{name}_kernel" for name in ("coefficient", "gain", "query", "attend", "dense", "merge")}
     assert max(found.values()) <= 4, found
 
 
@@ -51,36 +52,29 @@ def test_every_variant_passes_the_front_end() -> None:
     assert len(found) > 200, "every case is there, and kernels are compiled anew for what differs"
 
 
-KERNELS = ("attend", "query", "dense", "merge", "decode", "encode", "path", "level")
+KERNELS = ("attend", "query", "dense", "merge", "decode", "coefficient", "gain", "path", "level")
 
 SPILLS = {  # bytes of stack that kernels may take, by target, case and kernel; all others none
-    90: {
-        "gemma-2": {"attend": 256, "encode": 1216},
-        "gemma-2-trellis": {"encode": 960, "level": 256},
-        "llama-8b": {"dense": 8, "encode": 256},
-        "llama-8b-trellis": {"attend": 16, "encode": 256},
-        "D64": {"attend": 16},
-    },
-    80: {
-        "gemma-2": {"encode": 704},
-        "gemma-2-trellis": {"encode": 512, "level": 160},
-        "llama-8b-trellis": {"attend": 128, "encode": 256},
-    },
-    120: {
-        "gemma-2": {"encode": 736},
-        "gemma-2-trellis": {"encode": 512, "level": 288},
-        "llama-8b-trellis": {"attend": 32, "encode": 256},
-    },
+    90: {"llama-8b": {"dense": 8}, "llama-8b-trellis": {"attend": 16}, "D64": {"attend": 16}},
+    80: {"llama-8b-trellis": {"attend": 128}, "gemma-2": {"attend": 152}},
+    120: {"llama-8b-trellis": {"attend": 32}, "gemma-2": {"attend": 8}},
 }
-"""Exempt are those that hold a whole head at once. A program of ``attend`` is one warp, with the sums of all value
-tiles; ``encode`` and ``level`` search with all coefficients of a block, beside what they know of every slot, and 8 or
-32 warps do not help. In float32 ("T69") attention looks levels up and has no tensor cores: not bounded."""
+"""A program of ``attend`` is one warp, with the sums of all value tiles. A quarter as many local loads and stores may be in
+its loop: on sm_80 that is 38 of 8,258 instructions at D = 256, with 128 bytes of stack."""
+
+SPILLS_3_6: dict[int, dict[str, dict[str, int]]] = {
+    90: {"gemma-2": {"attend": 24}},
+    80: {"gemma-2": {"attend": 216}, "gemma-2-trellis": {"gain": 16}, "llama-8b-trellis": {"attend": 128, "gain": 16}},
+    120: {"gemma-2": {"attend": 32}},
+}
+"""What differs with Triton 3.6, whose assembler is older."""
 
 UNBOUNDED = {("T69", "attend")}
+"""In float32 attention looks levels up and has no tensor cores."""
 
-OF_256 = ["^gemma-2$:query|dense|merge|decode|encode", "^gemma-2-trellis$:decode|encode|path|level"]
+OF_256 = ["^gemma-2$", "^gemma-2-trellis$:decode|coefficient|gain|path|level"]
 COMPILED = {
-    90: ["^llama-8b$", "^llama-8b-trellis$:attend|decode|encode|path|level", "^gemma-2$:attend", "^D64$:attend|query",
+    90: ["^llama-8b$", "^llama-8b-trellis$:attend|decode|coefficient|gain|path|level", "^D64$:attend|query",
          "^T69$:attend", *OF_256],
     80: ["^llama-8b-trellis$", *OF_256],
     120: ["^llama-8b-trellis$", *OF_256],
@@ -96,11 +90,14 @@ def test_kernels_compile_for(target: int) -> None:
     assert not [each for each in found if each["error"]]
     assert {each["kernel"] for each in found} == {f"{name}_kernel" for name in KERNELS}
     wide = {each["kernel"] for each in found if each["case"].startswith("gemma-2")}
-    assert wide >= {f"{name}_kernel" for name in KERNELS if name != "attend"}
+    assert wide == {f"{name}_kernel" for name in KERNELS}
+    allowed = SPILLS[target]
+    if version("triton").startswith("3.6."):
+        allowed = allowed | SPILLS_3_6[target]
     spilled = {}
     for each in found:
         case, kernel = each["case"], each["kernel"].removesuffix("_kernel")
-        most = SPILLS[target].get(case, {}).get(kernel, 0)
+        most = allowed.get(case, {}).get(kernel, 0)
         if (case, kernel) not in UNBOUNDED and (each["stack"] > most or each["local"] > most // 4):
             spilled[case, kernel] = each["stack"], each["local"]
         assert kernel != "attend" or 0 < each["loop"] < 9000

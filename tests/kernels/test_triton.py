@@ -151,8 +151,9 @@ def test_levels_of_a_trellis_in_half_precision(width: int) -> None:
     assert theirs <= 2 * own + 1e-6, (theirs, own)
 
 
-def test_a_trellis_is_encoded_some_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    filled = shared(replace(BASE, tokens=4 + 5 * BLOCK, dim=16, coding=("trellis", "trellis")))
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+def test_encoding_takes_some_blocks_at_a_time(coding: Coding, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = shared(replace(BASE, tokens=4 + 5 * BLOCK, dim=16, coding=(coding, coding)))
     side, moved = filled.layer.snapshot().value, on_device(filled.layer, TRITON).snapshot()
     x, block_table = filled.given["value"][:, :, 4:], filled.layer.snapshot().block_table
     monkeypatch.setattr(encode, "SCRATCH", 1)  # four blocks, then the fifth

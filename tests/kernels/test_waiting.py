@@ -24,7 +24,7 @@ from quantcache.attention import guards
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
 from quantcache_kernels.cuda import codes
-from quantcache_kernels.triton import decode, encode, ops, runtime
+from quantcache_kernels.triton import attention, decode, encode, ops, runtime
 from tests.builders import llama_config
 
 WAITING = {
@@ -99,7 +99,7 @@ class Looks:
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     """Wrappers without launches, and looks ahead as on a GPU."""
-    for module in (ops, encode, decode):
+    for module in (attention, encode, decode):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoLaunch())
     for name in ("attend", "encode_blocks"):

@@ -58,6 +58,7 @@ def attend_kernel(
     KS: tl.constexpr = 16 * (SLOW + FAST)
     VS: tl.constexpr = 16 * VALUE
     Q: tl.constexpr = 16 * SLOW + 2 * P
+    TIGHT: tl.constexpr = VALUE > 8  # sums leave few registers: nothing is loaded ahead for the keys
     slot = tl.arange(0, 16)
     token = tl.arange(0, 64)
 
@@ -84,34 +85,38 @@ def attend_kernel(
         # Zero, but the compiler cannot know: it would move all loads from the tables out of the loop, into registers
         # that it does not have.
         tables = block * zero
+        key_slot = slot
+        if TIGHT:
+            key_slot += tl.multiple_of(tables, 16)
         line = block * rows_of_blocks + b
         keys = key_codes + tl.multiple_of(line * key_stride, 2)  # fields are 2, 4 or 8 words long
         values = value_codes + tl.multiple_of(line * value_stride, 2)
         key_gain = gain_of(tl.load(key_gains + (line * heads + head) * 64 + token))
-        value_gain = gain_of(tl.load(value_gains + (line * heads + head) * 64 + token))
+        if not TIGHT:
+            value_gain = gain_of(tl.load(value_gains + (line * heads + head) * 64 + token))
         anchor = block // 2 if PAIRED else block
         query_line = (anchor * rows_of_blocks + b) * heads + head
         query = queries + query_line * R * Q
         start = tl.load(block_table + block * 3)
         turning = tl.zeros((64, ROWS), tl.float32)
-        if SLOW > 0:
+        if SLOW > 0 and not TIGHT:
             coming = load_tile(keys, key_words, slot, KS, KEY_TRELLIS)  # the first slow tile: on its way all the while
         for c in range(P // 16):
             # The fast part is decoded, few dimensions as it is, and turned by the offset from the anchor: 16 pairs at a
             # time, since more would not fit in registers.
-            pair = 16 * c + slot
+            pair = 16 * c + key_slot
             first = tl.zeros((64, 16), tl.float32)
             second = tl.zeros((64, 16), tl.float32)
             for f in range(FAST):
                 flags = tl.load(key_flags + SLOW + f)
-                place = 16 * (SLOW + f) + slot
+                place = 16 * (SLOW + f) + key_slot
                 if flags != 0:
                     fields = arrange_tile(load_tile(keys, key_words, place, KS, KEY_TRELLIS), True, KEY_TRELLIS)
                     x = unpack(fields, flags, key_factors, place, one_half, KS, KEY_TRELLIS)
                     if WIDE and not KEY_TRELLIS:
                         x += second_nibble(keys, key_words, key_factors, place, flags, True, KS)
                     tile = key_levels(x, key_meaning, key_levels_, place, KS, KEY_POLYNOMIAL, KEY_TRELLIS)
-                    matrix = fast_decoder + ((head * FAST + f) * 16 + slot)[:, None] * (2 * P) + pair[None, :]
+                    matrix = fast_decoder + ((head * FAST + f) * 16 + key_slot)[:, None] * (2 * P) + pair[None, :]
                     first = tl.dot(tile, tl.load(matrix), first, input_precision=PRECISION)
                     second = tl.dot(tile, tl.load(matrix + P), second, input_precision=PRECISION)
             first = first * key_gain[:, None] + tl.load(fast_mean + head * 2 * P + pair)[None, :]
@@ -127,8 +132,10 @@ def attend_kernel(
             turning = tl.dot(turned, fast_of_row, turning, input_precision=PRECISION)
         scores = tl.zeros((64, ROWS), tl.float32)
         if SLOW > 0:
+            if TIGHT:
+                coming = load_tile(keys, key_words, key_slot, KS, KEY_TRELLIS)
             for t in range(SLOW):
-                place = 16 * t + slot
+                place = 16 * t + key_slot
                 flags = tl.load(key_flags + t)
                 now = arrange_tile(coming, True, KEY_TRELLIS)
                 if t + 1 < SLOW:
@@ -161,6 +168,8 @@ def attend_kernel(
         weights = tl.exp2(scores - new_peak[None, :])
         decay = tl.exp2(peak - new_peak)
         total = total * decay + tl.sum(weights, axis=0)
+        if TIGHT:
+            value_gain = gain_of(tl.load(value_gains + (line * heads + head) * 64 + token))
         peak = new_peak
         # Tokens in the order of value_levels: t and t + 32 side by side.
         weights = (weights * value_gain[:, None]).to(dtype).reshape(2, 32, ROWS).permute(1, 0, 2).reshape(64, ROWS)

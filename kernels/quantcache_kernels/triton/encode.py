@@ -1,8 +1,9 @@
-"""Encoding: from keys or values as the model caches them to packed codes and gains, one pass over the input.
+"""Encoding: from keys or values as the model caches them to packed codes and gains.
 
-A program encodes one head of one block: frame, centring and transform into registers, the root mean square, the gain
-search against the Lloyd-Max boundaries, the corrected gain, the packed fields. Of a trellis it stops after the gain
-search, and leaves the rest to trellis.py.
+The first kernel makes the coefficients: frame, centring and transform. They go through memory, of some blocks at a
+time. The second, a program for each head of each block, goes over them some slots at a time, so that it need not hold
+them all: the root mean square, the gain search against the Lloyd-Max boundaries, the corrected gain, the packed fields.
+Of a trellis it stops after the gain search, and leaves the rest to trellis.py.
 """
 
 from __future__ import annotations
@@ -12,35 +13,26 @@ from torch import Tensor
 
 from quantcache_kernels.triton import runtime, trellis
 from quantcache_kernels.triton.codes import rotation
-from quantcache_kernels.triton.packing import store_codes, store_gains, warps
+from quantcache_kernels.triton.packing import CHUNK_WARPS, chunk_of, store_codes, store_gains
 from quantcache_kernels.triton.runtime import BLOCK, jit, kernel, power_of_two, tl
 
 SCRATCH = 64 << 20
-"""Bytes of coefficients that are in memory at once, between the kernels of a trellis."""
+"""Bytes of coefficients that are in memory at once, between the kernels."""
 
 
-@kernel("batch", "W")
-def encode_kernel(
+@kernel("batch")
+def coefficient_kernel(
     x,  # [B, H, n * 64, D]
     block_table, left_padding,
     order, partner, sign, turns,
     encoder,  # [H, S, D] float32
     mean,  # [H, D] float32
-    weights,  # [H, S] float32
-    widths, offsets,  # [H, S] int32
-    search,  # [H, 2, S] float32: bins per unit, and the first bin's place
-    counts,  # [H] int32: coded dimensions
-    levels, boundaries, bins,  # all codebooks, width 1 to 8
-    factors,  # [FACTORS] float32: the gain search
-    codes,  # [n, B, W] int32
-    gains,  # [n, B, H, 64] uint8
-    coefficients,  # [n, B, H, 64, S] float32, of a trellis
-    steps,  # [n, B, H, 64] float32, likewise: the gain that the search has found
-    x_batch, x_head, x_token, x_dim, batch, W,
-    D: tl.constexpr, DS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, FACTORS: tl.constexpr,
-    FRAMED: tl.constexpr, HAS_STARTS: tl.constexpr, TRELLIS: tl.constexpr, PRECISION: tl.constexpr,
+    coefficients,  # [n, B, H, 64, S] float32
+    x_batch, x_head, x_token, x_dim, batch,
+    D: tl.constexpr, DS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    FRAMED: tl.constexpr, HAS_STARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head of one block."""
+    """Coefficients of one head of one block."""
     block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     token = tl.arange(0, 64)
@@ -78,56 +70,103 @@ def encode_kernel(
         )
         y = tl.dot(vectors, matrix, y, input_precision=PRECISION)
 
-    place = head * S + slot
-    width = tl.load(widths + place, mask=real, other=0)
-    coded = (width > 0)[None, :]
-    rms = tl.sqrt(tl.sum(tl.where(coded, y * y, 0.0), axis=1) / tl.load(counts + head).to(tl.float32))
-    book = ((1 << width) - 2)[None, :]
-    scale = tl.load(search + head * 2 * S + slot, mask=real, other=0.0)[None, :]
-    origin = tl.load(search + head * 2 * S + S + slot, mask=real, other=0.0)[None, :]
-    weight = tl.load(weights + place, mask=real, other=0.0)[None, :]
+    line = (block.to(tl.int64) * batch + b) * heads + head
+    coefficients += line * 64 * S
+    tl.store(coefficients + (token * S)[:, None] + slot[None, :], y, mask=real[None, :])
+
+
+@kernel("batch", "W")
+def gain_kernel(
+    coefficients,  # [n, B, H, 64, S] float32
+    weights,  # [H, S] float32
+    widths, offsets,  # [H, S] int32
+    search,  # [H, 2, S] float32: bins per unit, and the first bin's place
+    counts,  # [H] int32: coded dimensions
+    levels, boundaries, bins,  # all codebooks, width 1 to 8
+    factors,  # [FACTORS] float32: the gain search
+    codes,  # [n, B, W] int32
+    gains,  # [n, B, H, 64] uint8
+    steps,  # [n, B, H, 64] float32, of a trellis: the gain that the search has found
+    batch, W,
+    S: tl.constexpr, CHUNK: tl.constexpr, FACTORS: tl.constexpr, TRIALS: tl.constexpr,
+    TRELLIS: tl.constexpr,
+):  # fmt: skip
+    """Gains and packed fields of one head of one block; of a trellis the steps."""
+    block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token = tl.arange(0, 64)
+    line = block.to(tl.int64) * batch + b
+    row = (line * tl.num_programs(1) + head) * 64
+    coefficients += row * S
+    weights += head * S
+    widths += head * S
+    search += head * 2 * S
+
+    squares = tl.zeros((64, CHUNK), tl.float32)
+    for first in range(0, S, CHUNK):
+        slot = first + tl.arange(0, CHUNK)
+        y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
+        coded = tl.load(widths + slot, mask=slot < S, other=0) > 0
+        squares += tl.where(coded[None, :], y * y, 0.0)
+    rms = tl.sqrt(tl.sum(squares, axis=1) / tl.load(counts + head).to(tl.float32))
 
     # The gain search: how much of a token's energy the best gain explains, for every factor.
-    best = tl.zeros((64,), tl.float32) + tl.load(factors)
-    most = tl.full((64,), -1.0, tl.float32)
-    gain = tl.zeros((64,), tl.float32)
-    for f in range(FACTORS):
-        factor = tl.load(factors + f)
-        code = nearest(y, rms * factor, width, book, coded, scale, origin, boundaries, bins)
-        level = tl.load(levels + (book + code), mask=coded, other=0.0)
-        cross = tl.sum(level * weight * y, axis=1)
-        energy = tl.sum(level * weight * level, axis=1)
-        found = tl.maximum(tl.where(energy > 0, cross / energy, 0.0), 0.0)
-        saved = found * cross
-        better = saved > most
-        best = tl.where(better, factor, best)
-        gain = tl.where(better, found, gain)
-        most = tl.where(better, saved, most)
+    trial = tl.arange(0, TRIALS)
+    crosses, energies = tl.zeros((64, TRIALS), tl.float32), tl.zeros((64, TRIALS), tl.float32)
+    for first in range(0, S, CHUNK):
+        slot = first + tl.arange(0, CHUNK)
+        y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
+        width = tl.load(widths + slot, mask=slot < S, other=0)
+        weight = tl.load(weights + slot, mask=slot < S, other=0.0)[None, :]
+        grid = grid_of(width, slot, search, S)
+        for f in range(FACTORS):
+            code = nearest(y, rms * tl.load(factors + f), width, grid, boundaries, bins)
+            level = tl.load(levels + (((1 << width) - 2)[None, :] + code), mask=(width > 0)[None, :], other=0.0)
+            weighted, own = level * weight, (trial == f)[None, :]
+            crosses += tl.where(own, tl.sum(weighted * y, axis=1)[:, None], 0.0)
+            energies += tl.where(own, tl.sum(weighted * level, axis=1)[:, None], 0.0)
+    fits = energies > 0
+    found = tl.maximum(tl.where(fits, crosses, 0.0) / tl.where(fits, energies, 1.0), 0.0)
+    saved = found * crosses
+    saved = tl.where((saved > -1.0) & (trial < FACTORS)[None, :], saved, -1.0)  # not a number is none
+    best = tl.min(tl.where(saved == tl.max(saved, axis=1)[:, None], trial[None, :], TRIALS), axis=1)
+    gain = tl.sum(tl.where((trial[None, :] == best[:, None]) & (saved > -1.0), found, 0.0), axis=1)
+    step = rms * tl.load(factors + best)
 
-    line = block.to(tl.int64) * batch + b
-    row = (line * heads + head) * 64 + token
     if TRELLIS:
-        tl.store(coefficients + row[:, None] * S + slot[None, :], y, mask=real[None, :])
-        tl.store(steps + row, rms * best)
+        tl.store(steps + row + token, step)
     else:
-        store_gains(gains + row, gain)
-        code = nearest(y, rms * best, width, book, coded, scale, origin, boundaries, bins)
-        offset = tl.load(offsets + place, mask=real, other=0)
-        store_codes(codes + line * W, tl.trans(code).to(tl.uint32), offset, width, SP)
+        store_gains(gains + row + token, gain)
+        for first in range(0, S, CHUNK):
+            slot = first + tl.arange(0, CHUNK)
+            y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
+            width = tl.load(widths + slot, mask=slot < S, other=0)
+            code = nearest(y, step, width, grid_of(width, slot, search, S), boundaries, bins)
+            offset = tl.load(offsets + head * S + slot, mask=slot < S, other=0)
+            store_codes(codes + line * W, tl.trans(code).to(tl.uint32), offset, width, CHUNK)
 
 
 @jit
-def nearest(y, step, width, book, coded, scale, origin, boundaries, bins):
-    """Codes ``[64, S]``: how many boundaries lie below y / step.
+def grid_of(width, slot, search, S: tl.constexpr):
+    """Of the bins of some slots, how many there are in a unit, where the first one is, and the last one's number."""
+    scale = tl.load(search + slot, mask=slot < S, other=0.0)
+    origin = tl.load(search + S + slot, mask=slot < S, other=0.0)
+    return scale[None, :], origin[None, :], ((4 << width) - 1).to(tl.float32)[None, :]
+
+
+@jit
+def nearest(y, step, width, grid, boundaries, bins):
+    """Codes ``[64, slots]``: how many boundaries lie below y / step.
 
     A uniform grid of bins, finer than the boundaries, gives the number of boundaries below the bin; at most one more
     lies inside it.
     """
+    scale, origin, last = grid
+    coded = (width > 0)[None, :]
     u = tl.where(step[:, None] > 0, y / step[:, None], 0.0)
-    last = ((4 << width) - 1).to(tl.float32)[None, :]
     index = tl.minimum(tl.maximum(tl.floor(u * scale + origin), 0.0), last).to(tl.int32)
-    code = tl.load(bins + ((4 << width) - 8)[None, :] + index, mask=coded, other=0)
-    return code + (u > tl.load(boundaries + (book + code), mask=coded, other=0.0)).to(tl.int32)
+    code = tl.load(bins + (((4 << width) - 8)[None, :] + index), mask=coded, other=0)
+    above = tl.load(boundaries + (((1 << width) - 2)[None, :] + code), mask=coded, other=0.0)
+    return code + (u > above).to(tl.int32)
 
 
 def launch(
@@ -150,44 +189,32 @@ def launch(
         codes: Filled with codes.
         gains: Filled with gains.
     """
-    is_trellis = bool(sizes[-1])
-    if not is_trellis:
-        _launch(x, block_table, left_padding, tables, sizes, codes, gains, gains, gains)
-        return
-    tables, trellis_tables = tables[: -trellis.TABLES], tables[-trellis.TABLES :]
-    # Coefficients go through memory, of some blocks at a time. Fours of them keep pointers aligned: those that are not
-    # would be variants of their own to Triton.
+    dim, num_slow, slots, payload, framed, passes = sizes
+    tables, trellis_tables = (tables[: -trellis.TABLES], tables[-trellis.TABLES :]) if passes else (tables, [])
+    chunk, factors = chunk_of(slots), tables[-1].shape[0]
+    # Fours of blocks keep pointers aligned: those that are not would be variants of their own to Triton.
     lines = x.shape[0] * x.shape[1] * BLOCK
-    count = 4 * max(1, SCRATCH // (16 * lines * sizes[2]))
+    count = 4 * max(1, SCRATCH // (16 * lines * slots))
     coefficients, steps = (
         torch.empty(min(count, codes.shape[0]) * lines * width, dtype=torch.float32, device=x.device)
-        for width in (sizes[2], 1)
+        for width in (slots, 1)
     )
+    starts = block_table if left_padding is None else left_padding
     for first in range(0, codes.shape[0], count):
         some = slice(first, first + count)
         part = x[:, :, first * BLOCK : (first + count) * BLOCK]
-        _launch(part, block_table[some], left_padding, tables, sizes, codes[some], gains[some], coefficients, steps)
-        trellis.launch(coefficients, steps, tables, trellis_tables, sizes, codes[some], gains[some])
-
-
-def _launch(
-    x: Tensor,
-    block_table: Tensor,
-    left_padding: Tensor | None,
-    tables: list[Tensor],
-    sizes: list[int],
-    codes: Tensor,
-    gains: Tensor,
-    coefficients: Tensor,
-    steps: Tensor,
-) -> None:
-    dim, num_slow, slots, payload, framed, is_trellis = sizes
-    encode_kernel[(codes.shape[0], x.shape[1], x.shape[0])](
-        x, block_table, block_table if left_padding is None else left_padding, *tables,
-        codes, gains, coefficients, steps,
-        *x.stride(), x.shape[0], payload,
-        D=dim, DS=num_slow, S=slots, SP=power_of_two(slots), FACTORS=tables[-1].shape[0], FRAMED=bool(framed),
-        HAS_STARTS=left_padding is not None, TRELLIS=bool(is_trellis),
-        # Three TF32 products are as accurate as float32 here, and 128 multiplications per element go to tensor cores.
-        PRECISION="tf32x3" if runtime.on_cuda(x.device) else "ieee", num_warps=warps(slots),
-    )  # fmt: skip
+        grid = codes[some].shape[0], x.shape[1], x.shape[0]
+        coefficient_kernel[grid](
+            part, block_table[some], starts, *tables[:6], coefficients, *part.stride(), x.shape[0],
+            D=dim, DS=num_slow, S=slots, SP=power_of_two(slots), FRAMED=bool(framed),
+            HAS_STARTS=left_padding is not None,
+            # Three TF32 products are as accurate as float32 here, and all multiplications go to tensor cores.
+            PRECISION="tf32x3" if runtime.on_cuda(x.device) else "ieee", num_warps=8,
+        )  # fmt: skip
+        gain_kernel[grid](
+            coefficients, *tables[6:], codes[some], gains[some], steps, x.shape[0], payload,
+            S=slots, CHUNK=chunk, FACTORS=factors, TRIALS=power_of_two(factors, 1), TRELLIS=bool(passes),
+            num_warps=CHUNK_WARPS,
+        )  # fmt: skip
+        if passes:
+            trellis.launch(coefficients, steps, tables, trellis_tables, sizes, codes[some], gains[some])

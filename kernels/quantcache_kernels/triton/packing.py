@@ -1,9 +1,9 @@
-"""What the encoders end with: gains and codes as they are stored, and how many warps share a block."""
+"""What the encoders end with: gains and codes as they are stored, and how many slots they take at a time."""
 
 from __future__ import annotations
 
 from quantcache_kernels.triton.codes import GAIN_CENTER, GAIN_STEPS
-from quantcache_kernels.triton.runtime import jit, tl
+from quantcache_kernels.triton.runtime import jit, power_of_two, tl
 
 
 @jit
@@ -15,27 +15,31 @@ def store_gains(where, gain):
 
 
 @jit
-def store_codes(words, code, offset, width, SP: tl.constexpr):
-    """Store codes ``[SP, 64]`` of slots with these first words and widths."""
+def store_codes(words, code, offset, width, SLOTS: tl.constexpr):
+    """Store codes ``[SLOTS, 64]`` of slots with these first words and widths."""
     wide = width >= 4
-    store_field(words, code >> tl.maximum(width - 4, 0).to(tl.uint32)[:, None], offset, wide, SP, 4)
-    store_field(words, code, offset + 8, width == 8, SP, 4)
+    store_field(words, code >> tl.maximum(width - 4, 0).to(tl.uint32)[:, None], offset, wide, SLOTS, 4)
+    store_field(words, code, offset + 8, width == 8, SLOTS, 4)
     offset += tl.where(wide, 8, 0)
-    store_field(words, code >> (width & 1).to(tl.uint32)[:, None], offset, (width & 2) > 0, SP, 2)
-    store_field(words, code, offset + 2 * (width & 2), (width & 1) > 0, SP, 1)
+    store_field(words, code >> (width & 1).to(tl.uint32)[:, None], offset, (width & 2) > 0, SLOTS, 2)
+    store_field(words, code, offset + 2 * (width & 2), (width & 1) > 0, SLOTS, 1)
 
 
 @jit
-def store_field(words, code, offset, present, SP: tl.constexpr, FIELD: tl.constexpr):
-    """Store the lowest ``FIELD`` bits of codes ``[SP, 64]`` of those slots that have the field."""
+def store_field(words, code, offset, present, SLOTS: tl.constexpr, FIELD: tl.constexpr):
+    """Store the lowest ``FIELD`` bits of codes ``[SLOTS, 64]`` of those slots that have the field."""
     if tl.max(present.to(tl.int32), axis=0) > 0:
         shift = (tl.arange(0, 32 // FIELD) * FIELD).to(tl.uint32)[None, :, None]
-        bits = (code & ((1 << FIELD) - 1)).reshape(SP, 32 // FIELD, 2 * FIELD) << shift
+        bits = (code & ((1 << FIELD) - 1)).reshape(SLOTS, 32 // FIELD, 2 * FIELD) << shift
         packed = tl.sum(bits, axis=1).to(tl.int32, bitcast=True)
         column = tl.arange(0, 2 * FIELD)
         tl.store(words + offset[:, None] + column[None, :], packed, mask=present[:, None])
 
 
-def warps(slots: int) -> int:
-    """Warps of a program that has all of a head's slots of a block in its registers."""
-    return 8 if slots <= 64 else 16
+CHUNK_WARPS = 8
+"""Warps of a program that goes over a head's slots of a block, :func:`chunk_of` at a time."""
+
+
+def chunk_of(slots: int) -> int:
+    """How many slots such a program has in its registers at once."""
+    return min(power_of_two(slots), 32)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantcache_kernels.interface import MAX_WIDTH
 from quantcache_kernels.triton.codes import convolve
-from quantcache_kernels.triton.packing import store_codes, store_gains, warps
+from quantcache_kernels.triton.packing import CHUNK_WARPS, chunk_of, store_codes, store_gains
 from quantcache_kernels.triton.runtime import jit, kernel, power_of_two, tl
 
 TABLES = 3
@@ -152,46 +152,50 @@ def level_kernel(
     codes,  # [n, B, W] int32: has the planes of path bits, gets the other fields
     gains,  # [n, B, H, 64] uint8
     batch, W,
-    S: tl.constexpr, SP: tl.constexpr,
+    S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Levels, gains and packed fields of one head of one block."""
     block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.arange(0, 64)
-    slot = tl.arange(0, SP)
-    real = slot < S
-    place = head * S + slot
     line = block.to(tl.int64) * batch + b
-    row = (line * tl.num_programs(1) + head) * 64 + token
-    coded_width = tl.load(widths + place, mask=real, other=0)
-    width = tl.maximum(coded_width, 1)
-    offset = tl.load(offsets + place, mask=real, other=0)
-    scale = tl.load(search + head * 2 * S + slot, mask=real, other=0.0)[None, :]
-    origin = tl.load(search + head * 2 * S + S + slot, mask=real, other=0.0)[None, :]
+    row = (line * tl.num_programs(1) + head) * 64
+    coefficients += row * S
     words = codes + line * W
-    coded = coded_width > 0
-    even = tl.load(words + offset + 2 * (width - 1), mask=coded, other=0).to(tl.uint32, bitcast=True)
-    odd = tl.load(words + offset + 2 * (width - 1) + 1, mask=coded, other=0).to(tl.uint32, bitcast=True)
     is_even, bit = ((token & 1) == 0)[:, None], (token >> 1).to(tl.uint32)[:, None]
-    c1 = (tl.where(is_even, convolve(even, odd, 1)[None, :], convolve(odd, even, 0)[None, :]) >> bit) & 1
-    c0 = ((tl.where(is_even, even[None, :], odd[None, :]) << 1) >> bit) & 1
-    subset = (2 * c1 + c0).to(tl.int32)
+    step = tl.load(steps + row + token)[:, None]
+    crosses, energies = tl.zeros((64, CHUNK), tl.float32), tl.zeros((64, CHUNK), tl.float32)
+    for first in range(0, S, CHUNK):
+        slot = first + tl.arange(0, CHUNK)
+        real = slot < S
+        coded_width = tl.load(widths + head * S + slot, mask=real, other=0)
+        coded, width = coded_width > 0, tl.maximum(coded_width, 1)
+        offset = tl.load(offsets + head * S + slot, mask=real, other=0)
+        path = words + offset + 2 * (width - 1)
+        even = tl.load(path, mask=coded, other=0).to(tl.uint32, bitcast=True)
+        odd = tl.load(path + 1, mask=coded, other=0).to(tl.uint32, bitcast=True)
+        c1 = (tl.where(is_even, convolve(even, odd, 1)[None, :], convolve(odd, even, 0)[None, :]) >> bit) & 1
+        c0 = ((tl.where(is_even, even[None, :], odd[None, :]) << 1) >> bit) & 1
+        subset = (2 * c1 + c0).to(tl.int32)
 
-    y = tl.load(coefficients + row[:, None] * S + slot[None, :], mask=real[None, :], other=0.0)
-    step = tl.load(steps + row)[:, None]
-    u = tl.where(step > 0, y / step, 0.0)
-    below = bin_of(u, width[None, :], scale, origin, bins)
-    index = below + ((subset - below) & 3)  # of the level above; the one below comes four before
-    levels = union + first_level(width)[None, :] + index
-    low, high = tl.load(levels), tl.load(levels + 4)
-    is_low = u <= (low + high) * 0.5
-    level = tl.where(is_low, low, high)
-    weighted = level * tl.load(weights + place, mask=real, other=0.0)[None, :]
-    cross, energy = tl.sum(weighted * y, axis=1), tl.sum(weighted * level, axis=1)
+        y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=real[None, :], other=0.0)
+        u = tl.where(step > 0, y / step, 0.0)
+        scale = tl.load(search + head * 2 * S + slot, mask=real, other=0.0)[None, :]
+        origin = tl.load(search + head * 2 * S + S + slot, mask=real, other=0.0)[None, :]
+        below = bin_of(u, width[None, :], scale, origin, bins)
+        index = below + ((subset - below) & 3)  # of the level above; the one below comes four before
+        levels = union + (first_level(width)[None, :] + index)
+        low, high = tl.load(levels), tl.load(levels + 4)
+        is_low = u <= (low + high) * 0.5
+        level = tl.where(is_low, low, high)
+        weighted = level * tl.load(weights + head * S + slot, mask=real, other=0.0)[None, :]
+        crosses += weighted * y
+        energies += weighted * level
+        code = tl.where(is_low, index - 4, index) >> 2
+        store_codes(words, tl.trans(code).to(tl.uint32), offset, width - 1, CHUNK)
+    cross, energy = tl.sum(crosses, axis=1), tl.sum(energies, axis=1)
     gain = tl.maximum(tl.where(energy > 0, cross / energy, 0.0), 0.0)
-    tl.store(steps + row, gain)
-    store_gains(gains + row, gain)
-    code = tl.where(is_low, index - 4, index) >> 2
-    store_codes(words, tl.trans(code).to(tl.uint32), offset, width - 1, SP)
+    tl.store(steps + row + token, gain)
+    store_gains(gains + row + token, gain)
 
 
 def make_union_search(unions: Sequence[Sequence[float]]) -> tuple[list[Tensor], Tensor]:
@@ -234,17 +238,16 @@ def launch(
     Args:
         coefficients: ``[n, B, H, 64, S]`` float32, or more, flat.
         steps: ``[n, B, H, 64]`` float32, likewise; left with the gains.
-        tables: Prepared tables of ``encode.encode_kernel``.
+        tables: Prepared tables of ``encode.launch``.
         trellis_tables: Those behind them: ``search``, ``union`` and ``bins``.
         sizes: Prepared sizes, the last of which is how often the best paths are sought.
         codes: Filled with codes.
         gains: Filled with gains.
     """
     slots = sizes[2]
-    padded = power_of_two(slots)
     n, batch, heads, _ = gains.shape
     weights, widths, offsets = tables[6:9]
-    lanes = min(padded, 128)
+    lanes = min(power_of_two(slots), 128)
     for _ in range(sizes[-1]):
         path_kernel[(n, heads, batch * -(-slots // lanes))](
             coefficients, steps, widths, offsets, *trellis_tables, codes, batch, codes.shape[2],
@@ -252,5 +255,5 @@ def launch(
         )  # fmt: skip
         level_kernel[(n, heads, batch)](
             coefficients, steps, weights, widths, offsets, *trellis_tables, codes, gains, batch, codes.shape[2],
-            S=slots, SP=padded, num_warps=warps(slots),
+            S=slots, CHUNK=chunk_of(slots), num_warps=CHUNK_WARPS,
         )  # fmt: skip
