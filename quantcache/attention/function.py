@@ -60,6 +60,8 @@ def spectral_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     Returns:
         ``[B, 1, Tq, T]`` bool, or None where attention needs none.
     """
+    # None is causal, whatever a module says of itself: a model that looks ahead gets a mask that says so.
+    kwargs["allow_is_bidirectional_skip"] = False
     if not torch.compiler.is_dynamo_compiling():
         return sdpa_mask(*args, **kwargs)
     if _sees_all(**kwargs):

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from tests.builders import storages, tensors_in
-from tests.families import FAMILIES, Family, random_tokens, shared_model
+from tests.families import FAMILIES, VOCABULARY, Family, random_tokens, shared_model
 from tests.helpers import error, feed
 from tests.reference import reference_cache
 
@@ -266,3 +266,32 @@ def test_longrope_goes_on_with_a_cache_of_its_own() -> None:
         found = generate(ours, quantized(family), **options)
         assert torch.equal(found.sequences, generate(stock, reference(family), **options).sequences)
         assert type(found.past_key_values) is kind
+
+
+LOOKING_AHEAD = {
+    "a decoder of its own kind": ("bert", {}),
+    "an encoder with a head": ("electra", {}),
+    "a switch of the config": ("llama", {"is_causal": False, "num_key_value_heads": 2}),
+    "a decoder that is one": ("bert", {"is_decoder": True}),
+}
+
+
+@pytest.mark.support("prompts that look ahead")
+@pytest.mark.parametrize(("model_type", "more"), LOOKING_AHEAD.values(), ids=LOOKING_AHEAD)
+@pytest.mark.parametrize("pads", [0, 3])
+def test_a_prompt_that_looks_ahead(model_type: str, more: dict[str, Any], pads: int) -> None:
+    """A missing mask does not say whether tokens see those after them: some models' attention claims to be causal."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **sizes, **more)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    mask = (torch.arange(PROMPT.shape[1]) >= torch.tensor([[0], [pads]])).long()
+    feeding = {"input_ids": PROMPT, "attention_mask": mask, "use_cache": True}
+    with torch.no_grad():
+        expected = model(past_key_values=DynamicCache(config=config), **feeding).logits
+        for attention in ("spectral", "sdpa"):
+            model.set_attn_implementation(attention)
+            for residual in (0, 256):  # all of a prompt is read exactly, whatever becomes of it
+                cache = SpectralCache.self_calibrating(model, residual_length=residual)
+                found = model(past_key_values=cache, **feeding).logits
+                torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)

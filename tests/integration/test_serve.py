@@ -14,8 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.prefixes import PrefixStore
-from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.data import demo_model_path
@@ -48,6 +51,7 @@ if not MISSING:
     from quantcache.cli.serving.server import ServerOptions, application
 
 serving = pytest.mark.support("serve: completions, chat and responses, streamed, concurrent and cancelled")
+stopping = pytest.mark.support("serve: texts that stop an answer")
 turning = pytest.mark.support("serve: turns of a chat, over restarts")
 refusing = pytest.mark.support("serve: continuous batching, static caches, models without a calibration", refused=True)
 
@@ -163,6 +167,96 @@ def test_streams(client: Any, chatty: str) -> None:
     events = list(client.responses.create(input=STORY, max_output_tokens=8, **options))
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert text == answer(rendered(STORY))
+
+
+@pytest.fixture(scope="module")
+def templated(chatty: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same model with a template for what it says, which transformers' server then reads out of its tokens."""
+    folder = tmp_path_factory.mktemp("templated") / "model"
+    shutil.copytree(chatty, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    fields = {"content": {"close": "<|never|>", "content": "text"}}
+    template = {"defaults": {"role": "assistant"}, "start_anchor": "assistant:", "fields": fields}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "response_template": template}))
+    return str(folder)
+
+
+@stopping
+def test_the_text_that_stops_an_answer_is_not_in_it(client: Any, chatty: str) -> None:
+    """Wherever tokens end; an answer that has as many tokens as it may has been stopped all the same."""
+    said = answer(STORY)
+    pieces = [part.choices[0].text for part in completed(client, chatty, stream=True)]
+    across = next(a[-2:] + b[:2] for a, b in pairwise(pieces) if len(a) > 2 and len(b) > 2)  # the end of one, and on
+    end = said.index(across)
+    tokens = 1 + next(n for n in range(8) if len("".join(pieces[: n + 1])) >= end + len(across))
+    for stop, most in ((across, 8), (["never said", across + "!", across], tokens)):
+        found = completed(client, chatty, stop=stop, max_tokens=most).choices[0]
+        assert (found.text, found.finish_reason) == (said[:end], "stop")
+        parts = [part.choices[0] for part in completed(client, chatty, stop=stop, max_tokens=most, stream=True)]
+        assert ("".join(part.text for part in parts), parts[-1].finish_reason) == (said[:end], "stop")
+    parts = [part.choices[0] for part in completed(client, chatty, stop=[said[-3:] + "~", "~"], stream=True)]
+    assert "".join(part.text for part in parts) == said, "what seems to begin has to be shown in the end"
+    assert parts[-1].finish_reason == "length"
+
+
+def completed(client: Any, model: str, **options: Any) -> Any:
+    """A completion of the story."""
+    return client.completions.create(**{"model": model, "prompt": STORY, "temperature": 0, "max_tokens": 8, **options})
+
+
+@stopping
+def test_a_chat_ends_before_what_stops_it(templated: str, chatty: str) -> None:
+    said = answer(rendered(STORY), own=True)
+    stop = said[len(said) // 2 :][:3]
+    options = {"messages": told(STORY), "max_tokens": 8, "temperature": 0, "stop": stop}
+    with running(Compression({templated: calibration(own=True), chatty: calibration(own=True)}, COARSE)) as client:
+        for model in (templated, chatty):
+            found = client.chat.completions.create(model=model, **options).choices[0]
+            parts = list(client.chat.completions.create(model=model, stream=True, **options))
+            shown = "".join(part.choices[0].delta.content or "" for part in parts)
+            assert [found.message.content.strip(), shown.strip()] == 2 * [said[: said.index(stop)].strip()]
+            assert found.finish_reason == parts[-1].choices[0].finish_reason == "stop"
+
+
+@serving
+def test_a_chat_repeats_an_answer_as_a_client_has_it(client: Any, chatty: str) -> None:
+    messages = told(STORY, "It does.", "Does it?")
+    messages[1].update(tool_calls=None, refusal=None, audio=None)  # type: ignore[call-overload]
+    found = client.chat.completions.create(model=chatty, messages=messages, max_tokens=8, temperature=0)
+    assert found.choices[0].message.content == answer(rendered(STORY, "It does.", "Does it?"))
+
+
+@refusing
+@pytest.mark.parametrize("body", ["{bad", "[1]", "", "[" * 100_000, '{"prompt": "a\\ud800"}', '{"a": NaN}'])
+def test_bodies_that_cannot_be_read(client: Any, body: str) -> None:
+    request = urllib.request.Request(f"{client.base_url}completions", body.encode(), method="POST")
+    request.add_header("content-type", "application/json")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    found = json.loads(caught.value.read())
+    assert caught.value.code in (400, 422)
+    assert found["error"]["message"] == found["detail"]
+
+
+@refusing
+def test_errors_have_one_form(client: Any, chatty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths that there are not, failures of the server, and failures in the middle of a stream."""
+    with pytest.raises(openai.NotFoundError, match="Not Found"):
+        client.post("/nowhere", body={}, cast_to=object)
+    message = 'a "quoted"\nfailure'
+
+    def fail(*args: Any, **kw: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(models, "_keep_to_context", fail)
+    with pytest.raises(openai.InternalServerError) as failed:
+        completed(client, chatty)
+    assert failed.value.response.json()["error"]["message"] == f"RuntimeError: {message}"
+    monkeypatch.undo()
+    monkeypatch.setattr(BlockCache, "update", fail)
+    with pytest.raises(openai.APIError) as streamed:
+        list(completed(client, chatty, stream=True))
+    assert streamed.value.message == message
 
 
 @serving
@@ -343,6 +437,34 @@ IN_VAIN = {
     "stop at 3": ("chat/completions", {"stop": 3}, f"{STOP}, got 3"),
     "seed": ("completions", {"seed": "x"}, "seed must be a whole number, got 'x'"),
     "stream": ("completions", {"stream": "yes"}, "stream must be true or false, got 'yes'"),
+    "a long seed": ("completions", {"seed": 1 << 64}, "seed must be a whole number of at most 64 bits, got 1844674"),
+    "an object": (
+        "completions",
+        {"generation_config": {"top_k": 3}},
+        "generation_config must be the text of a JSON obj",
+    ),
+    "a list": ("completions", {"generation_config": "[1]"}, "generation_config must be the text of a JSON object, got"),
+    "a suffix": ("completions", {"suffix": 3}, "suffix must be a text, got 3"),
+    "a name": ("chat/completions", {"model": 3}, "model must be a text, got 3"),
+    "tools": ("chat/completions", {"tools": [3]}, "tools must be a list of objects, got [3]"),
+    "a template": ("chat/completions", {"chat_template_kwargs": 3}, "chat_template_kwargs must be an object, got 3"),
+    "no text": (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "a part of type 'text' must have a text, got {'type': 'text'}",
+    ),
+    "a call of nothing": (
+        "chat/completions",
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
+        "tool_calls must be a list of functions with a name and arguments, got [{",
+    ),
+    "calls": (
+        "chat/completions",
+        {"messages": [{"role": "assistant", "tool_calls": 3}]},
+        "tool_calls must be a list of functions with a name and arguments, got 3",
+    ),
+    "no input": ("responses", {"input": None}, "input must be a list of at least one message, got None"),
+    "an item": ("responses", {"input": [{"type": "function_call"}]}, "item of type 'function_call' must have call_id"),
     "role": (
         "chat/completions",
         {"messages": [{"role": "narrator", "content": "a"}]},
@@ -407,7 +529,7 @@ def test_a_temperature_asks_for_sampling(client: Any, chatty: str) -> None:
         return str(found.choices[0].text)
 
     likeliest = answer(STORY, tokens=12)
-    assert said() == said(temperature=0) == likeliest
+    assert said() == said(temperature=0) == said(temperature=1e-300) == likeliest
     warm = [said(temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     assert warm[0] == warm[1]
     assert len({*warm, likeliest}) == 3
@@ -427,7 +549,13 @@ def test_requests_that_are_refused(client: Any, chatty: str) -> None:
             with pytest.raises(openai.BadRequestError) as error:
                 client.completions.create(model=chatty, prompt=STORY, stream=stream, extra_body=more)
             assert detail(error) == message
-    assert complete(client, chatty, STORY) == answer(STORY)
+    more = {"generation_config": json.dumps({"max_new_tokens": 2, "num_beams": 2})}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=chatty, prompt=STORY, stream=True, extra_body=more)
+    assert detail(error) == "num_beams=2: the answer of a beam search cannot be streamed"
+    more = {"generation_config": json.dumps({"max_new_tokens": 8, "return_dict_in_generate": True})}
+    found = client.completions.create(model=chatty, prompt=STORY, extra_body=more)
+    assert found.choices[0].text == complete(client, chatty, STORY) == answer(STORY)
 
 
 @serving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection
 from contextvars import ContextVar
@@ -45,7 +46,28 @@ LIMITS = {
     "frequency_penalty": (-0.99, 2.0),  # transformers' server makes a repetition penalty of 1 and this
 }
 
+COLDEST = 1e-5
+"""Temperatures below are 0: a division by them would leave float32."""
+
+SEEDS = range(-(1 << 63), 1 << 64)
+"""What torch takes."""
+
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+TEXTS = ("text", "input_text", "output_text")
+"""Types of a message's parts that are text."""
+
+ITEMS = {"function_call": ("call_id", "name", "arguments"), "function_call_output": ("call_id", "output")}
+"""What a response's items beside messages must have."""
+
+KINDS: dict[str, tuple[type, str]] = {
+    "chat_template_kwargs": (dict, "an object"),
+    "instructions": (str, "a text"),
+    "model": (str, "a text"),
+    "suffix": (str, "a text"),
+    "tools": (list, "a list"),
+}
+"""What a field that transformers' server does not check has to be."""
 
 _asked: ContextVar[dict[str, Any] | None] = ContextVar("asked", default=None)
 
@@ -61,6 +83,10 @@ def check_request(body: dict[str, Any], unused: Collection[str]) -> None:
         HTTPException: Status 400, with the field and its value.
     """
     given = {name: value for name, value in body.items() if value is not None}
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _refusal(f"the request holds half a character, {error.object[error.start]!r}") from error
     for name, value in given.items():
         neutral = NEUTRAL.get(name, ())
         if name in unused and name not in UNNOTICED and not any(_same(value, each) for each in neutral):
@@ -77,13 +103,21 @@ def check_request(body: dict[str, Any], unused: Collection[str]) -> None:
         value = given.get(name, 1)
         if not _is_whole(value) or value < 1:
             raise _refusal(f"{name} must be a whole number of at least 1, got {value!r}")
-    if not _is_whole(given.get("seed", 0)):
-        raise _refusal(f"seed must be a whole number, got {given['seed']!r}")
+    seed = given.get("seed", 0)
+    if not _is_whole(seed) or seed not in SEEDS:
+        bits = " of at most 64 bits" if _is_whole(seed) else ""
+        raise _refusal(f"seed must be a whole number{bits}, got {seed!r}")
     if not isinstance(given.get("stream", False), bool):
         raise _refusal(f"stream must be true or false, got {given['stream']!r}")
     stops = given.get("stop", "a")
     if not all(isinstance(stop, str) and stop for stop in (stops if isinstance(stops, list) else [stops])):
         raise _refusal(f"stop must be a text or a list of texts, none of them empty, got {stops!r}")
+    for name, (kind, called) in KINDS.items():
+        if name in given and not isinstance(given[name], kind):
+            raise _refusal(f"{name} must be {called}, got {given[name]!r}")
+    if not all(isinstance(tool, dict) for tool in given.get("tools", [])):
+        raise _refusal(f"tools must be a list of objects, got {given['tools']!r}")
+    _check_config(given.get("generation_config", "{}"))
     _check_bias(given.get("logit_bias", {}))
     for name in ("messages", "input"):
         if name in given and not (name == "input" and isinstance(given[name], str)):
@@ -103,7 +137,7 @@ def require_text(messages: list[dict[str, Any]]) -> None:
     for message in messages:
         content = message.get("content")
         for part in content if isinstance(content, list) else []:
-            if part["type"] not in ("text", "input_text", "output_text"):
+            if part["type"] not in TEXTS:
                 raise _refusal(f"content of type {part['type']!r}: this model takes text only")
 
 
@@ -113,13 +147,20 @@ def asks_for_sampling() -> bool:
     if "generation_config" in given:
         return False  # which says it itself
     temperature = given.get("temperature")
-    return temperature != 0 and (temperature is not None or given.get("top_p", 1) < 1)
+    if temperature is not None:
+        return bool(temperature >= COLDEST)
+    return bool(given.get("top_p", 1) < 1)
 
 
 def _check_messages(name: str, messages: Any) -> None:
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise _refusal(f"{name} must be a list of at least one message, got {messages!r}")
     for message in messages:
+        for field in [field for field, value in message.items() if value is None and field != "content"]:
+            del message[field]  # as a client repeats an answer; transformers' server takes it for something
+        missing = [field for field in ITEMS.get(str(message.get("type")), ()) if field not in message]
+        if name == "input" and missing:
+            raise _refusal(f"an item of type {message['type']!r} must have {missing[0]}, got {message!r}")
         if name == "messages" or "role" in message:
             role, content = message.get("role"), message.get("content")
             if role not in ROLES:
@@ -129,6 +170,28 @@ def _check_messages(name: str, messages: Any) -> None:
                 isinstance(p, dict) and "type" in p for p in parts
             ):
                 raise _refusal(f"a message's content must be a text or a list of parts with a type, got {content!r}")
+            for part in parts:
+                if part["type"] in TEXTS and not isinstance(part.get("text"), str):
+                    raise _refusal(f"a part of type {part['type']!r} must have a text, got {part!r}")
+            _check_calls(message.get("tool_calls", []))
+
+
+def _check_calls(calls: Any) -> None:
+    """Refuse tool calls that no template could show."""
+    whole = isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    called = [call.get("function") or call for call in calls] if whole else [None]
+    if not all(isinstance(each, dict) and {"name", "arguments"} <= each.keys() for each in called):
+        raise _refusal(f"tool_calls must be a list of functions with a name and arguments, got {calls!r}")
+
+
+def _check_config(text: Any) -> None:
+    """Refuse a generation config that is not the text of a JSON object."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise _refusal(f"generation_config must be the text of a JSON object, got {text!r}")
 
 
 def _check_bias(bias: Any) -> None:

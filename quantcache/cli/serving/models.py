@@ -20,6 +20,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cache.enabling import enable, is_enabled
 from quantcache.cache.prefixes import PrefixStore
 from quantcache.cli.serving.asked import asks_for_sampling
+from quantcache.cli.serving.stops import Shortened, shortened
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sources import model_source
@@ -202,7 +203,12 @@ class _Manager(GenerateManager):
     ) -> Any:
         """See transformers."""
         _follow(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kw)
+        if gen_config.num_beams not in (None, 1):
+            raise HTTPException(
+                400, f"num_beams={gen_config.num_beams}: the answer of a beam search cannot be streamed"
+            )
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, *args, **kw)
+        return Shortened(queue, gen_config), streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
@@ -213,7 +219,8 @@ class _Manager(GenerateManager):
         watching = asyncio.create_task(gone.watch(_connection.get()))
         try:
             inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([gone])}
-            return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kw)
+            text, *more = await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kw)
+            return shortened(text, gen_config), *more
         finally:
             watching.cancel()
 
@@ -266,6 +273,7 @@ def _follow(model: PreTrainedModel, inputs: Any, config: Any) -> None:
         config.do_sample = True
     if config.num_return_sequences not in (None, 1):
         raise HTTPException(400, f"num_return_sequences={config.num_return_sequences}: a request has one answer")
+    config.return_dict_in_generate = False
     _refuse_other_caches(model, config)
     _keep_to_context(model, inputs, config)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastapi import HTTPException
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from quantcache.cli.serving.asked import check_request, require_text
 from quantcache.cli.serving.models import CompressedGeneration, CompressedModels, Compression, Connections
+from quantcache.cli.serving.stops import shortened_again
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 
@@ -64,13 +66,14 @@ def application(compression: Compression, options: ServerOptions) -> Iterator[Fa
 def _assembled(manager: CompressedModels, compression: Compression, options: ServerOptions) -> FastAPI:
     """transformers' application over the models, with an endpoint that tells of caches."""
     state = CompressedGeneration()
-    app = compat.serving_application(
-        manager, state, options.template, options.decisions, options.cors, check_request, require_text
-    )
+    oversight = compat.Oversight(check_request, require_text, shortened_again, _with_errors)
+    app = compat.serving_application(manager, state, options.template, options.decisions, options.cors, oversight)
     app.add_middleware(Connections)
     for kind in (ValueError, TypeError, QuantCacheError):
         app.add_exception_handler(kind, _explain)
     app.add_exception_handler(HTTPException, _say)
+    app.add_exception_handler(RequestValidationError, _no_object)
+    app.add_exception_handler(Exception, _fail)
 
     @app.get("/quantcache")
     def report() -> dict[str, Any]:
@@ -97,14 +100,42 @@ async def _explain(request: Request, error: Exception) -> JSONResponse:
 async def _say(request: Request, error: Exception) -> JSONResponse:
     """Say what is wrong as OpenAI's clients expect it."""
     assert isinstance(error, HTTPException)
-    return _answer(error.status_code, str(error.detail))
+    return _answer(error.status_code, str(error.detail), error.headers)
 
 
-def _answer(status: int, message: str) -> JSONResponse:
+async def _no_object(request: Request, error: Exception) -> JSONResponse:
+    """Say why a body cannot be read."""
+    assert isinstance(error, RequestValidationError)
+    told = "; ".join(" ".join((each["msg"], *each.get("ctx", {}).values())) for each in error.errors())
+    return _answer(400, f"the request must be a JSON object: {told}")
+
+
+async def _fail(request: Request, error: Exception) -> JSONResponse:
+    """Say that something failed; the traceback is in the server's log."""
+    return _answer(500, f"{type(error).__name__}: {error}")
+
+
+def _answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error in OpenAI's form, and in that of transformers' server, ``detail``."""
+    return JSONResponse({"error": _error(status, message), "detail": message}, status, headers)
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    """An error in OpenAI's form."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": error, "detail": message}, status_code=status)
+    return {"message": message, "type": kind, "param": None, "code": None}
+
+
+async def _with_errors(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """A stream whose errors have OpenAI's form, too: transformers' server puts their bare text between two quotes."""
+    begin, end = 'data: {"error": "', '"}\n\n'
+    async with contextlib.aclosing(events) as source:  # type: ignore[type-var]
+        async for event in source:
+            before, found, rest = event.partition(begin) if isinstance(event, str) else (event, "", "")
+            if found:
+                error = json.dumps({"error": _error(500, rest.removesuffix(end))})
+                event = f"{before}data: {error}\n\n"
+            yield event
 
 
 def template_keywords(given: str | None, reasoning: str) -> dict[str, Any]:

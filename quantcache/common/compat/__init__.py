@@ -29,5 +29,6 @@ from quantcache.common.compat.quantizers import HAS_FP8_CACHE as HAS_FP8_CACHE
 from quantcache.common.compat.quantizers import missing_quantizer as missing_quantizer
 from quantcache.common.compat.quantizers import quantized_cache as quantized_cache
 from quantcache.common.compat.quantizers import quantized_parts as quantized_parts
+from quantcache.common.compat.serving import Oversight as Oversight
 from quantcache.common.compat.serving import require_server as require_server
 from quantcache.common.compat.serving import serving_application as serving_application

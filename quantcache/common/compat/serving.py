@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.import_utils import is_serve_available
@@ -26,8 +27,22 @@ def require_server() -> None:
 _LENGTH = "max_completion_tokens"
 """OpenAI's present name of ``max_tokens``, which is all that transformers' first servers know."""
 
-Check = Callable[[dict[str, Any], Collection[str]], None]
-"""Refuses what a request asks for in vain, given the fields that transformers does not look at."""
+
+@dataclass(frozen=True)
+class Oversight:
+    """Who looks at what comes in and what goes out.
+
+    Attributes:
+        check: Is shown every request for text and the fields that transformers does not look at; may refuse it.
+        check_text: Is shown the messages to a model that takes nothing but text.
+        cut: Is given what a chat's answer, or its reasoning, has become, and gives what is shown of it.
+        stream: Is given every answer that is streamed, event by event, and gives what is sent.
+    """
+
+    check: Callable[[dict[str, Any], Collection[str]], None]
+    check_text: Callable[[list[dict[str, Any]]], None]
+    cut: Callable[[str | None], str | None]
+    stream: Callable[[AsyncIterator[Any]], AsyncIterator[Any]]
 
 
 def serving_application(
@@ -36,8 +51,7 @@ def serving_application(
     template: dict[str, Any],
     decisions: str | None,
     cors: bool,
-    check: Check,
-    check_text: Callable[[list[dict[str, Any]]], None],
+    oversight: Oversight,
 ) -> FastAPI:
     """transformers' application with every endpoint that the installed version has.
 
@@ -47,8 +61,7 @@ def serving_application(
         template: Keywords of every chat template.
         decisions: The decision endpoint's file, where there is that endpoint.
         cors: Whether browsers may call it from any origin.
-        check: Is shown every request for text.
-        check_text: Is shown the messages to a model that takes nothing but text.
+        oversight: Who looks at requests and answers.
 
     Returns:
         The application.
@@ -68,17 +81,26 @@ def serving_application(
         class Checked(kind):  # type: ignore[misc]
             async def handle_request(self, body: dict[str, Any], *args: Any) -> Any:
                 unused = {*getattr(kind, "_unused_fields", ()), *({"logit_bias"} if kind is CompletionHandler else ())}
-                check(body, unused - {_LENGTH})
+                oversight.check(body, unused - {_LENGTH})
                 if _LENGTH in unused and body.get(_LENGTH) is not None:  # before 5.20 or so
                     body["max_tokens"] = body.pop(_LENGTH)
-                if kind is ChatCompletionHandler and body.get("messages") is None:
-                    raise ValueError("messages must be a list of at least one message, got None")
-                return await super().handle_request(body, *args)
+                for needs, name in ((ChatCompletionHandler, "messages"), (ResponseHandler, "input")):
+                    if kind is needs and body.get(name) is None:
+                        raise ValueError(f"{name} must be a list of at least one message, got None")
+                answer = await super().handle_request(body, *args)
+                if hasattr(answer, "body_iterator"):
+                    answer.body_iterator = oversight.stream(answer.body_iterator)
+                return answer
+
+            def _build_completion(self, request_id: str, content: str, *args: Any, **more: Any) -> dict[str, Any]:
+                more["reasoning_content"] = oversight.cut(more.get("reasoning_content"))
+                built: dict[str, Any] = super()._build_completion(request_id, oversight.cut(content), *args, **more)
+                return built
 
             @staticmethod
             def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> Any:
                 if modality.name == "LLM":
-                    check_text(messages)
+                    oversight.check_text(messages)
                 return kind.get_processor_inputs_from_messages(messages, modality)
 
         return Checked
