@@ -8,6 +8,7 @@ change all layers or none, and copies are taken of one moment or refused.
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
@@ -241,9 +242,10 @@ class ConsistentCache(DynamicCache):
             tokens_to_remove: Zero or negative, as transformers defines it.
 
         Raises:
+            TypeError: It is no whole number.
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
-        count = int(tokens_to_remove)  # assisted decoding passes tensors
+        count = operator.index(tokens_to_remove)  # assisted decoding passes tensors
         self._change(lambda: self._apply(lambda layer: layer.crop(count)))
 
     def reorder_cache(self, beam_idx: Any) -> None:

@@ -230,6 +230,12 @@ def _load_calibration(name: str) -> Calibration:
     require_folder(name)
     if not os.path.isdir(name) and name in bundled_calibrations():
         return Calibration.for_model(name)
+    if "/" not in name and not os.path.exists(name):
+        known = ", ".join(bundled_calibrations())
+        raise QuantCacheError(
+            f"cannot load calibration {name}: there is no such folder, quantcache comes with calibrations of {known} "
+            "only, and one on the Hub is called OWNER/NAME"
+        )
     try:
         return Calibration.from_pretrained(name)
     except (HubError, OSError, ValueError) as error:

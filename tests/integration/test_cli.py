@@ -245,6 +245,12 @@ BAD_INPUT = {
     "encoder-decoder": (("calibrate", "./t5", "-o", "unused", "--text", "one.txt"), "encoder-decoder"),
     "no language model": (("calibrate", "./vit", "-o", "unused", "--text", "one.txt"), "no causal language model"),
     "unknown calibration": (("inspect", "no-calibration"), "cannot load calibration no-calibration"),
+    "a name that no calibration has": (
+        ("generate", "wiki11m", "-c", "wiki12m", "--prompt", "a"),
+        "no such folder, quantcache comes with calibrations of wiki11m",
+    ),
+    "a file that is not there": (("inspect", "calibration.json"), "and one on the Hub is called OWNER/NAME"),
+    "a calibration that the Hub may have": (("inspect", "no/calibration"), "no such folder, and from the Hub"),
     "missing calibration": (("inspect", "./no-calibration"), "no folder ./no-calibration"),
     "no calibration in folder": (
         ("inspect", "other"),

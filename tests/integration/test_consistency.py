@@ -518,6 +518,22 @@ def test_rows_that_are_not_there(use: Callable[[Any], None], message: str) -> No
     use(empty())  # transformers' own layers do nothing either where there is nothing
 
 
+@pytest.mark.support("crop, inside an encoded block too")
+@pytest.mark.parametrize("number", [-1.5, 1.5, torch.tensor(-2.0), "3", None, torch.tensor([-1, -2])])
+def test_a_crop_by_no_whole_number(number: Any) -> None:
+    """Of a fraction the whole part was taken: 1.5 left one token."""
+    cache = filled(rows=2)
+    before = held(cache)
+    with pytest.raises(TypeError):
+        cache.crop(number)
+    assert all(map(torch.equal, held(cache), before))
+    length = cache.get_seq_length()
+    for drop in (-1, torch.tensor(-2), np.int64(-3), torch.tensor([-1])):
+        cache.crop(drop)
+        length += int(drop)
+        assert cache.get_seq_length() == length
+
+
 @pytest.mark.support("rows named by tensors, arrays, lists, masks and negative numbers")
 @pytest.mark.parametrize("repeats", [2, 0, torch.tensor(2), torch.tensor([1, 0, 3]), [1, 0, 3], np.array([2, 1, 1])])
 def test_rows_are_repeated_as_torch_repeats_them(repeats: Any) -> None:
