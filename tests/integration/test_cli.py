@@ -219,6 +219,10 @@ def test_help(run: Run) -> None:
         assert "--debug" in text
 
 
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version") == (0, f"quantcache {__version__}\n", "")
+
+
 CALIBRATE = ("calibrate", "wiki11m", "-o", "unused", "--text", "one.txt")
 EVAL = ("eval", "wiki11m", "-c", "calibration", "--text", "held_out.txt")
 GENERATE = ("generate", "wiki11m", "-c", "calibration", "--prompt", "The city")
