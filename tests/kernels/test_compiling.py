@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,18 @@ KERNELS = ("attend", "query", "dense", "merge", "decode", "coefficient", "gain",
 
 SPILLS = {  # bytes of stack that kernels may take, by target, case and kernel; all others none
     90: {"llama-8b": {"dense": 8}, "llama-8b-trellis": {"attend": 16}, "D64": {"attend": 16}},
-    80: {"llama-8b-trellis": {"attend": 128}},
-    120: {"llama-8b-trellis": {"attend": 32}},
+    80: {"llama-8b-trellis": {"attend": 128}, "gemma-2": {"attend": 152}},
+    120: {"llama-8b-trellis": {"attend": 32}, "gemma-2": {"attend": 8}},
 }
-"""A program of ``attend`` is one warp, with the sums of all value tiles."""
+"""A program of ``attend`` is one warp, with the sums of all value tiles. Its loop may have a quarter as many local
+loads and stores: on sm_80 it has 38 among 8,258 instructions at D = 256, and 128 bytes of stack."""
+
+SPILLS_3_6: dict[int, dict[str, dict[str, int]]] = {
+    90: {"gemma-2": {"attend": 24}},
+    80: {"gemma-2": {"attend": 216}, "gemma-2-trellis": {"gain": 16}, "llama-8b-trellis": {"attend": 136, "gain": 16}},
+    120: {"gemma-2": {"attend": 32}},
+}
+"""What differs with Triton 3.6, whose assembler is older."""
 
 UNBOUNDED = {("T69", "attend")}
 """In float32 attention looks levels up and has no tensor cores."""
@@ -82,10 +91,13 @@ def test_kernels_compile_for(target: int) -> None:
     assert {each["kernel"] for each in found} == {f"{name}_kernel" for name in KERNELS}
     wide = {each["kernel"] for each in found if each["case"].startswith("gemma-2")}
     assert wide == {f"{name}_kernel" for name in KERNELS}
+    allowed = SPILLS[target]
+    if version("triton").startswith("3.6."):
+        allowed = allowed | SPILLS_3_6[target]
     spilled = {}
     for each in found:
         case, kernel = each["case"], each["kernel"].removesuffix("_kernel")
-        most = SPILLS[target].get(case, {}).get(kernel, 0)
+        most = allowed.get(case, {}).get(kernel, 0)
         if (case, kernel) not in UNBOUNDED and (each["stack"] > most or each["local"] > most // 4):
             spilled[case, kernel] = each["stack"], each["local"]
         assert kernel != "attend" or 0 < each["loop"] < 9000
