@@ -177,11 +177,12 @@ class BlockLayout:
         return values.gather(dim, index.clamp_min(0)).masked_fill(index < 0, 0)
 
     def table(self) -> Tensor:
-        """``HeadTiles`` of every head (codes.h), ``[H, 36]`` int32."""
-        rows, offset = torch.zeros(self.heads, 36, dtype=torch.int32, device="cpu"), 0
+        """``HeadTiles`` of every head (codes.h), ``[H, 37]`` int32."""
+        rows, offset = torch.zeros(self.heads, 37, dtype=torch.int32, device="cpu"), 0
         rows[:, 2] = (self.kinds[:, : self.slow_tiles] > 0).sum(1)
         rows[:, 3] = (self.kinds[:, self.slow_tiles :] > 0).sum(1)
         rows[:, 4 : 4 + self.tiles] = self.kinds
+        rows[:, 36] = 4 * self.tile_words[:, : self.slow_tiles].sum(1)
         for head, words in enumerate(self.tile_words.sum(1).tolist()):
             rows[head, 0], rows[head, 1] = offset, 4 * words
             offset += 4 * words

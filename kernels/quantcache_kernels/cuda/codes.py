@@ -43,6 +43,9 @@ MAX_DIM = 256
 KINDS = (torch.bfloat16, torch.float32)
 """Of numbers that the kernels read as they are given."""
 
+ROOM_BYTES = 384 + 2048
+"""Of shared memory beside codes, queries and sums (codes.h): barriers, gains, and scores that wait."""
+
 EXTRA_BYTES = 64
 """Of a unit's queries behind their fragments: eight units and eight offsets."""
 
@@ -299,9 +302,8 @@ def attend(
 
     query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + EXTRA_BYTES
     warps = WARPS_PER_PROCESSOR * _processors(device)
-    per_split = -(-n // min(splits or choose_splits(units, lines, warps), n))
-    per_split += per_split % 2  # the two blocks of an anchor stay together
-    splits = -(-n // per_split)
+    per_split = -(-units // min(splits or choose_splits(units, lines, warps), units))
+    splits = -(-units // per_split)
 
     vectors = lines * rows  # of every split
     sizes = units * lines * query_bytes, 4 * splits * vectors * slots, 8 * splits * vectors
@@ -329,9 +331,9 @@ def attend(
         *map(pointer, packed), turned,
         *map(pointer, (keys.heads, values.heads, keys.terms, values.terms, *keys.fast)),
         *map(pointer, (block_table, first_seen, mask)), partial, stats,
-        n, batch, heads, chunks, rows, count, per_split, paired,
+        n, batch, heads, chunks, rows, count, units, per_split, paired,
         4 * keys.layout.words, 4 * values.layout.words, query_bytes, *room,
-        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast, values.layout.tiles, *strides, softcap, ONE_HALVES,
+        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast // TILE, values.layout.tiles, *strides, softcap, ONE_HALVES,
     )  # fmt: skip
     to_near = near.arguments(queries, (pointer(origins), pointer(mask), pointer(logits), *found))
     to_near.encoded_end, to_near.causal, to_near.lines = encoded_end, call.hides_the_future(count), lines
@@ -343,7 +345,7 @@ def attend(
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
     turn_bytes = 4 * (dim * TURNED_ROWS + ROWS + rows * dim)
-    shared = 512 + sum(room) + query_bytes + 512 * values.layout.tiles
+    shared = ROOM_BYTES + 2 * sum(room) + query_bytes + 512 * values.layout.tiles
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         stream = stream_of(device)

@@ -39,9 +39,9 @@ DEVICE u32 single(u32 word, int r, int at) { return shifted(word, at - 2 * r) & 
 struct Fields {
     u32 four[4], two, one;
 };
-// `place` is where a lane's own word would be in a field of two bits, and goes past the fields.
+// `place` is where a lane's own word would be in a field of two bits.
 template <int B>
-DEVICE void load_fields(const u8*& place, u32 lane, Fields& fields) {
+DEVICE void load_fields(const u8* place, u32 lane, Fields& fields) {
     UNROLL for (int i = 0; i < B / 4; ++i) {
         const Words2 w = *reinterpret_cast<const Words2*>(place + 4 * lane + 256 * i);
         fields.four[2 * i] = w.x, fields.four[2 * i + 1] = w.y;
@@ -51,7 +51,6 @@ DEVICE void load_fields(const u8*& place, u32 lane, Fields& fields) {
         const u32 word = *reinterpret_cast<const u16*>(place - 2 * lane + 64 * (B - 1));
         fields.one = select(word, word << 15, 0xFFFF);
     }
-    place += 64 * B;
 }
 
 // Two fields as nibbles: those of even registers, then those of odd ones. `low` has the lower bits.
@@ -61,64 +60,71 @@ DEVICE void join(u32 low, u32 high, int low_bits, u32 (&nibbles)[2]) {
     nibbles[1] = select(low >> 2, shifted(high, low_bits - 2), mask);
 }
 
-// Levels of the eight registers of half a tile, of W bits, in units of their coefficient. Of a trellis, `subsets` has two
-// bits for every code.
+// Register r's codes of W bits under the exponent of 1.0, the highest bit at bit 9. Of a trellis, `subsets` has two bits
+// for every code. `nibbles` joins fields when register 0 is asked for.
 template <int W, bool TRELLIS>
-DEVICE void decode(const u8*& place, const u32* terms, u32 subsets, u32 one, u32 lane, u32* levels) {
+DEVICE u32 assemble(const Fields& fields, u32 subsets, u32 one, int r, u32 (&nibbles)[2]) {
+    constexpr int B = TRELLIS ? W - 1 : W, LAST = TRELLIS ? 9 - W : 10 - W;
+    u32 x = one;
+    if constexpr (B >= 4) x |= field<4>(fields.four, r, 6);
+    if constexpr (TRELLIS) {
+        if constexpr (B == 3) x |= single(fields.one, r, 9);
+        if constexpr (B == 7) x |= field<2>(&fields.two, r, 4);
+        if constexpr (B % 4 == 0) return x | field<2>(&subsets, r, LAST);
+        constexpr bool TWO = B == 2 || B == 3 || B == 6;
+        if (r == 0) join(subsets, TWO ? fields.two : fields.one, 2, nibbles);
+        return x | nibble(nibbles[r % 2], r / 2, TWO ? 4 : 3, LAST);
+    }
+    if constexpr (B == 8) x |= field<4>(fields.four + 2, r, 2);
+    if constexpr (B % 4 == 1) x |= single(fields.one, r, LAST);
+    if constexpr (B % 4 == 2) x |= field<2>(&fields.two, r, LAST);
+    if constexpr (B % 4 == 3) {
+        if (r == 0) join(fields.one, fields.two, 1, nibbles);
+        x |= nibble(nibbles[r % 2], r / 2, 3, LAST);
+    }
+    return x;
+}
+
+// The level of a code that assemble() has laid out, in units of its coefficient. Terms that a width lacks are zero in
+// narrower ones of its half too.
+template <int W, bool TRELLIS>
+DEVICE u32 polynomial(u32 x, const u32 (&t)[6]) {
+    x = halves_multiply_add(x, t[0], t[1]);
+    if constexpr (!TRELLIS && W == 1) return x;
+    const u32 square = halves_multiply(x, x);
+    if constexpr (TRELLIS) {
+        u32 p = t[2];
+        if constexpr (W > 1) {
+            p = W > 2 ? halves_multiply_add(square, t[5], t[4]) : t[4];
+            p = halves_multiply_add(square, p, t[3]);
+            p = halves_multiply_add(square, p, t[2]);
+        }
+        return halves_multiply_add(x, halves_multiply(square, p), x);  // x + x p rounds once
+    } else {
+        const u32 p = W > 2 ? halves_multiply_add(square, t[3], t[2]) : t[2];
+        return halves_multiply(x, halves_multiply_add(square, p, ONE_HALVES));
+    }
+}
+
+// Levels of the eight registers of half a tile, of W bits, by polynomials. The codes of a block are `apart` bytes behind
+// those of the one before it.
+template <int W, bool TRELLIS, int BLOCKS>
+DEVICE void compute(const u8* place, int apart, const u32* terms, const u32 (&subsets)[BLOCKS][2], int half, u32 one,
+                    u32 lane, u32 (&levels)[BLOCKS][16]) {
     MARK(W);
-    constexpr int B = TRELLIS ? W - 1 : W;
     const Words4 first_terms = *reinterpret_cast<const Words4*>(terms);
     u32 t[6] = {first_terms.x, first_terms.y, first_terms.z, first_terms.w, 0, 0};
     if constexpr (TRELLIS && W > 1) {
         const Words2 last_terms = *reinterpret_cast<const Words2*>(terms + 4);
         t[4] = last_terms.x, t[5] = last_terms.y;
     }
-    Fields fields;
-    load_fields<B>(place, lane, fields);
-    u32 nibbles[2];
-    UNROLL for (int r = 0; r < 8; ++r) {
-        u32 x = one;  // the highest bit of a code goes to bit 9
-        if constexpr (B >= 4) x |= field<4>(fields.four, r, 6);
-        if constexpr (TRELLIS) {
-            constexpr int LAST = 9 - W;
-            if constexpr (B == 3) x |= single(fields.one, r, 9);
-            if constexpr (B == 7) x |= field<2>(&fields.two, r, 4);
-            if constexpr (B % 4 == 0) {
-                x |= field<2>(&subsets, r, LAST);
-            } else if constexpr (B == 2 || B == 3 || B == 6) {
-                if (r == 0) join(subsets, fields.two, 2, nibbles);
-                x |= nibble(nibbles[r % 2], r / 2, 4, LAST);
-            } else {
-                if (r == 0) join(subsets, fields.one, 2, nibbles);
-                x |= nibble(nibbles[r % 2], r / 2, 3, LAST);
-            }
-        } else {
-            if constexpr (B == 8) x |= field<4>(fields.four + 2, r, 2);
-            if constexpr (B % 4 == 1) x |= single(fields.one, r, 10 - B);
-            if constexpr (B % 4 == 2) x |= field<2>(&fields.two, r, 10 - B);
-            if constexpr (B % 4 == 3) {
-                if (r == 0) join(fields.one, fields.two, 1, nibbles);
-                x |= nibble(nibbles[r % 2], r / 2, 3, 10 - B);
-            }
-        }
-        x = halves_multiply_add(x, t[0], t[1]);
-        if constexpr (!TRELLIS && W == 1) {
-            levels[r] = x;
-            continue;
-        }
-        const u32 square = halves_multiply(x, x);  // the terms that a width lacks are zero in narrower ones too
-        if constexpr (TRELLIS) {
-            u32 p = t[2];
-            if constexpr (W > 1) {
-                p = W > 2 ? halves_multiply_add(square, t[5], t[4]) : t[4];
-                p = halves_multiply_add(square, p, t[3]);
-                p = halves_multiply_add(square, p, t[2]);
-            }
-            levels[r] = halves_multiply_add(x, halves_multiply(square, p), x);  // x + x p rounds once
-        } else {
-            const u32 p = W > 2 ? halves_multiply_add(square, t[3], t[2]) : t[2];
-            levels[r] = halves_multiply(x, halves_multiply_add(square, p, ONE_HALVES));
-        }
+    UNROLL for (int block = 0; block < BLOCKS; ++block) {
+        Fields fields;
+        load_fields<TRELLIS ? W - 1 : W>(place + block * apart, lane, fields);
+        u32 nibbles[2];
+        UNROLL for (int r = 0; r < 8; ++r)
+            levels[block][8 * half + r] =
+                polynomial<W, TRELLIS>(assemble<W, TRELLIS>(fields, subsets[block][half], one, r, nibbles), t);
     }
 }
 
@@ -138,17 +144,12 @@ DEVICE void look_up_two(u32 codes, const Words4& first, const Words4& second, u3
     other = byte_permute(lower, upper, 0x7351);
 }
 
-// The same from tables: upper bytes of eight levels, then lower ones; of sixteen levels both again. Of 32 levels they are
-// those without sign: one bit says that the sign is negative, and the place is that of the magnitude.
+// Levels of the codes of one block from tables: upper bytes of eight levels, then lower ones; of sixteen levels both
+// again. Of 32 levels they are those without sign: one bit says that the sign is negative, and the place is that of the
+// magnitude.
 template <int W, bool TRELLIS>
-DEVICE void look_up(const u8*& place, const u32* tables, u32 subsets, u32 lane, u32* levels) {
-    MARK(TABLED + W);
+DEVICE void look_up_block(const Fields& fields, const Words4& first, const Words4& second, u32 subsets, u32* levels) {
     constexpr int PLACES = TRELLIS ? W + 1 : W;  // bits
-    const Words4 first = reinterpret_cast<const Words4*>(tables)[0];
-    Words4 second = {0, 0, 0, 0};
-    if constexpr (PLACES > 3) second = reinterpret_cast<const Words4*>(tables)[1];
-    Fields fields;
-    load_fields<TRELLIS ? W - 1 : W>(place, lane, fields);
     if constexpr (!TRELLIS && PLACES > 3) {
         UNROLL for (int r = 0; r < 8; r += 2) {
             const u32 codes = byte_permute(fields.four[r / 4], 0, r % 4 ? 0x4431 : 0x4420);
@@ -179,30 +180,52 @@ DEVICE void look_up(const u8*& place, const u32* tables, u32 subsets, u32 lane, 
     if constexpr (PLACES == 5) UNROLL for (int r = 0; r < 8; ++r) levels[r] ^= single(fields.one, r, 15);
 }
 
-template <bool TRELLIS>
-DEVICE void decode_half(u32 kind, const u8*& place, const u32* terms, u32 subsets, u32 one, u32 lane, u32* levels) {
+// The same as compute() from tables.
+template <int W, bool TRELLIS, int BLOCKS>
+DEVICE void look_up(const u8* place, int apart, const u32* tables, const u32 (&subsets)[BLOCKS][2], int half, u32 lane,
+                    u32 (&levels)[BLOCKS][16]) {
+    MARK(TABLED + W);
+    const Words4 first = reinterpret_cast<const Words4*>(tables)[0];
+    Words4 second = {0, 0, 0, 0};
+    if constexpr (W + TRELLIS > 3) second = reinterpret_cast<const Words4*>(tables)[1];
+    UNROLL for (int block = 0; block < BLOCKS; ++block) {
+        Fields fields;
+        load_fields<TRELLIS ? W - 1 : W>(place + block * apart, lane, fields);
+        look_up_block<W, TRELLIS>(fields, first, second, subsets[block][half], levels[block] + 8 * half);
+    }
+}
+
+// Levels of half a tile of a kind, and how many bytes its codes take in a block.
+template <bool TRELLIS, int BLOCKS>
+DEVICE int decode_half(u32 kind, const u8* place, int apart, const u32* terms, const u32 (&subsets)[BLOCKS][2], int half,
+                       u32 one, u32 lane, u32 (&levels)[BLOCKS][16]) {
+#define COMPUTE(W) return compute<W, TRELLIS, BLOCKS>(place, apart, terms, subsets, half, one, lane, levels), 64 * (W - TRELLIS)
+#define LOOK_UP(W) return look_up<W, TRELLIS, BLOCKS>(place, apart, terms, subsets, half, lane, levels), 64 * (W - TRELLIS)
     // The same in all lanes; a jump table would wait for memory.
     if (kind > TABLED) {
-        if (kind == TABLED + 3) return look_up<3, TRELLIS>(place, terms, subsets, lane, levels);
-        if (kind == TABLED + 4) return look_up<4, TRELLIS>(place, terms, subsets, lane, levels);
-        if (kind == TABLED + 2) return look_up<2, TRELLIS>(place, terms, subsets, lane, levels);
+        if (kind == TABLED + 3) LOOK_UP(3);
+        if (kind == TABLED + 4) LOOK_UP(4);
+        if (kind == TABLED + 2) LOOK_UP(2);
         if constexpr (!TRELLIS)
-            if (kind == TABLED + 5) return look_up<5, TRELLIS>(place, terms, subsets, lane, levels);
-        return look_up<1, TRELLIS>(place, terms, subsets, lane, levels);
+            if (kind == TABLED + 5) LOOK_UP(5);
+        LOOK_UP(1);
     }
     if (kind <= 4) {
-        if (kind == 4) return decode<4, TRELLIS>(place, terms, subsets, one, lane, levels);
-        if (kind == 3) return decode<3, TRELLIS>(place, terms, subsets, one, lane, levels);
-        if (kind == 2) return decode<2, TRELLIS>(place, terms, subsets, one, lane, levels);
-        if (kind == 1) return decode<1, TRELLIS>(place, terms, subsets, one, lane, levels);
+        if (kind == 4) COMPUTE(4);
+        if (kind == 3) COMPUTE(3);
+        if (kind == 2) COMPUTE(2);
+        if (kind == 1) COMPUTE(1);
         MARK(0);
-        UNROLL for (int r = 0; r < 8; ++r) levels[r] = 0;
-        return;
+        UNROLL for (int block = 0; block < BLOCKS; ++block)
+            UNROLL for (int r = 0; r < 8; ++r) levels[block][8 * half + r] = 0;
+        return 0;
     }
-    if (kind == 5) return decode<5, TRELLIS>(place, terms, subsets, one, lane, levels);
-    if (kind == 6) return decode<6, TRELLIS>(place, terms, subsets, one, lane, levels);
-    if (kind == 7) return decode<7, TRELLIS>(place, terms, subsets, one, lane, levels);
-    return decode<8, TRELLIS>(place, terms, subsets, one, lane, levels);
+    if (kind == 5) COMPUTE(5);
+    if (kind == 6) COMPUTE(6);
+    if (kind == 7) COMPUTE(7);
+    COMPUTE(8);
+#undef COMPUTE
+#undef LOOK_UP
 }
 
 // Path bits of some tokens ago; `before` has those of the eight tokens before a lane's.
@@ -226,15 +249,17 @@ DEVICE void find_subsets(u32 path, u32 (&subsets)[2]) {
     subsets[1] = select(c0 >> 1, c1, 0x55555555);
 }
 
-// Levels of either half of a tile. Codes are at the lane's own words, and the pointer goes past the tile; the terms are
-// the lane's own.
-template <bool TRELLIS, bool KEYS>
-DEVICE void decode_tile(u32 tile, const u8*& codes, const u32* terms, u32 one, u32 lane, u32 (&levels)[16]) {
-    u32 subsets[2] = {0, 0};
+// Levels of either half of a tile, of as many blocks. Codes are at the lane's own words, and the pointer goes past the
+// tile; the terms are the lane's own.
+template <bool TRELLIS, bool KEYS, int BLOCKS>
+DEVICE void decode_tile(u32 tile, const u8*& codes, int apart, const u32* terms, u32 one, u32 lane,
+                        u32 (&levels)[BLOCKS][16]) {
+    u32 subsets[BLOCKS][2] = {};
     if constexpr (TRELLIS) {
-        find_subsets<KEYS>(*reinterpret_cast<const u32*>(codes), subsets);
+        UNROLL for (int block = 0; block < BLOCKS; ++block)
+            find_subsets<KEYS>(*reinterpret_cast<const u32*>(codes + block * apart), subsets[block]);
         codes += 128;
     }
-    decode_half<TRELLIS>(tile & 15, codes, terms, subsets[0], one, lane, levels);
-    decode_half<TRELLIS>(tile >> 4, codes, terms + TERMS, subsets[1], one, lane, levels + 8);
+    codes += decode_half<TRELLIS>(tile & 15, codes, apart, terms, subsets, 0, one, lane, levels);
+    codes += decode_half<TRELLIS>(tile >> 4, codes, apart, terms + TERMS, subsets, 1, one, lane, levels);
 }
