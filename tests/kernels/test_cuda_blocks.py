@@ -217,7 +217,7 @@ def test_tables_hold_levels_in_half_precision(coding: Coding, width: int) -> Non
             nibble ^= 3 * negative
         else:
             stored = int(stored_codes(torch.tensor(place), width, width, False))
-            negative, nibble = (stored & 1, stored >> 1) if width == PLACES else (0, stored)
+            negative, nibble = (stored & 1, stored >> 1) if width == PLACES else (stored >> 3, stored & 7)
         found.append((-1) ** negative * unit * looked_up(words, nibble))
     expected = (levels / unit).half().double() * unit
     assert torch.equal(torch.tensor(found, dtype=torch.float64), expected)

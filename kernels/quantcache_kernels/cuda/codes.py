@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.blocks import HALF, LANES, PLACES, TILE, BlockLayout
+from quantcache_kernels.cuda.blocks import BYTE_PLACES, HALF, LANES, PLACES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.fast import lay_out_fast
 from quantcache_kernels.cuda.memory import Memory
@@ -43,8 +43,8 @@ MAX_DIM = 256
 KINDS = (torch.bfloat16, torch.float32)
 """Of numbers that the kernels read as they are given."""
 
-ROOM_BYTES = 384 + 2048
-"""Of shared memory beside codes, queries and sums (codes.h): barriers, gains, and scores that wait."""
+ROOM_BYTES = 384 + 2048 + 512
+"""Of shared memory beside codes, queries and sums (codes.h): barriers, gains, scores that wait, peaks."""
 
 EXTRA_BYTES = 64
 """Of a unit's queries behind their fragments: eight units and eight offsets."""
@@ -173,15 +173,18 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
 def _polynomials(constants: SideConstants, layout: BlockLayout) -> tuple[Tensor, Tensor]:
     """Polynomials of every slot, ``[H, S, terms]`` float16, and what their results are in units of, ``[H, S]``.
 
-    A code of w bits stored in W is v = 1 + code / 2^W in half precision. The first two terms take it to
-    x = (code + 1/2) / 2^w - 1/2, without rounding. A path of k bits has the places of k + 1 bits.
+    A code of w bits stored in W is v = 1 + code / 2^W in half precision, or v = 1024 + 2^(8 - W) code where codes are
+    bytes on their way. The first two terms take it to x = (code + 1/2) / 2^w - 1/2, without rounding. A path of k bits
+    has the places of k + 1 bits.
     """
     is_trellis = constants.coding == "trellis"
     width = layout.gather(constants.widths.to(torch.int64), 1)
     stored = layout.widths.repeat_interleave(HALF, dim=1)
-    factor = torch.where(width > 0, torch.exp2((stored - width).double()), 0.0)
+    in_bytes = stored + int(is_trellis) <= BYTE_PLACES
+    factor = torch.where(width > 0, torch.exp2((stored - width - 8 * in_bytes).double()), 0.0)
+    base = torch.where(in_bytes, 1024.0, 1.0)
     half_step = torch.exp2(-(width + 1 + int(is_trellis)).double())
-    center = torch.where(width > 0, half_step - 0.5 - factor, 0.0)
+    center = torch.where(width > 0, half_step - 0.5 - base * factor, 0.0)
     if is_trellis:
         books = torch.tensor(HALF_TERMS, dtype=torch.float64, device="cpu")
     else:

@@ -9,7 +9,9 @@ the first's. Both of a place's two levels must have it in common, in either byte
 - the level's sign is among the lower three bits of the place, which therefore has its highest two bits swapped;
 - the sign of lower bytes is met by choice of the levels' unit, which is free.
 
-Of 32 levels the 16 magnitudes are looked up.
+Of 32 levels the 16 magnitudes are looked up, and of 16 levels of scalar codes the eight: their sign is a bit of the code.
+A trellis knows only half of a code's bits before it is decoded, and to turn the place around where the sign is negative
+would take as long as the other eight levels do.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from functools import cache
 
 import torch
 
-from quantcache_kernels.cuda.blocks import PLACES, swapped
+from quantcache_kernels.cuda.blocks import has_signs, swapped
 
 STEPS = 2048
 """Units that are tried."""
@@ -39,13 +41,12 @@ def level_tables(levels: Sequence[float], is_trellis: bool) -> tuple[list[int], 
     """
     bits = (len(levels) - 1).bit_length()
     book = torch.tensor(levels, dtype=torch.float64, device="cpu")
-    if bits == PLACES:
+    magnitudes = has_signs(bits, is_trellis)
+    if magnitudes:
         book, bits = book[len(levels) // 2 :], bits - 1
-        order = torch.arange(len(book), dtype=torch.int64, device="cpu")
-        order = order if is_trellis else swapped(order, 0, 3)
-    else:
-        order = torch.arange(len(book), dtype=torch.int64, device="cpu")
-        order = swapped(order, 3, 2) if bits == 4 else order
+    order = torch.arange(len(book), dtype=torch.int64, device="cpu")
+    if bits == 4 and magnitudes != is_trellis:
+        order = swapped(order, 0, 3) if magnitudes else swapped(order, 3, 2)
     exact = torch.zeros(16, dtype=torch.float64, device="cpu")
     exact[order] = book
     factors = 1 + torch.arange(STEPS, dtype=torch.float64, device="cpu") / STEPS

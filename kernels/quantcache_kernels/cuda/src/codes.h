@@ -61,7 +61,8 @@ struct Room {
     u8 *key_gains, *value_gains;  // codes of gains
     u8* scratch;                  // scores of a block's fast dimensions, later gains of all tokens
     u8 *keys, *values, *query;
-    Words4* sums;  // [value tiles, 32 lanes]
+    Words4* softmax;  // of every lane
+    Words4* sums;     // [value tiles, 32 lanes]
 };
 
 DEVICE Room lay_out_room(const CodesArguments& a) {
@@ -70,7 +71,8 @@ DEVICE Room lay_out_room(const CodesArguments& a) {
     room.key_barrier = reinterpret_cast<u64*>(shared), room.value_barrier = room.key_barrier + 1;
     room.key_gains = shared + 128, room.value_gains = shared + 256;
     room.scratch = shared + 384;
-    room.keys = room.scratch + 2048;
+    room.softmax = reinterpret_cast<Words4*>(shared + 2432);
+    room.keys = shared + 2944;
     room.values = room.keys + 2 * a.key_room;
     room.query = room.values + 2 * a.value_room;
     room.sums = reinterpret_cast<Words4*>(room.query + a.query_bytes);
@@ -99,8 +101,9 @@ DEVICE void fetch(const CodesArguments& a, const Side& side, int first, int b, b
 }
 
 // Scores of a unit's tokens before their gains, without the means of the fast dimensions.
-DEVICE void score_keys(const CodesArguments& a, int head, const HeadTiles& keys, u32 own_tiles, const Room& room,
-                       const u8* query, const Tokens& tokens, u32 lane, float (&scores)[2][4][4]) {
+DEVICE void score_keys(const CodesArguments& a, int head, const HeadTiles& keys, const Room& room, const u8* query,
+                       const Tokens& tokens, u32 lane, float (&scores)[2][4][4]) {
+    const u32 own_tiles = keys.tiles[lane];  // what a lane knows of the tile that is its number
     const u8* codes = room.keys + 4 * lane;
     const int apart = tokens.two ? a.key_room : 0;
     const u32* terms = a.key_terms + head * (a.slow_tiles + a.fast_tiles) * KEY_WORDS + 2 * TERMS * (lane % 4);
@@ -108,8 +111,6 @@ DEVICE void score_keys(const CodesArguments& a, int head, const HeadTiles& keys,
     Words4* parked = reinterpret_cast<Words4*>(room.scratch) + lane;
     // The fast dimensions take many registers: one block after the other, and the second one's scores wait in memory.
     ROLLED for (int block = 1; block >= 0; --block) {
-        UNROLL for (int m = 0; m < 4; ++m)
-            UNROLL for (int i = 0; i < 4; ++i) scores[0][m][i] = 0.0f;
         score_fast<KEY_TRELLIS>(a, head, keys.fast, own_tiles, codes + block * apart + keys.slow_bytes,
                                 terms + a.slow_tiles * KEY_WORDS, query + stride * a.slow_tiles,
                                 (block ? tokens.offset[1] : tokens.offset[0]) + 8 * static_cast<int>(lane / 4), lane, scores[0]);
@@ -133,8 +134,9 @@ DEVICE void score_keys(const CodesArguments& a, int head, const HeadTiles& keys,
 }
 
 // Adds a unit's weighted values.
-DEVICE void add_values(const CodesArguments& a, int head, const HeadTiles& values, u32 own_tiles, const Room& room,
-                       bool two, const u32 (&weights)[2][4][2], u32 lane) {
+DEVICE void add_values(const CodesArguments& a, int head, const HeadTiles& values, const Room& room, bool two,
+                       const u32 (&weights)[2][4][2], u32 lane) {
+    const u32 own_tiles = values.tiles[lane];
     const u8* codes = room.values + 4 * lane;
     const int apart = two ? a.value_room : 0;
     const u32* terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * TERMS * (lane / 4);
@@ -178,14 +180,14 @@ DEVICE void find_exponents(const CodesArguments& a, const float (&scores)[2][4][
 }
 
 // Exponents become weights, times the gains of values: right operands of the products with values.
-DEVICE void weigh(const Exponents& e, const float (&gains)[2][8], Softmax& softmax, u32 (&weights)[2][4][2]) {
+DEVICE void weigh(const Exponents& e, const float (&gains)[2][8], float (&softmax)[4], u32 (&weights)[2][4][2]) {
     float offset[2];
-    UNROLL for (int q = 0; q < 2; ++q) offset[q] = e.offset[q] - softmax.peak[q];
+    UNROLL for (int q = 0; q < 2; ++q) offset[q] = e.offset[q] - softmax[q];
     UNROLL for (int i = 0; i < 16; ++i) {
         float w[2];
         UNROLL for (int q = 0; q < 2; ++q) {
             const float p = power_of_two(multiply_add(e.y[q][i], e.unit[q], offset[q]));
-            softmax.total[q] += p;
+            softmax[2 + q] += p;
             w[q] = p * gains[i / 8][i % 8];
         }
         weights[i / 8][i % 8 / 2][i % 2] = transpose(pack_halves(w[0], w[1]));
@@ -193,19 +195,21 @@ DEVICE void weigh(const Exponents& e, const float (&gains)[2][8], Softmax& softm
 }
 
 // What a split leaves for the merge kernel.
-DEVICE void store_split(const CodesArguments& a, u64 place, const Words4* sums, Softmax& softmax, u32 lane) {
+DEVICE void store_split(const CodesArguments& a, u64 place, const Room& room, u32 lane) {
+    float softmax[4];
+    floats_of(room.softmax[lane], softmax);
     float* out = a.partial + place * 16 * a.value_tiles;
     float* stats = a.stats + place * 2;
     UNROLL for (int q = 0; q < 2; ++q) {
         UNROLL for (int mask = 4; mask < 32; mask *= 2)
-            softmax.total[q] = add(softmax.total[q], shuffle_xor(softmax.total[q], mask));
+            softmax[2 + q] = add(softmax[2 + q], shuffle_xor(softmax[2 + q], mask));
         const int own = 2 * static_cast<int>(lane % 4) + q;
         if (own >= a.rows) continue;
         for (int tile = 0; tile < a.value_tiles; ++tile)
             UNROLL for (int i = 0; i < 2; ++i)
                 out[own * 16 * a.value_tiles + 16 * tile + 8 * i + static_cast<int>(lane / 4)] =
-                    reinterpret_cast<const float*>(sums + 32 * tile + lane)[2 * i + q];
-        if (lane < 4) stats[2 * own] = softmax.peak[q], stats[2 * own + 1] = softmax.total[q];
+                    reinterpret_cast<const float*>(room.sums + 32 * tile + lane)[2 * i + q];
+        if (lane < 4) stats[2 * own] = softmax[q], stats[2 * own + 1] = softmax[2 + q];
     }
 }
 
@@ -252,13 +256,12 @@ KERNEL void
         }
     }
     for (int tile = 0; tile < a.value_tiles; ++tile) room.sums[32 * tile + lane] = {0, 0, 0, 0};
+    room.softmax[lane] = {bits_of(HIDDEN), bits_of(HIDDEN), 0, 0};
     sync_warp();
 
-    Softmax softmax = {{HIDDEN, HIDDEN}, {0.0f, 0.0f}};
     const int first_seen = a.first_seen ? a.first_seen[b] : 0;
     const int row = static_cast<int>(lane / 4), query_row = row < a.rows ? row : a.rows - 1, steps = a.fast_steps;
     const u8* own_query = room.query + 32 * query_row + 8 * (lane % 4);
-    const u32 own_keys = keys.tiles[lane], own_values = values.tiles[lane];  // of the tile that is a lane's number
 
     for (int unit = begin; unit < end; ++unit) {
         const u32 parity = static_cast<u32>(unit - begin) & 1;
@@ -266,7 +269,7 @@ KERNEL void
         const Tokens tokens = find_tokens(a, unit * of_a_unit, has_two(unit), first_seen);
         barrier_wait(room.key_barrier, parity);
         float scores[2][4][4], gains[2][8];
-        score_keys(a, head, keys, own_keys, room, own_query, tokens, lane, scores);
+        score_keys(a, head, keys, room, own_query, tokens, lane, scores);
         sync_warp();
         load_gains(room.key_gains, room.scratch, lane, gains);
         UNROLL for (int i = 0; i < 32; ++i) scores[i / 16][i % 16 / 4][i % 4] *= gains[i / 16][i % 16 / 2];
@@ -278,17 +281,20 @@ KERNEL void
         if (more && lane == 0) fetch_keys(unit + 1);
         float peak[2];
         UNROLL for (int q = 0; q < 2; ++q) peak[q] = find_peak(e.y[q], e.unit[q], e.offset[q]);
+        float softmax[4];
+        floats_of(room.softmax[lane], softmax);
         raise_peaks(softmax, peak, room.sums + lane, a.value_tiles);
 
         barrier_wait(room.value_barrier, parity);
         u32 weights[2][4][2];
         load_gains(room.value_gains, room.scratch, lane, gains);
         weigh(e, gains, softmax, weights);
-        add_values(a, head, values, own_values, room, tokens.two, weights, lane);
+        room.softmax[lane] = words_of(softmax);
+        add_values(a, head, values, room, tokens.two, weights, lane);
         sync_warp();
         if (more && lane == 0) fetch_values(unit + 1);
     }
-    store_split(a, static_cast<u64>(split * lines + line) * a.rows, room.sums, softmax, lane);
+    store_split(a, static_cast<u64>(split * lines + line) * a.rows, room, lane);
 }
 
 #include "near.h"

@@ -32,10 +32,12 @@ DEVICE void decode_fast(const CodesArguments& a, int head, int first, int tiles,
     }
 }
 
-// Products of the fast dimensions without their means, added to scores that have no gains yet.
+// Products of the fast dimensions without their means, before their gains.
 template <bool TRELLIS>
 DEVICE void score_fast(const CodesArguments& a, int head, int tiles, u32 own_tiles, const u8* codes, const u32* terms,
                        const u8* query, int first_token, u32 lane, float (&scores)[4][4]) {
+    UNROLL for (int m = 0; m < 4; ++m)
+        UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
     const int steps = a.fast_steps;
     const Words4* turns = reinterpret_cast<const Words4*>(a.rotation) + 4 * first_token + static_cast<int>(lane % 4);
     ROLLED for (int first = 0; first < 2 * steps; first += FAST_COLUMNS) {

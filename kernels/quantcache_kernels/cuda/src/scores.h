@@ -76,21 +76,18 @@ DEVICE float find_peak(const float (&y)[16], float unit, float offset) {
 }
 
 // Sums are in units of an earlier peak of their query, which is raised only when they could grow too large: a weight
-// stays below 2^10, and its product with a gain within half precision.
-struct Softmax {
-    float peak[2], total[2];
-};
-
-DEVICE void raise_peaks(Softmax& s, const float (&found)[2], Words4* sums, int value_tiles) {
+// stays below 2^10, and its product with a gain within half precision. `softmax` is the peaks of a lane's queries, then
+// the sums of their weights.
+DEVICE void raise_peaks(float (&softmax)[4], const float (&found)[2], Words4* sums, int value_tiles) {
     bool raise[2];
-    UNROLL for (int q = 0; q < 2; ++q) raise[q] = found[q] > s.peak[q] + 10.0f;
+    UNROLL for (int q = 0; q < 2; ++q) raise[q] = found[q] > softmax[q] + 10.0f;
     if (!any_lane(raise[0] || raise[1])) return;
     float decay[2];
     UNROLL for (int q = 0; q < 2; ++q) {
-        const float higher = raise[q] ? found[q] : s.peak[q];
-        decay[q] = power_of_two(s.peak[q] - higher);
-        s.peak[q] = higher;
-        s.total[q] *= decay[q];
+        const float higher = raise[q] ? found[q] : softmax[q];
+        decay[q] = power_of_two(softmax[q] - higher);
+        softmax[q] = higher;
+        softmax[2 + q] *= decay[q];
     }
     ROLLED for (int tile = 0; tile < value_tiles; ++tile) {
         float* own = reinterpret_cast<float*>(sums + 32 * tile);
