@@ -11,12 +11,13 @@ take as many bits as the widest's. Every one of 32 lanes has 16 codes of each ha
 
 Codes are cut into fields of 4, 2 and 1 bits. A lane has two words of each 4-bit field, one of a 2-bit field and half a
 word of a 1-bit field; a field's words lie side by side for all lanes. Register t is 2 t bits up in a field of 2 bits,
-its halves 16 bits apart, so that registers t and t + 4 are in all four bytes alike; in a 1-bit field the halves are side
-by side. A nibble of a 4-bit field is 4 (t % 2) + 8 (t / 4) bits up, and its word has t / 2 for even or odd. Signs of
-scalar codes that are looked up have those of registers 1 and 4, 3 and 6 changed: then signs of four levels that are looked
-up at once are in all four bytes alike. A trellis has fields for its levels' k - 1 bits. Its path bits come first, in one
-word of a lane for both halves of a tile: those of register t are 2 t bits up, and the second half of the tile is a bit
-above the first.
+its halves 16 bits apart, so that registers t and t + 4 are in all four bytes alike; in a 1-bit field the halves are
+side by side. A 4-bit field has registers 0, 1, 4 and 5 in its first word, 4 bits from each other, and the others in its
+second. Of scalar codes that are looked up by magnitude, the signs of registers 1 and 4, and of 3 and 6, are in each
+other's place: then those of four levels that are looked up at once are in all four bytes alike.
+
+A trellis has fields for its levels' k - 1 bits. Its path bits come first, in one word of a lane for both halves of a
+tile: those of register t are 2 t bits up, and the second half of the tile is a bit above the first.
 
 Shapes: B batch, H key/value heads, D dimension, S slots (16 times the tiles), n blocks.
 """
@@ -29,7 +30,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from quantcache_kernels.interface import BLOCK, MAX_WIDTH, SideConstants
+from quantcache_kernels.cuda.tables import PLACES, stored_codes, swapped
+from quantcache_kernels.interface import BLOCK, SideConstants
 
 TILE, HALF = 16, 8
 """Coefficients of a tile, and those that share a width."""
@@ -44,9 +46,6 @@ FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4,
 
 TABLED = 8
 """Added to the width of half a tile whose levels are looked up."""
-
-PLACES = 5
-"""Bits that a place in a codebook may have for that; a trellis of k bits has places of k + 1."""
 
 BYTE_PLACES = 7
 """Bits of a place up to which codes are bytes on their way to a polynomial."""
@@ -202,8 +201,9 @@ class BlockLayout:
 
         Returns:
             Width, coefficients ``[8 m]`` (H D for none) and words of fields ``[16 W m]`` (of a trellis 16 (W - 1) m).
-            ``TABLED`` is added to the width of scalar codes with signs. Of a trellis, width 0 stands for whole tiles, ``[16 m]``, and their words of path bits ``[32 m]``. -1 stands
-            for coefficients whose codes are stored as something else: what each byte becomes and came from, ``[512]``.
+            ``TABLED`` is added to the width of scalar codes with signs. Of a trellis, width 0 stands for whole tiles,
+            ``[16 m]``, and their words of path bits ``[32 m]``. -1 stands for coefficients whose codes are stored as
+            something else: what each byte becomes and came from, ``[512]``.
         """
         found = self._groups.get(device)
         if found is None:
@@ -225,7 +225,7 @@ class BlockLayout:
         fields = (widths - paths).clamp_min(0)  # bits
         first = tiles[:, None] + WORDS * torch.stack((0 * tiles, fields[:, 0]), dim=1) + 2 * WORDS * paths
         found = []
-        signed = self.tabled & (self.widths >= 4) & (not self.is_trellis)
+        signed = self.tabled & (self.widths >= PLACES - 1) & (not self.is_trellis)
         kinds = (self.widths + TABLED * signed).flatten()
         for kind in sorted(set(kinds.tolist())):
             width = kind & (TABLED - 1) or kind
@@ -328,49 +328,6 @@ class BlockLayout:
             above -= length
             fields.append((length, above))
         return fields
-
-
-def stored_codes(codes: Tensor, stored: int, width: int, is_trellis: bool) -> Tensor:
-    """Codes as half a tile whose levels are looked up has them; see :mod:`quantcache_kernels.cuda.tables`.
-
-    Args:
-        codes: Without path bits, int64.
-        stored: Bits of the half.
-        width: Bits of the code.
-        is_trellis: Whether they are those of a trellis.
-
-    Returns:
-        The same shape.
-    """
-    places, top = width + is_trellis, width - is_trellis - 1
-    if has_signs(places, is_trellis):  # the magnitude, and whether the sign is negative
-        negative = (codes >> top ^ 1) & 1
-        codes = (codes ^ -negative) & ((1 << top) - 1)
-        if is_trellis or stored < PLACES:
-            return codes | negative << top
-        return (swapped(codes, 0, 3) if places == PLACES else codes) << 1 | negative
-    if places == PLACES - 1:
-        codes = swapped(codes, top, top - 1)
-    return codes if is_trellis or stored < PLACES else codes << 1
-
-
-def has_signs(places: int, is_trellis: bool) -> bool:
-    """Whether looked-up levels of a codebook are magnitudes, and their sign is a bit of the code.
-
-    Args:
-        places: Bits of a place in it.
-        is_trellis: Whether it is the union codebook of a trellis.
-
-    Returns:
-        The answer.
-    """
-    return places == PLACES or (places == PLACES - 1 and not is_trellis)
-
-
-def swapped(codes: Tensor, one: int, other: int) -> Tensor:
-    """Codes with two bits in each other's place."""
-    differs = (codes >> one ^ codes >> other) & 1
-    return codes ^ (differs << one | differs << other)
 
 
 @cache

@@ -16,14 +16,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.blocks import BYTE_PLACES, HALF, LANES, PLACES, TILE, BlockLayout
+from quantcache_kernels.cuda.blocks import BYTE_PLACES, HALF, LANES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.fast import lay_out_fast
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
 from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, Queries, QueryArguments, Rows, pointer
-from quantcache_kernels.cuda.tables import level_tables
+from quantcache_kernels.cuda.tables import PLACES, level_tables
 from quantcache_kernels.interface import AttentionCall, SideConstants
 from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
@@ -336,7 +336,8 @@ def attend(
         *map(pointer, (block_table, first_seen, mask)), partial, stats,
         n, batch, heads, chunks, rows, count, units, per_split, paired,
         4 * keys.layout.words, 4 * values.layout.words, query_bytes, *room,
-        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast // TILE, values.layout.tiles, *strides, softcap, ONE_HALVES,
+        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast // TILE, values.layout.tiles,
+        *strides, softcap, ONE_HALVES,
     )  # fmt: skip
     to_near = near.arguments(queries, (pointer(origins), pointer(mask), pointer(logits), *found))
     to_near.encoded_end, to_near.causal, to_near.lines = encoded_end, call.hides_the_future(count), lines

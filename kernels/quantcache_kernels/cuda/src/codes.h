@@ -1,8 +1,9 @@
 // Attention of a few queries on a cache's blocks.
 //
-// A warp goes over a split of the context, a block of 64 tokens at a time. Levels (decoding.h) are what mma.m16n8k16
-// takes: tokens are rows of every tile of scores, queries its columns, and a tile of weights, turned around by movmatrix,
-// is the right operand of the products with values. Only the fast dimensions of a key are decoded (fast.h).
+// A warp goes over a split of the context, a unit at a time: two blocks of 64 tokens that share an anchor. Levels
+// (decoding.h) are what mma.m16n8k16 takes: tokens are rows of every tile of scores, queries its columns, and a tile of
+// weights, turned around by movmatrix, is the right operand of the products with values. Only the fast dimensions of a key
+// are decoded (fast.h).
 #include "warp.h"
 #include "merge.h"
 #include "decoding.h"
@@ -52,53 +53,9 @@ struct CodesArguments {
 
 constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
 
+#include "room.h"
 #include "scores.h"
 #include "fast.h"
-
-// What a warp has in shared memory, of both blocks of a unit.
-struct Room {
-    u64 *key_barrier, *value_barrier;
-    u8 *key_gains, *value_gains;  // codes of gains
-    u8* scratch;                  // scores of a block's fast dimensions, later gains of all tokens
-    u8 *keys, *values, *query;
-    Words4* softmax;  // of every lane
-    Words4* sums;     // [value tiles, 32 lanes]
-};
-
-DEVICE Room lay_out_room(const CodesArguments& a) {
-    u8* shared = shared_memory();
-    Room room;
-    room.key_barrier = reinterpret_cast<u64*>(shared), room.value_barrier = room.key_barrier + 1;
-    room.key_gains = shared + 128, room.value_gains = shared + 256;
-    room.scratch = shared + 384;
-    room.softmax = reinterpret_cast<Words4*>(shared + 2432);
-    room.keys = shared + 2944;
-    room.values = room.keys + 2 * a.key_room;
-    room.query = room.values + 2 * a.value_room;
-    room.sums = reinterpret_cast<Words4*>(room.query + a.query_bytes);
-    return room;
-}
-
-// One side of a head's blocks: where they lie, and where they go.
-struct Side {
-    const u8 *codes, *gains;  // of the first block and batch row
-    u32 bytes, stride;        // of codes, and from one batch row's to the next one's
-    u64* barrier;
-    u8 *code_room, *gain_room;
-    int apart;  // from the first block to the second one in code_room
-};
-
-// Brings one or two blocks of a side; the barrier waits for `more` bytes too. For one lane.
-DEVICE void fetch(const CodesArguments& a, const Side& side, int first, int b, bool two, u32 more) {
-    barrier_expect(side.barrier, (side.bytes + 64) * (two ? 2 : 1) + more);
-    UNROLL for (int block = 0; block < 2; ++block) {
-        if (block && !two) break;
-        MARK(14);
-        const u64 row = static_cast<u64>(first + block) * a.batch + b;
-        bulk_copy(side.gain_room + 64 * block, side.gains + row * a.heads * 64, 64, side.barrier);
-        if (side.bytes) bulk_copy(side.code_room + side.apart * block, side.codes + row * side.stride, side.bytes, side.barrier);
-    }
-}
 
 // Scores of a unit's tokens before their gains, without the means of the fast dimensions.
 DEVICE void score_keys(const CodesArguments& a, int head, const HeadTiles& keys, const Room& room, const u8* query,
@@ -113,7 +70,8 @@ DEVICE void score_keys(const CodesArguments& a, int head, const HeadTiles& keys,
     ROLLED for (int block = 1; block >= 0; --block) {
         score_fast<KEY_TRELLIS>(a, head, keys.fast, own_tiles, codes + block * apart + keys.slow_bytes,
                                 terms + a.slow_tiles * KEY_WORDS, query + stride * a.slow_tiles,
-                                (block ? tokens.offset[1] : tokens.offset[0]) + 8 * static_cast<int>(lane / 4), lane, scores[0]);
+                                (block ? tokens.offset[1] : tokens.offset[0]) + 8 * static_cast<int>(lane / 4), lane,
+                                scores[0]);
         if (block)
             UNROLL for (int m = 0; m < 4; ++m) parked[32 * m] = words_of(scores[0][m]);
     }
@@ -158,42 +116,6 @@ DEVICE void add_values(const CodesArguments& a, int head, const HeadTiles& value
     }
 }
 
-// A unit's scores become exponents: y times a unit plus an offset, for either query of a lane.
-struct Exponents {
-    float y[2][16], unit[2], offset[2];
-};
-
-DEVICE void find_exponents(const CodesArguments& a, const float (&scores)[2][4][4], const float* extra,
-                           const Tokens& tokens, int b, int chunk, int first_seen, u32 lane, Exponents& e) {
-    UNROLL for (int q = 0; q < 2; ++q) {
-        const int own = 2 * static_cast<int>(lane % 4) + q, row = own < a.rows ? own : a.rows - 1;
-        e.unit[q] = extra[row], e.offset[q] = extra[8 + row];
-        UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = scores[i / 8][i % 8 / 2][2 * (i % 2) + q];
-        if (tokens.all_seen && !(a.softcap > 0.0f)) continue;
-        UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = multiply_add(e.y[q][i], e.unit[q], e.offset[q]);
-        e.unit[q] = 1.0f, e.offset[q] = 0.0f;
-        if (a.softcap > 0.0f)
-            UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = capped(e.y[q][i], a.softcap) * 1.4426950408889634f;
-        if (!tokens.all_seen)
-            hide_tokens(a, tokens, b, (chunk * a.rows + row) % a.count, static_cast<int>(lane / 4), first_seen, e.y[q]);
-    }
-}
-
-// Exponents become weights, times the gains of values: right operands of the products with values.
-DEVICE void weigh(const Exponents& e, const float (&gains)[2][8], float (&softmax)[4], u32 (&weights)[2][4][2]) {
-    float offset[2];
-    UNROLL for (int q = 0; q < 2; ++q) offset[q] = e.offset[q] - softmax[q];
-    UNROLL for (int i = 0; i < 16; ++i) {
-        float w[2];
-        UNROLL for (int q = 0; q < 2; ++q) {
-            const float p = power_of_two(multiply_add(e.y[q][i], e.unit[q], offset[q]));
-            softmax[2 + q] += p;
-            w[q] = p * gains[i / 8][i % 8];
-        }
-        weights[i / 8][i % 8 / 2][i % 2] = transpose(pack_halves(w[0], w[1]));
-    }
-}
-
 // What a split leaves for the merge kernel.
 DEVICE void store_split(const CodesArguments& a, u64 place, const Room& room, u32 lane) {
     float softmax[4];
@@ -234,11 +156,7 @@ KERNEL void
     const Room room = lay_out_room(a);
 
     const int of_a_unit = a.paired ? 2 : 1;
-    const Side key_side = {a.keys + keys.offset, a.key_gains + head * 64, static_cast<u32>(keys.bytes),
-                           static_cast<u32>(a.key_bytes), room.key_barrier, room.keys, room.key_gains, a.key_room};
-    const Side value_side = {a.values + values.offset, a.value_gains + head * 64, static_cast<u32>(values.bytes),
-                             static_cast<u32>(a.value_bytes), room.value_barrier, room.values, room.value_gains,
-                             a.value_room};
+    const Side key_side = keys_of(a, room, head), value_side = values_of(a, room, head);
     const auto has_two = [&](int unit) { return a.paired && 2 * unit + 1 < a.blocks; };
     const auto fetch_values = [&](int unit) { fetch(a, value_side, of_a_unit * unit, b, has_two(unit), 0); };
     const auto fetch_keys = [&](int unit) {
@@ -260,7 +178,7 @@ KERNEL void
     sync_warp();
 
     const int first_seen = a.first_seen ? a.first_seen[b] : 0;
-    const int row = static_cast<int>(lane / 4), query_row = row < a.rows ? row : a.rows - 1, steps = a.fast_steps;
+    const int row = static_cast<int>(lane / 4), query_row = row < a.rows ? row : a.rows - 1;
     const u8* own_query = room.query + 32 * query_row + 8 * (lane % 4);
 
     for (int unit = begin; unit < end; ++unit) {
@@ -275,15 +193,13 @@ KERNEL void
         UNROLL for (int i = 0; i < 32; ++i) scores[i / 16][i % 16 / 4][i % 4] *= gains[i / 16][i % 16 / 2];
         score_means(a, head, own_query + 32 * a.rows * a.slow_tiles, tokens, lane, scores);
         Exponents e;
-        const u8* extra = room.query + 32 * a.rows * (a.slow_tiles + steps);
+        const u8* extra = room.query + 32 * a.rows * (a.slow_tiles + a.fast_steps);
         find_exponents(a, scores, reinterpret_cast<const float*>(extra), tokens, b, chunk, first_seen, lane, e);
         sync_warp();
         if (more && lane == 0) fetch_keys(unit + 1);
-        float peak[2];
-        UNROLL for (int q = 0; q < 2; ++q) peak[q] = find_peak(e.y[q], e.unit[q], e.offset[q]);
         float softmax[4];
         floats_of(room.softmax[lane], softmax);
-        raise_peaks(softmax, peak, room.sums + lane, a.value_tiles);
+        raise_peaks(e, softmax, room.sums + lane, a.value_tiles);
 
         barrier_wait(room.value_barrier, parity);
         u32 weights[2][4][2];

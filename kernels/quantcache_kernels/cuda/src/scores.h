@@ -1,6 +1,6 @@
 // From scores of a unit's tokens to weights: gains, soft caps, masks and the running maximum.
 //
-// A lane has eight tokens of either block, and two queries: `y[q][8 block + r]` is what the scores become, in base 2.
+// A lane has eight tokens of either block, and two queries: entry 8 block + r of what it has of a query. The base is 2.
 constexpr float HIDDEN = -1e30f;
 
 // Gains of a lane's eight tokens of either block: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1. A row's
@@ -66,7 +66,29 @@ DEVICE void hide_tokens(const CodesArguments& a, const Tokens& tokens, int b, in
     }
 }
 
-// The largest exponent of a query. Exponents are y times a unit, which is positive, plus an offset.
+// Exponents of either query of a lane: y times a unit, which is positive, plus an offset.
+struct Exponents {
+    float y[2][16], unit[2], offset[2];
+};
+
+// Exponents of a unit's tokens from their scores; `extra` is behind the queries.
+DEVICE void find_exponents(const CodesArguments& a, const float (&scores)[2][4][4], const float* extra,
+                           const Tokens& tokens, int b, int chunk, int first_seen, u32 lane, Exponents& e) {
+    UNROLL for (int q = 0; q < 2; ++q) {
+        const int own = 2 * static_cast<int>(lane % 4) + q, row = own < a.rows ? own : a.rows - 1;
+        e.unit[q] = extra[row], e.offset[q] = extra[8 + row];
+        UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = scores[i / 8][i % 8 / 2][2 * (i % 2) + q];
+        if (tokens.all_seen && !(a.softcap > 0.0f)) continue;
+        UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = multiply_add(e.y[q][i], e.unit[q], e.offset[q]);
+        e.unit[q] = 1.0f, e.offset[q] = 0.0f;
+        if (a.softcap > 0.0f)
+            UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = capped(e.y[q][i], a.softcap) * 1.4426950408889634f;
+        if (!tokens.all_seen)
+            hide_tokens(a, tokens, b, (chunk * a.rows + row) % a.count, static_cast<int>(lane / 4), first_seen, e.y[q]);
+    }
+}
+
+// The largest exponent of a query.
 DEVICE float find_peak(const float (&y)[16], float unit, float offset) {
     float peak = y[0];
     UNROLL for (int i = 1; i < 16; ++i) peak = larger(peak, y[i]);
@@ -78,9 +100,13 @@ DEVICE float find_peak(const float (&y)[16], float unit, float offset) {
 // Sums are in units of an earlier peak of their query, which is raised only when they could grow too large: a weight
 // stays below 2^10, and its product with a gain within half precision. `softmax` is the peaks of a lane's queries, then
 // the sums of their weights.
-DEVICE void raise_peaks(float (&softmax)[4], const float (&found)[2], Words4* sums, int value_tiles) {
+DEVICE void raise_peaks(const Exponents& e, float (&softmax)[4], Words4* sums, int value_tiles) {
+    float found[2];
     bool raise[2];
-    UNROLL for (int q = 0; q < 2; ++q) raise[q] = found[q] > softmax[q] + 10.0f;
+    UNROLL for (int q = 0; q < 2; ++q) {
+        found[q] = find_peak(e.y[q], e.unit[q], e.offset[q]);
+        raise[q] = found[q] > softmax[q] + 10.0f;
+    }
     if (!any_lane(raise[0] || raise[1])) return;
     float decay[2];
     UNROLL for (int q = 0; q < 2; ++q) {
@@ -92,5 +118,20 @@ DEVICE void raise_peaks(float (&softmax)[4], const float (&found)[2], Words4* su
     ROLLED for (int tile = 0; tile < value_tiles; ++tile) {
         float* own = reinterpret_cast<float*>(sums + 32 * tile);
         UNROLL for (int i = 0; i < 4; ++i) own[i] *= decay[i % 2];
+    }
+}
+
+// Exponents become weights, times the gains of values: right operands of the products with values.
+DEVICE void weigh(const Exponents& e, const float (&gains)[2][8], float (&softmax)[4], u32 (&weights)[2][4][2]) {
+    float offset[2];
+    UNROLL for (int q = 0; q < 2; ++q) offset[q] = e.offset[q] - softmax[q];
+    UNROLL for (int i = 0; i < 16; ++i) {
+        float w[2];
+        UNROLL for (int q = 0; q < 2; ++q) {
+            const float p = power_of_two(multiply_add(e.y[q][i], e.unit[q], offset[q]));
+            softmax[2 + q] += p;
+            w[q] = p * gains[i / 8][i % 8];
+        }
+        weights[i / 8][i % 8 / 2][i % 2] = transpose(pack_halves(w[0], w[1]));
     }
 }
