@@ -205,19 +205,21 @@ def anchor_cost(cubin: bytes) -> AnchorCost:
 
 
 @dataclass(frozen=True)
-class BlockCost:
-    """Instructions of a warp for one block of 64 tokens of one head of the kernel that serves caches.
+class UnitCost:
+    """Instructions of a warp for a unit, two blocks of 64 tokens, of one head of the kernel that serves caches.
 
     Attributes:
         body: What is done once.
+        block: What the fast dimensions of a block take beside passes.
         fast_pass: What a pass over some fast dimensions does beside decoding, by their number: 32 or 48.
         mean: What the means of sixteen fast dimensions take.
         slow: For a tile of slow dimensions of keys, by the kinds of its halves (``HeadTiles`` in codes.h).
-        fast: For a tile of fast dimensions in a pass, by the pass's dimensions and by kinds.
+        fast: For a tile of fast dimensions of a block in a pass, by the pass's dimensions and by kinds.
         values: For a tile of values.
     """
 
     body: int
+    block: int
     fast_pass: dict[int, int]
     mean: int
     slow: dict[tuple[int, int], int]
@@ -225,7 +227,7 @@ class BlockCost:
     values: dict[tuple[int, int], int]
 
     def instructions(self, keys: Sequence[int], slow_tiles: int, fast: int, values: Sequence[int]) -> int:
-        """Instructions of a warp for a block.
+        """Instructions of a warp for a unit.
 
         Args:
             keys: Kinds of the tiles of keys of a head, the second half's four bits above the first's.
@@ -236,13 +238,13 @@ class BlockCost:
         Returns:
             The number.
         """
-        count = self.body + fast // 16 * self.mean
+        count = self.body + 2 * self.block + fast // 16 * self.mean
         for costs, kinds in ((self.slow, keys[:slow_tiles]), (self.values, values)):
             count += sum(costs[kind & 15, kind >> 4] for kind in kinds if kind)
         for first in range(0, fast, 48):
             size = 32 if fast - first <= 32 else 48
             tiles = sum(self.fast[size][kind & 15, kind >> 4] for kind in keys[slow_tiles:] if kind)
-            count += self.fast_pass[size] + tiles
+            count += 2 * (self.fast_pass[size] + tiles)
         return count
 
 
@@ -250,8 +252,8 @@ FETCH, ALL_COLUMNS = 14, 15
 """Marks in ``attend_codes`` beside those of widths."""
 
 
-def block_cost(cubin: bytes) -> BlockCost:
-    """Count the instructions of ``attend_codes`` from one block to the next, on the ways that lead through its marks.
+def unit_cost(cubin: bytes) -> UnitCost:
+    """Count the instructions of ``attend_codes`` from one unit to the next, on the ways that lead through its marks.
 
     There are neither masks nor soft caps, and no score is a thousand times larger than those before.
 
@@ -276,22 +278,31 @@ def block_cost(cubin: bytes) -> BlockCost:
         return bool(operations([each for each in body if span[0] <= each[0] <= span[1]])["HMMA"])
 
     tiles = sorted(s for s in spans if has_products(s) and not any(holds(s, other) for other in spans))
-    around = [s for s in spans if len(tiles) == 4 and all(holds(s, tile) for tile in tiles)]
-    passes = [s for s in spans if len(tiles) == 4 and holds(s, tiles[1]) and not holds(s, tiles[0])]
-    if not around or len(passes) != 1:
-        raise ValueError(f"attend_codes has {len(tiles)} loops with products and {len(passes)} of passes")
-    blocks = min(around, key=lambda span: span[1] - span[0])
-    places = [a for a, kind in marks.items() if kind == FETCH]  # keys, then values
-    stops = [blocks[0], *places, blocks[1]]
-    once = sum(_shortest(ways, *pair) for pair in pairwise(stops)) + 1 - len(places)
-    slow, fast, means, values = tiles
-    inside = range(fast[0], fast[1] + 1)
-    left = {to for at, found in ways.items() if at in inside for to in found if to not in inside}
+    if len(tiles) != 4:
+        raise ValueError(f"attend_codes has {len(tiles)} loops with products, expected 4")
+    fast, slow, means, values = tiles
+    around = sorted((s for s in spans if holds(s, fast)), key=lambda span: span[1] - span[0])
+    if len(around) < 3 or [all(holds(s, tile) for tile in tiles) for s in around[:3]] != [False, False, True]:
+        raise ValueError("the loops around that of fast dimensions are not those of passes, blocks and units")
+    passes, blocks, units = around[:3]
+
+    def without(span: tuple[int, int]) -> dict[int, list[int]]:
+        """Where a loop is left as soon as it is reached."""
+        inside = range(span[0], span[1] + 1)
+        left = {to for at, found in ways.items() if at in inside for to in found if to not in inside}
+        return ways | {span[0]: sorted(left)}
+
+    places = [a for a, kind in marks.items() if kind == FETCH and units[0] < a < units[1]]  # of keys, then of values
+    stops = [units[0], *places, units[1]]
+    if len(places) != 4:
+        raise ValueError(f"{len(places)} places fetch blocks, expected two of keys and two of values")
+    once = sum(_shortest(without(blocks), *pair) for pair in pairwise(stops)) - len(places)
     some = {at: [to for to in found if marks.get(to) != ALL_COLUMNS] for at, found in ways.items()}
-    return BlockCost(
+    return UnitCost(
         once,
+        _longest(without(passes), *blocks),
         {
-            size: _longest(taken | {fast[0]: sorted(left)}, passes[0][0], passes[0][1]) + 1 - more
+            size: _longest(taken | {fast[0]: without(fast)[fast[0]]}, *passes) + 1 - more
             for size, taken, more in ((32, some, 0), (48, ways, 1))
         },
         _longest(ways, *means) + 1,

@@ -25,10 +25,10 @@ from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.errors import QuantCacheError
 from quantcache_kernels.cuda import codes as kernels
-from quantcache_kernels.cuda.blocks import PLACES, BlockLayout, stored_codes
+from quantcache_kernels.cuda.blocks import BlockLayout
 from quantcache_kernels.cuda.driver import missing, source
 from quantcache_kernels.cuda.near import NearTokens
-from quantcache_kernels.cuda.tables import level_tables
+from quantcache_kernels.cuda.tables import PLACES, level_tables, stored_codes
 from tests.families import FAMILIES
 from tests.helpers import attend_by_kernel, feed
 from tests.kernels import emulation, truth
@@ -111,6 +111,31 @@ def test_before_rounding_levels_and_rotations_are_those_of_half_precision(coding
     found = cuda.CudaBackend.attend(backends.find("cuda"), filled.query.float(), view, AttentionCall(None, 64**-0.5))
     theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
     assert theirs <= 3 * allowed, "queries in coded coordinates and levels are rounded to half precision too"
+
+
+@pytest.mark.parametrize("blocks", range(1, 5))
+def test_blocks_are_taken_by_twos_and_a_last_one_alone(blocks: int, emulated: None) -> None:
+    case = in_bfloat16(Case(tokens=64 * blocks + 10, sink_length=4, coding=("trellis", "scalar")))
+    assert len(fill(case).layer.snapshot().block_table) == blocks
+    check_parity(case)
+
+
+@pytest.mark.parametrize("lead", [8.0, 12.0])
+def test_weights_far_below_an_earlier_peak_keep_their_share(lead: float, emulated: None) -> None:
+    """They are rounded to half precision in its units: exp(-lead) each, but there are hundreds of them."""
+    filled = fill(in_bfloat16(Case(tokens=700, heads=1, groups=1)))
+    layer = filled.layer
+    keys = layer.snapshot().dense("key").double()[0, 0]
+    direction = keys[20] - keys.mean(0)  # of the first block
+    scores = keys @ direction
+    query = direction * lead / (scores[20] - scores.mean())
+    filled.query.copy_((query * 64**0.5).expand_as(filled.query))
+    expected = truth.attention(filled.query.float(), layer.snapshot(), filled.mask)
+    own = truth.attention(filled.query.float(), layer.snapshot(), filled.mask, dtype=torch.float16)
+    view = on_device(layer, CUDA).snapshot()
+    found = cuda.CudaBackend.attend(backends.find("cuda"), filled.query.float(), view, AttentionCall(None, 64**-0.5))
+    theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
+    assert theirs <= 3 * allowed
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
@@ -217,7 +242,7 @@ def test_tables_hold_levels_in_half_precision(coding: Coding, width: int) -> Non
             nibble ^= 3 * negative
         else:
             stored = int(stored_codes(torch.tensor(place), width, width, False))
-            negative, nibble = (stored & 1, stored >> 1) if width == PLACES else (0, stored)
+            negative, nibble = (stored & 1, stored >> 1) if width == PLACES else (stored >> 3, stored & 7)
         found.append((-1) ** negative * unit * looked_up(words, nibble))
     expected = (levels / unit).half().double() * unit
     assert torch.equal(torch.tensor(found, dtype=torch.float64), expected)
@@ -240,6 +265,7 @@ def test_a_trellis_of_half_a_tile_has_a_whole_word_of_path_bits() -> None:
     assert layout.words == 16 * (3 + 2 + 2 + 1), "the third half has a tile of its own"
     assert layout.tile_words.tolist() == [[16 * 5, 16 * 3]]
     assert layout.table()[0, 1:8].tolist() == [4 * 16 * 8, 2, 0, 0xAB, 0x0A, 0, 0]
+    assert layout.table()[0, 36] == 4 * 16 * 8, "all tiles are slow"
 
 
 def test_tiles_take_about_an_eighth_more_than_the_portable_layout() -> None:

@@ -10,10 +10,14 @@ take as many bits as the widest's. Every one of 32 lanes has 16 codes of each ha
             register t: tokens 16 j + t and 16 j + 8 + t
 
 Codes are cut into fields of 4, 2 and 1 bits. A lane has two words of each 4-bit field, one of a 2-bit field and half a
-word of a 1-bit field; a field's words lie side by side for all lanes. Register t is F t bits up in a field of F bits,
-its halves 16 bits apart; of a 1-bit field it is 2 t bits up, its halves side by side. A trellis has fields for its
-levels' k - 1 bits. Its path bits come first, in one word of a lane for both halves of a tile: those of register t are
-2 t bits up, and the second half of the tile is a bit above the first.
+word of a 1-bit field; a field's words lie side by side for all lanes. Register t is 2 t bits up in a field of 2 bits,
+its halves 16 bits apart, so that registers t and t + 4 are in all four bytes alike; in a 1-bit field the halves are
+side by side. A 4-bit field has registers 0, 1, 4 and 5 in its first word, 4 bits from each other, and the others in its
+second. Of scalar codes that are looked up by magnitude, the signs of registers 1 and 4, and of 3 and 6, are in each
+other's place: then those of four levels that are looked up at once are in all four bytes alike.
+
+A trellis has fields for its levels' k - 1 bits. Its path bits come first, in one word of a lane for both halves of a
+tile: those of register t are 2 t bits up, and the second half of the tile is a bit above the first.
 
 Shapes: B batch, H key/value heads, D dimension, S slots (16 times the tiles), n blocks.
 """
@@ -26,7 +30,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from quantcache_kernels.interface import BLOCK, MAX_WIDTH, SideConstants
+from quantcache_kernels.cuda.tables import PLACES, stored_codes, swapped
+from quantcache_kernels.interface import BLOCK, SideConstants
 
 TILE, HALF = 16, 8
 """Coefficients of a tile, and those that share a width."""
@@ -42,8 +47,8 @@ FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4,
 TABLED = 8
 """Added to the width of half a tile whose levels are looked up."""
 
-PLACES = 5
-"""Bits that a place in a codebook may have for that; a trellis of k bits has places of k + 1."""
+BYTE_PLACES = 7
+"""Bits of a place up to which codes are bytes on their way to a polynomial."""
 
 PATH_BIT = 7
 """Where a byte has a trellis' path bit, above its level's."""
@@ -177,11 +182,12 @@ class BlockLayout:
         return values.gather(dim, index.clamp_min(0)).masked_fill(index < 0, 0)
 
     def table(self) -> Tensor:
-        """``HeadTiles`` of every head (codes.h), ``[H, 36]`` int32."""
-        rows, offset = torch.zeros(self.heads, 36, dtype=torch.int32, device="cpu"), 0
+        """``HeadTiles`` of every head (codes.h), ``[H, 37]`` int32."""
+        rows, offset = torch.zeros(self.heads, 37, dtype=torch.int32, device="cpu"), 0
         rows[:, 2] = (self.kinds[:, : self.slow_tiles] > 0).sum(1)
         rows[:, 3] = (self.kinds[:, self.slow_tiles :] > 0).sum(1)
         rows[:, 4 : 4 + self.tiles] = self.kinds
+        rows[:, 36] = 4 * self.tile_words[:, : self.slow_tiles].sum(1)
         for head, words in enumerate(self.tile_words.sum(1).tolist()):
             rows[head, 0], rows[head, 1] = offset, 4 * words
             offset += 4 * words
@@ -195,8 +201,9 @@ class BlockLayout:
 
         Returns:
             Width, coefficients ``[8 m]`` (H D for none) and words of fields ``[16 W m]`` (of a trellis 16 (W - 1) m).
-            Of a trellis, width 0 stands for whole tiles, ``[16 m]``, and their words of path bits ``[32 m]``. -1 stands
-            for coefficients whose codes are stored as something else: what each byte becomes and came from, ``[512]``.
+            ``TABLED`` is added to the width of scalar codes with signs. Of a trellis, width 0 stands for whole tiles,
+            ``[16 m]``, and their words of path bits ``[32 m]``. -1 stands for coefficients whose codes are stored as
+            something else: what each byte becomes and came from, ``[512]``.
         """
         found = self._groups.get(device)
         if found is None:
@@ -218,11 +225,14 @@ class BlockLayout:
         fields = (widths - paths).clamp_min(0)  # bits
         first = tiles[:, None] + WORDS * torch.stack((0 * tiles, fields[:, 0]), dim=1) + 2 * WORDS * paths
         found = []
-        for width in range(1 + paths, MAX_WIDTH + 1):
-            own = (widths == width).flatten().nonzero().flatten()
-            if own.numel():
+        signed = self.tabled & (self.widths >= PLACES - 1) & (not self.is_trellis)
+        kinds = (self.widths + TABLED * signed).flatten()
+        for kind in sorted(set(kinds.tolist())):
+            width = kind & (TABLED - 1) or kind
+            if width > paths:
+                own = (kinds == kind).nonzero().flatten()
                 inside = torch.arange(WORDS * (width - paths), dtype=torch.int64, device="cpu")
-                found.append((width, coefficient[own], first.flatten()[own][:, None] + inside))
+                found.append((kind, coefficient[own], first.flatten()[own][:, None] + inside))
         if self.is_trellis and bool(widths.any()):
             own = widths[:, 0].nonzero().flatten()
             inside = torch.arange(LANES, dtype=torch.int64, device="cpu")
@@ -257,10 +267,13 @@ class BlockLayout:
     def _pack_fields(self, own: Tensor, width: int) -> Tensor:
         """Words of lanes' codes ``[..., 32, 8, 2]``, ``[..., 16 W]`` int64."""
         parts = []
+        if width > TABLED:
+            width -= TABLED
+            own = _change_signs(own, width)
         for length, above in self._fields(width):
             bits = (own >> above & ((1 << length) - 1)).to(torch.int64)
             if length == 4:  # two words
-                bits = bits.unflatten(-2, (2, 4))
+                bits = bits[..., _registers(1, 2, own.device), :].unflatten(-2, (2, 4))
             words = (bits << _shifts(length, own.device)).sum((-1, -2)).flatten(3)
             parts.append(words[..., 0::2] | words[..., 1::2] << 16 if length == 1 else words)
         return torch.cat(parts, dim=-1)
@@ -291,6 +304,8 @@ class BlockLayout:
         return codes[:, :, :-1]
 
     def _unpack_fields(self, words: Tensor, width: int) -> Tensor:
+        if width > TABLED:
+            return _change_signs(self._unpack_fields(words, width - TABLED), width - TABLED)
         size = WORDS * (width - self.is_trellis)
         words = words.unflatten(2, (-1, size))
         codes, first = words.new_zeros(*words.shape[:-1], LANES, 8, 2, dtype=torch.uint8), 0
@@ -299,8 +314,8 @@ class BlockLayout:
             if length == 1:
                 own = torch.stack((own & 0xFFFF, own >> 16), dim=-1).flatten(-2)
             own = own.unflatten(-1, (LANES, -1))[..., None, None]  # [..., 32, 1 or 2, 1, 1]
-            bits = own >> _shifts(length, words.device) & ((1 << length) - 1)
-            codes |= bits.to(torch.uint8).flatten(-3, -2) << above
+            bits = (own >> _shifts(length, words.device) & ((1 << length) - 1)).to(torch.uint8).flatten(-3, -2)
+            codes |= (bits[..., _registers(1, 2, words.device), :] if length == 4 else bits) << above
             first += WORDS * length
         return codes
 
@@ -315,32 +330,16 @@ class BlockLayout:
         return fields
 
 
-def stored_codes(codes: Tensor, stored: int, width: int, is_trellis: bool) -> Tensor:
-    """Codes as half a tile whose levels are looked up has them; see :mod:`quantcache_kernels.cuda.tables`.
-
-    Args:
-        codes: Without path bits, int64.
-        stored: Bits of the half.
-        width: Bits of the code.
-        is_trellis: Whether they are those of a trellis.
-
-    Returns:
-        The same shape.
-    """
-    places, top = width + is_trellis, width - is_trellis - 1
-    if places == PLACES:  # the magnitude, and whether the sign is negative
-        negative = (codes >> top ^ 1) & 1
-        codes = (codes ^ -negative) & ((1 << top) - 1)
-        return codes | negative << top if is_trellis else swapped(codes, 0, 3) << 1 | negative
-    if places == PLACES - 1:
-        codes = swapped(codes, top, top - 1)
-    return codes if is_trellis or stored < PLACES else codes << 1
+@cache
+def _registers(one: int, other: int, device: torch.device) -> Tensor:
+    """Registers of a lane in another order: two bits of their number are in each other's place, ``[8]`` int64."""
+    return swapped(torch.arange(8, dtype=torch.int64, device=device), one, other)
 
 
-def swapped(codes: Tensor, one: int, other: int) -> Tensor:
-    """Codes with two bits in each other's place."""
-    differs = (codes >> one ^ codes >> other) & 1
-    return codes ^ (differs << one | differs << other)
+def _change_signs(own: Tensor, width: int) -> Tensor:
+    """Lanes' scalar codes ``[..., 32, 8, 2]`` with signs in the order of look-ups, or back from it."""
+    sign = 1 << 3 if width == PLACES - 1 else 1
+    return own & (255 - sign) | own[..., _registers(0, 2, own.device), :] & sign
 
 
 def _path_shifts(device: torch.device) -> Tensor:

@@ -16,14 +16,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.blocks import HALF, LANES, PLACES, TILE, BlockLayout
+from quantcache_kernels.cuda.blocks import BYTE_PLACES, HALF, LANES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.fast import lay_out_fast
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
 from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, Queries, QueryArguments, Rows, pointer
-from quantcache_kernels.cuda.tables import level_tables
+from quantcache_kernels.cuda.tables import PLACES, level_tables
 from quantcache_kernels.interface import AttentionCall, SideConstants
 from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
@@ -42,6 +42,9 @@ MAX_DIM = 256
 
 KINDS = (torch.bfloat16, torch.float32)
 """Of numbers that the kernels read as they are given."""
+
+ROOM_BYTES = 384 + 2048 + 512
+"""Of shared memory beside codes, queries and sums (codes.h): barriers, gains, scores that wait, peaks."""
 
 EXTRA_BYTES = 64
 """Of a unit's queries behind their fragments: eight units and eight offsets."""
@@ -170,15 +173,18 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
 def _polynomials(constants: SideConstants, layout: BlockLayout) -> tuple[Tensor, Tensor]:
     """Polynomials of every slot, ``[H, S, terms]`` float16, and what their results are in units of, ``[H, S]``.
 
-    A code of w bits stored in W is v = 1 + code / 2^W in half precision. The first two terms take it to
-    x = (code + 1/2) / 2^w - 1/2, without rounding. A path of k bits has the places of k + 1 bits.
+    A code of w bits stored in W is v = 1 + code / 2^W in half precision, or v = 1024 + 2^(8 - W) code where codes are
+    bytes on their way. The first two terms take it to x = (code + 1/2) / 2^w - 1/2, without rounding. A path of k bits
+    has the places of k + 1 bits.
     """
     is_trellis = constants.coding == "trellis"
     width = layout.gather(constants.widths.to(torch.int64), 1)
     stored = layout.widths.repeat_interleave(HALF, dim=1)
-    factor = torch.where(width > 0, torch.exp2((stored - width).double()), 0.0)
+    in_bytes = stored + int(is_trellis) <= BYTE_PLACES
+    factor = torch.where(width > 0, torch.exp2((stored - width - 8 * in_bytes).double()), 0.0)
+    base = torch.where(in_bytes, 1024.0, 1.0)
     half_step = torch.exp2(-(width + 1 + int(is_trellis)).double())
-    center = torch.where(width > 0, half_step - 0.5 - factor, 0.0)
+    center = torch.where(width > 0, half_step - 0.5 - base * factor, 0.0)
     if is_trellis:
         books = torch.tensor(HALF_TERMS, dtype=torch.float64, device="cpu")
     else:
@@ -299,9 +305,8 @@ def attend(
 
     query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + EXTRA_BYTES
     warps = WARPS_PER_PROCESSOR * _processors(device)
-    per_split = -(-n // min(splits or choose_splits(units, lines, warps), n))
-    per_split += per_split % 2  # the two blocks of an anchor stay together
-    splits = -(-n // per_split)
+    per_split = -(-units // min(splits or choose_splits(units, lines, warps), units))
+    splits = -(-units // per_split)
 
     vectors = lines * rows  # of every split
     sizes = units * lines * query_bytes, 4 * splits * vectors * slots, 8 * splits * vectors
@@ -329,9 +334,10 @@ def attend(
         *map(pointer, packed), turned,
         *map(pointer, (keys.heads, values.heads, keys.terms, values.terms, *keys.fast)),
         *map(pointer, (block_table, first_seen, mask)), partial, stats,
-        n, batch, heads, chunks, rows, count, per_split, paired,
+        n, batch, heads, chunks, rows, count, units, per_split, paired,
         4 * keys.layout.words, 4 * values.layout.words, query_bytes, *room,
-        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast, values.layout.tiles, *strides, softcap, ONE_HALVES,
+        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast // TILE, values.layout.tiles,
+        *strides, softcap, ONE_HALVES,
     )  # fmt: skip
     to_near = near.arguments(queries, (pointer(origins), pointer(mask), pointer(logits), *found))
     to_near.encoded_end, to_near.causal, to_near.lines = encoded_end, call.hides_the_future(count), lines
@@ -343,7 +349,7 @@ def attend(
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
     turn_bytes = 4 * (dim * TURNED_ROWS + ROWS + rows * dim)
-    shared = 512 + sum(room) + query_bytes + 512 * values.layout.tiles
+    shared = ROOM_BYTES + 2 * sum(room) + query_bytes + 512 * values.layout.tiles
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         stream = stream_of(device)

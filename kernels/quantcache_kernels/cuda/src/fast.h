@@ -14,28 +14,31 @@ DEVICE void decode_fast(const CodesArguments& a, int head, int first, int tiles,
                         const u32* terms, u32 lane, u32 (&sums)[FAST_COLUMNS][4][2]) {
     UNROLL for (int n = 0; n < FAST_COLUMNS; ++n)
         UNROLL for (int m = 0; m < 4; ++m) sums[n][m][0] = sums[n][m][1] = 0;
-    const int columns = a.fast / 8, left = columns - first;
+    const int columns = 2 * a.fast_steps, left = columns - first;
     const Words2* decoder = reinterpret_cast<const Words2*>(a.fast_decoder) + (head * a.fast_tiles * columns + first) * 32;
     ROLLED for (int tile = 0; tile < tiles; ++tile) {
-        u32 levels[16];
-        decode_tile<TRELLIS, true>(shuffle(own_tiles, a.slow_tiles + tile), codes, terms, a.one, lane, levels);
+        u32 levels[1][16];
+        decode_tile<TRELLIS, true>(shuffle(own_tiles, a.slow_tiles + tile), codes, 0, terms, a.one, lane, levels);
+        const u32* l = levels[0];
         terms += KEY_WORDS;
         UNROLL for (int n = 0; n < FAST_COLUMNS; ++n) {
             if (n && n % 2 == 0 && n >= left) break;
             if (n == 4) MARK(15);
             const Words2 w = decoder[32 * n + static_cast<int>(lane)];
             UNROLL for (int m = 0; m < 4; ++m)
-                mma_half(sums[n][m], levels[2 * m], levels[2 * m + 1], levels[8 + 2 * m], levels[9 + 2 * m], w.x, w.y);
+                mma_half(sums[n][m], l[2 * m], l[2 * m + 1], l[8 + 2 * m], l[9 + 2 * m], w.x, w.y);
         }
         decoder += 32 * columns;
     }
 }
 
-// Products of the fast dimensions without their means, added to scores that have no gains yet.
+// Products of the fast dimensions without their means, before their gains.
 template <bool TRELLIS>
 DEVICE void score_fast(const CodesArguments& a, int head, int tiles, u32 own_tiles, const u8* codes, const u32* terms,
                        const u8* query, int first_token, u32 lane, float (&scores)[4][4]) {
-    const int steps = a.fast / 16;
+    UNROLL for (int m = 0; m < 4; ++m)
+        UNROLL for (int i = 0; i < 4; ++i) scores[m][i] = 0.0f;
+    const int steps = a.fast_steps;
     const Words4* turns = reinterpret_cast<const Words4*>(a.rotation) + 4 * first_token + static_cast<int>(lane % 4);
     ROLLED for (int first = 0; first < 2 * steps; first += FAST_COLUMNS) {
         u32 sums[FAST_COLUMNS][4][2];
@@ -61,18 +64,22 @@ DEVICE void score_fast(const CodesArguments& a, int head, int tiles, u32 own_til
     }
 }
 
-// Products of the fast dimensions' means.
-DEVICE void score_means(const CodesArguments& a, int head, const u8* query, int first_token, u32 lane,
-                        float (&scores)[4][4]) {
-    const int steps = a.fast / 16;
-    const Words4* means = reinterpret_cast<const Words4*>(a.fast_mean) + TURNS * head * steps + 4 * first_token +
-                          static_cast<int>(lane % 4);
+// Products of the fast dimensions' means, of both blocks of a unit.
+DEVICE void score_means(const CodesArguments& a, int head, const u8* query, const Tokens& tokens, u32 lane,
+                        float (&scores)[2][4][4]) {
+    const int steps = a.fast_steps;
+    const Words4* means = reinterpret_cast<const Words4*>(a.fast_mean) + TURNS * head * steps +
+                          static_cast<int>(32 * (lane / 4) + lane % 4);
+    const Words4* own[2] = {means + 4 * tokens.offset[0], means + 4 * tokens.offset[1]};
     ROLLED for (int step = 0; step < steps; ++step) {
         const Words2 q = *reinterpret_cast<const Words2*>(query);
-        UNROLL for (int m = 0; m < 4; ++m) {
-            const Words4 w = means[8 * m];
-            mma_half(scores[m], w.x, w.y, w.z, w.w, q.x, q.y);
+        UNROLL for (int block = 0; block < 2; ++block) {
+            UNROLL for (int m = 0; m < 4; ++m) {
+                const Words4 w = own[block][8 * m];
+                mma_half(scores[block][m], w.x, w.y, w.z, w.w, q.x, q.y);
+            }
+            own[block] += TURNS;
         }
-        query += 32 * a.rows, means += TURNS;
+        query += 32 * a.rows;
     }
 }
