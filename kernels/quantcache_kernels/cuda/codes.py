@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from quantcache_kernels.cuda import structures
 from quantcache_kernels.cuda.blocks import BYTE_PLACES, HALF, LANES, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.fast import lay_out_fast
@@ -42,12 +43,6 @@ MAX_DIM = 256
 
 KINDS = (torch.bfloat16, torch.float32)
 """Of numbers that the kernels read as they are given."""
-
-ROOM_BYTES = 384 + 2048 + 512
-"""Of shared memory beside codes, queries and sums (codes.h): barriers, gains, scores that wait, peaks."""
-
-EXTRA_BYTES = 64
-"""Of a unit's queries behind their fragments: eight units and eight offsets."""
 
 
 class Launched(Protocol):
@@ -303,7 +298,7 @@ def attend(
     units = -(-n // 2) if paired else n
     near, query = near.readable(), query if query.stride(3) == 1 else query.contiguous()
 
-    query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + EXTRA_BYTES
+    query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + structures.EXTRA_BYTES
     warps = WARPS_PER_PROCESSOR * _processors(device)
     per_split = -(-units // min(splits or choose_splits(units, lines, warps), units))
     splits = -(-units // per_split)
@@ -349,7 +344,7 @@ def attend(
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
     turn_bytes = 4 * (dim * TURNED_ROWS + ROWS + rows * dim)
-    shared = ROOM_BYTES + 2 * sum(room) + query_bytes + 512 * values.layout.tiles
+    shared = structures.ROOM_BYTES + 2 * sum(room) + query_bytes + 512 * values.layout.tiles
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         stream = stream_of(device)

@@ -1,4 +1,4 @@
-"""The kernels' arguments, as their sources declare them."""
+"""The kernels' arguments, as their sources declare them, and what they have in memory beside them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import ctypes
 from torch import Tensor
 
 Pointer = ctypes.c_void_p
+
+ROOM_BYTES = 384 + 2048 + 512
+"""Of shared memory beside codes, queries and sums (codes.h): barriers, gains, scores that wait, peaks."""
+
+EXTRA_BYTES = 64
+"""Of a unit's queries behind their fragments: eight units and eight offsets."""
 
 
 class AttentionArguments(ctypes.Structure):
