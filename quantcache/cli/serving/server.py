@@ -112,7 +112,8 @@ async def _no_object(request: Request, error: Exception) -> JSONResponse:
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:
     """Say that something failed; the traceback is in the server's log."""
-    return _answer(500, f"{type(error).__name__}: {error}")
+    # The server ends the connection behind it: a client that kept it for its next request would meet a dead one.
+    return _answer(500, f"{type(error).__name__}: {error}", {"connection": "close"})
 
 
 def _answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
