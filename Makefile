@@ -77,7 +77,7 @@ test: quality ## Set up, then lint, format check, types and the tests (what CI r
 	$(BIN)/python -m pytest -n $(JOBS) -m "not triton" $(ARGS)
 
 test-triton: $(STAMP) ## Triton's kernels under the interpreter, and compiled for GPUs (what CI runs next, minutes)
-	$(BIN)/python -m pytest -n $(JOBS) -m triton $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m triton $(ARGS)
 
 quality: $(STAMP) ## Check lint, format and types; change nothing
 	$(BIN)/ruff check .
