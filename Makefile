@@ -74,7 +74,7 @@ demo: $(firstword $(wildcard $(STAMP)) $(USER_STAMP)) ## Set up, then compress t
 	@$(BIN)/quantcache demo $(ARGS)
 
 test: quality ## Set up, then lint, format check, types and the tests (what CI runs)
-	$(BIN)/python -m pytest -n $(JOBS) -m "not triton" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not triton" $(ARGS)
 
 test-triton: $(STAMP) ## Triton's kernels under the interpreter, and compiled for GPUs (what CI runs next, minutes)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m triton $(ARGS)
