@@ -208,7 +208,7 @@ def make_parts(
     path = SHARED / WIKITEXT
     if options.text == WIKITEXT:
         other = read(HELD_OUT, data.evaluation_text)[0]
-        own = ",".join(name for name in options.methods.split(",") if name == "dense" or name.startswith("spectral"))
+        own = ",".join(name for name in options.choice.split(",") if name == "dense" or name.startswith("spectral"))
         held_out = text_tokens(tokenizer, other, len(tokens))
         parts.append(Part("wikipedia", own, held_out, options.context, options.residuals[0], text=text_sha256(other)))
     elif path.is_file():

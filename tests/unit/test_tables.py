@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks import claim_tables, fidelity, fidelity_tables, figures, records, tables
 from quantcache import Calibration
 from quantcache.artifact.prediction import predict_kl
-from quantcache.data import calibrations_path
+from quantcache.data import calibrations_path, demo_model_path
 from quantcache.evaluation.record import RecordError
 from quantcache.evaluation.summaries import quantiles
 
@@ -371,6 +374,21 @@ def test_frames_beside_the_default(checkout: Path) -> None:
     assert "| geometry | cached tokens | wavelength 128 | wavelength all |" in text
     assert "| llama-8b | 4,096 | 2.000 (1.00×) | 5.000 (2.50×) |" in text
     assert "those of wavelength 128. Abacus 9" in text
+
+
+@pytest.mark.parametrize("methods", ["all", "dense,spectral-3,kivi-2"])
+def test_predictions_are_held_against_text_of_their_kind_whatever_is_measured(
+    monkeypatch: pytest.MonkeyPatch, methods: str
+) -> None:
+    """``make bench-real`` names no methods: the part is of those of the choice that are ours."""
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", "--text", fidelity.WIKITEXT, "--methods", methods, "--weights"])
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(demo_model_path()))
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    parts = fidelity.make_parts(fidelity.parse_arguments(), model, tokenizer, "A text. " * 5000)  # type: ignore[arg-type]
+    own = {part.name: part for part in parts}["wikipedia"]
+    assert own.methods == "dense,spectral-2,spectral-3,spectral-4"
+    assert own.text is not None
+    assert (len(own.tokens), own.residual) == (len(parts[0].tokens), 64)
 
 
 def test_predictions_of_a_record_are_those_of_the_calibration() -> None:
