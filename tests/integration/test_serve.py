@@ -169,6 +169,25 @@ def test_streams(client: Any, chatty: str) -> None:
     assert text == answer(rendered(STORY))
 
 
+@serving
+@pytest.mark.parametrize(
+    ("path", "asked", "ends"),
+    [
+        ("completions", {"prompt": "The", "max_tokens": 2}, True),
+        ("chat/completions", {"messages": told("The"), "max_tokens": 2}, True),
+        ("responses", {"input": "The", "max_output_tokens": 2}, False),
+    ],
+)
+def test_how_a_stream_ends(client: Any, chatty: str, path: str, asked: dict[str, Any], ends: bool) -> None:
+    """OpenAI's chats and completions end with ``[DONE]``, and some clients take anything else for a stream cut off."""
+    body = json.dumps({"model": chatty, "stream": True, "temperature": 0, **asked}).encode()
+    request = urllib.request.Request(f"{client.base_url}{path}", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answered:
+        said = answered.read().decode()
+    assert said.count("[DONE]") == ends
+    assert said.endswith("\n\ndata: [DONE]\n\n") == ends
+
+
 @pytest.fixture(scope="module")
 def templated(chatty: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same model with a template for what it says, which transformers' server then reads out of its tokens."""

@@ -66,7 +66,7 @@ def application(compression: Compression, options: ServerOptions) -> Iterator[Fa
 def _assembled(manager: CompressedModels, compression: Compression, options: ServerOptions) -> FastAPI:
     """transformers' application over the models, with an endpoint that tells of caches."""
     state = CompressedGeneration()
-    oversight = compat.Oversight(check_request, require_text, shortened_again, _with_errors)
+    oversight = compat.Oversight(check_request, require_text, shortened_again, _as_openai)
     app = compat.serving_application(manager, state, options.template, options.decisions, options.cors, oversight)
     app.add_middleware(Connections)
     for kind in (ValueError, TypeError, QuantCacheError):
@@ -127,8 +127,12 @@ def _error(status: int, message: str) -> dict[str, Any]:
     return {"message": message, "type": kind, "param": None, "code": None}
 
 
-async def _with_errors(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """A stream whose errors have OpenAI's form, too: transformers' server puts their bare text between two quotes."""
+async def _as_openai(events: AsyncIterator[Any], done: bool) -> AsyncIterator[Any]:
+    """A stream as OpenAI's clients expect it.
+
+    transformers' server puts the bare text of an error between two quotes, and ends chats and completions without the
+    ``[DONE]`` that some clients wait for.
+    """
     begin, end = 'data: {"error": "', '"}\n\n'
     async with contextlib.aclosing(events) as source:  # type: ignore[type-var]
         async for event in source:
@@ -136,7 +140,10 @@ async def _with_errors(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
             if found:
                 error = json.dumps({"error": _error(500, rest.removesuffix(end))})
                 event = f"{before}data: {error}\n\n"
+                done = False  # OpenAI's streams break off where they fail
             yield event
+    if done:
+        yield "data: [DONE]\n\n"
 
 
 def template_keywords(given: str | None, reasoning: str) -> dict[str, Any]:

@@ -36,13 +36,14 @@ class Oversight:
         check: Is shown every request for text and the fields that transformers does not look at; may refuse it.
         check_text: Is shown the messages to a model that takes nothing but text.
         cut: Is given what a chat's answer, or its reasoning, has become, and gives what is shown of it.
-        stream: Is given every answer that is streamed, event by event, and gives what is sent.
+        stream: Is given every answer that is streamed, event by event, and whether OpenAI's end with ``[DONE]``; gives
+            what is sent.
     """
 
     check: Callable[[dict[str, Any], Collection[str]], None]
     check_text: Callable[[list[dict[str, Any]]], None]
     cut: Callable[[str | None], str | None]
-    stream: Callable[[AsyncIterator[Any]], AsyncIterator[Any]]
+    stream: Callable[[AsyncIterator[Any], bool], AsyncIterator[Any]]
 
 
 def serving_application(
@@ -89,7 +90,7 @@ def serving_application(
                         raise ValueError(f"{name} must be a list of at least one message, got None")
                 answer = await super().handle_request(body, *args)
                 if hasattr(answer, "body_iterator"):
-                    answer.body_iterator = oversight.stream(answer.body_iterator)
+                    answer.body_iterator = oversight.stream(answer.body_iterator, kind is not ResponseHandler)
                 return answer
 
             def _build_completion(self, request_id: str, content: str, *args: Any, **more: Any) -> dict[str, Any]:
