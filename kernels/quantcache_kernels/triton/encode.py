@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcache_kernels.triton import runtime, trellis
 from quantcache_kernels.triton.codes import rotation
-from quantcache_kernels.triton.packing import CHUNK_WARPS, chunk_of, store_codes, store_gains
+from quantcache_kernels.triton.packing import CHUNK_WARPS, chunk_of, load_slots, store_codes, store_gains
 from quantcache_kernels.triton.runtime import BLOCK, jit, kernel, power_of_two, tl
 
 SCRATCH = 64 << 20
@@ -104,7 +104,7 @@ def gain_kernel(
     squares = tl.zeros((64, CHUNK), tl.float32)
     for first in range(0, S, CHUNK):
         slot = first + tl.arange(0, CHUNK)
-        y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
+        y = load_slots(coefficients, slot, S)
         coded = tl.load(widths + slot, mask=slot < S, other=0) > 0
         squares += tl.where(coded[None, :], y * y, 0.0)
     rms = tl.sqrt(tl.sum(squares, axis=1) / tl.load(counts + head).to(tl.float32))
@@ -114,7 +114,7 @@ def gain_kernel(
     crosses, energies = tl.zeros((64, TRIALS), tl.float32), tl.zeros((64, TRIALS), tl.float32)
     for first in range(0, S, CHUNK):
         slot = first + tl.arange(0, CHUNK)
-        y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
+        y = load_slots(coefficients, slot, S)
         width = tl.load(widths + slot, mask=slot < S, other=0)
         weight = tl.load(weights + slot, mask=slot < S, other=0.0)[None, :]
         grid = grid_of(width, slot, search, S)
@@ -138,7 +138,7 @@ def gain_kernel(
         store_gains(gains + row + token, gain)
         for first in range(0, S, CHUNK):
             slot = first + tl.arange(0, CHUNK)
-            y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
+            y = load_slots(coefficients, slot, S)
             width = tl.load(widths + slot, mask=slot < S, other=0)
             code = nearest(y, step, width, grid_of(width, slot, search, S), boundaries, bins)
             offset = tl.load(offsets + head * S + slot, mask=slot < S, other=0)

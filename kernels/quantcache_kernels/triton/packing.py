@@ -1,9 +1,16 @@
-"""What the encoders end with: gains and codes as they are stored, and how many slots they take at a time."""
+"""What the encoders begin and end with: some slots' coefficients, and gains and codes as they are stored."""
 
 from __future__ import annotations
 
 from quantcache_kernels.triton.codes import GAIN_CENTER, GAIN_STEPS
 from quantcache_kernels.triton.runtime import jit, power_of_two, tl
+
+
+@jit
+def load_slots(coefficients, slot, S: tl.constexpr):
+    """Coefficients ``[64, slots]`` of one head of one block; those past S are zero."""
+    token = tl.arange(0, 64)
+    return tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=(slot < S)[None, :], other=0.0)
 
 
 @jit

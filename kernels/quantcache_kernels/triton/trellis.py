@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantcache_kernels.interface import MAX_WIDTH
 from quantcache_kernels.triton.codes import convolve
-from quantcache_kernels.triton.packing import CHUNK_WARPS, chunk_of, store_codes, store_gains
+from quantcache_kernels.triton.packing import CHUNK_WARPS, chunk_of, load_slots, store_codes, store_gains
 from quantcache_kernels.triton.runtime import jit, kernel, power_of_two, tl
 
 TABLES = 3
@@ -177,7 +177,7 @@ def level_kernel(
         c0 = ((tl.where(is_even, even[None, :], odd[None, :]) << 1) >> bit) & 1
         subset = (2 * c1 + c0).to(tl.int32)
 
-        y = tl.load(coefficients + (token * S)[:, None] + slot[None, :], mask=real[None, :], other=0.0)
+        y = load_slots(coefficients, slot, S)
         u = tl.where(step > 0, y / step, 0.0)
         scale = tl.load(search + head * 2 * S + slot, mask=real, other=0.0)[None, :]
         origin = tl.load(search + head * 2 * S + S + slot, mask=real, other=0.0)[None, :]
