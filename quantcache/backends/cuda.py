@@ -22,7 +22,8 @@ from quantcache.coding.packing import pack, unpack
 from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.blocks import PATH_BIT
-from quantcache_kernels.cuda.codes import PreparedCodes, Starts
+from quantcache_kernels.cuda.codes import Starts
+from quantcache_kernels.cuda.constants import PreparedCodes, prepare, unsupported
 from quantcache_kernels.cuda.driver import missing
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NearTokens
@@ -62,7 +63,7 @@ class CudaBackend(Backend):
             return f"blocks are coded by {type(codec).__name__}"
         if dtype != DTYPE:
             return f"keys or values are of {dtype}"
-        return kernels.unsupported(codec.dim, codec.frame.num_fast)
+        return unsupported(codec.dim, codec.frame.num_fast)
 
     def refuses(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
         """What no kernel takes, and a kernel that has failed its trial."""
@@ -191,7 +192,7 @@ def prepared(codec: SpectralCodec) -> PreparedCodes:
     """
     found = codec.derived.get("cuda")
     if not isinstance(found, PreparedCodes):
-        made = kernels.prepare(codec.constants(), codec.mean.device, codec.holds_values)
+        made = prepare(codec.constants(), codec.mean.device, codec.holds_values)
         found = codec.derived.setdefault("cuda", made)
         assert isinstance(found, PreparedCodes)
     return found
@@ -212,7 +213,7 @@ def _starts(view: CacheView) -> Starts | None:
 
 def _is_ours(codec: SideCodec) -> bool:
     """Whether blocks of a codec have this layout; those that the kernels lack stay portable."""
-    return isinstance(codec, SpectralCodec) and kernels.unsupported(codec.dim, codec.frame.num_fast) is None
+    return isinstance(codec, SpectralCodec) and unsupported(codec.dim, codec.frame.num_fast) is None
 
 
 def _from_portable(codec: SpectralCodec, words: Tensor) -> Tensor:
