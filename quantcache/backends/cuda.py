@@ -1,11 +1,13 @@
 """The CUDA kernels of ``quantcache_kernels.cuda``: attention on blocks in the order of the tensor cores.
 
-They attend. Encoding and decoding are left to the Triton kernels, or to plain torch where there is no Triton; blocks
-are brought from the portable layout into this one, and back.
+They attend. Encoding and decoding are left to the Triton kernels, or to plain torch where there is no Triton; kernels
+of their own bring blocks from the portable layout into this one, and back.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,13 +16,14 @@ from torch import Tensor
 from quantcache.backends.base import Backend, Fields, Stage, refused_by_kernels
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.trials import rejected
-from quantcache.backends.triton import TritonBackend, attends_rightly
+from quantcache.backends.triton import TRIAL_BLOCKS, Trial, TritonBackend, attends_rightly, trusted
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import pack, unpack
 from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.cuda import codes as kernels
+from quantcache_kernels.cuda import conversion
 from quantcache_kernels.cuda.blocks import PATH_BIT
 from quantcache_kernels.cuda.codes import Starts
 from quantcache_kernels.cuda.constants import PreparedCodes, prepare, unsupported
@@ -34,7 +37,7 @@ DTYPE = torch.bfloat16
 for what the parity suite asks of models in float16."""
 
 CONVERTED_BLOCKS = 64
-"""Blocks that are brought from one layout to the other at once, at a byte for every code."""
+"""Blocks that plain torch brings from one layout to the other at once, at a byte for every code."""
 
 
 class CudaBackend(Backend):
@@ -115,16 +118,20 @@ class CudaBackend(Backend):
         if not _is_ours(codec):
             return fields
         assert isinstance(codec, SpectralCodec)
-        words = [_to_portable(codec, part) for part in fields["codes"].split(CONVERTED_BLOCKS)]
-        return {**fields, "codes": torch.cat(words)}
+        words = fields["codes"]
+        if _converts_rightly(codec, words.device, lambda: _to_portable(codec, words[:TRIAL_BLOCKS])):
+            return {**fields, "codes": prepared(codec).conversion.to_portable(words)}
+        return {**fields, "codes": torch.cat([_to_portable(codec, part) for part in words.split(CONVERTED_BLOCKS)])}
 
     def from_portable(self, codec: SideCodec, fields: Fields) -> Fields:
         """Blocks in this layout."""
         if not _is_ours(codec):
             return fields
         assert isinstance(codec, SpectralCodec)
-        words = [_from_portable(codec, part) for part in fields["codes"].split(CONVERTED_BLOCKS)]
-        return {**fields, "codes": torch.cat(words)}
+        words = fields["codes"]
+        if _converts_rightly(codec, words.device, lambda: words[:TRIAL_BLOCKS]):
+            return {**fields, "codes": prepared(codec).conversion.from_portable(words)}
+        return {**fields, "codes": torch.cat([_from_portable(codec, part) for part in words.split(CONVERTED_BLOCKS)])}
 
     def gains(self, codec: SideCodec, fields: Fields) -> Tensor:
         """Gains, which need no conversion."""
@@ -214,6 +221,33 @@ def _starts(view: CacheView) -> Starts | None:
 def _is_ours(codec: SideCodec) -> bool:
     """Whether blocks of a codec have this layout; those that the kernels lack stay portable."""
     return isinstance(codec, SpectralCodec) and unsupported(codec.dim, codec.frame.num_fast) is None
+
+
+def _converts_rightly(codec: SpectralCodec, device: torch.device, some: Callable[[], Tensor]) -> bool:
+    """Whether the kernels that convert blocks may be used; ``some`` gives a few in the portable layout."""
+    if device.type not in conversion.LOADERS:
+        return False
+    geometry = (codec.coding, codec.dim, codec.frame.num_fast, codec.holds_values)
+    return trusted("convert", device, geometry, functools.partial(_conversion_trial, codec, some), CudaBackend.name)
+
+
+def _conversion_trial(codec: SpectralCodec, some: Callable[[], Tensor]) -> Trial:
+    """There and back, byte by byte: of so few blocks a single bit is more than a trial lets pass."""
+    words = some().contiguous()
+
+    def plainly() -> Tensor:
+        return _bytes(tiles := _from_portable(codec, words), _to_portable(codec, tiles))
+
+    def by_kernels() -> Tensor:
+        found = prepared(codec).conversion
+        return _bytes(tiles := found.from_portable(words), found.to_portable(tiles))
+
+    plain = plainly()
+    return by_kernels, plain, plain
+
+
+def _bytes(*words: Tensor) -> Tensor:
+    return torch.cat([each.contiguous().view(torch.uint8).flatten() for each in words])
 
 
 def _from_portable(codec: SpectralCodec, words: Tensor) -> Tensor:

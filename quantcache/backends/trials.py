@@ -25,7 +25,7 @@ class Outcome:
     """What a trial found.
 
     Attributes:
-        operation: ``"attend"``, ``"encode"`` or ``"decode"``.
+        operation: ``"attend"``, ``"encode"``, ``"decode"`` or ``"convert"``.
         backend: Whose kernel.
         device: Where, in words.
         difference: From plain torch, relative to the result; None if the kernel failed.
@@ -60,7 +60,7 @@ def passes(
     """Try a kernel once for every geometry.
 
     Args:
-        operation: ``"attend"``, ``"encode"`` or ``"decode"``.
+        operation: ``"attend"``, ``"encode"``, ``"decode"`` or ``"convert"``.
         backend: Whose kernel.
         device: Where.
         geometry: What makes a trial another one.
@@ -95,7 +95,7 @@ def attempt(
     """Try a kernel; see :func:`passes`.
 
     Args:
-        operation: ``"attend"``, ``"encode"`` or ``"decode"``.
+        operation: ``"attend"``, ``"encode"``, ``"decode"`` or ``"convert"``.
         backend: Whose kernel.
         device: Where.
         work: As for :func:`passes`.

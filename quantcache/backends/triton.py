@@ -93,14 +93,14 @@ class TritonBackend(Backend):
         work = functools.partial(_encoding_trial, codec, x, block_table, left_padding)
         dims = (codec.dim, codec.frame.num_fast, codec.frame.is_identity)
         geometry = (codec.coding, *dims, x.dtype, left_padding is not None)
-        if not _trusted("encode", x.device, geometry, work):
+        if not trusted("encode", x.device, geometry, work):
             return codec.encode(x, block_table, left_padding)
         return encode(codec, x, block_table, left_padding)
 
     def _decode(self, codec: SpectralCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         work = functools.partial(_decoding_trial, codec, fields, block_table, left_padding)
         geometry = (codec.coding, codec.dim, codec.frame.num_fast, codec.frame.is_identity, left_padding is None)
-        if not _trusted("decode", fields["codes"].device, geometry, work):
+        if not trusted("decode", fields["codes"].device, geometry, work):
             return codec.decode(fields, block_table, left_padding)
         return decode(codec, fields, block_table, left_padding)
 
@@ -169,10 +169,21 @@ def without_trials() -> Iterator[None]:
         UNTRIED.update(before)
 
 
-def _trusted(
+def trusted(
     operation: str, device: torch.device, geometry: Hashable, work: Callable[[], Trial], name: str = "triton"
 ) -> bool:
-    """Whether a kernel may be used."""
+    """Whether a kernel may be used: it is tried once in each geometry.
+
+    Args:
+        operation: What it does.
+        device: Where.
+        geometry: As of :func:`quantcache.backends.trials.passes`.
+        work: As of :func:`quantcache.backends.trials.passes`.
+        name: Whose kernel it is.
+
+    Returns:
+        True if so.
+    """
     return device.type in UNTRIED or trials.passes(operation, name, device, geometry, work)
 
 
@@ -197,7 +208,7 @@ def attends_rightly(
     codecs = (keys.dim, keys.frame.num_fast, values.dim, keys.coding, values.coding)
     given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
     work = functools.partial(attention_trial, backend, query, view, call)
-    return _trusted("attend", query.device, (*codecs, *shape, query.dtype, *given), work, backend.name)
+    return trusted("attend", query.device, (*codecs, *shape, query.dtype, *given), work, backend.name)
 
 
 @torch.no_grad()

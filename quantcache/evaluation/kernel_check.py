@@ -92,16 +92,28 @@ def _outcomes(
     def plainly(dtype: torch.dtype) -> Tensor:
         return of_both(lambda side, codec: codec.decode(view.fields(side, 0, 1), block_table, None, dtype))
 
+    def converted(there_and_back: bool) -> Tensor:
+        blocks = {side: view.fields(side, 0, view.num_blocks) for side in codecs}
+        if there_and_back:
+            tiles = {side: backend.from_portable(codecs[side], fields) for side, fields in blocks.items()}
+            blocks = {side: backend.to_portable(codecs[side], fields) for side, fields in tiles.items()}
+        return torch.cat([fields["codes"].view(torch.uint8).flatten() for fields in blocks.values()])
+
     plain, own = reference.attend(query.float(), view, call), reference.own_precision(query, view, call)
     given = of_both(lambda side, _: some[side].float())
     decoded = of_both(lambda side, codec: codec.decode(codec.encode(some[side], block_table, None), block_table, None))
     exact, single = plainly(torch.float64), plainly(torch.float32)
+    portable = converted(False)
     with triton.without_trials():  # they are tried here
-        return [
+        found = [
             trials.attempt("attend", name, device, lambda: (attend, plain, own)),
             trials.attempt("encode", name, device, lambda: (lambda: of_both(encode), given, decoded)),
             trials.attempt("decode", name, device, lambda: (lambda: of_both(decode), exact, single)),
         ]
+        if backend.layout != REFERENCE.layout:
+            work = (lambda: converted(True)), portable, portable  # a single bit is more than is allowed
+            found.append(trials.attempt("convert", name, device, lambda: work))
+        return found
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from quantcache_kernels.cuda import codes
-from quantcache_kernels.cuda.driver import CODE_KERNELS, SOURCES
+from quantcache_kernels.cuda import codes, conversion
+from quantcache_kernels.cuda.driver import CODE_KERNELS, CONVERSION_KERNELS, SOURCES
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -43,9 +43,9 @@ def library() -> ctypes.CDLL:
 class Emulated:
     """A kernel of :mod:`quantcache_kernels.cuda.driver` that runs here and now."""
 
-    def __init__(self, name: str, variant: str) -> None:
+    def __init__(self, name: str, variant: str = "") -> None:
         self.name = name
-        self.function = getattr(library(), f"emulate_{name}_{variant}")
+        self.function = getattr(library(), f"emulate_{name}{variant and '_'}{variant}")
 
     def launch(
         self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
@@ -62,6 +62,11 @@ def emulated(device: torch.device, key_trellis: bool, value_trellis: bool) -> Ma
     return {name: Emulated(name, variant) for name in CODE_KERNELS}
 
 
+def emulated_conversion(device: torch.device) -> Mapping[str, Emulated]:
+    """The kernels that convert blocks."""
+    return {name: Emulated(name) for name in CONVERSION_KERNELS}
+
+
 @contextmanager
 def on_the_cpu() -> Iterator[None]:
     """Let ``backend="cuda"`` run on the CPU inside the context.
@@ -70,7 +75,8 @@ def on_the_cpu() -> Iterator[None]:
         Nothing.
     """
     codes.LOADERS["cpu"] = emulated
+    conversion.LOADERS["cpu"] = emulated_conversion
     try:
         yield
     finally:
-        del codes.LOADERS["cpu"]
+        del codes.LOADERS["cpu"], conversion.LOADERS["cpu"]

@@ -93,6 +93,16 @@ def test_kernels_of_blocks_keep_to_their_registers(codings: tuple[bool, bool], t
     assert {(each["stack"], each["local"]) for each in found.values()} == {(0, 0)}, "nothing is spilled"
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_kernels_that_convert_blocks_keep_to_their_registers(capability: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
+        found = resources(built(lambda: driver.compiled_conversion(capability)))
+    assert found.keys() == set(driver.CONVERSION_KERNELS)
+    assert all(16 < each["registers"] <= 64 for each in found.values())
+    assert {(each["stack"], each["local"]) for each in found.values()} == {(0, 0)}, "nothing is spilled"
+
+
 @pytest.fixture(scope="module")
 def unit_costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, UnitCost]:
     """What the kernel of blocks does for two of them, by coding."""

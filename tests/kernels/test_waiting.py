@@ -23,7 +23,7 @@ from quantcache import Calibration, SpectralCache
 from quantcache.attention import guards
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
-from quantcache_kernels.cuda import codes
+from quantcache_kernels.cuda import codes, conversion
 from quantcache_kernels.triton import attention, decode, encode, ops, runtime
 from tests.builders import llama_config
 
@@ -175,7 +175,8 @@ class LeftOut:
 
 def test_no_step_of_the_cuda_backend_waits(looks: Looks, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels, config = LeftOut(), llama_config()
-    monkeypatch.setitem(codes.LOADERS, "cpu", lambda *args: kernels)
+    for loaders in (codes.LOADERS, conversion.LOADERS):
+        monkeypatch.setitem(loaders, "cpu", lambda *args: kernels)
     layers = SpectralCache(Calibration.synthetic(config), config, backend="cuda", residual_length=1).spectral_layers
     step(looks, layers, config, 69, dtype=torch.bfloat16)  # tables are made, and go to the device
     step(looks, layers, config, 1, dtype=torch.bfloat16)
@@ -185,7 +186,10 @@ def test_no_step_of_the_cuda_backend_waits(looks: Looks, monkeypatch: pytest.Mon
             step(looks, layers, config, 1, dtype=torch.bfloat16)
     assert len(layers[0].spans) == 2
     assert {layer.layout.name for layer in layers} == {"cuda"}
-    assert kernels.launches == 66 * 4 * len(layers), "queries, codes, other tokens and their merge"
+    attending = 66 * 4 * len(layers)
+    assert kernels.launches == attending + 2 * len(layers), (
+        "queries, codes, other tokens, merge; a block's tiles, by side"
+    )
 
 
 def test_several_tokens_at_once_do_not_wait_either(looks: Looks) -> None:

@@ -145,7 +145,7 @@ class BlockLayout:
         halves = self.widths + TABLED * self.tabled
         return torch.where(self.widths[:, 0::2] > 0, halves[:, 0::2] | halves[:, 1::2] << 4, 0)
 
-    def _recoded(self) -> list[tuple[Tensor, Tensor]]:
+    def recoded(self) -> list[tuple[Tensor, Tensor]]:
         """Coefficients whose codes are stored as others, and what each byte becomes and came from, ``[2, 256]``."""
         stored = torch.where(self.tabled, self.widths, 0).repeat_interleave(HALF, dim=1)
         found = []
@@ -157,10 +157,10 @@ class BlockLayout:
                 if bool(slots.any()) and not torch.equal(codes, became):
                     maps = torch.arange(1 << PATH_BIT, dtype=torch.int64, device="cpu").repeat(2, 1)
                     maps[0, codes], maps[1, became] = became, codes
-                    found.append((self._coefficients()[slots], torch.cat((maps, maps + (1 << PATH_BIT)), dim=1)))
+                    found.append((self.coefficients()[slots], torch.cat((maps, maps + (1 << PATH_BIT)), dim=1)))
         return found
 
-    def _coefficients(self) -> Tensor:
+    def coefficients(self) -> Tensor:
         """Of every slot among those of all heads, H D for none, ``[H, S]`` int64."""
         first = self.dim * torch.arange(self.heads, dtype=torch.int64, device="cpu")[:, None]
         return torch.where(self.dims < 0, self.heads * self.dim, first + self.dims)
@@ -218,7 +218,7 @@ class BlockLayout:
         return [tensor for groups in self._groups.values() for group in groups for tensor in group[1:]]
 
     def _by_width(self) -> list[tuple[int, Tensor, Tensor]]:
-        coefficient = self._coefficients().view(-1, HALF)
+        coefficient = self.coefficients().view(-1, HALF)
         widths, paths = self.widths.view(-1, 2), int(self.is_trellis)
         tiles = self.tile_words.flatten()
         tiles = tiles.cumsum(0) - tiles  # first word
@@ -237,7 +237,7 @@ class BlockLayout:
             own = widths[:, 0].nonzero().flatten()
             inside = torch.arange(LANES, dtype=torch.int64, device="cpu")
             found.append((0, coefficient.view(-1, TILE)[own], tiles[own][:, None] + inside))
-        return [(-1, *recoded) for recoded in self._recoded()] + found
+        return [(-1, *recoded) for recoded in self.recoded()] + found
 
     def pack(self, codes: Tensor, values: bool) -> Tensor:
         """Pack codes.

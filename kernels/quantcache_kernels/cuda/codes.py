@@ -6,11 +6,9 @@ query index running fastest, D dimension, S slots of a side, n blocks.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from quantcache_kernels.cuda import structures
 from quantcache_kernels.cuda.blocks import LANES, TILE
 from quantcache_kernels.cuda.constants import PreparedCodes
 from quantcache_kernels.cuda.driver import load_codes
+from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
@@ -38,16 +37,6 @@ ONE_HALVES = 0x3C003C00
 
 KINDS = (torch.bfloat16, torch.float32)
 """Of numbers that the kernels read as they are given."""
-
-
-class Launched(Protocol):
-    """A kernel."""
-
-    def launch(
-        self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
-    ) -> None:
-        """See :meth:`quantcache_kernels.cuda.driver.Kernel.launch`."""
-        ...
 
 
 def _on_cuda(device: torch.device, key_trellis: bool, value_trellis: bool) -> Mapping[str, Launched]:
@@ -187,16 +176,6 @@ def append(key: Tensor, value: Tensor, near: NearTokens, keys: PreparedCodes, va
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         kernels["append_tail"].launch((arguments.vectors, 2), 32, 0, arguments, stream_of(device))
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which a device is the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def stream_of(device: torch.device) -> int:
-    """Raw handle of a device's current stream."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cuda.blocks import BYTE_PLACES, HALF, TILE, BlockLayout
+from quantcache_kernels.cuda.conversion import Conversion, lay_out_conversion
 from quantcache_kernels.cuda.fast import lay_out_fast
 from quantcache_kernels.cuda.tables import PLACES, level_tables
 from quantcache_kernels.interface import SideConstants
@@ -54,6 +55,7 @@ class PreparedCodes:
         norms: Of keys, largest column norm of the matrix, and the fast part's unit, ``[H, 2]``.
         fast: Of keys, decoder of the fast part in fragment order, then its mean, and cosines and sines, by offset.
         num_fast: Fast dimensions.
+        conversion: Where the portable layout has the codes.
     """
 
     layout: BlockLayout
@@ -68,12 +70,14 @@ class PreparedCodes:
     norms: Tensor
     fast: list[Tensor]
     num_fast: int
+    conversion: Conversion
 
     def held(self) -> list[Tensor]:
         """Every tensor on the device."""
         return [
             *(self.heads, self.terms, self.decoder, self.mean, *self.frame, self.matrix, self.norms),
             *self.fast,
+            *(self.conversion.slots, self.conversion.places, self.conversion.maps),
             *self.layout.held(),
         ]
 
@@ -121,6 +125,7 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         on_device(norms),
         [on_device(each) for each in fast],
         constants.dim - constants.num_slow,
+        lay_out_conversion(constants, layout, device, values),
     )
 
 

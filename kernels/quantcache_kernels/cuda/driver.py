@@ -22,6 +22,9 @@ SOURCES = Path(__file__).parent / "src"
 CODE_KERNELS = ("turn_queries", "attend_codes", "attend_near", "merge", "append_tail")
 """The kernels of a cache's blocks."""
 
+CONVERSION_KERNELS = ("tiles_from_portable", "portable_from_tiles")
+"""The kernels that bring blocks from one layout into the other."""
+
 
 class CudaError(RuntimeError):
     """A call of the driver or the compiler failed."""
@@ -31,7 +34,7 @@ def source(name: str = "attention.h") -> str:
     """Kernels as one text, without includes.
 
     Args:
-        name: ``"attention.h"`` or ``"codes.h"``.
+        name: ``"attention.h"``, ``"codes.h"`` or ``"conversion.h"``.
 
     Returns:
         The text.
@@ -151,6 +154,21 @@ def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis
     """
     defines = f"-DKEY_TRELLIS={int(key_trellis)}", f"-DVALUE_TRELLIS={int(value_trellis)}"
     return _compiled(capability, source("codes.h"), defines + ("-DMARKED",) * marked)
+
+
+def compiled_conversion(capability: tuple[int, int]) -> bytes:
+    """The machine code of the kernels that convert blocks, from the cache on disk if it is there.
+
+    Args:
+        capability: Compute capability.
+
+    Returns:
+        A cubin.
+
+    Raises:
+        CudaError: They do not compile.
+    """
+    return _compiled(capability, source("conversion.h"), ())
 
 
 def _compiled(capability: tuple[int, int], text: str, defines: tuple[str, ...]) -> bytes:
@@ -298,6 +316,22 @@ def load_codes(device: int, key_trellis: bool, value_trellis: bool) -> dict[str,
     """
     binary = compiled_codes(torch.cuda.get_device_capability(device), key_trellis, value_trellis)
     return _loaded(device, binary, *CODE_KERNELS)
+
+
+@cache
+def load_conversion(device: int) -> dict[str, Kernel]:
+    """The kernels that convert blocks, loaded on a device, which must be the current one.
+
+    Args:
+        device: Index of the device.
+
+    Returns:
+        Those of :data:`CONVERSION_KERNELS`.
+
+    Raises:
+        CudaError: They do not compile or load.
+    """
+    return _loaded(device, compiled_conversion(torch.cuda.get_device_capability(device)), *CONVERSION_KERNELS)
 
 
 def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:

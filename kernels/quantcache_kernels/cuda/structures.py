@@ -119,6 +119,15 @@ class AppendArguments(ctypes.Structure):
     )
 
 
+class ConversionArguments(ctypes.Structure):
+    """``ConversionArguments`` of conversion.h."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("portable", "tiles", "slots", "places", "maps")),
+        *((name, ctypes.c_int) for name in ("portable_words", "tile_words", "count", "trellis", "values")),
+    )
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous tensor's data."""
     assert tensor is None or tensor.is_contiguous()

@@ -104,3 +104,15 @@ namespace scalar_trellis {
 #include "codes.h"
 }
 CODES(scalar_trellis)
+
+#include "conversion.h"
+#define CONVERSION(name)                                                                                              \
+    extern "C" int emulate_##name(const ConversionArguments* a, int blocks, int shared_bytes) {                       \
+        for (u32 tile = 0; tile < static_cast<u32>(a->count); ++tile)                                                 \
+            for (int block = 0; block < blocks; ++block)                                                              \
+                if (!run_block_(32, static_cast<u32>(block), tile, static_cast<size_t>(shared_bytes), [a] { name(*a); })) \
+                    return 1;                                                                                         \
+        return 0;                                                                                                     \
+    }
+CONVERSION(tiles_from_portable)
+CONVERSION(portable_from_tiles)
