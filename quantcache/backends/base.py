@@ -35,7 +35,7 @@ Fields = dict[str, Tensor]
 class Stage(ABC):
     """One layer's part in steps of one token that are repeated without the host: what is launched is always the same.
 
-    It serves until the layer's blocks change.
+    It serves while the layer is as it was made for; :meth:`follow` makes it serve what has become of the layer.
     """
 
     @abstractmethod
@@ -60,6 +60,30 @@ class Stage(ABC):
 
         Raises:
             CannotRepeat: The backend refuses the call.
+        """
+
+    @abstractmethod
+    def follow(self, view: CacheView, room: dict[str, Tensor], held: int) -> bool:
+        """Let the same launches serve other blocks and another tail, such as after a block has been encoded.
+
+        Args:
+            view: What may be read now.
+            room: As of :meth:`Backend.stage`, of the same shapes.
+            held: How many tokens the tail has: what the device counts from now on.
+
+        Returns:
+            Whether they can; if not, a new stage is needed.
+        """
+
+    @abstractmethod
+    def refuses(self, mask: Tensor | None) -> str | None:
+        """Why this stage does not serve steps with a mask.
+
+        Args:
+            mask: As of the calls; None for none.
+
+        Returns:
+            The reason, None if it does.
         """
 
 
@@ -125,7 +149,13 @@ class Backend(ABC):
         """
 
     def stage(
-        self, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, shared: dict[str, Any]
+        self,
+        view: CacheView,
+        room: dict[str, Tensor],
+        count: Tensor,
+        blocks: int,
+        masked: bool,
+        shared: dict[str, Any],
     ) -> Stage:
         """Get ready for steps of one token that are to be repeated without the host.
 
@@ -133,6 +163,7 @@ class Backend(ABC):
             view: What may be read before them; it holds encoded blocks.
             room: Memory of the tails by side, ``[B, H, any, D]``: the view's tokens, and room for those to come.
             count: How many tokens the tails have, ``[1]`` int32 on the device; it grows before each step.
+            blocks: How many blocks there is to be room for.
             masked: Whether the calls' masks hide anything.
             shared: What the stages of a model's layers, which follow each other, have in common.
 

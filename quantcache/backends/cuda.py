@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.base import Backend, Fields, Stage, refused_by_kernels
+from quantcache.backends.padding import shows_padding
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.trials import rejected
 from quantcache.backends.triton import TRIAL_BLOCKS, Trial, TritonBackend, attends_rightly, trusted
@@ -25,11 +26,11 @@ from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda import conversion
 from quantcache_kernels.cuda.blocks import PATH_BIT
-from quantcache_kernels.cuda.codes import Starts
 from quantcache_kernels.cuda.constants import PreparedCodes, prepare, unsupported
 from quantcache_kernels.cuda.driver import missing
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NearTokens
+from quantcache_kernels.cuda.places import Blocks, Lasting, Starts, units_of
 from quantcache_kernels.interface import AttentionCall
 
 DTYPE = torch.bfloat16
@@ -82,26 +83,24 @@ class CudaBackend(Backend):
         """Attend with the kernels of queries, codes, other tokens and their merge."""
         assert isinstance(view.key.codec, SpectralCodec)
         assert isinstance(view.value.codec, SpectralCodec)
-        return kernels.attend(
-            query,
-            view.packed(),
-            NearTokens(*view.dense_parts()),
-            view.block_table,
-            _starts(view),
-            prepared(view.key.codec),
-            prepared(view.value.codec),
-            view.encoded_end,
-            call,
-            not view.cut,
-        )
+        sides = prepared(view.key.codec), prepared(view.value.codec)
+        return kernels.attend(query, _blocks(view), NearTokens(*view.dense_parts()), *sides, call)
 
     def stage(
-        self, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, shared: dict[str, Any]
+        self,
+        view: CacheView,
+        room: dict[str, Tensor],
+        count: Tensor,
+        blocks: int,
+        masked: bool,
+        shared: dict[str, Any],
     ) -> Stage:
         """Lay out the arguments that do not change."""
         if view.report is None or view.report.attends is not None:
             raise CannotRepeat(f"attention runs in plain torch: {view.report and view.report.attends}")
-        return CudaStage(self, view, room, count, masked, shared.setdefault(self.name, Memory()))
+        memory = shared.setdefault(self.name, Memory())
+        lasting = Lasting.of(units_of(blocks, not view.cut), memory, count.device)
+        return CudaStage(self, view, room, count, masked, lasting)
 
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         """Encode in the portable layout, then bring the blocks into this one."""
@@ -143,49 +142,72 @@ class CudaBackend(Backend):
 
 
 class CudaStage(Stage):
-    """A layer's launches of a step of one token; arguments are those of :meth:`Backend.stage`."""
+    """A layer's launches of a step of one token; arguments are those of :meth:`Backend.stage`.
+
+    They find in memory whatever changes when a block is encoded.
+    """
 
     def __init__(
-        self, backend: Backend, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, memory: Memory
+        self, backend: Backend, view: CacheView, room: dict[str, Tensor], count: Tensor, masked: bool, lasting: Lasting
     ) -> None:
-        keys, values = view.key, view.value
-        assert keys.sinks is not None
-        assert values.sinks is not None
-        self._backend, self._view, self._masked, self._memory = backend, view, masked, memory
-        self._near = NearTokens(keys.sinks, values.sinks, room["key"], room["value"], count).readable()
-        if self._near.key_tail is not room["key"] or self._near.value_tail is not room["value"]:
+        self._backend, self._view, self._masked, self._lasting = backend, view, masked, lasting
+        self._sides = prepared(cast(SpectralCodec, view.key.codec)), prepared(cast(SpectralCodec, view.value.codec))
+        near = _near(view, room, count)
+        if near is None:
             raise CannotRepeat("the kernels cannot read the tail where it lies")
-        self._packed, self._starts = view.packed(), _starts(view)
-        self._sides = prepared(cast(SpectralCodec, keys.codec)), prepared(cast(SpectralCodec, values.codec))
-        self._out: Tensor | None = None
+        self._near, self._count = near, count
+        self._blocks = _blocks(view).readable()
+        kernels.announce(lasting, self._blocks, near, *self._sides, view.key.tail.shape[2])
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """One launch."""
-        kernels.append(key, value, self._near, *self._sides)
+        kernels.append(key, value, self._near, *self._sides, self._lasting)
 
     def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
         """Four launches, whose results go where those of the step before went."""
         if not self._masked:
             call = call._replace(mask=None)
-        if self._out is None:
+        if self._lasting.out is None:
             reason = "it brings several tokens at once" if query.shape[2] > 1 else None
             reason = reason or self._backend.refuses(query, self._view, call)
             if reason is not None:
                 raise CannotRepeat(f"the {self._backend.name} backend does not serve this step: {reason}")
-        self._out = kernels.attend(
-            query,
-            self._packed,
-            self._near,
-            self._view.block_table,
-            self._starts,
-            *self._sides,
-            self._view.encoded_end,
-            call,
-            not self._view.cut,
-            memory=self._memory,
-            out=self._out,
+        return kernels.attend(query, self._blocks, self._near, *self._sides, call, lasting=self._lasting)
+
+    def follow(self, view: CacheView, room: dict[str, Tensor], held: int) -> bool:
+        """One launch."""
+        before, near = self._view, _near(view, room, self._count)
+        if near is None or view.origins is not None:
+            return False
+        same = (
+            [part.shape for part in near.parts] == [part.shape for part in self._near.parts]
+            and (view.key.codec, view.value.codec) == (before.key.codec, before.value.codec)
+            and (view.backend, view.cut, view.shifted) == (before.backend, before.cut, before.shifted)
+            and (view.left_padding is None) == (before.left_padding is None)
+            and units_of(view.num_blocks, not view.cut) <= self._lasting.units
         )
-        return self._out
+        if same:
+            self._view, self._near, self._blocks = view, near, _blocks(view).readable()
+            kernels.announce(self._lasting, self._blocks, near, *self._sides, held)
+        return same
+
+    def refuses(self, mask: Tensor | None) -> str | None:
+        """Where it shows what is padding now."""
+        shown = shows_padding(mask, self._view.left_padding, self._view.length)
+        return "a query attends to padding" if shown else None
+
+
+def _near(view: CacheView, room: dict[str, Tensor], count: Tensor) -> NearTokens | None:
+    """Sinks, and a tail of which the device knows how long it is; None where the kernels cannot read that in place."""
+    assert view.key.sinks is not None
+    assert view.value.sinks is not None
+    near = NearTokens(view.key.sinks, view.value.sinks, room["key"], room["value"], count).readable()
+    return near if near.key_tail is room["key"] and near.value_tail is room["value"] else None
+
+
+def _blocks(view: CacheView) -> Blocks:
+    """A view's blocks as the kernels are given them."""
+    return Blocks(view.packed(), view.block_table, _starts(view), view.encoded_end, not view.cut)
 
 
 def prepared(codec: SpectralCodec) -> PreparedCodes:

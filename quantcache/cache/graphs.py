@@ -93,12 +93,14 @@ class _Steps:
 
     def _ready(self, cache: BlockCache, batch: int, masked: bool) -> tuple[Period, list[dict[str, Tensor]]]:
         """The period that the next step is one of, and tails with room for it."""
-        period = self._period
-        if period is not None and period.holds(batch, masked):
+        period, self._period = self._period, None
+        if period is not None and period.serves(batch, masked):
             longer = period.claimed()
+            if longer is None and period.follow(cache):
+                longer = period.claimed()
             if longer is not None:
+                self._period = period
                 return period, longer
-        self._period = None
         period = Period(self._model, cache, masked)
         held = period.ids.shape[0]
         if held != batch:

@@ -1,9 +1,9 @@
-"""Decoding steps that are captured in a CUDA graph and repeated without the host, until a block is due.
+"""Decoding steps that are captured in a CUDA graph and repeated without the host, while there is room for blocks.
 
-In the steps between two blocks nothing that is launched depends on how many tokens there are: the device counts them
-itself (:class:`quantcache.backends.Stage`). So the first of them runs as it is, the second is captured, and the others
-are replays. The host only notes that there is one token more, and encodes when a block is full; then a new graph is
-captured.
+Nothing that is launched in a step depends on how many tokens there are: the device counts them itself, and finds in its
+memory where blocks and tail lie (:class:`quantcache.backends.Stage`). So the first step runs as it is, the second is
+captured, and the others are replays. The host notes that there is one token more, encodes when a block is full, and
+says where everything is then. A new graph is captured when there are twice as many blocks as at first.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import CannotRepeat, QuantCacheError
 
+FREE_BLOCKS = 64
+"""Blocks that there is room for at least beside those at hand: nothing is kept for them but what a call's kernels hand
+each other, and the mask."""
+
 
 class Graph(Protocol):
     """A ``torch.cuda.CUDAGraph``."""
@@ -39,27 +43,45 @@ class Graph(Protocol):
 
 @dataclass
 class Staged:
-    """One layer between two of its blocks.
+    """One layer, and what is launched for it.
 
     Attributes:
         layer: The layer.
+        stage: Who appends and attends.
+        view: What its attention is given, as long as all that there is room for.
         buffer: Its tails' memory, with room until a block is due.
-        view: What its attention reads, whose stage does the work.
         tails: Its tails as they were left.
         spans: Its blocks.
     """
 
     layer: SpectralLayer
-    buffer: TailBuffer
+    stage: Stage
     view: CacheView
+    buffer: TailBuffer
     tails: dict[str, Tensor]
     spans: list[Any]
 
-    @property
-    def stage(self) -> Stage:
-        """Who appends and attends."""
-        assert self.view.stage is not None
-        return self.view.stage
+    @classmethod
+    def of(cls, layer: SpectralLayer, count: Tensor, masked: bool, shared: dict[str, Any]) -> Staged:
+        """Stage a layer; arguments are those of :meth:`quantcache.backends.Backend.stage`."""
+        view, (buffer, room) = layer.snapshot(), tail_room(layer)
+        assert view.backend is not None
+        more = max(view.num_blocks, FREE_BLOCKS)
+        stage = view.backend.stage(view, room, count, view.num_blocks + more, masked, shared)
+        key, value = (replace(view.side(side), tail=room[side]) for side in SIDES)
+        end = view.encoded_end + more * BLOCK
+        view = replace(view, key=key, value=value, encoded_end=end, flush=None, stage=stage)
+        return cls(layer, stage, view, buffer, layer.tails, layer.spans)
+
+    def follow(self) -> bool:
+        """Go on with what the layer holds now; whether the same launches serve that."""
+        layer = self.layer
+        view, (buffer, room) = layer.snapshot(), tail_room(layer)
+        if not view.num_blocks or not self.stage.follow(view, room, layer.tails["key"].shape[2]):
+            return False
+        self.buffer, self.tails, self.spans = buffer, layer.tails, layer.spans
+        layer._go_on(buffer=buffer)
+        return True
 
     @property
     def holds(self) -> bool:
@@ -92,26 +114,23 @@ class StagedCache(DynamicCache):
         raise CannotRepeat("the model makes a mask of its own in the middle of a step")
 
 
+def tail_room(layer: SpectralLayer) -> tuple[TailBuffer, dict[str, Tensor]]:
+    """Memory for a layer's tails until a block is due, always of the same size; the layer does not know of it yet."""
+    held, most = layer.tails["key"].shape[2], layer.residual_length + BLOCK * layer.blocks_at_once
+    buffer = TailBuffer(layer.tails, max(1, most - held))
+    return buffer, {side: all_of_it.narrow(2, 0, max(most, held + 1)) for side, all_of_it in buffer.room().items()}
+
+
 class Period:
-    """The steps of a batch between two blocks: what they read and write, and their graph once there is one."""
+    """The steps of a batch that are launched alike: what they read and write, and their graph once there is one."""
 
     def __init__(self, model: Any, cache: BlockCache, masked: bool):
         layers = stageable(cache)
-        views = [layer.snapshot() for layer in layers]
         device, batch = layers[0].device, layers[0].tails["key"].shape[0]
-        held = [layer.tails["key"].shape[2] for layer in layers]
-        self.counts = torch.tensor(held, dtype=torch.int32, device="cpu").to(device)
-        self.layers: list[Staged] = []
+        self.counts = torch.zeros(len(layers), dtype=torch.int32, device=device)  # which the stages set
         shared: dict[str, Any] = {}
-        for layer, view, count, here in zip(layers, views, self.counts.split(1), held, strict=True):
-            assert view.backend is not None
-            until_due = layer.residual_length + BLOCK * layer.blocks_at_once
-            buffer = TailBuffer(layer.tails, max(1, until_due - here))
-            room = buffer.room()
-            stage = view.backend.stage(view, room, count, masked, shared)
-            key, value = (replace(view.side(side), tail=room[side]) for side in SIDES)
-            view = replace(view, key=key, value=value, flush=None, stage=stage)
-            self.layers.append(Staged(layer, buffer, view, layer.tails, layer.spans))
+        counts = self.counts.split(1)
+        self.layers = [Staged.of(layer, count, masked, shared) for layer, count in zip(layers, counts, strict=True)]
         for staged in self.layers:
             staged.layer._go_on(buffer=staged.buffer)
         length = max(staged.view.length for staged in self.layers)
@@ -119,13 +138,19 @@ class Period:
         self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.int64, device=device) for _ in range(2))
         self.mask = torch.ones(batch if masked else 1, 1, 1, length, dtype=torch.bool, device=device)
         self.cache = StagedCache(self.layers)
+        self.looked = True  # the mask, for what is padding now
         self.steps = 0
         self.graph: Graph | None = None
         self.logits: Tensor | None = None
 
-    def holds(self, batch: int, masked: bool) -> bool:
-        """Whether the next step of some rows is one of these."""
-        return batch == self.ids.shape[0] and masked == self.masked and all(each.holds for each in self.layers)
+    def serves(self, batch: int, masked: bool) -> bool:
+        """Whether steps of some rows are launched like these."""
+        return batch == self.ids.shape[0] and masked == self.masked
+
+    def follow(self, cache: BlockCache) -> bool:
+        """Go on with what the cache holds now; whether the same launches serve that."""
+        self.looked, staged = False, [each.layer for each in self.layers]
+        return stageable(cache) == staged and all(each.follow() for each in self.layers)
 
     def body(self) -> Tensor:
         """One step, the same each time: logits, ``[B, 1, V]``."""
@@ -141,13 +166,31 @@ class Period:
         return logits
 
     def claimed(self) -> list[dict[str, Tensor]] | None:
-        """Every layer's tails with one token more; None where somebody else has taken a place, or there is none."""
+        """Every layer's tails with one token more; None where there is no place, or a layer is not as it was left."""
+        if not all(staged.holds for staged in self.layers):
+            return None
         found = [staged.buffer.claim(staged.tails, 1) for staged in self.layers]
         longer = [tails for tails in found if tails is not None]
         return longer if len(longer) == len(found) else None
 
     def run(self, earlier: Graph | None) -> Tensor:
-        """The next step: as it is the first time, then captured, then again from the graph."""
+        """The next step: as it is the first time, then captured, then again from the graph.
+
+        Args:
+            earlier: A graph that is not replayed any more, whose memory a new one may use.
+
+        Returns:
+            Logits, ``[B, 1, V]``.
+
+        Raises:
+            CannotRepeat: The step cannot be captured, or the mask shows what has become padding.
+        """
+        if not self.looked:
+            for staged in self.layers:
+                reason = staged.stage.refuses(self.mask if self.masked else None)
+                if reason is not None:
+                    raise CannotRepeat(f"the {staged.view.backend.name} backend does not serve this step: {reason}")
+            self.looked = True
         self.steps += 1
         if self.steps == 1:
             return self.body()

@@ -8,11 +8,13 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantcache_kernels.cuda import codes, conversion
 from quantcache_kernels.cuda.driver import CODE_KERNELS, CONVERSION_KERNELS, SOURCES
@@ -80,3 +82,53 @@ def on_the_cpu() -> Iterator[None]:
         yield
     finally:
         del codes.LOADERS["cpu"], conversion.LOADERS["cpu"]
+
+
+class Launches:
+    """Kernels that note what they are launched with; those in ``emulate`` run, too."""
+
+    def __init__(self, emulate: Collection[str] = ()):
+        self.seen: list[tuple[Any, ...]] = []
+        self.kept: list[tuple[Any, ...]] = []
+        self.emulate = emulate
+
+    def __call__(self, device: torch.device, *trellis: bool) -> Mapping[str, Any]:
+        """Kernels by name, in place of a loader."""
+        found = emulated(device, *trellis)
+        return {name: _Noted(self, name, kernel) for name, kernel in found.items()}
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.seen.clear()
+        self.kept.clear()
+
+    def replay(self) -> None:
+        """Launch the same again, as a graph does: grids, pointers and numbers are what they were."""
+        for kernel, *given in self.kept:
+            kernel.launch(*given)
+
+
+class _Noted:
+    def __init__(self, notes: Launches, name: str, kernel: Any):
+        self.notes, self.name, self.kernel = notes, name, kernel
+
+    def launch(self, grid: Any, threads: int, shared: int, arguments: ctypes.Structure, stream: int) -> None:
+        """Note everything: pointers and numbers are the argument's bytes."""
+        self.notes.seen.append((self.name, grid, threads, shared, bytes(arguments), stream))
+        own = type(arguments).from_buffer_copy(arguments)
+        self.notes.kept.append((self.kernel, grid, threads, shared, own, stream))
+        if self.name in self.notes.emulate:
+            self.kernel.launch(grid, threads, shared, arguments, stream)
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note it."""
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))

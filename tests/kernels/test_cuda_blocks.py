@@ -143,10 +143,8 @@ def test_the_number_of_splits_changes_rounding_only(splits: int, emulated: None)
     filled = fill(in_bfloat16(Case(tokens=500, widths=2)))
     view = on_device(filled.layer, CUDA).snapshot()
     keys, values = (cuda.prepared(side.codec) for side in (view.key, view.value))
-    near = NearTokens(*view.dense_parts())
-    given = (filled.query.float(), view.packed(), near, view.block_table, None, keys, values)
-    found = kernels.attend(*given, view.encoded_end, AttentionCall(None, 0.125), True, splits)
-    alone = kernels.attend(*given, view.encoded_end, AttentionCall(None, 0.125), True, 1)
+    given = (filled.query.float(), cuda._blocks(view), NearTokens(*view.dense_parts()), keys, values)
+    found, alone = (kernels.attend(*given, AttentionCall(None, 0.125), parts) for parts in (splits, 1))
     assert float((found - alone).norm()) <= 2e-4 * float(alone.norm())
 
 

@@ -24,7 +24,6 @@ from tests.kernels import emulation
 from tests.kernels.cases import ATTENTION, Case, codecs, fill, on_device
 from tests.kernels.test_cuda_blocks import CUDA, by_twos, in_bfloat16
 from tests.kernels.test_cuda_blocks import emulated as emulated
-from tests.kernels.test_graphs import Operations
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
 
@@ -128,12 +127,12 @@ def test_a_conversion_is_one_launch(coding: Coding, emulated: None, monkeypatch:
     counted = Counted()
     monkeypatch.setitem(conversion.LOADERS, "cpu", counted)
     cuda.prepared(codec)
-    with Operations() as operations:
+    with emulation.Operations() as operations:
         tiles = backend.from_portable(codec, fields)
         backend.to_portable(codec, tiles)
     assert counted.launches == 2
     assert [name for name in operations.seen if "fill" not in name] == ["aten.empty.memory_format"] * 2
-    with Operations() as operations:
+    with emulation.Operations() as operations:
         cuda._from_portable(codec, fields["codes"][:1])
     assert len(operations.seen) > 100, "what plain torch takes for a single block"
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.near import MAX_SPLITS, NEAR_THREADS, NEAR_TOKENS, NearTokens, append_arguments
+from quantcache_kernels.cuda.places import Blocks, Starts
 from quantcache_kernels.cuda.structures import Queries, Rows, pointer
 from tests.kernels import emulation
 
@@ -153,8 +154,12 @@ class Inputs:
         origins = torch.tensor(case.pads, dtype=torch.int32) if any(case.pads) else None
         half = self.query.dtype == torch.bfloat16
         queries = Queries(self.query.data_ptr(), *self.query.stride()[:3], place, half, case.dim**-0.5)
-        given = near.arguments(queries, tuple(map(pointer, (origins, self.mask, self.logits, out, lse))))
-        given.encoded_end, given.lines, given.softcap = case.encoded_end, lines, case.softcap or 0.0
+        starts = None if origins is None else Starts(origins, origins)
+        nothing = torch.zeros(0, 3, dtype=torch.int32)
+        places = Blocks([nothing] * 4, nothing, starts, case.encoded_end, True).places(near, 0, 1)
+        addresses = tuple(map(pointer, (near.tail_tokens, self.mask, self.logits, out, lse)))
+        given = near.arguments(queries, places, (None, *addresses))
+        given.lines, given.softcap = lines, case.softcap or 0.0
         given.causal = case.causal and self.mask is None and case.count > 1
         if self.mask is not None:
             given.mask_batch, given.mask_query, given.mask_length = kernels._mask_strides(self.mask)
@@ -211,7 +216,11 @@ def test_new_tokens_go_where_the_device_says(count: int) -> None:
     memory = [torch.full((70, 2, 3, dim), 7.0).bfloat16() for dim in (64, 32)]
     tokens = torch.tensor([count], dtype=torch.int32)
     near = NearTokens(*empty, *(each.permute(1, 2, 0, 3) for each in memory), tokens)
-    kernel, given = emulation.emulated(CPU, False, False)["append_tail"], append_arguments(key, value, near)
+    nothing = torch.zeros(0, 3, dtype=torch.int32)
+    places = Blocks([nothing] * 4, nothing, None, 0, True).places(near, 0, 1)
+    there = torch.frombuffer(bytearray(places), dtype=torch.uint8)
+    given = append_arguments(key, value, near, there.data_ptr())
+    kernel = emulation.emulated(CPU, False, False)["append_tail"]
     for held in (0, 11, 70 - count, 70):
         before = [each.clone() for each in memory]
         tokens.fill_(held + count)

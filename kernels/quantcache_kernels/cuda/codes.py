@@ -7,8 +7,7 @@ query index running fastest, D dimension, S slots of a side, n blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,8 +19,18 @@ from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
-from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR, choose_splits
-from quantcache_kernels.cuda.structures import CodesArguments, MergeArguments, Queries, QueryArguments, Rows, pointer
+from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR
+from quantcache_kernels.cuda.places import Blocks, Lasting
+from quantcache_kernels.cuda.structures import (
+    CodesArguments,
+    MergeArguments,
+    Places,
+    PlacesArguments,
+    Queries,
+    QueryArguments,
+    Rows,
+    pointer,
+)
 from quantcache_kernels.interface import AttentionCall
 
 LOG2_E = math.log2(math.e)
@@ -47,106 +56,88 @@ LOADERS: dict[str, Callable[[torch.device, bool, bool], Mapping[str, Launched]]]
 """By type of device, who finds the kernels for codings of keys and values; tests add an emulation."""
 
 
-class Starts(NamedTuple):
-    """Where the rows of a padded batch begin.
-
-    Attributes:
-        origins: Slot of every row's first token, ``[B]`` int32.
-        first_seen: Slot behind its sinks, ``[B]`` int32: it sees blocks from there on.
-    """
-
-    origins: Tensor
-    first_seen: Tensor
-
-
 def attend(
     query: Tensor,
-    packed: Sequence[Tensor],
+    blocks: Blocks,
     near: NearTokens,
-    block_table: Tensor,
-    starts: Starts | None,
     keys: PreparedCodes,
     values: PreparedCodes,
-    encoded_end: int,
     call: AttentionCall,
-    paired: bool,
     splits: int | None = None,
-    memory: Memory | None = None,
-    out: Tensor | None = None,
+    lasting: Lasting | None = None,
 ) -> Tensor:
     """Attention over packed blocks, sinks and recent tokens.
 
     Args:
         query: ``[B, Hq, Tq, D]``, any strides.
-        packed: The blocks: codes ``[n, B, words]`` int32 (:class:`BlockLayout`) and gains ``[n, B, H, 64]`` uint8 of
-            the keys, then of the values.
+        blocks: The blocks.
         near: Sinks and the tokens behind the last block; the last Tq of them are the queries' own.
-        block_table: First slot, valid tokens and anchor slot of every block, ``[n, 3]`` int32.
-        starts: Where padded rows begin; None for slot 0 throughout. A row's sinks are its first valid tokens.
         keys: The keys' constants.
         values: The values'.
-        encoded_end: Slot behind the last block.
         call: The rest of the call.
-        paired: Whether blocks 2i and 2i + 1 share an anchor throughout, as they do unless a crop cut one.
         splits: Parts of the context, or None for what fits the device.
-        memory: What other calls on this stream use too; None for memory of this call's own.
-        out: Where the result goes, ``[B, Tq, Hq, Dv]`` contiguous; None for a new tensor.
+        lasting: What launches need that are to serve more blocks than these; its ``out`` is written. None for a call by
+            itself.
 
     Returns:
         ``[B, Tq, Hq, Dv]`` in the query's dtype, float32 or bfloat16.
     """
     device, (batch, query_heads, count, dim) = query.device, query.shape
-    heads, n = keys.layout.heads, block_table.shape[0]
+    heads = keys.layout.heads
     total = query_heads // heads * count
     chunks = -(-total // ROWS)
     place = Rows(heads, chunks, -(-total // chunks), count, total)
     rows, lines = place.rows, batch * chunks * heads
     slots, value_dim = TILE * values.layout.tiles, values.mean.shape[1]
-    units = -(-n // 2) if paired else n
     near, query = near.readable(), query if query.stride(3) == 1 else query.contiguous()
+    blocks = blocks.readable()
 
     query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + structures.EXTRA_BYTES
-    warps = WARPS_PER_PROCESSOR * _processors(device)
-    per_split = -(-units // min(splits or choose_splits(units, lines, warps), units))
-    splits = -(-units // per_split)
+    places = blocks.places(near, lines, warps := warps_of(device), splits)
+    units, splits, there = places.units, places.splits, None
+    if lasting is not None:
+        if not lasting.lines:
+            lasting.lines = lines
+            announce(lasting, blocks, near, keys, values)
+        units, splits, there = lasting.units, lasting.most_splits(warps), lasting.there.data_ptr()
+        places = Places()  # these here would not last
 
     vectors = lines * rows  # of every split
     sizes = units * lines * query_bytes, 4 * splits * vectors * slots, 8 * splits * vectors
     near_sizes = 4 * near.splits * vectors * value_dim, 4 * near.splits * vectors
-    memory = memory or Memory()  # held until everything is launched
+    memory = Memory() if lasting is None else lasting.memory  # held until everything is launched
     turned, partial, stats, *found = memory.places((*sizes, *near_sizes), device)
+    out = None if lasting is None else lasting.out
     if out is None:
         out = torch.empty(batch, count, query_heads, value_dim, dtype=query.dtype, device=device)
+    if lasting is not None:
+        lasting.out = out
     mask = None if call.mask is None else call.mask.contiguous()
     logits = None if call.sink_logits is None else call.sink_logits.contiguous()
     if logits is not None and logits.dtype not in KINDS:
         logits = logits.float()
-    origins, first_seen = (None, None) if starts is None else starts
-    packed = [each.contiguous() for each in packed]
-    block_table = block_table.contiguous()
     strides, softcap = (0, 0, 0) if mask is None else _mask_strides(mask), call.softcap or 0.0
     queries = Queries(query.data_ptr(), *query.stride()[:3], place, _is_half(query), call.scaling)
     to_turn = QueryArguments(
-        queries, *map(pointer, (*keys.frame, keys.matrix, keys.norms, block_table, origins)), turned,
-        units, paired, lines, dim, dim - keys.num_fast, keys.layout.slow_tiles, keys.num_fast, query_bytes,
+        queries, *map(pointer, (*keys.frame, keys.matrix, keys.norms)), places, there, turned,
+        blocks.paired, lines, dim, dim - keys.num_fast, keys.layout.slow_tiles, keys.num_fast, query_bytes,
         1.0 if softcap else LOG2_E,
     )  # fmt: skip
     room = keys.room, values.room
     to_attend = CodesArguments(
-        *map(pointer, packed), turned,
-        *map(pointer, (keys.heads, values.heads, keys.terms, values.terms, *keys.fast)),
-        *map(pointer, (block_table, first_seen, mask)), partial, stats,
-        n, batch, heads, chunks, rows, count, units, per_split, paired,
+        places, there, turned,
+        *map(pointer, (keys.heads, values.heads, keys.terms, values.terms, *keys.fast, mask)), partial, stats,
+        batch, heads, chunks, rows, count, blocks.paired,
         4 * keys.layout.words, 4 * values.layout.words, query_bytes, *room,
         keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast // TILE, values.layout.tiles,
         *strides, softcap, ONE_HALVES,
     )  # fmt: skip
-    to_near = near.arguments(queries, (pointer(origins), pointer(mask), pointer(logits), *found))
-    to_near.encoded_end, to_near.causal, to_near.lines = encoded_end, call.hides_the_future(count), lines
+    to_near = near.arguments(queries, places, (there, pointer(near.tail_tokens), *map(pointer, (mask, logits)), *found))
+    to_near.causal, to_near.lines = call.hides_the_future(count), lines
     to_near.mask_batch, to_near.mask_query, to_near.mask_length = strides
     to_near.logits_are_half, to_near.softcap = logits is not None and _is_half(logits), softcap
     to_merge = MergeArguments(
-        partial, stats, *found, *map(pointer, (values.decoder, values.mean, out)), None,
+        partial, stats, *found, *map(pointer, (values.decoder, values.mean, out)), None, there,
         place, lines, value_dim, slots, splits, near.splits, _is_half(out),
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
@@ -162,20 +153,56 @@ def attend(
     return out
 
 
-def append(key: Tensor, value: Tensor, near: NearTokens, keys: PreparedCodes, values: PreparedCodes) -> None:
-    """Put new tokens into a tail whose length only the device knows.
+def announce(
+    lasting: Lasting,
+    blocks: Blocks,
+    near: NearTokens,
+    keys: PreparedCodes,
+    values: PreparedCodes,
+    tokens: int | None = None,
+) -> None:
+    """Tell launches that outlive a block where everything is now, and how long the tail is.
+
+    Args:
+        lasting: Where they find it.
+        blocks: The blocks, readable; whoever calls keeps them.
+        near: Sinks and tail, readable and kept likewise.
+        keys: The keys' constants: they say which module is loaded.
+        values: The values'.
+        tokens: What the tail holds; None leaves the device's count as it is.
+    """
+    device = lasting.there.device
+    places = blocks.places(near, lasting.lines, warps_of(device))
+    count = None if tokens is None else pointer(near.tail_tokens)
+    arguments = PlacesArguments(places, pointer(lasting.there), count, tokens or 0)
+    with on_device(device):
+        kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
+        kernels["set_places"].launch((1, 1), 32, 0, arguments, stream_of(device))
+
+
+def append(
+    key: Tensor, value: Tensor, near: NearTokens, keys: PreparedCodes, values: PreparedCodes, lasting: Lasting
+) -> None:
+    """Put new tokens into a tail of which only the device knows where it is and how long.
 
     Args:
         key: ``[B, H, Tnew, D]`` bfloat16.
         value: ``[B, H, Tnew, Dv]``.
-        near: Where the tail lies, and how many tokens it has, these included.
+        near: The tail, and how many tokens it has, these included.
         keys: The keys' constants: they say which module is loaded.
         values: The values'.
+        lasting: Where the place of the tail is.
     """
-    arguments, device = append_arguments(readable(key), readable(value), near), key.device
+    arguments, device = append_arguments(readable(key), readable(value), near, lasting.there.data_ptr()), key.device
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         kernels["append_tail"].launch((arguments.vectors, 2), 32, 0, arguments, stream_of(device))
+
+
+def warps_of(device: torch.device) -> int:
+    """How many warps of ``attend_codes`` a device runs at once."""
+    found = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return WARPS_PER_PROCESSOR * found
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -189,7 +216,3 @@ def _mask_strides(mask: Tensor) -> tuple[int, int, int]:
     """Bytes from row to row and from query to query of a contiguous mask, and its length."""
     shared = mask.shape[0] == 1, mask.shape[2] == 1
     return 0 if shared[0] else mask.stride(0), 0 if shared[1] else mask.stride(2), mask.shape[3]
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

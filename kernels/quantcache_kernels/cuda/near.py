@@ -5,14 +5,12 @@ Shapes: B batch, H key/value heads, S sinks, t tokens behind the last block, D a
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.structures import AppendArguments, NearArguments, Queries, Strides, pointer
+from quantcache_kernels.cuda.structures import AppendArguments, NearArguments, Places, Queries, pointer
 
 NEAR_THREADS, NEAR_TOKENS, MAX_ROWS = 128, 64, 8
 """As in near.h."""
@@ -66,46 +64,41 @@ class NearTokens:
         groups = NEAR_THREADS // (value_dim // 2)
         return 4 * (rows * (dim + NEAR_TOKENS + groups * value_dim) + 3 * MAX_ROWS)
 
-    def arguments(self, queries: Queries, places: tuple[int | None, ...]) -> NearArguments:
+    def arguments(self, queries: Queries, places: Places, addresses: tuple[int | None, ...]) -> NearArguments:
         """Arguments of attention on these tokens.
 
         Args:
             queries: The queries.
-            places: Addresses, from ``origins`` to ``lse``.
+            places: Where the tokens lie, and the blocks end.
+            addresses: Addresses, from ``there`` to ``lse``.
 
         Returns:
             The arguments; what they say of the call is left to the caller.
         """
-        found = NearArguments(queries, *(part.data_ptr() for part in self.parts), pointer(self.tail_tokens), *places)
-        found.strides = _strides(*self.parts)
+        found = NearArguments(queries, places, *addresses)
         found.sinks, found.tail = self.key_sinks.shape[2], self.key_tail.shape[2]
         found.dim, found.value_dim, found.splits = self.key_tail.shape[3], self.value_tail.shape[3], self.splits
         return found
 
 
-def append_arguments(key: Tensor, value: Tensor, near: NearTokens) -> AppendArguments:
+def append_arguments(key: Tensor, value: Tensor, near: NearTokens, there: int) -> AppendArguments:
     """Arguments of the kernel that puts new tokens into a tail, behind those that it had.
 
     Args:
         key: ``[B, H, Tnew, D]`` bfloat16, readable.
         value: ``[B, H, Tnew, Dv]``.
-        near: Where the tail lies, and how many tokens it has, the new ones included.
+        near: The tail's room, and how many tokens it has, the new ones included.
+        there: Where in memory it is said where the tail lies.
 
     Returns:
         The arguments.
     """
     batch, heads, count, dim = key.shape
-    return AppendArguments(
-        *(tensor.data_ptr() for tensor in (key, value, near.key_tail, near.value_tail)), pointer(near.tail_tokens),
-        _strides(key, value, near.key_tail, near.value_tail),
-        heads, count, batch * heads * count, dim, value.shape[3], near.key_tail.shape[2],
-    )  # fmt: skip
-
-
-def _strides(*tensors: Tensor) -> ctypes.Array[Any]:
-    found = Strides()
-    for place, tensor in zip(found, tensors, strict=True):
-        place[:] = tensor.stride()[:3]
+    found = AppendArguments(key.data_ptr(), value.data_ptr(), there, pointer(near.tail_tokens))
+    for i, tensor in enumerate((key, value)):
+        found.strides[i][:] = tensor.stride()[:3]
+    found.heads, found.count, found.vectors = heads, count, batch * heads * count
+    found.dim, found.value_dim, found.tail = dim, value.shape[3], near.key_tail.shape[2]
     return found
 
 

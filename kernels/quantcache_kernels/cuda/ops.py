@@ -141,7 +141,7 @@ def plan(
         layout.row_bytes(), query_bytes, key_room, value_room,
     )  # fmt: skip
     merge = MergeArguments(
-        *map(pointer, (partial, stats, dense, dense_lse, decoder, mean, out, lse)),
+        *map(pointer, (partial, stats, dense, dense_lse, decoder, mean, out, lse)), None,
         Rows(layout.heads, 1, group, 1, group), lines, dim, layout.coefficients, splits, int(dense is not None), 0,
     )  # fmt: skip
     held = [t for t in (rows, queries, heads, starts, dense, dense_lse, decoder, mean) if t is not None]

@@ -44,11 +44,34 @@ class Queries(ctypes.Structure):
     )
 
 
+Strides = ctypes.c_longlong * 3
+"""Of a tensor, in elements: batch, head and token."""
+
+
+class Places(ctypes.Structure):
+    """``Places`` of places.h."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("keys", "key_gains", "values", "value_gains")),
+        *((name, Pointer) for name in ("block_table", "origins", "first_seen")),
+        ("near", Pointer * 4),
+        ("strides", Strides * 4),
+        *((name, ctypes.c_int) for name in ("blocks", "units", "per_split", "splits", "encoded_end")),
+    )
+
+
+class PlacesArguments(ctypes.Structure):
+    """``PlacesArguments`` of near.h."""
+
+    _fields_ = (("places", Places), ("there", Pointer), ("tail_tokens", Pointer), ("tokens", ctypes.c_int))
+
+
 class MergeArguments(ctypes.Structure):
     """``MergeArguments`` of merge.h."""
 
     _fields_ = (
         *((name, Pointer) for name in ("partial", "stats", "dense", "dense_lse", "decoder", "mean", "out", "lse")),
+        ("there", Pointer),
         ("place", Rows),
         *((name, ctypes.c_int) for name in ("lines", "dim", "coefficients", "splits", "dense_splits", "is_half")),
     )
@@ -63,12 +86,12 @@ class CodesArguments(ctypes.Structure):
     """``CodesArguments`` of codes.h."""
 
     _fields_ = (
-        *((name, Pointer) for name in ("keys", "key_gains", "values", "value_gains", "queries")),
+        ("places", Places),
+        *((name, Pointer) for name in ("there", "queries")),
         *((name, Pointer) for name in ("key_heads", "value_heads", "key_terms", "value_terms")),
-        *((name, Pointer) for name in ("fast_decoder", "fast_mean", "rotation", "block_table", "first_seen", "mask")),
+        *((name, Pointer) for name in ("fast_decoder", "fast_mean", "rotation", "mask")),
         *((name, Pointer) for name in ("partial", "stats")),
-        *((name, ctypes.c_int) for name in ("blocks", "batch", "heads", "chunks", "rows", "count")),
-        *((name, ctypes.c_int) for name in ("units", "per_split", "paired")),
+        *((name, ctypes.c_int) for name in ("batch", "heads", "chunks", "rows", "count", "paired")),
         *((name, ctypes.c_int) for name in ("key_bytes", "value_bytes", "query_bytes", "key_room", "value_room")),
         *((name, ctypes.c_int) for name in ("slow_tiles", "fast_tiles", "fast_steps", "value_tiles")),
         *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length")),
@@ -83,15 +106,12 @@ class QueryArguments(ctypes.Structure):
     _fields_ = (
         ("queries", Queries),
         *((name, Pointer) for name in ("order", "partner", "sign", "turns", "matrix", "norms")),
-        *((name, Pointer) for name in ("block_table", "origins", "out")),
-        *((name, ctypes.c_int) for name in ("units", "paired", "lines", "dim", "slow", "slow_tiles", "fast")),
+        ("places", Places),
+        *((name, Pointer) for name in ("there", "out")),
+        *((name, ctypes.c_int) for name in ("paired", "lines", "dim", "slow", "slow_tiles", "fast")),
         ("query_bytes", ctypes.c_int),
         ("base", ctypes.c_float),
     )
-
-
-Strides = (ctypes.c_longlong * 3) * 4
-"""Of four tensors, in elements: batch, head and token."""
 
 
 class NearArguments(ctypes.Structure):
@@ -99,10 +119,9 @@ class NearArguments(ctypes.Structure):
 
     _fields_ = (
         ("queries", Queries),
-        *((name, Pointer) for name in ("key_sinks", "value_sinks", "key_tail", "value_tail")),
-        *((name, Pointer) for name in ("tail_tokens", "origins", "mask", "sink_logits", "out", "lse")),
-        ("strides", Strides),
-        *((name, ctypes.c_int) for name in ("dim", "value_dim", "sinks", "tail", "encoded_end", "causal")),
+        ("places", Places),
+        *((name, Pointer) for name in ("there", "tail_tokens", "mask", "sink_logits", "out", "lse")),
+        *((name, ctypes.c_int) for name in ("dim", "value_dim", "sinks", "tail", "causal")),
         *((name, ctypes.c_int) for name in ("lines", "splits")),
         *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length", "logits_are_half")),
         ("softcap", ctypes.c_float),
@@ -113,8 +132,8 @@ class AppendArguments(ctypes.Structure):
     """``AppendArguments`` of near.h."""
 
     _fields_ = (
-        *((name, Pointer) for name in ("key", "value", "key_tail", "value_tail", "tail_tokens")),
-        ("strides", Strides),
+        *((name, Pointer) for name in ("key", "value", "there", "tail_tokens")),
+        ("strides", Strides * 2),
         *((name, ctypes.c_int) for name in ("heads", "count", "vectors", "dim", "value_dim", "tail")),
     )
 

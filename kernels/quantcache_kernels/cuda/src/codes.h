@@ -25,10 +25,8 @@ struct HeadTiles {  // of one side
 };
 
 struct CodesArguments {
-    const u8* keys;           // [blocks, batch, key_bytes]
-    const u8* key_gains;      // [blocks, batch, heads, 64]
-    const u8* values;         // [blocks, batch, value_bytes]
-    const u8* value_gains;    // [blocks, batch, heads, 64]
+    Places places;
+    const Places* there;      // where places are in memory, or null
     const u8* queries;        // [units, lines, query_bytes], from turn_queries
     const HeadTiles* key_heads;
     const HeadTiles* value_heads;
@@ -37,13 +35,11 @@ struct CodesArguments {
     const u32* fast_decoder;  // [heads, fast_tiles, 2 fast_steps, 32 lanes, 2]
     const u32* fast_mean;     // [heads, fast_steps, 128, 4, 2, 2]: turned by every offset from the anchor and by the next
     const u32* rotation;      // [fast_steps, 128, 4, 2, 2]: cosines of two pairs likewise, then sines
-    const int* block_table;   // [blocks, 3]: first slot, valid tokens, slot of the anchor
-    const int* first_seen;    // [batch]: first slot that is read here, or null
     const u8* mask;           // [batch or 1, count or 1, mask_length], or null
     float* partial;           // [splits, lines, rows, 16 value_tiles]
     float* stats;             // [splits, lines, rows, 2]: peak (base 2) and sum
-    int blocks, batch, heads, chunks, rows, count;  // lines: batch, chunks of rows, heads
-    int units, per_split, paired;  // a unit: two blocks that share an anchor, or one where they are not paired
+    int batch, heads, chunks, rows, count;  // lines: batch, chunks of rows, heads
+    int paired;
     int key_bytes, value_bytes, query_bytes, key_room, value_room;
     int slow_tiles, fast_tiles, fast_steps, value_tiles;  // a step: eight pairs of fast dimensions
     int mask_batch, mask_query, mask_length;
@@ -151,13 +147,17 @@ KERNEL void
     const int head = line % a.heads, chunk = line / a.heads % a.chunks, b = line / (a.heads * a.chunks);
     const int lines = a.batch * a.chunks * a.heads;
     const HeadTiles &keys = a.key_heads[head], &values = a.value_heads[head];
-    const int begin = split * a.per_split;
-    const int end = begin + a.per_split < a.units ? begin + a.per_split : a.units;
+    const Places& places = places_of(a);
+    const int begin = split * places.per_split;
+    const int end = begin + places.per_split < places.units ? begin + places.per_split : places.units;
+    if (begin >= end) return;  // there is room for more blocks
     const Room room = lay_out_room(a);
 
     const int of_a_unit = a.paired ? 2 : 1;
-    const Side key_side = keys_of(a, room, head), value_side = values_of(a, room, head);
-    const auto has_two = [&](int unit) { return a.paired && 2 * unit + 1 < a.blocks; };
+    const int* block_table = places.block_table;
+    const Side key_side = keys_of(a, places, room, head), value_side = values_of(a, places, room, head);
+    const int last_block = a.paired ? places.blocks - 1 : -1;
+    const auto has_two = [&](int unit) { return 2 * unit < last_block; };
     const auto fetch_values = [&](int unit) { fetch(a, value_side, of_a_unit * unit, b, has_two(unit), 0); };
     const auto fetch_keys = [&](int unit) {
         fetch(a, key_side, of_a_unit * unit, b, has_two(unit), static_cast<u32>(a.query_bytes));
@@ -168,23 +168,21 @@ KERNEL void
         barrier_init(room.key_barrier);
         barrier_init(room.value_barrier);
         barriers_ready();
-        if (begin < end) {
-            fetch_keys(begin);
-            fetch_values(begin);
-        }
+        fetch_keys(begin);
+        fetch_values(begin);
     }
     for (int tile = 0; tile < a.value_tiles; ++tile) room.sums[32 * tile + lane] = {0, 0, 0, 0};
     room.softmax[lane] = {bits_of(HIDDEN), bits_of(HIDDEN), 0, 0};
     sync_warp();
 
-    const int first_seen = a.first_seen ? a.first_seen[b] : 0;
+    const int first_seen = places.first_seen ? places.first_seen[b] : 0;
     const int row = static_cast<int>(lane / 4), query_row = row < a.rows ? row : a.rows - 1;
     const u8* own_query = room.query + 32 * query_row + 8 * (lane % 4);
 
     for (int unit = begin; unit < end; ++unit) {
         const u32 parity = static_cast<u32>(unit - begin) & 1;
         const bool more = unit + 1 < end;
-        const Tokens tokens = find_tokens(a, unit * of_a_unit, has_two(unit), first_seen);
+        const Tokens tokens = find_tokens(a, block_table, unit * of_a_unit, has_two(unit), first_seen);
         barrier_wait(room.key_barrier, parity);
         float scores[2][4][4], gains[2][8];
         score_keys(a, head, keys, room, own_query, tokens, lane, scores);

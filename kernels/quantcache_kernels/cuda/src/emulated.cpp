@@ -69,6 +69,9 @@ VARIANT(eight_1)
                     return 1;                                                                                         \
         return 0;                                                                                                     \
     }                                                                                                                 \
+    extern "C" int emulate_set_places_##name(const name::PlacesArguments* a, int, int shared_bytes) {                 \
+        return !run_block_(32, 0, 0, static_cast<size_t>(shared_bytes), [a] { name::set_places(*a); });               \
+    }                                                                                                                 \
     extern "C" int emulate_append_tail_##name(const name::AppendArguments* a, int vectors, int shared_bytes) {        \
         for (u32 side = 0; side < 2; ++side)                                                                          \
             for (int vector = 0; vector < vectors; ++vector)                                                          \

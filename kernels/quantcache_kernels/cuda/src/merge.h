@@ -1,4 +1,5 @@
 // The splits of a context merged, and with them the tokens that are not encoded.
+#include "places.h"
 #include "rows.h"
 
 struct MergeArguments {
@@ -10,6 +11,7 @@ struct MergeArguments {
     const float* mean;       // [heads, dim]
     u8* out;                 // [batch, count, query heads, dim], float32 or bfloat16
     float* lse;              // [lines, rows], base 2, or null
+    const Places* there;     // where in memory the number of splits is, or null
     Rows place;
     int lines, dim, coefficients, splits, dense_splits, is_half;
 };
@@ -42,6 +44,7 @@ KERNEL void BOUNDS(1024) merge(
     const int dim = a.dim, coefficients = a.coefficients, threads = 4 * dim, thread = static_cast<int>(thread_index());
     const int query = static_cast<int>(block_x()), line = static_cast<int>(block_y()), head = line % a.place.heads;
     const int place = line * a.place.rows + query;
+    const int splits = a.there ? a.there->splits : a.splits;
     const u64 stride = static_cast<u64>(a.lines) * a.place.rows;  // from split to split
     float* rows = reinterpret_cast<float*>(shared_memory());  // what is to be added up: 16 dim
     float* weights = rows + 16 * dim;                         // 4 dim
@@ -63,7 +66,7 @@ KERNEL void BOUNDS(1024) merge(
 
     const float* stats = a.stats + 2 * place;
     float peak = -1e30f;
-    for (int s = thread; s < a.splits; s += threads) peak = larger(peak, stats[2 * s * stride]);
+    for (int s = thread; s < splits; s += threads) peak = larger(peak, stats[2 * s * stride]);
     UNROLL for (int mask = 1; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
     if (thread % 32 == 0) warps[thread / 32] = peak;
     sync_block();
@@ -74,16 +77,16 @@ KERNEL void BOUNDS(1024) merge(
     const float* partial = a.partial + static_cast<u64>(place) * coefficients + column;
     float total = 0.0f;
     Four sum = {{0.0f, 0.0f, 0.0f, 0.0f}};
-    for (int first = 0; first < a.splits; first += threads) {
+    for (int first = 0; first < splits; first += threads) {
         float weight = 0.0f;
-        if (first + thread < a.splits) {
+        if (first + thread < splits) {
             const float* own = stats + 2 * (first + thread) * stride;
             weight = power_of_two(own[0] - peak);
             total = multiply_add(weight, own[1], total);
         }
         weights[thread] = weight;
         sync_block();
-        const int count = a.splits - first < threads ? a.splits - first : threads;
+        const int count = splits - first < threads ? splits - first : threads;
         if (row < height) {
 #ifdef __CUDACC__
 #pragma unroll 4

@@ -1,23 +1,19 @@
 // Attention on the tokens that are not encoded: every row's sinks, and the tail behind the last block. How long the tail
 // is, is read from the GPU's memory, so that a CUDA graph may be replayed while it grows; so is the place to which new
-// tokens go.
+// tokens go, and what a new block changes.
 //
 // Included by codes.h, whose soft cap it takes.
 
 struct NearArguments {
     Queries queries;
-    const u8* key_sinks;      // [batch, heads, sinks, dim], bfloat16; strides below
-    const u8* value_sinks;
-    const u8* key_tail;       // [batch, heads, tail, dim], likewise
-    const u8* value_tail;
+    Places places;
+    const Places* there;      // where they are in memory, or null
     const int* tail_tokens;   // [1]: how many tokens the tail has, or null for `tail` of them
-    const int* origins;       // [batch]: where a row's sinks begin, or null
     const u8* mask;           // [batch or 1, count or 1, mask_length], or null
     const u8* sink_logits;    // [query heads], float32 or bfloat16, or null
     float* out;               // [splits, lines, rows, value_dim]
     float* lse;               // [splits, lines, rows], base 2
-    long long strides[4][3];  // of the four parts, in elements: batch, head, token
-    int dim, value_dim, sinks, tail, encoded_end, causal;  // encoded_end: slot behind the last block
+    int dim, value_dim, sinks, tail, causal;
     int lines, splits;
     int mask_batch, mask_query, mask_length, logits_are_half;
     float softcap;
@@ -43,8 +39,10 @@ KERNEL void BOUNDS(NEAR_THREADS) attend_near(
     const int rows = place.rows, count = place.count;
     const Row first_row = find_row(place, line, 0);
     const u64 b = static_cast<u64>(first_row.batch), head = static_cast<u64>(first_row.head);
+    const Places& places = places_of(a);
+    const int encoded_end = places.encoded_end;
     const int tail = a.tail_tokens ? *a.tail_tokens : a.tail, tokens = a.sinks + tail;
-    const int first_sink = a.origins ? a.origins[b] : 0;
+    const int first_sink = places.origins ? places.origins[b] : 0;
     const int words = a.value_dim / 2, groups = NEAR_THREADS / words;  // a thread has two columns of every groups-th token
 
     float* query = reinterpret_cast<float*>(shared_memory());  // [rows, dim]
@@ -69,12 +67,12 @@ KERNEL void BOUNDS(NEAR_THREADS) attend_near(
         // ---------------------------------------------------------------- scores: two threads share a token
         const int token = first + thread / 2, part = thread % 2;
         const int side = token < a.sinks ? 0 : 2, index = token < a.sinks ? token : token - a.sinks;
-        const int slot = (token < a.sinks ? first_sink : a.encoded_end) + index;
+        const int slot = (token < a.sinks ? first_sink : encoded_end) + index;
         float score[MAX_ROWS];
         UNROLL for (int r = 0; r < MAX_ROWS; ++r) score[r] = 0.0f;
         if (token < tokens) {
-            const long long* strides = a.strides[side];
-            const u8* key = (side ? a.key_tail : a.key_sinks) + 2 * (b * strides[0] + head * strides[1] + index * strides[2]);
+            const long long* strides = places.strides[side];
+            const u8* key = places.near[side] + 2 * (b * strides[0] + head * strides[1] + index * strides[2]);
             for (int d = 8 * part; d < a.dim; d += 16) {
                 const Words4 w = *reinterpret_cast<const Words4*>(key + 2 * d);
                 const u32 pairs[4] = {w.x, w.y, w.z, w.w};
@@ -94,8 +92,8 @@ KERNEL void BOUNDS(NEAR_THREADS) attend_near(
                 float x = add(score[r], shuffle_xor(score[r], 1));
                 const int own = find_row(place, line, r).query;
                 // A row's later sinks may still be in the tail.
-                bool seen = token < tokens && (side || slot < a.encoded_end);
-                if (a.causal) seen = seen && slot <= a.encoded_end + tail - count + own;
+                bool seen = token < tokens && (side || slot < encoded_end);
+                if (a.causal) seen = seen && slot <= encoded_end + tail - count + own;
                 if (a.mask && seen && slot < a.mask_length)
                     seen = a.mask[b * a.mask_batch + static_cast<u64>(own) * a.mask_query + slot];
                 else
@@ -134,9 +132,10 @@ KERNEL void BOUNDS(NEAR_THREADS) attend_near(
                 if (r < rows) sum[r][0] *= decays[r], sum[r][1] *= decays[r];
             for (int t = thread / words; t < NEAR_TOKENS && first + t < tokens; t += groups) {
                 const bool sink = first + t < a.sinks;
-                const long long* strides = a.strides[sink ? 1 : 3];
+                const int part = sink ? 1 : 3;
+                const long long* strides = places.strides[part];
                 const int at = sink ? first + t : first + t - a.sinks;
-                const u8* value = (sink ? a.value_sinks : a.value_tail) + 2 * (b * strides[0] + head * strides[1] + at * strides[2]);
+                const u8* value = places.near[part] + 2 * (b * strides[0] + head * strides[1] + at * strides[2]);
                 const u32 pair = reinterpret_cast<const u32*>(value)[word];
                 const float x0 = from_bfloat16(pair), x1 = float_of(pair & 0xFFFF0000u);
                 UNROLL for (int r = 0; r < MAX_ROWS; ++r) {
@@ -171,10 +170,9 @@ KERNEL void BOUNDS(NEAR_THREADS) attend_near(
 struct AppendArguments {
     const u8* key;           // [batch, heads, count, dim], bfloat16; strides below
     const u8* value;
-    u8* key_tail;            // [batch, heads, tail, dim], likewise
-    u8* value_tail;
+    const Places* there;     // where in memory it is said where the tail lies
     const int* tail_tokens;  // [1]: how many tokens the tail has, the new ones included
-    long long strides[4][3]; // of the four, in elements: batch, head, token
+    long long strides[2][3]; // of both, in elements: batch, head, token
     int heads, count, vectors, dim, value_dim, tail;  // vectors: batch times heads times count
 };
 
@@ -191,8 +189,29 @@ KERNEL void BOUNDS(32) append_tail(
     const u64 head = static_cast<u64>(vector / a.count % a.heads), b = static_cast<u64>(vector / (a.count * a.heads));
     const int at = *a.tail_tokens - a.count + token, dim = side ? a.value_dim : a.dim;
     if (at < 0 || at >= a.tail) return;
-    const long long *from = a.strides[side], *to = a.strides[2 + side];
+    const long long *from = a.strides[side], *to = a.there->strides[2 + side];
     const u8* source = (side ? a.value : a.key) + 2 * (b * from[0] + head * from[1] + token * from[2]);
-    u8* target = (side ? a.value_tail : a.key_tail) + 2 * (b * to[0] + head * to[1] + at * to[2]);
+    u8* target = a.there->near[2 + side] + 2 * (b * to[0] + head * to[1] + at * to[2]);
     for (int i = lane; i < dim / 8; i += 32) reinterpret_cast<Words4*>(target)[i] = reinterpret_cast<const Words4*>(source)[i];
+}
+
+struct PlacesArguments {
+    Places places;
+    Places* there;
+    int* tail_tokens;  // or null
+    int tokens;        // that the tail has
+};
+
+// A new block: for launches that find their places in memory.
+KERNEL void BOUNDS(32) set_places(
+#ifdef __CUDACC__
+    const __grid_constant__ PlacesArguments a
+#else
+    const PlacesArguments& a
+#endif
+) {
+    const u32* from = reinterpret_cast<const u32*>(&a.places);
+    u32* to = reinterpret_cast<u32*>(a.there);
+    for (u32 i = thread_index(); i < sizeof(Places) / 4; i += 32) to[i] = from[i];
+    if (thread_index() == 0 && a.tail_tokens) *a.tail_tokens = a.tokens;
 }

@@ -9,10 +9,10 @@ struct QueryArguments {
     const u64* turns;          // [dim]: revolutions per token in units of 2^-64
     const float* matrix;       // [heads, slow, 16 slow_tiles + 1]: decoder, and the mean
     const float* norms;        // [heads, 2]: largest column norm of the decoder, unit of the fast part
-    const int* block_table;    // [blocks, 3]
-    const int* origins;        // [batch]: what is to be taken from a slot for its position, or null
+    Places places;             // where a row begins is position 0
+    const Places* there;       // where they are in memory, or null
     u8* out;                   // [units, lines, query_bytes]: see attend_codes
-    int units, paired, lines, dim, slow, slow_tiles, fast;
+    int paired, lines, dim, slow, slow_tiles, fast;
     int query_bytes;
     float base;                // of the scores: log2(e), or 1 where a soft cap comes in between
 };
@@ -34,7 +34,10 @@ KERNEL void BOUNDS(TURN_THREADS) turn_queries(
 ) {
     const int thread = static_cast<int>(thread_index()), line = static_cast<int>(block_y()), head = line % a.queries.place.heads;
     const int rows = a.queries.place.rows;
+    const Places& places = places_of(a);
+    const int all_units = places.units;
     const int units = TURNED_ROWS / rows, first = static_cast<int>(block_x()) * units, held = units * rows;
+    if (first >= all_units) return;  // there is room for more blocks
     float* framed = reinterpret_cast<float*>(shared_memory());  // [dim, TURNED_ROWS]
     float* scales = framed + a.dim * TURNED_ROWS;               // [8]: what a row is divided by
     float* query = scales + 8;                                  // [rows, dim]
@@ -55,10 +58,10 @@ KERNEL void BOUNDS(TURN_THREADS) turn_queries(
         }
     }
     sync_block();
-    const int origin = a.origins ? a.origins[find_row(a.queries.place, line, 0).batch] : 0;
+    const int origin = places.origins ? places.origins[find_row(a.queries.place, line, 0).batch] : 0;
     for (int i = thread; i < a.dim * units; i += TURN_THREADS) {
-        const int d = i % a.dim, u = i / a.dim, unit = first + u < a.units ? first + u : a.units - 1;
-        const int anchor = a.block_table[3 * (a.paired ? 2 * unit : unit) + 2] - origin;
+        const int d = i % a.dim, u = i / a.dim, unit = first + u < all_units ? first + u : all_units - 1;
+        const int anchor = places.block_table[3 * (a.paired ? 2 * unit : unit) + 2] - origin;
         const u64 turned = static_cast<u64>(static_cast<long long>(anchor)) * a.turns[d];
         float cosine, sine;
         turn(static_cast<float>(static_cast<int>(turned >> 32)) * (1.0f / 4294967296.0f), cosine, sine);
@@ -73,7 +76,7 @@ KERNEL void BOUNDS(TURN_THREADS) turn_queries(
     sync_block();
 
     const int columns = 16 * a.slow_tiles + 1, stride = 32 * rows;
-    const int last = a.units - first < units ? a.units - first : units;
+    const int last = all_units - first < units ? all_units - first : units;
     u8* out = a.out + (static_cast<u64>(first) * a.lines + line) * a.query_bytes;
     const u64 unit_stride = static_cast<u64>(a.lines) * a.query_bytes;
     for (int c = thread; c < columns; c += TURN_THREADS) {

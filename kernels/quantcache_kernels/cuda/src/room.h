@@ -32,14 +32,14 @@ struct Side {
     int apart;  // from the first block to the second one in code_room
 };
 
-DEVICE Side keys_of(const CodesArguments& a, const Room& room, int head) {
+DEVICE Side keys_of(const CodesArguments& a, const Places& places, const Room& room, int head) {
     const HeadTiles& keys = a.key_heads[head];
-    return {a.keys + keys.offset, a.key_gains + head * 64, static_cast<u32>(keys.bytes),
+    return {places.keys + keys.offset, places.key_gains + head * 64, static_cast<u32>(keys.bytes),
             static_cast<u32>(a.key_bytes), room.key_barrier, room.keys, room.key_gains, a.key_room};
 }
-DEVICE Side values_of(const CodesArguments& a, const Room& room, int head) {
+DEVICE Side values_of(const CodesArguments& a, const Places& places, const Room& room, int head) {
     const HeadTiles& values = a.value_heads[head];
-    return {a.values + values.offset, a.value_gains + head * 64, static_cast<u32>(values.bytes),
+    return {places.values + values.offset, places.value_gains + head * 64, static_cast<u32>(values.bytes),
             static_cast<u32>(a.value_bytes), room.value_barrier, room.values, room.value_gains, a.value_room};
 }
 

@@ -43,8 +43,8 @@ struct Tokens {
     bool all_seen;  // by every query
 };
 
-DEVICE Tokens find_tokens(const CodesArguments& a, int first, bool two, int first_seen) {
-    const int* row = a.block_table + 3 * first;
+DEVICE Tokens find_tokens(const CodesArguments& a, const int* block_table, int first, bool two, int first_seen) {
+    const int* row = block_table + 3 * first;
     Tokens t = {{row[0], row[0]}, {row[1], 0}, {}, two, false};
     if (two) t.start[1] = row[3], t.length[1] = row[4];
     t.offset[0] = t.start[0] - row[2], t.offset[1] = t.start[1] - row[2];
