@@ -76,14 +76,14 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def refuses(self, mask: Tensor | None) -> str | None:
-        """Why this stage does not serve steps with a mask.
+    def require_hidden(self, mask: Tensor | None) -> None:
+        """Refuse a mask that shows what has become padding.
 
         Args:
             mask: As of the calls; None for none.
 
-        Returns:
-            The reason, None if it does.
+        Raises:
+            CannotRepeat: It does.
         """
 
 

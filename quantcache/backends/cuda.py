@@ -191,10 +191,10 @@ class CudaStage(Stage):
             kernels.announce(self._lasting, self._blocks, near, *self._sides, held)
         return same
 
-    def refuses(self, mask: Tensor | None) -> str | None:
-        """Where it shows what is padding now."""
-        shown = shows_padding(mask, self._view.left_padding, self._view.length)
-        return "a query attends to padding" if shown else None
+    def require_hidden(self, mask: Tensor | None) -> None:
+        """The kernels hide padding whatever a mask says."""
+        if shows_padding(mask if self._masked else None, self._view.left_padding, self._view.length):
+            raise CannotRepeat("the cuda backend does not serve this step: a query attends to padding")
 
 
 def _near(view: CacheView, room: dict[str, Tensor], count: Tensor) -> NearTokens | None:

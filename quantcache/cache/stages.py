@@ -187,9 +187,7 @@ class Period:
         """
         if not self.looked:
             for staged in self.layers:
-                reason = staged.stage.refuses(self.mask if self.masked else None)
-                if reason is not None:
-                    raise CannotRepeat(f"the {staged.view.backend.name} backend does not serve this step: {reason}")
+                staged.stage.require_hidden(self.mask)
             self.looked = True
         self.steps += 1
         if self.steps == 1:
