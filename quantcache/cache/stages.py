@@ -68,10 +68,8 @@ class Staged:
         assert view.backend is not None
         more = max(view.num_blocks, FREE_BLOCKS)
         stage = view.backend.stage(view, room, count, view.num_blocks + more, masked, shared)
-        key, value = (replace(view.side(side), tail=room[side]) for side in SIDES)
-        end = view.encoded_end + more * BLOCK
-        view = replace(view, key=key, value=value, encoded_end=end, flush=None, stage=stage)
-        return cls(layer, stage, view, buffer, layer.tails, layer.spans)
+        given = as_given(view, room, stage, view.encoded_end + more * BLOCK)
+        return cls(layer, stage, given, buffer, layer.tails, layer.spans)
 
     def follow(self) -> bool:
         """Go on with what the layer holds now; whether the same launches serve that."""
@@ -79,6 +77,7 @@ class Staged:
         view, (buffer, room) = layer.snapshot(), tail_room(layer)
         if not view.num_blocks or not self.stage.follow(view, room, layer.tails["key"].shape[2]):
             return False
+        self.view = as_given(view, room, self.stage, self.view.encoded_end)  # keeps no blocks that are not in use
         self.buffer, self.tails, self.spans = buffer, layer.tails, layer.spans
         layer._go_on(buffer=buffer)
         return True
@@ -112,6 +111,12 @@ class StagedCache(DynamicCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Refused, likewise."""
         raise CannotRepeat("the model makes a mask of its own in the middle of a step")
+
+
+def as_given(view: CacheView, room: dict[str, Tensor], stage: Stage, end: int) -> CacheView:
+    """What a model's attention is given of a view: all the room behind its blocks, which seem to end at ``end``."""
+    key, value = (replace(view.side(side), tail=room[side]) for side in SIDES)
+    return replace(view, key=key, value=value, encoded_end=end, flush=None, stage=stage)
 
 
 def tail_room(layer: SpectralLayer) -> tuple[TailBuffer, dict[str, Tensor]]:
