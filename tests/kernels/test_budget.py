@@ -35,6 +35,9 @@ REGISTERS = 128
 VARIANTS = {(True, 1): REGISTERS, (True, 2): 130, (False, 1): REGISTERS}
 """Registers that ``attend`` may take, by whether queries have twice eight bits and by their tiles of columns."""
 
+SPILLED = 32
+"""Bytes of stack of the kernel of blocks on compute capability 12.0."""
+
 OPERATIONS = 2.6
 """Of a lane, for one coefficient of one token, at 3 bits and widths as of a real model."""
 
@@ -91,6 +94,17 @@ def test_kernels_of_blocks_keep_to_their_registers(codings: tuple[bool, bool], t
     assert found["attend_codes"]["registers"] > 64
     assert max(each["registers"] for each in found.values()) <= REGISTERS
     assert {(each["stack"], each["local"]) for each in found.values()} == {(0, 0)}, "nothing is spilled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trellis", [False, True])
+def test_kernels_of_blocks_spill_little_on_smaller_gpus(trellis: bool, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
+        found = resources(built(lambda: driver.compiled_codes((12, 0), trellis, trellis)))
+    stacks = {name: each["stack"] for name, each in found.items()}
+    assert stacks.pop("attend_codes") <= SPILLED
+    assert set(stacks.values()) == {0}
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])

@@ -155,7 +155,7 @@ KERNEL void
 
     const int of_a_unit = a.paired ? 2 : 1;
     const int* block_table = places.block_table;
-    const Side key_side = keys_of(a, places, room, head), value_side = values_of(a, places, room, head);
+    const Side key_side = keys_of(a, room, head), value_side = values_of(a, room, head);
     const int last_block = a.paired ? places.blocks - 1 : -1;
     const auto has_two = [&](int unit) { return 2 * unit < last_block; };
     const auto fetch_values = [&](int unit) { fetch(a, value_side, of_a_unit * unit, b, has_two(unit), 0); };
@@ -165,6 +165,8 @@ KERNEL void
         bulk_copy(room.query, query, static_cast<u32>(a.query_bytes), room.key_barrier);
     };
     if (lane == 0) {
+        room.sides[0] = places.keys + keys.offset, room.sides[1] = places.key_gains + head * 64;
+        room.sides[2] = places.values + values.offset, room.sides[3] = places.value_gains + head * 64;
         barrier_init(room.key_barrier);
         barrier_init(room.value_barrier);
         barriers_ready();
