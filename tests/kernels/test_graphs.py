@@ -206,6 +206,21 @@ def test_a_cache_may_be_used_in_between(emulated: list[Again]) -> None:
     same_tokens(cache, plain)
 
 
+def test_a_graph_serves_rows_that_have_changed_places(emulated: list[Again]) -> None:
+    length = 4 + BLOCK + 20
+    cache, ids = filled(length), tokens(length + 5)[:, length:]
+    plain, step = copy.deepcopy(cache), DecodeGraph(model(), cache)
+    for i in range(5):
+        if i > 2:
+            for each in (cache, plain):
+                each.batch_select_indices(torch.tensor([1, 0]))
+        with torch.no_grad():
+            expected = model()(ids[:, i : i + 1], past_key_values=plain, use_cache=True).logits
+        assert torch.equal(step(ids[:, i : i + 1]), expected), i
+    assert len(emulated) == 1
+    same_tokens(cache, plain)
+
+
 def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: pytest.MonkeyPatch) -> None:
     length = 4 + BLOCK + 20
     cache, ids = filled(length), tokens(1)
