@@ -9,7 +9,8 @@ from typing import Any, Literal
 from quantcache.artifact.quality import QualityRate
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import MOST_RESULT_BYTES, as_type, finite, parse_json, read_json, to_json, write_file
+from quantcache.common.jsonfile import MOST_RESULT_BYTES, as_type, finite, parse_json, read_json, to_json
+from quantcache.common.writing import write_file
 
 FORMAT = "quantcache-analysis"
 SCHEMA_VERSION = 1

@@ -38,7 +38,7 @@ from quantcache.coding.schema import (
 )
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
-from quantcache.common.writing import only_writer, partial_folder, steadily
+from quantcache.common.writing import only_writer, partial_folder, put_together, steadily
 
 __all__ = [
     "SIDES",
@@ -50,7 +50,6 @@ __all__ = [
     "SideBits",
     "SideCalibration",
 ]
-
 
 SUBFOLDER = "quantcache"
 """Where a model's own folder or repository carries its calibration."""
@@ -70,6 +69,10 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         # Codecs built from this calibration, by layer, side and device: all caches of a model share its constants.
         self.codecs: dict[tuple[int, str, str], Any] = {}
         self.shards: dict[tuple[int, int], Calibration] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and other processes get."""
+        return {"layers": self.layers, "metadata": self.metadata, "codecs": {}, "shards": {}}
 
     def __repr__(self) -> str:
         model = self.metadata.base_model.get("id") or self.metadata.base_model.get("model_type") or "unknown model"
@@ -238,8 +241,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
                 (temporary / "README.md").write_text(str(card), encoding="utf-8")
                 names.append("README.md")
             with only_writer(directory):
-                for name in names:
-                    os.replace(temporary / name, directory / name)
+                put_together(temporary, directory, names)
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
@@ -269,8 +271,6 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         # One entry: the library writes several in any order, and equal calibrations are to give equal files.
         save_file(tensors, save_directory / TENSORS_NAME, metadata={DIGEST: config[DIGEST]})
-        # safetensors may write owner-only files; the artifact is as readable as the folder's other files.
-        os.chmod(save_directory / TENSORS_NAME, (save_directory / CONFIG_NAME).stat().st_mode)
 
     def generate_model_card(
         self,

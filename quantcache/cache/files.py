@@ -7,7 +7,6 @@ and a file is read only with the calibration it was written with. Every flaw of 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import astuple
 from itertools import pairwise
@@ -37,7 +36,7 @@ from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.common.jsonfile import as_type, parse_json
 from quantcache.common.tensor_file import TensorFile, checksum
-from quantcache.common.writing import current_umask, partial_folder
+from quantcache.common.writing import destination, partial_folder, put_in_place
 
 FORMAT = "quantcache-cache"
 SCHEMA_VERSION = "2.3"
@@ -113,14 +112,14 @@ def write_cache(
     }
     if prefix is not None:
         description["identity"] = prefix[1]
+    path = destination(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial_folder(path.parent) as folder:
         temporary = folder / path.name
         save_file(tensors, temporary, metadata={"format": "pt", DESCRIPTION: json.dumps(description)})
-        os.chmod(temporary, 0o666 & ~current_umask())  # safetensors may write owner-only files
         if not unchanged():
             raise QuantCacheError(f"another thread changed the cache while it was being written to {path}")
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
 
 
 def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -> dict[str, Tensor]:

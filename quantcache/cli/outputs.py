@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.writing import destination
 
 _COMMON = {"README.md", "LICENSE"}
 
@@ -59,12 +60,10 @@ def check_output_file(path: Path) -> None:
         path: File that will be written or replaced.
 
     Raises:
-        OSError: Its folder is missing or cannot be written to, or it is a folder itself.
+        OSError: Its folder is missing or cannot be written to, or it is no file.
     """
-    folder = path.resolve().parent
+    folder = destination(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give a file")
     with tempfile.TemporaryFile(dir=folder):
         pass

@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import tempfile
 import types
 import typing
 from pathlib import Path
 from typing import Any
+
+from quantcache.common.writing import write_file
 
 MOST_BYTES = 4 << 20
 """Size of a description that is read; the largest of real models have some 200 KB."""
@@ -204,24 +204,3 @@ def write_json(path: Path, data: Any) -> None:
         data: Dicts, lists, strings and numbers.
     """
     write_file(path, (to_json(data) + "\n").encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file, complete or not at all.
-
-    Args:
-        path: The file; its folder must exist.
-        content: What is to be in it.
-    """
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.close()
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # temporary files are made readable by their owner only
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import write_file
 from quantcache.common.plaintext import one_line
-from quantcache.common.writing import current_umask, only_writer, partial_folder
+from quantcache.common.writing import only_writer, partial_folder, write_file
 from quantcache.data import BUNDLED_MODEL, demo_model_path
 
 EXTRA = "quantcache[real]"
@@ -206,4 +205,4 @@ def _convert(file: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     for written in target.iterdir():
-        written.chmod(0o666 & ~current_umask())  # safetensors are written for their owner only
+        written.chmod(target.stat().st_mode & 0o666)  # safetensors are written for their owner only

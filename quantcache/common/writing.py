@@ -6,8 +6,8 @@ import contextlib
 import glob
 import os
 import platform
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,29 +46,132 @@ def partial_folder(parent: Path, prefix: str = PREFIX) -> Iterator[Path]:
     for stale in parent.glob(f"{glob.escape(prefix)}*"):
         if _is_abandoned(stale, own):
             shutil.rmtree(stale, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{own}{os.getpid()}-", dir=parent))
+    # mkdtemp() would make it for its owner only, and asking for the umask changes it, for other threads too.
+    partial = parent / f"{own}{os.getpid()}-{_started(os.getpid()) or 0}-{secrets.token_hex(4)}"
+    partial.mkdir()
     try:
-        partial.chmod(0o777 & ~current_umask())  # temporary folders are made for their owner only
-        yield partial
+        with only_writer(partial):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def current_umask() -> int:
-    """Which permissions new files do not get."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def destination(path: Path) -> Path:
+    """The file that is written under a name.
+
+    Args:
+        path: What was asked for; it need not exist.
+
+    Returns:
+        Where links lead.
+
+    Raises:
+        OSError: It is a folder, a device or a pipe, which must not be renamed over.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give a file")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is a device or a pipe: give a file")
+    return Path(os.path.realpath(path))
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a file into place, with the permissions of what it replaces, or those of any new file.
+
+    Args:
+        temporary: A file in a partial folder.
+        path: Where it goes.
+    """
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError:
+        mode = temporary.parent.stat().st_mode & 0o666
+    temporary.chmod(mode)  # safetensors may be written for their owner only
+    os.replace(temporary, path)
+
+
+def put_together(temporary: Path, folder: Path, names: Sequence[str]) -> None:
+    """Rename files that belong together into place; an error or Ctrl-C on the way leaves those that were there.
+
+    Args:
+        temporary: A partial folder that holds them.
+        folder: Where they go.
+        names: Their names.
+    """
+    before = [name for name in names if os.path.lexists(folder / name)]
+    kept = temporary / "replaced"
+    kept.mkdir()
+    for name in before:
+        with contextlib.suppress(OSError):  # where there are no hard links, what is replaced is gone
+            os.link(folder / name, kept / name, follow_symlinks=False)
+    try:
+        for name in names:
+            put_in_place(temporary / name, folder / name)
+    except BaseException:
+        for name in names:
+            if os.path.lexists(kept / name):
+                os.replace(kept / name, folder / name)
+            elif name not in before:
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, complete or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        content: What is to be in it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = destination(path)
+    with partial_folder(path.parent) as folder:
+        temporary = folder / path.name
+        temporary.write_bytes(content)
+        put_in_place(temporary, path)
 
 
 def _is_abandoned(folder: Path, own: str) -> bool:
-    owner = folder.name.removeprefix(own).partition("-")[0]
-    if folder.name.startswith(own) and owner.isdigit():
-        return not _is_running(int(owner))
+    if _is_locked(folder):
+        return False
+    owner, *more = folder.name.removeprefix(own).split("-")
+    if folder.name.startswith(own) and owner.isdigit() and len(more) <= 2:
+        started = _started(int(owner))
+        taken_over = len(more) == 2 and more[0] not in ("0", started) and started is not None
+        return taken_over or not _is_running(int(owner))
     try:
         return time.time() - folder.stat().st_mtime > STALE_SECONDS
     except OSError:
         return False
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether somebody is writing into a partial folder, of whom this process may see nothing else (containers)."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def _started(process: int) -> str | None:
+    """When a process began, in clock ticks since the system did: process ids are used again, in containers at once."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def _is_running(process: int) -> bool:
@@ -100,7 +203,29 @@ def only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the handle too
         os.close(handle)
+
+
+def claim(file: int) -> bool:
+    """Take a file for this process, until that closes it or ends, however it ends.
+
+    Args:
+        file: Handle of the file, open for writing.
+
+    Returns:
+        Whether it is this process's; False where another one has it.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # the file system has no locks
+        return True
+    return True
 
 
 class TornFiles(ArtifactError):

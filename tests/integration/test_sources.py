@@ -21,7 +21,6 @@ from quantcache.artifact.index import bundled_calibrations
 from quantcache.common import compat, sources
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sources import Packaged, model_source, source_name
-from quantcache.common.writing import current_umask
 from quantcache.data import BUNDLED_MODEL, demo_model_path
 from tests.helpers import Run
 
@@ -114,7 +113,8 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path, home: Path) -> None:
     assert told == [f"tiny.Q8_0 is converted once, into {folder}"]
     assert (folder.name, folder.parent.parent) == ("tiny.Q8_0", home / "models")
     assert not list(folder.parent.glob(".*")), "a partial folder is left"
-    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~current_umask()}
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "new").stat().st_mode}
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = model.state_dict()
