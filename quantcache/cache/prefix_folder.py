@@ -37,9 +37,9 @@ class PrefixFolder:
     """
 
     def __init__(self, path: Path, max_bytes: int):
-        self.path, self.max_bytes = path, max_bytes
+        self.path, self.max_bytes = path.absolute(), max_bytes  # whatever the working directory is later
         self._sound: set[Path] = set()  # files that were written here, or whose checksums have been compared
-        path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._make_room(0)  # it may have had more bytes before
 
     def file_of(self, identity: str, key: bytes) -> Path:

@@ -270,20 +270,22 @@ class PrefixStore:
 
     def _write(self, leaving: list[tuple[tuple[str, bytes], tuple[SpectralCache, int]]]) -> bool:
         """Write caches to the folder, and forget those that are neither there nor in memory."""
-        written = False
-        for (name, key), (cache, size) in leaving:
-            written = False
-            try:
-                written = self.folder is not None and self.folder.write(name, key, cache, size)
-            except FAILURES as error:
-                self._failed("be written", error)
+        written = dict.fromkeys((place for place, _ in leaving), False)
+        try:
+            for place, (cache, size) in leaving:
+                try:
+                    written[place] = self.folder is not None and self.folder.write(*place, cache, size)
+                except FAILURES as error:
+                    self._failed("be written", error)
+        finally:  # Ctrl-C must not leave caches beyond the limit in memory
             with self._lock:
-                self._leaving.pop((name, key), None)
-                if written:
-                    self._learn(name, key)
-                elif (name, key) not in self._held:
-                    self._unlearn(name, key)
-        return written
+                for place, there in written.items():
+                    self._leaving.pop(place, None)
+                    if there:
+                        self._learn(*place)
+                    elif place not in self._held:
+                        self._unlearn(*place)
+        return all(written.values())
 
     def _is_covered(self, name: str, key: bytes) -> bool:
         """Whether a longer prefix in memory begins with this one; it then counts as used."""
