@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import MOST_RESULT_BYTES, finite, parse_json
+from quantcache.common.writing import claim, only_writer, partial_folder
 
 Key = tuple[str, str, str]
 
@@ -34,7 +36,7 @@ class Cells:
         reused: How many of them the file held.
 
     Raises:
-        QuantCacheError: The file holds cells of another run.
+        QuantCacheError: The file holds cells of another run, or another process is at work on it.
     """
 
     def __init__(
@@ -51,16 +53,36 @@ class Cells:
         self.reused = 0
         if path is None:
             return
-        if path.exists() and not restart:
-            self._read(path)
-        else:
-            fresh = path.with_name(f".{path.name}-{os.getpid()}")
-            fresh.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n", "utf-8")
-            fresh.replace(path)
+        with only_writer(path.parent):
+            self._file = self._open(path, restart)
+        weakref.finalize(self, os.close, self._file)
         self.reused = len(self.finished)
 
-    def _read(self, path: Path) -> None:
-        lines = path.read_bytes().split(b"\n")
+    def _open(self, path: Path, restart: bool) -> int:
+        """The state file, this process's until it ends, with what it holds read."""
+        if path.exists():
+            file = os.open(path, os.O_RDWR | os.O_APPEND)
+            try:
+                if not claim(file):
+                    raise QuantCacheError(f"another run is at work on {path}: let it end, or choose another --output")
+                if not restart:
+                    self._read(path, file)
+                    return file
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)
+        with partial_folder(path.parent) as folder:
+            fresh = folder / path.name
+            fresh.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n", "utf-8")
+            file = os.open(fresh, os.O_RDWR | os.O_APPEND)
+            claim(file)
+            os.replace(fresh, path)
+        return file
+
+    def _read(self, path: Path, file: int) -> None:
+        size = os.fstat(file).st_size
+        lines = os.pread(file, size, 0).split(b"\n")
         try:
             found = parse_json(lines[0], MOST_RESULT_BYTES)["fingerprint"]
             if not isinstance(found, dict):
@@ -88,7 +110,7 @@ class Cells:
                 break
             self.finished[key] = entry["result"]
             sound += len(line) + 1
-        os.truncate(path, min(sound, path.stat().st_size))
+        os.truncate(file, min(sound, size))
 
     def plan(self, suite: str, count: int) -> None:
         """Say how many cells a suite has.
@@ -132,10 +154,10 @@ class Cells:
         self.finished[suite, method, cell] = result
         if self.path is not None:
             entry = {"suite": suite, "method": method, "cell": cell, "result": result}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            line = memoryview(json.dumps(entry, allow_nan=False).encode() + b"\n")
+            while line:
+                line = line[os.write(self._file, line) :]
+            os.fsync(self._file)
         self._done((suite, method, cell))
 
     def get(self, suite: str, method: str, cell: str) -> dict[str, Any]:
@@ -161,7 +183,8 @@ class Cells:
     def close(self) -> None:
         """Remove the state file: its run is complete."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            with only_writer(self.path.parent):
+                self.path.unlink(missing_ok=True)
 
     def _done(self, key: Key) -> None:
         if self.on_done is not None:
