@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: The arguments; those of the process if None.
 
     Raises:
-        SystemExit: Always: 0 on success, 1 after an error, 2 after wrong usage, 130 after Ctrl-C.
+        SystemExit: Always: 0 on success, 1 after an error, 2 after wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +45,7 @@ def export(
 
     Example: quantcache export wiki11m -c calibration/ -o wiki11m-spectral
     """
-    with session(json, debug) as run, ending_on_signals():
+    with session(json, debug) as run:
         rows = None if metrics is None else read_metrics(metrics)
         source = find_model(model)
 
@@ -101,24 +97,3 @@ def export(
         if report.left_out:
             lines.append(f"left out, since they are not rewritten: {', '.join(report.left_out)}")
         run.finish(result, *lines)
-
-
-@contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Let a termination signal unwind the stack, so that half-written files are cleared away.
-
-    Yields:
-        Nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -28,6 +28,7 @@ from quantcache.cli.session import (
 from quantcache.cli.terminal import report
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.interrupts import Terminated
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -161,7 +162,7 @@ def run_server(app: FastAPI, endpoint: socket.socket, models: str) -> None:
     host, port = endpoint.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     report("note", f"serving {models} at http://{shown}:{port}/v1; Ctrl-C stops")
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and passes the signal on
+    with contextlib.suppress(KeyboardInterrupt, Terminated):  # uvicorn has ended in order, and passes the signal on
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[endpoint])
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and out, whatever the program is doing."""
+"""Ctrl-C and SIGTERM: out, whatever the program is doing."""
 
 from __future__ import annotations
 
@@ -32,19 +32,31 @@ def unwind(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+class Terminated(SystemExit):
+    """SIGTERM unwinds the stack, and the program ends with the status that shells have for it."""
+
+
+def end(number: int, frame: Any) -> NoReturn:
+    """Handle SIGTERM while there may be something to be cleared away."""
+    raise Terminated(128 + number)
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C unwind the stack inside the context, so that half-written files are cleared away.
+    """Let Ctrl-C and SIGTERM unwind the stack inside the context, so that half-written files are cleared away.
+
+    Whoever handles these signals in a way of its own goes on doing so.
 
     Yields:
         Nothing.
     """
+    usual = {signal.SIGINT: (leave_at_once, unwind), signal.SIGTERM: (signal.SIG_DFL, end)}
     here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGINT) is not leave_at_once:
-        yield
-        return
+    before = {number: old for number, (old, _) in usual.items() if here and signal.getsignal(number) is old}
     try:
-        signal.signal(signal.SIGINT, unwind)
+        for number in before:
+            signal.signal(number, usual[number][1])
         yield
     finally:
-        signal.signal(signal.SIGINT, leave_at_once)
+        for number, old in before.items():
+            signal.signal(number, old)
