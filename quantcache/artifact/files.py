@@ -42,7 +42,10 @@ CONFIG_NAME = "calibration_config.json"
 FORMAT = "quantcache-calibration"
 SCHEMA_VERSION = "1.1"
 DIGEST = "digest"
-"""Where both files of an artifact carry the digest of what they held together when they were written."""
+"""Where both files of an artifact carry one text: checksums of the tensors and of the JSON as they were written.
+
+The first is compared with the tensors. The JSON may be edited: what it says is checked, and somebody may know better.
+"""
 
 MOST_GAINS = 64
 """Gains that encoding may be asked to try."""
@@ -101,7 +104,7 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
         "recipe": meta.recipe,
         "environment": meta.environment,
     }
-    config[DIGEST] = checksum(tensors, json.dumps(config, sort_keys=True))
+    config[DIGEST] = f"{checksum(tensors)}-{checksum({}, json.dumps(config, sort_keys=True))}"
     return tensors, config
 
 
@@ -169,6 +172,7 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
             layers[index] = LayerCalibration(rope, keys, values)
         reader.warn_unknown()
     check_widths(tensors_path, layers, metadata)
+    _require_whole(tensors_path, reader.found, str(config.get(DIGEST)))
     return layers, metadata
 
 
@@ -179,6 +183,16 @@ def _require_pair(config_path: Path, ours: Any, tensors_path: Path, theirs: str 
         raise TornFiles(
             f"{config_path} ({told[0]}) and {tensors_path.name} ({told[1]}) were not written together: one belongs "
             "to another calibration, or saving was interrupted; save the calibration again"
+        )
+
+
+def _require_whole(path: Path, tensors: dict[str, Tensor], digest: str) -> None:
+    """Refuse tensors that are not those that were written; digests of older versions do not tell."""
+    expected, dash, _ = digest.partition("-")
+    found = checksum(tensors)
+    if dash and found != expected:
+        raise ArtifactError(
+            f"{path} is damaged: its tensors have checksum {found[:12]}, expected {expected[:12]}; save it again"
         )
 
 
