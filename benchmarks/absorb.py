@@ -116,7 +116,7 @@ def absorb_values_only(model: PreTrainedModel, calibration: Calibration) -> Cali
         for index, found in projections.items():
             for name, tensor in changed_tensors(found, maps[index], lambda name: parameters[name].detach()):
                 parameters[name].copy_(tensor)
-    return absorbed_calibration(calibration, maps, projections, "flat")
+    return absorbed_calibration(calibration, maps, projections, "flat", parameters.get)
 
 
 ABSORB: dict[str, Callable[[PreTrainedModel, Calibration], Calibration]] = {

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ _PROJECTION = re.compile(r"(^|[._])(k_proj|v_proj|key|value|qkv\w*|kv\w*|c_attn|
 Fingerprint = dict[str, dict[str, list[Any]]]
 """Shape of each sampled weight, and the sampled elements."""
 
+ReadWeight = Callable[[str], Tensor | None]
+"""Gives a weight by its name."""
+
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """A few elements of a few weights: two checkpoints of one architecture differ in them.
@@ -81,19 +85,40 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     }
 
 
-def without_projections(base_model: dict[str, Any]) -> dict[str, Any]:
+def with_projections(base_model: dict[str, Any], read: ReadWeight) -> dict[str, Any]:
     """What an artifact says of its model, for a copy of the model whose projections have been rewritten.
 
     Args:
         base_model: The artifact's section of that name.
+        read: Gives a weight of the copy by its name; None for one that it does not have.
 
     Returns:
-        A copy whose fingerprint leaves out the projections of keys and values.
+        A copy whose fingerprint has the new projections of keys and values, and leaves out those that are not there.
     """
     if FINGERPRINT not in base_model:
         return base_model
-    kept = {name: entry for name, entry in base_model[FINGERPRINT].items() if not _PROJECTION.search(name)}
-    return {**base_model, FINGERPRINT: kept}
+    found = {}
+    for name, entry in base_model[FINGERPRINT].items():
+        if not _PROJECTION.search(name):
+            found[name] = entry
+            continue
+        weight = read(name)
+        if weight is not None and list(weight.shape) == entry["shape"]:
+            found[name] = {**entry, "values": _sample(weight, tuple(weight.shape), False)}
+    return {**base_model, FINGERPRINT: found}
+
+
+def other_projection(base_model: dict[str, Any], read: ReadWeight) -> str | None:
+    """:func:`other_weight` of projections alone, for whoever reads a weight from a file to look at it.
+
+    Args:
+        base_model: The artifact's section of that name, with the fingerprint.
+        read: Gives a weight by its name; None for one that is not there.
+
+    Returns:
+        As :func:`other_weight`.
+    """
+    return other_weight(base_model, lambda name: read(name) if _PROJECTION.search(name) else None)
 
 
 def is_fingerprint(value: Any) -> bool:
@@ -158,12 +183,25 @@ def other_weights(base_model: dict[str, Any], model: PreTrainedModel) -> str | N
     Returns:
         The first weight that differs, ``""`` if none does, None where nothing can be compared.
     """
-    recorded: Fingerprint = base_model.get(FINGERPRINT) or {}
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    parameters, embedding = dict(model.named_parameters()), _embedding_name(model)
+    return other_weight(base_model, dict(model.named_parameters()).get, _embedding_name(model))
+
+
+def other_weight(base_model: dict[str, Any], read: ReadWeight, embedding: str | None = None) -> str | None:
+    """Compare weights with an artifact's fingerprint.
+
+    Args:
+        base_model: The artifact's section of that name, with the fingerprint.
+        read: Gives a weight by its name; None for one that is not to be compared.
+        embedding: Name of the input embeddings, which may have been resized.
+
+    Returns:
+        The first weight that differs, ``""`` if none does, None where nothing can be compared.
+    """
+    recorded: Fingerprint = base_model.get(FINGERPRINT) or {}
     compared = False
     for name, entry in recorded.items():
-        parameter = parameters.get(name)
+        parameter = read(name)
         if parameter is None or not _is_plain(parameter):
             continue
         shape, resizable = tuple(entry["shape"]), name == embedding

@@ -104,6 +104,20 @@ class Checkpoint:
                 raise QuantCacheError(f"{self.folder / shard} changed while it was read: {name} is cut short")
         return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
 
+    def find(self, name: str) -> Tensor | None:
+        """Read a tensor by its name in the loaded model, whose first part some checkpoints leave out.
+
+        Args:
+            name: Its name there.
+
+        Returns:
+            The tensor; None if there is none of this name, or not of floats.
+        """
+        for each in (name, name.partition(".")[2]):
+            if each in self.tensors and self.tensors[each].dtype is not None:
+                return self.read(each)
+        return None
+
     def write(self, folder: Path, name: str, tensor: Tensor) -> None:
         """Overwrite a tensor in a copy of this checkpoint.
 

@@ -21,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quantcache import data
 from quantcache.artifact import hub
 from quantcache.artifact.calibration import SUBFOLDER, Calibration
+from quantcache.artifact.identity import other_projection
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
-from quantcache.common.errors import QuantCacheError
+from quantcache.common.errors import CalibrationWarning, QuantCacheError
 from quantcache.common.sequences import text_tokens
 from quantcache.common.writing import partial_folder
 from quantcache.export.absorption import Basis
@@ -129,18 +130,22 @@ def export_checkpoint(
     """
     tell = on_progress or (lambda what, done, total: None)
     output = Path(output)
-    _require_free(output)
+    place = Path(os.path.realpath(output))
+    # Cut, so that there is room for more: a name may have 255 bytes.
+    prefix = f".{os.fsdecode(os.fsencode(place.name)[:128])}-partial-"
+    _require_free(output, place, prefix)
     folder, base_model = _locate(model, revision, token, cache_dir, local_files_only)
     config = _config(folder)
     base_model["model_type"] = config.model_type
     _require_plain(folder)
     check(config, calibration, basis)
-    _name_or_warn(base_model, folder, calibration)
     checkpoint = Checkpoint(folder)
+    _name_or_warn(base_model, folder, calibration, checkpoint)
     projections = find_projections(config, calibration, checkpoint.tensors)
     maps = layer_maps(calibration, projections, basis, checkpoint.tensors)
 
-    with partial_folder(output.absolute().parent, f".{output.name}-partial-") as partial:
+    # A folder that is there may be where another file system is mounted, and cannot be renamed over then.
+    with partial_folder(place if place.is_dir() else place.parent, prefix) as partial:
         left_out = _copy_others(folder, partial, checkpoint)
         count = 0
         sizes = [(folder / shard).stat().st_size for shard in checkpoint.shards]
@@ -153,7 +158,7 @@ def export_checkpoint(
                 _require_finite(name, tensor)
                 checkpoint.write(partial, name, tensor)
                 count += 1
-        absorbed = absorbed_calibration(calibration, maps, projections, basis)
+        absorbed = absorbed_calibration(calibration, maps, projections, basis, Checkpoint(partial).find)
         difference = None
         if verify:
             tell("comparing logits", 0, 1)
@@ -172,8 +177,24 @@ def export_checkpoint(
             calibration=absorbed,
         )
         _write_extras(partial, report, card_header(folder / "README.md"), repo_id, metrics)
-        os.replace(partial, output)
+        _put_in_place(partial, place)
     return report
+
+
+def _put_in_place(partial: Path, place: Path) -> None:
+    """Rename a whole export into place; into a folder that is there, file by file."""
+    if not place.is_dir():
+        os.replace(partial, place)
+        return
+    names = [path.name for path in partial.iterdir()]
+    try:
+        for name in names:
+            os.replace(partial / name, place / name)
+    except BaseException:
+        for name in names:
+            if os.path.lexists(place / name):
+                os.replace(place / name, partial / name)  # to be cleared away with the rest
+        raise
 
 
 def compare_logits(original: Path, export: Path, tokens: int = VERIFY_TOKENS) -> LogitDifference:
@@ -230,11 +251,12 @@ def _text_tokens(folder: Path, count: int) -> Tensor:
     return text_tokens(tokenizer, data.evaluation_text(), count)[None]
 
 
-def _require_free(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def _require_free(output: Path, place: Path, prefix: str) -> None:
+    taken = place.exists() and not place.is_dir()
+    if taken or (place.is_dir() and any(not path.name.startswith(prefix) for path in place.iterdir())):
         raise QuantCacheError(f"{output} exists already: give a folder that does not, or an empty one")
-    if not output.absolute().parent.is_dir():
-        raise QuantCacheError(f"there is no folder {output.absolute().parent} to write {output.name} into")
+    if not place.parent.is_dir():
+        raise QuantCacheError(f"there is no folder {place.parent} to write {place.name} into")
 
 
 def _locate(
@@ -277,7 +299,7 @@ def _require_plain(folder: Path) -> None:
         raise QuantCacheError(f"{folder} holds an adapter (adapter_config.json): merge it into the model first")
 
 
-def _name_or_warn(base_model: dict[str, Any], folder: Path, calibration: Calibration) -> None:
+def _name_or_warn(base_model: dict[str, Any], folder: Path, calibration: Calibration, weights: Checkpoint) -> None:
     """Name a local model, after its calibration's where the folder is named like it; warn where the two differ."""
     theirs = calibration.metadata.base_model
     name = folder.resolve().name
@@ -289,6 +311,10 @@ def _name_or_warn(base_model: dict[str, Any], folder: Path, calibration: Calibra
         ours, other = base_model[key], theirs.get(key)
         if ours and other and ours != other and not os.path.isabs(other):
             warnings.warn(f"the calibration's {key} is {other}, the model's is {ours}", stacklevel=3)
+    differs = other_projection(theirs, weights.find)
+    if differs:
+        message = f"the calibration was made for another model: the weights of {differs} differ"
+        warnings.warn(f"{message}. Is this model an export, or trained further?", CalibrationWarning, stacklevel=3)
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.identity import without_projections
+from quantcache.artifact.identity import ReadWeight, with_projections
 from quantcache.coding.rope import Frame
 from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError, UnsupportedModel
@@ -155,7 +155,11 @@ def changed_tensors(
 
 
 def absorbed_calibration(
-    calibration: Calibration, maps: dict[int, LayerMaps], projections: dict[int, Projections], basis: Basis
+    calibration: Calibration,
+    maps: dict[int, LayerMaps],
+    projections: dict[int, Projections],
+    basis: Basis,
+    read: ReadWeight,
 ) -> Calibration:
     """The calibration of the model after absorption.
 
@@ -164,6 +168,7 @@ def absorbed_calibration(
         maps: Every layer's maps.
         projections: Every layer's projections.
         basis: The basis the maps were made for.
+        read: Gives a weight of the changed model by its name, so that its calibration can be told from the original's.
 
     Returns:
         A calibration that codes the same coefficients at the same bits.
@@ -176,7 +181,7 @@ def absorbed_calibration(
         layers[index] = replace(layer, key=keys, value=absorbed_values(layer.value, maps[index].values, basis))
     mean = "weights" if all(p.takes_mean for p in projections.values()) else "cache"
     recipe = {**calibration.metadata.recipe, ABSORBED: {"basis": basis, "value_mean": mean}}
-    base_model = without_projections(calibration.metadata.base_model)
+    base_model = with_projections(calibration.metadata.base_model, read)
     return Calibration(layers, replace(calibration.metadata, base_model=base_model, recipe=recipe))
 
 
@@ -212,4 +217,4 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
     for index, found in projections.items():
         for name, tensor in changed_tensors(found, maps[index], lambda name: parameters[name].detach().cpu()):
             parameters[name].copy_(tensor)
-    return absorbed_calibration(calibration, maps, projections, basis)
+    return absorbed_calibration(calibration, maps, projections, basis, parameters.get)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,8 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common.errors import CalibrationMismatch, CalibrationWarning
 from quantcache.data import demo_model_path
-from quantcache.export import absorb
+from quantcache.export import absorb, export_checkpoint
+from quantcache.export.absorption import Basis
 from tests.builders import llama_config
 from tests.families import FAMILIES, Family, random_tokens
 
@@ -227,14 +229,24 @@ def test_families(family: Family) -> None:
 
 
 @pytest.mark.parametrize("basis", ["spectral", "flat"])
-def test_a_model_that_has_absorbed_its_basis(calibration: Calibration, basis: str) -> None:
-    rewritten = make()
-    own = absorb(rewritten, calibration, basis)  # type: ignore[arg-type]
-    own.check_compatible(rewritten, strict=True)
-    with pytest.raises(CalibrationMismatch, match=r"the weights of .*_proj.weight differ"):
-        calibration.check_compatible(rewritten, strict=True)
-    with pytest.raises(CalibrationMismatch, match=r"the weights of .*embed_tokens.weight differ"):
-        own.check_compatible(make(seed=1), strict=True)
+def test_a_model_that_has_absorbed_its_basis(calibration: Calibration, basis: Basis, tmp_path: Path) -> None:
+    """Embeddings are the same in both, and the calibration of one is wrong for the other."""
+    original, rewritten = make(), make()
+    own = absorb(rewritten, calibration, basis)
+    original.save_pretrained(tmp_path / "model")
+    exported = export_checkpoint(tmp_path / "model", calibration, tmp_path / "out", basis=basis, verify=False)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    for theirs, model in ((own, rewritten), (exported.calibration, loaded)):
+        theirs.check_compatible(model, strict=True)
+        theirs.check_compatible(model.to(torch.bfloat16), strict=True)
+        for wrong, other in ((theirs, original), (calibration, model)):
+            with pytest.raises(CalibrationMismatch, match=r"the weights of .*_proj.weight differ"):
+                wrong.check_compatible(other, strict=True)
+        with pytest.raises(CalibrationMismatch, match=r"the weights of .*embed_tokens.weight differ"):
+            theirs.check_compatible(make(seed=1), strict=True)
+    shutil.rmtree(tmp_path / "out" / "quantcache")  # as training further leaves it
+    with pytest.warns(CalibrationWarning, match=r"the weights of .*_proj.weight differ\. Is this model an export"):
+        export_checkpoint(tmp_path / "out", calibration, tmp_path / "twice", basis=basis, verify=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
