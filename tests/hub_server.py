@@ -55,7 +55,7 @@ class HubServer:
 
     Attributes:
         repos: All repositories.
-        faults: What to do to downloads of a file: ``truncate``, ``corrupt``, ``error``.
+        faults: What to do to downloads of a file: ``truncate``, ``corrupt``, ``error``, ``forbid``.
         after: What happens once, when a file has been downloaded.
         requests: Method and path of every request.
         objects: Contents uploaded through LFS, by SHA-256.
@@ -166,6 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid})
             return
         fault = self.server_state.faults.get(filename)
+        if fault == "forbid":
+            self.refuse(403, "", "Not from this network")
+            return
         if fault == "error":
             self.refuse(500, "", "Internal error")
             return

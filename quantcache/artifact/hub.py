@@ -210,18 +210,24 @@ def checked(action: Callable[[], _Result], repo_id: str, revision: str | None, w
     except RepositoryNotFoundError as error:
         raise HubError(f"the Hub has no repository {repo_id}, or it is private and the token has no access") from error
     except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # it was reached, and refused
+            raise _answered(error.__cause__, where, what) from error
         message = f"{what} of {where} is not in the local cache, and the Hub is unreachable or offline mode is on"
         raise HubError(message) from error
     except EntryNotFoundError as error:
         raise FileNotOnHub(f"{where} has no {what}") from error
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status == 401:
-            raise HubError(f"the Hub rejected the token for {where} (401): log in, or pass another token") from error
-        raise HubError(f"the Hub answered {status} for {what} of {where}: {_first_line(error)}") from error
+        raise _answered(error, where, what) from error
     except Exception as error:
         # Connections that break, files that come short, disks that fill up: the client's own classes differ by version.
         raise HubError(f"transfer of {what} of {where} failed: {_first_line(error)}") from error
+
+
+def _answered(error: HfHubHTTPError, where: str, what: str) -> HubError:
+    status = getattr(error.response, "status_code", None)
+    if status == 401:
+        return HubError(f"the Hub rejected the token for {where} (401): log in, or pass another token")
+    return HubError(f"the Hub answered {status} for {what} of {where}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

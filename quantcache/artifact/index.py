@@ -45,8 +45,10 @@ class IndexEntry:
             path: File of the artifact, downloaded or local.
 
         Raises:
-            ArtifactError: They differ.
+            ArtifactError: They differ, or there is no such file.
         """
+        if not path.is_file():
+            raise ArtifactError(f"the index names a calibration in {path.parent}, which has no {path.name}")
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != self.sha256[path.name]:
             raise ArtifactError(
@@ -101,6 +103,11 @@ def _entry(path: Path, number: int, entry: Any, names: tuple[str, ...]) -> Index
         raise ArtifactError(f"{where} must have a model and an artifact")
     if ("repo" in artifact) == ("path" in artifact):
         raise ArtifactError(f"{where} must name either the repo or the path of its artifact")
+    place, revision = artifact.get("repo", artifact.get("path")), entry.get("revision")
+    if not isinstance(place, str) or not isinstance(revision, str | None):
+        raise ArtifactError(
+            f"{where} must name artifact and revision by strings, got {place!r:.60} and {revision!r:.60}"
+        )
     sha256 = artifact.get("sha256")
     wanted = dict.fromkeys(names, "")
     if not isinstance(sha256, dict) or sha256.keys() != wanted.keys():

@@ -284,6 +284,16 @@ def test_broken_downloads_leave_nothing(
     assert client.value(load(tmp_path)) > 0
 
 
+def test_a_hub_that_refuses_is_not_called_unreachable(
+    published: Repo, hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    hub.faults[TENSORS_NAME] = "forbid"
+    message = client.error(load(tmp_path))
+    assert message.startswith(f"the Hub answered 403 for {TENSORS_NAME} of {REPO} at revision ")
+    hub.faults[TENSORS_NAME] = "corrupt"
+    assert "cannot be read" in client.error(load(tmp_path))
+
+
 def test_offline(published: Repo, hub: HubServer, client: Client, tmp_path: Path) -> None:
     wanted = f"{CONFIG_NAME} of {REPO} is not in the local cache"
     assert client.error(load(tmp_path, local_files_only=True)).startswith(wanted)

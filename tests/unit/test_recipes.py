@@ -214,6 +214,12 @@ def test_a_file_that_is_not_the_published_one(index: Path) -> None:
         Calibration.for_model("org/model", index=index)
 
 
+def test_an_artifact_that_is_not_there(index: Path) -> None:
+    (index.parent / "artifact" / CONFIG_NAME).unlink()
+    with pytest.raises(ArtifactError, match=r"in .*artifact, which has no calibration_config.json"):
+        Calibration.for_model("org/model", index=index)
+
+
 INDEX_FLAWS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "format": (lambda c: c | {"format": "x"}, "is not a calibration index"),
     "list": (lambda c: [c], "is not a calibration index"),
@@ -223,6 +229,14 @@ INDEX_FLAWS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "nowhere": (
         lambda c: c | {"calibrations": [{"model": "m", "artifact": {"sha256": {}}}]},
         "either the repo or the path",
+    ),
+    "place": (
+        lambda c: c | {"calibrations": [{"model": "m", "artifact": {"path": None, "sha256": {}}}]},
+        "must name artifact and revision by strings, got None and None",
+    ),
+    "number": (
+        lambda c: c | {"calibrations": [{"model": "m", "revision": 5, "artifact": {"path": "x", "sha256": {}}}]},
+        "must name artifact and revision by strings, got 'x' and 5",
     ),
     "digests": (
         lambda c: c | {"calibrations": [{"model": "m", "artifact": {"path": "x", "sha256": {}}}]},
