@@ -15,7 +15,7 @@ import torch
 from quantcache.cache.files import read_cache, read_description, read_prefix, write_cache
 from quantcache.cache.prefix_keys import key_of
 from quantcache.common.errors import ArtifactError
-from quantcache.common.writing import only_writer, steadily
+from quantcache.common.writing import only_writer, partial_folder, steadily
 
 if TYPE_CHECKING:
     from quantcache.cache.spectral_cache import SpectralCache
@@ -97,10 +97,14 @@ class PrefixFolder:
             return False
         tokens = torch.from_numpy(np.frombuffer(key, ">u4").astype(np.int64))
         assert cache.calibration is not None
-        write_cache(path, cache, cache.calibration, None, prefix=(tokens, identity))
+        with partial_folder(self.path) as partial:
+            write_cache(partial / path.name, cache, cache.calibration, None, prefix=(tokens, identity))
+            with only_writer(self.path):  # others may have written meanwhile
+                if not self._remove_oldest((partial / path.name).stat().st_size):
+                    return False
+                os.replace(partial / path.name, path)
         self._sound.add(path)
-        self._make_room(0)
-        return path.exists()
+        return True
 
     def read(self, identity: str, key: bytes, empty: SpectralCache) -> SpectralCache:
         """Read a prefix.
@@ -158,11 +162,15 @@ class PrefixFolder:
     def _make_room(self, size: int) -> bool:
         """Remove what was used longest ago until so many more bytes fit."""
         with only_writer(self.path):
-            files = self._files()
-            total = sum(size for _, size in files)
-            for path, held in files:
-                if total + size <= self.max_bytes:
-                    break
-                path.unlink(missing_ok=True)
-                total -= held
+            return self._remove_oldest(size)
+
+    def _remove_oldest(self, size: int) -> bool:
+        """:meth:`_make_room` for whose turn it is."""
+        files = self._files()
+        total = sum(size for _, size in files)
+        for path, held in files:
+            if total + size <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= held
         return total + size <= self.max_bytes

@@ -280,6 +280,32 @@ def test_two_runs_with_the_same_cells(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["run.cells"]
 
 
+def test_writers_of_one_folder_keep_to_its_bytes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = shared_model(LLAMA), [random_tokens(1, 150, seed=seed)[0].tolist() for seed in range(3)]
+    cache, write, seen = filled(), prefix_folder.write_cache, []
+    PrefixStore(0, tmp_path, 1 << 30).add(texts[0], cache, model)
+    (size,) = [file.stat().st_size for file in tmp_path.iterdir()]
+    stores = [PrefixStore(0, tmp_path, 2 * size + size // 2) for _ in range(2)]
+
+    def meanwhile(*args: Any, **kwargs: Any) -> None:
+        """Another process writes while this one does."""
+        monkeypatch.setattr(prefix_folder, "write_cache", write)
+        assert stores[1].add(texts[2], cache, model)
+        write(*args, **kwargs)
+
+    rename = os.replace
+
+    def counted(*args: Any) -> None:
+        rename(*args)
+        seen.append(stores[0].statistics().file_bytes)
+
+    monkeypatch.setattr(prefix_folder, "write_cache", meanwhile)
+    monkeypatch.setattr(os, "replace", counted)
+    assert stores[0].add(texts[1], cache, model)
+    assert max(seen) <= 2 * size + size // 2
+    assert stores[0].statistics().files == 2
+
+
 # ---------------------------------------------------------------------- damage, and copies in memory
 
 
