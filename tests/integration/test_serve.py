@@ -642,7 +642,8 @@ def test_what_is_missing_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
 @turning
 @pytest.mark.slow
-def test_the_command_from_start_to_stop(chatty: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_from_start_to_stop(stop: signal.Signals, chatty: str, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels")))}
     command = [sys.executable, "-m", "quantcache", "serve", chatty, "-c", "wiki11m", "--port", "0", "--json"]
@@ -662,7 +663,7 @@ def test_the_command_from_start_to_stop(chatty: str, tmp_path: Path) -> None:
             time.sleep(0.1)
             address = re.search(r"http://\S+/v1", log.read_text())
         said = chat(openai.OpenAI(base_url=address[0], api_key="none", timeout=60), chatty, STORY)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
