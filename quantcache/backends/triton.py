@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 TRIAL_BLOCKS = 2
 
+REACH = 1 << 31
+"""Elements that the kernels' products of 32 bits can tell apart."""
+
 UNTRIED = {"cpu"}
 """Devices where a kernel is not tried: on a CPU it is the interpreter's, which nobody uses but tests."""
 
@@ -52,8 +55,8 @@ class TritonBackend(Backend):
         return unsupported(codec.dim, codec.frame.num_fast, codec.num_words)
 
     def refuses(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
-        """What no kernel takes, and a kernel that has failed its trial."""
-        reason = refused_by_kernels(query, view, call)
+        """What no kernel takes, what is too large for these, and a kernel that has failed its trial."""
+        reason = refused_by_kernels(query, view, call) or _too_large(query, view, call.mask)
         if reason is None and not self._attends_rightly(query, view, call):
             reason = "the kernel has failed its trial (see the log, or quantcache env --check)"
         return reason
@@ -235,3 +238,13 @@ def _decoding_trial(codec: SpectralCodec, fields: Fields, block_table: Tensor, l
     some, where = {name: field[:TRIAL_BLOCKS] for name, field in fields.items()}, block_table[:TRIAL_BLOCKS]
     exact = codec.decode(some, where, left_padding, torch.float64)
     return lambda: decode(codec, some, where, left_padding), exact, codec.decode(some, where, left_padding)
+
+
+def _too_large(query: Tensor, view: CacheView, mask: Tensor | None) -> str | None:
+    """Of a row of the batch, queries or a mask whose last element the kernels cannot reach."""
+    heads, count = query.shape[1] // view.key.tail.shape[1], query.shape[2]
+    if heads * query.stride(1) + count * query.stride(2) >= REACH:
+        return f"{count} queries lie too far apart"
+    if mask is not None and count * mask.shape[3] >= REACH:
+        return f"the mask of {count} queries and {mask.shape[3]} tokens has too many elements"
+    return None

@@ -184,3 +184,16 @@ def test_names_of_backends_are_checked() -> None:
     assert backends.find("native") is backends.find("cpu")
     with pytest.raises(QuantCacheError, match='backend="triton" cannot be used here'):
         backends.choose("triton", torch.device("meta"), {}, {})
+
+
+def test_what_lies_beyond_the_reach_of_triton_is_left_to_plain_torch() -> None:
+    """Products of 32 bits would wrap, and a query read the mask of another, or no memory of its own."""
+    view, heads = filled().layers[0].snapshot(), CONFIG.num_attention_heads
+
+    def reason(count: int, length: int, between: int) -> str | None:
+        query = torch.empty_strided((1, heads, count, 64), (0, 64, between, 1), device="meta")
+        mask = torch.empty(1, 1, 1, length, dtype=torch.bool, device="meta")
+        return backends.find("triton").refuses(query, view, AttentionCall(mask, 0.1))
+
+    assert reason(1 << 15, 1 << 16, 128) == "the mask of 32768 queries and 65536 tokens has too many elements"
+    assert reason(1 << 17, 1 << 10, 1 << 14) == "131072 queries lie too far apart"
