@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from huggingface_hub import ModelCard, ModelHubMixin
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quantcache.accounting.memory import bits_per_encoded_element
@@ -38,6 +37,7 @@ from quantcache.coding.schema import (
 )
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
+from quantcache.common.tensor_file import save_file
 from quantcache.common.writing import only_writer, partial_folder, put_together, steadily
 
 __all__ = [

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -35,7 +34,7 @@ from quantcache.coding.schema import SIDES, LayerCalibration, Rate
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.common.jsonfile import as_type, parse_json
-from quantcache.common.tensor_file import TensorFile, checksum
+from quantcache.common.tensor_file import TensorFile, checksum, save_file
 from quantcache.common.writing import destination, partial_folder, put_in_place
 
 FORMAT = "quantcache-cache"

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from quantcache.accounting.measuring import measure
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 FOLDER_FACTOR = 8
 """Bytes of the folder by default, in terms of those in memory."""
 
-FAILURES = (QuantCacheError, OSError, RuntimeError, MemoryError, SafetensorError)
+FAILURES = (QuantCacheError, OSError, RuntimeError, MemoryError)
 """What may go wrong with a stored prefix: the prompt is then read from its start."""
 
 

@@ -1,4 +1,4 @@
-"""Reading safetensors files into memory, without keeping them mapped.
+"""Safetensors files: written with errors of files, read into memory without keeping them mapped.
 
 The library maps a file and hands out views of the mapping: a file that is cut short or rewritten in place then takes
 the process down, or changes numbers that had been checked. Here every byte is read once, and nothing refers to the
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
+from safetensors import SafetensorError
+from safetensors import torch as library
 from torch import Tensor
 
 from quantcache.common.errors import ArtifactError
@@ -153,6 +155,23 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != last - first:
         raise ValueError(f"{name} has {last - first} bytes for {dtype} of shape {shape!r}")
     return dtype, tuple(shape), first, last
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Args:
+        tensors: Contiguous tensors by name, no two in the same memory.
+        path: File to write.
+        metadata: Strings of its header, by name.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written.
+    """
+    try:
+        library.save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def content_bytes(tensor: Tensor) -> bytes:

@@ -168,6 +168,38 @@ def test_an_interrupted_save_leaves_the_old_artifact(
         assert Calibration.from_pretrained(tmp_path).bits == calibration(3.0).bits
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.integration.test_writing import WRITERS, calibration
+
+folder = Path(sys.argv[2])
+writers = {"calibration": lambda path: calibration(2.0).save_pretrained(path), **WRITERS}
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+for name in ("calibration", "cache"):
+    try:
+        writers[name](folder / name)
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_old_files_and_one_error(tmp_path: Path) -> None:
+    calibration().save_pretrained(tmp_path / "calibration")
+    (tmp_path / "cache").write_bytes(b"old")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    found = subprocess.run(
+        [sys.executable, "-c", FULL, str(ROOT), str(tmp_path)], env=environment, capture_output=True, check=False
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    lines = found.stdout.decode().splitlines()
+    assert len(lines) == 2
+    assert all("File too large" in line and str(tmp_path) in line for line in lines)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_terminated_calibration_leaves_nothing(tmp_path: Path) -> None:
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text("The city of Leiden lies on the old Rhine. " * 100, "utf-8")
