@@ -25,7 +25,9 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
+
+from quantcache.common.errors import UnsupportedModel
 
 _CALL: CodeType = torch.nn.Module._wrapped_call_impl.__code__
 """What ``Module.__call__`` runs. It hands its arguments on and does not look at them again."""
@@ -125,6 +127,9 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
 
     Returns:
         The pass; None where no module was given the cache.
+
+    Raises:
+        UnsupportedModel: The module was given it to hold an encoder's output.
     """
     found: FrameType | None = None
     of_model = False
@@ -132,7 +137,7 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
     while frame is not None:
         if frame.f_code is _CALL:
             arguments = frame.f_locals
-            if any(value is cache for value in (*arguments["args"], *arguments["kwargs"].values())):
+            if any(_gives(value, cache) for value in (*arguments["args"], *arguments["kwargs"].values())):
                 is_model = isinstance(arguments["self"], PreTrainedModel)
                 if is_model or not of_model:  # the outermost model; else, such as under torch.compile, any module
                     found, of_model = frame, is_model
@@ -144,6 +149,19 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
     forward_pass._mark = weakref.ref(mark)
     found.f_locals["kwargs"][f"quantcache pass {id(cache)}"] = mark
     return forward_pass
+
+
+def _gives(value: Any, cache: Any) -> bool:
+    """Whether an argument is a cache, or an encoder-decoder's cache that has it for the decoder's own tokens."""
+    if isinstance(value, EncoderDecoderCache):
+        if value.cross_attention_cache is cache:
+            kind = type(cache).__name__
+            raise UnsupportedModel(
+                f"a {kind} cannot be the cross-attention cache of an EncoderDecoderCache: make it "
+                f"EncoderDecoderCache({kind}(...), DynamicCache())"
+            )
+        return value.self_attention_cache is cache
+    return value is cache
 
 
 def _is_on_stack(call: int) -> bool:

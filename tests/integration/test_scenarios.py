@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -10,13 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
-from quantcache.common.errors import QuantCacheError
-from tests.families import FAMILIES, Family, random_tokens, shared_model
-from tests.helpers import feed
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from tests.families import FAMILIES, VOCABULARY, Family, random_tokens, shared_model
+from tests.helpers import divergence, feed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,3 +155,62 @@ def test_export_is_refused() -> None:
     inputs = {"input_ids": random_tokens(1, 8), "past_key_values": empty(LLAMA), "use_cache": True}
     with pytest.raises(ValueError, match=r"Unsupported input type .*SpectralCache"):
         torch.export.export(shared_model(LLAMA), (), inputs, strict=False)
+
+
+# ---------------------------------------------------------------------- caches of encoder-decoders
+
+
+@functools.cache
+def speech_model() -> PreTrainedModel:
+    """A small Whisper, whose decoder's layers have the shape of the small GPT-2's."""
+    sizes = {"d_model": 128, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 8, "init_std": 0.12}
+    config = WhisperConfig(vocab_size=VOCABULARY, max_source_positions=50, pad_token_id=2, eos_token_id=1, **sizes)
+    torch.manual_seed(0)
+    return WhisperForConditionalGeneration(config).eval()
+
+
+def speak(cache: EncoderDecoderCache, attention: str, steps: tuple[int, ...]) -> Tensor:
+    """Logits of tokens said about a sound."""
+    model = speech_model()
+    model.set_attn_implementation(attention)
+    sound = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(1))
+    logits = []
+    with torch.no_grad():
+        for part in random_tokens(2, sum(steps), seed=2).split(list(steps), dim=1):
+            output = model(input_features=sound, decoder_input_ids=part, past_key_values=cache)
+            logits.append(output.logits.double())
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("attention", ["spectral", "sdpa", "eager"])
+def test_the_own_tokens_of_an_encoder_decoder_are_compressed(attention: str) -> None:
+    steps = (150, 1, 20)
+    own = SpectralCache.self_calibrating(shared_model(GPT2), bits=8, residual_length=0)
+    found = speak(EncoderDecoderCache(own, DynamicCache()), attention, steps)
+    expected = speak(EncoderDecoderCache(DynamicCache(), DynamicCache()), attention, steps)
+    assert all(layer.spans for layer in own.spectral_layers)
+    assert divergence(expected, found) < 1e-4
+
+
+@pytest.mark.parametrize("attention", ["spectral", "sdpa"])
+def test_what_an_encoder_says_is_not_compressed(attention: str) -> None:
+    """It is no text that grows: our attention would hide some of it, as if it were."""
+    for own in (DynamicCache(), empty(GPT2)):
+        with pytest.raises(
+            UnsupportedModel, match=re.escape("EncoderDecoderCache(SpectralCache(...), DynamicCache())")
+        ):
+            speak(EncoderDecoderCache(own, empty(GPT2)), attention, (5,))
+
+
+def test_a_pass_of_an_encoder_decoder_that_fails_late_is_noticed() -> None:
+    own = empty(GPT2)
+    cache = EncoderDecoderCache(own, DynamicCache())
+    speak(cache, "spectral", (9,))
+    hook = speech_model().get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        speak(cache, "spectral", (3,))
+    hook.remove()
+    with pytest.raises(QuantCacheError, match="it held 9 tokens and holds 12"):
+        speak(cache, "spectral", (3,))
+    assert own.rollback() == 9
