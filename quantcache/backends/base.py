@@ -99,6 +99,12 @@ class Backend(ABC):
     layout: str = "portable"
     """Name of the layout of its blocks; another one than the portable needs :meth:`to_portable` and its inverse."""
 
+    by_token = False
+    """Whether ``_encode`` and ``_decode`` know tokens of a row that differ in what is to be taken from their slots.
+
+    Where they do not, keys are turned to where their slots say before one and back after the other.
+    """
+
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on a device of this machine.
@@ -189,9 +195,10 @@ class Backend(ABC):
         Returns:
             The blocks in this backend's layout.
         """
-        mixed = left_padding is not None and left_padding.ndim == 2
-        if not isinstance(codec, SpectralCodec) or mixed or self.lacks(codec, x.dtype) is not None:
+        if not isinstance(codec, SpectralCodec) or self.lacks(codec, x.dtype) is not None:
             return Backend._encode(self, codec, x, block_table, left_padding)
+        if left_padding is not None and left_padding.ndim == 2 and not self.by_token:
+            x, left_padding = codec.frame.turn(x, left_padding[:, None]), None
         return self._encode(codec, x, block_table, left_padding)
 
     @without_autocast
@@ -207,8 +214,12 @@ class Backend(ABC):
         Returns:
             ``[B, H, n * 64, D]`` float32, slots beyond a block's valid length included.
         """
-        if not isinstance(codec, SpectralCodec) or "shifts" in fields or self.lacks(codec, torch.float32) is not None:
+        if not isinstance(codec, SpectralCodec) or self.lacks(codec, torch.float32) is not None:
             return Backend._decode(self, codec, fields, block_table, left_padding)
+        if "shifts" in fields and not self.by_token:
+            fields = dict(fields)
+            shifts = fields.pop("shifts").transpose(0, 1).flatten(1)
+            return codec.frame.turn(self._decode(codec, fields, block_table, None), -shifts[:, None])
         return self._decode(codec, fields, block_table, left_padding)
 
     def _encode(self, codec: Any, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:

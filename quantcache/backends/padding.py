@@ -65,10 +65,12 @@ class Grid(NamedTuple):
     Attributes:
         left_padding: Slot of every row's first token, ``[B]``, where its sinks begin; None for slot 0 throughout.
         origins: Slot at which every row's positions count from zero, ``[B]``; None where that is its start.
+        shifts: Slot minus position of every token that is to be fitted, ``[B, t]``; None where frames say it.
     """
 
     left_padding: Tensor | None = None
     origins: Tensor | None = None
+    shifts: Tensor | None = None
 
     @property
     def frames(self) -> Tensor | None:

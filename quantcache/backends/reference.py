@@ -33,6 +33,7 @@ class Reference(Backend):
     """Serves every layer and every call, on every device."""
 
     name = "torch"
+    by_token = True
 
     def unavailable(self, device: torch.device) -> str | None:
         """Nothing: plain torch runs wherever the tensors are."""

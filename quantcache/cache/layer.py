@@ -217,7 +217,10 @@ class SpectralLayer(BlockLayer):
     def _due(self, lead: int, count: int) -> _Due:
         """Settle where the rows lie, who encodes, and where the new blocks go."""
         grid = self.grid if self.trail is None else padding.settled(self.trail, self.grid, self.encoded_end)
-        codecs = self.codecs or self.make_codecs(self.device, self.tails, grid)
+        codecs = self.codecs
+        if not codecs:
+            displaced = None if self.trail is None else padding.filled(self.trail, grid)
+            codecs = self.make_codecs(self.device, self.tails, grid._replace(shifts=displaced))
         backend = self._served(codecs)[0]
         self._relay(backend)
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity

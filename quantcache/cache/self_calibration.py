@@ -51,10 +51,11 @@ def self_calibrating_cache(
             statistics = LayerStatistics(index, ropes[index], tails["key"], tails["value"], settings)
             for row in range(tails["key"].shape[0]):
                 first = 0 if grid.left_padding is None else int(grid.left_padding[row])
-                origin = 0 if grid.frames is None else int(grid.frames[row])
                 if tails["key"].shape[2] - first > SINK_LENGTH:
+                    origin = 0 if grid.frames is None else int(grid.frames[row])
+                    position = first - (origin if grid.shifts is None else grid.shifts[row, first:])
                     for side, tail in tails.items():
-                        statistics.add(side, tail[row : row + 1, :, first:], first - origin)
+                        statistics.add(side, tail[row : row + 1, :, first:], position)
             metric = outputs.get(index)
             count = max(statistics.moments["key"].count, 1)
             share = max(COVARIANCE_SHRINKAGE, FIT_SHRINKAGE * tails["key"].shape[-1] / count)

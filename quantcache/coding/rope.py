@@ -179,6 +179,19 @@ class Frame:
         cos, sin = self.rotation(anchors, positions)
         return self.rotate(framed, cos.to(framed.dtype), sin.to(framed.dtype))[..., self.inverse_order]
 
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Move cached vectors to later positions.
+
+        Args:
+            x: ``[..., D]`` as the model caches them.
+            positions: How much later, or earlier where negative; broadcastable to ``x.shape[:-1]``.
+
+        Returns:
+            What the model would cache there, in float32 (float64 stays), ``[..., D]``.
+        """
+        x = x if x.dtype == torch.float64 else x.float()
+        return self.leave(x[..., self.order], positions, positions)
+
 
 def anchor_of(slots: Tensor, first: int) -> Tensor:
     """Anchor of each token of an uninterrupted run of blocks.

@@ -40,16 +40,21 @@ class LayerStatistics:
         heads, dim = self.moments["value"].sum.shape
         return heads, dim
 
-    def _framed(self, side: str, x: Tensor, position: int = 0) -> Tensor:
+    def _framed(self, side: str, x: Tensor, position: int | Tensor = 0) -> Tensor:
         """Framed vectors of sequences after their sinks: ``[B, H, T, D]`` to ``[H, B * T', D]``."""
         frame = self.frames[side]
         slots = torch.arange(SINK_LENGTH, x.shape[2], dtype=torch.int64, device=frame.order.device)
         x = x.detach()[:, :, SINK_LENGTH:].to(frame.order.device).double()
         anchors = anchor_of(slots, SINK_LENGTH)
+        if isinstance(position, Tensor):
+            position = position[SINK_LENGTH:].to(frame.order.device)
         return frame.enter(x, slots + position, anchors + position).transpose(0, 1).flatten(1, 2)
 
-    def add(self, side: str, x: Tensor, position: int = 0) -> None:
-        """Add the vectors of one batch of sequences, ``[B, H, T, D]``, whose first tokens stand at a position."""
+    def add(self, side: str, x: Tensor, position: int | Tensor = 0) -> None:
+        """Add the vectors of one batch of sequences, ``[B, H, T, D]``, whose first tokens stand at a position.
+
+        Where positions do not count tokens, ``[T]``: what each token's is ahead of such a count.
+        """
         self.moments[side].add(self._framed(side, x, position))
 
     def add_gradient(self, side: str, gradient: Tensor) -> None:

@@ -197,3 +197,12 @@ def test_anchors_are_starts_of_128_token_stretches() -> None:
     assert anchors[128:256].unique().tolist() == [132]
     assert ((slots - anchors) < 128).all()
     assert (slots >= anchors).all()
+
+
+@rotating
+def test_vectors_are_moved_to_other_positions(dim: int, rope: Rope) -> None:
+    x, start = torch.randn(2, 3, 70, dim), torch.arange(70)
+    later = torch.arange(70)[None, None] * 7 - 100
+    found = Frame(dim, rope).turn(textbook(x, start, rope).float(), later)
+    assert found.dtype == torch.float32
+    assert_rotated(found, textbook(x, start + later, rope))

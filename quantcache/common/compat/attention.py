@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 import torch
 from transformers import PreTrainedModel
@@ -60,8 +61,35 @@ def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
         if frame.f_code.co_name == "_preprocess_mask_arguments":
             mask, positions = (frame.f_locals.get(name) for name in ("attention_mask", "position_ids"))
             plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
+            turned = _turned_by(frame)
+            positions = positions if turned is None else turned
             return (mask if plain else None, positions) if plain or mask is None else None
         if frame.f_back is None:
             break
         frame = frame.f_back
+    return None
+
+
+def _turned_by(frame: FrameType) -> torch.Tensor | None:
+    """The positions by which keys are rotated, where masks are made with others.
+
+    Models that read images count a token's place in time, height and width, ``[3, B, T]``, beside its place in the
+    text, which is all that a mask is told. The three differ inside of an image only, and an image of many tokens moves
+    what follows it by few positions. Time turns the fastest pairs.
+
+    Args:
+        frame: The call that prepares a mask.
+
+    Returns:
+        ``[B, T]``; None where there is but one count.
+    """
+    caller: FrameType | None = frame.f_back
+    for _ in range(6):
+        if caller is None:
+            return None
+        if isinstance(caller.f_locals.get("self"), torch.nn.Module):
+            positions = caller.f_locals.get("position_ids")
+            several = isinstance(positions, torch.Tensor) and positions.ndim == 3
+            return positions[0] if several else None
+        caller = caller.f_back
     return None
