@@ -89,7 +89,6 @@ def _turned_by(frame: FrameType) -> torch.Tensor | None:
             return None
         if isinstance(caller.f_locals.get("self"), torch.nn.Module):
             positions = caller.f_locals.get("position_ids")
-            several = isinstance(positions, torch.Tensor) and positions.ndim == 3
-            return positions[0] if several else None
+            return positions[0] if isinstance(positions, torch.Tensor) and positions.ndim == 3 else None
         caller = caller.f_back
     return None
