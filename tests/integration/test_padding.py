@@ -24,7 +24,7 @@ from quantcache.cache.files import DESCRIPTION
 from quantcache.coding.schema import SIDES
 from quantcache.common.tensor_file import checksum
 from quantcache.data import calibrations_path, text_path
-from tests.families import FAMILIES, Family, random_tokens
+from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -444,6 +444,22 @@ def test_where_positions_count_slots_frames_do_too() -> None:
         None,
         [-1000, -1000],
     )
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "falcon-mqa", "llama"])
+@pytest.mark.parametrize("start", [None, 0, 1000])
+def test_positions_that_no_mask_is_told_are_known(name: str, start: int | None) -> None:
+    """gpt-oss and Falcon make their masks without them; keys of padded rows would be coded elsewhere."""
+    model = shared_model(next(family for family in FAMILIES + OTHERS if family.name == name))
+    cache = SpectralCache(Calibration.synthetic(model.config, 3.0), model.config, residual_length=0)
+    mask = (torch.arange(150) >= torch.tensor([[50], [0]])).long()
+    more = {} if start is None else {"position_ids": torch.arange(start, start + 150)[None]}
+    with torch.no_grad():
+        model(random_tokens(2, 150, seed=1), attention_mask=mask, past_key_values=cache, **more)
+    for layer in cache.spectral_layers:
+        assert layer.left_padding is not None
+        assert layer.origins is not None
+        assert (layer.left_padding.tolist(), layer.origins.tolist()) == ([50, 0], [-(start or 0)] * 2)
 
 
 @pytest.mark.support("batch_repeat_interleave, batch_select_indices, reorder_cache")

@@ -61,8 +61,7 @@ def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
         if frame.f_code.co_name == "_preprocess_mask_arguments":
             mask, positions = (frame.f_locals.get(name) for name in ("attention_mask", "position_ids"))
             plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
-            turned = _turned_by(frame)
-            positions = positions if turned is None else turned
+            positions = _turning_positions(frame, positions)
             return (mask if plain else None, positions) if plain or mask is None else None
         if frame.f_back is None:
             break
@@ -70,25 +69,29 @@ def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     return None
 
 
-def _turned_by(frame: FrameType) -> torch.Tensor | None:
-    """The positions by which keys are rotated, where masks are made with others.
+def _turning_positions(frame: FrameType, told: torch.Tensor | None) -> torch.Tensor | None:
+    """The positions by which a pass turns its keys, where they are not those that its mask is told.
 
     Models that read images count a token's place in time, height and width, ``[3, B, T]``, beside its place in the
     text, which is all that a mask is told. The three differ inside of an image only, and an image of many tokens moves
-    what follows it by few positions. Time turns the fastest pairs.
+    what follows it by few positions. Time turns the fastest pairs. Masks of other models (gpt-oss, Falcon) are told no
+    positions.
 
     Args:
         frame: The call that prepares a mask.
+        told: What it was told.
 
     Returns:
-        ``[B, T]``; None where there is but one count.
+        ``position_ids`` ``[B or 1, T]``; what the mask was told where nothing better is found.
     """
     caller: FrameType | None = frame.f_back
     for _ in range(6):
         if caller is None:
-            return None
+            break
         if isinstance(caller.f_locals.get("self"), torch.nn.Module):
             positions = caller.f_locals.get("position_ids")
-            return positions[0] if isinstance(positions, torch.Tensor) and positions.ndim == 3 else None
+            if isinstance(positions, torch.Tensor) and (positions.ndim == 3 or told is None):
+                return positions[0] if positions.ndim == 3 else positions
+            break
         caller = caller.f_back
-    return None
+    return told
