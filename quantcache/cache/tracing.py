@@ -57,10 +57,16 @@ class TraceableCache(ConsistentCache):
         """Append a layer's new keys and values, with what the model says of padding; see :class:`ConsistentCache`."""
         if torch.compiler.is_dynamo_compiling():
             return self._trace_update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self._take(False, key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _take(
+        self, in_graph: bool, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`update`, and for a graph, which says what it knows of the tokens when it attends."""
         layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if isinstance(layer, SpectralLayer):
             rows, count = key_states.shape[0], key_states.shape[2]
-            kwargs["arrivals"] = self._arrivals(layer, rows, layer.get_seq_length() + count, count)
+            kwargs["arrivals"] = self._arrivals(layer, rows, layer.get_seq_length() + count, count, in_graph)
         found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if key_states.shape[2] > 1:
             compat.release_left(layer)
@@ -83,7 +89,9 @@ class TraceableCache(ConsistentCache):
             return _untraced_length(self, layer_idx) if length is None else length
         return super().get_seq_length(layer_idx)
 
-    def _arrivals(self, layer: SpectralLayer, rows: int, length: int, count: int) -> Arrivals | None:
+    def _arrivals(
+        self, layer: SpectralLayer, rows: int, length: int, count: int, in_graph: bool = True
+    ) -> Arrivals | None:
         """What the present pass says of a layer's new tokens; None where it has said nothing."""
         if self.announced is not None:
             (mask, positions), self.announced = self.announced, None
@@ -92,7 +100,9 @@ class TraceableCache(ConsistentCache):
                 positions = None  # several for every token
             self.arrivals = (length, count, Arrivals.of(mask, positions, length, count)) if fits else None
         elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
-            self.arrivals = None
+            positions = None if in_graph else compat.turning_positions()  # all that is known beside a 4D mask
+            fits = positions is not None and positions.shape in ((1, count), (rows, count))
+            self.arrivals = (length, count, Arrivals.of(None, positions, length, count)) if fits else None
         if self.arrivals is None:
             return None
         return self.arrivals[2] if self.arrivals[:2] == (length, count) else None
@@ -183,6 +193,6 @@ _untraced_length = torch.compiler.disable(TraceableCache.get_seq_length)
 @torch.library.impl("quantcache::update", "CompositeExplicitAutograd", lib=traced.operators)
 def _update(ticket: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
     cache = traced.cache_of(ticket)
-    found = TraceableCache.update(cache, key, value, layer)
+    found = cache._take(True, key, value, layer)
     if not isinstance(cache.layers[layer], SpectralLayer):
         cache.handed[layer] = found

@@ -462,6 +462,25 @@ def test_positions_that_no_mask_is_told_are_known(name: str, start: int | None) 
         assert (layer.left_padding.tolist(), layer.origins.tolist()) == ([50, 0], [-(start or 0)] * 2)
 
 
+@pytest.mark.parametrize("attention", ["spectral", "eager"])
+def test_positions_beside_a_custom_mask_are_known(attention: str) -> None:
+    """Coded at their slots, keys of a padded row were up to sixteen times further from the dense ones' logits."""
+    model = LLAMA.make(attention=attention)
+    cache = SpectralCache(Calibration.synthetic(model.config, 3.0), model.config, residual_length=9999)
+    shown = torch.arange(150) >= torch.tensor([[50], [0]])
+    mask = torch.ones(150, 150, dtype=torch.bool).tril() & shown[:, None, None]
+    positions = (shown.long().cumsum(-1) - 1).clamp_min(0)
+    for span in (slice(0, 140), slice(140, 141), slice(141, 150)):
+        hidden = ~mask[:, :, span, : span.stop]
+        added = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+        more = {"attention_mask": added, "position_ids": positions[:, span], "past_key_values": cache}
+        with torch.no_grad():
+            model(random_tokens(2, 150, seed=1)[:, span], **more)
+    for layer in cache.spectral_layers:
+        assert layer.trail is not None
+        assert torch.equal(layer.trail[:, 0].long(), torch.arange(150) - positions)
+
+
 @pytest.mark.support("batch_repeat_interleave, batch_select_indices, reorder_cache")
 @pytest.mark.parametrize("options", [PASSTHROUGH, {}], ids=["passthrough", "codes"])
 def test_pruned_rows_go_on_under_other_masks(options: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
         if frame.f_code.co_name == "_preprocess_mask_arguments":
             mask, positions = (frame.f_locals.get(name) for name in ("attention_mask", "position_ids"))
             plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
-            positions = _turning_positions(frame, positions)
+            positions = turning_positions(positions)
             return (mask if plain else None, positions) if plain or mask is None else None
         if frame.f_back is None:
             break
@@ -69,29 +69,28 @@ def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     return None
 
 
-def _turning_positions(frame: FrameType, told: torch.Tensor | None) -> torch.Tensor | None:
-    """The positions by which a pass turns its keys, where they are not those that its mask is told.
+def turning_positions(told: torch.Tensor | None = None) -> torch.Tensor | None:
+    """The positions by which the pass under way turns its keys, where they are not those that its mask is told.
 
     Models that read images count a token's place in time, height and width, ``[3, B, T]``, beside its place in the
     text, which is all that a mask is told. The three differ inside of an image only, and an image of many tokens moves
     what follows it by few positions. Time turns the fastest pairs. Masks of other models (gpt-oss, Falcon) are told no
-    positions.
+    positions, and a custom 4D mask is taken as it is.
 
     Args:
-        frame: The call that prepares a mask.
-        told: What it was told.
+        told: What the mask was told, if anything.
 
     Returns:
         ``position_ids`` ``[B or 1, T]``; what the mask was told where nothing better is found.
     """
-    caller: FrameType | None = frame.f_back
-    for _ in range(6):
-        if caller is None:
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(64):
+        if frame is None:
             break
-        if isinstance(caller.f_locals.get("self"), torch.nn.Module):
-            positions = caller.f_locals.get("position_ids")
+        if isinstance(frame.f_locals.get("self"), PreTrainedModel):
+            positions = frame.f_locals.get("position_ids")
             if isinstance(positions, torch.Tensor) and (positions.ndim == 3 or told is None):
                 return positions[0] if positions.ndim == 3 else positions
             break
-        caller = caller.f_back
+        frame = frame.f_back
     return told
