@@ -48,6 +48,9 @@ FREQUENCY_TOLERANCE = 0.01
 
 _PROJECTION = re.compile(r"(^|[._])(k_proj|v_proj|key|value|qkv\w*|kv\w*|c_attn|query_key_value|Wqkv)([._]|$)")
 
+_ADAPTED = "base_layer"
+"""What an adapter calls the module that it adds to."""
+
 Fingerprint = dict[str, dict[str, list[Any]]]
 """Shape of each sampled weight, and the sampled elements."""
 
@@ -184,7 +187,11 @@ def other_weights(base_model: dict[str, Any], model: PreTrainedModel) -> str | N
         The first weight that differs, ``""`` if none does, None where nothing can be compared.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    return other_weight(base_model, dict(model.named_parameters()).get, _embedding_name(model))
+    parameters = dict(model.named_parameters())
+    for name in base_model.get(FINGERPRINT) or {}:
+        if name not in parameters and _is_adapted(name, model):
+            return name
+    return other_weight(base_model, parameters.get, _embedding_name(model))
 
 
 def other_weight(base_model: dict[str, Any], read: ReadWeight, embedding: str | None = None) -> str | None:
@@ -287,6 +294,17 @@ def _is_plain(parameter: Tensor) -> bool:
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     plain = type(parameter) in (Tensor, torch.nn.Parameter) and parameter.dtype in kinds
     return plain and not parameter.is_meta and parameter.ndim >= 2 and parameter.numel() >= SAMPLES
+
+
+def _is_adapted(name: str, model: PreTrainedModel) -> bool:
+    """Whether a weight is missing because an adapter (PEFT's LoRA and the like) is at work on one side alone."""
+    stem, _, last = name.rpartition(".")
+    modules = dict(model.named_modules())
+    if stem.endswith(f".{_ADAPTED}"):
+        plain = stem.removesuffix(f".{_ADAPTED}")
+        return hasattr(modules.get(plain), last)
+    adapter = modules.get(stem)
+    return f"{stem}.{_ADAPTED}" in modules and not getattr(adapter, "disable_adapters", False)
 
 
 def _embedding_name(model: PreTrainedModel) -> str | None:

@@ -91,6 +91,39 @@ def test_other_weights(calibration: Calibration, model: LlamaForCausalLM, saved:
         quantcache.enable(other, calibration, strict=True)
 
 
+class Adapter(torch.nn.Module):
+    """A projection with an adapter that has not been merged, as PEFT's LoRA wraps it."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base_layer = base
+        self.added = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's, as PEFT has it."""
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Both."""
+        added: torch.Tensor = self.base_layer(x) + self.added(x)
+        return added
+
+
+def test_adapters_on_one_side_alone(calibration: Calibration, model: LlamaForCausalLM) -> None:
+    adapted = make()
+    for layer in adapted.model.layers:
+        layer.self_attn.v_proj = Adapter(layer.self_attn.v_proj)
+    own = quantcache.calibrate(adapted, torch.arange(3, 30)[None], progress=False)
+    own.check_compatible(adapted, strict=True)
+    for found, given in ((calibration, adapted), (own, model)):
+        with pytest.raises(CalibrationMismatch, match=r"the weights of .*v_proj.*weight differ"):
+            found.check_compatible(given, strict=True)
+    for layer in adapted.model.layers:
+        layer.self_attn.v_proj.disable_adapters = True
+    calibration.check_compatible(adapted, strict=True)
+
+
 def test_the_same_weights(calibration: Calibration, model: LlamaForCausalLM, saved: Path, tmp_path: Path) -> None:
     calibration.check_compatible(model, strict=True)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
