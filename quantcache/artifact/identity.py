@@ -188,7 +188,8 @@ def other_weights(base_model: dict[str, Any], model: PreTrainedModel) -> str | N
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     parameters = dict(model.named_parameters())
-    for name in base_model.get(FINGERPRINT) or {}:
+    recorded: Fingerprint = base_model.get(FINGERPRINT) or {}
+    for name in recorded:
         if name not in parameters and _is_adapted(name, model):
             return name
     return other_weight(base_model, parameters.get, _embedding_name(model))
