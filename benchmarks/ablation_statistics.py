@@ -294,6 +294,9 @@ def gather(
 
     Returns:
         The file of each checkpoint.
+
+    Raises:
+        ValueError: The text is too short.
     """
     needs = needs or Needs()
     kind = hashlib.sha256(repr((needs, tokens.tolist()[:length])).encode()).hexdigest()[:8]
@@ -318,4 +321,6 @@ def gather(
             if statistics.tokens in paths:
                 statistics.save(paths[statistics.tokens])
                 print(f"statistics of {statistics.tokens:,} tokens", file=sys.stderr)
+        if statistics.tokens < missing[-1]:
+            raise ValueError(f"{missing[-1]:,} calibration tokens are asked for, the text has {statistics.tokens:,}")
     return paths

@@ -100,7 +100,7 @@ def main() -> None:
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         most = max(variant.tokens or options.calibration_tokens for variant in variants)
-        calibration_tokens = text_tokens(tokenizer, calibration_text, most)
+        calibration_tokens = text_tokens(tokenizer, calibration_text, most + 1)  # BOS may be left out
         bench = Bench(model, settings, calibration_tokens, tokens)
         bench.gather(variants, run.folder, bar)
         task = bar.add_task("measuring", total=len(variants))

@@ -181,6 +181,8 @@ def test_every_sequence_begins_as_the_text_does(model: PreTrainedModel, tokens: 
         assert torch.equal(sums.outer, found.sums[name].outer), name
     other = gather(model, tokens, [200], tmp_path, steps.append, length=100, needs=needs)
     assert other[200] != paths[200]
+    with pytest.raises(ValueError, match="200 calibration tokens are asked for, the text has 199"):
+        gather(model, tokens[1:200], [200], tmp_path, steps.append, length=100, needs=needs)
 
 
 # ---------------------------------------------------------------------- codecs and budgets
