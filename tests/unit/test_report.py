@@ -144,7 +144,7 @@ def test_truncated_and_fuzzed_files_give_one_error() -> None:
     text = make_report(layers=1, heads=1, dim=4).to_json()
     generator = random.Random(0)
     outcomes = {"read": 0, "refused": 0}
-    for trial in range(200):
+    for trial in range(500):  # some 5 % are read; which ones depends on the length of the text, and that on the machine
         if trial % 4 == 0:
             damaged = text[: generator.randrange(len(text))]
         else:
