@@ -566,6 +566,8 @@ class Feeder(nn.Module):
         for index, layer in enumerate(past_key_values.spectral_layers):
             new = [self.stream[index][side][:, :, first : first + count] for side in SIDES]
             past_key_values.update(*new, index)
+            if layer.get_seq_length() != first + count:
+                raise QuantCacheError("another thread has changed the cache before the pass began")
             layer.flush()
 
     def is_prefix(self, cache: SpectralCache) -> bool:
