@@ -194,13 +194,7 @@ KERNEL void
 #ifdef __CUDACC__
     __launch_bounds__(32, 12)
 #endif
-        attend(
-#ifdef __CUDACC__
-            const __grid_constant__ AttentionArguments a
-#else
-            const AttentionArguments& a
-#endif
-        ) {
+        attend(GIVEN(AttentionArguments) a) {
     const u32 lane = thread_index(), row = lane / 4, column = lane % 4;
     const int split = static_cast<int>(block_x()), line = static_cast<int>(block_y());
     const int b = line / a.num_heads, head = line % a.num_heads;

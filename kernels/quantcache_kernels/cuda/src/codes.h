@@ -135,13 +135,7 @@ KERNEL void
 #ifdef __CUDACC__
     __launch_bounds__(32, 16)
 #endif
-        attend_codes(
-#ifdef __CUDACC__
-            const __grid_constant__ CodesArguments a
-#else
-            const CodesArguments& a
-#endif
-        ) {
+        attend_codes(GIVEN(CodesArguments) a) {
     const u32 lane = thread_index();
     const int split = static_cast<int>(block_x()), line = static_cast<int>(block_y());
     const int head = line % a.heads, chunk = line / a.heads % a.chunks, b = line / (a.heads * a.chunks);

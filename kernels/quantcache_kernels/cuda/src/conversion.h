@@ -128,13 +128,7 @@ DEVICE void read_half(const u32* words, const ConversionArguments& a, int half, 
 
 // ---------------------------------------------------------------------- both ways
 
-KERNEL void BOUNDS(32) tiles_from_portable(
-#ifdef __CUDACC__
-    const __grid_constant__ ConversionArguments a
-#else
-    const ConversionArguments& a
-#endif
-) {
+KERNEL void BOUNDS(32) tiles_from_portable(GIVEN(ConversionArguments) a) {
     const u32 lane = thread_index();
     const u64 block = block_x();
     const Words2 place = a.places[block_y()];
@@ -162,13 +156,7 @@ KERNEL void BOUNDS(32) tiles_from_portable(
     if (second) write_half(codes, a, 1, second, lane, out + 16 * (width_of(first) - a.trellis));
 }
 
-KERNEL void BOUNDS(32) portable_from_tiles(
-#ifdef __CUDACC__
-    const __grid_constant__ ConversionArguments a
-#else
-    const ConversionArguments& a
-#endif
-) {
+KERNEL void BOUNDS(32) portable_from_tiles(GIVEN(ConversionArguments) a) {
     const u32 lane = thread_index();
     const u64 block = block_x();
     const Words2 place = a.places[block_y()];

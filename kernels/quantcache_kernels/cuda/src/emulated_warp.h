@@ -11,6 +11,7 @@
 
 #define KERNEL static
 #define BOUNDS(threads)
+#define GIVEN(arguments) const arguments&
 #define DEVICE static inline
 #define UNROLL
 #define ROLLED

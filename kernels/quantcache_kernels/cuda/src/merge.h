@@ -34,13 +34,7 @@ DEVICE void add_scaled(Four& sum, float factor, const Four& v) {
 
 // One query: merge the splits, turn sums of levels into a vector, add the tokens that are not encoded.
 // A block has 4 dim threads. In either product a thread has four columns of one row in so many.
-KERNEL void BOUNDS(1024) merge(
-#ifdef __CUDACC__
-    const __grid_constant__ MergeArguments a
-#else
-    const MergeArguments& a
-#endif
-) {
+KERNEL void BOUNDS(1024) merge(GIVEN(MergeArguments) a) {
     const int dim = a.dim, coefficients = a.coefficients, threads = 4 * dim, thread = static_cast<int>(thread_index());
     const int query = static_cast<int>(block_x()), line = static_cast<int>(block_y()), head = line % a.place.heads;
     const int place = line * a.place.rows + query;

@@ -26,13 +26,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 // A block has one line and every splits-th stretch of tokens. What a row does not see has a weight below zero, so that
 // nothing comes of its value, whatever that is.
-KERNEL void BOUNDS(NEAR_THREADS) attend_near(
-#ifdef __CUDACC__
-    const __grid_constant__ NearArguments a
-#else
-    const NearArguments& a
-#endif
-) {
+KERNEL void BOUNDS(NEAR_THREADS) attend_near(GIVEN(NearArguments) a) {
     const int thread = static_cast<int>(thread_index()), lane = thread % 32;
     const int split = static_cast<int>(block_x()), line = static_cast<int>(block_y());
     const Rows& place = a.queries.place;
@@ -177,13 +171,7 @@ struct AppendArguments {
 };
 
 // One vector of new keys or values into the tail: a warp for each.
-KERNEL void BOUNDS(32) append_tail(
-#ifdef __CUDACC__
-    const __grid_constant__ AppendArguments a
-#else
-    const AppendArguments& a
-#endif
-) {
+KERNEL void BOUNDS(32) append_tail(GIVEN(AppendArguments) a) {
     const int lane = static_cast<int>(thread_index()), vector = static_cast<int>(block_x());
     const int side = static_cast<int>(block_y()), token = vector % a.count;
     const u64 head = static_cast<u64>(vector / a.count % a.heads), b = static_cast<u64>(vector / (a.count * a.heads));
@@ -203,13 +191,7 @@ struct PlacesArguments {
 };
 
 // A new block: for launches that find their places in memory.
-KERNEL void BOUNDS(32) set_places(
-#ifdef __CUDACC__
-    const __grid_constant__ PlacesArguments a
-#else
-    const PlacesArguments& a
-#endif
-) {
+KERNEL void BOUNDS(32) set_places(GIVEN(PlacesArguments) a) {
     const u32* from = reinterpret_cast<const u32*>(&a.places);
     u32* to = reinterpret_cast<u32*>(a.there);
     for (u32 i = thread_index(); i < sizeof(Places) / 4; i += 32) to[i] = from[i];

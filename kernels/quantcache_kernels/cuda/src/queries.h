@@ -25,13 +25,7 @@ DEVICE void store_half(u8* place, float x) {
 }
 
 // Queries brought to every anchor and into coded coordinates, in fragment order.
-KERNEL void BOUNDS(TURN_THREADS) turn_queries(
-#ifdef __CUDACC__
-    const __grid_constant__ QueryArguments a
-#else
-    const QueryArguments& a
-#endif
-) {
+KERNEL void BOUNDS(TURN_THREADS) turn_queries(GIVEN(QueryArguments) a) {
     const int thread = static_cast<int>(thread_index()), line = static_cast<int>(block_y()), head = line % a.queries.place.heads;
     const int rows = a.queries.place.rows;
     const Places& places = places_of(a);

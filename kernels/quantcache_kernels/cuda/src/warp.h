@@ -23,6 +23,7 @@ struct alignas(16) Words4 {
 
 #define KERNEL extern "C" __global__
 #define BOUNDS(threads) __launch_bounds__(threads)
+#define GIVEN(arguments) const __grid_constant__ arguments  // read where the launch has put them
 #define DEVICE static __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
