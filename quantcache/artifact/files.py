@@ -189,8 +189,7 @@ def _require_pair(config_path: Path, ours: Any, tensors_path: Path, theirs: str 
 def _require_whole(path: Path, tensors: dict[str, Tensor], digest: str) -> None:
     """Refuse tensors that are not those that were written; digests of older versions do not tell."""
     expected, dash, _ = digest.partition("-")
-    found = checksum(tensors)
-    if dash and found != expected:
+    if dash and (found := checksum(tensors)) != expected:
         raise ArtifactError(
             f"{path} is damaged: its tensors have checksum {found[:12]}, expected {expected[:12]}; save it again"
         )

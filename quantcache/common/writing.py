@@ -223,8 +223,8 @@ def claim(file: int) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # the file system has no locks
-        return True
+    except OSError:
+        pass  # the file system has no locks
     return True
 
 
