@@ -136,13 +136,37 @@ bench-prefixes: $(STAMP) ## Measure conversations that take turns, with SmolLM2 
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
-# A part may be run by itself, ARGS="--parts residual_64": tables take each from the newest record that holds it.
-REAL = --text wikitext2_test.txt --context 1024 --weights
+# Five runs, as many at a time as there are cores, each with one thread: models as small as these gain little from a second.
+# Each writes a record; tables take every part from the newest that holds it.
+REAL_RUNS := gemma3 8192 residuals others recommended
+REAL_METHODS := dense,spectral-2,spectral-2.5,spectral-3,fp8,quanto-2,quanto-4,spectral-4,kivi-2,kivi-3,kivi-4,quarot-2,$\
+quarot-3,quarot-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4,hqq-4,oscar-2,oscar-3,oscar-4,int4-token-head,q4_0,$\
+q8_0,kvarn-k4v2-64,kvarn-k4v4-64,kvarn-k3v3-64,kvarn-k2v2-64
+REAL_CHOICE := dense,spectral-2,spectral-2.5,spectral-3,spectral-4,fp8,quanto-4,kivi-2,kivi-4,quarot-3,turboquant-mse-3,$\
+oscar-3,kvarn-k4v2-64
+REAL = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/fidelity.py --text wikitext2_test.txt --context 1024 \
+  --weights --methods $(REAL_METHODS) --choice $(REAL_CHOICE)
+SMOLLM2 = $(REAL) --model smollm2-135m --calibration calibrations/smollm2-135m --windows 4 --residuals 64 0 256 \
+  --contexts 4096 8192
 
 bench-real: $(STAMP) ## The same on two trained models of quantcache[real] (2 hours); options in ARGS="..."
-	$(BIN)/python benchmarks/fidelity.py --model smollm2-135m --calibration calibrations/smollm2-135m \
-	  $(REAL) --residuals 64 0 256 --contexts 4096 8192 $(ARGS)
-	$(BIN)/python benchmarks/fidelity.py --model gemma3-270m $(REAL) --contexts 4096 $(ARGS)
+	@$(MAKE) --no-print-directory -k -j $(JOBS) $(REAL_RUNS:%=bench-real-%)
+
+.PHONY: $(REAL_RUNS:%=bench-real-%)
+bench-real-gemma3: $(STAMP)
+	$(REAL) --model gemma3-270m --calibration-tokens 16384 --windows 2 --contexts 4096 $(ARGS)
+
+bench-real-8192: $(STAMP)
+	$(SMOLLM2) --parts context_8192 $(ARGS)
+
+bench-real-residuals: $(STAMP)
+	$(SMOLLM2) --parts residual_64 residual_0 $(ARGS)
+
+bench-real-others: $(STAMP)
+	$(SMOLLM2) --parts residual_256 context_4096 wikipedia $(ARGS)
+
+bench-real-recommended: $(STAMP)
+	$(SMOLLM2) --parts recommended $(ARGS)
 
 bench-ablations: $(STAMP) ## Measure every choice of the codec (about an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/ablations.py $(ARGS)
