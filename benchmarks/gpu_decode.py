@@ -38,7 +38,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quantcache import backends
 from quantcache.attention.function import spectral_attention
-from quantcache.backends import AttentionCall, triton
+from quantcache.backends import AttentionCall, trials
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.packing import BLOCK
 from quantcache.common.env import environment
@@ -98,7 +98,7 @@ def main() -> None:
     run = Run(device, options.tiny, until, log_path("gpu-decode"), coding=options.coding)
     print(f"figures: {run.log}", file=sys.stderr, flush=True)
     metrics: dict[str, Any] = {"gpu": gpu_state()}
-    triton.UNTRIED.add(device.type)  # kernels are timed even if they are wrong; parity and "difference" tell
+    trials.UNTRIED.add(device.type)  # kernels are timed even if they are wrong; parity and "difference" tell
     run.keep("environment", {**environment(), "gpu": metrics["gpu"], "settings": vars(options)})
     parts: dict[str, Callable[[], Any]] = {
         "parity": lambda: parity(run, options),

@@ -16,8 +16,8 @@ from torch import Tensor
 from quantcache.backends.base import Backend, Fields, Stage, refused_by_kernels
 from quantcache.backends.padding import shows_padding
 from quantcache.backends.reference import REFERENCE
-from quantcache.backends.trials import rejected
-from quantcache.backends.triton import TRIAL_BLOCKS, Trial, TritonBackend, attends_rightly, trusted
+from quantcache.backends.trials import TRIAL_BLOCKS, Trial, attends_rightly, passes, rejected
+from quantcache.backends.triton import TritonBackend
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
@@ -250,7 +250,7 @@ def _converts_rightly(codec: SpectralCodec, device: torch.device, some: Callable
     if device.type not in conversion.LOADERS:
         return False
     geometry = (codec.coding, codec.dim, codec.frame.num_fast, codec.holds_values)
-    return trusted("convert", device, geometry, functools.partial(_conversion_trial, codec, some), CudaBackend.name)
+    return passes("convert", CudaBackend.name, device, geometry, functools.partial(_conversion_trial, codec, some))
 
 
 def _conversion_trial(codec: SpectralCodec, some: Callable[[], Tensor]) -> Trial:

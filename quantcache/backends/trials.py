@@ -7,17 +7,34 @@ What it may differ by is not chosen here: it is twice what plain torch differs b
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quantcache.backends import reference
+from quantcache.backends.base import Backend
+from quantcache.backends.view import CacheView
+from quantcache.coding.codec import SpectralCodec
+from quantcache_kernels.interface import AttentionCall
+
 logger = logging.getLogger(__name__)
 
 FLOOR = 1e-6
 """Relative difference allowed on top, as in the parity suite."""
+
+TRIAL_BLOCKS = 2
+"""Blocks of the work at hand that a kernel is tried on."""
+
+UNTRIED = {"cpu"}
+"""Devices where a kernel is not tried: on a CPU it is the interpreter's, which nobody uses but tests."""
+
+Trial = tuple[Callable[[], Tensor], Tensor, Tensor]
+"""A call of the kernel, plain torch's result, and the same of plain torch done another way (see :func:`passes`)."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +72,9 @@ def passes(
     backend: str,
     device: torch.device,
     geometry: Hashable,
-    work: Callable[[], tuple[Callable[[], Tensor], Tensor, Tensor]],
+    work: Callable[[], Trial],
 ) -> bool:
-    """Try a kernel once for every geometry.
+    """Whether a kernel may be used: it is tried once in every geometry.
 
     Args:
         operation: ``"attend"``, ``"encode"``, ``"decode"`` or ``"convert"``.
@@ -70,6 +87,8 @@ def passes(
     Returns:
         Whether the kernel may be used. If not, a warning has said so, once for an operation and a device.
     """
+    if device.type in UNTRIED:
+        return True
     place = (operation, backend, str(device))
     if place in _rejected:
         return False
@@ -86,11 +105,45 @@ def passes(
     return not _outcomes[key].problem
 
 
+def attends_rightly(
+    backend: Backend, query: Tensor, view: CacheView, call: AttentionCall, shape: tuple[Hashable, ...]
+) -> bool:
+    """Whether a backend's attention may be used for a call: it is tried once in each geometry.
+
+    Args:
+        backend: The backend.
+        query: As of ``Backend.attend``.
+        view: As of ``Backend.attend``.
+        call: As of ``Backend.attend``.
+        shape: What of the queries' shape chooses the kernel.
+
+    Returns:
+        True if so.
+    """
+    keys, values = view.key.codec, view.value.codec
+    assert isinstance(keys, SpectralCodec)
+    assert isinstance(values, SpectralCodec)
+    codecs = (keys.dim, keys.frame.num_fast, values.dim, keys.coding, values.coding)
+    given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
+    work = functools.partial(attention_trial, backend, query, view, call)
+    return passes("attend", backend.name, query.device, (*codecs, *shape, query.dtype, *given), work)
+
+
+@torch.no_grad()
+def attention_trial(backend: Backend, query: Tensor, view: CacheView, call: AttentionCall) -> Trial:
+    """Attention on some blocks, for :func:`passes`; arguments as for ``Backend.attend``."""
+    small = view.first_blocks(TRIAL_BLOCKS)
+    if call.mask is not None:
+        call = call._replace(mask=call.mask.new_ones(*call.mask.shape[:3], small.length))
+    plain = reference.attend(query.float(), small, call)
+    return functools.partial(backend.attend, query, small, call), plain, reference.own_precision(query, small, call)
+
+
 def attempt(
     operation: str,
     backend: str,
     device: torch.device,
-    work: Callable[[], tuple[Callable[[], Tensor], Tensor, Tensor]],
+    work: Callable[[], Trial],
 ) -> Outcome:
     """Try a kernel; see :func:`passes`.
 
@@ -120,6 +173,22 @@ def attempt(
     if not difference <= allowed:  # NaN too
         problem = f"it differs from plain torch by {difference:.2e} of the result, more than {allowed:.2e}"
     return Outcome(operation, backend, name, difference, allowed, problem)
+
+
+@contextmanager
+def without_trials() -> Iterator[None]:
+    """Use the kernels whatever their trials say, inside the context: for whoever judges them by another measure.
+
+    Yields:
+        Nothing.
+    """
+    before = set(UNTRIED)
+    UNTRIED.update(("cuda", "xpu"))
+    try:
+        yield
+    finally:
+        UNTRIED.clear()
+        UNTRIED.update(before)
 
 
 def versions() -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quantcache.backends import reference, trials
 from quantcache.backends.base import Backend, Fields, refused_by_kernels
+from quantcache.backends.trials import TRIAL_BLOCKS, Trial, attends_rightly, passes
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
@@ -23,16 +21,8 @@ if TYPE_CHECKING:
 
 # Modules of quantcache_kernels.triton are imported where they are used: importing them imports Triton.
 
-TRIAL_BLOCKS = 2
-
 REACH = 1 << 31
 """Elements that the kernels' products of 32 bits can tell apart."""
-
-UNTRIED = {"cpu"}
-"""Devices where a kernel is not tried: on a CPU it is the interpreter's, which nobody uses but tests."""
-
-Trial = tuple[Callable[[], Tensor], Tensor, Tensor]
-"""See :func:`quantcache.backends.trials.passes`."""
 
 
 class TritonBackend(Backend):
@@ -96,14 +86,14 @@ class TritonBackend(Backend):
         work = functools.partial(_encoding_trial, codec, x, block_table, left_padding)
         dims = (codec.dim, codec.frame.num_fast, codec.frame.is_identity)
         geometry = (codec.coding, *dims, x.dtype, left_padding is not None)
-        if not trusted("encode", x.device, geometry, work):
+        if not passes("encode", self.name, x.device, geometry, work):
             return codec.encode(x, block_table, left_padding)
         return encode(codec, x, block_table, left_padding)
 
     def _decode(self, codec: SpectralCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
         work = functools.partial(_decoding_trial, codec, fields, block_table, left_padding)
         geometry = (codec.coding, codec.dim, codec.frame.num_fast, codec.frame.is_identity, left_padding is None)
-        if not trusted("decode", fields["codes"].device, geometry, work):
+        if not passes("decode", self.name, fields["codes"].device, geometry, work):
             return codec.decode(fields, block_table, left_padding)
         return decode(codec, fields, block_table, left_padding)
 
@@ -154,74 +144,6 @@ def decode(codec: SpectralCodec, fields: Fields, block_table: Tensor, left_paddi
 
 
 # ----------------------------------------------------------------------- first use
-
-
-@contextmanager
-def without_trials() -> Iterator[None]:
-    """Use the kernels whatever their trials say, inside the context: for whoever judges them by another measure.
-
-    Yields:
-        Nothing.
-    """
-    before = set(UNTRIED)
-    UNTRIED.update(("cuda", "xpu"))
-    try:
-        yield
-    finally:
-        UNTRIED.clear()
-        UNTRIED.update(before)
-
-
-def trusted(
-    operation: str, device: torch.device, geometry: Hashable, work: Callable[[], Trial], name: str = "triton"
-) -> bool:
-    """Whether a kernel may be used: it is tried once in each geometry.
-
-    Args:
-        operation: What it does.
-        device: Where.
-        geometry: As of :func:`quantcache.backends.trials.passes`.
-        work: As of :func:`quantcache.backends.trials.passes`.
-        name: Whose kernel it is.
-
-    Returns:
-        True if so.
-    """
-    return device.type in UNTRIED or trials.passes(operation, name, device, geometry, work)
-
-
-def attends_rightly(
-    backend: Backend, query: Tensor, view: CacheView, call: AttentionCall, shape: tuple[Hashable, ...]
-) -> bool:
-    """Whether a backend's attention may be used for a call: it is tried once in each geometry.
-
-    Args:
-        backend: The backend.
-        query: As of ``Backend.attend``.
-        view: As of ``Backend.attend``.
-        call: As of ``Backend.attend``.
-        shape: What of the queries' shape chooses the kernel.
-
-    Returns:
-        True if so.
-    """
-    keys, values = view.key.codec, view.value.codec
-    assert isinstance(keys, SpectralCodec)
-    assert isinstance(values, SpectralCodec)
-    codecs = (keys.dim, keys.frame.num_fast, values.dim, keys.coding, values.coding)
-    given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
-    work = functools.partial(attention_trial, backend, query, view, call)
-    return trusted("attend", query.device, (*codecs, *shape, query.dtype, *given), work, backend.name)
-
-
-@torch.no_grad()
-def attention_trial(backend: Backend, query: Tensor, view: CacheView, call: AttentionCall) -> Trial:
-    """Attention on some blocks, for :func:`quantcache.backends.trials.passes`; arguments as for ``Backend.attend``."""
-    small = view.first_blocks(TRIAL_BLOCKS)
-    if call.mask is not None:
-        call = call._replace(mask=call.mask.new_ones(*call.mask.shape[:3], small.length))
-    plain = reference.attend(query.float(), small, call)
-    return functools.partial(backend.attend, query, small, call), plain, reference.own_precision(query, small, call)
 
 
 @torch.no_grad()

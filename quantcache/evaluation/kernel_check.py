@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from quantcache import backends
 from quantcache.artifact.calibration import Calibration
-from quantcache.backends import REFERENCE, AttentionCall, reference, trials, triton
+from quantcache.backends import REFERENCE, AttentionCall, reference, trials
 from quantcache.backends.padding import Grid
 from quantcache.backends.trials import Outcome
 from quantcache.cache.layer import SpectralLayer
@@ -104,7 +104,7 @@ def _outcomes(
     decoded = of_both(lambda side, codec: codec.decode(codec.encode(some[side], block_table, None), block_table, None))
     exact, single = plainly(torch.float64), plainly(torch.float32)
     portable = converted(False)
-    with triton.without_trials():  # they are tried here
+    with trials.without_trials():  # they are tried here
         found = [
             trials.attempt("attend", name, device, lambda: (attend, plain, own)),
             trials.attempt("encode", name, device, lambda: (lambda: of_both(encode), given, decoded)),

@@ -344,7 +344,7 @@ def test_a_kernel_is_tried_before_its_first_use(
     factor: float, emulated: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trials.forget()
-    monkeypatch.setattr(triton, "UNTRIED", set())
+    monkeypatch.setattr(trials, "UNTRIED", set())
     attend = kernels.attend
     monkeypatch.setattr(kernels, "attend", lambda *args: factor * attend(*args))
     filled = fill(in_bfloat16(Case(tokens=280, pads=(0, 9))))

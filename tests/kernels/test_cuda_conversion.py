@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcache import backends
-from quantcache.backends import cuda, trials, triton
+from quantcache.backends import cuda, trials
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import CodecSettings, Coding
@@ -142,7 +142,7 @@ def test_kernels_are_tried_before_their_first_use(
     wrong: int, emulated: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trials.forget()
-    monkeypatch.setattr(triton, "UNTRIED", set())
+    monkeypatch.setattr(trials, "UNTRIED", set())
     counted, backend = Counted(wrong), backends.find("cuda")
     monkeypatch.setitem(conversion.LOADERS, "cpu", counted)
     with caplog.at_level(logging.WARNING, logger="quantcache.backends.trials"):
@@ -165,7 +165,7 @@ def test_where_the_kernels_do_not_compile_plain_torch_converts(
         raise RuntimeError("the CUDA kernels do not compile: no luck")
 
     trials.forget()
-    monkeypatch.setattr(triton, "UNTRIED", set())
+    monkeypatch.setattr(trials, "UNTRIED", set())
     monkeypatch.setitem(conversion.LOADERS, "cpu", loader)
     codec = codecs(Case())["value"]
     words = random_words(codec)

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No trial is remembered, and the interpreter is tried too."""
     trials.forget()
-    monkeypatch.setattr(triton, "UNTRIED", set())
+    monkeypatch.setattr(trials, "UNTRIED", set())
     yield
     trials.forget()
 
