@@ -14,10 +14,12 @@ USER_STAMP := $(VENV)/.installed-for-use
 FLOOR_STAMP := $(FLOOR_VENV)/.installed
 LM_EVAL_STAMP := $(LM_EVAL_VENV)/.installed
 PIP_FLAGS := -qq --disable-pip-version-check --no-input
+# Python compiles what is imported when it is first imported, and keeps it: all of torch and transformers takes a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-triton quality style test-matrix test-lm-eval support soak asan bench-cpu bench-gpu \
+.PHONY: help venv demo test test-triton quality lint style test-matrix test-lm-eval support soak asan bench-cpu bench-gpu \
   bench-gpu-quick compile-gpu bench-decode bench-prefixes bench-fidelity bench-real bench-ablations bench-findings \
   bench-absorb bench-suites second-model tables tables-check build clean distclean
 
@@ -36,8 +38,9 @@ define install
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || { rm -rf $(1); \
 	  echo "$(PYTHON) cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(1) under $(2); the first time takes minutes ..."
-	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch setuptools
-	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '$(or $(3),$(EVERYTHING))'
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) --no-compile -c $(2) torch setuptools
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) --no-compile -c $(2) --no-build-isolation -e '$(or $(3),$(EVERYTHING))'
+	@$(1)/bin/python -c 'import quantcache; [getattr(quantcache, name) for name in quantcache.__all__]'
 	@touch $@
 endef
 
@@ -67,22 +70,26 @@ $(LM_EVAL_STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@mkdir -p $(LM_EVAL_VENV)
 	@sed '/^python-dateutil==/d' constraints.txt > $(LM_EVAL_VENV)/constraints.txt
 	$(call install,$(LM_EVAL_VENV),$(LM_EVAL_VENV)/constraints.txt)
-	@$(LM_EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(LM_EVAL_VENV)/constraints.txt \
+	@$(LM_EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-compile -c $(LM_EVAL_VENV)/constraints.txt \
 	  --no-build-isolation -e '.[lm-eval]'
 
 demo: $(firstword $(wildcard $(STAMP)) $(USER_STAMP)) ## Set up, then compress the cache of the bundled model and show what it costs
 	@$(BIN)/quantcache demo $(ARGS)
 
-test: quality ## Set up, then lint, format check, types and the tests (what CI runs)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not triton" $(ARGS)
+# Types are checked while the tests run: mypy takes more than a minute of one core.
+test: lint ## Set up, then lint, format check, types and the tests (what CI runs)
+	$(BIN)/mypy & $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not triton" $(ARGS); tests=$$?; \
+	  wait $$! || { echo "mypy's errors stand above" >&2; exit 1; }; exit $$tests
 
-test-triton: $(STAMP) ## Triton's kernels under the interpreter, and compiled for GPUs (what CI runs next, minutes)
+test-triton: $(STAMP) ## Triton's kernels under the interpreter, and compiled for GPUs (what CI runs too, minutes)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m triton $(ARGS)
 
-quality: $(STAMP) ## Check lint, format and types; change nothing
+quality: lint ## Check lint, format and types; change nothing
+	$(BIN)/mypy
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 style: $(STAMP) ## Repair lint and format where that can be done automatically
 	$(BIN)/ruff check --fix .
