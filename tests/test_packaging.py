@@ -168,6 +168,7 @@ def test_every_public_name_can_be_had() -> None:
         quantcache.no_such_name  # noqa: B018
 
 
+@pytest.mark.slow
 def test_attention_is_registered_once_the_models_are_loaded() -> None:
     code = (
         "import quantcache, inspect\n"
@@ -312,6 +313,7 @@ def test_the_map_of_the_source_is_whole() -> None:
     assert not [path for path in paths if not any((base / path).exists() for base in (PACKAGE, ROOT))]
 
 
+@pytest.mark.slow
 def test_attention_runs_where_nothing_of_quantcache_was_used_yet() -> None:
     code = (
         "import quantcache, torch\n"

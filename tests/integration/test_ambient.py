@@ -323,6 +323,7 @@ MIXTURES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.support("keys and values of different dtypes")
 @pytest.mark.parametrize(
     ("key", "value", "backend"),

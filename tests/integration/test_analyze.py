@@ -199,6 +199,7 @@ def test_another_models_calibration_is_refused() -> None:
         analyze(shared_model(LLAMA), Letters(), letters(600), calibration=other, progress=False)
 
 
+@pytest.mark.slow
 def test_command(run: Run, tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     """On the bundled model: three files that agree, a prediction within twice of what was measured."""
     status, out, err = run(

@@ -120,6 +120,7 @@ def test_codes_do_not_depend_on_arrival(
     assert whole.get_seq_length() == cuts[-1]
 
 
+@pytest.mark.slow
 @given(names, edges(), sinks, residuals, backends, st.tuples(st.integers(0, 150), st.integers(0, 150), st.just(0)))
 @example("llama", list(range(0, 200)), 4, 0, "torch", (37, 3, 0))
 @example("llama", [0, 50, 100, 300], 4, 0, "auto", (120, 70, 0))

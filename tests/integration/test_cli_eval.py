@@ -58,6 +58,7 @@ def folder(
     return folder
 
 
+@pytest.mark.slow
 def test_several_suites_make_one_record(run: Run, folder: Path) -> None:
     arguments = (*EVAL, "--quick", "--suite", "fidelity,routing,memory,qa", "--qa", "qa.jsonl")
     arguments = (*arguments, "--methods", "dense,spectral-3", "--residual", "0,64", "--context", "128,192")

@@ -98,6 +98,7 @@ def step_by_step(
     return torch.cat(logits, dim=1), compiled
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_backends(backend: str) -> None:
@@ -113,6 +114,7 @@ def test_backends(backend: str) -> None:
     report(f"torch.compile with {backend}", {"graphs": compiled[-1], "graph_breaks": breaks()})
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 def test_a_graph_serves_all_tokens_blocks_and_caches() -> None:
     model = model_of("llama")
@@ -158,6 +160,7 @@ def test_one_query_without_padding_needs_no_mask(count: int, options: dict[str, 
     assert needed or mask() is None  # transformers itself makes none where nothing is traced
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 @pytest.mark.parametrize("name", ["gemma3", "gemma4-sharing"])
 def test_families(name: str) -> None:
@@ -173,6 +176,7 @@ def test_families(name: str) -> None:
     assert compiled[2] == compiled[-1], compiled
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 def test_autocast() -> None:
     model = model_of("llama", layers=1)
@@ -184,6 +188,7 @@ def test_autocast() -> None:
         assert torch.equal(found, step_by_step(model, plain, tokens)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile with any attention")
 def test_stock_attention_reads_dense_tensors() -> None:
     model = model_of("llama", "sdpa", layers=1)
@@ -221,6 +226,7 @@ def test_padded_rows_are_coded_from_where_they_begin() -> None:
     assert breaks() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 @pytest.mark.parametrize("trained", ["", "q_proj"])
 def test_gradients_pass(trained: str) -> None:
@@ -259,6 +265,7 @@ def test_what_nobody_reads_is_cached() -> None:
     assert torch.equal(layer.tails["value"], other.tails["value"])
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 def test_errors_are_the_same_and_leave_the_cache_as_it_was() -> None:
     model = model_of("llama", layers=1)

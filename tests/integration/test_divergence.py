@@ -80,6 +80,7 @@ def test_greedy_texts_depart_where_it_says(tiny: PreTrainedModel, tokens: torch.
     assert high.median is None or high.median > low.median
 
 
+@pytest.mark.slow
 def test_curves_are_what_two_caches_say(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
     """KL divergence token by token, and the line through it by least squares."""
     cells = Cells()

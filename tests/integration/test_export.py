@@ -198,6 +198,7 @@ print((kilobytes("VmHWM") - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_of_a_sharded_export(tmp_path: Path) -> None:
     config = LlamaConfig(
@@ -421,6 +422,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, calibration: Calibration, monk
     refused(folder, calibration, OSError, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_terminated_export_leaves_nothing(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
     calibration.save_pretrained(tmp_path / "calibration")
     stop = "import time, quantcache.export.checkpoint as c; c.Checkpoint.write = lambda *a: time.sleep(60)"

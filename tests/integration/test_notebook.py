@@ -23,6 +23,7 @@ def cells() -> list[dict[str, Any]]:
     return notebook["cells"]
 
 
+@pytest.mark.slow
 @pytest.mark.support("the notebook of examples/")
 def test_all_cells_run(
     cells: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -223,6 +223,7 @@ def completed(client: Any, model: str, **options: Any) -> Any:
     return client.completions.create(**{"model": model, "prompt": STORY, "temperature": 0, "max_tokens": 8, **options})
 
 
+@pytest.mark.slow
 @stopping
 def test_a_chat_ends_before_what_stops_it(templated: str, chatty: str) -> None:
     said = answer(rendered(STORY), own=True)
@@ -332,6 +333,7 @@ def test_what_the_server_says_of_itself(client: Any, chatty: str) -> None:
 # ---------------------------------------------------------------------- prefixes
 
 
+@pytest.mark.slow
 @turning
 def test_turns_of_a_chat_go_on_after_a_restart(chatty: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chatty)

@@ -273,6 +273,7 @@ def test_help_names_the_models(run: Run, verb: str) -> None:
         assert name in shown
 
 
+@pytest.mark.slow
 def test_calibrations_by_the_names_of_their_models(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(bundled_calibrations()) == {"wiki11m", "smollm2-135m"}
     for name, layers in (("wiki11m", 6), ("smollm2-135m", 30)):

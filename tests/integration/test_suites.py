@@ -403,6 +403,7 @@ def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer
 # ---------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_caches_hold(tiny: PreTrainedModel) -> None:
     calibration = Calibration.synthetic(tiny.config)
     methods = parse_methods(["dense", "spectral-3", "turboquant-mse-3"], tiny.config, calibration)
@@ -492,6 +493,7 @@ def test_an_early_exit_draft_is_the_model_cut_short(tiny: PreTrainedModel, token
 # ---------------------------------------------------------------- all together
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(
     tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -557,6 +559,7 @@ def test_one_method_that_fails_leaves_the_others(
         runner.run(material, Plan(("luck",), ("dense",), (128,), 256))
 
 
+@pytest.mark.slow
 def test_every_suite_gives_a_sound_record(tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     text = data.evaluation_text()
     questions = [qa.Question("q", text[:300], "What is it?", ("nothing",))]
@@ -609,6 +612,7 @@ def test_a_models_hash_follows_its_weights(tiny: PreTrainedModel) -> None:
     assert changed != before
 
 
+@pytest.mark.slow
 def test_the_documented_calls_work(
     tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, capsys: Any
 ) -> None:

@@ -176,6 +176,7 @@ def test_an_answer_is_what_generate_says(demo_model: PreTrainedModel, demo_token
         assert said
 
 
+@pytest.mark.slow
 def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     """What every method finds, and that few bits find less: codes of 0 bits are not dense keys in disguise."""
     task = exercises.records(demo_tokenizer, data.evaluation_text(), [220], count=2, seeds=2)

@@ -159,6 +159,7 @@ def at_import(wanted):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
 def test_interrupted(folder: Path, tmp_path: Path, moment: str) -> None:
     arguments = ["calibrate", "wiki11m", "--text", str(folder / "text.txt"), "-o", str(tmp_path / "out")]
@@ -310,6 +311,7 @@ def test_a_folder_that_was_made_goes_with_the_failure(run: Run, folder: Path, tm
         assert "no folder ./none" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("failure", [HubError("the Hub is away"), KeyboardInterrupt()], ids=["error", "interrupted"])
 def test_a_push_that_fails_keeps_the_calibration(

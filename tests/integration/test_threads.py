@@ -21,6 +21,7 @@ OURS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTEST_ADDOPTS")
 """Variables that would give the processes something else than torch's defaults."""
 
 
+@pytest.mark.slow
 @pytest.mark.support("another number of threads")
 def test_at_other_numbers_of_threads() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith("PYTEST_XDIST")}

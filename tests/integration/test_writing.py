@@ -185,6 +185,7 @@ for name in ("calibration", "cache"):
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_files_and_one_error(tmp_path: Path) -> None:
     calibration().save_pretrained(tmp_path / "calibration")
     (tmp_path / "cache").write_bytes(b"old")
@@ -200,6 +201,7 @@ def test_a_full_disk_leaves_the_old_files_and_one_error(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_terminated_calibration_leaves_nothing(tmp_path: Path) -> None:
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text("The city of Leiden lies on the old Rhine. " * 100, "utf-8")
@@ -283,6 +285,7 @@ def test_folders_that_are_written_into_are_left_alone(tmp_path: Path) -> None:
         assert longer.exists()
 
 
+@pytest.mark.slow
 def test_two_runs_with_the_same_cells(tmp_path: Path) -> None:
     path, settings = tmp_path / "run.cells", {"context": 512}
     code = (

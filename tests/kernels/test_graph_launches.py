@@ -85,6 +85,7 @@ def test_all_steps_launch_the_same(
     assert len(layers[0].spans) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.support("decoding steps that a CUDA graph can repeat, emulated")
 @pytest.mark.parametrize("padding", [(), (0, 7)])
 def test_what_was_launched_before_a_block_serves_what_comes_behind_it(

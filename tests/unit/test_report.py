@@ -172,6 +172,7 @@ def numbers(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found + [each for key, value in items for each in numbers(value, (*path, key))]
 
 
+@pytest.mark.slow
 def test_absurd_numbers_render_or_are_refused(tmp_path: Path) -> None:
     text = make_report(layers=2, heads=1, dim=4).to_json()
     places = numbers(json.loads(text))
