@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quantcache.artifact import cache_layout
 from quantcache.artifact.card import is_repo_id
 from quantcache.coding.schema import LayerCalibration, Metadata
+from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, CalibrationWarning
 
 FINGERPRINT = "fingerprint"
@@ -48,8 +49,8 @@ FREQUENCY_TOLERANCE = 0.01
 
 _PROJECTION = re.compile(r"(^|[._])(k_proj|v_proj|key|value|qkv\w*|kv\w*|c_attn|query_key_value|Wqkv)([._]|$)")
 
-_ADAPTED = "base_layer"
-"""What an adapter calls the module that it adds to."""
+_WRAPPED = "base_model.model."
+"""What begins the names in fingerprints that were taken through PEFT's wrapper."""
 
 Fingerprint = dict[str, dict[str, list[Any]]]
 """Shape of each sampled weight, and the sampled elements."""
@@ -62,7 +63,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """A few elements of a few weights: two checkpoints of one architecture differ in them.
 
     Casts to another dtype leave them what they are within rounding, which a digest would not. Weights that are
-    quantized, split or not in memory are left out.
+    quantized, split or not in memory are left out. LoRA counts as if it was merged.
 
     Args:
         model: Model with its weights loaded; offloaded weights are left out.
@@ -70,8 +71,9 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     Returns:
         Samples by name of the parameter, ready for JSON; empty where no weight is plain.
     """
-    names = {name: parameter for name, parameter in model.named_parameters() if _is_plain(parameter)}
-    embedding = _embedding_name(model)
+    parameters, read = compat.weights(model)
+    names = {name: parameter for name, parameter in parameters.items() if _is_plain(parameter)}
+    embedding = _embedding_name(model, parameters)
     projections = [name for name in names if name != embedding and _PROJECTION.search(name)]
     others = projections or [name for name in names if name != embedding]
     last = max(len(others) - 2, 0)
@@ -81,10 +83,11 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
         wanted.insert(0, str(embedding))
     return {
         name: {
-            "shape": list(names[name].shape),
-            "values": _sample(names[name], tuple(names[name].shape), name == embedding),
+            "shape": list(weight.shape),
+            "values": _sample(weight, tuple(weight.shape), name == embedding),
         }
         for name in wanted
+        if (weight := read(name)) is not None
     }
 
 
@@ -186,13 +189,11 @@ def other_weights(base_model: dict[str, Any], model: PreTrainedModel) -> str | N
     Returns:
         The first weight that differs, ``""`` if none does, None where nothing can be compared.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    parameters = dict(model.named_parameters())
-    recorded: Fingerprint = base_model.get(FINGERPRINT) or {}
-    for name in recorded:
-        if name not in parameters and _is_adapted(name, model):
+    parameters, read = compat.weights(model)
+    for name in _recorded(base_model):
+        if read(name) is None and _is_adapted(name, compat.unwrapped(model)):
             return name
-    return other_weight(base_model, parameters.get, _embedding_name(model))
+    return other_weight(base_model, read, _embedding_name(model, parameters))
 
 
 def other_weight(base_model: dict[str, Any], read: ReadWeight, embedding: str | None = None) -> str | None:
@@ -206,9 +207,8 @@ def other_weight(base_model: dict[str, Any], read: ReadWeight, embedding: str | 
     Returns:
         The first weight that differs, ``""`` if none does, None where nothing can be compared.
     """
-    recorded: Fingerprint = base_model.get(FINGERPRINT) or {}
     compared = False
-    for name, entry in recorded.items():
+    for name, entry in _recorded(base_model).items():
         parameter = read(name)
         if parameter is None or not _is_plain(parameter):
             continue
@@ -290,6 +290,11 @@ def other_name(base_model: dict[str, Any], config: PreTrainedConfig) -> str | No
     return f"it was made on {ours}, this model is {theirs}"
 
 
+def _recorded(base_model: dict[str, Any]) -> Fingerprint:
+    """The fingerprint of an artifact, by the names that weights have in the model itself."""
+    return {name.removeprefix(_WRAPPED): entry for name, entry in (base_model.get(FINGERPRINT) or {}).items()}
+
+
 def _is_plain(parameter: Tensor) -> bool:
     """Whether a weight is whole, in memory and in a dtype that values can be read in."""
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -301,20 +306,20 @@ def _is_adapted(name: str, model: PreTrainedModel) -> bool:
     """Whether a weight is missing because an adapter (PEFT's LoRA and the like) is at work on one side alone."""
     stem, _, last = name.rpartition(".")
     modules = dict(model.named_modules())
-    if stem.endswith(f".{_ADAPTED}"):
-        plain = stem.removesuffix(f".{_ADAPTED}")
+    if stem.endswith(f".{compat.ADAPTED}"):
+        plain = stem.removesuffix(f".{compat.ADAPTED}")
         return hasattr(modules.get(plain), last)
     adapter = modules.get(stem)
-    return f"{stem}.{_ADAPTED}" in modules and not getattr(adapter, "disable_adapters", False)
+    return f"{stem}.{compat.ADAPTED}" in modules and not getattr(adapter, "disable_adapters", False)
 
 
-def _embedding_name(model: PreTrainedModel) -> str | None:
+def _embedding_name(model: PreTrainedModel, parameters: dict[str, Tensor]) -> str | None:
     """Name of the input embeddings."""
     try:
         weight = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
         return None
-    return next((name for name, parameter in model.named_parameters() if parameter is weight), None)
+    return next((name for name, parameter in parameters.items() if parameter is weight), None)
 
 
 def _sample(parameter: Tensor, shape: tuple[int, ...], is_embedding: bool) -> list[float]:

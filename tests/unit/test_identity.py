@@ -124,6 +124,88 @@ def test_adapters_on_one_side_alone(calibration: Calibration, model: LlamaForCau
     calibration.check_compatible(adapted, strict=True)
 
 
+class Lora(Adapter):
+    """A projection with a LoRA adapter, by the names that PEFT gives its parts."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__(base)
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(2, base.out_features, bias=False)})
+        self.active_adapters, self.disable_adapters, self.merged = ["default"], False, False
+        del self.added
+
+    def get_delta_weight(self, name: str) -> torch.Tensor:
+        """What merging would add."""
+        return self.lora_B[name].weight @ self.lora_A[name].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Both."""
+        added: torch.Tensor = self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+        return added
+
+
+class Wrapper(torch.nn.Module):
+    """What ``get_peft_model()`` returns: the model is two modules further in, and every name begins with those."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+
+    def get_base_model(self) -> torch.nn.Module:
+        """The model."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model").model, name)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The model's."""
+        return self.base_model.model(*args, **kwargs)
+
+
+def test_adapters_in_a_wrapper(calibration: Calibration, model: LlamaForCausalLM) -> None:
+    """All names begin otherwise in PEFT's wrapper; nothing was compared."""
+    adapted = make()
+    calibration.check_compatible(Wrapper(adapted), strict=True)
+    assert fingerprint(Wrapper(adapted)) == fingerprint(model)
+    for layer in adapted.model.layers:
+        layer.self_attn.v_proj = Lora(layer.self_attn.v_proj)
+    wrapped = Wrapper(adapted)
+    own = calibrated(wrapped)
+    old = {f"base_model.model.{name}": entry for name, entry in own.metadata.base_model[FINGERPRINT].items()}
+    earlier = Calibration(own.layers, replace(own.metadata, base_model={**own.metadata.base_model, FINGERPRINT: old}))
+    for found in (own, earlier):
+        found.check_compatible(wrapped, strict=True)
+        found.check_compatible(adapted, strict=True)
+        with pytest.raises(CalibrationMismatch, match=r"the weights of .*v_proj.weight differ"):
+            found.check_compatible(model, strict=True)
+    for given in (wrapped, adapted):
+        with pytest.raises(CalibrationMismatch, match=r"the weights of .*v_proj.weight differ"):
+            calibration.check_compatible(given, strict=True)
+    for layer in adapted.model.layers:
+        layer.self_attn.v_proj.disable_adapters = True
+    calibration.check_compatible(wrapped, strict=True)
+
+
+def test_an_adapter_that_has_been_merged(calibration: Calibration) -> None:
+    """A model is the same with its adapter merged or not."""
+    adapted, merged = make(), make()
+    for layer, other in zip(adapted.model.layers, merged.model.layers, strict=True):
+        layer.self_attn.v_proj = Lora(layer.self_attn.v_proj)
+        with torch.no_grad():
+            other.self_attn.v_proj.weight += layer.self_attn.v_proj.get_delta_weight("default")
+    for made, given in ((adapted, merged), (merged, adapted), (Wrapper(adapted), merged)):
+        calibrated(made).check_compatible(given, strict=True)
+    for layer, other in zip(adapted.model.layers, merged.model.layers, strict=True):
+        layer.self_attn.v_proj.merged = True
+        layer.self_attn.v_proj.base_layer.weight.data.copy_(other.self_attn.v_proj.weight)
+    calibrated(merged).check_compatible(adapted, strict=True)
+
+
 def test_the_same_weights(calibration: Calibration, model: LlamaForCausalLM, saved: Path, tmp_path: Path) -> None:
     calibration.check_compatible(model, strict=True)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):

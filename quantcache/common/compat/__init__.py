@@ -33,3 +33,7 @@ from quantcache.common.compat.quantizers import quantized_parts as quantized_par
 from quantcache.common.compat.serving import Oversight as Oversight
 from quantcache.common.compat.serving import require_server as require_server
 from quantcache.common.compat.serving import serving_application as serving_application
+from quantcache.common.compat.wrappers import ADAPTED as ADAPTED
+from quantcache.common.compat.wrappers import adds_tokens as adds_tokens
+from quantcache.common.compat.wrappers import unwrapped as unwrapped
+from quantcache.common.compat.wrappers import weights as weights

@@ -1,0 +1,97 @@
+"""What is wrapped around a model: torch.compile's modules and PEFT's, and the adapters that PEFT puts inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+ADAPTED = "base_layer"
+"""What an adapter calls the module that it adds to."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, whose parts have the names that they have in its checkpoint.
+
+    Args:
+        model: A model, or a wrapper of torch.compile or PEFT around one.
+
+    Returns:
+        The model, with the adapters that are in it.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return getattr(model, "_orig_mod", model)
+
+
+def adds_tokens(model: Any) -> bool:
+    """Whether tokens of its own stand before every text that a model reads (PEFT's prompt and prefix tuning).
+
+    Args:
+        model: A model, or PEFT's wrapper around one.
+
+    Returns:
+        True if so; also for a model whose wrapper is just generating with it.
+    """
+    preparing = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    for each in (model, preparing):
+        configs = getattr(each, "peft_config", None)
+        if isinstance(configs, dict) and any(getattr(one, "is_prompt_learning", False) for one in configs.values()):
+            return True
+    return False
+
+
+def weights(model: Any) -> tuple[dict[str, Tensor], Callable[[str], Tensor | None]]:
+    """A model's weights under the names that they have without adapters, and with what its LoRA adapters add to them.
+
+    So a model is the same with its adapters merged or not. Adapters of other kinds are left as they are.
+
+    Args:
+        model: A model, or a wrapper of torch.compile or PEFT around one.
+
+    Returns:
+        The parameters by name, of adapted modules the base's; and what gives a weight whole, None if there is none.
+    """
+    model = unwrapped(model)
+    adapters = {name: module for name, module in model.named_modules() if _is_lora(module)}
+    own = dict(model.named_parameters())
+    found = {}
+    for name, parameter in own.items():
+        parts = name.split(".")
+        owner = next((s for i in range(len(parts)) if (s := ".".join(parts[:i])) in adapters), None)
+        inner = f"{owner}.{ADAPTED}."
+        if owner is None:
+            found[name] = parameter
+        elif name.startswith(inner):
+            found[f"{owner}.{name.removeprefix(inner)}"] = parameter
+
+    def read(name: str) -> Tensor | None:
+        adapter, _, last = name.rpartition(".")
+        weight = found.get(name, own.get(name))
+        if weight is None or last != "weight" or adapter not in adapters or weight.is_meta:
+            return weight
+        return _with_lora(adapters[adapter], weight)
+
+    return found, read
+
+
+def _is_lora(module: Any) -> bool:
+    """Whether a module adds products of two small matrices to a weight, and nothing else."""
+    plain = all(hasattr(module, name) for name in (ADAPTED, "lora_A", "get_delta_weight"))
+    return plain and not getattr(module, "lora_variant", None)
+
+
+@torch.no_grad()
+def _with_lora(module: Any, weight: Tensor) -> Tensor:
+    """A weight and what is added to it as long as its adapters are at work and not merged."""
+    if not weight.is_floating_point() or getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
+        return weight
+    whole = weight.detach()
+    for name in module.active_adapters:
+        if name in module.lora_A or name in getattr(module, "lora_embedding_A", ()):
+            whole = whole + module.get_delta_weight(name).to(whole)
+    return whole
