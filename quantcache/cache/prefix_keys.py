@@ -21,7 +21,7 @@ from quantcache.cache.mixed_layers import SpectralRecurrentLayer
 from quantcache.cache.rows import held_rows
 from quantcache.coding.packing import BLOCK
 from quantcache.common import compat
-from quantcache.common.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 
 if TYPE_CHECKING:
     from quantcache.cache.spectral_cache import SpectralCache
@@ -78,7 +78,13 @@ def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
 
     Raises:
         QuantCacheError: The cache fits itself to its prompt, or the model's weights are not in memory.
+        UnsupportedModel: The model puts tokens of its own before every prompt.
     """
+    if compat.adds_tokens(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__} puts tokens of its own before every prompt (PEFT's prompt tuning), which no "
+            "prefix names: leave prefixes out"
+        )
     if cache.calibration is None:
         raise QuantCacheError(
             "a self-calibrating cache has codes of its own for every prompt: prefixes need a calibration"

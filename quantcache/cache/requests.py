@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from quantcache.cache.prefix_keys import identity, kept_tokens
 from quantcache.cache.prefixes import FAILURES, PrefixStore
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common import compat
 from quantcache.common.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Reuse:
 
     Raises:
         QuantCacheError: The caches have no calibration, or the model's weights are not in memory.
-        UnsupportedModel: The model remembers something of earlier requests.
+        UnsupportedModel: The model remembers something of earlier requests, or puts tokens of its own before each.
     """
 
     store: PrefixStore
@@ -90,6 +91,8 @@ class Reuse:
         Returns:
             Token ids; None for a call that must be read from its start.
         """
+        if compat.adds_tokens(self.model):  # the wrapper may have come later, or the adapter
+            return None
         given = asked[0]
 
         def option(name: str) -> Any:

@@ -36,7 +36,7 @@ from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, 
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
-from quantcache.common.errors import QuantCacheError
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sequences import leading_token, split_text, text_tokens
 
 Metric = Literal["fisher", "query", "identity"]
@@ -88,7 +88,8 @@ def calibrate(
         The calibration.
 
     Raises:
-        UnsupportedModel: The model's cache cannot be compressed, or its attention has no known interface.
+        UnsupportedModel: The model's cache cannot be compressed, its attention has no known interface, or it reads
+            tokens of its own before every text.
         QuantCacheError: The data are empty or too short.
         ValueError: ``metric``, a number of bits or a token id is out of range, or a batch is not of token ids.
     """
@@ -97,6 +98,11 @@ def calibrate(
     check_rates(Rate(bits, key_bits, value_bits, min_bits))
     settings = codec or CodecSettings(coding=DEFAULT_CODING)
     layers = cache_layout.compressible_layers(model.config)
+    if compat.adds_tokens(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__} puts tokens of its own before every text (PEFT's prompt or prefix tuning): "
+            "calibrate the base model, model.get_base_model()"
+        )
     sequences, held_out, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]

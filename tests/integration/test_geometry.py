@@ -6,6 +6,7 @@ import copy
 import functools
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -456,6 +457,13 @@ def test_a_model_that_brings_its_own_cache_is_refused_with_a_way_out() -> None:
     ):
         with pytest.raises(UnsupportedModel, match=r"does not use the cache it is given.*from_dynamic_cache"):
             refused()
+
+
+def test_a_model_that_puts_tokens_before_every_text_is_calibrated_without_them() -> None:
+    model = LlamaForCausalLM(model_of("llama").config)
+    model.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
+    with pytest.raises(UnsupportedModel, match=r"before every text.*model.get_base_model\(\)"):
+        calibrate(model, random_tokens(1, 100), progress=False)
 
 
 @pytest.mark.support("PEFT prefix tuning")

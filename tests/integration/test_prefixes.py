@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -403,6 +404,10 @@ def test_what_cannot_have_prefixes(model: PreTrainedModel, calibration: Calibrat
     remembering.model.rope_deltas = None
     with pytest.raises(UnsupportedModel, match="model keeps rope_deltas of the last request"):
         quantcache.enable(remembering, calibration, prefixes=PrefixStore(GIBI))
+    prompted = LLAMA.make()
+    prompted.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
+    with pytest.raises(UnsupportedModel, match="puts tokens of its own before every prompt"):
+        quantcache.enable(prompted, calibration, prefixes=PrefixStore(GIBI))
     with pytest.raises(TypeError, match="prefixes must be a PrefixStore, got str"):
         quantcache.enable(model, calibration, prefixes="prefixes/")
     with pytest.raises(QuantCacheError, match="this PrefixStore has no folder"):
@@ -411,6 +416,32 @@ def test_what_cannot_have_prefixes(model: PreTrainedModel, calibration: Calibrat
         with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
             PrefixStore(**{"max_bytes": 0, name: -1})
     assert "generate" not in vars(model)
+
+
+class _Prompted:
+    """PEFT's wrapper around a model while it generates with learned tokens before every prompt."""
+
+    peft_config: ClassVar = {"default": SimpleNamespace(is_prompt_learning=True)}
+
+    def __init__(self, model: PreTrainedModel):
+        self.plain = model.prepare_inputs_for_generation
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Where PEFT puts the learned tokens before the others."""
+        prepared: dict[str, Any] = self.plain(*args, **kwargs)
+        return prepared
+
+
+@storing
+def test_learned_tokens_before_every_prompt(calibration: Calibration) -> None:
+    """The cache of the model that PEFT's prompt tuning wraps does not begin with the prompt."""
+    model, store, prompt = LLAMA.make(), PrefixStore(GIBI), random_tokens(1, 150, seed=9)
+    with quantcache.enabled(model, calibration, prefixes=store), read_tokens(model) as counts:
+        model.prepare_inputs_for_generation = _Prompted(model).prepare_inputs_for_generation
+        for _ in range(2):
+            generate(model, prompt)
+    assert counts.count(150) == 2
+    assert store.statistics().caches == 0
 
 
 # ---------------------------------------------------------------------- bounds, use and threads
