@@ -64,6 +64,7 @@ class _Generate:
         self.replaced = vars(model).get("generate")  # somebody else's wrapper, if there is one
         self.original: Callable[..., Any] = model.generate  # type: ignore[assignment]
         self.attention = compat.attention_implementations(model)
+        self.switched: dict[str, str] | None = None  # what was put in its place
         self.settings: list[_Setting] = []
         functools.update_wrapper(self, self.original)
 
@@ -174,7 +175,7 @@ def enable(
     Raises:
         ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
         CalibrationMismatch: The calibration is for another geometry.
-        UnsupportedModel: The model is an encoder-decoder, or its prefixes cannot be kept.
+        UnsupportedModel: The model is an encoder-decoder, only parts of it read text, or its prefixes cannot be kept.
     """
     setting = _setting(model, calibration, hub, options, prefixes, 3, thread=None)
     with _lock:
@@ -239,7 +240,7 @@ def enabled(
     Raises:
         ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
         CalibrationMismatch: The calibration is for another geometry.
-        UnsupportedModel: The model is an encoder-decoder, or its prefixes cannot be kept.
+        UnsupportedModel: The model is an encoder-decoder, only parts of it read text, or its prefixes cannot be kept.
     """
     setting = _setting(model, calibration, hub, options, prefixes, 4)  # contextlib is between
     with _lock:
@@ -270,6 +271,7 @@ def _setting(
     except NothingToCompress as reason:
         warnings.warn(f"nothing is enabled: {reason}", stacklevel=frames)
         return _Setting(None, **thread)
+    compat.require_forward(model)
     empty = _empty_cache(model, _found(model, hub, options) if calibration is None else calibration, options)
     reuse = None if prefixes is None else Reuse(prefixes, empty, model)
     return _Setting(empty.fork, empty.calibration, reuse, **thread)
@@ -300,8 +302,8 @@ def _empty_cache(
 
 
 def _find(model: PreTrainedModel) -> _Generate | None:
-    """The model's stand-in, if it has one."""
-    hook = vars(model).get(_HOOK)
+    """The stand-in of a model, or of the one that torch.compile's or PEFT's wrapper is around."""
+    hook = getattr(model, _HOOK, None)
     return hook if isinstance(hook, _Generate) else None
 
 
@@ -311,10 +313,18 @@ def _hook(model: PreTrainedModel, attention: bool) -> _Generate:
     if hook is None:
         hook = _Generate(model)
         vars(model).update({_HOOK: hook, "generate": hook})
-    if attention and set(compat.attention_implementations(model).values()) == {"sdpa"}:
+    before = compat.attention_implementations(model)
+    if attention and set(before.values()) == {"sdpa"}:
         compat.use_attention(model, ATTENTION_NAME)
-        if not attends(model):
-            compat.use_attention(model, hook.attention)
+        hook.attention, hook.switched = before, compat.attention_implementations(model)
+        try:
+            served = attends(model)
+        except BaseException:
+            compat.use_attention(model, before)
+            _remove(hook, [])
+            raise
+        if not served:
+            compat.use_attention(model, before)
     return hook
 
 
@@ -329,4 +339,5 @@ def _remove(hook: _Generate, settings: list[_Setting]) -> None:
         del attributes["generate"]
         if hook.replaced is not None:
             attributes["generate"] = hook.replaced
-    compat.use_attention(hook.model, hook.attention)
+    if compat.attention_implementations(hook.model) == hook.switched:  # else somebody has chosen another since
+        compat.use_attention(hook.model, hook.attention)

@@ -98,6 +98,7 @@ def calibrate(
     check_rates(Rate(bits, key_bits, value_bits, min_bits))
     settings = codec or CodecSettings(coding=DEFAULT_CODING)
     layers = cache_layout.compressible_layers(model.config)
+    compat.require_forward(model)
     if compat.adds_tokens(model):
         raise UnsupportedModel(
             f"{type(model).__name__} puts tokens of its own before every text (PEFT's prompt or prefix tuning): "

@@ -238,6 +238,69 @@ def test_other_attention_is_left_alone(attention: str, calibration: Calibration)
 
 
 @enabling
+def test_attention_chosen_meanwhile_is_left_alone(model: PreTrainedModel, calibration: Calibration) -> None:
+    for chosen in ("eager", "sdpa"):
+        with quantcache.enabled(model, calibration, **SHORT):
+            model.set_attn_implementation(chosen)
+            with quantcache.enabled(model, calibration, **SHORT):
+                assert model.config._attn_implementation == {"eager": "eager", "sdpa": "spectral"}[chosen]
+        assert model.config._attn_implementation == chosen
+
+
+@enabling
+def test_a_wrapper_is_what_it_is_around(model: PreTrainedModel, calibration: Calibration) -> None:
+    """As torch.compile's and PEFT's are; disabling one did nothing."""
+    wrapper = torch.compile(model)
+    quantcache.enable(model, calibration, **SHORT)
+    assert isinstance(generate(wrapper)[1], SpectralCache)
+    quantcache.disable(wrapper)
+    assert type(generate(wrapper)[1]) is DynamicCache
+    assert model.config._attn_implementation == "sdpa"
+
+
+class _Parts(PreTrainedModel):
+    """A model of several that generate, as Qwen2.5-Omni is: its generate() hands on what it does not know to each."""
+
+    _supports_sdpa = True
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model.config)
+        self.thinker, self.talker = model, copy.deepcopy(model)
+
+    def generate(self, *args: object, **kwargs: object) -> object:
+        """Both."""
+        return self.thinker.generate(*args, **kwargs), self.talker.generate(*args, **kwargs)
+
+
+def test_a_model_of_several_that_generate(model: PreTrainedModel, calibration: Calibration) -> None:
+    whole = _Parts(model)
+    refused = r"_Parts has no forward pass of its own.*give model.thinker or model.talker"
+    for attention in (True, False):
+        with pytest.raises(UnsupportedModel, match=refused):
+            quantcache.enable(whole, calibration, attention=attention)
+    with pytest.raises(UnsupportedModel, match=refused):
+        quantcache.calibrate(whole, PROMPT, progress=False)
+    with quantcache.enabled(whole.thinker, calibration, **SHORT):
+        found = whole.generate(PROMPT, return_dict_in_generate=True, max_new_tokens=2)
+    assert [type(each.past_key_values) for each in found] == [SpectralCache, DynamicCache]
+
+
+def test_enabling_that_fails_leaves_nothing(
+    model: PreTrainedModel, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention stayed switched, and the model's generate() replaced."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(model), "forward", fail)
+    with pytest.raises(MemoryError):
+        quantcache.enable(model, calibration)
+    assert model.config._attn_implementation == "sdpa"
+    assert not {"generate", "_quantcache_generate"} & vars(model).keys()
+
+
+@enabling
 def test_bad_options_are_refused_at_once(model: PreTrainedModel, calibration: Calibration) -> None:
     with pytest.raises(ValueError, match="bits"):
         quantcache.enable(model, calibration, bits=9.0)

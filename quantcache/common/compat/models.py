@@ -56,6 +56,21 @@ def require_decoder(config: PreTrainedConfig) -> None:
         )
 
 
+def require_forward(model: PreTrainedModel) -> None:
+    """Refuse models that only hold others, such as Qwen2.5-Omni: one cache would go to all that generate.
+
+    Args:
+        model: The model.
+
+    Raises:
+        UnsupportedModel: It has no forward pass of its own.
+    """
+    if type(model).forward is torch.nn.Module.forward:
+        parts = [f"model.{n}" for n, m in model.named_children() if isinstance(m, PreTrainedModel) and m.can_generate()]
+        kind, several = type(model).__name__, " or ".join(parts) or "the part that reads text"
+        raise UnsupportedModel(f"{kind} has no forward pass of its own, only parts of it have: give {several}")
+
+
 def is_encoder(config: PreTrainedConfig) -> bool:
     """Whether a model reads text in both directions and has no cache.
 
