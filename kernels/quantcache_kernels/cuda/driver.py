@@ -26,6 +26,10 @@ CONVERSION_KERNELS = ("tiles_from_portable", "portable_from_tiles")
 """The kernels that bring blocks from one layout into the other."""
 
 
+ELF = b"\x7fELF"
+"""What machine code begins with."""
+
+
 class CudaError(RuntimeError):
     """A call of the driver or the compiler failed."""
 
@@ -59,9 +63,34 @@ def source(name: str = "attention.h") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("QUANTCACHE_CUDA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(root) / "quantcache" / "cuda"
+def _cache_folder() -> Path | None:
+    """Where machine code is kept; None where the user has no home."""
+    root = os.environ.get("QUANTCACHE_CUDA_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(root or Path.home() / ".cache") / "quantcache" / "cuda"
+    except RuntimeError:
+        return None
+
+
+def _kept(path: Path) -> bytes | None:
+    """Machine code that lies on disk; None where there is none that can be read."""
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return None
+    return found if found.startswith(ELF) else None  # a machine that went down may have left an empty file
+
+
+def _keep(path: Path, binary: bytes) -> None:
+    """Put machine code on disk, whole or not at all, for other processes and their users too."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(binary)
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(path)
+    except OSError:  # a home that nobody may write to: compiled again by the next process
+        pass
 
 
 def _library(*names: str) -> ctypes.CDLL:
@@ -174,22 +203,19 @@ def compiled_conversion(capability: tuple[int, int]) -> bytes:
 def _compiled(capability: tuple[int, int], text: str, defines: tuple[str, ...]) -> bytes:
     options = (f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", *defines)
     key = hashlib.sha256("\0".join((text, *options, str(torch.version.cuda))).encode()).hexdigest()[:32]
-    path = _cache_folder() / f"{key}.cubin"
-    if path.exists():
-        return path.read_bytes()
+    folder = _cache_folder()
+    path = None if folder is None else folder / f"{key}.cubin"
+    kept = None if path is None else _kept(path)
+    if kept is not None:
+        return kept
     try:
         binary = _compile_by_nvrtc(text, options)
     except CudaError:  # it or a part of it may be missing
         if shutil.which("nvcc") is None and not Path(NVCC).exists():
             raise
         binary = _compile_by_nvcc(text, options)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(binary)
-        Path(file.name).replace(path)
-    except OSError:  # a machine without a home: compiled again by the next process
-        pass
+    if path is not None:
+        _keep(path, binary)
     return binary
 
 
