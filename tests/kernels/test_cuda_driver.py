@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantcache_kernels.cuda import driver
 
@@ -61,3 +64,37 @@ def test_a_folder_that_may_not_be_read_is_passed_over(
         monkeypatch.setattr(Path, name, refused)
     assert driver.compiled_conversion((9, 0)) == CUBIN
     assert len(compilations) == 1
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A torch for CUDA 13 beside packages of NVRTC, none of them loaded; yields what is asked of the linker."""
+    asked: list[str] = []
+
+    def opened(name: str) -> str:
+        asked.append(name)
+        if name.startswith("libnvrtc.so."):
+            raise OSError(f"{name}: cannot open shared object file")
+        return name
+
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(ctypes, "CDLL", opened)
+    driver._nvrtc.cache_clear()
+    yield asked
+    driver._nvrtc.cache_clear()
+
+
+def test_nvrtc_is_that_of_torchs_own_version(installed: list[str], tmp_path: Path) -> None:
+    assert driver._nvrtc() == "libnvrtc.so", "nothing else is there"
+    driver._nvrtc.cache_clear()
+    for folder, version in (("cu13", "13"), ("cuda_nvrtc", "12")):
+        packages = tmp_path / "nvidia" / folder / "lib"
+        packages.mkdir(parents=True)
+        for name in (f"libnvrtc.so.{version}", f"libnvrtc-builtins.so.{version}.0", f"libnvrtc.alt.so.{version}"):
+            (packages / name).touch()
+    installed.clear()
+    own = tmp_path / "nvidia" / "cu13" / "lib"
+    assert driver._nvrtc() == str(own / "libnvrtc.so.13"), "not another version that the system happens to have"
+    assert installed[0] == str(own / "libnvrtc-builtins.so.13.0"), "which NVRTC does not find by itself"
+    assert not [name for name in installed if "12" in name]

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -105,10 +106,13 @@ def _library(*names: str) -> ctypes.CDLL:
 @cache
 def _nvrtc() -> ctypes.CDLL:
     major = (torch.version.cuda or "13").split(".")[0]
-    names = [f"libnvrtc.so.{major}", "libnvrtc.so"]
-    for folder in Path(torch.__file__).parents[1].glob("nvidia/*/lib"):
-        names += [str(p) for p in sorted(folder.glob("libnvrtc.so*"))]
-    return _library(*names)
+    packages = [folder for folder in Path(torch.__file__).parents[1].glob("nvidia/*/lib") if folder.is_dir()]
+    for folder in packages:  # NVRTC asks for them by name, and does not look beside itself
+        for path in folder.glob(f"libnvrtc-builtins.so.{major}*"):
+            with suppress(OSError):
+                ctypes.CDLL(str(path))
+    names = [str(path) for folder in packages for path in sorted(folder.glob(f"libnvrtc.so.{major}*"))]
+    return _library(f"libnvrtc.so.{major}", *names, "libnvrtc.so")  # a name without a version may be any version's
 
 
 def _compile_by_nvrtc(text: str, options: tuple[str, ...]) -> bytes:
