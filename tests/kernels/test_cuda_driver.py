@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from quantcache_kernels.cuda import driver
+from quantcache_kernels.cuda.structures import PlacesArguments
 
 CUBIN = b"\x7fELF machine code"
 
@@ -98,3 +101,74 @@ def test_nvrtc_is_that_of_torchs_own_version(installed: list[str], tmp_path: Pat
     assert driver._nvrtc() == str(own / "libnvrtc.so.13"), "not another version that the system happens to have"
     assert installed[0] == str(own / "libnvrtc-builtins.so.13.0"), "which NVRTC does not find by itself"
     assert not [name for name in installed if "12" in name]
+
+
+class Driver:
+    """A libcuda whose calls are noted, and which launches nothing where the thread has no context."""
+
+    def __init__(self) -> None:
+        self.current, self.calls = threading.local(), []
+        self.limit = 48 << 10
+
+    def _in_context(self, name: str) -> int:
+        self.calls.append(name)
+        return 0 if getattr(self.current, "context", None) else driver.NO_CONTEXT
+
+    def cuFuncSetAttribute(self, function: object, which: int, value: int) -> int:
+        """Allow so much shared memory."""
+        status = self._in_context("attribute")
+        self.limit = self.limit if status else value
+        return status
+
+    def cuLaunchKernel(self, function: object, *given: Any) -> int:
+        """Launch."""
+        status = self._in_context("launch")
+        return status or int(given[6] > self.limit)
+
+    def cuDeviceGet(self, handle: Any, device: int) -> int:
+        """The handle of a device."""
+        handle._obj.value = 10 + device
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, handle: ctypes.c_int) -> int:
+        """Its context."""
+        context._obj.value = 100 + handle.value
+        return 0
+
+    def cuCtxSetCurrent(self, context: ctypes.c_void_p) -> int:
+        """Make it the thread's."""
+        self.calls.append(f"context {context.value}")
+        self.current.context = context.value
+        return 0
+
+    def cuGetErrorString(self, status: int, text: Any) -> int:
+        """Words for an error."""
+        text._obj.value = b"launched wrongly"
+        return 0
+
+
+def test_a_new_thread_may_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Driver()
+    monkeypatch.setattr(driver, "_cuda", lambda: library)
+    kernel, failed = driver.Kernel(ctypes.c_void_p(1), 2), []
+
+    def launch(shared_bytes: int = 50 << 10) -> None:
+        try:
+            kernel.launch((1, 1), 32, shared_bytes, PlacesArguments(), 0)
+        except driver.CudaError as error:
+            failed.append(error)
+
+    for _ in range(2):
+        thread = threading.Thread(target=launch)
+        thread.start()
+        thread.join()
+    assert not failed
+    first = ["attribute", "context 112", "attribute", "launch"]
+    assert library.calls == [*first, "launch", "context 112", "launch"]
+    launch()
+    assert library.calls[len(first) + 3 :] == ["launch", "context 112", "launch"]
+    launch()
+    assert library.calls[-1:] == ["launch"], "it has its context now"
+    kernel.shared_bytes = 99 << 10
+    launch(60 << 10)
+    assert [str(error) for error in failed] == ["CUDA: launched wrongly (1)"], "another error is told"

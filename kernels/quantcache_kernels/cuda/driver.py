@@ -31,6 +31,10 @@ ELF = b"\x7fELF"
 """What machine code begins with."""
 
 
+NO_CONTEXT = 201
+"""What the driver answers a thread that has no context yet."""
+
+
 class CudaError(RuntimeError):
     """A call of the driver or the compiler failed."""
 
@@ -264,8 +268,8 @@ def missing(device: torch.device) -> str | None:
 class Kernel:
     """One kernel of a module loaded on one device."""
 
-    def __init__(self, function: ctypes.c_void_p) -> None:
-        self.function = function
+    def __init__(self, function: ctypes.c_void_p, device: int) -> None:
+        self.function, self.device = function, device
         self.shared_bytes = 48 << 10
 
     def attribute(self, which: int) -> int:
@@ -299,15 +303,33 @@ class Kernel:
         Raises:
             CudaError: The launch was refused.
         """
+        status = self._launch(grid, threads, shared_bytes, arguments, stream)
+        if status == NO_CONTEXT:  # in a new thread torch may have had memory for us without a call of CUDA
+            _enter_context(self.device)
+            status = self._launch(grid, threads, shared_bytes, arguments, stream)
+        _check(status)
+
+    def _launch(
+        self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
+    ) -> int:
         if shared_bytes > self.shared_bytes:
-            _check(_cuda().cuFuncSetAttribute(self.function, 8, shared_bytes))
+            status: int = _cuda().cuFuncSetAttribute(self.function, 8, shared_bytes)
+            if status:
+                return status
             self.shared_bytes = shared_bytes
         array = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _check(
-            _cuda().cuLaunchKernel(
-                self.function, *grid, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), array, None
-            )
+        status = _cuda().cuLaunchKernel(
+            self.function, *grid, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), array, None
         )
+        return status
+
+
+def _enter_context(device: int) -> None:
+    """Make a device's context, which is torch's too, that of this thread."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_cuda().cuDeviceGet(ctypes.byref(handle), device))
+    _check(_cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+    _check(_cuda().cuCtxSetCurrent(context))
 
 
 @cache
@@ -372,5 +394,5 @@ def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:
     for name in names:
         function = ctypes.c_void_p()
         _check(_cuda().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        kernels[name] = Kernel(function)
+        kernels[name] = Kernel(function, device)
     return kernels
