@@ -8,6 +8,7 @@ says where everything is then. A new graph is captured when there are twice as m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -198,7 +199,7 @@ class Period:
         if self.steps == 1:
             return self.body()
         if self.graph is None:
-            self.graph, self.logits = recorded(self.body, earlier)
+            self.graph, self.logits = recorded(self.body, earlier, self.ids.device)
         assert self.logits is not None
         self.graph.replay()
         return self.logits.clone()
@@ -216,12 +217,19 @@ class Period:
         commit([staged.layer for staged in self.layers], states)
 
 
-def recorded(step: Callable[[], Tensor], earlier: Graph | None) -> tuple[Graph, Tensor]:
+@functools.cache
+def _capturing(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device's captures: they share memory only on one, and torch's own is of the device used first."""
+    return torch.cuda.Stream(device)
+
+
+def recorded(step: Callable[[], Tensor], earlier: Graph | None, device: torch.device) -> tuple[Graph, Tensor]:
     """Capture a step in a CUDA graph; it is not carried out.
 
     Args:
         step: The step, which has run before.
         earlier: A graph that is not replayed any more, whose memory this one may use.
+        device: Where the step runs, which need not be the current device.
 
     Returns:
         The graph, and where its result will be.
@@ -229,10 +237,12 @@ def recorded(step: Callable[[], Tensor], earlier: Graph | None) -> tuple[Graph, 
     Raises:
         CannotRepeat: It does something that a graph cannot hold.
     """
-    graph = torch.cuda.CUDAGraph()
+    pool = None if earlier is None else earlier.pool()
     try:
-        with torch.cuda.graph(graph, pool=None if earlier is None else earlier.pool()):
-            result = step()
+        with torch.cuda.device(device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=_capturing(device)):
+                result = step()
     except QuantCacheError:
         raise
     except RuntimeError as error:

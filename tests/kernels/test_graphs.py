@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,7 +55,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Again]]:
     """``backend="cuda"`` on the CPU, and graphs that are functions; yields those that were captured."""
     captured = []
 
-    def recorded(step: Callable[[], Tensor], earlier: Any) -> tuple[Again, Tensor]:
+    def recorded(step: Callable[[], Tensor], earlier: Any, device: torch.device) -> tuple[Again, Tensor]:
         graph = Again(step)
         with torch.inference_mode(False):  # a GPU does not ask in which mode its memory is written to
             graph.result = torch.full((2, 1, model().config.vocab_size), torch.nan, dtype=torch.bfloat16)
@@ -320,3 +320,35 @@ def test_no_step_between_two_blocks_waits(
                 _ = forward(**given, past_key_values=cache, use_cache=True) if in_generate else step(**given)
     assert len(emulated) == 1
     assert cache.get_seq_length() == length + 4
+
+
+def test_a_step_is_captured_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another one, torch would capture nothing, and a replay leave the logits as they were."""
+    current, streams, captured = [0], [], []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    @contextmanager
+    def graph(graph: Any, pool: Any = None, stream: Any = None) -> Iterator[None]:
+        captured.append((stream.index, current[0], pool))
+        yield
+
+    def stream(device: torch.device) -> torch.device:
+        streams.append(device)
+        return device
+
+    for name, fake in {"device": device, "graph": graph, "Stream": stream, "CUDAGraph": SimpleNamespace}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    stages._capturing.cache_clear()
+    earlier = SimpleNamespace(pool=lambda: "pool")
+    for given, index in ((None, 1), (earlier, 1), (None, 0)):
+        _, found = stages.recorded(lambda: torch.tensor(current), given, torch.device("cuda", index))
+        assert found.tolist() == [index]
+    assert current == [0]
+    assert captured == [(1, 1, None), (1, 1, "pool"), (0, 0, None)]
+    assert len(streams) == 2, "captures share memory on one stream only"
+    stages._capturing.cache_clear()
