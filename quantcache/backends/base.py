@@ -154,6 +154,19 @@ class Backend(ABC):
             ``[B, Tq, Hq, Dv]`` in the query's dtype.
         """
 
+    def attend_on_trial(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
+        """:meth:`attend` on the small view of a trial, the way that it goes on long ones.
+
+        Args:
+            query: As of :meth:`attend`.
+            view: As of :meth:`attend`.
+            call: As of :meth:`attend`.
+
+        Returns:
+            As of :meth:`attend`.
+        """
+        return self.attend(query, view, call)
+
     def stage(
         self,
         view: CacheView,

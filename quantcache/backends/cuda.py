@@ -41,6 +41,10 @@ CONVERTED_BLOCKS = 64
 """Blocks that plain torch brings from one layout to the other at once, at a byte for every code."""
 
 
+LOOP_BLOCKS = 10
+"""Blocks of a trial of attention: one split has three units, the other two."""
+
+
 class CudaBackend(Backend):
     """Attends on a GPU of compute capability 9.0 or more.
 
@@ -74,17 +78,23 @@ class CudaBackend(Backend):
         if query.dtype != DTYPE:
             return f"the queries are of {query.dtype}"
         reason = refused_by_kernels(query, view, call)
-        rows = query.shape[1] // view.key.tail.shape[1] * query.shape[2]
-        if reason is None and not attends_rightly(self, query, view, call, (rows,)):
+        heads = view.key.tail.shape[1]
+        rows = query.shape[1] // heads * query.shape[2]
+        lines = kernels.lines_of(query.shape[0], rows, heads)
+        if reason is None and lines > kernels.MAX_LINES:
+            reason = f"{query.shape[0]} rows of {heads} heads are {lines} lines of queries, more than a launch takes"
+        shape = rows, view.num_blocks >= LOOP_BLOCKS
+        if reason is None and not attends_rightly(self, query, view, call, shape, LOOP_BLOCKS):
             reason = "the kernel has failed its trial (see the log, or quantcache env --check)"
         return reason
 
     def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
         """Attend with the kernels of queries, codes, other tokens and their merge."""
-        assert isinstance(view.key.codec, SpectralCodec)
-        assert isinstance(view.value.codec, SpectralCodec)
-        sides = prepared(view.key.codec), prepared(view.value.codec)
-        return kernels.attend(query, _blocks(view), NearTokens(*view.dense_parts()), *sides, call)
+        return _attend(query, view, call)
+
+    def attend_on_trial(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
+        """Attend by two splits: a warp then goes on to blocks that come while it works, as in a long view."""
+        return _attend(query, view, call, min(2, -(-view.num_blocks // 4)))
 
     def stage(
         self,
@@ -195,6 +205,13 @@ class CudaStage(Stage):
         """The kernels hide padding whatever a mask says."""
         if shows_padding(mask if self._masked else None, self._view.left_padding, self._view.length):
             raise CannotRepeat("the cuda backend does not serve this step: a query attends to padding")
+
+
+def _attend(query: Tensor, view: CacheView, call: AttentionCall, splits: int | None = None) -> Tensor:
+    assert isinstance(view.key.codec, SpectralCodec)
+    assert isinstance(view.value.codec, SpectralCodec)
+    sides = prepared(view.key.codec), prepared(view.value.codec)
+    return kernels.attend(query, _blocks(view), NearTokens(*view.dense_parts()), *sides, call, splits)
 
 
 def _near(view: CacheView, room: dict[str, Tensor], count: Tensor) -> NearTokens | None:

@@ -106,7 +106,12 @@ def passes(
 
 
 def attends_rightly(
-    backend: Backend, query: Tensor, view: CacheView, call: AttentionCall, shape: tuple[Hashable, ...]
+    backend: Backend,
+    query: Tensor,
+    view: CacheView,
+    call: AttentionCall,
+    shape: tuple[Hashable, ...],
+    blocks: int = TRIAL_BLOCKS,
 ) -> bool:
     """Whether a backend's attention may be used for a call: it is tried once in each geometry.
 
@@ -116,6 +121,7 @@ def attends_rightly(
         view: As of ``Backend.attend``.
         call: As of ``Backend.attend``.
         shape: What of the queries' shape chooses the kernel.
+        blocks: It is tried on so many, or what there is.
 
     Returns:
         True if so.
@@ -125,18 +131,21 @@ def attends_rightly(
     assert isinstance(values, SpectralCodec)
     codecs = (keys.dim, keys.frame.num_fast, values.dim, keys.coding, values.coding)
     given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
-    work = functools.partial(attention_trial, backend, query, view, call)
+    work = functools.partial(attention_trial, backend, query, view, call, blocks)
     return passes("attend", backend.name, query.device, (*codecs, *shape, query.dtype, *given), work)
 
 
 @torch.no_grad()
-def attention_trial(backend: Backend, query: Tensor, view: CacheView, call: AttentionCall) -> Trial:
+def attention_trial(
+    backend: Backend, query: Tensor, view: CacheView, call: AttentionCall, blocks: int = TRIAL_BLOCKS
+) -> Trial:
     """Attention on some blocks, for :func:`passes`; arguments as for ``Backend.attend``."""
-    small = view.first_blocks(TRIAL_BLOCKS)
+    small = view.first_blocks(blocks)
     if call.mask is not None:
         call = call._replace(mask=call.mask.new_ones(*call.mask.shape[:3], small.length))
     plain = reference.attend(query.float(), small, call)
-    return functools.partial(backend.attend, query, small, call), plain, reference.own_precision(query, small, call)
+    own = reference.own_precision(query, small, call)
+    return functools.partial(backend.attend_on_trial, query, small, call), plain, own
 
 
 def attempt(

@@ -77,7 +77,7 @@ def _outcomes(
         reason = backend.refuses(query, view, call)
         if reason is not None:
             raise RuntimeError(f"the call was refused: {reason}")
-        return backend.attend(query, view, call)
+        return backend.attend_on_trial(query, view, call)
 
     def of_both(work: Callable[[str, Any], Tensor]) -> Tensor:
         return torch.cat([work(side, codec) for side, codec in codecs.items()])
@@ -132,7 +132,7 @@ def _case(
     )
     calibration = Calibration.synthetic(config).with_coding(coding)
     layer = SpectralCache(calibration, config, backend="torch").spectral_layers[0]
-    tokens = layer.sink_length + 4 * BLOCK + layer.residual_length
+    tokens = layer.sink_length + 6 * BLOCK + layer.residual_length
     empty = torch.empty(1, 2, 0, dim, dtype=dtype, device=device)
     codecs = layer.make_codecs(device, {"key": empty, "value": empty}, Grid())
     generator, slots = torch.Generator().manual_seed(0), torch.arange(tokens, dtype=torch.int64, device=device)[None]

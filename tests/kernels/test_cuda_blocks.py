@@ -300,6 +300,14 @@ def test_who_is_not_served_is_told_why(emulated: None) -> None:
     filled = fill(in_bfloat16(Case()))
     view = on_device(filled.layer, CUDA).snapshot()
     assert backend.refuses(filled.query.half(), view, AttentionCall(None, 1.0)) == "the queries are of torch.float16"
+    heads, count = view.key.tail.shape[1], filled.query.shape[1] * filled.query.shape[2]
+    most = kernels.MAX_LINES // kernels.lines_of(1, count // view.key.tail.shape[1], heads)
+    for batch in (most, most + 1):
+        query = filled.query[:1].expand(batch, -1, -1, -1)
+        reason = backend.refuses(query, view, AttentionCall(None, 1.0))
+        assert (reason is None) == (batch == most)
+    assert reason is not None
+    assert "lines of queries, more than a launch takes" in reason
 
 
 def test_the_backend_has_to_be_asked_for() -> None:
@@ -337,6 +345,31 @@ def test_blocks_that_the_kernels_lack_stay_portable(emulated: None) -> None:
     call = AttentionCall(None, 0.125)
     found, expected = (backends.attend(filled.query, each, call) for each in (view, filled.layer.snapshot()))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("blocks", "found"), [(2, (1, 1)), (3, (2, 1)), (5, (2, 2)), (10, (3, 2)), (14, (3, 2))])
+def test_a_trial_goes_round_the_loop_of_a_split(
+    blocks: int, found: tuple[int, int], emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One unit for each split, as where all fit the GPU at once, shows nothing of what comes while a warp works."""
+    trials.forget()
+    monkeypatch.setattr(trials, "UNTRIED", set())
+    places: list[tuple[int, int]] = []
+
+    def attend(*given: object) -> Tensor:
+        _, held, near, _, _, _, splits = given
+        made = held.places(near, 2, 12 * 132, splits)
+        places.append((made.per_split, made.splits))
+        return own(*given)
+
+    own = kernels.attend
+    monkeypatch.setattr(kernels, "attend", attend)
+    filled = fill(in_bfloat16(Case(tokens=64 * blocks + 20, sink_length=4)))
+    view = on_device(filled.layer, CUDA).snapshot()
+    assert view.num_blocks == blocks
+    assert backends.find("cuda").refuses(filled.query, view, AttentionCall(None, 64**-0.5)) is None
+    assert places == [found]
+    trials.forget()
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.02])

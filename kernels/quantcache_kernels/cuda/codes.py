@@ -38,6 +38,9 @@ LOG2_E = math.log2(math.e)
 ROWS = 8
 """Rows of queries that a tile has columns for; more of them read the codes again."""
 
+MAX_LINES = (1 << 16) - 1
+"""Of a launch: the second dimension of a grid ends there."""
+
 TURNED_ROWS, TURN_THREADS = 32, 128
 """As in codes.h."""
 
@@ -87,7 +90,7 @@ def attend(
     total = query_heads // heads * count
     chunks = -(-total // ROWS)
     place = Rows(heads, chunks, -(-total // chunks), count, total)
-    rows, lines = place.rows, batch * chunks * heads
+    rows, lines = place.rows, lines_of(batch, total, heads)
     slots, value_dim = TILE * values.layout.tiles, values.mean.shape[1]
     near, query = near.readable(), query if query.stride(3) == 1 else query.contiguous()
     blocks = blocks.readable()
@@ -151,6 +154,20 @@ def attend(
         kernels["attend_near"].launch((near.splits, lines), NEAR_THREADS, near.shared_bytes(rows), to_near, stream)
         kernels["merge"].launch((rows, lines), 4 * value_dim, to_merge.shared_bytes, to_merge, stream)
     return out
+
+
+def lines_of(batch: int, rows: int, heads: int) -> int:
+    """Lines of queries of a call (rows.h), which the grids of its launches have.
+
+    Args:
+        batch: B.
+        rows: R.
+        heads: H.
+
+    Returns:
+        Their number.
+    """
+    return batch * -(-rows // ROWS) * heads
 
 
 def announce(
