@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -356,7 +357,7 @@ def test_a_trial_goes_round_the_loop_of_a_split(
     monkeypatch.setattr(trials, "UNTRIED", set())
     places: list[tuple[int, int]] = []
 
-    def attend(*given: object) -> Tensor:
+    def attend(*given: Any) -> Tensor:
         _, held, near, _, _, _, splits = given
         made = held.places(near, 2, 12 * 132, splits)
         places.append((made.per_split, made.splits))

@@ -89,7 +89,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 
 
 def test_nvrtc_is_that_of_torchs_own_version(installed: list[str], tmp_path: Path) -> None:
-    assert driver._nvrtc() == "libnvrtc.so", "nothing else is there"
+    assert str(driver._nvrtc()) == "libnvrtc.so", "nothing else is there"
     driver._nvrtc.cache_clear()
     for folder, version in (("cu13", "13"), ("cuda_nvrtc", "12")):
         packages = tmp_path / "nvidia" / folder / "lib"
@@ -98,7 +98,7 @@ def test_nvrtc_is_that_of_torchs_own_version(installed: list[str], tmp_path: Pat
             (packages / name).touch()
     installed.clear()
     own = tmp_path / "nvidia" / "cu13" / "lib"
-    assert driver._nvrtc() == str(own / "libnvrtc.so.13"), "not another version that the system happens to have"
+    assert str(driver._nvrtc()) == str(own / "libnvrtc.so.13"), "not another version that the system happens to have"
     assert installed[0] == str(own / "libnvrtc-builtins.so.13.0"), "which NVRTC does not find by itself"
     assert not [name for name in installed if "12" in name]
 
@@ -107,7 +107,8 @@ class Driver:
     """A libcuda whose calls are noted, and which launches nothing where the thread has no context."""
 
     def __init__(self) -> None:
-        self.current, self.calls = threading.local(), []
+        self.current = threading.local()
+        self.calls: list[str] = []
         self.limit = 48 << 10
 
     def _in_context(self, name: str) -> int:
@@ -150,7 +151,8 @@ class Driver:
 def test_a_new_thread_may_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Driver()
     monkeypatch.setattr(driver, "_cuda", lambda: library)
-    kernel, failed = driver.Kernel(ctypes.c_void_p(1), 2), []
+    kernel = driver.Kernel(ctypes.c_void_p(1), 2)
+    failed: list[driver.CudaError] = []
 
     def launch(shared_bytes: int = 50 << 10) -> None:
         try:

@@ -324,7 +324,9 @@ def test_no_step_between_two_blocks_waits(
 
 def test_a_step_is_captured_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On another one, torch would capture nothing, and a replay leave the logits as they were."""
-    current, streams, captured = [0], [], []
+    current = [0]
+    streams: list[torch.device] = []
+    captured: list[tuple[Any, ...]] = []
 
     @contextmanager
     def device(wanted: torch.device) -> Iterator[None]:
