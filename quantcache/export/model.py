@@ -203,12 +203,18 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
 
     Raises:
         CalibrationMismatch: The calibration is for another model.
-        UnsupportedModel: The architecture is unknown, or its weights are quantized or offloaded.
+        UnsupportedModel: The architecture is unknown, or its weights are quantized, offloaded or adapted.
     """
+    model = compat.unwrapped(model)
     check(model.config, calibration, basis)
     parameters = dict(model.named_parameters())
     tensors = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in parameters.items()}
-    projections = find_projections(model.config, calibration, tensors)
+    try:
+        projections = find_projections(model.config, calibration, tensors)
+    except UnsupportedModel as error:
+        if any(f".{compat.ADAPTED}." in name for name in parameters):
+            raise UnsupportedModel(f"{error}: merge its adapters first (PEFT's merge_and_unload())") from None
+        raise
     names = [name for found in projections.values() for name in found.names()]
     offloaded = next((name for name in names if parameters[name].is_meta), None)
     if offloaded is not None:

@@ -381,6 +381,17 @@ def test_clipped_values_are_refused() -> None:
         absorb(mpt, calibration_of(mpt))
 
 
+def test_adapters_are_to_be_merged_first(calibration: Calibration) -> None:
+    """As PEFT puts them in: the projection's weight is a module further in."""
+    adapted = LLAMA.make()
+    for layer in adapted.model.layers:
+        projection = torch.nn.Module()
+        projection.base_layer = layer.self_attn.o_proj
+        layer.self_attn.o_proj = projection
+    with pytest.raises(UnsupportedModel, match=r"o_proj\.weight: merge its adapters first"):
+        absorb(adapted, calibration)
+
+
 def test_absorbing_twice_is_refused(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
     export_checkpoint(folder, calibration, tmp_path / "once", verify=False)
     refused(tmp_path / "once", calibration, QuantCacheError, "is an export already")
