@@ -156,7 +156,7 @@ REAL = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/fidelity.py 
 SMOLLM2 = $(REAL) --model smollm2-135m --calibration calibrations/smollm2-135m --windows 4 --residuals 64 0 256 \
   --contexts 4096 8192
 
-bench-real: $(STAMP) ## The same on two trained models of quantcache[real] (2 hours); options in ARGS="..."
+bench-real: $(STAMP) ## The same on two trained models of quantcache[real] (2.5 hours); options in ARGS="..."
 	@$(MAKE) --no-print-directory -k -j $(JOBS) $(REAL_RUNS:%=bench-real-%)
 
 .PHONY: $(REAL_RUNS:%=bench-real-%)
