@@ -63,8 +63,7 @@ class _Generate:
         self.model = model
         self.replaced = vars(model).get("generate")  # somebody else's wrapper, if there is one
         self.original: Callable[..., Any] = model.generate  # type: ignore[assignment]
-        self.attention = compat.attention_implementations(model)
-        self.switched: dict[str, str] | None = None  # what was put in its place
+        self.switched: tuple[dict[str, str], dict[str, str]] | None = None  # attention before, and what took its place
         self.settings: list[_Setting] = []
         functools.update_wrapper(self, self.original)
 
@@ -309,22 +308,19 @@ def _find(model: PreTrainedModel) -> _Generate | None:
 
 def _hook(model: PreTrainedModel, attention: bool) -> _Generate:
     """The model's stand-in, put in place if there is none yet."""
-    hook = _find(model)
-    if hook is None:
-        hook = _Generate(model)
-        vars(model).update({_HOOK: hook, "generate": hook})
+    hook = _find(model) or _Generate(model)
     before = compat.attention_implementations(model)
     if attention and set(before.values()) == {"sdpa"}:
         compat.use_attention(model, ATTENTION_NAME)
-        hook.attention, hook.switched = before, compat.attention_implementations(model)
+        hook.switched = before, compat.attention_implementations(model)
+        served = False
         try:
             served = attends(model)
-        except BaseException:
-            compat.use_attention(model, before)
-            _remove(hook, [])
-            raise
-        if not served:
-            compat.use_attention(model, before)
+        finally:
+            if not served:
+                compat.use_attention(model, before)
+    if _find(model) is None:
+        vars(model).update({_HOOK: hook, "generate": hook})
     return hook
 
 
@@ -339,5 +335,7 @@ def _remove(hook: _Generate, settings: list[_Setting]) -> None:
         del attributes["generate"]
         if hook.replaced is not None:
             attributes["generate"] = hook.replaced
-    if compat.attention_implementations(hook.model) == hook.switched:  # else somebody has chosen another since
-        compat.use_attention(hook.model, hook.attention)
+    if hook.switched is not None:
+        before, after = hook.switched
+        if compat.attention_implementations(hook.model) == after:  # else somebody has chosen another since
+            compat.use_attention(hook.model, before)
