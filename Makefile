@@ -77,7 +77,7 @@ demo: $(firstword $(wildcard $(STAMP)) $(USER_STAMP)) ## Set up, then compress t
 	@$(BIN)/quantcache demo $(ARGS)
 
 # Types are checked while the tests run: mypy takes more than a minute of one core.
-test: lint ## Set up, then lint, format check, types and the tests (5 minutes); ARGS="-m 'not triton'" also those that take long, as in CI
+test: lint ## Set up, then lint, format check, types and the tests (minutes); ARGS="-m 'not triton'" also those that take long, as in CI
 	$(BIN)/mypy & $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not triton" $(ARGS); tests=$$?; \
 	  wait $$! || { echo "mypy's errors stand above" >&2; exit 1; }; exit $$tests
 
