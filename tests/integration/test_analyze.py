@@ -111,6 +111,7 @@ def test_moments_are_those_of_the_inputs() -> None:
         torch.testing.assert_close(*energies, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_grade_is_between_flat_codes_and_the_bound() -> None:
     """Codes of one width for all, without a transform worth the name, earn nothing; the calibrated ones some of it."""
     model = shared_model(LLAMA)
@@ -172,6 +173,7 @@ def test_encoders_show_their_weights_inputs(make: Any) -> None:
     assert "gain" in report.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "mixtral", "gpt2", "bloom", "deepseek-v3"])
 def test_families_get_a_whole_report(name: str) -> None:
     family = next(f for f in (*FAMILIES, *OTHERS) if f.name == name)

@@ -102,6 +102,7 @@ names, sinks, residuals = st.sampled_from(NAMES), st.sampled_from([0, 1, 4, 7]),
 backends: st.SearchStrategy[BackendName] = st.sampled_from(["torch", "auto"])
 
 
+@pytest.mark.slow
 @given(names, edges(), sinks, residuals, backends, st.sampled_from([torch.float32, torch.bfloat16]))
 @example("llama", list(range(0, 331)), 4, 64, "auto", torch.float32)
 @example("llama", list(range(0, 200)), 4, 0, "torch", torch.bfloat16)

@@ -84,6 +84,7 @@ def test_several_suites_make_one_record(run: Run, folder: Path) -> None:
         assert title in shown
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: tuple[str, ...] = (
         *EVAL,

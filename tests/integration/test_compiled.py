@@ -201,6 +201,7 @@ def test_stock_attention_reads_dense_tensors() -> None:
     assert compiled[2] == compiled[-1], compiled
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 def test_padded_rows_are_coded_from_where_they_begin() -> None:
     model = model_of("llama", layers=1)
@@ -284,6 +285,7 @@ def test_errors_are_the_same_and_leave_the_cache_as_it_was() -> None:
     assert torch.equal(found, step_by_step(model, plain, tokens)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile in generate()")
 def test_generate_with_a_compiled_forward() -> None:
     model = copy.deepcopy(model_of("llama", layers=1))

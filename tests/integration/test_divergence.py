@@ -53,6 +53,7 @@ def lines(first: torch.Tensor, second: torch.Tensor) -> int | None:
     return int(differs[0]) if len(differs) else None
 
 
+@pytest.mark.slow
 def test_greedy_texts_depart_where_it_says(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
     """The point is read off the dense text; here every method writes its own, token by token."""
     names = ("dense", "spectral-0", "spectral-2", "spectral-8")

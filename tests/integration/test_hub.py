@@ -154,6 +154,7 @@ def finished_files(cache: Path) -> list[str]:
 # ------------------------------------------------------------------ calibrations
 
 
+@pytest.mark.slow
 def test_push_and_pull(hub: HubServer, client: Client, calibration: Calibration, tmp_path: Path) -> None:
     calibration.save_pretrained(tmp_path / "saved")
     rows = [{"method": "spectral-3", "kl_mean": 0.0102}]

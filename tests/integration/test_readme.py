@@ -81,6 +81,7 @@ def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert names["cache"].calibration.metadata.rate.bits == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BLOCKS if not name.startswith("README") and name not in NOT_RUN])
 def test_a_block_of_the_docs_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -143,6 +143,7 @@ def chat(client: Any, model: str, *messages: str, tokens: int = 8) -> str:
 # ---------------------------------------------------------------------- endpoints
 
 
+@pytest.mark.slow
 @serving
 def test_every_request_is_compressed(client: Any, chatty: str) -> None:
     expected = answer(STORY)
@@ -543,6 +544,7 @@ def test_what_asks_for_nothing_else_is_let_through(client: Any, chatty: str) -> 
     assert found.choices[0].message.content == answer(rendered(STORY))
 
 
+@pytest.mark.slow
 @serving
 def test_a_temperature_asks_for_sampling(client: Any, chatty: str) -> None:
     def said(**more: Any) -> str:
@@ -579,6 +581,7 @@ def test_requests_that_are_refused(client: Any, chatty: str) -> None:
     assert found.choices[0].text == complete(client, chatty, STORY) == answer(STORY)
 
 
+@pytest.mark.slow
 @serving
 def test_models_without_a_calibration_where_they_are_allowed(chatty: str) -> None:
     with running(Compression({chatty: calibration()}, COARSE, allow_dense=True)) as client:

@@ -84,6 +84,7 @@ def tokens() -> torch.Tensor:
 # ---------------------------------------------------------------- needles
 
 
+@pytest.mark.slow
 def test_needles_are_found_in_a_cache_that_keeps_them(
     demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
 ) -> None:

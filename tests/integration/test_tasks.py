@@ -230,6 +230,7 @@ def test_caches_that_cannot_be_copied_read_the_text_for_every_question(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_finished_exercises_are_not_asked_again(
     demo_model: PreTrainedModel,
     demo_tokenizer: PreTrainedTokenizerBase,
@@ -250,6 +251,7 @@ def test_finished_exercises_are_not_asked_again(
 # ---------------------------------------------------------------- rates
 
 
+@pytest.mark.slow
 def test_rates_near_zero_are_no_evidence(demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     """A model that cannot do a task says so in the table, in place of rates that look like those of a bad cache."""
     task = exercises.tool_calls(demo_tokenizer, shots=(1,), questions=2, seeds=1)

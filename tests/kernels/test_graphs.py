@@ -102,6 +102,7 @@ def same_tokens(one: SpectralCache, other: SpectralCache) -> None:
             assert all(torch.equal(mine[name], field) for name, field in other_fields.items())
 
 
+@pytest.mark.slow
 @pytest.mark.support("decoding steps that a CUDA graph can repeat, emulated")
 @pytest.mark.parametrize("padding", [(), (0, 7)])
 def test_steps_from_a_graph_are_the_models_own(emulated: list[Again], padding: tuple[int, ...]) -> None:
@@ -128,6 +129,7 @@ def test_steps_from_a_graph_are_the_models_own(emulated: list[Again], padding: t
     assert len(emulated) == 1, "which the graph serves too"
 
 
+@pytest.mark.slow
 def test_a_graph_without_room_is_followed_by_another(emulated: list[Again], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "FREE_BLOCKS", 0)
     length = 4 + BLOCK + 66
@@ -167,6 +169,7 @@ def test_padding_is_looked_for_again_behind_a_block(emulated: list[Again]) -> No
     assert cache.get_seq_length() == length + 3
 
 
+@pytest.mark.slow
 def test_a_mask_may_change_from_step_to_step(emulated: list[Again]) -> None:
     length = 4 + BLOCK + 8
     cache, ids = filled(length), tokens(length + 4)[:, length:]
@@ -185,6 +188,7 @@ def test_a_mask_may_change_from_step_to_step(emulated: list[Again]) -> None:
     same_tokens(cache, plain)
 
 
+@pytest.mark.slow
 def test_a_cache_may_be_used_in_between(emulated: list[Again]) -> None:
     length = 4 + BLOCK + 20
     cache = filled(length)
@@ -261,6 +265,7 @@ def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: 
     assert cache.get_seq_length() == length + 4
 
 
+@pytest.mark.slow
 def test_generate_takes_its_steps_from_graphs(emulated: list[Again], caplog: pytest.LogCaptureFixture) -> None:
     length = 4 + BLOCK + 66
     prompt, mask = tokens(length), torch.ones(2, length, dtype=torch.long)

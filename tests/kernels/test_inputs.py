@@ -482,6 +482,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer reserves all addresses")

@@ -235,6 +235,7 @@ def test_records_made_before_are_read_and_shown() -> None:
     assert "KL divergence by position" in console.export_text()
 
 
+@pytest.mark.slow
 def test_a_run_has_the_protocol_in_its_record(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "used_tokens", lambda material, plan: torch.arange(512) % 31)
     material: Any = Material(model, None, "", Calibration.synthetic(CONFIG))  # type: ignore[arg-type]

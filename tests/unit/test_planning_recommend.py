@@ -76,6 +76,7 @@ def test_weights_and_cache_of_eight_billion_parameters() -> None:
         assert each.total_bytes == sum(parts)
 
 
+@pytest.mark.slow
 def test_more_memory_never_gives_a_worse_divergence() -> None:
     last = float("inf")
     seen = set()

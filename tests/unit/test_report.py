@@ -139,6 +139,7 @@ def test_what_is_no_report_is_refused(text: str, tmp_path: Path) -> None:
         Report.from_json(tmp_path / "nothing.json")
 
 
+@pytest.mark.slow
 def test_truncated_and_fuzzed_files_give_one_error() -> None:
     """Any damage gives a report that renders, or one error of our own."""
     text = make_report(layers=1, heads=1, dim=4).to_json()
