@@ -143,15 +143,17 @@ bench-prefixes: $(STAMP) ## Measure conversations that take turns, with SmolLM2 
 bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
-# Five runs, as many at a time as there are cores, each with one thread: models as small as these gain little from a second.
+# Six runs, as many at a time as there are cores, each with one thread: models as small as these gain little from a second.
 # Each writes a record; tables take every part from the newest that holds it.
-REAL_RUNS := gemma3 8192 residuals others recommended
+REAL_RUNS := gemma3 8192 residuals others recommended predictions
 REAL_METHODS := dense,spectral-2,spectral-2.5,spectral-3,fp8,quanto-2,quanto-4,spectral-4,kivi-2,kivi-3,kivi-4,quarot-2,$\
 quarot-3,quarot-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4,hqq-4,oscar-2,oscar-3,oscar-4,int4-token-head,q4_0,$\
 q8_0,kvarn-k4v2-64,kvarn-k4v4-64,kvarn-k3v3-64,kvarn-k2v2-64
 REAL_CHOICE := dense,spectral-2,spectral-2.5,spectral-3,spectral-4,fp8,quanto-4,kivi-2,kivi-4,quarot-3,turboquant-mse-3,$\
 oscar-3,kvarn-k4v2-64
-REAL = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/fidelity.py --text wikitext2_test.txt --context 1024 \
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PREDICTIONS = $(ONE_THREAD) $(BIN)/python benchmarks/predictions.py
+REAL = $(ONE_THREAD) $(BIN)/python benchmarks/fidelity.py --text wikitext2_test.txt --context 1024 \
   --weights --methods $(REAL_METHODS) --choice $(REAL_CHOICE)
 SMOLLM2 = $(REAL) --model smollm2-135m --calibration calibrations/smollm2-135m --windows 4 --residuals 64 0 256 \
   --contexts 4096 8192
@@ -174,6 +176,10 @@ bench-real-others: $(STAMP)
 
 bench-real-recommended: $(STAMP)
 	$(SMOLLM2) --parts recommended $(ARGS)
+
+bench-real-predictions: $(STAMP)
+	$(PREDICTIONS) --model smollm2-135m $(ARGS)
+	$(PREDICTIONS) --model gemma3-270m --calibration-tokens 16384 --windows 2 $(ARGS)
 
 bench-ablations: $(STAMP) ## Measure every choice of the codec (about an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/ablations.py $(ARGS)

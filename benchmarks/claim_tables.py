@@ -8,6 +8,7 @@ from typing import Any
 from fidelity_tables import (
     NO_RECORD,
     Parts,
+    Record,
     Results,
     about,
     beside,
@@ -31,6 +32,8 @@ OTHER_TEXTS = {"wikipedia": "held-out Wikipedia text", "wikitext2": "WikiText-2'
 
 PREDICTED_WITHIN = 2.0
 """Predictions are to be at most so many times the measured divergence, and at least its so many-th part."""
+
+PREDICTION = ["method", "predicted KL", "measured KL", "predicted / measured", f"within {PREDICTED_WITHIN:g}x"]
 
 
 def claim(results: Results) -> dict[str, dict[str, tuple[str, float] | None]]:
@@ -150,17 +153,32 @@ def _predictions(parts: Parts, page: Path) -> list[str]:
         results = results_of(parts, part)
         for name, predicted in predictions(settings).items():
             if results.get(name, {"status": ""})["status"] == "ok":
-                measured = results[name]["kl_mean"]
-                ratio = predicted / measured
-                verdict = "met" if 1 / PREDICTED_WITHIN <= ratio <= PREDICTED_WITHIN else "**not met**"
-                rows.append([text, name, f"{predicted:.5f}", f"{measured:.5f}", f"{ratio:.2f}", verdict])
+                rows.append([text, *_prediction(name, predicted, results[name])])
     if not rows:
         return []
-    header = ["text", "method", "predicted KL", "measured KL", "predicted / measured", f"within {PREDICTED_WITHIN:g}x"]
     how = [
         f"{texts[part][0].upper()}{texts[part][1:]}: {windows(parts[part][1]['settings'], part)}. "
         f"{origins(parts, [part], page)}"
         for part in others
     ]
     told = "What the calibration predicts for text of its own kind, Wikipedia's, residual 64:"
-    return ["\n\n".join([told, markdown(header, rows), *how])]
+    return ["\n\n".join([told, markdown(["text", *PREDICTION], rows), *how])]
+
+
+def _prediction(name: str, predicted: float, measured: dict[str, Any]) -> list[str]:
+    """A row of :data:`PREDICTION`."""
+    ratio = predicted / measured["kl_mean"]
+    verdict = "met" if 1 / PREDICTED_WITHIN <= ratio <= PREDICTED_WITHIN else "**not met**"
+    return [name, f"{predicted:.5f}", f"{measured['kl_mean']:.5f}", f"{ratio:.2f}", verdict]
+
+
+def predictions_table(path: Path, record: Record, page: Path) -> str:
+    """What a calibration on WikiText-2 predicts for WikiText-2."""
+    settings, results = record["settings"], record["metrics"]
+    rows = [_prediction(name, predicted, results[name]) for name, predicted in predictions(settings).items()]
+    caption = (
+        f"Calibrated on {settings['calibration']['tokens']:,} tokens of WikiText-2's validation text; measured on "
+        f"{settings['windows']} windows of {settings['context']:,} tokens of its test text, residual "
+        f"{settings['residual']}. {origin(path, record, page)}"
+    )
+    return f"{markdown(PREDICTION, rows)}\n\n{caption}"

@@ -20,7 +20,7 @@ from typing import Any
 import figures
 from ablation_tables import ablation_table, findings_table, frames_table
 from absorb_tables import absorb_table
-from claim_tables import claim_table
+from claim_tables import claim_table, predictions_table
 from cpu_tables import cpu_attention_table, cpu_models_table
 from fidelity_tables import (
     NO_RECORD,
@@ -93,6 +93,7 @@ TABLES: dict[str, tuple[str, Render]] = {
     "gpu-models": ("gpu-decode", gpu_models_table),
     "gpu-kernel": ("gpu-attention", gpu_kernel_table),
     "prefixes": (f"prefixes-{YARDSTICK}", prefixes_table),
+    **{f"predictions-{model}": (f"predictions-{model}", predictions_table) for model in PACKAGED},
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""
 

@@ -347,6 +347,19 @@ def test_predicted_beside_measured(checkout: Path, said: bool) -> None:
     assert "WikiText-2's test text: " not in text
 
 
+def test_predictions_of_a_calibration_of_the_texts_own_kind(checkout: Path) -> None:
+    (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:predictions-gemma3-270m"), "utf-8")
+    content = record("2026-01-02T00:00:00+00:00", 0, suite="predictions-gemma3-270m")
+    content["settings"] |= {"residual": 64, "windows": 2, "predicted_kl": {"spectral-2": 0.003, "spectral-3": 0.004}}
+    content["metrics"] = {"dense": method(0.0), "spectral-2": method(0.004), "spectral-3": method(0.001)}
+    add(checkout, "a", content)
+    assert tables.main([], checkout) == 0
+    text = (checkout / "README.md").read_text("utf-8")
+    assert "| spectral-2 | 0.00300 | 0.00400 | 0.75 | met |" in text
+    assert "| spectral-3 | 0.00400 | 0.00100 | 4.00 | **not met** |" in text
+    assert "measured on 2 windows of 2,048 tokens of its test text, residual 64." in text
+
+
 @pytest.mark.parametrize("sinks", [4, 0], ids=["alike", "other sinks"])
 def test_predicted_beside_what_another_text_measures(checkout: Path, sinks: int) -> None:
     """A calibration predicts for text of its own kind: the table says what another one costs."""
