@@ -43,16 +43,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Iterator[None]:
     """``backend="cuda"`` runs on the CPU; plain torch encodes, and what kernels allocate is poisoned."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 255 if tensor.dtype == torch.uint8 else 77)
-
     monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: "the interpreter takes its time")
-    monkeypatch.setattr(torch, "empty", poisoned)
     with emulation.on_the_cpu():
         yield
 

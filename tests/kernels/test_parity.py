@@ -43,19 +43,12 @@ CODINGS = get_args(Coding)
 
 
 @pytest.fixture(params=as_parameters(KERNELS))
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+def kernel(request: pytest.FixtureRequest, poisoned: None) -> Iterator[Kernel]:
     """The kernel under test, in use; what it allocates is poisoned."""
     missing = request.param.missing()
     if missing:
         pytest.skip(missing)
     undo = select(request.param)
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 77)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
     yield request.param
     undo()
 

@@ -35,19 +35,8 @@ from tests.kernels.cases import ATTENTION, BASE, TRELLIS, TRITON, TRITON_DEVICE,
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(bool(TRITON.missing()), reason=f"no Triton here: {TRITON.missing()}"),
+    pytest.mark.usefixtures("poisoned"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the kernels' wrappers allocate, so that nothing unwritten goes unnoticed."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x5A)
-
-    monkeypatch.setattr(ops.torch, "empty", poisoned)
 
 
 def assert_near(found: Tensor, reference: Tensor, expected: Tensor) -> None:
