@@ -4,9 +4,9 @@ For one side (keys or values) of one layer, with x a cached vector::
 
     y   = E (frame(x) - mean)             E = A / sigma: unit-variance coefficients, sigma² the spectrum
     u   = y / g                           g = rms of y over the coded coefficients, times a searched factor
-    û   = codebook[nearest(u)]            Lloyd-Max of the coefficient's width; or the levels along the best of the
-                                          paths that the 64 tokens' u may take through a trellis (trellis.py)
-    γ   = log8(<y, û>_σ² / <û, û>_σ²)     the token's gain, corrected for the quantization at store time
+    û   = codebook[nearest(u)]            of the coefficient's width; or the levels along the best of the paths that
+                                          the 64 tokens' u may take through a trellis (trellis.py)
+    γ   = <y, û>_σ² / <û, û>_σ²           the token's gain, of least error once u is quantized; stored in 8 bits
     x̂   = unframe(mean + F (γ û))         F = A⁻¹ sigma
 
 Shapes: B batch, H key/value heads, D dimension, n blocks, W words of codes per block and batch row.
