@@ -68,7 +68,7 @@ def _spread(part: dict[str, Any], data: dict[str, Any]) -> Table:
     """The spread of the KL divergence, and each rival's over ours."""
     equal = part.get("tail") is not None
     title = "KL divergence by position" + (f", {part['tail']} recent tokens exact beside the chunk" if equal else "")
-    columns = [*(["exact tail"] if equal else []), "median", "p99", "p99.9", "max", "mean / ours at most at its bits"]
+    columns = [*(["exact tail"] if equal else []), "median", "p99", "p99.9", "max", "mean / ours at no more bits"]
 
     def row(entry: dict[str, Any]) -> list[str]:
         if entry["status"] != "ok":

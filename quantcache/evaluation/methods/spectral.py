@@ -17,7 +17,9 @@ GAIN_BITS = 8
 
 def _make(bits: float, setting: Setting) -> Callable[[], Cache]:
     if setting.calibration is None:
-        raise QuantCacheError(f"method spectral-{bits:g} needs a calibration")
+        raise QuantCacheError(
+            f"method spectral-{bits:g} needs a calibration: give the model's (--calibration), or leave the method out"
+        )
     allocated = setting.calibration.with_bits(bits)
     return lambda: SpectralCache(
         allocated, setting.config, sink_length=setting.sink_length, residual_length=setting.residual_length
@@ -29,7 +31,7 @@ RECIPES = (
         stem="spectral",
         family="ours",
         simulated=False,
-        description="loss-aware transform, water-filled Lloyd-Max codes, one 8-bit gain per token and head, packed",
+        description="loss-aware transform, water-filled trellis codes, one 8-bit gain per token and head, packed",
         source="quantcache SpectralCache",
         make=_make,
         bits=lambda bits, side, dim: bits + GAIN_BITS / dim,
