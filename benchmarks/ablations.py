@@ -35,7 +35,7 @@ from transformers import Cache, PreTrainedModel
 from quantcache import Calibration, SpectralCache, data
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Metadata
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import ANCHOR_LENGTH

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quantcache import Calibration, SpectralCache, data
 from quantcache.attention import spectral_attention
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.coding.schema import Coding
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import measure_fidelity, needs_statistics, parse_methods, text_statistics

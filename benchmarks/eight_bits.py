@@ -31,7 +31,7 @@ from quantcache.backends import reference
 from quantcache.backends.cpu import CpuBackend
 from quantcache.backends.online_softmax import OnlineSoftmax, QueryRows
 from quantcache.backends.view import CacheView
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.coding import trellis
 from quantcache.coding.codebook import gaussian_codebook
 from quantcache.coding.codec import SpectralCodec

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import Calibration, calibrate, data
 from quantcache.artifact.prediction import predict_kl_at
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.common import compat
 from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.common.sources import MODEL_HELP

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from quantcache import data
 from quantcache.attention.probe import RecordingCache, recorded_queries, run
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.coding import linalg
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import Method, measure_fidelity, parse_methods, text_statistics

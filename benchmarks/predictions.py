@@ -17,7 +17,7 @@ from fidelity import BITS, CHUNK, SHARED, SINKS, WIKITEXT, calibrated, predicted
 from records import ROOT, Run, suite_of, write_record
 from rich.console import Console
 
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.sequences import text_tokens
 from quantcache.common.sources import MODEL_HELP

@@ -28,7 +28,7 @@ import quantcache
 from quantcache import PrefixStore, data
 from quantcache.accounting.measuring import measure
 from quantcache.cache.prefix_keys import key_of
-from quantcache.cli.session import load_calibration, load_model
+from quantcache.cli.loading import load_calibration, load_model
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.provenance import calibration_sha256, model_sha256, text_sha256
 from quantcache.evaluation.summaries import quantiles

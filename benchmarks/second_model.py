@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from quantcache import data
 from quantcache.calibration.passages import shared, sketch
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.common.sequences import text_tokens
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.provenance import MOST_SHARED, model_sha256, text_sha256

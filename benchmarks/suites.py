@@ -20,7 +20,8 @@ from rich.console import Console
 
 from quantcache import Calibration, data
 from quantcache.cli.eval_tables import tables
-from quantcache.cli.session import load_model, progress_bar, show_cells
+from quantcache.cli.loading import load_model
+from quantcache.cli.session import progress_bar, show_cells
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import runner

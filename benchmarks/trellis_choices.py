@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from quantcache import Calibration, SpectralCache, data
 from quantcache.attention.probe import RecordingCache
 from quantcache.attention.probe import run as run_model
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.gains import dequantize_gain, quantize_gain
 from quantcache.coding.packing import BLOCK, MAX_WIDTH

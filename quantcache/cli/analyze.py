@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from quantcache.cli.outputs import output_folder
-from quantcache.cli.session import (
+from quantcache.cli.loading import load_calibration, load_model, read_text
+from quantcache.cli.options import (
     DebugFlag,
     DeviceOption,
     DtypeOption,
@@ -17,11 +17,9 @@ from quantcache.cli.session import (
     ModelArgument,
     RevisionOption,
     TrustOption,
-    load_calibration,
-    load_model,
-    read_text,
-    session,
 )
+from quantcache.cli.outputs import output_folder
+from quantcache.cli.session import session
 
 FILES = ("report.json", "report.html", "report.png")
 """What a run writes."""

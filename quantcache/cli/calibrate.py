@@ -10,19 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantcache.cli.loading import load_model, read_text
 from quantcache.cli.metrics import MetricsOption, read_metrics
+from quantcache.cli.options import DebugFlag, DeviceOption, DtypeOption, JsonFlag, RevisionOption, TrustOption
 from quantcache.cli.outputs import output_folder
-from quantcache.cli.session import (
-    DebugFlag,
-    DeviceOption,
-    DtypeOption,
-    JsonFlag,
-    RevisionOption,
-    TrustOption,
-    load_model,
-    read_text,
-    session,
-)
+from quantcache.cli.session import session
 from quantcache.common.errors import HubError
 from quantcache.common.sources import MODEL_HELP
 
@@ -35,20 +27,17 @@ def calibrate(
     context: typer.Context,
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help=f"{MODEL_HELP} A recipe names its model.",
-        ),
+        typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} A recipe names its model."),
     ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(metavar="FILE...", help="Text to calibrate on, one file or more.")
     ] = None,
-    more_text: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    more_text: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     recipe: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE", help="Text and settings from a recipe (calibrations/recipes)."),
     ] = None,
-    bits: Annotated[float, typer.Option(min=0, max=8, help="Bits per element on average, without scales.")] = 3.0,
+    bits: Annotated[float, typer.Option(min=0, max=8, help="Bits per element on average, without gains.")] = 3.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Hub repository to push to.")] = None,
     metrics: MetricsOption = None,
@@ -75,6 +64,7 @@ def calibrate(
     """Calibrate a model on text, and save the calibration.
 
     Example: quantcache calibrate wiki11m --text a.txt b.txt --bits 3 -o calibration/
+
     Example: quantcache calibrate --recipe qwen3-0.6b -o calibration/
     """
     with session(json, debug) as run, contextlib.ExitStack() as stack:

@@ -8,7 +8,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from quantcache.cli.session import DebugFlag, JsonFlag, find_model, load_calibration, session
+from quantcache.cli.loading import find_model, load_calibration
+from quantcache.cli.options import DebugFlag, JsonFlag
+from quantcache.cli.session import session
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 

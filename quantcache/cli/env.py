@@ -8,7 +8,8 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from quantcache.cli.session import DebugFlag, JsonFlag, session
+from quantcache.cli.options import DebugFlag, JsonFlag
+from quantcache.cli.session import session
 
 
 def env(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantcache.cli.eval_tables import tables
-from quantcache.cli.outputs import check_output_file
-from quantcache.cli.session import (
+from quantcache.cli.loading import load_calibration, load_model, read_text
+from quantcache.cli.options import (
+    CALIBRATION_HELP,
     DebugFlag,
     DeviceOption,
     DtypeOption,
@@ -21,13 +22,9 @@ from quantcache.cli.session import (
     ModelArgument,
     RevisionOption,
     TrustOption,
-    load_calibration,
-    load_model,
-    progress_bar,
-    read_text,
-    session,
-    show_cells,
 )
+from quantcache.cli.outputs import check_output_file
+from quantcache.cli.session import progress_bar, session, show_cells
 from quantcache.cli.terminal import report
 from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 
@@ -52,7 +49,8 @@ def evaluate(
     model: ModelArgument,
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to evaluate on, never one calibrated on.")],
     calibration: Annotated[
-        str | None, typer.Option("--calibration", "-c", metavar="ARTIFACT", help="For the spectral methods.")
+        str | None,
+        typer.Option("--calibration", "-c", metavar="ARTIFACT", help=f"The model's calibration: {CALIBRATION_HELP}."),
     ] = None,
     suite: Annotated[
         str,
@@ -61,7 +59,9 @@ def evaluate(
             "memory, speed, or all."
         ),
     ] = "fidelity",
-    methods: Annotated[str, typer.Option(help="Comma-separated: dense, spectral-B, turboquant-mse-B, ...")] = METHODS,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated: dense, spectral-B, turboquant-mse-B, ..., or all.")
+    ] = METHODS,
     context: Annotated[
         str | None,
         typer.Option(
@@ -75,17 +75,19 @@ def evaluate(
     ),
     tail: Annotated[
         str | None,
-        typer.Option(help="Fidelity at equal exact tails, such as 0,64,256, in place of --residual: see the docs."),
+        typer.Option(
+            help="Fidelity at equal exact tails, such as 0,64,256, in place of --residual (docs/evaluation.md)."
+        ),
     ] = None,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that every method keeps.")] = SINK_LENGTH,
     chunk: Annotated[
         int | None, typer.Option(min=1, help=f"Tokens fed at once. Default: {CHUNK}, with --tail {TAIL_CHUNK}.")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Fidelity: windows slide by so many tokens instead of lying side by side.")
+        int | None, typer.Option(help="Fidelity: tokens from one window to the next. Default: a window.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Quantize the model's weights first: int8 or int4, with quanto- or torchao-.")
+        str | None, typer.Option(help="Quantize the model's weights first: int8, int4, or such as quanto-int8.")
     ] = None,
     quick: Annotated[
         bool,
@@ -96,7 +98,7 @@ def evaluate(
     ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="Questions asked of --qa FILE. Default: 12.")] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Texts, tables, prompts of each size that tasks and divergence draw.")
+        int | None, typer.Option(min=1, help="How often task and divergence suites draw a text, table or prompt.")
     ] = None,
     domain: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Another text for the transfer suite; may be repeated.")
@@ -106,7 +108,9 @@ def evaluate(
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens of needle and records prompts, such as 1K,2K,4K. Default: half the context and it."),
+        typer.Option(
+            help="Tokens of needle and records prompts, such as 1K,2K,4K. Default: half the context and all of it."
+        ),
     ] = None,
     needle_fact: Annotated[str | None, typer.Option(help="How a needle is stated, with {name} and {code}.")] = None,
     needle_question: Annotated[str | None, typer.Option(help="How it is asked for, with {name}.")] = None,

@@ -8,19 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from quantcache.cli.loading import find_model, load_calibration, quiet_unless_watched
 from quantcache.cli.metrics import MetricsOption, read_metrics
-from quantcache.cli.session import (
-    CalibrationOption,
-    DebugFlag,
-    JsonFlag,
-    ModelArgument,
-    RevisionOption,
-    find_model,
-    load_calibration,
-    progress_bar,
-    quiet_unless_watched,
-    session,
-)
+from quantcache.cli.options import CalibrationOption, DebugFlag, JsonFlag, ModelArgument, RevisionOption
+from quantcache.cli.session import progress_bar, session
 from quantcache.common.errors import HubError
 
 

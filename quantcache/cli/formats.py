@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from quantcache.cli.session import (
-    DebugFlag,
-    JsonFlag,
-    RevisionOption,
-    TrustOption,
-    find_model,
-    session,
-)
+from quantcache.cli.loading import find_model
+from quantcache.cli.options import DebugFlag, JsonFlag, RevisionOption, TrustOption
+from quantcache.cli.session import session
 from quantcache.common.sources import CONFIG_HELP
 from quantcache.data import BUNDLED_MODEL
 

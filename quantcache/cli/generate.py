@@ -11,7 +11,8 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from quantcache.cli.session import (
+from quantcache.cli.loading import load_calibration, load_model
+from quantcache.cli.options import (
     BitsOption,
     CalibrationOption,
     DebugFlag,
@@ -22,10 +23,8 @@ from quantcache.cli.session import (
     QualityOption,
     RevisionOption,
     TrustOption,
-    load_calibration,
-    load_model,
-    session,
 )
+from quantcache.cli.session import session
 from quantcache.cli.stats import LiveStats
 from quantcache.cli.terminal import report
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH

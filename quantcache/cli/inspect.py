@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from quantcache.cli.session import BitsOption, DebugFlag, JsonFlag, QualityOption, load_calibration, session
+from quantcache.cli.loading import load_calibration
+from quantcache.cli.options import CALIBRATION_HELP, BitsOption, DebugFlag, JsonFlag, QualityOption
+from quantcache.cli.session import session
 
 _UNSHOWN = ("text_sha256", "passages", "yardstick")
 
@@ -18,7 +20,7 @@ TOKENS = 8192
 
 
 def inspect(
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Folder or Hub id of a calibration.")],
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help=f"A calibration: {CALIBRATION_HELP}.")],
     bits: BitsOption = None,
     quality: QualityOption = None,
     cache: Annotated[

@@ -11,15 +11,9 @@ from rich.table import Table
 
 from quantcache.cli.formats import NOT_MEASURED, RecordsOption, compact_table, load_measurements
 from quantcache.cli.inspect import rate_line
-from quantcache.cli.session import (
-    DebugFlag,
-    JsonFlag,
-    RevisionOption,
-    TrustOption,
-    find_model,
-    load_calibration,
-    session,
-)
+from quantcache.cli.loading import find_model, load_calibration
+from quantcache.cli.options import DebugFlag, JsonFlag, RevisionOption, TrustOption
+from quantcache.cli.session import session
 from quantcache.common.defaults import PREFILL_CHUNK, QUALITIES
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sources import CONFIG_HELP
@@ -35,7 +29,7 @@ def recommend(
     ],
     memory: Annotated[str, typer.Option(metavar="SIZE", help="24GB (1000³ bytes) or 24GiB (1024³ bytes).")],
     context: Annotated[str, typer.Option(metavar="TOKENS", help="Cached tokens of each row; 128K is 131,072.")],
-    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
     max_kl: Annotated[float | None, typer.Option(help="Largest mean KL accepted, nats per token.")] = None,
     quality: Annotated[
         str | None,

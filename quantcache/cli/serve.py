@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantcache.cli.session import (
+from quantcache.cli.loading import find_model, load_calibration, model_placement, quiet_unless_watched
+from quantcache.cli.options import (
     BitsOption,
     CalibrationOption,
     DebugFlag,
@@ -19,12 +20,8 @@ from quantcache.cli.session import (
     ModelArgument,
     QualityOption,
     TrustOption,
-    find_model,
-    load_calibration,
-    model_placement,
-    quiet_unless_watched,
-    session,
 )
+from quantcache.cli.session import session
 from quantcache.cli.terminal import report
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError

@@ -18,9 +18,10 @@ from quantcache import __version__, data
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.cli import main
-from quantcache.cli.session import describe, to_json, write_json
+from quantcache.cli.session import describe
 from quantcache.cli.stats import LiveStats
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.jsonfile import to_json, write_json
 from tests.helpers import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

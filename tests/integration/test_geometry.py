@@ -521,7 +521,7 @@ def test_enable_on_a_draft_of_windows_only() -> None:
 def test_the_command_line_loads_models_that_also_take_images(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from quantcache.cli.session import load_model
+    from quantcache.cli.loading import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     text = _implied(16, 4, 2) | {"vocab_size": len(tokenizer)}

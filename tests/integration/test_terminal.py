@@ -176,7 +176,7 @@ def test_interrupted_in_a_verb(run: Run, folder: Path, monkeypatch: pytest.Monke
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["quantcache.cli.session"], "read_utf8", stop)
+    monkeypatch.setattr(sys.modules["quantcache.cli.loading"], "read_utf8", stop)
     for arguments in (
         ("eval", "wiki11m", "--text", folder / "held_out.txt", "--methods", "dense"),
         ("calibrate", "wiki11m", "--text", folder / "text.txt", "-o", folder / "never"),

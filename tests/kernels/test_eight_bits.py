@@ -12,7 +12,7 @@ from eight_bits import PRECISIONS, Precision, whole_scores, whole_weights
 from torch import Tensor
 
 from quantcache import Calibration, backends, data
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.data import calibrations_path
 from quantcache_kernels.cuda import layout as layouts
 from tests.kernels import test_cuda

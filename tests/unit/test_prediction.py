@@ -13,7 +13,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import predict_kl, predict_kl_at
 from quantcache.calibration import calibrator
 from quantcache.calibration.calibrator import calibrate
-from quantcache.cli.session import load_model
+from quantcache.cli.loading import load_model
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.distortion import coefficient_distortion, expected_cost, side_cost
 from quantcache.coding.rope import Rope

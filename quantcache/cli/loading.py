@@ -1,0 +1,241 @@
+"""The texts, calibrations and models that users name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcache.cli.terminal import report
+from quantcache.common.errors import HubError, QuantCacheError, UnsupportedModel
+from quantcache.common.plaintext import read_utf8
+from quantcache.common.sources import is_gguf, model_source, source_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quantcache.artifact.calibration import Calibration
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Args:
+        path: UTF-8 text file.
+
+    Returns:
+        Its text.
+
+    Raises:
+        QuantCacheError: The file is empty or not UTF-8.
+        OSError: It cannot be read.
+    """
+    text = read_utf8(path.read_bytes(), path)
+    if not text.strip():
+        raise QuantCacheError(f"{path} is empty")
+    return text
+
+
+def load_calibration(name: str, bits: float | None = None, quality: str | None = None) -> Calibration:
+    """Load a calibration; an error says what was looked for.
+
+    Args:
+        name: Folder, Hub id, or a model whose calibration comes with quantcache.
+        bits: Mean code width; the calibration's own by default.
+        quality: A word in place of ``bits``.
+
+    Returns:
+        The calibration, at these bits.
+
+    Raises:
+        QuantCacheError: There is none, it is malformed, or it has no such rate.
+        ValueError: Both ``bits`` and ``quality`` are given.
+    """
+    from quantcache.artifact.quality import at_quality, check_quality
+
+    check_quality(quality, bits)
+    found = _load_calibration(name)
+    if quality is not None:
+        return at_quality(found, quality)
+    return found if bits is None else found.with_bits(bits)
+
+
+def _load_calibration(name: str) -> Calibration:
+    """The calibration as it was saved."""
+    from quantcache.artifact.calibration import Calibration
+    from quantcache.artifact.index import bundled_calibrations
+
+    require_folder(name)
+    if not os.path.isdir(name) and name in bundled_calibrations():
+        return Calibration.for_model(name)
+    if "/" not in name and not os.path.exists(name):
+        known = ", ".join(bundled_calibrations())
+        raise QuantCacheError(
+            f"cannot load calibration {name}: there is no such folder, quantcache comes with calibrations of {known} "
+            "only, and one on the Hub is called OWNER/NAME"
+        )
+    try:
+        return Calibration.from_pretrained(name)
+    except (HubError, OSError, ValueError) as error:
+        raise QuantCacheError(
+            f"cannot load calibration {name}: there is no such folder, and from the Hub: {error}"
+        ) from error
+
+
+def load_model(
+    name: str,
+    *,
+    attention: str | None = "spectral",
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    encoders: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: Folder, GGUF file, Hub id, or a name that :mod:`quantcache.common.sources` knows.
+        attention: Attention implementation; transformers' choice if None.
+        device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
+        dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Allow model code from the Hub.
+        encoders: Also load models without a cache, with transformers' choice of attention.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        QuantCacheError: It is not a decoder-only language model.
+        OSError: It cannot be found.
+        ValueError: An argument makes no sense.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    import quantcache  # registers the attention
+    from quantcache.common import compat
+
+    del quantcache
+    device, dtype = model_placement(device, dtype)
+    source = find_model(name)
+    more: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with quiet_unless_watched(), _naming(name):
+        config = AutoConfig.from_pretrained(source, **more)
+        compat.require_decoder(config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **more)
+        encoder = encoders and compat.is_encoder(config)
+        try:
+            model = (AutoModel if encoder else compat.auto_class(config)).from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=None if encoder else attention,
+                device_map=device,
+                **more,
+            )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            message = f"transformers has no causal language model of type {config.model_type}"
+            raise UnsupportedModel(message) from error  # the original names every model it knows
+    ours = source_name(source)
+    if ours is not None:
+        model.config._name_or_path = ours  # artifacts name it instead of a folder of this machine
+    return model.eval(), tokenizer
+
+
+def model_placement(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """Where a model goes, and in which dtype.
+
+    Args:
+        device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
+        dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
+
+    Returns:
+        Both, as transformers takes them.
+
+    Raises:
+        ValueError: The device cannot be used, or there is no such dtype.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "auto":
+        try:
+            kind = torch.empty(0, dtype=torch.float32, device=device).device.type
+            torch.zeros(1, dtype=torch.float32, device=device).item()
+        except Exception as error:  # torch has a class of its own for every way a device can be missing
+            message = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"device {device!r} cannot be used: {message}") from error
+        device = kind if kind == "cpu" else device
+    if dtype is None:
+        dtype = "float32" if device.startswith("cpu") else "auto"
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+    return device, dtype
+
+
+def find_model(name: str) -> str | Path:
+    """Find a model's files before anything else is done; of a GGUF file, say that it is being converted.
+
+    Args:
+        name: What the user calls the model.
+
+    Returns:
+        What ``from_pretrained`` takes.
+
+    Raises:
+        QuantCacheError: It is of a package that is not installed, or a GGUF file that cannot be converted.
+        FileNotFoundError: There is no such folder or file.
+    """
+    if not is_gguf(name):
+        require_folder(name)
+    with quiet_unless_watched():
+        return model_source(name, on_convert=lambda what: report("note", what))
+
+
+def require_folder(name: str) -> None:
+    """Refuse what can only be meant as a path and does not exist.
+
+    Args:
+        name: Folder or Hub id.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+    """
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+    if looks_like_path and not Path(name).exists():
+        raise FileNotFoundError(f"there is no folder {name}")
+
+
+@contextlib.contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Say in an error which model cannot be loaded: the Hub's own often do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot load {model}: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_unless_watched() -> Iterator[None]:
+    """Without a terminal on stderr, spare its reader transformers' progress bars.
+
+    Yields:
+        Nothing.
+    """
+    from transformers.utils import logging
+
+    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
