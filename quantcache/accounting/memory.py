@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import LayerCalibration, SideCalibration
 
@@ -271,8 +269,3 @@ def largest_capacity(count: int, growth: int = GROWTH) -> int:
         The largest value of :func:`capacity`.
     """
     return grown(count - 1, count, growth) if count else 0
-
-
-def dtype_bytes(dtype: torch.dtype) -> int:
-    """Bytes per element of a dtype."""
-    return dtype.itemsize

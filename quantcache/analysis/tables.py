@@ -32,9 +32,9 @@ def count(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}"
 
 
-def percent(value: float | None, places: int = 0) -> str:
+def percent(value: float | None) -> str:
     """A share."""
-    return MISSING if value is None else f"{100 * value:.{places}f} %"
+    return MISSING if value is None else f"{100 * value:.0f} %"
 
 
 def nats(value: float | None) -> str:

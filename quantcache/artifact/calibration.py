@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quantcache.accounting.memory import bits_per_encoded_element
 from quantcache.artifact import cache_layout, hub
 from quantcache.artifact.card import render_card
-from quantcache.artifact.files import CONFIG_NAME, DIGEST, TENSORS_NAME, from_files, to_files
+from quantcache.artifact.files import ARTIFACT_FILES, CONFIG_NAME, DIGEST, TENSORS_NAME, from_files, to_files
 from quantcache.artifact.identity import check_identity
 from quantcache.artifact.index import bundled_index, find_entry, read_index
 from quantcache.artifact.synthetic import random_constants
@@ -328,7 +328,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             folder = Path(pretrained_model_name_or_path) / (subfolder or "")
             if subfolder is None and not (folder / CONFIG_NAME).exists() and (folder / SUBFOLDER).is_dir():
                 folder = folder / SUBFOLDER
-            missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
+            missing = [name for name in ARTIFACT_FILES if not (folder / name).is_file()]
             if missing:
                 raise ArtifactError(f"{folder} is not a calibration folder: missing {' and '.join(missing)}")
             files = folder / CONFIG_NAME, folder / TENSORS_NAME
@@ -384,14 +384,14 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """
         name = model if isinstance(model, str) else compat.model_id(model)
         revision = revision if isinstance(model, str) else compat.model_revision(model)
-        names = (CONFIG_NAME, TENSORS_NAME)
-        entry = find_entry(read_index(Path(index) if index else bundled_index(), names), name, revision)
+        entry = find_entry(read_index(Path(index) if index else bundled_index()), name, revision)
         if entry.folder is not None:
-            paths = [entry.folder / file for file in names]
+            paths = [entry.folder / file for file in ARTIFACT_FILES]
         else:
             assert entry.repo is not None
             options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-            paths = [hub.download(entry.repo, file, revision=entry.artifact_revision, **options) for file in names]
+            options["revision"] = entry.artifact_revision
+            paths = [hub.download(entry.repo, file, **options) for file in ARTIFACT_FILES]
         for path in paths:
             entry.check(path)
         calibration = cls(*from_files(*paths))

@@ -39,6 +39,7 @@ from quantcache.common.writing import TornFiles
 
 TENSORS_NAME = "calibration.safetensors"
 CONFIG_NAME = "calibration_config.json"
+ARTIFACT_FILES = (CONFIG_NAME, TENSORS_NAME)
 FORMAT = "quantcache-calibration"
 SCHEMA_VERSION = "1.1"
 DIGEST = "digest"
@@ -219,8 +220,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         if unknown:
             names = ", ".join(sorted(map(str, unknown)))
             warnings.warn(f"{path}: ignoring unknown {section} keys {names}", stacklevel=4)
-    for name, kind in (("base_model", dict), ("cache_config", dict), ("recipe", dict), ("environment", dict)):
-        if not isinstance(config[name], kind):
+    for name in ("base_model", "cache_config", "recipe", "environment"):
+        if not isinstance(config[name], dict):
             raise ArtifactError(f"{path}: {name} must be an object, got {type(config[name]).__name__}")
     for name in ("layers", "rope"):
         if not isinstance(config[name], list) or not all(isinstance(entry, dict) for entry in config[name]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from quantcache.artifact.calibration import SUBFOLDER, Calibration
-from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.artifact.files import CONFIG_NAME
 from quantcache.artifact.index import bundled_index, find_entry, read_index
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError
@@ -54,7 +54,7 @@ def find_calibration(model: PreTrainedModel, *, hub: bool = False) -> Found:
     folder = Path(name)
     if any((place / CONFIG_NAME).is_file() for place in (folder, folder / SUBFOLDER)):
         return Found(Calibration.from_pretrained(folder), f"the one in the model's folder {folder}")
-    entries, revision = read_index(bundled_index(), (CONFIG_NAME, TENSORS_NAME)), compat.model_revision(model)
+    entries, revision = read_index(bundled_index()), compat.model_revision(model)
     try:
         entry = find_entry(entries, name, revision)
     except ArtifactError as error:

@@ -131,9 +131,7 @@ def push_folder(
     repo_id: str,
     *,
     message: str,
-    token: str | bool | None = None,
     private: bool | None = None,
-    revision: str | None = None,
 ) -> str:
     """Upload a folder in one commit, creating the repository where there is none.
 
@@ -141,9 +139,7 @@ def push_folder(
         folder: Local folder; its files go to the root of the repository.
         repo_id: Hub repository, ``owner/name``.
         message: Title of the commit.
-        token: Hub access token; by default that of the login.
         private: Whether a new repository is private.
-        revision: Branch to push to.
 
     Returns:
         The commit's URL.
@@ -153,21 +149,18 @@ def push_folder(
     """
 
     def push() -> str:
-        api = HfApi(token=token, library_name=LIBRARY)
+        api = HfApi(library_name=LIBRARY)
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(
-            api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, revision=revision).commit_url
-        )
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
 
-    return checked(push, repo_id, revision, "the folder")
+    return checked(push, repo_id, None, "the folder")
 
 
-def check_push(repo_id: str, token: str | bool | None = None) -> None:
+def check_push(repo_id: str) -> None:
     """Refuse a push that cannot succeed, before the work that it is for.
 
     Args:
         repo_id: Hub repository, ``owner/name``.
-        token: Hub access token; by default that of the login.
 
     Raises:
         ArtifactError: It is not a valid repository id.
@@ -176,7 +169,7 @@ def check_push(repo_id: str, token: str | bool | None = None) -> None:
     owner, slash, _ = require_repo_id(repo_id).partition("/")
 
     def who() -> set[str]:
-        found = HfApi(token=token, library_name=LIBRARY).whoami()
+        found = HfApi(library_name=LIBRARY).whoami()
         return {str(found["name"]), *(str(org["name"]) for org in found.get("orgs") or ())}
 
     names = checked(who, repo_id, None, "a push")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcache import data
-from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.artifact.files import ARTIFACT_FILES
 from quantcache.common.errors import ArtifactError
 from quantcache.common.jsonfile import read_json
 
@@ -64,16 +64,15 @@ def bundled_index() -> Path:
 
 def bundled_calibrations() -> tuple[str, ...]:
     """Names of the models whose calibrations come with quantcache, those of the index that have a folder."""
-    entries = read_index(bundled_index(), (CONFIG_NAME, TENSORS_NAME))
+    entries = read_index(bundled_index())
     return tuple(dict.fromkeys(entry.model for entry in entries if entry.folder is not None))
 
 
-def read_index(path: Path, names: tuple[str, ...]) -> list[IndexEntry]:
+def read_index(path: Path) -> list[IndexEntry]:
     """Read and check an index.
 
     Args:
         path: An ``index.json``.
-        names: The files that every artifact has.
 
     Returns:
         Its entries.
@@ -93,10 +92,10 @@ def read_index(path: Path, names: tuple[str, ...]) -> list[IndexEntry]:
     entries = content.get("calibrations")
     if not isinstance(entries, list):
         raise ArtifactError(f"{path}: calibrations must be a list, got {type(entries).__name__}")
-    return [_entry(path, number, entry, names) for number, entry in enumerate(entries)]
+    return [_entry(path, number, entry) for number, entry in enumerate(entries)]
 
 
-def _entry(path: Path, number: int, entry: Any, names: tuple[str, ...]) -> IndexEntry:
+def _entry(path: Path, number: int, entry: Any) -> IndexEntry:
     where = f"{path}: entry {number}"
     artifact = entry.get("artifact") if isinstance(entry, dict) else None
     if not isinstance(artifact, dict) or not isinstance(entry.get("model"), str):
@@ -109,9 +108,8 @@ def _entry(path: Path, number: int, entry: Any, names: tuple[str, ...]) -> Index
             f"{where} must name artifact and revision by strings, got {place!r:.60} and {revision!r:.60}"
         )
     sha256 = artifact.get("sha256")
-    wanted = dict.fromkeys(names, "")
-    if not isinstance(sha256, dict) or sha256.keys() != wanted.keys():
-        raise ArtifactError(f"{where} must have a sha256 of each of {', '.join(names)}")
+    if not isinstance(sha256, dict) or sha256.keys() != set(ARTIFACT_FILES):
+        raise ArtifactError(f"{where} must have a sha256 of each of {', '.join(ARTIFACT_FILES)}")
     for name, digest in sha256.items():
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ArtifactError(f"{where}: sha256 of {name} must be 64 hexadecimal digits, got {digest!r}")

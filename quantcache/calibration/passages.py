@@ -27,19 +27,18 @@ def _hashes(text: str) -> Iterator[str]:
         yield hashlib.blake2b(plain[first : first + WINDOW], digest_size=DIGITS // 2).hexdigest()
 
 
-def sketch(text: str, size: int = SKETCH_SIZE) -> str:
+def sketch(text: str) -> str:
     """A sample of a text's passages that does not depend on where in a text they stand.
 
     Source: A. Broder, "On the resemblance and containment of documents" (1997): the smallest hashes.
 
     Args:
         text: Plain text of any length.
-        size: Hashes to keep at most.
 
     Returns:
         The smallest hashes, ascending, ``DIGITS`` hexadecimal digits each; empty for a text shorter than a passage.
     """
-    return "".join(sorted(set(_hashes(text)))[:size])
+    return "".join(sorted(set(_hashes(text)))[:SKETCH_SIZE])
 
 
 def shared(known: str, text: str) -> tuple[int, int]:

@@ -135,9 +135,9 @@ def _mean(summary: dict[str, Any] | None, form: str = ".4f") -> str:
     return f"{summary['mean']:{form}}{error}"
 
 
-def _times(summary: dict[str, Any] | None, form: str = ".2f") -> str:
+def _times(summary: dict[str, Any] | None) -> str:
     """A median with the 20th and 80th percentile."""
-    return "" if summary is None else f"{summary['median']:{form}} ({summary['p20']:{form}} to {summary['p80']:{form}})"
+    return "" if summary is None else f"{summary['median']:.2f} ({summary['p20']:.2f} to {summary['p80']:.2f})"
 
 
 def _counts(part: dict[str, Any], title: str, places: dict[str, str], by: str) -> Table:

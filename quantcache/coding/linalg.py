@@ -105,12 +105,11 @@ def inverse(matrices: Tensor, name: str = "inverse") -> Tensor:
 
 
 @without_autocast
-def eigh(matrices: Tensor, name: str = "eigenvectors") -> tuple[Tensor, Tensor]:
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of symmetric matrices.
 
     Args:
         matrices: ``[..., D, D]``.
-        name: What they are, for messages.
 
     Returns:
         Values ``[..., D]``, ascending, and vectors as columns ``[..., D, D]``.
@@ -118,21 +117,20 @@ def eigh(matrices: Tensor, name: str = "eigenvectors") -> tuple[Tensor, Tensor]:
     Raises:
         QuantCacheError: The values do not converge, or the vectors are wrong.
     """
-    values, vectors = _each(matrices, name, lambda matrix: tuple(torch.linalg.eigh(matrix)))
+    values, vectors = _each(matrices, "eigenvectors", lambda matrix: tuple(torch.linalg.eigh(matrix)))
     size = matrices.norm(dim=(-2, -1)).clamp_min(torch.finfo(matrices.dtype).tiny)
     off = (matrices @ vectors - vectors * values.unsqueeze(-2)).norm(dim=(-2, -1))
-    _require(off / size, matrices.dtype, name, "M V = V Λ")
-    _require(_skew(vectors), matrices.dtype, name, "Vᵀ V = 1")
+    _require(off / size, matrices.dtype, "eigenvectors", "M V = V Λ")
+    _require(_skew(vectors), matrices.dtype, "eigenvectors", "Vᵀ V = 1")
     return values, vectors
 
 
 @without_autocast
-def qr(matrices: Tensor, name: str = "QR") -> tuple[Tensor, Tensor]:
+def qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Orthogonal and triangular factors.
 
     Args:
         matrices: ``[..., D, D]``.
-        name: What they are, for messages.
 
     Returns:
         Q and R, ``[..., D, D]`` each.
@@ -140,10 +138,10 @@ def qr(matrices: Tensor, name: str = "QR") -> tuple[Tensor, Tensor]:
     Raises:
         QuantCacheError: The factors are wrong.
     """
-    orthogonal, triangular = _each(matrices, name, lambda matrix: tuple(torch.linalg.qr(matrix)))
+    orthogonal, triangular = _each(matrices, "QR", lambda matrix: tuple(torch.linalg.qr(matrix)))
     size = matrices.norm(dim=(-2, -1)).clamp_min(torch.finfo(matrices.dtype).tiny)
-    _require((orthogonal @ triangular - matrices).norm(dim=(-2, -1)) / size, matrices.dtype, name, "Q R = A")
-    _require(_skew(orthogonal), matrices.dtype, name, "Qᵀ Q = 1")
+    _require((orthogonal @ triangular - matrices).norm(dim=(-2, -1)) / size, matrices.dtype, "QR", "Q R = A")
+    _require(_skew(orthogonal), matrices.dtype, "QR", "Qᵀ Q = 1")
     return orthogonal, triangular
 
 

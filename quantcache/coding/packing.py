@@ -18,18 +18,6 @@ FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4,
 """Bit fields of each width 0 to 8, most significant first."""
 
 
-def words_per_dim(width: int) -> int:
-    """Number of 32-bit words that one dimension of one block takes.
-
-    Args:
-        width: Code width in bits, 0 to 8.
-
-    Returns:
-        ``2 * width``.
-    """
-    return 2 * width
-
-
 def pack(codes: Tensor, width: int) -> Tensor:
     """Pack the codes of whole blocks into 32-bit words.
 

@@ -18,9 +18,9 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quantcache.accounting.measuring import measure
-from quantcache.accounting.memory import dtype_bytes
 from quantcache.accounting.predicting import predict
 from quantcache.artifact import cache_layout, tracing
+from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
@@ -157,7 +157,7 @@ def _measure_rung(model: PreTrainedModel, method: Method, length: int, batch: in
     return {
         "tokens": held.tokens,
         "bytes": held.total,
-        "predicted_bytes": _predict(cache, length, batch, dtype_bytes(model.dtype)),
+        "predicted_bytes": _predict(cache, length, batch, model.dtype.itemsize),
         "bits_per_element_total": held.bits_per_element_total,
         "times_smaller": held.bfloat16_bytes / held.total if held.total else None,
         "constants": held.constants,
@@ -182,7 +182,7 @@ def _fill(model: PreTrainedModel, cache: Cache, length: int, batch: int, device:
         )
         cache.update(keys, values, index)
         layer: Any = cache.layers[index]
-        if hasattr(layer, "finish"):
+        if isinstance(layer, SpectralLayer):
             layer.flush()  # what attention does once it has read the new tokens
         del keys, values
 

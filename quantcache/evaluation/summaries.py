@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 Summary = dict[str, float | int | None]
 
+Z95 = 1.959963984540054
+"""Quantile of the normal distribution that gives a 95 % interval."""
+
 
 def quantiles(samples: Sequence[float]) -> Summary:
     """Describe a skewed quantity, such as a time.
@@ -61,7 +64,7 @@ def mean(samples: Sequence[float]) -> Summary:
     return {"mean": center, "stderr": stderr, "n": count}
 
 
-def share(successes: int, trials: int, z: float = 1.959963984540054) -> Summary:
+def share(successes: int, trials: int) -> Summary:
     """Describe a number of successes.
 
     Source of the interval: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
@@ -69,19 +72,18 @@ def share(successes: int, trials: int, z: float = 1.959963984540054) -> Summary:
     Args:
         successes: How often it went well.
         trials: How often it was tried, one or more.
-        z: Quantile of the normal distribution; 1.96 gives a 95 % interval.
 
     Returns:
-        ``share``, ``low`` and ``high`` (Wilson score interval), ``successes`` and ``n``.
+        ``share``, ``low`` and ``high`` (95 % Wilson score interval), ``successes`` and ``n``.
 
     Raises:
         ValueError: ``trials`` is below 1, or ``successes`` not between 0 and ``trials``.
     """
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"trials must be at least 1 and successes from 0 to trials, got {successes} of {trials}")
-    p, square = successes / trials, z * z
+    p, square = successes / trials, Z95 * Z95
     center = (p + square / (2 * trials)) / (1 + square / trials)
-    half = z / (1 + square / trials) * math.sqrt(p * (1 - p) / trials + square / (4 * trials * trials))
+    half = Z95 / (1 + square / trials) * math.sqrt(p * (1 - p) / trials + square / (4 * trials * trials))
     return {
         "share": p,
         "low": 0.0 if successes == 0 else center - half,

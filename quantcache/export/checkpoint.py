@@ -76,15 +76,6 @@ class Checkpoint:
             self._places[name] = (shard, 8 + size + first, last - first)
             self.tensors[name] = TensorInfo(tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
 
-    @property
-    def largest_shard(self) -> int:
-        """Bytes of the largest file."""
-        return max((self.folder / shard).stat().st_size for shard in self.shards)
-
-    def shard_of(self, name: str) -> str:
-        """The file that holds a tensor."""
-        return self._places[name][0]
-
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 

@@ -197,19 +197,18 @@ def _put_in_place(partial: Path, place: Path) -> None:
         raise
 
 
-def compare_logits(original: Path, export: Path, tokens: int = VERIFY_TOKENS) -> LogitDifference:
+def compare_logits(original: Path, export: Path) -> LogitDifference:
     """Measure how far an export's logits are from the original's; one model is in memory at a time.
 
     Args:
         original: The model's folder.
         export: Folder of the export.
-        tokens: Tokens of the bundled evaluation text to compare on.
 
     Returns:
         The difference.
     """
-    first, dtype = _logits(original, tokens)
-    second, _ = _logits(export, tokens)
+    first, dtype = _logits(original)
+    second, _ = _logits(export)
     a, b = first.log_softmax(-1), second.log_softmax(-1)
     return LogitDifference(
         max_abs=float((first - second).abs().max()),
@@ -221,12 +220,12 @@ def compare_logits(original: Path, export: Path, tokens: int = VERIFY_TOKENS) ->
     )
 
 
-def _logits(folder: Path, count: int) -> tuple[Tensor, torch.dtype]:
+def _logits(folder: Path) -> tuple[Tensor, torch.dtype]:
     """Logits ``[T, V]`` of some text in float64, in the checkpoint's own dtype and without a cache."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model.eval()
     text_config = model.config.get_text_config(decoder=True)
-    count = min(count, compat.position_limit(model.config) or count)
+    count = min(VERIFY_TOKENS, compat.position_limit(model.config) or VERIFY_TOKENS)
     ids = _text_tokens(folder, count)
     if ids.shape[1] < count or int(ids.max()) >= text_config.vocab_size:
         ids = torch.randint(

@@ -117,9 +117,9 @@ def _int8(weight: Weight) -> int:
     return weight.elements + 2 * weight.rows
 
 
-def _groups(weight: Weight, size: int = 128) -> int:
-    """Groups of neighbouring inputs, the last of each row possibly smaller."""
-    return weight.rows * math.ceil(weight.columns / size)
+def _groups(weight: Weight) -> int:
+    """Groups of 128 neighbouring inputs, the last of each row possibly smaller."""
+    return weight.rows * math.ceil(weight.columns / 128)
 
 
 def _int4(weight: Weight) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quantcache.accounting.measuring import measure
-from quantcache.accounting.memory import CacheMemory, bits_per_encoded_element, capacity, dtype_bytes, num_blocks
+from quantcache.accounting.memory import CacheMemory, bits_per_encoded_element, capacity, num_blocks
 from quantcache.accounting.predicting import predict
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention import traced
@@ -207,7 +207,7 @@ def test_prediction_of_other_settings(
         batch=2,
         sink_length=sinks,
         residual_length=residual,
-        element_bytes=dtype_bytes(dtype),
+        element_bytes=dtype.itemsize,
         prefill=600,
     )
     assert_predicted(cache, predicted)

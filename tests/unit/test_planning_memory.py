@@ -25,6 +25,7 @@ from quantcache.accounting.memory import (
 )
 from quantcache.artifact import cache_layout, tracing
 from quantcache.artifact.calibration import Calibration
+from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.packing import BLOCK
 from quantcache.common import compat
@@ -55,7 +56,7 @@ def fill(cache: Any, count: int, batch: int, sides: list[tuple[int, int]], dtype
     for index in range(len(cache.layers)):
         new = [torch.zeros(batch, heads, count, dim, dtype=dtype) for heads, dim in sides]
         cache.update(*(tensor.normal_() for tensor in new), index)
-        if hasattr(cache.layers[index], "finish"):
+        if isinstance(cache.layers[index], SpectralLayer):
             cache.layers[index].flush()
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.artifact.files import ARTIFACT_FILES, CONFIG_NAME
 from quantcache.artifact.index import find_entry, read_index
 from quantcache.artifact.recipes import load_recipe, recipe_names
 from quantcache.cli import main
@@ -24,7 +24,6 @@ from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCa
 from tests.builders import llama_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FILES = (CONFIG_NAME, TENSORS_NAME)
 
 # ------------------------------------------------------------------ recipes
 
@@ -178,7 +177,7 @@ def test_the_calibration_of_smollm2() -> None:
 def index(tmp_path: Path) -> Path:
     """An index of one artifact beside it."""
     Calibration.synthetic(llama_config()).save_pretrained(tmp_path / "artifact")
-    sha256 = {name: hashlib.sha256((tmp_path / "artifact" / name).read_bytes()).hexdigest() for name in FILES}
+    sha256 = {name: hashlib.sha256((tmp_path / "artifact" / name).read_bytes()).hexdigest() for name in ARTIFACT_FILES}
     entry = {"model": "org/model", "revision": "a" * 40, "artifact": {"path": "artifact", "sha256": sha256}}
     path = tmp_path / "index.json"
     content = {"format": "quantcache-calibration-index", "schema_version": "1.0", "calibrations": [entry]}
@@ -244,7 +243,12 @@ INDEX_FLAWS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "digest": (
         lambda c: (
-            c | {"calibrations": [{"model": "m", "artifact": {"path": "x", "sha256": dict.fromkeys(FILES, "z")}}]}
+            c
+            | {
+                "calibrations": [
+                    {"model": "m", "artifact": {"path": "x", "sha256": dict.fromkeys(ARTIFACT_FILES, "z")}}
+                ]
+            }
         ),
         "must be 64 hexadecimal digits, got 'z'",
     ),
@@ -256,7 +260,11 @@ INDEX_FLAWS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
                     {
                         "model": "m",
                         "revision": "main",
-                        "artifact": {"repo": "o/r", "revision": "f" * 40, "sha256": dict.fromkeys(FILES, "0" * 64)},
+                        "artifact": {
+                            "repo": "o/r",
+                            "revision": "f" * 40,
+                            "sha256": dict.fromkeys(ARTIFACT_FILES, "0" * 64),
+                        },
                     }
                 ]
             }
@@ -271,12 +279,12 @@ def test_flawed_indices(index: Path, flaw: str) -> None:
     spoil, message = INDEX_FLAWS[flaw]
     index.write_text(json.dumps(spoil(json.loads(index.read_text()))))
     with pytest.raises(ArtifactError, match=message):
-        read_index(index, FILES)
+        read_index(index)
 
 
 def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
-        read_index(tmp_path / "no.json", FILES)
+        read_index(tmp_path / "no.json")
 
 
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join(f'*a{i - 1}' for _ in range(9))}]\n" for i in range(1, 40))
@@ -304,10 +312,10 @@ HARD_TO_PARSE = {
 def test_recipes_that_are_hard_to_parse(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(QuantCacheError) as caught:
         load_recipe(path)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

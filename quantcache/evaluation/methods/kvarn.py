@@ -39,7 +39,7 @@ def kvarn_bits(width: int, side: str, dim: int, tile: float) -> float:
     return width + 32 / twice + 16 / once
 
 
-def level(tiles: Tensor, passes: int = PASSES) -> tuple[Tensor, Tensor]:
+def level(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Scales that bring rows and columns of matrices to one standard deviation, as far as they allow.
 
     Columns and rows are divided by their standard deviations in turn; of all rounds the one is taken whose largest and
@@ -47,7 +47,6 @@ def level(tiles: Tensor, passes: int = PASSES) -> tuple[Tensor, Tensor]:
 
     Args:
         tiles: ``[..., R, C]`` float32.
-        passes: How often both are divided.
 
     Returns:
         Scales of the rows ``[..., R, 1]`` and of the columns ``[..., 1, C]``.
@@ -56,7 +55,7 @@ def level(tiles: Tensor, passes: int = PASSES) -> tuple[Tensor, Tensor]:
     best = (rows.exp(), columns.exp())
     least = _imbalance(tiles)
     levelled = tiles
-    for _ in range(passes):
+    for _ in range(PASSES):
         columns = (columns + levelled.std(-2, keepdim=True).clamp(*SPREADS).log()).clamp(*SCALES)
         levelled = tiles / columns.exp() / rows.exp()
         rows = (rows + levelled.std(-1, keepdim=True).clamp(*SPREADS).log()).clamp(*SCALES)
