@@ -102,6 +102,7 @@ class CacheMemory:
     def __str__(self) -> str:
         lines = [f"{name:<22}{value:>14,}" for name, value in self._known().items()]
         lines.append(f"{'total':<22}{self.total:>14,}")
+        lines.append(f"{'bfloat16_bytes':<22}{self.bfloat16_bytes:>14,}")
         lines.append(f"{'bits_per_element':<22}{self.bits_per_element:>14.3f}")
         lines.append(f"{'bits_per_element_total':<22}{self.bits_per_element_total:>14.3f}")
         return "\n".join(lines)

@@ -31,7 +31,7 @@ def blocks_of(page: str) -> list[str]:
 BLOCKS = {f"{page}: {number}": text for page in sorted(PAGES) for number, text in enumerate(blocks_of(page))}
 
 NOT_RUN = {
-    "docs/analysis.md: 0": "half a minute; examples/03_analyze.py runs",
+    "docs/analysis.md: 0": "half a minute; tests/integration/test_analyze.py runs the same",
     "docs/devices.md: 0": "needs several devices",
     "docs/evaluation.md: 0": "minutes",
     "docs/evaluation.md: 1": "the reader's own class",
@@ -65,8 +65,8 @@ def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     exec(BLOCKS["README.md: 0"], names)
     memory = names["cache"].memory()
     assert str(memory) in capsys.readouterr().out
-    assert memory.tokens > 200
-    assert 0 < memory.total < memory.bfloat16_bytes * 2  # the model is in float32
+    assert memory.tokens > 900
+    assert 0 < memory.total < memory.bfloat16_bytes / 2  # although the model, and so its recent tokens, are in float32
     assert 3 < memory.bits_per_element < 3.2
 
 

@@ -156,6 +156,7 @@ def test_record_as_json_and_as_table() -> None:
     assert record["bits_per_element"] == memory.bits_per_element
     assert record["bfloat16_bytes"] == memory.bfloat16_bytes
     assert f"{memory.total:,}" in str(memory)
+    assert f"bfloat16_bytes{memory.bfloat16_bytes:>22,}" in str(memory)
     assert f"{memory.bits_per_element_total:.3f}" in str(memory)
     assert CacheMemory(tokens=0).bits_per_element == CacheMemory(tokens=0).bits_per_element_total == 0.0
 
