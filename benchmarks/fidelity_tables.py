@@ -219,9 +219,10 @@ def fidelity_table(parts: Parts, page: Path) -> str:
         times = f"{entry['kl_mean'] / own:.2g}x" if entry["kl_mean"] else ""
         rows.append([shown(name, entry), *(number(entry, *cell) for cell in cells), times])
     caption = (
-        "spectral-B is quantcache at B bits on average; quanto, hqq and fp8 are transformers' own quantized caches, "
-        "of every other method the setting with the fewest bits that are at least those of spectral-3, "
-        "[simulated](docs/fidelity.md#the-methods) where it says so. Bits include scales; "
+        "spectral-B is quantcache at B bits on average; quanto, hqq and fp8 are transformers' own quantized caches. Of "
+        "every other method the smallest setting is shown that has at least as many bits as spectral-3, "
+        "[simulated](docs/fidelity.md#the-methods) where it says so. The last column: mean KL over that of spectral-3. "
+        "Bits include scales; "
         f"dense is {settings['dtype']} here. Every token but the first {settings['sinks']} is read from codes: nothing "
         "recent is kept exact. KL: how far predictions move from those with the dense cache, in nats per token "
         f"(0: not at all). {settings['model']}, {windows(settings, 'residual_0')} of {text_name(settings)}; calibrated "
