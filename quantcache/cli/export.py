@@ -18,7 +18,7 @@ from quantcache.common.errors import HubError
 def export(
     model: ModelArgument,
     calibration: CalibrationOption,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; new or empty.")],
     basis: Annotated[
         str, typer.Option(help="spectral (for SpectralCache) or flat (for quantizers with one step per token).")
     ] = "spectral",
