@@ -10,11 +10,10 @@ from ablation_statistics import ANCHORS, FRAMES, WAVELENGTHS, Choice
 from fidelity import SINKS
 
 from quantcache import Calibration
-from quantcache.artifact.calibration import CodecSettings, LayerCalibration, Rate
 from quantcache.coding.allocation import allocate_layers
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH
-from quantcache.coding.schema import DEFAULT_CODING, SIDES, Coding
+from quantcache.coding.schema import DEFAULT_CODING, SIDES, CodecSettings, Coding, LayerCalibration, Rate
 from quantcache.coding.trellis import code_distortions
 
 CHECKPOINTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)

@@ -34,11 +34,11 @@ from transformers import Cache, PreTrainedModel
 
 from quantcache import Calibration, SpectralCache, data
 from quantcache.artifact import cache_layout
-from quantcache.artifact.calibration import Metadata
 from quantcache.cli.loading import load_model
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.coding.schema import Metadata
 from quantcache.common import compat
 from quantcache.common.sequences import leading_token, text_tokens
 from quantcache.common.sources import MODEL_HELP

@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import quantcache
 from quantcache import Calibration, SpectralCache, accounting
 from quantcache.attention.function import spectral_attention_forward
-from quantcache.cache.spectral_cache import SpectralLayer
+from quantcache.cache.layer import SpectralLayer
 from quantcache.evaluation.summaries import quantiles
 from quantcache_kernels import cpu
 

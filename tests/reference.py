@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from quantcache.cache.spectral_cache import BlockCache, SpectralLayer
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.spectral_cache import BlockCache
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH

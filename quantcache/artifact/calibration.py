@@ -26,30 +26,17 @@ from quantcache.artifact.synthetic import random_constants
 from quantcache.coding.allocation import allocate_layers, check_rates
 from quantcache.coding.schema import (
     MOST_PASSES,
-    SIDES,
     CodecSettings,
     Coding,
     LayerCalibration,
     Metadata,
     Rate,
     SideBits,
-    SideCalibration,
 )
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
 from quantcache.common.tensor_file import save_file
 from quantcache.common.writing import only_writer, partial_folder, put_together, steadily
-
-__all__ = [
-    "SIDES",
-    "Calibration",
-    "CodecSettings",
-    "LayerCalibration",
-    "Metadata",
-    "Rate",
-    "SideBits",
-    "SideCalibration",
-]
 
 SUBFOLDER = "quantcache"
 """Where a model's own folder or repository carries its calibration."""

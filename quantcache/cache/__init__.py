@@ -10,5 +10,3 @@ from quantcache.cache.prefixes import PrefixStatistics as PrefixStatistics
 from quantcache.cache.prefixes import PrefixStore as PrefixStore
 from quantcache.cache.spectral_cache import BlockCache as BlockCache
 from quantcache.cache.spectral_cache import SpectralCache as SpectralCache
-from quantcache.common.defaults import RESIDUAL_LENGTH as RESIDUAL_LENGTH
-from quantcache.common.defaults import SINK_LENGTH as SINK_LENGTH

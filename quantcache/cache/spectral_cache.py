@@ -35,8 +35,6 @@ from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.writing import steadily
 
-__all__ = ["RESIDUAL_LENGTH", "SINK_LENGTH", "BlockCache", "CodecFactory", "SpectralCache", "SpectralLayer"]
-
 
 class BlockCache(TraceableCache):
     """A DynamicCache whose full-attention layers store blocks through codecs of the caller's choice.

@@ -19,8 +19,9 @@ from quantcache.common.errors import HubError
 from quantcache.common.sources import MODEL_HELP
 
 if TYPE_CHECKING:
-    from quantcache.artifact.calibration import Calibration, SideBits
+    from quantcache.artifact.calibration import Calibration
     from quantcache.artifact.recipes import Recipe
+    from quantcache.coding.schema import SideBits
 
 
 def calibrate(

@@ -13,11 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.backends import BackendName
-from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import SIDES
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import left_padding
 from tests.reference import ReferenceLayer

@@ -26,8 +26,9 @@ from transformers import DynamicCache
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache import passes
+from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.passes import ForwardPass, Outcome
-from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError, RowError
 from tests.families import FAMILIES, Family, random_tokens, shared_model

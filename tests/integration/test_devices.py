@@ -15,8 +15,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file
 
 import quantcache
-from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.schema import SIDES
 from quantcache.common.errors import CalibrationMismatch
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import error, feed

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel
 
 from quantcache.artifact import cache_layout
-from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.attention.probe import detect_ropes
-from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.coding.rope import ANCHOR_LENGTH
-from quantcache.coding.schema import Coding
+from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.errors import UnsupportedModel
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import divergence, error, feed

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.backends import Backend
 from quantcache.backends.padding import Arrivals
 from quantcache.backends.store import BlockStore
-from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError
 from tests.builders import held_bytes
 from tests.families import FAMILIES, MAX_POSITIONS, Family, random_tokens, shared_model

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from quantcache.accounting.memory import capacity, num_blocks
 from quantcache.accounting.predicting import predict
-from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.packing import BLOCK
-from quantcache.coding.schema import Coding
+from quantcache.coding.schema import SIDES, Coding
 from tests.builders import live_storages, llama_config, new_objects_only
 from tests.families import Family, random_tokens
 from tests.helpers import feed

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.schema import SIDES
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from tests.builders import layer_storages, live_storages, new_objects_only, storages
 from tests.families import FAMILIES, Family, random_tokens, shared_model

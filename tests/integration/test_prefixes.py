@@ -22,12 +22,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 import quantcache
 from quantcache.accounting.memory import num_blocks
-from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.cache import files as cache_files
 from quantcache.cache.prefix_folder import SUFFIX
 from quantcache.cache.prefix_keys import kept_tokens, key_of, shared_tokens
 from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.writing import PREFIX
 from tests.families import FAMILIES, Family, random_tokens, shared_model

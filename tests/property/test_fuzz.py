@@ -16,11 +16,11 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from quantcache.artifact.calibration import SIDES, Calibration
+from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
 from quantcache.attention.function import spectral_attention
 from quantcache.cache.spectral_cache import SpectralCache
-from quantcache.coding.schema import Coding
+from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.errors import QuantCacheError
 from tests.builders import llama_config
 from tests.property.effort import examples, report

@@ -22,7 +22,8 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.checks import MOST_HEADER, MOST_LAYERS
 from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
 from quantcache.attention.function import spectral_attention
-from quantcache.cache.spectral_cache import SpectralCache, SpectralLayer
+from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import Metadata
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.common.jsonfile import MOST_BYTES, MOST_DEPTH

@@ -20,12 +20,11 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 import quantcache
 from quantcache import Calibration, calibrate
-from quantcache.artifact.calibration import CodecSettings, Metadata
 from quantcache.coding.codebook import lloyd_max
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.gains import dequantize_gain, quantize_gain
 from quantcache.coding.rope import ANCHOR_LENGTH
-from quantcache.coding.schema import DEFAULT_CODING, Coding
+from quantcache.coding.schema import DEFAULT_CODING, CodecSettings, Coding, Metadata
 from quantcache.coding.spectral import METRIC_SHRINKAGE
 
 CONFIG = llama_config(head_dim=32, layers=3, kv_heads=2)

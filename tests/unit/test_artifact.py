@@ -26,11 +26,11 @@ import quantcache
 import quantcache_kernels
 from quantcache.artifact import cache_layout
 from quantcache.artifact import calibration as artifact
-from quantcache.artifact.calibration import Calibration, CodecSettings
+from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.files import CONFIG_NAME, SCHEMA_VERSION, TENSORS_NAME
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.rope import Rope
-from quantcache.coding.schema import SIDES, Rate
+from quantcache.coding.schema import SIDES, CodecSettings, Rate
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
 from tests.builders import llama_config
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.artifact.calibration import Calibration, CodecSettings
+from quantcache.artifact.calibration import Calibration
 from quantcache.cache.codecs import calibrated_codecs
 from quantcache.coding import linalg
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Rope
+from quantcache.coding.schema import CodecSettings
 from quantcache.common.errors import QuantCacheError
 from tests.builders import gaussian_vectors, llama_config, random_side
 

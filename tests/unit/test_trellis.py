@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from quantcache import Calibration, SpectralCache
-from quantcache.artifact.calibration import CodecSettings
 from quantcache.backends import BackendName
 from quantcache.coding.packing import BLOCK, pack, unpack
+from quantcache.coding.schema import CodecSettings
 from quantcache.coding.trellis import (
     CODES,
     branch_subsets,
