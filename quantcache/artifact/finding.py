@@ -1,4 +1,4 @@
-"""The calibration of a model for which nobody has named one: it comes along, lies in its folder, or is on the Hub."""
+"""Finding the calibration of a model where none is named: bundled, in the model's folder, or on the Hub."""
 
 from __future__ import annotations
 

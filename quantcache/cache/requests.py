@@ -1,4 +1,4 @@
-"""A call of ``generate()`` beside earlier ones: whether its tokens alone decide its cache, and what it leaves."""
+"""A call of ``generate()`` that may go on from an earlier cache: whether its tokens alone decide what is cached."""
 
 from __future__ import annotations
 

@@ -68,13 +68,10 @@ def held_rows(layer: Any) -> int | None:
     Returns:
         The size; None if it holds nothing.
     """
-    tails = getattr(layer, "tails", None)
-    held = tails.values() if tails is not None else (getattr(layer, "keys", None), *_states(layer))
-    return next((tensor.shape[0] for tensor in held if tensor is not None and tensor.dim() > 1), None)
-
-
-def _states(layer: Any) -> list[Tensor | None]:
-    return list(getattr(layer, "conv_states", {}).values())
+    held = getattr(layer, "tails", None)
+    if held is None:
+        held = {"keys": getattr(layer, "keys", None), **getattr(layer, "conv_states", {})}
+    return next((tensor.shape[0] for tensor in held.values() if tensor is not None and tensor.dim() > 1), None)
 
 
 def _described(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Whether there is telling which tokens a cache holds, and whether another thread is at it."""
+"""Whether it is certain which tokens a cache holds, and whether another thread is using it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unsettled(cache: ConsistentCache, layers: list[Any]) -> str | None:
         layers: Its layers at one moment.
 
     Returns:
-        A clause; None if there is.
+        A clause; None if it is certain.
     """
     found = lengths(cache, layers)
     if len(found) > 1:

@@ -1,4 +1,4 @@
-"""A cache in the middle of a forward pass: what the model says of its tokens, and how that goes when it is compiled."""
+"""A cache during a forward pass: what the model says of its tokens, and how that works in a compiled model."""
 
 from __future__ import annotations
 

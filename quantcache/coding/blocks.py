@@ -89,11 +89,7 @@ def block_positions(block_table: Tensor, left_padding: Tensor | None) -> tuple[T
         Two int64 tensors ``[B or 1, n * 64]``.
     """
     slots, anchors = block_slots(block_table), block_table[:, 2].long().repeat_interleave(BLOCK)
-    shift = (
-        slots.new_zeros(1, 1)
-        if left_padding is None
-        else left_padding
-        if left_padding.ndim == 2
-        else left_padding[:, None]
-    )
+    if left_padding is None:
+        return slots[None], anchors[None]
+    shift = left_padding if left_padding.ndim == 2 else left_padding[:, None]
     return slots - shift, anchors - shift

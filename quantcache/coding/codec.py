@@ -14,6 +14,7 @@ Shapes: B batch, H key/value heads, D dimension, n blocks, W words of codes per 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -206,14 +207,12 @@ class SpectralCodec:
         Returns:
             ``codes`` ``[n, B, W]`` int32 and ``gains`` ``[n, B, H, 64]`` uint8.
         """
-        shifts = (
-            left_padding.split(BLOCK, dim=1)
-            if left_padding is not None and left_padding.ndim == 2
-            else [left_padding] * len(block_table)
-        )
+        paddings: Sequence[Tensor | None] = [left_padding] * len(block_table)
+        if left_padding is not None and left_padding.ndim == 2:
+            paddings = left_padding.split(BLOCK, dim=1)
         blocks = [
-            self.encode_block(block.contiguous(), place, shift)
-            for block, place, shift in zip(x.split(BLOCK, dim=2), block_table.split(1), shifts, strict=True)
+            self.encode_block(block.contiguous(), place, padding)
+            for block, place, padding in zip(x.split(BLOCK, dim=2), block_table.split(1), paddings, strict=True)
         ]
         codes, gains = zip(*blocks, strict=True)
         return {"codes": torch.stack(codes), "gains": torch.stack(gains)}

@@ -1,4 +1,4 @@
-"""What holds where nobody says otherwise. Imports nothing: the command line shows it before anything is loaded."""
+"""Default values. Imports nothing: the command line shows them before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: out, whatever the program is doing."""
+"""Ctrl-C and SIGTERM end the program, whatever it is doing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Child processes made by ``fork()``: they lack torch's threads, and torch would wait for them for ever.
+"""Child processes made by ``fork()``: they lack torch's threads, for which torch would wait forever.
 
 A forked child has only the thread that called ``fork()``, while OpenMP still counts on the others. Anything that torch
 divides among threads then hangs, as do this library's kernels, which share those threads. One thread is right.

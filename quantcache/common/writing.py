@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, also with concurrent readers, writers and kills."""
+"""Files that are written completely or not at all, whoever reads, writes or is killed meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two methods on the same windows or questions: their figures in pairs, so that what is hard for both cancels."""
+"""Two methods on the same windows or questions, compared in pairs, so that what is hard for both cancels."""
 
 from __future__ import annotations
 
