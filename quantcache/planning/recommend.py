@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -17,7 +16,7 @@ from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import UnsupportedModel
 from quantcache.planning import usage
 from quantcache.planning.demand import Candidate, Demand, Recommendation
-from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package
+from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package, parse_format
 from quantcache.planning.geometry import Geometry, read_geometry
 from quantcache.planning.memory import (
     cache_memory,
@@ -111,6 +110,19 @@ def recommend(
     best = min(eligible, key=_preference, default=None)
     reason = _reason(best, fitting, candidates, demand, weights, functools.partial(show_bytes, like=unit))
     limit = compat.position_limit(config)
+    commands, python = [], ""
+    if best is not None:
+        form = parse_format(best.format)
+        commands = usage.commands(form, model, calibration_name)
+        python = usage.python_lines(
+            form,
+            model,
+            calibration_name,
+            batch=demand.batch,
+            chunk=demand.chunk,
+            weights=demand.weights,
+            loader=compat.auto_class(config).__name__,
+        )
     return Recommendation(
         model=model,
         demand=demand,
@@ -119,30 +131,12 @@ def recommend(
         position_limit=limit,
         best=None if best is None else best.format,
         reason=reason,
-        commands=[] if best is None else _use(best, usage.commands, model, calibration_name),
-        python=""
-        if best is None
-        else _use(
-            best,
-            functools.partial(
-                usage.python_lines,
-                batch=demand.batch,
-                chunk=demand.chunk,
-                weights=demand.weights,
-                loader=compat.auto_class(config).__name__,
-            ),
-            model,
-            calibration_name,
-        ),
+        commands=commands,
+        python=python,
         notes=[*_notes(config, demand, geometry, limit), *(f"Left out: {reason}." for reason in refused.values())],
         candidates=candidates,
         qualities=[] if calibration is None else quality_rates(calibration),
     )
-
-
-def _use(best: Candidate, write: Callable[..., Any], model: str, calibration: str | None) -> Any:
-    form = next(form for form in list_formats() if form.name == best.format)
-    return write(form, model, calibration)
 
 
 def _candidate(
