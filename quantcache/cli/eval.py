@@ -60,7 +60,7 @@ def evaluate(
         ),
     ] = "fidelity",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: dense, spectral-B, turboquant-mse-B, ..., or all.")
+        str, typer.Option(help="Comma-separated: dense, spectral-B, ..., or all (docs/fidelity.md has the list).")
     ] = METHODS,
     context: Annotated[
         str | None,
