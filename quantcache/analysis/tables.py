@@ -205,7 +205,7 @@ def _grades(report: Report) -> Table:
     ]
     caption = (
         "What the transforms, widths and codebooks make of the theoretical gain, measured by encoding held-out keys "
-        "and values. About a third of a bit of it is what trellis codes lose on any source; scalar codes lose half a bit."
+        "and values. On any source trellis codes lose about a third of a bit, scalar codes half a bit."
     )
     return Table("grade", "Grade", caption, columns, tuple(rows))
 

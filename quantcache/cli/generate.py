@@ -13,6 +13,7 @@ from rich.console import Console
 
 from quantcache.cli.loading import load_calibration, load_model
 from quantcache.cli.options import (
+    BackendOption,
     BitsOption,
     CalibrationOption,
     DebugFlag,
@@ -21,7 +22,9 @@ from quantcache.cli.options import (
     JsonFlag,
     ModelArgument,
     QualityOption,
+    ResidualOption,
     RevisionOption,
+    SinksOption,
     TrustOption,
 )
 from quantcache.cli.session import session
@@ -39,9 +42,9 @@ def generate(
     bits: BitsOption = None,
     quality: QualityOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
-    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
-    backend: Annotated[str, typer.Option(help="auto, cpu, triton, cuda or torch.")] = "auto",
+    sinks: SinksOption = SINK_LENGTH,
+    residual: ResidualOption = RESIDUAL_LENGTH,
+    backend: BackendOption = "auto",
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")
     ] = 0.0,

@@ -38,6 +38,9 @@ QualityOption = Annotated[
         + ".",
     ),
 ]
+SinksOption = Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")]
+ResidualOption = Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")]
+BackendOption = Annotated[str, typer.Option(help="auto, cpu, triton, cuda or torch.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:N, or 'auto' to spread over devices. Default: cuda if there is one.")
 ]

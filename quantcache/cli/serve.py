@@ -11,6 +11,7 @@ import typer
 
 from quantcache.cli.loading import find_model, load_calibration, model_placement, quiet_unless_watched
 from quantcache.cli.options import (
+    BackendOption,
     BitsOption,
     CalibrationOption,
     DebugFlag,
@@ -19,6 +20,8 @@ from quantcache.cli.options import (
     JsonFlag,
     ModelArgument,
     QualityOption,
+    ResidualOption,
+    SinksOption,
     TrustOption,
 )
 from quantcache.cli.session import session
@@ -44,9 +47,9 @@ def serve(
     ] = False,
     bits: BitsOption = None,
     quality: QualityOption = None,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept as they are.")] = SINK_LENGTH,
-    residual: Annotated[int, typer.Option(min=0, help="Recent tokens kept as they are.")] = RESIDUAL_LENGTH,
-    backend: Annotated[str, typer.Option(help="auto, cpu, triton, cuda or torch.")] = "auto",
+    sinks: SinksOption = SINK_LENGTH,
+    residual: ResidualOption = RESIDUAL_LENGTH,
+    backend: BackendOption = "auto",
     prefix_bytes: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for caches of earlier requests, such as 2GB; 0 for none.")
     ] = "1GB",
