@@ -30,7 +30,7 @@ from quantcache.calibration.passages import shared, sketch
 from quantcache.cli.loading import load_model
 from quantcache.common.sequences import text_tokens
 from quantcache.data import BUNDLED_MODEL
-from quantcache.evaluation.provenance import MOST_SHARED, model_sha256, text_sha256
+from quantcache.evaluation.provenance import MAX_SHARED, model_sha256, text_sha256
 
 COPIED = (
     "vocab_size",
@@ -63,7 +63,7 @@ def main() -> None:
     text, source = read("wiki_calib.txt", data.calibration_text)
     evaluation_text, evaluation_source = read("wiki_eval.txt", data.evaluation_text)
     hits, size = shared(sketch(text), evaluation_text)
-    if text == evaluation_text or hits > MOST_SHARED * size:
+    if text == evaluation_text or hits > MAX_SHARED * size:
         sys.exit(f"error: {source} and the evaluation text {evaluation_source} overlap")
     tokens = text_tokens(tokenizer, text)
     held_out = text_tokens(tokenizer, evaluation_text, options.windows * CONTEXT)

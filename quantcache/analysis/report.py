@@ -9,7 +9,7 @@ from typing import Any, Literal
 from quantcache.artifact.quality import QualityRate
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import MOST_RESULT_BYTES, as_type, finite, parse_json, read_json, to_json
+from quantcache.common.jsonfile import MAX_RESULT_BYTES, as_type, finite, parse_json, read_json, to_json
 from quantcache.common.writing import write_file
 
 FORMAT = "quantcache-analysis"
@@ -289,9 +289,9 @@ class Report:
         try:
             if text is None:
                 where = str(source)
-                data = read_json(Path(source), MOST_RESULT_BYTES)
+                data = read_json(Path(source), MAX_RESULT_BYTES)
             else:
-                data = parse_json(text, MOST_RESULT_BYTES)
+                data = parse_json(text, MAX_RESULT_BYTES)
         except (OSError, ValueError) as error:
             raise ReportError(f"{where} cannot be read as JSON: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -25,7 +25,7 @@ from quantcache.artifact.index import bundled_index, find_entry, read_index
 from quantcache.artifact.synthetic import random_constants
 from quantcache.coding.allocation import allocate_layers, check_rates
 from quantcache.coding.schema import (
-    MOST_PASSES,
+    MAX_PASSES,
     CodecSettings,
     Coding,
     LayerCalibration,
@@ -123,8 +123,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         if coding not in get_args(Coding):
             raise ValueError(f"coding must be one of {', '.join(get_args(Coding))}, got {coding!r}")
         passes = self.metadata.codec.passes if passes is None else passes
-        if not 1 <= passes <= MOST_PASSES:
-            raise ValueError(f"passes must be an integer from 1 to {MOST_PASSES}, got {passes!r}")
+        if not 1 <= passes <= MAX_PASSES:
+            raise ValueError(f"passes must be an integer from 1 to {MAX_PASSES}, got {passes!r}")
         codec = replace(self.metadata.codec, coding=coding, passes=passes)
         layers = allocate_layers(self.layers, self.metadata.rate, codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, codec=codec))

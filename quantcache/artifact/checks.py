@@ -23,29 +23,29 @@ from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import LayerCalibration, Metadata, SideCalibration
 from quantcache.common.errors import ArtifactError
 
-MOST_LAYERS = 4096
-MOST_HEADS = 4096
-MOST_DIM = 8192
+MAX_LAYERS = 4096
+MAX_HEADS = 4096
+MAX_DIM = 8192
 
-MOST_ELEMENTS = 1 << 27
+MAX_ELEMENTS = 1 << 27
 """Elements of one tensor."""
 
-MOST_HEADER = 8 << 20
+MAX_HEADER = 8 << 20
 """Bytes of a safetensors header, which is parsed before anything else is known."""
 
-MOST_MEAN = 1e5
+MAX_MEAN = 1e5
 """Beyond it float32 rounds scores by more than their differences, and results depend on the order of sums."""
 
-MOST_VARIANCE = 1e18
-LEAST_VARIANCE = 1e-30
+MAX_VARIANCE = 1e18
+MIN_VARIANCE = 1e-30
 """Of the largest coefficient, where it is not 0: smaller ones vanish in float32."""
 
-MOST_CONDITION = 1e7
+MAX_CONDITION = 1e7
 
-MOST_SCALE = 1e13
+MAX_SCALE = 1e13
 """Entries of a transform over the deviation of its coefficient, and of its inverse times it."""
 
-MOST_CHARACTERS = 512
+MAX_CHARACTERS = 512
 """Of a name."""
 
 _PER_LAYER = ("num_key_value_heads", "head_dim", "sliding_window", "attention_chunk_size", "number_of_conv_states")
@@ -53,12 +53,12 @@ _PER_LAYER = ("num_key_value_heads", "head_dim", "sliding_window", "attention_ch
 
 _COUNTS = {
     "number_of_conv_states": (0, 64),
-    "num_hidden_layers": (1, MOST_LAYERS),
-    "num_kv_shared_layers": (0, MOST_LAYERS),
+    "num_hidden_layers": (1, MAX_LAYERS),
+    "num_kv_shared_layers": (0, MAX_LAYERS),
     "sliding_window": (-1, 1 << 40),
     "attention_chunk_size": (-1, 1 << 40),
-    "num_key_value_heads": (1, MOST_HEADS),
-    "head_dim": (1, MOST_DIM),
+    "num_key_value_heads": (1, MAX_HEADS),
+    "head_dim": (1, MAX_DIM),
 }
 
 
@@ -81,9 +81,9 @@ def check_header(path: Path) -> None:
             claimed = int.from_bytes(file.read(8), "little")
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if claimed > MOST_HEADER:
+    if claimed > MAX_HEADER:
         raise ArtifactError(
-            f"{path} cannot be read: its header claims {claimed:,} bytes, at most {MOST_HEADER:,} are read"
+            f"{path} cannot be read: its header claims {claimed:,} bytes, at most {MAX_HEADER:,} are read"
         )
 
 
@@ -102,16 +102,16 @@ def check_description(path: Path, config: dict[str, Any]) -> None:
     """
     for name in ("id", "revision", "model_type"):
         value = config["base_model"].get(name)
-        if value is not None and not (isinstance(value, str) and len(value) <= MOST_CHARACTERS):
+        if value is not None and not (isinstance(value, str) and len(value) <= MAX_CHARACTERS):
             raise ArtifactError(
-                f"{path}: {name} of base_model must be null or at most {MOST_CHARACTERS} characters, got {value!r:.100}"
+                f"{path}: {name} of base_model must be null or at most {MAX_CHARACTERS} characters, got {value!r:.100}"
             )
     if not is_fingerprint(config["base_model"].get(FINGERPRINT, {})):
         raise ArtifactError(f"{path}: fingerprint of base_model must map names of weights to samples of them")
     _check_cache_config(path, config["cache_config"])
     _check_recipe(path, config["recipe"])
-    if len(config["layers"]) > MOST_LAYERS:
-        raise ArtifactError(f"{path} has {len(config['layers']):,} layers, at most {MOST_LAYERS:,} are read")
+    if len(config["layers"]) > MAX_LAYERS:
+        raise ArtifactError(f"{path} has {len(config['layers']):,} layers, at most {MAX_LAYERS:,} are read")
 
 
 def _check_cache_config(path: Path, attributes: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def _check_cache_config(path: Path, attributes: dict[str, Any]) -> None:
     if not (isinstance(modes, list) and all(mode is None or isinstance(mode, str) for mode in modes)):
         raise ArtifactError(f"{path}: kv_sharing_modes of cache_config must be a list of names, got {modes!r:.100}")
     crossing = attributes.get("cross_attention_layers", [])
-    if not (isinstance(crossing, list) and all(is_integer(layer, 0, MOST_LAYERS) for layer in crossing)):
+    if not (isinstance(crossing, list) and all(is_integer(layer, 0, MAX_LAYERS) for layer in crossing)):
         raise ArtifactError(
             f"{path}: cross_attention_layers of cache_config must be layer indices, got {crossing!r:.100}"
         )
@@ -192,7 +192,7 @@ def check_sizes(where: str, heads: int, dim: int) -> None:
     Raises:
         ArtifactError: One is out of bounds, or the transforms would be too large.
     """
-    if heads > MOST_HEADS or dim > MOST_DIM or heads * dim * dim > MOST_ELEMENTS:
+    if heads > MAX_HEADS or dim > MAX_DIM or heads * dim * dim > MAX_ELEMENTS:
         raise ArtifactError(f"{where} has {heads} heads of dimension {dim}: more than any model has")
 
 
@@ -228,15 +228,15 @@ def check_side(where: str, side: SideCalibration, rope: Rope, fast_wavelength: f
         ArtifactError: A value is out of bounds, the transform is singular or mixes the parts of the frame.
     """
     mean = float(side.mean.abs().max())
-    if mean > MOST_MEAN:
-        raise ArtifactError(f"{where}.mean has {mean:.1e}, at most {MOST_MEAN:.0e}")
+    if mean > MAX_MEAN:
+        raise ArtifactError(f"{where}.mean has {mean:.1e}, at most {MAX_MEAN:.0e}")
     spectrum, analysis = side.spectrum.double(), side.analysis.double()
     if bool((spectrum < 0).any()):
         raise ArtifactError(f"{where}.spectrum has negative values")
     peak = float(spectrum.max())
-    if peak > MOST_VARIANCE or 0 < peak < LEAST_VARIANCE:
+    if peak > MAX_VARIANCE or 0 < peak < MIN_VARIANCE:
         raise ArtifactError(
-            f"{where}.spectrum has {peak:.1e} at most: it must lie between {LEAST_VARIANCE:.0e} and {MOST_VARIANCE:.0e}"
+            f"{where}.spectrum has {peak:.1e} at most: it must lie between {MIN_VARIANCE:.0e} and {MAX_VARIANCE:.0e}"
         )
     slow = Frame(side.dim, rope, fast_wavelength).num_slow
     if bool(analysis[:, :slow, slow:].any()) or bool(analysis[:, slow:, :slow].any()):
@@ -247,16 +247,16 @@ def check_side(where: str, side: SideCalibration, rope: Rope, fast_wavelength: f
     singular = linalg.singular_values(analysis, f"{where}.analysis")
     largest, smallest = singular[:, 0], singular[:, -1]
     condition = largest / smallest  # infinite or NaN where it is singular
-    if not bool((condition < MOST_CONDITION).all()):
+    if not bool((condition < MAX_CONDITION).all()):
         worst = float(condition.nan_to_num(math.inf).max())
         raise ArtifactError(f"{where}.analysis is not invertible (condition number {worst:.1e})")
     sigma = spectrum.clamp_min(1e-12 * peak if peak else 1.0).sqrt()
     encoder = float((analysis.abs() / sigma[..., None]).max()) * max(mean, 1.0)
     decoder = float((sigma.amax(-1) / smallest).max())
-    if max(encoder, decoder) > MOST_SCALE:
+    if max(encoder, decoder) > MAX_SCALE:
         raise ArtifactError(
             f"{where}.analysis and spectrum do not match: constants up to {max(encoder, decoder):.1e}, at "
-            f"most {MOST_SCALE:.0e}"
+            f"most {MAX_SCALE:.0e}"
         )
 
 

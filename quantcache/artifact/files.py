@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantcache.artifact.checks import (
-    MOST_LAYERS,
+    MAX_LAYERS,
     check_description,
     check_header,
     check_rope,
@@ -22,7 +22,7 @@ from quantcache.artifact.checks import (
 from quantcache.coding.packing import BLOCK, MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import (
-    MOST_PASSES,
+    MAX_PASSES,
     SIDES,
     CodecSettings,
     Coding,
@@ -48,7 +48,7 @@ DIGEST = "digest"
 The first is compared with the tensors. The JSON may be edited: what it says is checked, and somebody may know better.
 """
 
-MOST_GAINS = 64
+MAX_GAINS = 64
 """Gains that encoding may be asked to try."""
 
 
@@ -158,7 +158,7 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
         ropes = _read_ropes(config, reader)
         layers = {}
         for entry in config["layers"]:
-            index = _integer(entry, "index", "layer", 0, MOST_LAYERS - 1)
+            index = _integer(entry, "index", "layer", 0, MAX_LAYERS - 1)
             if index in layers:
                 raise ArtifactError(f"{config_path}: layer {index} is listed twice")
             heads = _integer(entry, "num_key_value_heads", f"layer {index}")
@@ -241,13 +241,13 @@ def _check_codec(path: Path, codec: dict[str, Any]) -> None:
     if codec["coding"] not in get_args(Coding):
         raise ArtifactError(f"{path}: coding is {codec['coding']!r}, expected 'scalar' or 'trellis'")
     _integer(codec, "group_size", str(path))
-    _integer(codec, "passes", str(path), 1, MOST_PASSES)
+    _integer(codec, "passes", str(path), 1, MAX_PASSES)
     _number(codec, "fast_wavelength", str(path))
     search = codec["gain_search"]
     if not isinstance(search, list) or not search or not all(_is_number(m) and 0 < m < 16 for m in search):
         raise ArtifactError(f"{path}: gain_search must be a list of numbers between 0 and 16, got {search!r}")
-    if len(search) > MOST_GAINS:
-        raise ArtifactError(f"{path}: gain_search has {len(search)} numbers, at most {MOST_GAINS} are tried")
+    if len(search) > MAX_GAINS:
+        raise ArtifactError(f"{path}: gain_search has {len(search)} numbers, at most {MAX_GAINS} are tried")
 
 
 def _check_rate(path: Path, rate: dict[str, Any]) -> None:

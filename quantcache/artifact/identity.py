@@ -35,7 +35,7 @@ PLACES = 4
 EMBEDDING_ROWS = 1024
 """Tokens whose embeddings may be sampled: further ones come and go when embeddings are resized."""
 
-MOST_WEIGHTS = 64
+MAX_WEIGHTS = 64
 """Weights in a fingerprint that is read."""
 
 ROUNDING = 2.0**-8
@@ -129,7 +129,7 @@ def other_projection(base_model: dict[str, Any], read: ReadWeight) -> str | None
 
 def is_fingerprint(value: Any) -> bool:
     """Whether a JSON value has the form of a fingerprint."""
-    if not isinstance(value, dict) or len(value) > MOST_WEIGHTS:
+    if not isinstance(value, dict) or len(value) > MAX_WEIGHTS:
         return False
     for entry in value.values():
         shape, values = (entry.get("shape"), entry.get("values")) if isinstance(entry, dict) else (None, None)

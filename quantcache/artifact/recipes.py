@@ -18,7 +18,7 @@ from quantcache.coding.schema import SideBits
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.plaintext import read_utf8
 
-MOST_BYTES = 64 << 10
+MAX_BYTES = 64 << 10
 """Size of a recipe that is read; one has some hundred bytes."""
 
 METRICS = ("fisher", "query", "identity")
@@ -145,9 +145,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 def _read_yaml(path: Path) -> Any:
     with open(path, "rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
     try:
         return yaml.load(content.decode("utf-8"), _Loader)
     except RecursionError:

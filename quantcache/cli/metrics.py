@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import MOST_RESULT_BYTES, read_json
+from quantcache.common.jsonfile import MAX_RESULT_BYTES, read_json
 
 MetricsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Result of 'quantcache eval -o', to show on the model card.")
@@ -30,7 +30,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         QuantCacheError: ``quantcache eval`` did not write it.
     """
     try:
-        methods = read_json(path, MOST_RESULT_BYTES)["methods"]
+        methods = read_json(path, MAX_RESULT_BYTES)["methods"]
         return [
             {"method": name} | {column: f"{result[column]:.4g}" for column in _CARD_COLUMNS}
             for name, result in methods.items()

@@ -69,7 +69,7 @@ class LayerCalibration:
         return self.key if name == "key" else self.value
 
 
-MOST_PASSES = 8
+MAX_PASSES = 8
 """How often encoding may be asked to seek the best paths through a trellis."""
 
 DEFAULT_CODING: Coding = "trellis"

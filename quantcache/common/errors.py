@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST_CHARACTERS = 1000
+MAX_CHARACTERS = 1000
 """Length of a message: what is quoted may come from a hostile file."""
 
 
@@ -10,8 +10,8 @@ class QuantCacheError(Exception):
     """Base class of every error that quantcache raises about its input."""
 
     def __init__(self, message: str = ""):
-        if len(message) > MOST_CHARACTERS:
-            half = MOST_CHARACTERS // 2
+        if len(message) > MAX_CHARACTERS:
+            half = MAX_CHARACTERS // 2
             message = f"{message[:half]} [...] {message[-half:]}"
         super().__init__(message)
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from quantcache.common.writing import write_file
 
-MOST_BYTES = 4 << 20
+MAX_BYTES = 4 << 20
 """Size of a description that is read; the largest of real models have some 200 KB."""
 
-MOST_RESULT_BYTES = 256 << 20
+MAX_RESULT_BYTES = 256 << 20
 """Size of a result, a list of questions or an index of weights that is read."""
 
-MOST_DEPTH = 32
+MAX_DEPTH = 32
 """Nesting of what is read."""
 
 LARGEST = 1e300
@@ -28,7 +28,7 @@ LARGEST = 1e300
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+def read_json(path: Path, most: int = MAX_BYTES) -> Any:
     """Read JSON that may come from a stranger.
 
     Args:
@@ -47,7 +47,7 @@ def read_json(path: Path, most: int = MOST_BYTES) -> Any:
     return parse_json(content, most)
 
 
-def parse_json(text: str | bytes, most: int = MOST_BYTES) -> Any:
+def parse_json(text: str | bytes, most: int = MAX_BYTES) -> Any:
     """Parse JSON that may come from a stranger.
 
     Args:
@@ -67,13 +67,13 @@ def parse_json(text: str | bytes, most: int = MOST_BYTES) -> Any:
         plain = text if isinstance(text, str) else text.decode("utf-8")
         data = json.loads(plain, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError:
-        raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels") from None
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     level = [data]
-    for _ in range(MOST_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [inner for outer in level for inner in _inside(outer)]
         if not level:
             return data
-    raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+    raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

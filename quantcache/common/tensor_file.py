@@ -22,7 +22,7 @@ from torch import Tensor
 from quantcache.common.errors import ArtifactError
 from quantcache.common.jsonfile import parse_json
 
-MOST_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
 """Largest header in bytes; the library's own limit."""
 
 _DTYPES = {
@@ -90,10 +90,10 @@ class TensorFile:
     def _read_header(self) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]], int]:
         size = os.fstat(self._file.fileno()).st_size
         (length,) = struct.unpack("<Q", self._bytes(0, 8).numpy().tobytes())
-        if not 2 <= length <= min(MOST_HEADER, size - 8):
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise self._unreadable(f"its header has {length} bytes, the file {size}")
         try:
-            header = parse_json(self._bytes(8, length).numpy().tobytes(), MOST_HEADER)
+            header = parse_json(self._bytes(8, length).numpy().tobytes(), MAX_HEADER)
             metadata = header.pop("__metadata__", {})
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("its metadata are not strings")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import MOST_RESULT_BYTES, finite, parse_json
+from quantcache.common.jsonfile import MAX_RESULT_BYTES, finite, parse_json
 from quantcache.common.writing import claim, only_writer, partial_folder
 
 Key = tuple[str, str, str]
@@ -84,7 +84,7 @@ class Cells:
         size = os.fstat(file).st_size
         lines = os.pread(file, size, 0).split(b"\n")
         try:
-            found = parse_json(lines[0], MOST_RESULT_BYTES)["fingerprint"]
+            found = parse_json(lines[0], MAX_RESULT_BYTES)["fingerprint"]
             if not isinstance(found, dict):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
@@ -102,7 +102,7 @@ class Cells:
         sound = len(lines[0]) + 1
         for line in lines[1:-1]:  # what follows the last line feed was cut off while it was being written
             try:
-                entry = parse_json(line, MOST_RESULT_BYTES)
+                entry = parse_json(line, MAX_RESULT_BYTES)
                 key = (str(entry["suite"]), str(entry["method"]), str(entry["cell"]))
                 if not isinstance(entry["result"], dict):
                     raise TypeError

@@ -19,7 +19,7 @@ from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, feed, frame_of, greedy
 from quantcache.evaluation.methods import Method
-from quantcache.evaluation.paired import LEAST_DENSE_RATE, against, is_evidence
+from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
 
 SUITE = "needle"
 
@@ -162,7 +162,7 @@ def measure_needle(
         "seeds": seeds,
         "chunk": chunk,
         "format": asdict(form),
-        "least_dense_rate": LEAST_DENSE_RATE,
+        "least_dense_rate": MIN_DENSE_RATE,
     }
     right = {method.name: _right(method, grid, cells) for method in methods}
     entries = {m.name: replace(_entry(m, grid, cells), paired=against(m.name, methods, right)) for m in methods}

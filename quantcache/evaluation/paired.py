@@ -11,7 +11,7 @@ from quantcache.evaluation.methods import Method
 ROUNDING = 1e-9
 """Bits by which two methods at the same rate may differ."""
 
-LEAST_DENSE_RATE = 0.2
+MIN_DENSE_RATE = 0.2
 """Share of right answers that the dense cache must have: below it, a model cannot do the task with any cache."""
 
 
@@ -22,10 +22,10 @@ def is_evidence(dense: summaries.Summary | None) -> bool:
         dense: How often the dense cache is right, as a share or a mean; None if it gave no answer.
 
     Returns:
-        Whether it is right often enough, see :data:`LEAST_DENSE_RATE`.
+        Whether it is right often enough, see :data:`MIN_DENSE_RATE`.
     """
     rate = None if dense is None else dense.get("share", dense.get("mean"))
-    return rate is not None and rate >= LEAST_DENSE_RATE
+    return rate is not None and rate >= MIN_DENSE_RATE
 
 
 def kl_ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> summaries.Summary | None:

@@ -18,7 +18,7 @@ from quantcache.calibration.passages import shared
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.plan import Material
 
-MOST_SHARED = 0.02
+MAX_SHARED = 0.02
 """Largest share of the calibration's sampled passages that an evaluation text may hold. Two halves of one body of
 source code share 1.2 % (licence headers); plain texts on different subjects share none."""
 
@@ -122,7 +122,7 @@ def check_overlap(calibration: Calibration, text: str, name: str, used: str | No
         that the text holds; None where the calibration has no such sample).
 
     Raises:
-        QuantCacheError: It is the calibration text, or shares more than ``MOST_SHARED`` of its passages.
+        QuantCacheError: It is the calibration text, or shares more than ``MAX_SHARED`` of its passages.
     """
     recipe = calibration.metadata.recipe
     digests = recipe.get("text_sha256") or ()
@@ -132,10 +132,10 @@ def check_overlap(calibration: Calibration, text: str, name: str, used: str | No
     if not passages:
         return {"text": "differs" if digests else "not recorded", "passages": None}
     hits, size = shared(passages, text if used is None else used)
-    if hits > MOST_SHARED * size:
+    if hits > MAX_SHARED * size:
         raise QuantCacheError(
             f"{name} holds {hits} of {size} sampled passages that were calibrated on, "
-            f"at most {MOST_SHARED:.0%} is allowed: evaluate on another text"
+            f"at most {MAX_SHARED:.0%} is allowed: evaluate on another text"
         )
     return {"text": "differs" if digests else "not recorded", "passages": hits / size}
 

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import MOST_RESULT_BYTES, parse_json
+from quantcache.common.jsonfile import MAX_RESULT_BYTES, parse_json
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
 from quantcache.evaluation.methods import Method
-from quantcache.evaluation.paired import LEAST_DENSE_RATE, against, is_evidence
+from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
 
 SUITE = "qa"
 
@@ -112,7 +112,7 @@ def load_questions(path: Path) -> list[Question]:
     except UnicodeDecodeError as error:
         raise QuantCacheError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     try:
-        whole = parse_json(text, MOST_RESULT_BYTES)
+        whole = parse_json(text, MAX_RESULT_BYTES)
     except ValueError:
         whole = None
     try:
@@ -128,7 +128,7 @@ def load_questions(path: Path) -> list[Question]:
             found = []
             for number, line in lines:
                 try:
-                    entry = parse_json(line, MOST_RESULT_BYTES)
+                    entry = parse_json(line, MAX_RESULT_BYTES)
                 except ValueError as error:
                     raise QuantCacheError(f"{path}, line {number} is not JSON: {error}") from None
                 answers = entry["answers"] if "answers" in entry else entry["answer"]
@@ -264,7 +264,7 @@ def measure_qa(
         "chat": chat,
         "shots": shots,
         "chunk": chunk,
-        "least_dense_rate": LEAST_DENSE_RATE,
+        "least_dense_rate": MIN_DENSE_RATE,
     }
     entries = {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in asked}
     right = {method.name: _right(method, [q for q, _ in chosen], cells) for method in asked}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import MOST_RESULT_BYTES, as_type, finite, read_json, write_json
+from quantcache.common.jsonfile import MAX_RESULT_BYTES, as_type, finite, read_json, write_json
 
 SCHEMA_VERSION = 1
 
@@ -228,6 +228,6 @@ def read_strict_json(path: Path) -> Any:
         RecordError: It cannot be read or parsed.
     """
     try:
-        return read_json(path, MOST_RESULT_BYTES)
+        return read_json(path, MAX_RESULT_BYTES)
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error

@@ -20,7 +20,7 @@ from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, dense_method, end_tokens, feed
 from quantcache.evaluation.methods import Method
-from quantcache.evaluation.paired import LEAST_DENSE_RATE, against, is_evidence
+from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def measure_task(
         "questions": sum(len(each.questions) for each in task.exercises),
         "new_tokens": task.new_tokens,
         "chunk": chunk,
-        "least_dense_rate": LEAST_DENSE_RATE,
+        "least_dense_rate": MIN_DENSE_RATE,
     }
     evidence = {group: is_evidence(rate) for group, rate in reference.by_group.items()}
     return TaskResult(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import MOST_RESULT_BYTES, parse_json, read_json
+from quantcache.common.jsonfile import MAX_RESULT_BYTES, parse_json, read_json
 from quantcache.export.projections import TensorInfo
 
 SINGLE_NAME = "model.safetensors"
@@ -67,7 +67,7 @@ class Checkpoint:
             raise QuantCacheError(f"{path} cannot be read: {error}") from error
         with open(path, "rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = parse_json(file.read(size), MOST_RESULT_BYTES)
+            header: dict[str, Any] = parse_json(file.read(size), MAX_RESULT_BYTES)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in self._places:
@@ -129,7 +129,7 @@ class Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = read_json(path, MOST_RESULT_BYTES)["weight_map"]
+        weight_map = read_json(path, MAX_RESULT_BYTES)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QuantCacheError(
             f"{path} is not the index of a sharded checkpoint: {type(error).__name__} {error}"

@@ -194,7 +194,7 @@ def _explained_paths(
     right = may.any(0).all(-1) & _best_paths(codec, exact, rough, codes, rms * first)  # [B, H]
     for row, head in (~right & may.any(0).all(-1)).nonzero().tolist():
         free = (may[:, row, head].sum(0) > 1).nonzero().flatten().tolist()
-        assert len(free) <= MOST_TIES, f"{len(free)} tokens of a block have gain factors that are as good"
+        assert len(free) <= MAX_TIES, f"{len(free)} tokens of a block have gain factors that are as good"
         for chosen in itertools.product(*(factors[may[:, row, head, t]].tolist() for t in free)):
             tried = first.clone()
             tried[row, head, 0, free] = torch.tensor(chosen, dtype=torch.float64)
@@ -241,7 +241,7 @@ def _gains_fit(codec: SpectralCodec, exact: Tensor, rough: Tensor, codes: Tensor
     return (gains - exponent.clamp(0, 255)).abs() <= 0.5 + drift
 
 
-MOST_TIES = 5
+MAX_TIES = 5
 """Tokens of one block whose gain factors are tried in all combinations."""
 
 

@@ -30,7 +30,7 @@ from tests.kernels.cases import Case, codecs
 
 CODINGS: tuple[Coding, ...] = ("scalar", "trellis")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
-MOST_ROWS = 4
+MAX_ROWS = 4
 
 
 def drive(seed: int, rounds: int | None = None, seconds: float = float("inf")) -> dict[str, Any]:
@@ -218,14 +218,14 @@ class _Life:
 
     def reorder(self) -> None:
         """Take some rows, in some order."""
-        rows = torch.tensor([self.chance.randrange(len(self.pads)) for _ in range(self.chance.randint(1, MOST_ROWS))])
+        rows = torch.tensor([self.chance.randrange(len(self.pads)) for _ in range(self.chance.randint(1, MAX_ROWS))])
         self.layer.reorder_cache(rows)
         self.pads = self.pads[rows]
         self.counts["reordered"] += 1
 
     def repeat(self) -> None:
         """Every row twice."""
-        if len(self.pads) * 2 <= MOST_ROWS:
+        if len(self.pads) * 2 <= MAX_ROWS:
             self.layer.batch_repeat_interleave(2)
             self.pads = self.pads.repeat_interleave(2)
             self.counts["reordered"] += 1

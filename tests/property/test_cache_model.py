@@ -41,9 +41,9 @@ DIMS = {"key": KEY_DIM, "value": VALUE_DIM}
 ROPE = Rope("half", tuple(10_000.0 ** (-i / 16) for i in range(16)))
 CODINGS: tuple[Coding, ...] = get_args(Coding)
 SETTINGS = {coding: CodecSettings(gain_search=(0.8, 1.0), coding=coding) for coding in CODINGS}
-MOST_TOKENS = 900
-MOST_ROWS = 6
-MOST_SLACK = 0.12
+MAX_TOKENS = 900
+MAX_ROWS = 6
+MAX_SLACK = 0.12
 
 
 @functools.cache
@@ -261,7 +261,7 @@ class LayerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 200), reader=readers)
     def append(self, count: int, reader: str) -> None:
         """Append, and have the new tokens read by our attention, by somebody else, or by nobody."""
-        count = min(count, MOST_TOKENS - self.model.length)
+        count = min(count, MAX_TOKENS - self.model.length)
         if not count:
             return
         new = self.random_tokens(count)
@@ -286,7 +286,7 @@ class LayerMachine(RuleBasedStateMachine):
         self.crop(max(0, self.model.length - remove))
 
     @precondition(lambda self: self.model.length > 200)
-    @rule(keep=st.integers(0, MOST_TOKENS) | st.sampled_from([0, 3, 4, 5, 68, 69, 132]))
+    @rule(keep=st.integers(0, MAX_TOKENS) | st.sampled_from([0, 3, 4, 5, 68, 69, 132]))
     def crop_to(self, keep: int) -> None:
         """Crop by any amount, to the sinks and to the ends of blocks in particular."""
         self.crop(min(keep, self.model.length))
@@ -309,7 +309,7 @@ class LayerMachine(RuleBasedStateMachine):
     @rule(repeats=st.integers(1, 3))
     def repeat(self, repeats: int) -> None:
         """Repeat every row."""
-        assume(self.model.rows * repeats <= MOST_ROWS)
+        assume(self.model.rows * repeats <= MAX_ROWS)
         self.model.take(torch.arange(self.model.rows).repeat_interleave(repeats))
         self.layer.batch_repeat_interleave(repeats)
 
@@ -465,7 +465,7 @@ class LayerMachine(RuleBasedStateMachine):
         assert self.masked or not told
         assert memory.bookkeeping == PLACE_BYTES * room + sum(each.nbytes for each in told)
         assert room <= len(model.blocks) * (1 + 1 / GROWTH)
-        assert memory.slack <= MOST_SLACK * memory.total
+        assert memory.slack <= MAX_SLACK * memory.total
 
 
 LayerMachine.TestCase.settings = settings(

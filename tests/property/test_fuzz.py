@@ -26,7 +26,7 @@ from tests.builders import llama_config
 from tests.property.effort import examples, report
 from tests.property.mutations import damaged, rewritten_json, rewritten_safetensors, rewritten_values
 
-MOST_MEMORY = 256 << 20
+MAX_MEMORY = 256 << 20
 """Bound of what reading hostile files of some 50 KB may add to the process, all in all."""
 
 FORBIDDEN = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.connect"}
@@ -58,7 +58,7 @@ def watched(tmp_path: Path) -> Iterator[None]:
     watching.clear()
     assert not seen
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    assert grown < MOST_MEMORY, f"{grown >> 20} MB"
+    assert grown < MAX_MEMORY, f"{grown >> 20} MB"
 
 
 def tokens(count: int, rows: int = 1) -> list[torch.Tensor]:

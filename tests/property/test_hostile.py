@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.checks import MOST_HEADER, MOST_LAYERS
+from quantcache.artifact.checks import MAX_HEADER, MAX_LAYERS
 from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
 from quantcache.attention.function import spectral_attention
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import Metadata
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
-from quantcache.common.jsonfile import MOST_BYTES, MOST_DEPTH
+from quantcache.common.jsonfile import MAX_BYTES, MAX_DEPTH
 from tests.builders import llama_config
 
 DIM, HEADS = 64, 2
@@ -254,10 +254,10 @@ REFUSED_CONFIGS = {
     "min_bits above the rate": (set_in("rate", "min_bits", 5), "min_bits is 5"),
     "another rate": (set_in("rate", "bits", 4.0), "the rate says 4"),
     "a rate of the keys' own": (set_in("rate", "key_bits", 7.0), "the rate says 7"),
-    "deep": (set_in("recipe", "note", nested(MOST_DEPTH + 1)), "nested deeper"),
+    "deep": (set_in("recipe", "note", nested(MAX_DEPTH + 1)), "nested deeper"),
     "half a character": (set_in("base_model", "id", "\ud800"), "surrogates not allowed"),
     "a number that is none": (set_in("recipe", "loss", float("nan")), "the number NaN"),
-    "large": (set_in("recipe", "note", "x" * (MOST_BYTES + 1)), "bytes"),
+    "large": (set_in("recipe", "note", "x" * (MAX_BYTES + 1)), "bytes"),
 }
 
 
@@ -272,7 +272,7 @@ def test_descriptions_refused(folder: Path, change: Callable[[dict[str, Any]], N
 
 @pytest.mark.support("calibration files: hostile values")
 def test_millions_of_layers(folder: Path) -> None:
-    spoil_config(folder, lambda config: config.update(layers=[{}] * (MOST_LAYERS + 1)))
+    spoil_config(folder, lambda config: config.update(layers=[{}] * (MAX_LAYERS + 1)))
     with pytest.raises(ArtifactError, match="4,097 layers"):
         load(folder)
     (folder / CONFIG_NAME).write_text("[" + "{}," * 5_000_000 + "{}]", "utf-8")
@@ -283,7 +283,7 @@ def test_millions_of_layers(folder: Path) -> None:
 TEXTS = {
     "deep lists": "[" * 100_000 + "]" * 100_000,
     "deep objects": '{"a":' * 100_000 + "1" + "}" * 100_000,
-    "a bit too deep": "[" * (MOST_DEPTH + 2) + "]" * (MOST_DEPTH + 2),
+    "a bit too deep": "[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2),
     "digits": '{"format": ' + "9" * 100_000 + "}",
     "twice": '{"format": "quantcache-calibration", "format": "other"}',
     "twice inside": '{"format": "quantcache-calibration", "rate": {"bits": 3, "bits": 8}}',
@@ -305,7 +305,7 @@ def test_text_that_is_hard_to_parse(folder: Path, text: str) -> None:
 def test_headers(folder: Path) -> None:
     path = folder / TENSORS_NAME
     data = path.read_bytes()
-    for claimed in (MOST_HEADER + 1, 100_000_000, 1 << 62):
+    for claimed in (MAX_HEADER + 1, 100_000_000, 1 << 62):
         path.write_bytes(struct.pack("<Q", claimed) + data[8:])
         with pytest.raises(ArtifactError, match="header claims"):
             load(folder)
@@ -326,7 +326,7 @@ CACHE_CONFIGS: dict[str, dict[str, Any]] = {
     "a list for each layer": {"num_hidden_layers": 1, "sliding_window": [None], "head_dim": [DIM]},
     "modes of other layers": {"num_hidden_layers": 1, "kv_sharing_modes": ["reuse", "x", None]},
     "no layer of its own": {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_kv_shared_layers": 9},
-    "most layers": {"num_hidden_layers": MOST_LAYERS},
+    "most layers": {"num_hidden_layers": MAX_LAYERS},
 }
 
 

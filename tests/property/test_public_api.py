@@ -20,7 +20,7 @@ from quantcache import Calibration, SpectralCache
 from tests.helpers import error
 from tests.property.effort import examples, report
 
-VOCABULARY, MOST_TOKENS, MOST_ROWS, PARTS = 96, 700, 6, 10
+VOCABULARY, MAX_TOKENS, MAX_ROWS, PARTS = 96, 700, 6, 10
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 """The smallest error that counts, in units of the logits' spread."""
 
@@ -49,7 +49,7 @@ def model_of(attention: str, dtype: torch.dtype) -> PreTrainedModel:
         vocab_size=VOCABULARY,
         initializer_range=0.15,
         attn_implementation=attention,
-        max_position_embeddings=4 * MOST_TOKENS,
+        max_position_embeddings=4 * MAX_TOKENS,
     )
     return LlamaForCausalLM(config).eval().to(dtype)
 
@@ -152,7 +152,7 @@ class Sequence:
     def feed(self, count: int | None = None) -> None:
         """A forward pass over some tokens."""
         count = self.random.choice([1, 2, 16, 17, 64, 100]) if count is None else count
-        if self.length + count > MOST_TOKENS:
+        if self.length + count > MAX_TOKENS:
             return
         tokens = torch.randint(0, VOCABULARY, (self.rows, count), generator=self.generator)
         more: dict[str, Any] = {}
@@ -231,7 +231,7 @@ class Sequence:
     def repeat(self) -> None:
         """Repeat rows."""
         repeats = self.random.randint(1, 2)
-        if self.rows * repeats <= MOST_ROWS:
+        if self.rows * repeats <= MAX_ROWS:
             rows = torch.arange(self.rows).repeat_interleave(repeats)
             self.take(rows, "batch_repeat_interleave", repeats)
 

@@ -22,8 +22,8 @@ from quantcache.cache.spectral_cache import SpectralCache
 from tests.builders import held_bytes, layer_storages, live_storages, llama_config, new_objects_only, storages
 from tests.helpers import left_padding
 
-MOST_SLACK = 0.12
-LEAST_COMPRESSION = 4.3
+MAX_SLACK = 0.12
+MIN_COMPRESSION = 4.3
 """At 3.0 bits and 8,192 tokens, everything but the shared constants counted."""
 
 
@@ -223,8 +223,8 @@ def test_eight_thousand_tokens(head_dim: int, prefill: int | None) -> None:
     memory = cache.memory()
     assert_predicted(cache, predict(calibration, 8192, prefill=prefill))
     assert memory.bfloat16_bytes == 2 * 2 * 2 * head_dim * 8192
-    assert memory.bfloat16_bytes / memory.total >= LEAST_COMPRESSION
-    assert memory.slack <= MOST_SLACK * memory.total
+    assert memory.bfloat16_bytes / memory.total >= MIN_COMPRESSION
+    assert memory.slack <= MAX_SLACK * memory.total
     assert memory.bits_per_element <= 3.0 + 8 / head_dim
 
 
@@ -233,7 +233,7 @@ def test_eight_thousand_tokens_in_two_rows() -> None:
     cache = SpectralCache(calibration)
     fill(cache, 8192, None, batch=2)
     assert_predicted(cache, predict(calibration, 8192, batch=2))
-    assert cache.memory().bfloat16_bytes / cache.memory().total >= LEAST_COMPRESSION
+    assert cache.memory().bfloat16_bytes / cache.memory().total >= MIN_COMPRESSION
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -242,14 +242,14 @@ def test_compression_holds_at_every_longer_length(head_dim: int) -> None:
     for tokens in range(8192, 8192 + 64 * 40, 61):
         for prefill in (1, 1000, tokens):
             memory = predict(synthetic(head_dim), tokens, prefill=prefill)
-            assert memory.bfloat16_bytes / memory.total >= LEAST_COMPRESSION
+            assert memory.bfloat16_bytes / memory.total >= MIN_COMPRESSION
 
 
 @pytest.mark.parametrize("residual", [0, 64])
 def test_slack_at_every_length(residual: int) -> None:
     for tokens in range(1, 3000):
         memory = predict(synthetic(64), tokens, residual_length=residual, prefill=1)
-        assert memory.slack <= MOST_SLACK * memory.total
+        assert memory.slack <= MAX_SLACK * memory.total
 
 
 def test_slack_after_crops() -> None:
@@ -260,7 +260,7 @@ def test_slack_after_crops() -> None:
         cache.crop(keep - cache.get_seq_length())
         memory = assert_counts_what_is_held(cache)
         assert memory.tokens == keep
-        assert memory.slack <= MOST_SLACK * memory.total
+        assert memory.slack <= MAX_SLACK * memory.total
 
 
 def test_blocks_and_capacity() -> None:

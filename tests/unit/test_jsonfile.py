@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from quantcache.coding.schema import CodecSettings, Rate
-from quantcache.common.jsonfile import MOST_BYTES, as_type, parse_json, read_json
+from quantcache.common.jsonfile import MAX_BYTES, as_type, parse_json, read_json
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def test_what_is_no_object() -> None:
 
 def test_bounds_are_the_readers(tmp_path: Path) -> None:
     path = tmp_path / "large.json"
-    path.write_bytes(b'"' + b"x" * MOST_BYTES + b'"')
+    path.write_bytes(b'"' + b"x" * MAX_BYTES + b'"')
     with pytest.raises(ValueError, match="more than 4,194,304 bytes"):
         read_json(path)
-    assert len(read_json(path, 2 * MOST_BYTES)) == MOST_BYTES
+    assert len(read_json(path, 2 * MAX_BYTES)) == MAX_BYTES
     with pytest.raises(ValueError, match="more than 3 bytes"):
         parse_json(b"[1, 2]", 3)
     for text in (b"\xff", b'{"a": 1, "a": 2}', b"[NaN]", b"[" * 100_000, b""):

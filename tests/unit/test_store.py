@@ -10,7 +10,7 @@ from quantcache.accounting.memory import capacity
 from quantcache.backends.store import GROWTH, BlockStore
 
 LIMIT = 2000
-MOST_SLACK = 0.12
+MAX_SLACK = 0.12
 
 
 def block(index: int, count: int = 1) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def test_slack_and_copies_while_growing_one_by_one() -> None:
             assert buffer_before is not buffer
             copied += count - 1
         assert store.capacity == capacity(count, 0)
-        assert slack_share(store) <= MOST_SLACK
+        assert slack_share(store) <= MAX_SLACK
     assert_holds(store, LIMIT)
     # A full store of c blocks is copied when it grows by max(1, c // 16) >= c / 31: 31 copies per block appended.
     assert copied <= 31 * store.capacity
@@ -69,7 +69,7 @@ def test_slack_while_growing_from_a_prefill(prefilled: int) -> None:
     for index in range(prefilled, prefilled + 200):
         store = store.appended(block(index))
         assert store.capacity == capacity(index + 1, prefilled)
-        assert slack_share(store) <= MOST_SLACK
+        assert slack_share(store) <= MAX_SLACK
     assert_holds(store, prefilled + 200)
 
 
@@ -78,7 +78,7 @@ def test_append_of_many_blocks() -> None:
     for index, count in ((0, 3), (3, 40), (43, 1), (44, 7)):
         store = store.appended(block(index, count))
     assert_holds(store, 51)
-    assert slack_share(store) <= MOST_SLACK
+    assert slack_share(store) <= MAX_SLACK
 
 
 def test_first_append_keeps_no_view_of_its_source() -> None:
@@ -105,7 +105,7 @@ def test_truncate_gives_memory_back(keep: int) -> None:
     store = store.truncated(keep)
     if keep:
         assert_holds(store, keep)
-        assert slack_share(store) <= MOST_SLACK
+        assert slack_share(store) <= MAX_SLACK
     else:
         assert (store.count, store.capacity, store.buffers) == (0, 0, {})
     for index in range(keep, keep + 5):
@@ -124,7 +124,7 @@ def test_slack_after_dropping_one_block(count: int) -> None:
     """Speculative decoding crops a little all the time."""
     store = grown(count + 1)
     store = store.truncated(count)
-    assert slack_share(store) <= MOST_SLACK
+    assert slack_share(store) <= MAX_SLACK
 
 
 def test_repeated_small_crops_of_a_large_store_do_not_copy_it() -> None:
