@@ -72,7 +72,7 @@ def gpu_models_table(path: Path, record: dict[str, Any], page: Path) -> str:
 
 
 def gpu_kernel_table(path: Path, record: dict[str, Any], page: Path) -> str:
-    """Times of the CUDA kernel that no cache uses yet.
+    """Times of the CUDA attention kernel by itself, outside of a cache.
 
     Args:
         path: The record's file, relative to the checkout.
