@@ -19,7 +19,7 @@ from quantcache.backends.cpu import CpuBackend
 from quantcache.backends.cuda import CudaBackend
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.triton import TritonBackend
-from quantcache.backends.view import CacheView, Shared, SideView
+from quantcache.backends.view import CacheView, Shared
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
@@ -39,7 +39,6 @@ __all__ = [
     "Choice",
     "Fields",
     "Shared",
-    "SideView",
     "Stage",
     "attend",
     "choose",
