@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from quantcache.backends import BackendName
-from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.layer import SpectralLayer
-from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 
 
 class MixedLayer(SpectralLayer):
@@ -40,30 +37,16 @@ class SpectralRecurrentLayer(LinearAttentionLayer, MixedLayer):  # type: ignore[
     """Attention and recurrence in one layer (Falcon-H1, Zamba2): keys and values are compressed, states are not.
 
     Args:
-        make_codecs: See :class:`SpectralLayer`.
-        shape_check: See :class:`SpectralLayer`.
-        sink_length: See :class:`SpectralLayer`.
-        residual_length: See :class:`SpectralLayer`.
-        backend: See :class:`SpectralLayer`.
-        index: See :class:`SpectralLayer`.
+        arguments: Those of :class:`SpectralLayer`.
         number_of_states: How many states of a kind the layer has.
     """
 
     is_compileable = False  # as of any layer that grows
 
-    def __init__(
-        self,
-        make_codecs: CodecFactory,
-        shape_check: ShapeCheck | None = None,
-        sink_length: int = SINK_LENGTH,
-        residual_length: int = RESIDUAL_LENGTH,
-        backend: BackendName = "auto",
-        index: int | None = None,
-        number_of_states: int = 1,
-    ):
+    def __init__(self, *arguments: Any, number_of_states: int = 1):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         self.beside = ("record_past", *(name for name, value in vars(self).items() if isinstance(value, dict)))
-        SpectralLayer.__init__(self, make_codecs, shape_check, sink_length, residual_length, backend, index)
+        SpectralLayer.__init__(self, *arguments)
 
     def __repr__(self) -> str:
         return SpectralLayer.__repr__(self)
@@ -126,27 +109,14 @@ class SpectralIndexedLayer(DynamicIndexedLayer, MixedLayer):
     """A layer with an indexer (GLM-5, DeepSeek V3.2): keys and values are compressed, the indexer's keys are not.
 
     Args:
-        make_codecs: See :class:`SpectralLayer`.
-        shape_check: See :class:`SpectralLayer`.
-        sink_length: See :class:`SpectralLayer`.
-        residual_length: See :class:`SpectralLayer`.
-        backend: See :class:`SpectralLayer`.
-        index: See :class:`SpectralLayer`.
+        arguments: Those of :class:`SpectralLayer`.
     """
 
     beside = ("indexer_keys", "indexer_position_ids", "is_indexer_initialized", "indexer_dtype", "indexer_device")
 
-    def __init__(
-        self,
-        make_codecs: CodecFactory,
-        shape_check: ShapeCheck | None = None,
-        sink_length: int = SINK_LENGTH,
-        residual_length: int = RESIDUAL_LENGTH,
-        backend: BackendName = "auto",
-        index: int | None = None,
-    ):
+    def __init__(self, *arguments: Any):
         self._drop_indexer()
-        SpectralLayer.__init__(self, make_codecs, shape_check, sink_length, residual_length, backend, index)
+        SpectralLayer.__init__(self, *arguments)
 
     def _drop_indexer(self) -> None:
         self.indexer_keys: Tensor | None = None
