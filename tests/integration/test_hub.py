@@ -348,13 +348,15 @@ def test_corrupt_downloads_are_found_out_by_the_index(
 
 
 def test_a_push_is_checked_before_the_work(hub: HubServer, client: Client) -> None:
-    check = "hub.check_push"
-    assert client.error(f"{check}({REPO!r}, token='hf_wrong')").startswith("the Hub rejected the token")
-    assert client.value(f"{check}({REPO!r}, token={TOKEN!r})") is None
-    assert client.value(f"{check}('somebody/new', token={TOKEN!r})") is None
-    error = client.error(f"{check}('else/new', token={TOKEN!r})")
+    check, log_in = "hub.check_push", "__import__('os').environ.update(HF_TOKEN={!r})"
+    client.value(log_in.format("hf_wrong"))
+    assert client.error(f"{check}({REPO!r})").startswith("the Hub rejected the token")
+    client.value(log_in.format(TOKEN))
+    assert client.value(f"{check}({REPO!r})") is None
+    assert client.value(f"{check}('somebody/new')") is None
+    error = client.error(f"{check}('else/new')")
     assert error == "cannot push to else/new: the token belongs to some-org, somebody, not to else"
-    assert "not a valid Hub repository id" in client.error(f"{check}('a b', token={TOKEN!r})")
+    assert "not a valid Hub repository id" in client.error(f"{check}('a b')")
     assert not hub.repos  # nothing is made for a check
 
 
