@@ -134,7 +134,10 @@ def _shown(found: Recommendation, unit: str) -> list[Table | str]:
     for each in found.candidates:
         if each.obstacle is not None:
             obstacles.setdefault(each.obstacle, []).append(each.format)
-    lines = [f"* {obstacle}: {', '.join(names)}" for obstacle, names in obstacles.items()]
+    # Most that are marked have one reason in common: naming them all would hide the others.
+    groups = sorted(obstacles.items(), key=lambda group: len(group[1]))
+    lines = [f"* {obstacle}: {', '.join(names)}" for obstacle, names in groups[:-1]]
+    lines += [f"* {obstacle}: {'the others' if lines else 'all that are marked'}" for obstacle, _ in groups[-1:]]
     use = ["", *(f"$ {command}" for command in found.commands), *([""] if found.commands else []), found.python]
     bases = dict.fromkeys(f"risk {e.quality.risk}: {e.quality.basis}" for e in found.candidates)
     return [summary, "", table, *lines, *bases, "", *found.notes, *use]

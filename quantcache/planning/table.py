@@ -129,7 +129,9 @@ def _compared(found: Sequence[Row], text: str) -> list[Row]:
     if match is None:
         raise QuantCacheError(f"a filter is a comparison such as bits<=4.5, or a pattern of names, got {text!r}")
     name, sign, number = match.groups()
-    read = _column(name)[0]
+    if name not in COLUMNS:
+        raise QuantCacheError(f"unknown column {name!r}: known are {', '.join(COLUMNS)}")
+    read = COLUMNS[name][0]
     try:
         limit = float(number)
     except ValueError:
@@ -146,12 +148,6 @@ def _named(found: Sequence[Row], text: str, known: Sequence[Row]) -> list[Row]:
             names = ", ".join(row.format for row in known)
             raise QuantCacheError(f"filter {pattern!r} matches no format: known are {names}")
     return [row for row in found if any(fnmatch.fnmatchcase(row.format, pattern) for pattern in patterns)]
-
-
-def _column(name: str) -> tuple[Callable[[Row], Value], bool]:
-    if name not in COLUMNS:
-        raise QuantCacheError(f"unknown column {name!r}: known are {', '.join(COLUMNS)}")
-    return COLUMNS[name]
 
 
 def sort(found: Sequence[Row], column: str | None) -> list[Row]:
