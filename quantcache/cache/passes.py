@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dis
 import gc
+import inspect
 import operator
 import sys
 import threading
@@ -25,12 +26,15 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 
-from quantcache.common.errors import UnsupportedModel
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 
 _CALL: CodeType = torch.nn.Module._wrapped_call_impl.__code__
 """What ``Module.__call__`` runs. It hands its arguments on and does not look at them again."""
+
+
+_GENERATE: CodeType = inspect.unwrap(GenerationMixin.generate).__code__
 
 
 class Outcome(Enum):
@@ -130,9 +134,10 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
 
     Raises:
         UnsupportedModel: The module was given it to hold an encoder's output.
+        QuantCacheError: ``generate`` gives it the whole text once more.
     """
     found: FrameType | None = None
-    of_model = False
+    of_model = generating = False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL:
@@ -141,14 +146,27 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
                 is_model = isinstance(arguments["self"], PreTrainedModel)
                 if is_model or not of_model:  # the outermost model; else, such as under torch.compile, any module
                     found, of_model = frame, is_model
+        generating |= frame.f_code is _GENERATE
         frame = frame.f_back
     if found is None or found.f_back is None:
         return None
+    if generating:
+        _require_new_tokens(found.f_locals["kwargs"], start)
     forward_pass = ForwardPass(start, id(found))
     mark = _Mark(forward_pass, found.f_back)
     forward_pass._mark = weakref.ref(mark)
     found.f_locals["kwargs"][f"quantcache pass {id(cache)}"] = mark
     return forward_pass
+
+
+def _require_new_tokens(kwargs: dict[str, Any], start: int) -> None:
+    """Refuse the second step of a generation that takes its cache for none: it begins with all that is cached."""
+    ids = kwargs.get("input_ids")
+    if start and kwargs.get("use_cache") is False and isinstance(ids, torch.Tensor) and ids.shape[1] == start + 1:
+        raise QuantCacheError(
+            "generate() has a cache and use_cache=False, from its arguments or the model's generation_config, and "
+            "gives the cache the whole text again at every step: pass use_cache=True, or leave the cache out"
+        )
 
 
 def _gives(value: Any, cache: Any) -> bool:

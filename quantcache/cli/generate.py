@@ -100,6 +100,7 @@ def generate(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
                 past_key_values=cache,
+                use_cache=True,
                 max_new_tokens=max_new_tokens,
                 streamer=watched,
                 **sampling,

@@ -210,6 +210,7 @@ def _continue(model: Any, tokenizer: Any, tokens: Tensor, cache: Cache, count: i
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
+        use_cache=True,
         max_new_tokens=count,
         **(how or {"do_sample": False}),
     )

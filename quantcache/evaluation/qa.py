@@ -332,6 +332,7 @@ def _answer(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
+        use_cache=True,
         max_new_tokens=new_tokens,
         do_sample=False,
     )[0, len(prompt) :]

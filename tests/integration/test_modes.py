@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
+from quantcache.common.errors import QuantCacheError
 from tests.builders import storages, tensors_in
 from tests.families import FAMILIES, VOCABULARY, Family, random_tokens, shared_model
 from tests.helpers import error, feed
@@ -68,6 +69,19 @@ def test_without_a_cache_our_attention_is_the_model_s_own(family: Family) -> Non
     expected = generate(family.make(attention="sdpa"), None, use_cache=False)
     assert found.past_key_values is None
     assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.support("use_cache=False", refused=True)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_cache_that_is_given_the_whole_text_again(beams: int) -> None:
+    """A checkpoint that says use_cache=False, as training leaves it, made every token behind the first a wrong one."""
+    model, cache = LLAMA.make(), quantized(LLAMA)
+    model.generation_config.use_cache = False
+    with pytest.raises(QuantCacheError, match=r"use_cache=False, .*pass use_cache=True"):
+        generate(model, cache, num_beams=beams)
+    assert cache.get_seq_length() == PROMPT.shape[1]
+    expected = generate(LLAMA.make(), quantized(LLAMA), num_beams=beams).sequences
+    assert torch.equal(generate(model, quantized(LLAMA), num_beams=beams, use_cache=True).sequences, expected)
 
 
 @pytest.mark.support("return_dict_in_generate, output_scores and output_logits")

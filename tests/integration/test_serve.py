@@ -67,6 +67,9 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "chatty"
     shutil.copytree(demo_model_path(), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    trained = {**settings, "use_cache": False}  # as training leaves it; every request was refused
+    (folder / "generation_config.json").write_text(json.dumps(trained))
     return str(folder)
 
 

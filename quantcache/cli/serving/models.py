@@ -141,6 +141,8 @@ class CompressedModels(ModelManager):
 
     def _compress(self, model: PreTrainedModel, calibration: Calibration) -> None:
         options, prefixes = self.compression.options, self.compression.prefixes
+        # What a checkpoint says of caches, often left from training, would refuse every request here.
+        model.generation_config.use_cache = model.generation_config.cache_implementation = None
         if prefixes is not None:
             try:
                 enable(model, calibration, prefixes=prefixes, **options)
