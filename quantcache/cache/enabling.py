@@ -136,10 +136,14 @@ class _Generate:
         given = asked[0]
         if given.get("past_key_values") is not None:
             return False
-        # transformers itself takes "hybrid", an old default of some models, for no choice at all.
-        if any(options.get("cache_implementation") not in (None, "hybrid") for options in asked):
+        if any(_other_cache(options) for options in asked):
             return False
         return next((o["use_cache"] for o in asked if o.get("use_cache") is not None), True) is not False
+
+
+def _other_cache(options: dict[str, Any]) -> bool:
+    """Whether options ask for a cache of transformers' own; it takes "hybrid", an old default, for no choice itself."""
+    return options.get("cache_implementation") not in (None, "hybrid")
 
 
 def enable(
@@ -271,9 +275,22 @@ def _setting(
         warnings.warn(f"nothing is enabled: {reason}", stacklevel=frames)
         return _Setting(None, **thread)
     compat.require_forward(model)
+    _warn_of_own_settings(model, frames + 1)
     empty = _empty_cache(model, _found(model, hub, options) if calibration is None else calibration, options)
     reuse = None if prefixes is None else Reuse(prefixes, empty, model)
     return _Setting(empty.fork, empty.calibration, reuse, **thread)
+
+
+def _warn_of_own_settings(model: PreTrainedModel, frames: int) -> None:
+    """Say so where a model's own settings, often left from training, let no request be compressed."""
+    own = vars(model.generation_config)
+    for name, wins in (("use_cache", own.get("use_cache") is False), ("cache_implementation", _other_cache(own))):
+        if wins:
+            warnings.warn(
+                f"model.generation_config has {name}={own[name]!r}, which wins over what is enabled: nothing is "
+                f"compressed. Set model.generation_config.{name} = None",
+                stacklevel=frames,
+            )
 
 
 def _found(model: PreTrainedModel, hub: bool, options: dict[str, Any]) -> Calibration | None:
@@ -308,7 +325,8 @@ def _find(model: PreTrainedModel) -> _Generate | None:
 
 def _hook(model: PreTrainedModel, attention: bool) -> _Generate:
     """The model's stand-in, put in place if there is none yet."""
-    hook = _find(model) or _Generate(model)
+    # The model inside of PEFT's wrapper is what merge_and_unload() gives back, and what the wrapper generates with.
+    hook = _find(model) or _Generate(compat.unwrapped(model))
     before = compat.attention_implementations(model)
     if attention and set(before.values()) == {"sdpa"}:
         compat.use_attention(model, ATTENTION_NAME)
@@ -320,7 +338,7 @@ def _hook(model: PreTrainedModel, attention: bool) -> _Generate:
             if not served:
                 compat.use_attention(model, before)
     if _find(model) is None:
-        vars(model).update({_HOOK: hook, "generate": hook})
+        vars(hook.model).update({_HOOK: hook, "generate": hook})
     return hook
 
 

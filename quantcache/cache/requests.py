@@ -91,7 +91,7 @@ class Reuse:
         Returns:
             Token ids; None for a call that must be read from its start.
         """
-        if compat.adds_tokens(self.model):  # the wrapper may have come later, or the adapter
+        if compat.adds_tokens(self.model) or compat.adapters_by_row(self.model):  # the wrapper may have come later
             return None
         given = asked[0]
 

@@ -258,6 +258,59 @@ def test_a_wrapper_is_what_it_is_around(model: PreTrainedModel, calibration: Cal
     assert model.config._attn_implementation == "sdpa"
 
 
+class _Adapted(torch.nn.Module):
+    """PEFT's wrapper: the model is two modules further in, and generates itself."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+
+    def get_base_model(self) -> torch.nn.Module:
+        """The model."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model").model, name)
+
+    def generate(self, *args: object, **kwargs: object) -> object:
+        """The model's."""
+        return self.base_model.model.generate(*args, **kwargs)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The model's."""
+        return self.base_model.model(*args, **kwargs)
+
+
+@enabling
+def test_a_model_that_leaves_its_wrapper(model: PreTrainedModel, calibration: Calibration) -> None:
+    """As ``merge_and_unload()`` gives it back: nothing was enabled on it, and its attention stayed switched."""
+    wrapper = _Adapted(model)
+    quantcache.enable(wrapper, calibration, **SHORT)
+    assert isinstance(generate(wrapper)[1], SpectralCache)
+    assert isinstance(generate(model)[1], SpectralCache)
+    quantcache.disable(model)
+    assert type(generate(wrapper)[1]) is DynamicCache
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_cache", False), ("cache_implementation", "static")])
+def test_settings_of_a_checkpoint_that_win(
+    name: str, value: object, model: PreTrainedModel, calibration: Calibration
+) -> None:
+    """Nothing was compressed, and nothing said so."""
+    setattr(model.generation_config, name, value)
+    said = f"model.generation_config has {name}={value!r}, which wins over what is enabled: nothing is compressed"
+    with pytest.warns(UserWarning, match=said) as warned, quantcache.enabled(model, calibration, **SHORT):
+        assert not isinstance(generate(model)[1], SpectralCache)
+    with pytest.warns(UserWarning, match=said) as more:
+        quantcache.enable(model, calibration, **SHORT)
+    assert {each.filename for each in (*warned, *more)} == {__file__}
+
+
 class _Parts(PreTrainedModel):
     """A model of several that generate, as Qwen2.5-Omni is: its generate() hands on what it does not know to each."""
 

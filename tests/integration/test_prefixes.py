@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import os
 import random
 import threading
@@ -443,6 +444,21 @@ def test_learned_tokens_before_every_prompt(calibration: Calibration) -> None:
             generate(model, prompt)
     assert counts.count(150) == 2
     assert store.statistics().caches == 0
+
+
+@storing
+def test_adapters_that_a_call_names(calibration: Calibration) -> None:
+    """PEFT's ``generate(adapter_names=...)``: what another adapter had read was served, for weights do not tell."""
+    model, store, prompt = LLAMA.make(), PrefixStore(GIBI), random_tokens(1, 150, seed=9)
+    with quantcache.enabled(model, calibration, prefixes=store), read_tokens(model) as counts:
+        generate(model, prompt)
+        naming = functools.partial(lambda module, args, kwargs, adapter_names: None, adapter_names=["__base__"])
+        handle = model.model.layers[0].register_forward_pre_hook(naming, with_kwargs=True)
+        generate(model, prompt)
+        handle.remove()
+        generate(model, prompt)
+    assert counts.count(150) == 2
+    assert (store.statistics().requests, store.statistics().hits) == (2, 1)
 
 
 # ---------------------------------------------------------------------- bounds, use and threads

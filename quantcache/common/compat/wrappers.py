@@ -45,6 +45,19 @@ def adds_tokens(model: Any) -> bool:
     return False
 
 
+def adapters_by_row(model: Any) -> bool:
+    """Whether the call that is generating has named adapters of its own (``adapter_names=`` of PEFT's generate).
+
+    Args:
+        model: A model, or PEFT's wrapper around one.
+
+    Returns:
+        True if so: PEFT keeps them in hooks on its adapters for as long as the call runs.
+    """
+    hooks = (hook for module in unwrapped(model).modules() for hook in module._forward_pre_hooks.values())
+    return any("adapter_names" in getattr(hook, "keywords", {}) for hook in hooks)
+
+
 def weights(model: Any) -> tuple[dict[str, Tensor], Callable[[str], Tensor | None]]:
     """A model's weights under the names that they have without adapters, and with what its LoRA adapters add to them.
 
