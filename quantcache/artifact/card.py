@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from quantcache.common.plaintext import markdown
+from quantcache.common.sources import PACKAGED
+from quantcache.data import BUNDLED_MODEL
 
 _BODY = """\
 # KV-cache calibration for {model}
@@ -16,12 +18,15 @@ Constants with which quantcache stores the KV cache of `{model}` in
 **{total:.3f} bits per element** ({bits:.2f} bits of codes, the rest per-token gains; bfloat16 takes 16).
 
 ```python
-from quantcache import SpectralCache
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}
 
-model = AutoModelForCausalLM.from_pretrained("{model}", attn_implementation="spectral")
-cache = SpectralCache.from_pretrained("{here}", config=model.config)
-model.generate(**inputs, past_key_values=cache)
+name = {name}
+model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="spectral")
+tokenizer = AutoTokenizer.from_pretrained(name)
+cache = SpectralCache.from_pretrained({here}, model=model){where}
+inputs = tokenizer("The city of Leiden", return_tensors="pt").to(model.device)
+output = model.generate(**inputs, past_key_values=cache, max_new_tokens=50)
+print(tokenizer.decode(output[0]))
 ```
 
 | recipe | |
@@ -59,9 +64,14 @@ def render_card(
         header["base_model"] = model
     shown = {key: value for key, value in config["recipe"].items() if key not in ("passages", "yardstick")}
     recipe = "\n".join(f"| {markdown(key)} | {markdown(value)} |" for key, value in shown.items())
+    imports, name = _loaded(model)
+    here, where = in_code(repo_id)
     body = _BODY.format(
         model=plain_name(model, "your-model"),
-        here=plain_name(repo_id, "path-or-hub-id"),
+        imports=imports,
+        name=name,
+        here=here,
+        where=where,
         bits=bits,
         total=total,
         recipe=recipe,
@@ -86,6 +96,31 @@ def plain_name(name: str | None, otherwise: str) -> str:
         One of both.
     """
     return name if name and re.fullmatch(r"[\w./-]+", name, re.ASCII) else otherwise
+
+
+def in_code(repo_id: str | None) -> tuple[str, str]:
+    """What ``from_pretrained`` takes for what a card lies beside, as the card's code has it.
+
+    Args:
+        repo_id: The Hub repository, if it is known.
+
+    Returns:
+        A literal, and a comment to come behind it: the repository, else the folder that the code is run in.
+    """
+    name = plain_name(repo_id, ".")
+    return f'"{name}"', "  # the folder of this card" if name == "." else ""
+
+
+def _loaded(model: str | None) -> tuple[str, str]:
+    """The imports of a card's code, and its expression for a model's source."""
+    plain = f'"{plain_name(model, "your-model")}"'
+    imports = ["from quantcache import SpectralCache"]
+    if model == BUNDLED_MODEL or model in PACKAGED:
+        imports.append("from quantcache.common.sources import model_source")
+        plain = f"model_source({plain})"
+    elif not is_repo_id(model):
+        plain += "  # its folder or Hub id"
+    return "\n".join([*imports, "from transformers import AutoModelForCausalLM, AutoTokenizer"]), plain
 
 
 def metrics_table(metrics: list[dict[str, Any]] | None) -> str:

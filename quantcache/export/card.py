@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from quantcache.artifact.card import is_repo_id, metrics_table, plain_name
+from quantcache.artifact.card import in_code, is_repo_id, metrics_table, plain_name
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -28,8 +28,8 @@ It computes what `{model}` computes, in plain transformers:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{here}")
-tokenizer = AutoTokenizer.from_pretrained("{here}")
+model = AutoModelForCausalLM.from_pretrained({here}){where}
+tokenizer = AutoTokenizer.from_pretrained({here})
 ```
 
 With quantcache, its cache takes **{total:.3f} bits per element** ({bits:.2f} bits of codes, the rest per-token gains):
@@ -37,9 +37,11 @@ With quantcache, its cache takes **{total:.3f} bits per element** ({bits:.2f} bi
 ```python
 from quantcache import SpectralCache
 
-model = AutoModelForCausalLM.from_pretrained("{here}", attn_implementation="spectral")
-cache = SpectralCache.from_pretrained("{here}", config=model.config)
-model.generate(**tokenizer("Once upon a time", return_tensors="pt"), past_key_values=cache)
+model = AutoModelForCausalLM.from_pretrained({here}, attn_implementation="spectral")
+cache = SpectralCache.from_pretrained({here}, model=model)
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+output = model.generate(**inputs, past_key_values=cache, max_new_tokens=50)
+print(tokenizer.decode(output[0]))
 ```
 
 | | |
@@ -124,13 +126,15 @@ def render_export_card(
     header["tags"] = ["kv-cache", "quantization", "quantcache", "transformers", f"{bits:g}-bit"]
     revision = base_model.get("revision")
     title = repo_id or f"{plain_name(model, 'model').rpartition('/')[2]}, {basis} basis"
+    here, where = in_code(repo_id)
     body = _BODY.format(
         title=title,
         model=plain_name(model, "the base model"),
         revision=f" at `{plain_name(revision, 'a commit')}`" if revision else "",
         basis=basis,
         meaning=_BASES[basis],
-        here=plain_name(repo_id, "path-or-hub-id"),
+        here=here,
+        where=where,
         mean="in the biases" if mean_in_weights else "kept by the cache (the projections have no bias for it)",
         difference=difference or "not compared with the base model's",
         bits=bits,

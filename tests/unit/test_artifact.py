@@ -32,6 +32,7 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, CodecSettings, Rate
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
+from quantcache.data import calibrations_path
 from tests.builders import llama_config
 
 HEADS, DIM, LAYERS = 2, 32, 2
@@ -829,6 +830,16 @@ def test_code_of_the_card_is_python() -> None:
     code = str(make().generate_model_card()).split("```python\n")[1].split("```")[0]
     names = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
     assert {"from_pretrained", "generate"} <= names
+
+
+def test_code_of_the_card_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the bundled calibration, word for word: its model is known by a name that transformers does not know."""
+    folder = calibrations_path() / "wiki11m"
+    card = (folder / "README.md").read_text("utf-8")
+    assert str(Calibration.from_pretrained(folder).generate_model_card()) == card
+    monkeypatch.chdir(folder)
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert "The city of Leiden" in capsys.readouterr().out
 
 
 def test_card_with_measurements() -> None:
