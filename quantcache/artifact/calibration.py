@@ -303,14 +303,21 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             local_files_only: Never go to the network.
             revision: Hub branch, tag or commit.
             subfolder: Folder inside the folder or repository; ``quantcache/`` is also looked into by itself.
-            model_kwargs: Ignored; the signature is ModelHubMixin's.
+            model_kwargs: Refused; the signature is ModelHubMixin's.
 
         Returns:
             The calibration.
 
         Raises:
             ArtifactError: A file is missing, malformed, or of an unknown major schema, or the download failed.
+            TypeError: There is an argument more, such as ``bits``.
         """
+        if model_kwargs:
+            raise TypeError(
+                f"Calibration.from_pretrained takes no {', '.join(model_kwargs)}: with_bits() changes its bits, and "
+                "SpectralCache takes the rest"
+            )
+        subfolder = subfolder or None  # "" is what transformers calls none
         if os.path.isdir(pretrained_model_name_or_path):
             folder = Path(pretrained_model_name_or_path) / (subfolder or "")
             if subfolder is None and not (folder / CONFIG_NAME).exists() and (folder / SUBFOLDER).is_dir():

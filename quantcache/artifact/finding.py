@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from quantcache.artifact.calibration import SUBFOLDER, Calibration
 from quantcache.artifact.files import CONFIG_NAME
 from quantcache.artifact.index import bundled_index, find_entry, read_index
 from quantcache.common import compat
-from quantcache.common.errors import ArtifactError
+from quantcache.common.errors import ArtifactError, HubError
 
 
 class NothingFound(ArtifactError):
@@ -61,17 +62,21 @@ def find_calibration(model: PreTrainedModel, *, hub: bool = False) -> Found:
         if os.path.isdir(name) or not hub:
             look = "" if hub or os.path.isdir(name) else ", hub=True also looks on the Hub"
             raise NothingFound(f"{error}: {_how_to(name)}{look}") from None
-        return _in_repository(name)
+        return _in_repository(name, revision)
     if entry.folder is None and not hub:
         raise NothingFound(f"the calibration of {name} is on the Hub, in {entry.repo}: hub=True downloads it")
     source = "the one that comes with quantcache" if entry.folder is not None else f"{entry.repo} on the Hub"
     return Found(Calibration.for_model(name, revision=revision), source)
 
 
-def _in_repository(name: str) -> Found:
-    """What a model's own repository carries."""
+def _in_repository(name: str, revision: str | None) -> Found:
+    """What a model's own repository carries: beside these weights, else the newest."""
+    source = f"the one in {name} on the Hub"
+    if revision is not None:
+        with suppress(HubError):  # it may have come later than these weights
+            return Found(Calibration.from_pretrained(name, revision=revision), source)
     try:
-        return Found(Calibration.from_pretrained(name), f"the one in {name} on the Hub")
+        return Found(Calibration.from_pretrained(name), source)
     except ArtifactError as error:
         raise NothingFound(f"no calibration of {name} comes with quantcache, and {error}: {_how_to(name)}") from error
 

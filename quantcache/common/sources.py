@@ -180,8 +180,9 @@ def _digest(parts: Sequence[Path]) -> str:
         with open(part, "rb") as file:
             while block := file.read(_READ):
                 found.update(block)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    write_file(memo, found.hexdigest().encode())
+    with suppress(OSError):  # where nothing can be written, what was converted before can still be read
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_file(memo, found.hexdigest().encode())
     return found.hexdigest()
 
 

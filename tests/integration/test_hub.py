@@ -222,10 +222,10 @@ def test_a_model_finds_the_calibration_in_its_repository(
     calibration.save_pretrained(tmp_path / "saved")
     files = {f"quantcache/{path.name}": path.read_bytes() for path in (tmp_path / "saved").iterdir()}
     hub.repos[REPO] = Repo()
-    hub.repos[REPO].commit({"config.json": b"{}"})
+    first = hub.repos[REPO].commit({"config.json": b"{}"})
 
-    def find(**options: bool) -> str:
-        config = f"SimpleNamespace(_name_or_path={REPO!r}, _commit_hash=None)"
+    def find(commit: str | None = None, **options: bool) -> str:
+        config = f"SimpleNamespace(_name_or_path={REPO!r}, _commit_hash={commit!r})"
         found = f"find_calibration(SimpleNamespace(config={config}), **{options})"
         return f"(lambda found: [found.source, found.calibration.bits])({found})"
 
@@ -238,6 +238,11 @@ def test_a_model_finds_the_calibration_in_its_repository(
     assert client.error(find()).endswith(f"{make}, hub=True also looks on the Hub")
     assert len(hub.requests) == asked
     assert client.value(find(hub=True)) == [f"the one in {REPO} on the Hub", pytest.approx(3)]
+    second = hub.repos[REPO].refs["main"]
+    calibration.with_bits(2).save_pretrained(tmp_path / "newer")
+    hub.repos[REPO].commit({f"quantcache/{path.name}": path.read_bytes() for path in (tmp_path / "newer").iterdir()})
+    for commit, bits in ((None, 2), (first, 2), (second, 3)):  # beside these weights, where there is one
+        assert client.value(find(commit, hub=True))[1] == pytest.approx(bits, abs=0.01)
 
 
 def test_without_access(hub: HubServer, client: Client, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import multiprocessing
@@ -196,6 +197,15 @@ def test_files_that_cannot_be_converted(tmp_path: Path, home: Path, run: Run, fl
     if flaw == "missing tensor":
         assert last.endswith("1 weights are missing, such as model.layers.1.mlp.up_proj.weight")
     assert not [found for found in home.rglob("*") if found.name == "bad" or found.name.startswith(".")]
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path, home: Path) -> None:
+    """What lies there converted was not found, because the digest of the file could not be kept."""
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    converted = home / "models" / hashlib.sha256(b"GGUF").hexdigest()[:16] / "tiny"
+    converted.mkdir(parents=True)
+    (home / "models" / "digests").write_text("a file, where a folder would have to be made")
+    assert model_source(tmp_path / "tiny.gguf") == converted
 
 
 def test_files_that_are_not_there(run: Run, tmp_path: Path) -> None:

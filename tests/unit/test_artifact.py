@@ -767,6 +767,14 @@ def test_loading_from_the_hub(hub: FakeHub, tmp_path: Path) -> None:
 def test_loading_from_a_subfolder_of_a_repository(hub: FakeHub) -> None:
     make().save_pretrained(hub.root / "some-org/some-model/quantcache")
     assert_same(Calibration.from_pretrained("some-org/some-model", subfolder="quantcache"), make())
+    for subfolder in ("quantcache", None, ""):  # transformers says "" where it means none
+        assert_same(Calibration.from_pretrained(hub.root / "some-org/some-model", subfolder=subfolder), make())
+
+
+def test_what_is_asked_for_in_vain(saved: Path) -> None:
+    """``bits`` was passed over without a word."""
+    with pytest.raises(TypeError, match=r"takes no bits, strict: with_bits\(\) changes its bits"):
+        Calibration.from_pretrained(saved, bits=2.0, strict=True)
 
 
 def test_a_cache_from_the_hub(hub: FakeHub) -> None:
