@@ -250,12 +250,14 @@ def test_attention_chosen_meanwhile_is_left_alone(model: PreTrainedModel, calibr
 @enabling
 def test_a_wrapper_is_what_it_is_around(model: PreTrainedModel, calibration: Calibration) -> None:
     """As torch.compile's and PEFT's are; disabling one did nothing."""
-    wrapper = torch.compile(model)
-    quantcache.enable(model, calibration, **SHORT)
-    assert isinstance(generate(wrapper)[1], SpectralCache)
-    quantcache.disable(wrapper)
-    assert type(generate(wrapper)[1]) is DynamicCache
-    assert model.config._attn_implementation == "sdpa"
+    wrapper = torch.compile(model, backend="eager")
+    for enabled, other in ((model, wrapper), (wrapper, model)):  # the wrapper was said to have no forward pass
+        quantcache.enable(enabled, calibration, **SHORT)
+        assert isinstance(generate(wrapper)[1], SpectralCache)
+        assert isinstance(generate(model)[1], SpectralCache)
+        quantcache.disable(other)
+        assert type(generate(wrapper)[1]) is DynamicCache
+        assert model.config._attn_implementation == "sdpa"
 
 
 class _Adapted(torch.nn.Module):

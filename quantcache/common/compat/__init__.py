@@ -36,5 +36,6 @@ from quantcache.common.compat.serving import serving_application as serving_appl
 from quantcache.common.compat.wrappers import ADAPTED as ADAPTED
 from quantcache.common.compat.wrappers import adapters_by_row as adapters_by_row
 from quantcache.common.compat.wrappers import adds_tokens as adds_tokens
+from quantcache.common.compat.wrappers import uncompiled as uncompiled
 from quantcache.common.compat.wrappers import unwrapped as unwrapped
 from quantcache.common.compat.wrappers import weights as weights

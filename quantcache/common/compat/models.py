@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from quantcache.common.compat.wrappers import unwrapped
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sources import source_name
 
@@ -65,6 +66,7 @@ def require_forward(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModel: It has no forward pass of its own.
     """
+    model = unwrapped(model)  # torch.compile's wrapper has none of its own either
     if type(model).forward is torch.nn.Module.forward:
         parts = [f"model.{n}" for n, m in model.named_children() if isinstance(m, PreTrainedModel) and m.can_generate()]
         kind, several = type(model).__name__, " or ".join(parts) or "the part that reads text"

@@ -22,9 +22,21 @@ def unwrapped(model: Any) -> Any:
     Returns:
         The model, with the adapters that are in it.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
+    return uncompiled(model)
+
+
+def uncompiled(model: Any) -> Any:
+    """The module that torch.compile's wrapper is around.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The module inside; ``model`` itself where it is no such wrapper.
+    """
     return getattr(model, "_orig_mod", model)
 
 
