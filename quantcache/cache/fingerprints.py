@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.coding.schema import SIDES
+from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.tensor_file import content_bytes
 
@@ -55,7 +56,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """Digest of a sample of a model's weights: two checkpoints of one architecture differ in it.
 
     Args:
-        model: The model.
+        model: The model, or a wrapper of torch.compile or PEFT around it: names are those in the model itself.
 
     Returns:
         SHA-256 in hex.
@@ -63,6 +64,11 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Raises:
         QuantCacheError: Some weights are not in memory.
     """
+    return _sampled(compat.unwrapped(model))
+
+
+def _sampled(model: torch.nn.Module) -> str:
+    """The digest, under the names that a module's weights have in it."""
     digest = hashlib.sha256()
     samples = []
     for name, parameter in model.named_parameters():
@@ -90,9 +96,10 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
         JSON-ready values by name, those that the config has.
     """
     text_config = model.config.get_text_config(decoder=True)
-    found = {name: cache_layout.declared(text_config, name) for name in _SETTINGS}
+    found: dict[str, Any] = {name: cache_layout.declared(text_config, name) for name in _SETTINGS}
     if cache_layout.length_of_constant_rotation(model.config) is not None:
         found["max_position_embeddings"] = cache_layout.declared(text_config, "max_position_embeddings")
+    found["adapters"] = compat.adapters_at_work(model) or None
     settings: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -109,7 +116,8 @@ def check_model(description: dict[str, Any], model: PreTrainedModel, path: Path)
         CalibrationMismatch: The file was written by another model.
     """
     theirs = description.get("model")
-    if theirs is not None and theirs != (ours := model_fingerprint(model)):
+    # Before 0.3 the names were a wrapper's own.
+    if theirs is not None and theirs != (ours := model_fingerprint(model)) and theirs != _sampled(model):
         raise CalibrationMismatch(f"{path} was filled by model {str(theirs)[:12]}, this one is {ours[:12]}")
     differs = _difference(description.get("settings"), model_settings(model))
     if differs is not None:

@@ -89,6 +89,7 @@ def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
         raise QuantCacheError(
             "a self-calibrating cache has codes of its own for every prompt: prefixes need a calibration"
         )
+    model = compat.unwrapped(model)
     if cache.calibration not in _fingerprints:
         _fingerprints[cache.calibration] = fingerprint(cache.calibration)
     kind = model.device.type

@@ -208,6 +208,22 @@ def test_files_know_what_their_model_did_with_its_weights(
 
 
 @saving
+def test_files_know_the_adapters_that_were_at_work(tmp_path: Path) -> None:
+    """A file was read with the adapters switched off, or others chosen, and refused to torch.compile's wrapper."""
+    path, model = tmp_path / "prefix", LLAMA.make()
+    adapted = model.model.layers[0].self_attn.k_proj
+    adapted.disable_adapters, adapted.active_adapters, adapted.scaling = False, ["first"], {"first": 2.0}
+    filled(LLAMA).save(path, model)
+    for given in (model, torch.compile(model)):
+        assert SpectralCache.load(path, calibration_of(LLAMA), given).get_seq_length() == 150
+    for name, value in (("disable_adapters", True), ("active_adapters", ["other"]), ("scaling", {"first": 1.0})):
+        other = copy.deepcopy(model)
+        setattr(other.model.layers[0].self_attn.k_proj, name, value)
+        with pytest.raises(CalibrationMismatch, match=r"was filled by a model with adapters .*first.*, this one has"):
+            SpectralCache.load(path, calibration_of(LLAMA), other)
+
+
+@saving
 def test_a_calibration_is_no_path(tmp_path: Path) -> None:
     filled(LLAMA).save(tmp_path / "prefix")
     with pytest.raises(TypeError, match="needs a Calibration, got str"):

@@ -34,6 +34,7 @@ from quantcache.common.compat.serving import Oversight as Oversight
 from quantcache.common.compat.serving import require_server as require_server
 from quantcache.common.compat.serving import serving_application as serving_application
 from quantcache.common.compat.wrappers import ADAPTED as ADAPTED
+from quantcache.common.compat.wrappers import adapters_at_work as adapters_at_work
 from quantcache.common.compat.wrappers import adapters_by_row as adapters_by_row
 from quantcache.common.compat.wrappers import adds_tokens as adds_tokens
 from quantcache.common.compat.wrappers import uncompiled as uncompiled

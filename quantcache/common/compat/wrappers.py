@@ -57,6 +57,24 @@ def adds_tokens(model: Any) -> bool:
     return False
 
 
+def adapters_at_work(model: Any) -> list[str]:
+    """What adapters add to a model's weights just now, which the weights themselves do not tell.
+
+    Args:
+        model: A model, or PEFT's wrapper around one.
+
+    Returns:
+        The states that its adapters are in, in words; none where it has no adapters.
+    """
+    found = set()
+    for module in model.modules():
+        off = getattr(module, "disable_adapters", None)
+        if isinstance(off, bool):  # transformers' models have a method of this name
+            named = list(getattr(module, "active_adapters", []))
+            found.add("off" if off else f"{named}, scaled by {getattr(module, 'scaling', None)}")
+    return sorted(found)
+
+
 def adapters_by_row(model: Any) -> bool:
     """Whether the call that is generating has named adapters of its own (``adapter_names=`` of PEFT's generate).
 
