@@ -25,7 +25,7 @@ from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.requests import Listener, Reuse
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
-from quantcache.common.errors import NothingToCompress, QuantCacheError
+from quantcache.common.errors import NothingToCompress, QuantCacheError, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,8 @@ def enable(
     Raises:
         ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
         CalibrationMismatch: The calibration is for another geometry.
-        UnsupportedModel: The model is an encoder-decoder, only parts of it read text, or its prefixes cannot be kept.
+        UnsupportedModel: The model is an encoder-decoder or does not generate, only parts of it read text, or its
+            prefixes cannot be kept.
     """
     setting = _setting(model, calibration, hub, options, prefixes, 3, thread=None)
     with _lock:
@@ -243,7 +244,8 @@ def enabled(
     Raises:
         ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
         CalibrationMismatch: The calibration is for another geometry.
-        UnsupportedModel: The model is an encoder-decoder, only parts of it read text, or its prefixes cannot be kept.
+        UnsupportedModel: The model is an encoder-decoder or does not generate, only parts of it read text, or its
+            prefixes cannot be kept.
     """
     setting = _setting(model, calibration, hub, options, prefixes, 4)  # contextlib is between
     with _lock:
@@ -269,6 +271,9 @@ def _setting(
 
     A warning points at the caller, so many frames up.
     """
+    if not hasattr(model, "generate"):
+        inside = "the model inside, .module" if hasattr(model, "module") else "one with a language modelling head"
+        raise UnsupportedModel(f"a {type(model).__name__} has no generate(): give {inside}")
     try:
         cache_layout.compressible_layers(model.config)
     except NothingToCompress as reason:

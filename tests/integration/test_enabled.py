@@ -340,6 +340,13 @@ def test_a_model_of_several_that_generate(model: PreTrainedModel, calibration: C
     assert [type(each.past_key_values) for each in found] == [SpectralCache, DynamicCache]
 
 
+def test_what_does_not_generate(model: PreTrainedModel, calibration: Calibration) -> None:
+    wrapper = torch.nn.DataParallel(model)
+    for given, inside in ((wrapper, r"the model inside, \.module"), (model.model, "one with a language")):
+        with pytest.raises(UnsupportedModel, match=rf"a \w+ has no generate\(\): give {inside}"):
+            quantcache.enable(given, calibration)
+
+
 def test_enabling_that_fails_leaves_nothing(
     model: PreTrainedModel, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
