@@ -5,6 +5,8 @@ VENV ?= .venv
 FLOOR_VENV ?= .venv-floor
 LM_EVAL_VENV ?= .venv-lm-eval
 ARGS ?=
+# Which tests `make test` runs, as pytest's -m has it; CI runs all of them: make test MARKS=
+MARKS ?= not slow and not triton
 # Test processes, one for each core; each uses one thread (tests/conftest.py).
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
@@ -77,8 +79,8 @@ demo: $(firstword $(wildcard $(STAMP)) $(USER_STAMP)) ## Set up, then compress t
 	@$(BIN)/quantcache demo $(ARGS)
 
 # Types are checked while the tests run: mypy takes more than a minute of one core.
-test: lint ## Set up, then lint, format check, types and the tests (minutes); ARGS="-m 'not triton'" also those that take long, as in CI
-	$(BIN)/mypy & $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not triton" $(ARGS); tests=$$?; \
+test: lint ## Set up, then lint, format check, types and the tests (minutes); MARKS= also those that take long, as in CI
+	$(BIN)/mypy & $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "$(MARKS)" $(ARGS); tests=$$?; \
 	  wait $$! || { echo "mypy's errors stand above" >&2; exit 1; }; exit $$tests
 
 test-triton: $(STAMP) ## Triton's kernels under the interpreter, and compiled for GPUs (5 minutes)

@@ -176,7 +176,8 @@ def parity(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """The parity suite on this device: what failed is reported, and stops nothing."""
     chosen = options.parity_only or ("triton and (width3 or through)" if run.tiny else "triton")
     report = run.log.with_name(run.log.stem + "-parity.txt")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-k", chosen, "-m", "not slow"]
+    where = "tests/kernels/test_parity.py" if run.tiny else "tests/kernels"
+    command = [sys.executable, "-m", "pytest", "-q", where, "-k", chosen, "-m", "not slow"]
     command += ["-p", "no:cacheprovider", "--tb=short", "-rfE", f"--junitxml={report.with_suffix('.xml')}"]
     jobs = 1 if run.tiny else options.jobs
     with contextlib.suppress(ImportError):
@@ -360,11 +361,10 @@ def flash_decode(query: Tensor, key: Tensor, value: Tensor) -> tuple[str, Callab
 @torch.inference_mode()
 def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Encoding of many and of few tokens."""
-    for name, tokens in itertools.product(("llama-8b", "gemma-2-9b"), (8192, 64)):
+    for name, tokens in itertools.product(("llama-8b", "gemma-2-9b"), (64,) if run.tiny else (8192, 64)):
         batch = 1
         if not run.has_time(f"encode {name}, {tokens} tokens", 12):
             continue
-        tokens = min(tokens, 128) if run.tiny else tokens
         layer = filled_layer(run, name, batch, 140, options.bits[0])
         size, calls = encoding(run, layer, batch, tokens)
         found = {"model": name, "batch": batch, "tokens": tokens, "bytes": size}

@@ -23,7 +23,7 @@ from quantcache.evaluation.summaries import quantiles
 def model_part(run: Run, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """A model with random weights: tokens per second, prefill, encoding's share, memory."""
     quantcache.register_attention()
-    layers = 2 if run.tiny else options.layers
+    layers = 1 if run.tiny else options.layers
     config = run.config(name, layers)
     with run.device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="spectral").eval()
