@@ -101,14 +101,8 @@ def main() -> None:
             sys.exit(f"error: no part {', '.join(sorted(unknown))}, only {', '.join(part.name for part in parts)}")
         parts = [part for part in parts if part.name in options.parts]
     settings: dict[str, Any] = {
-        "model": Path(options.model).name,
-        "model_sha256": model_sha256(model),
-        "dtype": "float32",
-        "bits": BITS,
-        "context": options.context,
+        **conditions(options, model),
         "windows": len(parts[0].tokens) // options.context,
-        "chunk": CHUNK,
-        "sinks": SINKS,
         "residuals": options.residuals,
         "batch": BATCH,
         "parts": {
@@ -157,6 +151,27 @@ def main() -> None:
     path = write_record(suite, settings, metrics, run.git)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def conditions(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
+    """What a record says of the model and of how text is fed to it.
+
+    Args:
+        options: The command line.
+        model: The model.
+
+    Returns:
+        Settings of the record.
+    """
+    return {
+        "model": Path(options.model).name,
+        "model_sha256": model_sha256(model),
+        "dtype": "float32",
+        "bits": BITS,
+        "context": options.context,
+        "chunk": CHUNK,
+        "sinks": SINKS,
+    }
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from fidelity import BITS, CHUNK, SHARED, SINKS, WIKITEXT, calibrated, predicted, table
+from fidelity import CHUNK, SHARED, SINKS, WIKITEXT, calibrated, conditions, predicted, table
 from records import ROOT, Run, suite_of, write_record
 from rich.console import Console
 
@@ -22,7 +21,7 @@ from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.sequences import text_tokens
 from quantcache.common.sources import MODEL_HELP
 from quantcache.evaluation import measure_fidelity, parse_methods
-from quantcache.evaluation.provenance import model_sha256, text_sha256
+from quantcache.evaluation.provenance import text_sha256
 
 VALIDATION = "wikitext2_valid.txt"
 
@@ -34,14 +33,8 @@ def main() -> None:
     suite = suite_of("predictions", options.model)
     calibration_text, text = ((SHARED / name).read_text(encoding="utf-8") for name in (VALIDATION, WIKITEXT))
     settings: dict[str, Any] = {
-        "model": Path(options.model).name,
-        "model_sha256": model_sha256(model),
-        "dtype": "float32",
-        "bits": BITS,
-        "context": options.context,
+        **conditions(options, model),
         "windows": options.windows,
-        "chunk": CHUNK,
-        "sinks": SINKS,
         "residual": RESIDUAL_LENGTH,
         "evaluation": {"source": f"../shared/data/{WIKITEXT}", "text_sha256": text_sha256(text)},
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from quantcache.backends.store import BlockStore
 from quantcache.coding import linalg
@@ -187,3 +187,30 @@ def eval_record(**more: Any) -> dict[str, Any]:
         },
         **more,
     }
+
+
+class PeftWrapper(torch.nn.Module):
+    """What ``get_peft_model()`` returns: the model is two modules further in, and generates itself."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+
+    def get_base_model(self) -> torch.nn.Module:
+        """The model."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model").model, name)
+
+    def generate(self, *args: object, **kwargs: object) -> object:
+        """The model's."""
+        return self.base_model.model.generate(*args, **kwargs)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The model's."""
+        return self.base_model.model(*args, **kwargs)

@@ -29,7 +29,7 @@ from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
-from tests.builders import llama_config
+from tests.builders import PeftWrapper, llama_config
 from tests.families import FAMILIES, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,37 +260,10 @@ def test_a_wrapper_is_what_it_is_around(model: PreTrainedModel, calibration: Cal
         assert model.config._attn_implementation == "sdpa"
 
 
-class _Adapted(torch.nn.Module):
-    """PEFT's wrapper: the model is two modules further in, and generates itself."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.base_model = torch.nn.Module()
-        self.base_model.model = model
-
-    def get_base_model(self) -> torch.nn.Module:
-        """The model."""
-        return self.base_model.model
-
-    def __getattr__(self, name: str) -> object:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_model").model, name)
-
-    def generate(self, *args: object, **kwargs: object) -> object:
-        """The model's."""
-        return self.base_model.model.generate(*args, **kwargs)
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        """The model's."""
-        return self.base_model.model(*args, **kwargs)
-
-
 @enabling
 def test_a_model_that_leaves_its_wrapper(model: PreTrainedModel, calibration: Calibration) -> None:
     """As ``merge_and_unload()`` gives it back: nothing was enabled on it, and its attention stayed switched."""
-    wrapper = _Adapted(model)
+    wrapper = PeftWrapper(model)
     quantcache.enable(wrapper, calibration, **SHORT)
     assert isinstance(generate(wrapper)[1], SpectralCache)
     assert isinstance(generate(model)[1], SpectralCache)

@@ -21,7 +21,7 @@ from quantcache.common.errors import CalibrationMismatch, CalibrationWarning
 from quantcache.data import demo_model_path
 from quantcache.export import absorb, export_checkpoint
 from quantcache.export.absorption import Basis
-from tests.builders import llama_config
+from tests.builders import PeftWrapper, llama_config
 from tests.families import FAMILIES, Family, random_tokens
 
 pytestmark = pytest.mark.support("a calibration of another model")
@@ -144,37 +144,14 @@ class Lora(Adapter):
         return added
 
 
-class Wrapper(torch.nn.Module):
-    """What ``get_peft_model()`` returns: the model is two modules further in, and every name begins with those."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.base_model = torch.nn.Module()
-        self.base_model.model = model
-
-    def get_base_model(self) -> torch.nn.Module:
-        """The model."""
-        return self.base_model.model
-
-    def __getattr__(self, name: str) -> object:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_model").model, name)
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        """The model's."""
-        return self.base_model.model(*args, **kwargs)
-
-
 def test_adapters_in_a_wrapper(calibration: Calibration, model: LlamaForCausalLM) -> None:
     """All names begin otherwise in PEFT's wrapper; nothing was compared."""
     adapted = make()
-    calibration.check_compatible(Wrapper(adapted), strict=True)
-    assert fingerprint(Wrapper(adapted)) == fingerprint(model)
+    calibration.check_compatible(PeftWrapper(adapted), strict=True)
+    assert fingerprint(PeftWrapper(adapted)) == fingerprint(model)
     for layer in adapted.model.layers:
         layer.self_attn.v_proj = Lora(layer.self_attn.v_proj)
-    wrapped = Wrapper(adapted)
+    wrapped = PeftWrapper(adapted)
     own = calibrated(wrapped)
     old = {f"base_model.model.{name}": entry for name, entry in own.metadata.base_model[FINGERPRINT].items()}
     earlier = Calibration(own.layers, replace(own.metadata, base_model={**own.metadata.base_model, FINGERPRINT: old}))
@@ -198,7 +175,7 @@ def test_an_adapter_that_has_been_merged(calibration: Calibration) -> None:
         layer.self_attn.v_proj = Lora(layer.self_attn.v_proj)
         with torch.no_grad():
             other.self_attn.v_proj.weight += layer.self_attn.v_proj.get_delta_weight("default")
-    for made, given in ((adapted, merged), (merged, adapted), (Wrapper(adapted), merged)):
+    for made, given in ((adapted, merged), (merged, adapted), (PeftWrapper(adapted), merged)):
         calibrated(made).check_compatible(given, strict=True)
     for layer, other in zip(adapted.model.layers, merged.model.layers, strict=True):
         layer.self_attn.v_proj.merged = True
