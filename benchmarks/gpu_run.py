@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from quantcache import Calibration, SpectralCache, backends
+from quantcache.backends import BackendName
 from quantcache.backends.spans import block_table_of, next_spans
 from quantcache.backends.store import BlockStore
 from quantcache.cache.layer import SpectralLayer
+from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.jsonfile import to_json
@@ -201,10 +203,12 @@ def measure(run: Run, function: Callable[[], object], seconds: float = 0.15) -> 
     return {**quantiles([begin.elapsed_time(end) for begin, end in events]), "call": call}
 
 
-def filled_layer(run: Run, name: str, batch: int, length: int, bits: float, layer: int = 0) -> SpectralLayer:
+def filled_layer(
+    run: Run, name: str, batch: int, length: int, bits: float, layer: int = 0, backend: BackendName = "triton"
+) -> SpectralLayer:
     """One layer of a model with at least ``length`` tokens, all but the last 64 of them encoded, to random codes."""
     config = run.config(name, 4)
-    cache = SpectralCache(run.calibration(name, 4, bits), config, backend="triton")
+    cache = SpectralCache(run.calibration(name, 4, bits), config, backend=backend)
     filled = cache.spectral_layers[layer]
     fill(run, filled, name, batch, length)
     return filled
@@ -222,11 +226,11 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
     count = max(1, (length - layer.sink_length - layer.residual_length) // BLOCK)
     spans, stores = next_spans(None, layer.sink_length, count), {}
     for side in SIDES:
-        words = layer.stores[side].buffers["codes"].shape[2]
-        low = -(1 << 31)
-        codes = torch.randint(low, -low - 1, (count, batch, words), dtype=torch.int32, device=run.device)
+        codec, low = layer.codecs[side], -(1 << 31)
+        assert isinstance(codec, SpectralCodec)
+        codes = torch.randint(low, -low - 1, (count, batch, codec.num_words), dtype=torch.int32, device=run.device)
         gains = torch.randint(100, 150, (count, batch, heads, BLOCK), dtype=torch.uint8, device=run.device)
-        stores[side] = BlockStore(count, {"codes": codes, "gains": gains})
+        stores[side] = BlockStore(count, layer.layout.from_portable(codec, {"codes": codes, "gains": gains}))
     block_table = BlockStore(count, {"block_table": block_table_of(spans, layer.device)})
     layer._commit(spans=spans, stores=stores, block_table=block_table)
 

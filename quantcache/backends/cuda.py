@@ -81,6 +81,8 @@ class CudaBackend(Backend):
         heads = view.key.tail.shape[1]
         rows = query.shape[1] // heads * query.shape[2]
         lines = kernels.lines_of(query.shape[0], rows, heads)
+        if reason is None and call.hides_the_future(query.shape[2]) and view.key.tail.shape[2] < query.shape[2]:
+            reason = "tokens of the queries themselves are encoded, and blocks are read as the past of every query"
         if reason is None and lines > kernels.MAX_LINES:
             reason = f"{query.shape[0]} rows of {heads} heads are {lines} lines of queries, more than a launch takes"
         shape = rows, view.num_blocks >= LOOP_BLOCKS

@@ -71,6 +71,15 @@ def test_parity(name: str, emulated: None) -> None:
     check_parity(in_bfloat16((ATTENTION | TRELLIS)[name]))
 
 
+def test_queries_whose_own_tokens_are_encoded_are_left_to_plain_torch(emulated: None) -> None:
+    """Blocks are every query's past for the kernels; caches encode behind the attention of what they are given."""
+    filled = fill(in_bfloat16(Case(tokens=132, queries=2)))
+    view = on_device(filled.layer, CUDA).snapshot()
+    assert view.key.tail.shape[2] == 0
+    assert attend_by_kernel(filled.query, view) is None
+    assert attend_by_kernel(filled.query[:, :, -1:], view) is not None
+
+
 @pytest.mark.parametrize("tokens", [100, 101])
 def test_blocks_begin_at_any_offset_from_their_anchor(tokens: int, emulated: None) -> None:
     case = in_bfloat16(Case(tokens=tokens, sink_length=5 + tokens % 2, cut=True))
@@ -79,18 +88,20 @@ def test_blocks_begin_at_any_offset_from_their_anchor(tokens: int, emulated: Non
     check_parity(case)
 
 
-def check_parity(case: Case) -> None:
+def check_parity(case: Case, kernel: Kernel = CUDA) -> None:
     """Attention is at most twice as far from float64 as plain torch in the case's dtype."""
     filled = fill(case)
     view, more = filled.layer.snapshot(), {"softcap": case.softcap, "s_aux": filled.s_aux}
     expected = truth.attention(filled.query, view, filled.mask, **more)
     own = truth.attention(filled.query, view, filled.mask, **more, dtype=case.dtype)
-    layer = on_device(filled.layer, CUDA)
-    found = attend_by_kernel(filled.query, layer.snapshot(), filled.mask, case.softcap, filled.s_aux)
+    layer = on_device(filled.layer, kernel)
+    query, mask, s_aux = (None if x is None else x.to(kernel.device) for x in (filled.query, filled.mask, filled.s_aux))
+    assert query is not None
+    found = attend_by_kernel(query, layer.snapshot(), mask, case.softcap, s_aux)
     assert found is not None, "the kernel declined the case"
     assert layer.layout.name == "cuda"
     assert (found.dtype, found.shape) == (case.dtype, expected.shape)
-    theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
+    theirs, allowed = (float((x.cpu().double() - expected).norm()) for x in (found, own))
     assert theirs <= 2 * allowed + 1e-6 * float(expected.norm()), (theirs, allowed)
 
 
