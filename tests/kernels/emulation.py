@@ -54,6 +54,8 @@ class Emulated:
     ) -> None:
         """Run all blocks."""
         sizes = (shared_bytes,) if self.name == "merge" else (grid[0], shared_bytes)
+        if self.name == "attend_codes":
+            sizes = grid[0], threads, shared_bytes
         assert self.function(ctypes.byref(arguments), *sizes) == 0, "some lanes wait for others that have left"
 
 

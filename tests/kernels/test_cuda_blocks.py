@@ -363,7 +363,7 @@ def test_a_trial_goes_round_the_loop_of_a_split(
 
     def attend(*given: Any) -> Tensor:
         _, held, near, _, _, _, splits = given
-        made = held.places(near, 2, 12 * 132, splits)
+        made = held.places(near, -(-held.units // splits))
         places.append((made.per_split, made.splits))
         return own(*given)
 

@@ -156,7 +156,7 @@ class Inputs:
         queries = Queries(self.query.data_ptr(), *self.query.stride()[:3], place, half, case.dim**-0.5)
         starts = None if origins is None else Starts(origins, origins)
         nothing = torch.zeros(0, 3, dtype=torch.int32)
-        places = Blocks([nothing] * 4, nothing, starts, case.encoded_end, True).places(near, 0, 1)
+        places = Blocks([nothing] * 4, nothing, starts, case.encoded_end, True).places(near, 0)
         addresses = tuple(map(pointer, (near.tail_tokens, self.mask, self.logits, out, lse)))
         given = near.arguments(queries, places, (None, *addresses))
         given.lines, given.softcap = lines, case.softcap or 0.0
@@ -217,7 +217,7 @@ def test_new_tokens_go_where_the_device_says(count: int) -> None:
     tokens = torch.tensor([count], dtype=torch.int32)
     near = NearTokens(*empty, *(each.permute(1, 2, 0, 3) for each in memory), tokens)
     nothing = torch.zeros(0, 3, dtype=torch.int32)
-    places = Blocks([nothing] * 4, nothing, None, 0, True).places(near, 0, 1)
+    places = Blocks([nothing] * 4, nothing, None, 0, True).places(near, 0)
     there = torch.frombuffer(bytearray(places), dtype=torch.uint8)
     given = append_arguments(key, value, near, there.data_ptr())
     kernel = emulation.emulated(CPU, False, False)["append_tail"]

@@ -19,8 +19,8 @@ from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
-from quantcache_kernels.cuda.ops import WARPS_PER_PROCESSOR
 from quantcache_kernels.cuda.places import Blocks, Lasting
+from quantcache_kernels.cuda.room import Room
 from quantcache_kernels.cuda.structures import (
     CodesArguments,
     MergeArguments,
@@ -96,13 +96,15 @@ def attend(
     blocks = blocks.readable()
 
     query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + structures.EXTRA_BYTES
-    places = blocks.places(near, lines, warps := warps_of(device), splits)
-    units, splits, there = places.units, places.splits, None
-    if lasting is not None:
-        if not lasting.lines:
-            lasting.lines = lines
+    room, units, there = Room.of(keys, values, query_bytes, device), blocks.units, None
+    if lasting is None:
+        places = blocks.places(near, -(-units // splits) if splits else room.units_of_a_split(units, lines))
+        splits = places.splits
+    else:
+        if lasting.room is None:
+            lasting.room, lasting.lines = room, lines
             announce(lasting, blocks, near, keys, values)
-        units, splits, there = lasting.units, lasting.most_splits(warps), lasting.there.data_ptr()
+        units, splits, there = lasting.units, room.most_splits(lasting.units, lines), lasting.there.data_ptr()
         places = Places()  # these here would not last
 
     vectors = lines * rows  # of every split
@@ -126,12 +128,11 @@ def attend(
         blocks.paired, lines, dim, dim - keys.num_fast, keys.layout.slow_tiles, keys.num_fast, query_bytes,
         1.0 if softcap else LOG2_E,
     )  # fmt: skip
-    room = keys.room, values.room
     to_attend = CodesArguments(
         places, there, turned,
         *map(pointer, (keys.heads, values.heads, keys.terms, values.terms, *keys.fast, mask)), partial, stats,
         batch, heads, chunks, rows, count, blocks.paired,
-        4 * keys.layout.words, 4 * values.layout.words, query_bytes, *room,
+        4 * keys.layout.words, 4 * values.layout.words, query_bytes, keys.room, values.room, room.constants, room.warp,
         keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast // TILE, values.layout.tiles,
         *strides, softcap, ONE_HALVES,
     )  # fmt: skip
@@ -145,12 +146,13 @@ def attend(
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
     turn_bytes = 4 * (dim * TURNED_ROWS + ROWS + rows * dim)
-    shared = structures.ROOM_BYTES + 2 * sum(room) + query_bytes + 512 * values.layout.tiles
+    warps = room.warps_of_a_block(splits * lines)
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         stream = stream_of(device)
         kernels["turn_queries"].launch((groups, lines), TURN_THREADS, turn_bytes, to_turn, stream)
-        kernels["attend_codes"].launch((splits, lines), 32, shared, to_attend, stream)
+        grid = -(-splits // warps), lines
+        kernels["attend_codes"].launch(grid, 32 * warps, room.constants + warps * room.warp, to_attend, stream)
         kernels["attend_near"].launch((near.splits, lines), NEAR_THREADS, near.shared_bytes(rows), to_near, stream)
         kernels["merge"].launch((rows, lines), 4 * value_dim, to_merge.shared_bytes, to_merge, stream)
     return out
@@ -189,7 +191,7 @@ def announce(
         tokens: What the tail holds; None leaves the device's count as it is.
     """
     device = lasting.there.device
-    places = blocks.places(near, lasting.lines, warps_of(device))
+    places = blocks.places(near, lasting.units_of_a_split(blocks.units))
     count = None if tokens is None else pointer(near.tail_tokens)
     arguments = PlacesArguments(places, pointer(lasting.there), count, tokens or 0)
     with on_device(device):
@@ -214,12 +216,6 @@ def append(
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         kernels["append_tail"].launch((arguments.vectors, 2), 32, 0, arguments, stream_of(device))
-
-
-def warps_of(device: torch.device) -> int:
-    """How many warps of ``attend_codes`` a device runs at once."""
-    found = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return WARPS_PER_PROCESSOR * found
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -82,6 +82,16 @@ class PreparedCodes:
         ]
 
     @property
+    def head_words(self) -> int:
+        """Words of a head's constants that attention reads for every block: polynomials or tables, and the fast decoder."""
+        return (self.terms.numel() + self.fast_words) // self.layout.heads
+
+    @property
+    def fast_words(self) -> int:
+        """Words of the fast decoder, of all heads."""
+        return self.fast[0].numel() // 2 if self.num_fast else 0
+
+    @property
     def fast_tiles(self) -> int:
         """Tiles of fast dimensions."""
         return self.layout.tiles - self.layout.slow_tiles

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NearTokens
-from quantcache_kernels.cuda.ops import choose_splits
+from quantcache_kernels.cuda.room import Room
 from quantcache_kernels.cuda.structures import Places, pointer
 
 
@@ -57,14 +57,12 @@ class Blocks:
         packed = [each.contiguous() for each in self.packed]
         return Blocks(packed, self.table.contiguous(), self.starts, self.end, self.paired)
 
-    def places(self, near: NearTokens, lines: int, warps: int, splits: int | None = None) -> Places:
+    def places(self, near: NearTokens, per_split: int) -> Places:
         """Where all of it lies, and how the context is cut.
 
         Args:
             near: Sinks and tail.
-            lines: Rows of the batch times chunks of queries times heads; 0 while nobody has asked.
-            warps: How many warps the device runs at once.
-            splits: Parts of the context, or None for what fits the device.
+            per_split: Units of a part of the context; 0 while nobody has asked.
 
         Returns:
             The places; tensors are not kept.
@@ -74,9 +72,8 @@ class Blocks:
         for i, part in enumerate(near.parts):
             found.near[i], found.strides[i][:] = part.data_ptr(), part.stride()[:3]
         found.blocks, found.units, found.encoded_end = self.table.shape[0], units, self.end
-        if lines:
-            found.per_split = -(-units // min(splits or choose_splits(units, lines, warps), units))
-            found.splits = -(-units // found.per_split)
+        if per_split:
+            found.per_split, found.splits = per_split, -(-units // per_split)
         return found
 
 
@@ -94,6 +91,7 @@ class Lasting:
         memory: What other calls on this stream use too.
         there: The places, where kernels find them, uint8.
         lines: Of the calls; 0 before the first one.
+        room: Their shared memory; None before the first one.
         out: Where the result goes; None before the first call.
     """
 
@@ -101,6 +99,7 @@ class Lasting:
     memory: Memory
     there: Tensor
     lines: int = field(default=0, init=False)
+    room: Room | None = field(default=None, init=False)
     out: Tensor | None = field(default=None, init=False)
 
     @classmethod
@@ -117,13 +116,8 @@ class Lasting:
         """
         return cls(units, memory, torch.empty(ctypes.sizeof(Places), dtype=torch.uint8, device=device))
 
-    def most_splits(self, warps: int) -> int:
-        """Splits of as many units as there is room for; fewer units have no more.
-
-        Args:
-            warps: How many warps the device runs at once.
-
-        Returns:
-            Their number.
-        """
-        return min(choose_splits(self.units, self.lines, warps), self.units)
+    def units_of_a_split(self, units: int) -> int:
+        """How many units a warp takes of so many; 0 before the first call."""
+        if self.room is None:
+            return 0
+        return self.room.units_of_a_split(units, self.lines, self.room.most_splits(self.units, self.lines))

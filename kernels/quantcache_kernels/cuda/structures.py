@@ -8,8 +8,14 @@ from torch import Tensor
 
 Pointer = ctypes.c_void_p
 
-ROOM_BYTES = 384 + 2048 + 512
-"""Of shared memory beside codes, queries and sums (codes.h): barriers, gains, scores that wait, peaks."""
+ROOM_BYTES = 384 + 512 + 512
+"""Of a warp's shared memory beside codes, queries and sums (room.h): barriers, codes of gains, gains, peaks."""
+
+BARRIER_BYTES = 128
+"""In front of a head's constants (room.h)."""
+
+BLOCK_BYTES = 1 << 10
+"""Of shared memory that the device keeps for itself of every block of threads."""
 
 EXTRA_BYTES = 64
 """Of a unit's queries behind their fragments: eight units and eight offsets."""
@@ -93,6 +99,7 @@ class CodesArguments(ctypes.Structure):
         *((name, Pointer) for name in ("partial", "stats")),
         *((name, ctypes.c_int) for name in ("batch", "heads", "chunks", "rows", "count", "paired")),
         *((name, ctypes.c_int) for name in ("key_bytes", "value_bytes", "query_bytes", "key_room", "value_room")),
+        *((name, ctypes.c_int) for name in ("constant_room", "warp_room")),
         *((name, ctypes.c_int) for name in ("slow_tiles", "fast_tiles", "fast_steps", "value_tiles")),
         *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length")),
         ("softcap", ctypes.c_float),

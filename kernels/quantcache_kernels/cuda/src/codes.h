@@ -1,6 +1,7 @@
 // Attention of a few queries on a cache's blocks.
 //
-// A warp goes over a split of the context, a unit at a time: two blocks of 64 tokens that share an anchor. Levels
+// A warp goes over a split of the context, a unit at a time: two blocks of 64 tokens that share an anchor. Warps of a block
+// of threads have splits of one line, and share the constants of its head; else each is by itself. Levels
 // (decoding.h) are what mma.m16n8k16 takes: tokens are rows of every tile of scores, queries its columns, and a tile of
 // weights, turned around by movmatrix, is the right operand of the products with values. Only the fast dimensions of a key
 // are decoded (fast.h).
@@ -32,15 +33,16 @@ struct CodesArguments {
     const HeadTiles* value_heads;
     const u32* key_terms;     // [heads, key_tiles, 4 lanes of a row, 2 halves, terms]: polynomials or tables
     const u32* value_terms;   // [heads, value_tiles, 8 rows, 2 halves, terms]
-    const u32* fast_decoder;  // [heads, fast_tiles, 2 fast_steps, 32 lanes, 2]
-    const u32* fast_mean;     // [heads, fast_steps, 128, 4, 2, 2]: turned by every offset from the anchor and by the next
+    const u32* fast_decoder;  // [heads, fast_tiles, 2 halves, 2 fast_steps, 32 lanes]
+    const u32* fast_mean;     // [heads, fast_steps, 128, 4, 2, 2]: turned by every offset from the anchor and by the next,
+                              // even offsets before odd ones
     const u32* rotation;      // [fast_steps, 128, 4, 2, 2]: cosines of two pairs likewise, then sines
     const u8* mask;           // [batch or 1, count or 1, mask_length], or null
     float* partial;           // [splits, lines, rows, 16 value_tiles]
     float* stats;             // [splits, lines, rows, 2]: peak (base 2) and sum
     int batch, heads, chunks, rows, count;  // lines: batch, chunks of rows, heads
     int paired;
-    int key_bytes, value_bytes, query_bytes, key_room, value_room;
+    int key_bytes, value_bytes, query_bytes, key_room, value_room, constant_room, warp_room;
     int slow_tiles, fast_tiles, fast_steps, value_tiles;  // a step: eight pairs of fast dimensions
     int mask_batch, mask_query, mask_length;
     float softcap;
@@ -48,67 +50,78 @@ struct CodesArguments {
 };
 
 constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
+constexpr int MAX_WARPS = 16;                                  // of a block of threads
 
 #include "room.h"
 #include "scores.h"
 #include "fast.h"
 
+// What a lane knows of the tile that is its number, and how many there are.
+struct OwnTiles {
+    u32 kinds;
+    int slow, fast, slow_bytes;
+};
+DEVICE OwnTiles own_tiles(const HeadTiles& side, u32 lane) {
+    const auto in_all = [](int x) { return static_cast<int>(shuffle(static_cast<u32>(x), 0)); };
+    return {side.tiles[lane], in_all(side.slow), in_all(side.fast), in_all(side.slow_bytes)};
+}
+
 // Scores of a unit's tokens before their gains, without the means of the fast dimensions.
-DEVICE void score_keys(const CodesArguments& a, int head, const HeadTiles& keys, const Room& room, const u8* query,
-                       const Tokens& tokens, u32 lane, float (&scores)[2][4][4]) {
-    const u32 own_tiles = keys.tiles[lane];  // what a lane knows of the tile that is its number
+DEVICE void score_keys(const CodesArguments& a, const Constants& constants, const OwnTiles& keys, const Room& room,
+                       const u8* query, const Tokens& tokens, bool two, u32 lane, float (&scores)[2][4][4]) {
     const u8* codes = room.keys + 4 * lane;
-    const int apart = tokens.two ? a.key_room : 0;
-    const u32* terms = a.key_terms + head * (a.slow_tiles + a.fast_tiles) * KEY_WORDS + 2 * TERMS * (lane % 4);
+    const int apart = two ? a.key_room : 0;
+    const u32* terms = constants.key_terms + 2 * TERMS * (lane % 4);
     const int stride = 32 * a.rows;
-    Words4* parked = reinterpret_cast<Words4*>(room.scratch) + lane;
-    // The fast dimensions take many registers: one block after the other, and the second one's scores wait in memory.
+    // The fast dimensions take many registers: one block after the other.
     ROLLED for (int block = 1; block >= 0; --block) {
-        score_fast<KEY_TRELLIS>(a, head, keys.fast, own_tiles, codes + block * apart + keys.slow_bytes,
+        score_fast<KEY_TRELLIS>(a, constants.fast_decoder, keys.fast, keys.kinds, codes + block * apart + keys.slow_bytes,
                                 terms + a.slow_tiles * KEY_WORDS, query + stride * a.slow_tiles,
-                                (block ? tokens.offset[1] : tokens.offset[0]) + 8 * static_cast<int>(lane / 4), lane,
+                                (block ? tokens.start[1] : tokens.start[0]) - tokens.anchor + 8 * static_cast<int>(lane / 4), lane,
                                 scores[0]);
         if (block)
-            UNROLL for (int m = 0; m < 4; ++m) parked[32 * m] = words_of(scores[0][m]);
+            UNROLL for (int i = 0; i < 16; ++i) scores[1][i / 4][i % 4] = scores[0][i / 4][i % 4];
     }
-    UNROLL for (int m = 0; m < 4; ++m) floats_of(parked[32 * m], scores[1][m]);
-    const int slow_tiles = keys.slow;
-    ROLLED for (int tile = 0; tile < slow_tiles; ++tile) {
-        u32 levels[2][16];
-        decode_tile<KEY_TRELLIS, true>(shuffle(own_tiles, tile), codes, apart, terms, a.one, lane, levels);
+    u32 kind = shuffle(keys.kinds, 0);
+    ROLLED for (int tile = 0; tile < keys.slow; ++tile) {
+        const u32 next = shuffle(keys.kinds, tile + 1);
+        decode_tile<KEY_TRELLIS, true, 2>(kind, codes, apart, terms, a.one, lane, [&](int half, const u32(&levels)[2][8]) {
+            const u32 q = reinterpret_cast<const u32*>(query)[half];
+            UNROLL for (int block = 0; block < 2; ++block)
+                UNROLL for (int m = 0; m < 4; ++m)
+                    mma_half(scores[block][m], levels[block][2 * m], levels[block][2 * m + 1], q);
+        });
+        kind = next;
         terms += KEY_WORDS;
-        const Words2 q = *reinterpret_cast<const Words2*>(query);
         query += stride;
-        UNROLL for (int block = 0; block < 2; ++block)
-            UNROLL for (int m = 0; m < 4; ++m) {
-                const u32* l = levels[block] + 2 * m;
-                mma_half(scores[block][m], l[0], l[1], l[8], l[9], q.x, q.y);
-            }
     }
 }
 
-// Adds a unit's weighted values.
-DEVICE void add_values(const CodesArguments& a, int head, const HeadTiles& values, const Room& room, bool two,
-                       const u32 (&weights)[2][4][2], u32 lane) {
-    const u32 own_tiles = values.tiles[lane];
+// Adds a unit's weighted values. Weights are the left operand: eight rows of them are of the first block and eight of the
+// second. Levels are the right one, of either block in turn: a product's other eight rows mean nothing.
+DEVICE void add_values(const CodesArguments& a, const Constants& constants, const OwnTiles& values, const Room& room,
+                       bool two, const u32 (&weights)[2][4][2], u32 lane) {
     const u8* codes = room.values + 4 * lane;
     const int apart = two ? a.value_room : 0;
-    const u32* terms = a.value_terms + head * a.value_tiles * VALUE_WORDS + 2 * TERMS * (lane / 4);
-    Words4* sums = room.sums + lane;
-    const int tiles = values.slow;
-    ROLLED for (int tile = 0; tile < tiles; ++tile) {
-        u32 levels[2][16];
-        decode_tile<VALUE_TRELLIS, false>(shuffle(own_tiles, tile), codes, apart, terms, a.one, lane, levels);
+    const u32* terms = constants.value_terms + 2 * TERMS * (lane / 4);
+    Words2* sums = room.sums + lane;
+    u32 kind = shuffle(values.kinds, 0);
+    ROLLED for (int tile = 0; tile < values.slow; ++tile) {
+        const u32 next = shuffle(values.kinds, tile + 1);
+        decode_tile<VALUE_TRELLIS, false, 2>(kind, codes, apart, terms, a.one, lane, [&](int half, const u32(&levels)[2][8]) {
+            Words2& own = sums[32 * half];
+            float c[2][2][4] = {};  // no product waits for more than one other
+            c[0][0][0] = float_of(own.x), c[0][0][1] = float_of(own.y);
+            UNROLL for (int m = 0; m < 4; ++m)
+                UNROLL for (int block = 0; block < 2; ++block)
+                    mma_half(c[block][m % 2], weights[0][m][0], weights[1][m][0], weights[0][m][1], weights[1][m][1],
+                             levels[block][2 * m], levels[block][2 * m + 1]);
+            own.x = bits_of(c[0][0][0] + c[0][1][0] + (c[1][0][2] + c[1][1][2]));
+            own.y = bits_of(c[0][0][1] + c[0][1][1] + (c[1][0][3] + c[1][1][3]));
+        });
+        kind = next;
         terms += VALUE_WORDS;
-        float c[4];
-        floats_of(*sums, c);
-        UNROLL for (int block = 0; block < 2; ++block)
-            UNROLL for (int m = 0; m < 4; ++m) {
-                const u32* l = levels[block] + 2 * m;
-                mma_half(c, l[0], l[8], l[1], l[9], weights[block][m][0], weights[block][m][1]);
-            }
-        *sums = words_of(c);
-        sums += 32;
+        sums += 64;
     }
 }
 
@@ -116,36 +129,32 @@ DEVICE void add_values(const CodesArguments& a, int head, const HeadTiles& value
 DEVICE void store_split(const CodesArguments& a, u64 place, const Room& room, u32 lane) {
     float softmax[4];
     floats_of(room.softmax[lane], softmax);
-    float* out = a.partial + place * 16 * a.value_tiles;
     float* stats = a.stats + place * 2;
     UNROLL for (int q = 0; q < 2; ++q) {
         UNROLL for (int mask = 4; mask < 32; mask *= 2)
             softmax[2 + q] = add(softmax[2 + q], shuffle_xor(softmax[2 + q], mask));
         const int own = 2 * static_cast<int>(lane % 4) + q;
-        if (own >= a.rows) continue;
-        for (int tile = 0; tile < a.value_tiles; ++tile)
-            UNROLL for (int i = 0; i < 2; ++i)
-                out[own * 16 * a.value_tiles + 16 * tile + 8 * i + static_cast<int>(lane / 4)] =
-                    reinterpret_cast<const float*>(room.sums + 32 * tile + lane)[2 * i + q];
-        if (lane < 4) stats[2 * own] = softmax[q], stats[2 * own + 1] = softmax[2 + q];
+        if (lane < 4 && own < a.rows) stats[2 * own] = softmax[q], stats[2 * own + 1] = softmax[2 + q];
     }
+    const int row = static_cast<int>(lane / 4);
+    if (row >= a.rows) return;
+    Words2* out = reinterpret_cast<Words2*>(a.partial + (place + row) * 16 * a.value_tiles) + lane % 4;
+    for (int half = 0; half < 2 * a.value_tiles; ++half) out[4 * half] = room.sums[32 * half + lane];
 }
 
-KERNEL void
-#ifdef __CUDACC__
-    __launch_bounds__(32, 16)
-#endif
-        attend_codes(GIVEN(CodesArguments) a) {
-    const u32 lane = thread_index();
-    const int split = static_cast<int>(block_x()), line = static_cast<int>(block_y());
+KERNEL void BOUNDS(32 * MAX_WARPS) attend_codes(GIVEN(CodesArguments) a) {
+    const u32 lane = thread_index() % 32, warps = block_threads() / 32;
+    const u32 warp = shuffle(thread_index() / 32, 0);  // so that the compiler knows it to be the same in all lanes
+    const int split = static_cast<int>(block_x() * warps + warp), line = static_cast<int>(block_y());
     const int head = line % a.heads, chunk = line / a.heads % a.chunks, b = line / (a.heads * a.chunks);
     const int lines = a.batch * a.chunks * a.heads;
     const HeadTiles &keys = a.key_heads[head], &values = a.value_heads[head];
     const Places& places = places_of(a);
+    if (static_cast<int>(block_x() * warps) * places.per_split >= places.units) return;  // there is room for more blocks
+    const Constants constants = fetch_constants(a, head);
     const int begin = split * places.per_split;
     const int end = begin + places.per_split < places.units ? begin + places.per_split : places.units;
-    if (begin >= end) return;  // there is room for more blocks
-    const Room room = lay_out_room(a);
+    const Room room = lay_out_room(a, warp);
 
     const int of_a_unit = a.paired ? 2 : 1;
     const int* block_table = places.block_table;
@@ -158,7 +167,7 @@ KERNEL void
         const u8* query = a.queries + (static_cast<u64>(unit) * lines + line) * a.query_bytes;
         bulk_copy(room.query, query, static_cast<u32>(a.query_bytes), room.key_barrier);
     };
-    if (lane == 0) {
+    if (lane == 0 && begin < end) {
         room.sides[0] = places.keys + keys.offset, room.sides[1] = places.key_gains + head * 64;
         room.sides[2] = places.values + values.offset, room.sides[3] = places.value_gains + head * 64;
         barrier_init(room.key_barrier);
@@ -167,21 +176,24 @@ KERNEL void
         fetch_keys(begin);
         fetch_values(begin);
     }
-    for (int tile = 0; tile < a.value_tiles; ++tile) room.sums[32 * tile + lane] = {0, 0, 0, 0};
+    sync_block();
+    if (begin >= end) return;  // the last block of threads may have more warps than splits
+    for (int half = 0; half < 2 * a.value_tiles; ++half) room.sums[32 * half + lane] = {0, 0};
     room.softmax[lane] = {bits_of(HIDDEN), bits_of(HIDDEN), 0, 0};
-    sync_warp();
 
+    const OwnTiles key_tiles = own_tiles(keys, lane), value_tiles = own_tiles(values, lane);
     const int first_seen = places.first_seen ? places.first_seen[b] : 0;
     const int row = static_cast<int>(lane / 4), query_row = row < a.rows ? row : a.rows - 1;
     const u8* own_query = room.query + 32 * query_row + 8 * (lane % 4);
+    Tokens tokens = find_tokens(block_table, begin * of_a_unit, has_two(begin));
+    barrier_wait(constants_barrier(), 0);
 
     for (int unit = begin; unit < end; ++unit) {
         const u32 parity = static_cast<u32>(unit - begin) & 1;
-        const bool more = unit + 1 < end;
-        const Tokens tokens = find_tokens(a, block_table, unit * of_a_unit, has_two(unit), first_seen);
+        const bool more = unit + 1 < end, two = has_two(unit);
         barrier_wait(room.key_barrier, parity);
         float scores[2][4][4], gains[2][8];
-        score_keys(a, head, keys, room, own_query, tokens, lane, scores);
+        score_keys(a, constants, key_tiles, room, own_query, tokens, two, lane, scores);
         sync_warp();
         load_gains(room.key_gains, room.scratch, lane, gains);
         UNROLL for (int i = 0; i < 32; ++i) scores[i / 16][i % 16 / 4][i % 4] *= gains[i / 16][i % 16 / 2];
@@ -193,14 +205,16 @@ KERNEL void
         if (more && lane == 0) fetch_keys(unit + 1);
         float softmax[4];
         floats_of(room.softmax[lane], softmax);
-        raise_peaks(e, softmax, room.sums + lane, a.value_tiles);
+        raise_peaks(e, softmax, room.sums, 2 * a.value_tiles, lane);
 
         barrier_wait(room.value_barrier, parity);
         u32 weights[2][4][2];
         load_gains(room.value_gains, room.scratch, lane, gains);
         weigh(e, gains, softmax, weights);
         room.softmax[lane] = words_of(softmax);
-        add_values(a, head, values, room, tokens.two, weights, lane);
+        if (more)  // what the next unit's scores begin with is on its way
+            tokens = find_tokens(block_table, (unit + 1) * of_a_unit, has_two(unit + 1));
+        add_values(a, constants, value_tiles, room, two, weights, lane);
         sync_warp();
         if (more && lane == 0) fetch_values(unit + 1);
     }

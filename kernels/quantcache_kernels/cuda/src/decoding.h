@@ -103,8 +103,8 @@ DEVICE u32 polynomial(u32 x, const u32 (&t)[6]) {
 // Levels of the eight registers of half a tile, of W bits, by polynomials. The codes of a block are `apart` bytes behind
 // those of the one before it.
 template <int W, bool TRELLIS, int BLOCKS>
-DEVICE void compute(const u8* place, int apart, const u32* terms, const u32 (&subsets)[BLOCKS][2], int half, u32 one,
-                    u32 lane, u32 (&levels)[BLOCKS][16]) {
+DEVICE void compute(const u8* place, int apart, const u32* terms, const u32 (&subsets)[BLOCKS], u32 one, u32 lane,
+                    u32 (&levels)[BLOCKS][8]) {
     MARK(W);
     const Words4 first_terms = *reinterpret_cast<const Words4*>(terms);
     u32 t[6] = {first_terms.x, first_terms.y, first_terms.z, first_terms.w, 0, 0};
@@ -118,15 +118,15 @@ DEVICE void compute(const u8* place, int apart, const u32* terms, const u32 (&su
         u32 x[8];
         UNROLL for (int r = 0; r < 4; ++r) {
             if constexpr (W + TRELLIS <= BYTE_PLACES) {  // 0x64 is the exponent of 1024
-                const u32 bytes = bytes_of_codes<W, TRELLIS>(fields, subsets[block][half], r);
+                const u32 bytes = bytes_of_codes<W, TRELLIS>(fields, subsets[block], r);
                 x[r] = byte_permute(bytes, four_times(0x64), 0x4240);
                 x[r + 4] = byte_permute(bytes, four_times(0x64), 0x4341);
             } else {
-                x[r] = wide_codes<W, TRELLIS>(fields, subsets[block][half], one, r);
-                x[r + 4] = wide_codes<W, TRELLIS>(fields, subsets[block][half], one, r + 4);
+                x[r] = wide_codes<W, TRELLIS>(fields, subsets[block], one, r);
+                x[r + 4] = wide_codes<W, TRELLIS>(fields, subsets[block], one, r + 4);
             }
         }
-        UNROLL for (int r = 0; r < 8; ++r) levels[block][8 * half + r] = polynomial<W, TRELLIS>(x[r], t);
+        UNROLL for (int r = 0; r < 8; ++r) levels[block][r] = polynomial<W, TRELLIS>(x[r], t);
     }
 }
 
@@ -213,27 +213,30 @@ DEVICE void look_up_scalar(const Fields& fields, const LevelTables& tables, u32*
 
 // The same as compute() from tables.
 template <int W, bool TRELLIS, int BLOCKS>
-DEVICE void look_up(const u8* place, int apart, const u32* terms, const u32 (&subsets)[BLOCKS][2], int half, u32 lane,
-                    u32 (&levels)[BLOCKS][16]) {
+DEVICE void look_up(const u8* place, int apart, const u32* terms, const u32 (&subsets)[BLOCKS], u32 lane,
+                    u32 (&levels)[BLOCKS][8]) {
     MARK(TABLED + W);
     LevelTables tables = {reinterpret_cast<const Words4*>(terms)[0], {0, 0, 0, 0}};
     if constexpr (W > (TRELLIS ? 2 : 4)) tables.second = reinterpret_cast<const Words4*>(terms)[1];
     UNROLL for (int block = 0; block < BLOCKS; ++block) {
         Fields fields;
         load_fields<TRELLIS ? W - 1 : W>(place + block * apart, lane, fields);
-        if constexpr (TRELLIS) look_up_trellis<W>(fields, tables, subsets[block][half], levels[block] + 8 * half);
-        else look_up_scalar<W>(fields, tables, levels[block] + 8 * half);
+        if constexpr (TRELLIS) look_up_trellis<W>(fields, tables, subsets[block], levels[block]);
+        else look_up_scalar<W>(fields, tables, levels[block]);
     }
 }
 
 // ---------------------------------------------------------------------- tiles
 
-// Levels of half a tile of a kind, and how many bytes its codes take in a block.
-template <bool TRELLIS, int BLOCKS>
-DEVICE int decode_half(u32 kind, const u8* place, int apart, const u32* terms, const u32 (&subsets)[BLOCKS][2], int half,
-                       u32 one, u32 lane, u32 (&levels)[BLOCKS][16]) {
-#define COMPUTE(W) return compute<W, TRELLIS>(place, apart, terms, subsets, half, one, lane, levels), 64 * (W - TRELLIS)
-#define LOOK_UP(W) return look_up<W, TRELLIS>(place, apart, terms, subsets, half, lane, levels), 64 * (W - TRELLIS)
+// Levels of half a tile of a kind, which `use` is given; how many bytes the half's codes take in a block. Every kind has
+// the use in its own code: where ways come together, levels would be moved to the same registers.
+template <bool TRELLIS, int BLOCKS, typename Use>
+DEVICE int decode_half(u32 kind, const u8* place, int apart, const u32* terms, const u32 (&subsets)[BLOCKS], u32 one,
+                       u32 lane, Use use) {
+    u32 levels[BLOCKS][8];
+#define COMPUTE(W) \
+    return compute<W, TRELLIS>(place, apart, terms, subsets, one, lane, levels), use(levels), 64 * (W - TRELLIS)
+#define LOOK_UP(W) return look_up<W, TRELLIS>(place, apart, terms, subsets, lane, levels), use(levels), 64 * (W - TRELLIS)
     // The same in all lanes; a jump table would wait for memory.
     if (kind > TABLED) {
         if (kind == TABLED + 3) LOOK_UP(3);
@@ -247,11 +250,7 @@ DEVICE int decode_half(u32 kind, const u8* place, int apart, const u32* terms, c
         if (kind == 4) COMPUTE(4);
         if (kind == 3) COMPUTE(3);
         if (kind == 2) COMPUTE(2);
-        if (kind == 1) COMPUTE(1);
-        MARK(0);
-        UNROLL for (int block = 0; block < BLOCKS; ++block)
-            UNROLL for (int r = 0; r < 8; ++r) levels[block][8 * half + r] = 0;
-        return 0;
+        COMPUTE(1);
     }
     if (kind == 5) COMPUTE(5);
     if (kind == 6) COMPUTE(6);
@@ -269,7 +268,7 @@ DEVICE u32 delayed(u32 path, u32 before) {
 
 // Subsets of a lane's codes in either half of a tile, two bits each: register r at 2 r, and 16 bits above that.
 template <bool KEYS>
-DEVICE void find_subsets(u32 path, u32 (&subsets)[2]) {
+DEVICE void find_subsets(u32 path, u32& first, u32& second) {
     u32 c1, c0;
     if constexpr (KEYS) {  // the tokens before are in the row above
         const u32 before = shuffle_up<4, 32>(path);
@@ -278,21 +277,26 @@ DEVICE void find_subsets(u32 path, u32 (&subsets)[2]) {
         const u32 before = shuffle_up<1, 4>(path);
         c1 = path ^ funnel_left(before, path, 2) ^ funnel_left(before, path, 6), c0 = funnel_left(before, path, 4);
     }
-    subsets[0] = select(c0, c1 << 1, 0x55555555);
-    subsets[1] = select(c0 >> 1, c1, 0x55555555);
+    first = select(c0, c1 << 1, 0x55555555);
+    second = select(c0 >> 1, c1, 0x55555555);
 }
 
-// Levels of either half of a tile, of as many blocks. Codes are at the lane's own words, and the pointer goes past the
-// tile; the terms are the lane's own.
-template <bool TRELLIS, bool KEYS, int BLOCKS>
-DEVICE void decode_tile(u32 tile, const u8*& codes, int apart, const u32* terms, u32 one, u32 lane,
-                        u32 (&levels)[BLOCKS][16]) {
-    u32 subsets[BLOCKS][2] = {};
+// Decodes a tile, half after half: `use` is given which half it is and its levels, of as many blocks. One variant of the
+// code serves both halves: two would be twice the code, which is fetched as data is. Codes are at the lane's own words,
+// and the pointer goes past the tile; the terms are the lane's own.
+template <bool TRELLIS, bool KEYS, int BLOCKS, typename Use>
+DEVICE void decode_tile(u32 tile, const u8*& codes, int apart, const u32* terms, u32 one, u32 lane, Use use) {
+    u32 own[BLOCKS] = {}, other[BLOCKS] = {};  // subsets of this half, and of the next one
     if constexpr (TRELLIS) {
         UNROLL for (int block = 0; block < BLOCKS; ++block)
-            find_subsets<KEYS>(*reinterpret_cast<const u32*>(codes + block * apart), subsets[block]);
+            find_subsets<KEYS>(*reinterpret_cast<const u32*>(codes + block * apart), own[block], other[block]);
         codes += 128;
     }
-    codes += decode_half<TRELLIS>(tile & 15, codes, apart, terms, subsets, 0, one, lane, levels);
-    codes += decode_half<TRELLIS>(tile >> 4, codes, apart, terms + TERMS, subsets, 1, one, lane, levels);
+    ROLLED for (int half = 0; half < 2; ++half) {
+        if (!(tile & 15)) break;  // the second half of a head's last tile may have nothing
+        codes += decode_half<TRELLIS>(tile & 15, codes, apart, terms, own, one, lane,
+                                      [&](const u32(&levels)[BLOCKS][8]) { use(half, levels); });
+        UNROLL for (int block = 0; block < BLOCKS; ++block) own[block] = other[block];
+        tile >>= 4, terms += TERMS;
+    }
 }

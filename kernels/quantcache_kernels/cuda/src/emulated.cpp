@@ -45,10 +45,10 @@ namespace eight_1 {
 VARIANT(eight_1)
 
 #define CODES(name)                                                                                                   \
-    extern "C" int emulate_attend_codes_##name(const name::CodesArguments* a, int splits, int shared_bytes) {         \
+    extern "C" int emulate_attend_codes_##name(const name::CodesArguments* a, int groups, int threads, int shared_bytes) { \
         for (int line = 0; line < a->batch * a->chunks * a->heads; ++line)                                            \
-            for (int split = 0; split < splits; ++split)                                                              \
-                if (!run_block_(32, static_cast<u32>(split), static_cast<u32>(line),                                  \
+            for (int group = 0; group < groups; ++group)                                                              \
+                if (!run_block_(static_cast<u32>(threads), static_cast<u32>(group), static_cast<u32>(line),           \
                                 static_cast<size_t>(shared_bytes), [a] { name::attend_codes(*a); }))                  \
                     return 1;                                                                                         \
         return 0;                                                                                                     \

@@ -20,7 +20,7 @@
 struct Block {
     struct Fiber {
         ucontext_t context;
-        bool done, waiting;
+        bool done, waiting, for_all;  // waits for its warp, or for the whole block
         u32 operands[8];
         int sums[4];
     };
@@ -54,10 +54,11 @@ DEVICE u8* shared_memory() {
     return reinterpret_cast<u8*>((reinterpret_cast<uintptr_t>(emulated_->shared.data()) + 127) & ~uintptr_t(127));
 }
 
-// Wait until every lane of the block is here. All collectives run through it, so a lane that strays stops the block.
-DEVICE void meet_() {
+// Wait until every lane of the warp is here. All collectives run through it, so a lane that strays stops the block. Lanes
+// of a warp go on in step; warps take turns, and need not meet as often as each other.
+DEVICE void meet_(bool for_all = false) {
     Block::Fiber& fiber = emulated_->fibers[emulated_->running];
-    fiber.waiting = true;
+    fiber.waiting = true, fiber.for_all = for_all;
     swapcontext(&fiber.context, &emulated_->scheduler);
 }
 DEVICE Block::Fiber& own_() { return emulated_->fibers[emulated_->running]; }
@@ -73,7 +74,7 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
     emulated_ = &block;
     for (u32 i = 0; i < threads; ++i) {
         Block::Fiber& fiber = block.fibers[i];
-        fiber.done = fiber.waiting = false;
+        fiber.done = fiber.waiting = fiber.for_all = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = stack_(i);
         fiber.context.uc_stack.ss_size = STACK_BYTES_;
@@ -81,19 +82,26 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
         makecontext(&fiber.context, fiber_main_, 0);
     }
     for (u32 done = 0; done < threads;) {
-        u32 waiting = 0;
+        u32 at_barrier = 0;
+        for (const Block::Fiber& fiber : block.fibers) at_barrier += fiber.waiting && fiber.for_all;
+        const bool all = at_barrier + done == threads;
+        if (all && done) return false;  // some left while others wait for the whole block: a GPU may hang
         done = 0;
-        for (u32 i = 0; i < threads; ++i) {
-            Block::Fiber& fiber = block.fibers[i];
-            if (!fiber.done) {
-                fiber.waiting = false;
-                block.running = i;
-                swapcontext(&block.scheduler, &fiber.context);
+        for (u32 i = 0; i < threads; i += 32) {
+            u32 left = 0, waiting = 0;
+            for (u32 lane = 0; lane < 32 && i + lane < threads; ++lane) {
+                Block::Fiber& fiber = block.fibers[i + lane];
+                if (!fiber.done && (all || !(fiber.waiting && fiber.for_all))) {
+                    fiber.waiting = false;
+                    block.running = i + lane;
+                    swapcontext(&block.scheduler, &fiber.context);
+                }
+                left += fiber.done;
+                waiting += fiber.waiting && !fiber.done;
             }
-            done += fiber.done;
-            waiting += fiber.waiting && !fiber.done;
+            if (left && waiting) return false;  // some lanes left while others wait: a GPU would hang
+            done += left;
         }
-        if (done && waiting) return false;  // some lanes left while others wait: a GPU would hang
     }
     const u8* behind = shared_memory() + shared_bytes;
     for (const u8* place = behind; place < behind + 128; ++place)
@@ -179,7 +187,7 @@ DEVICE float add(float a, float b) { return a + b; }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 
 DEVICE void sync_warp() { meet_(); }
-DEVICE void sync_block() { meet_(); }
+DEVICE void sync_block() { meet_(true); }
 DEVICE float shuffle_xor(float x, int mask) {
     own_().operands[0] = bits_of(x);
     meet_();
@@ -263,6 +271,8 @@ DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1
     mma_half(sums, a0, a1, a2, a3, b0, b1);
     c[0] = pack_halves(sums[0], sums[1]), c[1] = pack_halves(sums[2], sums[3]);
 }
+DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 b) { mma_half(c, a0, a1, 0, 0, b, 0); }
+DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 b) { mma_half(c, a0, a1, 0, 0, b, 0); }
 DEVICE void barrier_init(u64* barrier) { *barrier = 0; }
 DEVICE void barriers_ready() {}
 DEVICE void barrier_expect(u64* barrier, u32) { *barrier ^= 1; }  // whose parity's phase is complete next

@@ -1,28 +1,54 @@
-// What a warp has in shared memory, and the copies that fill it.
+// What is in shared memory: a head's constants, which all warps of a block of threads read, and room for each warp's units.
 
-struct Room {  // of both blocks of a unit
+struct Room {  // of a warp, for both blocks of a unit
     u64 *key_barrier, *value_barrier;
     const u8** sides;  // the head's codes and gains of the first block and batch row, of keys, then of values; lane 0's own
     u8 *key_gains, *value_gains;  // codes of gains
-    u8* scratch;                  // scores of a block's fast dimensions, later gains of all tokens
+    u8* scratch;                  // gains of all tokens
     u8 *keys, *values, *query;
     Words4* softmax;  // of every lane
-    Words4* sums;     // [value tiles, 32 lanes]
+    Words2* sums;     // [halves of value tiles, 32 lanes]
 };
 
-DEVICE Room lay_out_room(const CodesArguments& a) {
-    u8* shared = shared_memory();
+DEVICE Room lay_out_room(const CodesArguments& a, u32 warp) {
+    u8* shared = shared_memory() + a.constant_room + warp * static_cast<u32>(a.warp_room);
     Room room;
     room.key_barrier = reinterpret_cast<u64*>(shared), room.value_barrier = room.key_barrier + 1;
     room.sides = reinterpret_cast<const u8**>(shared + 16);
     room.key_gains = shared + 128, room.value_gains = shared + 256;
     room.scratch = shared + 384;
-    room.softmax = reinterpret_cast<Words4*>(shared + 2432);
-    room.keys = shared + 2944;
+    room.softmax = reinterpret_cast<Words4*>(shared + 896);
+    room.keys = shared + 1408;
     room.values = room.keys + 2 * a.key_room;
     room.query = room.values + 2 * a.value_room;
-    room.sums = reinterpret_cast<Words4*>(room.query + a.query_bytes);
+    room.sums = reinterpret_cast<Words2*>(room.query + a.query_bytes);
     return room;
+}
+
+struct Constants {  // of a head
+    const u32 *key_terms, *value_terms, *fast_decoder;
+};
+
+// Where they will be once the barrier in front of them has let everybody pass; the first thread has them brought. A warp
+// alone would wait for each of them, tile after tile, where it reads them from global memory.
+DEVICE u64* constants_barrier() { return reinterpret_cast<u64*>(shared_memory()); }
+DEVICE Constants fetch_constants(const CodesArguments& a, int head) {
+    const u32 key_words = static_cast<u32>(KEY_WORDS * (a.slow_tiles + a.fast_tiles));
+    const u32 value_words = static_cast<u32>(VALUE_WORDS * a.value_tiles);
+    const u32 fast_words = static_cast<u32>(128 * a.fast_tiles * a.fast_steps);
+    u32* place = reinterpret_cast<u32*>(shared_memory() + 128);
+    if (thread_index() == 0) {
+        u64* barrier = constants_barrier();
+        barrier_init(barrier);
+        barriers_ready();
+        barrier_expect(barrier, 4 * (key_words + value_words + fast_words));
+        const u32 own = static_cast<u32>(head);
+        bulk_copy(place, a.key_terms + own * key_words, 4 * key_words, barrier);
+        bulk_copy(place + key_words, a.value_terms + own * value_words, 4 * value_words, barrier);
+        if (fast_words)
+            bulk_copy(place + key_words + value_words, a.fast_decoder + own * fast_words, 4 * fast_words, barrier);
+    }
+    return {place, place + key_words, place + key_words + value_words};
 }
 
 // One side of a head's blocks: where they lie, and where they go.

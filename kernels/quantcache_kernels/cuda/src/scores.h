@@ -37,18 +37,13 @@ DEVICE float capped(float x, float cap) {
 // The tokens of a unit: those of a block begin at a slot, and the first ones of it are valid.
 // A unit of one block takes it twice, and the second time nobody sees it.
 struct Tokens {
-    int start[2], length[2];
-    int offset[2];  // from the anchor
-    bool two;       // blocks
-    bool all_seen;  // by every query
+    int start[2], length[2], anchor;
 };
 
-DEVICE Tokens find_tokens(const CodesArguments& a, const int* block_table, int first, bool two, int first_seen) {
+DEVICE Tokens find_tokens(const int* block_table, int first, bool two) {
     const int* row = block_table + 3 * first;
-    Tokens t = {{row[0], row[0]}, {row[1], 0}, {}, two, false};
+    Tokens t = {{row[0], row[0]}, {row[1], 0}, row[2]};
     if (two) t.start[1] = row[3], t.length[1] = row[4];
-    t.offset[0] = t.start[0] - row[2], t.offset[1] = t.start[1] - row[2];
-    t.all_seen = t.length[0] + t.length[1] == 128 && t.start[0] >= first_seen && !a.mask;
     return t;
 }
 
@@ -74,16 +69,17 @@ struct Exponents {
 // Exponents of a unit's tokens from their scores; `extra` is behind the queries.
 DEVICE void find_exponents(const CodesArguments& a, const float (&scores)[2][4][4], const float* extra,
                            const Tokens& tokens, int b, int chunk, int first_seen, u32 lane, Exponents& e) {
+    const bool all_seen = tokens.length[0] + tokens.length[1] == 128 && tokens.start[0] >= first_seen && !a.mask;
     UNROLL for (int q = 0; q < 2; ++q) {
         const int own = 2 * static_cast<int>(lane % 4) + q, row = own < a.rows ? own : a.rows - 1;
         e.unit[q] = extra[row], e.offset[q] = extra[8 + row];
         UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = scores[i / 8][i % 8 / 2][2 * (i % 2) + q];
-        if (tokens.all_seen && !(a.softcap > 0.0f)) continue;
+        if (all_seen && !(a.softcap > 0.0f)) continue;
         UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = multiply_add(e.y[q][i], e.unit[q], e.offset[q]);
         e.unit[q] = 1.0f, e.offset[q] = 0.0f;
         if (a.softcap > 0.0f)
             UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = capped(e.y[q][i], a.softcap) * 1.4426950408889634f;
-        if (!tokens.all_seen)
+        if (!all_seen)
             hide_tokens(a, tokens, b, (chunk * a.rows + row) % a.count, static_cast<int>(lane / 4), first_seen, e.y[q]);
     }
 }
@@ -100,7 +96,7 @@ DEVICE float find_peak(const float (&y)[16], float unit, float offset) {
 // Sums are in units of an earlier peak of their query, which is raised only when they could grow too large: a weight
 // stays below 2^10, and its product with a gain within half precision. `softmax` is the peaks of a lane's queries, then
 // the sums of their weights.
-DEVICE void raise_peaks(const Exponents& e, float (&softmax)[4], Words4* sums, int value_tiles) {
+DEVICE void raise_peaks(const Exponents& e, float (&softmax)[4], Words2* sums, int halves, u32 lane) {
     float found[2];
     bool raise[2];
     UNROLL for (int q = 0; q < 2; ++q) {
@@ -115,9 +111,13 @@ DEVICE void raise_peaks(const Exponents& e, float (&softmax)[4], Words4* sums, i
         softmax[q] = higher;
         softmax[2 + q] *= decay[q];
     }
-    ROLLED for (int tile = 0; tile < value_tiles; ++tile) {
-        float* own = reinterpret_cast<float*>(sums + 32 * tile);
-        UNROLL for (int i = 0; i < 4; ++i) own[i] *= decay[i % 2];
+    // Sums have a query in each row of lanes, and peaks two in each column.
+    const int row = static_cast<int>(lane / 4);
+    const u32 even = shuffle(bits_of(decay[0]), row / 2), odd = shuffle(bits_of(decay[1]), row / 2);
+    const float own_decay = float_of(row % 2 ? odd : even);
+    ROLLED for (int half = 0; half < halves; ++half) {
+        Words2& own = sums[32 * half + static_cast<int>(lane)];
+        own = {bits_of(float_of(own.x) * own_decay), bits_of(float_of(own.y) * own_decay)};
     }
 }
 

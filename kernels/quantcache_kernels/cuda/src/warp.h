@@ -139,6 +139,17 @@ DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1
         : "+r"(c[0]), "+r"(c[1])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// c + a b, a 16 x 8, b 8 x 8, in the operand order of mma.m16n8k8.
+DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3}, {%4}, {%0,%1};"
+        : "+r"(c[0]), "+r"(c[1])
+        : "r"(a0), "r"(a1), "r"(b));
+}
 
 // One warp's bulk copies into shared memory; a barrier counts the bytes that have landed.
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
