@@ -41,8 +41,8 @@ ROWS = 8
 MAX_LINES = (1 << 16) - 1
 """Of a launch: the second dimension of a grid ends there."""
 
-TURNED_ROWS, TURN_THREADS = 32, 128
-"""As in codes.h."""
+TURNED_ROWS, TURN_THREADS, STEP = 32, 256, 36
+"""As in queries.h."""
 
 ONE_HALVES = 0x3C003C00
 """As in decoding.h."""
@@ -124,9 +124,9 @@ def attend(
     strides, softcap = (0, 0, 0) if mask is None else _mask_strides(mask), call.softcap or 0.0
     queries = Queries(query.data_ptr(), *query.stride()[:3], place, _is_half(query), call.scaling)
     to_turn = QueryArguments(
-        queries, *map(pointer, (*keys.frame, keys.matrix, keys.norms)), places, there, turned,
+        queries, *map(pointer, (keys.frame, *keys.matrix)), places, there, turned,
         blocks.paired, lines, dim, dim - keys.num_fast, keys.layout.slow_tiles, keys.num_fast, query_bytes,
-        1.0 if softcap else LOG2_E,
+        -(-(1 << 16) // rows), 1.0 if softcap else LOG2_E,
     )  # fmt: skip
     to_attend = CodesArguments(
         places, there, turned,
@@ -145,7 +145,7 @@ def attend(
         place, lines, value_dim, slots, splits, near.splits, _is_half(out),
     )  # fmt: skip
     groups = -(-units // (TURNED_ROWS // rows))
-    turn_bytes = 4 * (dim * TURNED_ROWS + ROWS + rows * dim)
+    turn_bytes = 2 * STEP * (dim - keys.num_fast) + 4 * (rows * dim + ROWS + TURNED_ROWS)
     warps = room.warps_of_a_block(splits * lines)
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)

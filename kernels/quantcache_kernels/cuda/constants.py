@@ -14,13 +14,16 @@ from quantcache_kernels.cuda.blocks import BYTE_PLACES, HALF, TILE, BlockLayout
 from quantcache_kernels.cuda.conversion import Conversion, lay_out_conversion
 from quantcache_kernels.cuda.fast import lay_out_fast
 from quantcache_kernels.cuda.tables import PLACES, level_tables
-from quantcache_kernels.interface import SideConstants
+from quantcache_kernels.interface import Frame, SideConstants
 from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
 TERMS = 8
 """As in decoding.h."""
 
 MAX_DIM = 256
+
+LARGEST_NORM = 64
+"""Of a column of the matrix that queries are multiplied with, and of a query (queries.h)."""
 
 
 def unsupported(dim: int, num_fast: int) -> str | None:
@@ -50,9 +53,9 @@ class PreparedCodes:
         terms: Polynomials, in the order in which lanes take them.
         decoder: Of values, what sums of levels are multiplied by, ``[H, S, D]`` float32.
         mean: ``[H, D]`` float32.
-        frame: Of keys, order, partner, sign and turns.
-        matrix: Of keys, from framed queries to coded ones, ``[H, slow, slow slots + 1]``: the last column is the mean.
-        norms: Of keys, largest column norm of the matrix, and the fast part's unit, ``[H, 2]``.
+        frame: Of keys, ``Quad`` of queries.h for every four dimensions, ``[D / 4, 8]`` int32.
+        matrix: Of keys, from framed queries to coded ones, then the mean of the slow dimensions, and units of the
+            matrix and of the fast part in it (queries.h).
         fast: Of keys, decoder of the fast part in fragment order, then its mean, and cosines and sines, by offset.
         num_fast: Fast dimensions.
         conversion: Where the portable layout has the codes.
@@ -65,9 +68,8 @@ class PreparedCodes:
     terms: Tensor
     decoder: Tensor
     mean: Tensor
-    frame: list[Tensor]
-    matrix: Tensor
-    norms: Tensor
+    frame: Tensor
+    matrix: list[Tensor]
     fast: list[Tensor]
     num_fast: int
     conversion: Conversion
@@ -75,7 +77,7 @@ class PreparedCodes:
     def held(self) -> list[Tensor]:
         """Every tensor on the device."""
         return [
-            *(self.heads, self.terms, self.decoder, self.mean, *self.frame, self.matrix, self.norms),
+            *(self.heads, self.terms, self.decoder, self.mean, self.frame, *self.matrix),
             *self.fast,
             *(self.conversion.slots, self.conversion.places, self.conversion.maps),
             *self.layout.held(),
@@ -113,11 +115,11 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
     decoder = layout.gather(constants.decoder, 2) * scale[:, None]  # [H, D, S]
     table = layout.table()
     empty = torch.zeros(0, dtype=torch.float32, device="cpu")
-    frame, matrix, norms, fast = [], empty, empty, [empty, empty, empty]
+    frame, fast = empty, [empty, empty, empty]
+    matrix: list[Tensor] = []
     if not values:
-        tables = make_frame(constants.frame)
-        frame = [tables.order, tables.partner, tables.sign, tables.turns]
-        matrix, norms, fast = _key_matrices(constants, layout, decoder)
+        frame, pairs = _frame(constants.frame)
+        matrix, fast = _key_matrices(constants, layout, decoder, pairs)
 
     def on_device(tensor: Tensor) -> Tensor:
         return tensor.contiguous().to(device)
@@ -130,9 +132,8 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         on_device(terms),
         on_device(decoder.transpose(1, 2) if values else empty),
         on_device(constants.mean),
-        [on_device(each) for each in frame],
-        on_device(matrix),
-        on_device(norms),
+        on_device(frame),
+        [on_device(each) for each in matrix],
         [on_device(each) for each in fast],
         constants.dim - constants.num_slow,
         lay_out_conversion(constants, layout, device, values),
@@ -194,21 +195,46 @@ def _terms(constants: SideConstants, layout: BlockLayout, values: bool) -> tuple
     return words.unflatten(1, (layout.tiles, 2, -1)).transpose(2, 3), scale
 
 
+def _frame(frame: Frame) -> tuple[Tensor, Tensor]:
+    """The frame of :class:`PreparedCodes`, and framed dimensions of every pair, ``[D / 2, 2]``.
+
+    Slow pairs come first. Dimensions that do not rotate are pairs that turn by nothing; they are among the slow ones.
+    """
+    tables = make_frame(frame)
+    partner = tables.partner.tolist()
+    rest = [d for d, other in enumerate(partner) if d == other]
+    turning = [(d, other) for d, other in enumerate(partner) if d < other]
+    slow = [pair for pair in turning if pair[0] < frame.num_slow]
+    found = slow + list(zip(rest[::2], rest[1::2], strict=True)) + turning[len(slow) :]
+    pairs = torch.tensor(found, dtype=torch.int64, device="cpu")
+    order = tables.order[pairs].unflatten(0, (-1, 2)).transpose(1, 2).flatten(1)
+    turns = tables.turns[pairs[:, 0]].unflatten(0, (-1, 2)).view(torch.int32)
+    return torch.cat((order, turns), dim=1), pairs
+
+
 def _key_matrices(
-    constants: SideConstants, layout: BlockLayout, decoder: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Matrix, norms and fast part of :class:`PreparedCodes`; decoder ``[H, D, S]``."""
+    constants: SideConstants, layout: BlockLayout, decoder: Tensor, pairs: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Matrix and fast part of :class:`PreparedCodes`; decoder ``[H, D, S]``, pairs those of :func:`_frame`."""
     slow, slots = constants.num_slow, TILE * layout.slow_tiles
     num_fast = constants.dim - slow
-    matrix = torch.cat((decoder[:, :slow, :slots], constants.mean[:, :slow, None]), dim=2)
-    norms = torch.ones(layout.heads, 2, dtype=torch.float32, device="cpu")
-    norms[:, 0] = decoder[:, :slow, :slots].norm(dim=1).amax(1) if slow else 0.0
-    if not num_fast:
-        return matrix, norms, [torch.zeros(0, dtype=torch.float32, device="cpu")] * 3
     fast, mean = decoder[:, slow:, slots:], constants.mean[:, slow:]
-    largest = fast.abs().flatten(1).amax(1) if fast.shape[2] else mean.new_zeros(layout.heads)
-    norms[:, 1] = power_of_two_above(torch.maximum(largest, mean.abs().amax(1)))
-    unit = norms[:, 1, None, None]
+    unit = torch.zeros(layout.heads, dtype=torch.float32, device="cpu")
+    largest = decoder[:, :slow, :slots].norm(dim=1).amax(1) if slots else unit
+    if num_fast:
+        entries = fast.abs().flatten(1).amax(1) if fast.shape[2] else mean.new_zeros(layout.heads)
+        unit = power_of_two_above(torch.maximum(entries, mean.abs().amax(1)))
+    own = power_of_two_above(torch.maximum(largest, unit)) / LARGEST_NORM
+    own_pairs = pairs[: slow // 2]
+    # Lane 4 g + j of a step has, of columns g and 8 + g, two pairs' first halves, then their second ones.
+    halves = (decoder[:, own_pairs, :slots] / own[:, None, None, None]).half()  # [H, pairs, 2, slots]
+    halves = halves.unflatten(3, (layout.slow_tiles, 2, HALF)).unflatten(1, (slow // TILE, 4, 2))
+    matrix = halves.permute(0, 5, 1, 7, 2, 6, 4, 3)
+    by_fours = constants.mean[:, own_pairs].unflatten(1, (slow // 4, 2)).transpose(2, 3)
+    given = [matrix, by_fours, torch.stack((own, unit / own), dim=1)]
+    if not num_fast:
+        return given, [torch.zeros(0, dtype=torch.float32, device="cpu")] * 3
+    unit = unit[:, None, None]
     by_tile = (fast / unit).unflatten(2, (layout.tiles - layout.slow_tiles, TILE))
     frequencies = constants.frame.frequencies.cpu()[constants.frame.slow_pairs :]
-    return matrix, norms, lay_out_fast(by_tile, mean / unit[..., 0], frequencies)
+    return given, lay_out_fast(by_tile, mean / unit[..., 0], frequencies)

@@ -112,11 +112,12 @@ class QueryArguments(ctypes.Structure):
 
     _fields_ = (
         ("queries", Queries),
-        *((name, Pointer) for name in ("order", "partner", "sign", "turns", "matrix", "norms")),
+        *((name, Pointer) for name in ("frame", "matrix", "mean", "units")),
         ("places", Places),
         *((name, Pointer) for name in ("there", "out")),
         *((name, ctypes.c_int) for name in ("paired", "lines", "dim", "slow", "slow_tiles", "fast")),
         ("query_bytes", ctypes.c_int),
+        ("share", ctypes.c_uint),
         ("base", ctypes.c_float),
     )
 

@@ -10,17 +10,18 @@
 #include <ucontext.h>
 
 #define KERNEL static
-#define BOUNDS(threads)
+#define BOUNDS(...)
 #define GIVEN(arguments) const arguments&
 #define DEVICE static inline
 #define UNROLL
 #define ROLLED
+#define UNROLL_BY(times)
 
 // The emulated block: fibers, what they wait for, and the operands they brought.
 struct Block {
     struct Fiber {
         ucontext_t context;
-        bool done, waiting, for_all;  // waits for its warp, or for the whole block
+        bool done, at_barrier;
         u32 operands[8];
         int sums[4];
     };
@@ -54,11 +55,9 @@ DEVICE u8* shared_memory() {
     return reinterpret_cast<u8*>((reinterpret_cast<uintptr_t>(emulated_->shared.data()) + 127) & ~uintptr_t(127));
 }
 
-// Wait until every lane of the warp is here. All collectives run through it, so a lane that strays stops the block. Lanes
-// of a warp go on in step; warps take turns, and need not meet as often as each other.
-DEVICE void meet_(bool for_all = false) {
+// Wait until every lane of the warp is here. All of a warp's operations run through it, so a lane that strays stops the block.
+DEVICE void meet_() {
     Block::Fiber& fiber = emulated_->fibers[emulated_->running];
-    fiber.waiting = true, fiber.for_all = for_all;
     swapcontext(&fiber.context, &emulated_->scheduler);
 }
 DEVICE Block::Fiber& own_() { return emulated_->fibers[emulated_->running]; }
@@ -74,34 +73,31 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
     emulated_ = &block;
     for (u32 i = 0; i < threads; ++i) {
         Block::Fiber& fiber = block.fibers[i];
-        fiber.done = fiber.waiting = fiber.for_all = false;
+        fiber.done = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = stack_(i);
         fiber.context.uc_stack.ss_size = STACK_BYTES_;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, fiber_main_, 0);
     }
-    for (u32 done = 0; done < threads;) {
-        u32 at_barrier = 0;
-        for (const Block::Fiber& fiber : block.fibers) at_barrier += fiber.waiting && fiber.for_all;
-        const bool all = at_barrier + done == threads;
-        if (all && done) return false;  // some left while others wait for the whole block: a GPU may hang
-        done = 0;
-        for (u32 i = 0; i < threads; i += 32) {
-            u32 left = 0, waiting = 0;
-            for (u32 lane = 0; lane < 32 && i + lane < threads; ++lane) {
-                Block::Fiber& fiber = block.fibers[i + lane];
-                if (!fiber.done && (all || !(fiber.waiting && fiber.for_all))) {
-                    fiber.waiting = false;
-                    block.running = i + lane;
+    for (u32 done = 0; done < threads;) {  // from one meeting of the block to the next
+        for (u32 first = 0; first < threads; first += 32) {
+            const u32 lanes = threads - first < 32 ? threads - first : 32;
+            for (u32 gone = 0, waiting = 0; gone + waiting < lanes;) {
+                gone = waiting = 0;
+                for (u32 i = first; i < first + lanes; ++i) {
+                    Block::Fiber& fiber = block.fibers[i];
+                    fiber.at_barrier = false;
+                    block.running = i;
                     swapcontext(&block.scheduler, &fiber.context);
+                    gone += fiber.done, waiting += fiber.at_barrier;
                 }
-                left += fiber.done;
-                waiting += fiber.waiting && !fiber.done;
+                // Some lanes left, or wait for the block, while others wait for them: a GPU would hang.
+                if (gone % lanes || waiting % lanes) return false;
             }
-            if (left && waiting) return false;  // some lanes left while others wait: a GPU would hang
-            done += left;
+            done += block.fibers[first].done ? lanes : 0;
         }
+        if (done % threads) return false;
     }
     const u8* behind = shared_memory() + shared_bytes;
     for (const u8* place = behind; place < behind + 128; ++place)
@@ -174,10 +170,8 @@ DEVICE u32 halves_multiply_add(u32 a, u32 b, u32 c) {
     return pack_halves(half_low(a) * half_low(b) + half_low(c), half_high(a) * half_high(b) + half_high(c));
 }
 DEVICE u32 halves_negate(u32 a) { return a ^ 0x80008000; }
-DEVICE void turn(float revolutions, float& cosine, float& sine) {
-    const double angle = 6.283185307179586 * revolutions;
-    cosine = static_cast<float>(std::cos(angle)), sine = static_cast<float>(std::sin(angle));
-}
+DEVICE float approximate_cosine(float angle) { return std::cos(angle); }
+DEVICE float approximate_sine(float angle) { return std::sin(angle); }
 DEVICE float power_of_two(float x) { return std::exp2(x); }
 DEVICE float logarithm_of_two(float x) { return std::log2(x); }
 DEVICE float round_up(float x) { return std::ceil(x); }
@@ -187,7 +181,10 @@ DEVICE float add(float a, float b) { return a + b; }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 
 DEVICE void sync_warp() { meet_(); }
-DEVICE void sync_block() { meet_(true); }
+DEVICE void sync_block() {
+    own_().at_barrier = true;
+    meet_();
+}
 DEVICE float shuffle_xor(float x, int mask) {
     own_().operands[0] = bits_of(x);
     meet_();

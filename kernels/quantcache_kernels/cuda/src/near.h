@@ -21,7 +21,6 @@ struct NearArguments {
 
 constexpr int NEAR_THREADS = 128;
 constexpr int NEAR_TOKENS = 64;  // that a block works on at once
-constexpr int MAX_ROWS = 8;
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // A block has one line and every splits-th stretch of tokens. What a row does not see has a weight below zero, so that

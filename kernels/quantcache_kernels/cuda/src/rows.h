@@ -4,6 +4,8 @@
 // A line is a row of the batch, a chunk of the rows of queries that share a key/value head, and that head, which runs
 // fastest. Such rows are the query heads of a group times the queries, the queries running fastest; there are `total` of
 // them, `rows` in a chunk, the last of which may have room left.
+constexpr int MAX_ROWS = 8;  // of a chunk
+
 struct Rows {
     int heads, chunks, rows, count, total;
 };

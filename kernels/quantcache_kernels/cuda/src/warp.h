@@ -22,11 +22,13 @@ struct alignas(16) Words4 {
 #ifdef __CUDACC__
 
 #define KERNEL extern "C" __global__
-#define BOUNDS(threads) __launch_bounds__(threads)
+#define BOUNDS(...) __launch_bounds__(__VA_ARGS__)  // threads of a block, and how many blocks fit at once
 #define GIVEN(arguments) const __grid_constant__ arguments  // read where the launch has put them
 #define DEVICE static __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
+#define PRAGMA_(text) _Pragma(#text)
+#define UNROLL_BY(times) PRAGMA_(unroll times)
 
 DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE u32 block_x() { return blockIdx.x; }
@@ -80,7 +82,17 @@ DEVICE u32 halves_negate(u32 a) {
     asm("neg.f16x2 %0, %1;" : "=r"(y) : "r"(a));
     return y;
 }
-DEVICE void turn(float revolutions, float& cosine, float& sine) { sincospif(2.0f * revolutions, &sine, &cosine); }
+// 2^-20 off where an angle is at most pi.
+DEVICE float approximate_cosine(float angle) {
+    float y;
+    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(angle));
+    return y;
+}
+DEVICE float approximate_sine(float angle) {
+    float y;
+    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(angle));
+    return y;
+}
 DEVICE float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -182,4 +194,9 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 DEVICE Words4 words_of(const float (&x)[4]) { return {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}; }
 DEVICE void floats_of(const Words4& w, float (&x)[4]) {
     x[0] = float_of(w.x), x[1] = float_of(w.y), x[2] = float_of(w.z), x[3] = float_of(w.w);
+}
+// An angle in units of 2^-32 revolutions. Behind a leading one its upper bits are a number from 1 to 2, or from -1/2 to 1/2.
+DEVICE void turn(u32 revolutions, float& cosine, float& sine) {
+    const float angle = 6.283185307179586f * add(float_of((revolutions >> 9) ^ 0x3FC00000), -1.5f);
+    cosine = approximate_cosine(angle), sine = approximate_sine(angle);
 }
