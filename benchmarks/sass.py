@@ -205,6 +205,23 @@ def anchor_cost(cubin: bytes) -> AnchorCost:
 
 
 @dataclass(frozen=True)
+class TileCost:
+    """Instructions of a warp for a tile.
+
+    Attributes:
+        tile: What is done once.
+        halves: For half of it, by its kind (``HeadTiles`` in codes.h).
+    """
+
+    tile: int
+    halves: dict[int, int]
+
+    def of(self, kinds: int) -> int:
+        """Instructions for a tile whose second half's kind stands four bits above the first's; 0 for no tile."""
+        return self.tile + sum(self.halves[kind] for kind in (kinds & 15, kinds >> 4) if kind) if kinds else 0
+
+
+@dataclass(frozen=True)
 class UnitCost:
     """Instructions of a warp for a unit, two blocks of 64 tokens, of one head of the kernel that serves caches.
 
@@ -213,18 +230,18 @@ class UnitCost:
         block: What the fast dimensions of a block take beside passes.
         fast_pass: What a pass over some fast dimensions does beside decoding, by their number: 32 or 48.
         mean: What the means of sixteen fast dimensions take.
-        slow: For a tile of slow dimensions of keys, by the kinds of its halves (``HeadTiles`` in codes.h).
-        fast: For a tile of fast dimensions of a block in a pass, by the pass's dimensions and by kinds.
-        values: For a tile of values.
+        slow: For tiles of slow dimensions of keys.
+        fast: For tiles of fast dimensions of a block in a pass, by the pass's dimensions.
+        values: For tiles of values.
     """
 
     body: int
     block: int
     fast_pass: dict[int, int]
     mean: int
-    slow: dict[tuple[int, int], int]
-    fast: dict[int, dict[tuple[int, int], int]]
-    values: dict[tuple[int, int], int]
+    slow: TileCost
+    fast: dict[int, TileCost]
+    values: TileCost
 
     def instructions(self, keys: Sequence[int], slow_tiles: int, fast: int, values: Sequence[int]) -> int:
         """Instructions of a warp for a unit.
@@ -239,12 +256,10 @@ class UnitCost:
             The number.
         """
         count = self.body + 2 * self.block + fast // 16 * self.mean
-        for costs, kinds in ((self.slow, keys[:slow_tiles]), (self.values, values)):
-            count += sum(costs[kind & 15, kind >> 4] for kind in kinds if kind)
+        count += sum(map(self.slow.of, keys[:slow_tiles])) + sum(map(self.values.of, values))
         for first in range(0, fast, 48):
             size = 32 if fast - first <= 32 else 48
-            tiles = sum(self.fast[size][kind & 15, kind >> 4] for kind in keys[slow_tiles:] if kind)
-            count += 2 * (self.fast_pass[size] + tiles)
+            count += 2 * (self.fast_pass[size] + sum(map(self.fast[size].of, keys[slow_tiles:])))
         return count
 
 
@@ -277,14 +292,18 @@ def unit_cost(cubin: bytes) -> UnitCost:
     def has_products(span: tuple[int, int]) -> bool:
         return bool(operations([each for each in body if span[0] <= each[0] <= span[1]])["HMMA"])
 
-    tiles = sorted(s for s in spans if has_products(s) and not any(holds(s, other) for other in spans))
-    if len(tiles) != 4:
-        raise ValueError(f"attend_codes has {len(tiles)} loops with products, expected 4")
-    fast, slow, means, values = tiles
-    around = sorted((s for s in spans if holds(s, fast)), key=lambda span: span[1] - span[0])
-    if len(around) < 3 or [all(holds(s, tile) for tile in tiles) for s in around[:3]] != [False, False, True]:
-        raise ValueError("the loops around that of fast dimensions are not those of passes, blocks and units")
-    passes, blocks, units = around[:3]
+    inmost = sorted(s for s in spans if has_products(s) and not any(holds(s, other) for other in spans))
+    if len(inmost) != 4:
+        raise ValueError(f"attend_codes has {len(inmost)} inmost loops with products, expected 4")
+    fast, slow, means, values = inmost  # of means the steps, of the others the halves of tiles
+
+    def around(span: tuple[int, int]) -> list[tuple[int, int]]:
+        return sorted((s for s in spans if holds(s, span)), key=lambda span: span[1] - span[0])
+
+    outer = around(fast)
+    if len(outer) < 4 or [all(holds(s, each) for each in inmost) for s in outer[:4]] != [False, False, False, True]:
+        raise ValueError("the loops around that of fast dimensions are not those of tiles, passes, blocks and units")
+    fast_tiles, passes, blocks, units = outer[:4]
 
     def without(span: tuple[int, int]) -> dict[int, list[int]]:
         """Where a loop is left as soon as it is reached."""
@@ -298,17 +317,24 @@ def unit_cost(cubin: bytes) -> UnitCost:
         raise ValueError(f"{len(places)} places fetch blocks, expected two of keys and two of values")
     once = sum(_shortest(without(blocks), *pair) for pair in pairwise(stops)) - len(places)
     some = {at: [to for to in found if marks.get(to) != ALL_COLUMNS] for at, found in ways.items()}
+    sizes = ((32, some, 0), (48, ways, 1))
+
+    def tile_cost(half: tuple[int, int], taken: dict[int, list[int]], more: int = 0) -> TileCost:
+        tile = around(half)[0]
+        once = _longest(taken | {half[0]: without(half)[half[0]]}, *tile) + 1
+        return TileCost(once, _half_costs(taken, half, marks, more))
+
     return UnitCost(
         once,
         _longest(without(passes), *blocks),
         {
-            size: _longest(taken | {fast[0]: without(fast)[fast[0]]}, *passes) + 1 - more
-            for size, taken, more in ((32, some, 0), (48, ways, 1))
+            size: _longest(taken | {fast_tiles[0]: without(fast_tiles)[fast_tiles[0]]}, *passes) + 1 - more
+            for size, taken, more in sizes
         },
         _longest(ways, *means) + 1,
-        _tile_costs(ways, slow, marks),
-        {size: _tile_costs(taken, fast, marks, more) for size, taken, more in ((32, some, 0), (48, ways, 1))},
-        _tile_costs(ways, values, marks),
+        tile_cost(slow, ways),
+        {size: tile_cost(fast, taken, more) for size, taken, more in sizes},
+        tile_cost(values, ways),
     )
 
 
@@ -352,19 +378,11 @@ def _longest(ways: dict[int, list[int]], start: int, stop: int) -> int:
     return best[stop]
 
 
-def _tile_costs(
+def _half_costs(
     ways: dict[int, list[int]], span: tuple[int, int], marks: dict[int, int], more_marks: int = 0
-) -> dict[tuple[int, int], int]:
-    """Instructions of a loop over tiles by the kinds of a tile's halves; its marks are those of either half."""
-    places = [a for a in sorted(marks) if span[0] <= a <= span[1] and marks[a] < FETCH]
-    halves = places[: len(places) // 2], places[len(places) // 2 :]
-    if sorted(marks[a] for a in halves[0]) != sorted(marks[a] for a in halves[1]):
-        raise ValueError(f"a loop over tiles has the marks {[marks[a] for a in places]}")
-    return {
-        (marks[a], marks[b]): _shortest(ways, span[0], a)
-        + _longest(ways, a, b)
-        + _longest(ways, b, span[1])
-        - (1 + more_marks)  # marks, but for the branch at the end
-        for a in halves[0]
-        for b in halves[1]
+) -> dict[int, int]:
+    """Instructions of a loop over the halves of a tile, by their kind, whose code has a mark."""
+    places = {marks[a]: a for a in sorted(marks) if span[0] <= a <= span[1] and marks[a] < FETCH}
+    return {  # with the branch at the end, without marks
+        kind: _shortest(ways, span[0], at) + _longest(ways, at, span[1]) - more_marks for kind, at in places.items()
     }

@@ -85,7 +85,7 @@ class PreparedCodes:
 
     @property
     def head_words(self) -> int:
-        """Words of a head's constants that attention reads for every block: polynomials or tables, and the fast decoder."""
+        """Words of a head's constants that are read for every block: polynomials or tables, and the fast decoder."""
         return (self.terms.numel() + self.fast_words) // self.layout.heads
 
     @property

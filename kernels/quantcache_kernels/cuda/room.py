@@ -13,11 +13,12 @@ import torch
 from quantcache_kernels.cuda.constants import PreparedCodes
 from quantcache_kernels.cuda.structures import BARRIER_BYTES, BLOCK_BYTES, ROOM_BYTES
 
-MAX_WARPS = 16
-"""Of a block of threads, as in codes.h, and of a multiprocessor: their registers fill it."""
+MAX_WARPS = {9: 16, 12: 8}
+"""Of a block of threads, as in codes.h, and of a multiprocessor, whose registers they fill: from these compute
+capabilities on."""
 
 OVERHEAD = 0.25
-"""What a split takes beside its units, in units: on an H200, eight rows of 32,768 tokens of Llama-8B in one and two waves."""
+"""What a split takes beside its units, in units; on an H200 five units in two waves took 2 % longer than ten in one."""
 
 MOST_UNITS = 64
 """Of a split; longer contexts are tried in up to eight waves instead."""
@@ -30,11 +31,13 @@ class Device(NamedTuple):
         count: Multiprocessors.
         bytes: Shared memory of each.
         block_bytes: The most that a block of threads can have of it.
+        max_warps: The most warps of the kernel that it runs at once.
     """
 
     count: int
     bytes: int
     block_bytes: int
+    max_warps: int
 
 
 class Room(NamedTuple):
@@ -72,7 +75,7 @@ class Room(NamedTuple):
         block = self.constants + warps * self.warp
         if block > self.device.block_bytes:
             return 0
-        return warps * min(self.device.bytes // (block + BLOCK_BYTES), MAX_WARPS // warps)
+        return warps * min(self.device.bytes // (block + BLOCK_BYTES), self.device.max_warps // warps)
 
     def warps_of_a_block(self, wanted: int) -> int:
         """How many warps share a head's constants.
@@ -117,16 +120,19 @@ class Room(NamedTuple):
 def device_of(device: torch.device) -> Device:
     """What a device has; an emulated one is a small Hopper."""
     if device.type != "cuda":
-        return Device(4, 228 << 10, 227 << 10)
+        return Device(4, 228 << 10, 227 << 10, MAX_WARPS[9])
     found = torch.cuda.get_device_properties(device)
     return Device(
-        found.multi_processor_count, found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin
+        found.multi_processor_count,
+        found.shared_memory_per_multiprocessor,
+        found.shared_memory_per_block_optin,
+        MAX_WARPS[max(first for first in MAX_WARPS if first <= found.major)],
     )
 
 
 @cache
 def _warps_of_a_block(room: Room, wanted: int) -> int:
-    best = max(range(1, MAX_WARPS + 1), key=lambda warps: (room.warps_that_fit(warps), -warps))
+    best = max(range(1, room.device.max_warps + 1), key=lambda warps: (room.warps_that_fit(warps), -warps))
     return max(1, min(best, wanted))
 
 

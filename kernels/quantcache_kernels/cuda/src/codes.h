@@ -50,7 +50,12 @@ struct CodesArguments {
 };
 
 constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
-constexpr int MAX_WARPS = 16;                                  // of a block of threads
+// Warps of a block of threads. Where they find little shared memory, fewer of them have more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int MAX_WARPS = 8;
+#else
+constexpr int MAX_WARPS = 16;
+#endif
 
 #include "room.h"
 #include "scores.h"
@@ -142,12 +147,11 @@ DEVICE void store_split(const CodesArguments& a, u64 place, const Room& room, u3
     for (int half = 0; half < 2 * a.value_tiles; ++half) out[4 * half] = room.sums[32 * half + lane];
 }
 
-KERNEL void BOUNDS(32 * MAX_WARPS) attend_codes(GIVEN(CodesArguments) a) {
+KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
     const u32 lane = thread_index() % 32, warps = block_threads() / 32;
     const u32 warp = shuffle(thread_index() / 32, 0);  // so that the compiler knows it to be the same in all lanes
     const int split = static_cast<int>(block_x() * warps + warp), line = static_cast<int>(block_y());
-    const int head = line % a.heads, chunk = line / a.heads % a.chunks, b = line / (a.heads * a.chunks);
-    const int lines = a.batch * a.chunks * a.heads;
+    const int head = line % a.heads, b = line / (a.heads * a.chunks), lines = a.batch * a.chunks * a.heads;
     const HeadTiles &keys = a.key_heads[head], &values = a.value_heads[head];
     const Places& places = places_of(a);
     if (static_cast<int>(block_x() * warps) * places.per_split >= places.units) return;  // there is room for more blocks
@@ -200,7 +204,7 @@ KERNEL void BOUNDS(32 * MAX_WARPS) attend_codes(GIVEN(CodesArguments) a) {
         score_means(a, head, own_query + 32 * a.rows * a.slow_tiles, tokens, lane, scores);
         Exponents e;
         const u8* extra = room.query + 32 * a.rows * (a.slow_tiles + a.fast_steps);
-        find_exponents(a, scores, reinterpret_cast<const float*>(extra), tokens, b, chunk, first_seen, lane, e);
+        find_exponents(a, scores, reinterpret_cast<const float*>(extra), tokens, b, line, first_seen, lane, e);
         sync_warp();
         if (more && lane == 0) fetch_keys(unit + 1);
         float softmax[4];

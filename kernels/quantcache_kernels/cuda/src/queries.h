@@ -137,7 +137,7 @@ DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, int head
 }
 
 // Queries brought to every anchor and into coded coordinates, in fragment order.
-KERNEL void BOUNDS(TURN_THREADS, 4) turn_queries(GIVEN(QueryArguments) a) {
+KERNEL void BOUNDS(TURN_THREADS, 3) turn_queries(GIVEN(QueryArguments) a) {
     const int thread = static_cast<int>(thread_index()), lane = thread % 32, warp = thread / 32;
     const int line = static_cast<int>(block_y()), head = line % a.queries.place.heads;
     const int rows = a.queries.place.rows, steps = a.slow / 16;

@@ -68,7 +68,7 @@ struct Exponents {
 
 // Exponents of a unit's tokens from their scores; `extra` is behind the queries.
 DEVICE void find_exponents(const CodesArguments& a, const float (&scores)[2][4][4], const float* extra,
-                           const Tokens& tokens, int b, int chunk, int first_seen, u32 lane, Exponents& e) {
+                           const Tokens& tokens, int b, int line, int first_seen, u32 lane, Exponents& e) {
     const bool all_seen = tokens.length[0] + tokens.length[1] == 128 && tokens.start[0] >= first_seen && !a.mask;
     UNROLL for (int q = 0; q < 2; ++q) {
         const int own = 2 * static_cast<int>(lane % 4) + q, row = own < a.rows ? own : a.rows - 1;
@@ -79,8 +79,9 @@ DEVICE void find_exponents(const CodesArguments& a, const float (&scores)[2][4][
         e.unit[q] = 1.0f, e.offset[q] = 0.0f;
         if (a.softcap > 0.0f)
             UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = capped(e.y[q][i], a.softcap) * 1.4426950408889634f;
-        if (!all_seen)
-            hide_tokens(a, tokens, b, (chunk * a.rows + row) % a.count, static_cast<int>(lane / 4), first_seen, e.y[q]);
+        if (all_seen) continue;
+        const int chunk = line / a.heads % a.chunks;
+        hide_tokens(a, tokens, b, (chunk * a.rows + row) % a.count, static_cast<int>(lane / 4), first_seen, e.y[q]);
     }
 }
 
