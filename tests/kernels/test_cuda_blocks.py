@@ -402,7 +402,7 @@ def test_the_sources_are_one_text_for_the_compiler() -> None:
     text = source("codes.h")
     assert "#include" not in text
     assert text.count("#if") == text.count("#endif")
-    assert all(f" {name}(" in text for name in ("turn_queries", "attend_codes", "merge"))
+    assert all(f" {name}(" in text for name in ("take_queries", "attend_codes", "merge"))
 
 
 # ----------------------------------------------------------------------- a cache

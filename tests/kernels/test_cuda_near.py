@@ -12,7 +12,7 @@ from torch import Tensor
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.near import MAX_SPLITS, NEAR_THREADS, NEAR_TOKENS, NearTokens, append_arguments
 from quantcache_kernels.cuda.places import Blocks, Starts
-from quantcache_kernels.cuda.structures import Queries, Rows, pointer
+from quantcache_kernels.cuda.structures import Queries, Rows, TakeArguments, pointer
 from tests.kernels import emulation
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
@@ -164,8 +164,10 @@ class Inputs:
         if self.mask is not None:
             given.mask_batch, given.mask_query, given.mask_length = kernels._mask_strides(self.mask)
         given.logits_are_half = case.logits == torch.bfloat16
-        kernel = emulation.emulated(CPU, False, False)["attend_near"]
-        kernel.launch((near.splits, lines), NEAR_THREADS, near.shared_bytes(place.rows), given, 0)
+        blocks = near.splits * lines
+        kernel = emulation.emulated(CPU, False, False)["take_queries"]
+        taken = TakeArguments(near=given, near_blocks=blocks)
+        kernel.launch((blocks, 1), NEAR_THREADS, near.shared_bytes(place.rows), taken, 0)
         shares = torch.softmax(lse.double() * math.log(2), dim=0)
         merged, lse = (shares[..., None] * out).sum(0), lse.double().mul(math.log(2)).logsumexp(0) / math.log(2)
         return tuple(each.transpose(1, 2).flatten(2, 3)[:, :, :total] for each in (merged, lse))

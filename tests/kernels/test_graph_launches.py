@@ -61,7 +61,7 @@ def test_all_steps_launch_the_same(
     operations, step_one = emulation.Operations(), None
     with torch.no_grad():
         codes.LOADERS["cpu"] = launches
-        assert len(step()) == 6 * len(layers), "the first ones say once where everything lies"
+        assert len(step()) == 5 * len(layers), "the first ones say once where everything lies"
         operations.seen.clear()
         for number in range(1, 2 * BLOCK + 3):
             if number % BLOCK == 0:
@@ -78,7 +78,7 @@ def test_all_steps_launch_the_same(
                 gc.collect()
                 assert all(old() is None for old in before), "storage that has been outgrown is given back"
             found = step()
-            assert len(found) == 5 * len(layers), "a token, queries, codes, other tokens and their merge"
+            assert len(found) == 4 * len(layers), "a token, queries and other tokens, codes, their merge"
             step_one = step_one or found
             assert found == step_one, f"step {number} launches something else"
     assert operations.seen == [], "torch does nothing, so it allocates nothing"

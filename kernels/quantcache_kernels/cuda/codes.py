@@ -29,6 +29,7 @@ from quantcache_kernels.cuda.structures import (
     Queries,
     QueryArguments,
     Rows,
+    TakeArguments,
     pointer,
 )
 from quantcache_kernels.interface import AttentionCall
@@ -41,7 +42,7 @@ ROWS = 8
 MAX_LINES = (1 << 16) - 1
 """Of a launch: the second dimension of a grid ends there."""
 
-TURNED_ROWS, TURN_THREADS, STEP = 32, 256, 36
+TURNED_ROWS, STEP = 32, 36
 """As in queries.h."""
 
 ONE_HALVES = 0x3C003C00
@@ -92,7 +93,7 @@ def attend(
     place = Rows(heads, chunks, -(-total // chunks), count, total)
     rows, lines = place.rows, lines_of(batch, total, heads)
     slots, value_dim = TILE * values.layout.tiles, values.mean.shape[1]
-    near, query = near.readable(), query if query.stride(3) == 1 else query.contiguous()
+    near, query = near.readable(), readable(query)
     blocks = blocks.readable()
 
     query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + structures.EXTRA_BYTES
@@ -144,16 +145,17 @@ def attend(
         partial, stats, *found, *map(pointer, (values.decoder, values.mean, out)), None, there,
         place, lines, value_dim, slots, splits, near.splits, _is_half(out),
     )  # fmt: skip
-    groups = -(-units // (TURNED_ROWS // rows))
+    turned_groups = -(-units // (TURNED_ROWS // rows))
+    to_take = TakeArguments(to_near, to_turn, near.splits * lines, turned_groups)
     turn_bytes = 2 * STEP * (dim - keys.num_fast) + 4 * (rows * dim + ROWS + TURNED_ROWS)
+    take_bytes, take_blocks = max(turn_bytes, near.shared_bytes(rows)), (near.splits + turned_groups) * lines
     warps = room.warps_of_a_block(splits * lines)
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         stream = stream_of(device)
-        kernels["turn_queries"].launch((groups, lines), TURN_THREADS, turn_bytes, to_turn, stream)
+        kernels["take_queries"].launch((take_blocks, 1), NEAR_THREADS, take_bytes, to_take, stream)
         grid = -(-splits // warps), lines
         kernels["attend_codes"].launch(grid, 32 * warps, room.constants + warps * room.warp, to_attend, stream)
-        kernels["attend_near"].launch((near.splits, lines), NEAR_THREADS, near.shared_bytes(rows), to_near, stream)
         kernels["merge"].launch((rows, lines), 4 * value_dim, to_merge.shared_bytes, to_merge, stream)
     return out
 

@@ -20,7 +20,7 @@ import torch
 NVCC = "/usr/local/cuda/bin/nvcc"
 SOURCES = Path(__file__).parent / "src"
 
-CODE_KERNELS = ("turn_queries", "attend_codes", "attend_near", "merge", "append_tail", "set_places")
+CODE_KERNELS = ("take_queries", "attend_codes", "merge", "append_tail", "set_places")
 """The kernels of a cache's blocks."""
 
 CONVERSION_KERNELS = ("tiles_from_portable", "portable_from_tiles")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantcache_kernels.cuda.structures import AppendArguments, NearArguments, Places, Queries, pointer
 
-NEAR_THREADS, NEAR_TOKENS, MAX_ROWS = 128, 64, 8
+NEAR_THREADS, NEAR_TOKENS, MAX_ROWS = 256, 64, 8
 """As in near.h."""
 
 MAX_SPLITS = 16
@@ -61,8 +61,8 @@ class NearTokens:
     def shared_bytes(self, rows: int) -> int:
         """Shared memory of a block of threads with so many rows of queries."""
         dim, value_dim = self.key_tail.shape[3], self.value_tail.shape[3]
-        groups = NEAR_THREADS // (value_dim // 2)
-        return 4 * (rows * (dim + NEAR_TOKENS + groups * value_dim) + 3 * MAX_ROWS)
+        groups = NEAR_THREADS // (value_dim // 4)
+        return 4 * (rows * (dim + groups * value_dim) + MAX_ROWS * (NEAR_TOKENS + 3))
 
     def arguments(self, queries: Queries, places: Places, addresses: tuple[int | None, ...]) -> NearArguments:
         """Arguments of attention on these tokens.

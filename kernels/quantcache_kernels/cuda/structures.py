@@ -136,6 +136,16 @@ class NearArguments(ctypes.Structure):
     )
 
 
+class TakeArguments(ctypes.Structure):
+    """``TakeArguments`` of near.h."""
+
+    _fields_ = (
+        ("near", NearArguments),
+        ("turned", QueryArguments),
+        *((name, ctypes.c_int) for name in ("near_blocks", "groups")),
+    )
+
+
 class AppendArguments(ctypes.Structure):
     """``AppendArguments`` of near.h."""
 

@@ -53,20 +53,11 @@ VARIANT(eight_1)
                     return 1;                                                                                         \
         return 0;                                                                                                     \
     }                                                                                                                 \
-    extern "C" int emulate_turn_queries_##name(const name::QueryArguments* a, int groups, int shared_bytes) {         \
-        for (int line = 0; line < a->lines; ++line)                                                                   \
-            for (int group = 0; group < groups; ++group)                                                              \
-                if (!run_block_(name::TURN_THREADS, static_cast<u32>(group), static_cast<u32>(line),                  \
-                                static_cast<size_t>(shared_bytes), [a] { name::turn_queries(*a); }))                  \
-                    return 1;                                                                                         \
-        return 0;                                                                                                     \
-    }                                                                                                                 \
-    extern "C" int emulate_attend_near_##name(const name::NearArguments* a, int splits, int shared_bytes) {           \
-        for (int line = 0; line < a->lines; ++line)                                                                   \
-            for (int split = 0; split < splits; ++split)                                                              \
-                if (!run_block_(name::NEAR_THREADS, static_cast<u32>(split), static_cast<u32>(line),                  \
-                                static_cast<size_t>(shared_bytes), [a] { name::attend_near(*a); }))                   \
-                    return 1;                                                                                         \
+    extern "C" int emulate_take_queries_##name(const name::TakeArguments* a, int blocks, int shared_bytes) {          \
+        for (int block = 0; block < blocks; ++block)                                                                  \
+            if (!run_block_(name::NEAR_THREADS, static_cast<u32>(block), 0, static_cast<size_t>(shared_bytes),        \
+                            [a] { name::take_queries(*a); }))                                                         \
+                return 1;                                                                                             \
         return 0;                                                                                                     \
     }                                                                                                                 \
     extern "C" int emulate_set_places_##name(const name::PlacesArguments* a, int, int shared_bytes) {                 \

@@ -174,11 +174,14 @@ DEVICE float approximate_cosine(float angle) { return std::cos(angle); }
 DEVICE float approximate_sine(float angle) { return std::sin(angle); }
 DEVICE float power_of_two(float x) { return std::exp2(x); }
 DEVICE float logarithm_of_two(float x) { return std::log2(x); }
+DEVICE void hold(int&) {}
 DEVICE float round_up(float x) { return std::ceil(x); }
 DEVICE float root(float x) { return std::sqrt(x); }
 DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float add(float a, float b) { return a + b; }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
+
+DEVICE void prefetch(const void*) {}
 
 DEVICE void sync_warp() { meet_(); }
 DEVICE void sync_block() {

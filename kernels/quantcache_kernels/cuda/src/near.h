@@ -19,145 +19,224 @@ struct NearArguments {
     float softcap;
 };
 
-constexpr int NEAR_THREADS = 128;
+constexpr int NEAR_THREADS = 256;
 constexpr int NEAR_TOKENS = 64;  // that a block works on at once
+constexpr int KEY_LOADS = 4;     // of 16 bytes that a thread has on their way: four threads share a token's key
+constexpr int ROWS_AT_ONCE = 4;  // of queries that a thread has sums of
+constexpr int VALUE_LOADS = 8;   // of 8 bytes, likewise: four columns of a value
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// A block has one line and every splits-th stretch of tokens. What a row does not see has a weight below zero, so that
-// nothing comes of its value, whatever that is.
-KERNEL void BOUNDS(NEAR_THREADS) attend_near(GIVEN(NearArguments) a) {
+struct NearRoom {
+    float* query;    // [rows, dim]
+    float* weights;  // [NEAR_TOKENS, MAX_ROWS]
+    float *peaks, *totals, *decays;  // [rows]
+    float* sums;     // [groups of threads, rows, value_dim]
+};
+
+DEVICE NearRoom lay_out_near_room(const NearArguments& a) {
+    NearRoom room;
+    room.query = reinterpret_cast<float*>(shared_memory());
+    room.weights = room.query + a.queries.place.rows * a.dim;
+    room.peaks = room.weights + NEAR_TOKENS * MAX_ROWS;
+    room.totals = room.peaks + MAX_ROWS, room.decays = room.totals + MAX_ROWS, room.sums = room.decays + MAX_ROWS;
+    return room;
+}
+
+// Keys (0) or values (1) of a line's sinks and tail.
+struct NearSide {
+    const u8* first[2];
+    long long stride[2];
+    int sinks;
+};
+DEVICE NearSide near_side(const NearArguments& a, const Places& places, int batch, int head, int side) {
+    NearSide found;
+    UNROLL for (int i = 0; i < 2; ++i) {
+        const long long* strides = places.strides[2 * i + side];
+        found.first[i] = places.near[2 * i + side] + 2 * (batch * strides[0] + head * strides[1]);
+        found.stride[i] = 2 * strides[2];
+    }
+    found.sinks = a.sinks;
+    return found;
+}
+DEVICE const u8* find_token(const NearSide& side, int token) {
+    return token < side.sinks ? side.first[0] + token * side.stride[0] : side.first[1] + (token - side.sinks) * side.stride[1];
+}
+
+// Values of a thread's four columns, from one of NEAR_TOKENS on.
+DEVICE void load_values(const NearSide& side, int first, int from, int step, int tokens, int column, Words2 (&found)[VALUE_LOADS]) {
+    UNROLL for (int i = 0; i < VALUE_LOADS; ++i) {
+        const int t = from + step * i;
+        if (t < NEAR_TOKENS && first + t < tokens)
+            found[i] = *reinterpret_cast<const Words2*>(find_token(side, first + t) + 8 * column);
+    }
+}
+
+// Adds a thread's share of a key's products with some rows, from one of them on.
+DEVICE void add_products(const NearArguments& a, const NearRoom& room, const Words4 (&keys)[KEY_LOADS], int from, int row,
+                         float (&sums)[ROWS_AT_ONCE]) {
+    UNROLL for (int i = 0; i < KEY_LOADS; ++i) {
+        const int d = from + 32 * i;
+        if (d >= a.dim) break;
+        const u32 pairs[4] = {keys[i].x, keys[i].y, keys[i].z, keys[i].w};
+        float x[8];
+        UNROLL for (int j = 0; j < 4; ++j) x[2 * j] = from_bfloat16(pairs[j]), x[2 * j + 1] = float_of(pairs[j] & 0xFFFF0000u);
+        UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+            if (row + r >= a.queries.place.rows) break;
+            UNROLL for (int half = 0; half < 2; ++half) {
+                float q[4];
+                floats_of(reinterpret_cast<const Words4*>(room.query + (row + r) * a.dim + d)[half], q);
+                UNROLL for (int j = 0; j < 4; ++j) sums[r] = multiply_add(x[4 * half + j], q[j], sums[r]);
+            }
+        }
+    }
+}
+
+// A row's weights of NEAR_TOKENS tokens, by a warp, from their products. What the row does not see has one below zero, so
+// that nothing comes of its value, whatever that is.
+DEVICE void weigh_row(const NearArguments& a, const NearRoom& room, const Places& places, const Row& row, int r, int first,
+                      int tail, int lane) {
+    const int first_sink = places.origins ? places.origins[row.batch] : 0, end = places.encoded_end;
+    const u64 mask_row = static_cast<u64>(row.batch) * a.mask_batch + static_cast<u64>(row.query) * a.mask_query;
+    float x[2], before = room.peaks[r], peak = before, total = 0.0f;
+    UNROLL for (int i = 0; i < 2; ++i) {
+        const int token = first + lane + 32 * i, slot = token < a.sinks ? first_sink + token : end + token - a.sinks;
+        // A row's later sinks may still be in the tail.
+        bool seen = token < a.sinks + tail && (token >= a.sinks || slot < end);
+        if (a.causal) seen = seen && slot <= end + tail - a.queries.place.count + row.query;
+        if (a.mask) seen = seen && slot < a.mask_length && a.mask[mask_row + slot];
+        x[i] = room.weights[MAX_ROWS * (lane + 32 * i) + r];
+        if (a.softcap > 0.0f) x[i] = capped(x[i], a.softcap);
+        x[i] *= LOG2_E;
+        x[i] = seen ? (x[i] < -1e29f ? -1e29f : x[i]) : -1e30f;
+        peak = larger(peak, x[i]);
+    }
+    UNROLL for (int mask = 1; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
+    UNROLL for (int i = 0; i < 2; ++i) {
+        const float weight = x[i] <= -5e29f ? -1.0f : power_of_two(add(x[i], -peak));
+        room.weights[MAX_ROWS * (lane + 32 * i) + r] = weight;
+        total = add(total, weight < 0.0f ? 0.0f : weight);
+    }
+    UNROLL for (int mask = 1; mask < 32; mask *= 2) total = add(total, shuffle_xor(total, mask));
+    if (lane == 0) {
+        const float decay = power_of_two(before - peak);
+        room.peaks[r] = peak, room.decays[r] = decay, room.totals[r] = multiply_add(room.totals[r], decay, total);
+    }
+}
+
+// A block of threads has one line and every splits-th stretch of tokens.
+DEVICE void attend_near(const NearArguments& a, int split, int line) {
     const int thread = static_cast<int>(thread_index()), lane = thread % 32;
-    const int split = static_cast<int>(block_x()), line = static_cast<int>(block_y());
     const Rows& place = a.queries.place;
-    const int rows = place.rows, count = place.count;
-    const Row first_row = find_row(place, line, 0);
-    const u64 b = static_cast<u64>(first_row.batch), head = static_cast<u64>(first_row.head);
+    const int rows = place.rows;
+    Row row = find_row(place, line, thread / 32 < rows ? thread / 32 : 0);  // a warp's
     const Places& places = places_of(a);
-    const int encoded_end = places.encoded_end;
     const int tail = a.tail_tokens ? *a.tail_tokens : a.tail, tokens = a.sinks + tail;
-    const int first_sink = places.origins ? places.origins[b] : 0;
-    const int words = a.value_dim / 2, groups = NEAR_THREADS / words;  // a thread has two columns of every groups-th token
-
-    float* query = reinterpret_cast<float*>(shared_memory());  // [rows, dim]
-    float* weights = query + rows * a.dim;                     // [rows, NEAR_TOKENS]
-    float* peaks = weights + rows * NEAR_TOKENS;               // [rows]
-    float* totals = peaks + MAX_ROWS;
-    float* decays = totals + MAX_ROWS;
-    float* sums = decays + MAX_ROWS;                           // [groups, rows, value_dim]
-
-    load_queries(a.queries, line, a.dim, query);
-    if (thread < rows) {
-        const Row row = find_row(place, line, thread);
+    const NearRoom room = lay_out_near_room(a);
+    const int columns = a.value_dim / 4, groups = NEAR_THREADS / columns, group = thread / columns, column = thread % columns;
+    Words4* sums = reinterpret_cast<Words4*>(room.sums);
+    const int own_sum = group * rows * columns + column;
+    if (lane == 0 && thread / 32 < rows) {
         const bool has_logit = a.sink_logits && split == 0 && row.there;
-        peaks[thread] = has_logit ? load_number(a.sink_logits, row.query_head, a.logits_are_half) * LOG2_E : -1e30f;
-        totals[thread] = has_logit ? 1.0f : 0.0f;
+        const float logit = has_logit ? load_number(a.sink_logits, row.query_head, a.logits_are_half) : 0.0f;
+        room.peaks[thread / 32] = has_logit ? logit * LOG2_E : -1e30f;
+        room.totals[thread / 32] = has_logit ? 1.0f : 0.0f;
     }
-    float sum[MAX_ROWS][2];
-    UNROLL for (int r = 0; r < MAX_ROWS; ++r) sum[r][0] = sum[r][1] = 0.0f;
+    const int own_token = split * NEAR_TOKENS + thread / 4;
+    if (own_token < tokens)  // keys and values come while queries do
+        UNROLL for (int side = 0; side < 2; ++side) {
+            const int quarter = (side ? a.value_dim : a.dim) / 2 * (thread % 4);
+            prefetch(find_token(near_side(a, places, row.batch, row.head, side), own_token) + quarter);
+        }
+    load_queries(a.queries, line, a.dim, room.query);
+    if (group < groups)
+        ROLLED for (int r = 0; r < rows; ++r) sums[own_sum + r * columns] = {0, 0, 0, 0};
     sync_block();
 
-    for (int first = split * NEAR_TOKENS; first < tokens; first += a.splits * NEAR_TOKENS) {
-        // ---------------------------------------------------------------- scores: two threads share a token
-        const int token = first + thread / 2, part = thread % 2;
-        const int side = token < a.sinks ? 0 : 2, index = token < a.sinks ? token : token - a.sinks;
-        const int slot = (token < a.sinks ? first_sink : encoded_end) + index;
-        float score[MAX_ROWS];
-        UNROLL for (int r = 0; r < MAX_ROWS; ++r) score[r] = 0.0f;
-        if (token < tokens) {
-            const long long* strides = places.strides[side];
-            const u8* key = places.near[side] + 2 * (b * strides[0] + head * strides[1] + index * strides[2]);
-            for (int d = 8 * part; d < a.dim; d += 16) {
-                const Words4 w = *reinterpret_cast<const Words4*>(key + 2 * d);
-                const u32 pairs[4] = {w.x, w.y, w.z, w.w};
-                UNROLL for (int r = 0; r < MAX_ROWS; ++r) {
-                    if (r < rows) {
-                        UNROLL for (int i = 0; i < 4; ++i) {
-                            const Words2 q = reinterpret_cast<const Words2*>(query + r * a.dim + d)[i];
-                            score[r] = multiply_add(from_bfloat16(pairs[i]), float_of(q.x), score[r]);
-                            score[r] = multiply_add(float_of(pairs[i] & 0xFFFF0000u), float_of(q.y), score[r]);
-                        }
-                    }
+    ROLLED for (int first = split * NEAR_TOKENS; first < tokens; first += a.splits * NEAR_TOKENS) {
+        hold(row.batch);
+        const int token = first + thread / 4, part = thread % 4;
+        const u8* key = find_token(near_side(a, places, row.batch, row.head, 0), token);
+        ROLLED for (int r = 0; r < rows; r += ROWS_AT_ONCE) {
+            float scores[ROWS_AT_ONCE] = {0.0f, 0.0f, 0.0f, 0.0f};
+            ROLLED for (int block = 0; block < a.dim; block += 32 * KEY_LOADS) {
+                const int from = block + 8 * part;
+                Words4 keys[KEY_LOADS];
+                UNROLL for (int i = 0; i < KEY_LOADS; ++i) {
+                    keys[i] = {0, 0, 0, 0};
+                    if (token < tokens && from + 32 * i < a.dim)
+                        keys[i] = *reinterpret_cast<const Words4*>(key + 2 * (from + 32 * i));
                 }
+                add_products(a, room, keys, from, r, scores);
             }
-        }
-        UNROLL for (int r = 0; r < MAX_ROWS; ++r) {
-            if (r < rows) {  // the same in all threads
-                float x = add(score[r], shuffle_xor(score[r], 1));
-                const int own = find_row(place, line, r).query;
-                // A row's later sinks may still be in the tail.
-                bool seen = token < tokens && (side || slot < encoded_end);
-                if (a.causal) seen = seen && slot <= encoded_end + tail - count + own;
-                if (a.mask && seen && slot < a.mask_length)
-                    seen = a.mask[b * a.mask_batch + static_cast<u64>(own) * a.mask_query + slot];
-                else
-                    seen = seen && !a.mask;
-                if (a.softcap > 0.0f) x = capped(x, a.softcap);
-                x *= LOG2_E;
-                if (part == 0) weights[r * NEAR_TOKENS + thread / 2] = seen ? (x < -1e29f ? -1e29f : x) : -1e30f;
+            UNROLL for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+                UNROLL for (int mask = 1; mask < 4; mask *= 2) scores[i] = add(scores[i], shuffle_xor(scores[i], mask));
+                if (i == part) room.weights[MAX_ROWS * (thread / 4) + r + i] = scores[i];
             }
         }
         sync_block();
-        // ---------------------------------------------------------------- weights: a warp has every fourth row
-        for (int step = 0; step < rows; step += NEAR_THREADS / 32) {  // all warps take as many steps
-            const bool own = step + thread / 32 < rows;
-            const int r = own ? step + thread / 32 : rows - 1;
-            float* place_of_row = weights + r * NEAR_TOKENS;
-            const float x0 = place_of_row[lane], x1 = place_of_row[32 + lane], before = peaks[r];
-            float peak = larger(before, larger(x0, x1));
-            UNROLL for (int mask = 1; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
-            const float p0 = x0 <= -5e29f ? -1.0f : power_of_two(add(x0, -peak));
-            const float p1 = x1 <= -5e29f ? -1.0f : power_of_two(add(x1, -peak));
-            float total = (p0 < 0.0f ? 0.0f : p0) + (p1 < 0.0f ? 0.0f : p1);
-            UNROLL for (int mask = 1; mask < 32; mask *= 2) total = add(total, shuffle_xor(total, mask));
-            if (own) {
-                place_of_row[lane] = p0, place_of_row[32 + lane] = p1;
-                if (lane == 0) {
-                    const float decay = power_of_two(before - peak);
-                    peaks[r] = peak, decays[r] = decay, totals[r] = multiply_add(totals[r], decay, total);
+        if (thread / 32 < rows) weigh_row(a, room, places, row, thread / 32, first, tail, lane);
+        sync_block();
+        hold(row.batch);
+        const NearSide value_side = near_side(a, places, row.batch, row.head, 1);
+        ROLLED for (int r = 0; r < rows && group < groups; r += ROWS_AT_ONCE) {
+            float sum[ROWS_AT_ONCE][4];
+            UNROLL for (int i = 0; i < 4 * ROWS_AT_ONCE; ++i) sum[i / 4][i % 4] = 0.0f;
+            ROLLED for (int from = group; from < NEAR_TOKENS; from += groups * VALUE_LOADS) {
+                Words2 values[VALUE_LOADS];
+                load_values(value_side, first, from, groups, tokens, column, values);
+                UNROLL for (int i = 0; i < VALUE_LOADS; ++i) {
+                    const int t = from + groups * i;
+                    if (t >= NEAR_TOKENS || first + t >= tokens) break;
+                    const float x[4] = {from_bfloat16(values[i].x), float_of(values[i].x & 0xFFFF0000u),
+                                        from_bfloat16(values[i].y), float_of(values[i].y & 0xFFFF0000u)};
+                    float w[ROWS_AT_ONCE];
+                    floats_of(*reinterpret_cast<const Words4*>(room.weights + MAX_ROWS * t + r), w);
+                    UNROLL for (int j = 0; j < ROWS_AT_ONCE; ++j)
+                        if (!(w[j] < 0.0f))
+                            UNROLL for (int c = 0; c < 4; ++c) sum[j][c] = multiply_add(w[j], x[c], sum[j][c]);
                 }
             }
-        }
-        sync_block();
-        // ---------------------------------------------------------------- values
-        const int word = thread % words;
-        if (thread / words < groups) {
-            UNROLL for (int r = 0; r < MAX_ROWS; ++r)
-                if (r < rows) sum[r][0] *= decays[r], sum[r][1] *= decays[r];
-            for (int t = thread / words; t < NEAR_TOKENS && first + t < tokens; t += groups) {
-                const bool sink = first + t < a.sinks;
-                const int part = sink ? 1 : 3;
-                const long long* strides = places.strides[part];
-                const int at = sink ? first + t : first + t - a.sinks;
-                const u8* value = places.near[part] + 2 * (b * strides[0] + head * strides[1] + at * strides[2]);
-                const u32 pair = reinterpret_cast<const u32*>(value)[word];
-                const float x0 = from_bfloat16(pair), x1 = float_of(pair & 0xFFFF0000u);
-                UNROLL for (int r = 0; r < MAX_ROWS; ++r) {
-                    if (r < rows) {
-                        const float w = weights[r * NEAR_TOKENS + t];
-                        if (!(w < 0.0f)) sum[r][0] = multiply_add(w, x0, sum[r][0]), sum[r][1] = multiply_add(w, x1, sum[r][1]);
-                    }
-                }
+            UNROLL for (int j = 0; j < ROWS_AT_ONCE; ++j) {
+                if (r + j >= rows) break;
+                float own[4];
+                floats_of(sums[own_sum + (r + j) * columns], own);
+                UNROLL for (int c = 0; c < 4; ++c) own[c] = multiply_add(own[c], room.decays[r + j], sum[j][c]);
+                sums[own_sum + (r + j) * columns] = words_of(own);
             }
         }
         sync_block();
     }
 
-    if (thread / words < groups) {
-        float* own = sums + thread / words * rows * a.value_dim + 2 * (thread % words);
-        UNROLL for (int r = 0; r < MAX_ROWS; ++r)
-            if (r < rows) own[r * a.value_dim] = sum[r][0], own[r * a.value_dim + 1] = sum[r][1];
-    }
-    sync_block();
-    const u64 place_out = (static_cast<u64>(split) * a.lines + line) * rows;
-    for (int i = thread; i < rows * a.value_dim; i += NEAR_THREADS) {
-        float x = 0.0f;
-        for (int g = 0; g < groups; ++g) x += sums[g * rows * a.value_dim + i];
-        const float total = totals[i / a.value_dim];
-        a.out[place_out * a.value_dim + i] = total == 0.0f ? 0.0f : x / total;
+    const u64 out = (static_cast<u64>(split) * a.lines + line) * rows;
+    ROLLED for (int i = thread; i < rows * columns; i += NEAR_THREADS) {
+        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f}, y[4];
+        UNROLL_BY(4) for (int g = 0; g < groups; ++g) {
+            floats_of(sums[g * rows * columns + i], y);
+            UNROLL for (int c = 0; c < 4; ++c) x[c] = add(x[c], y[c]);
+        }
+        const float total = room.totals[i / columns];
+        UNROLL for (int c = 0; c < 4; ++c) x[c] = total == 0.0f ? 0.0f : x[c] / total;
+        reinterpret_cast<Words4*>(a.out)[out * columns + i] = words_of(x);
     }
     // Where nothing is seen: above a split of the blocks that has seen nothing, so that zero wins.
     if (thread < rows)
-        a.lse[place_out + thread] = totals[thread] == 0.0f ? -1e29f : peaks[thread] + logarithm_of_two(totals[thread]);
+        a.lse[out + thread] = room.totals[thread] == 0.0f ? -1e29f : room.peaks[thread] + logarithm_of_two(room.totals[thread]);
+}
+
+struct TakeArguments {
+    NearArguments near;
+    QueryArguments turned;
+    int near_blocks, groups;  // of threads: all that attend, and those that turn a line's queries
+};
+
+// What follows from a call's queries alone. Blocks of threads that attend come first: they wait for memory while others turn.
+KERNEL void BOUNDS(NEAR_THREADS, 3) take_queries(GIVEN(TakeArguments) a) {
+    static_assert(NEAR_THREADS == TURN_THREADS, "one launch");
+    const int block = static_cast<int>(block_x()), other = block - a.near_blocks;
+    if (other < 0)
+        attend_near(a.near, block % a.near.splits, block / a.near.splits);
+    else
+        turn_queries(a.turned, other % a.groups, other / a.groups);
 }
 
 struct AppendArguments {

@@ -92,6 +92,7 @@ DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, int head
     float sums[MAX_ROWS];
     UNROLL for (int r = 0; r < MAX_ROWS; ++r) sums[r] = 0.0f;
     ROLLED for (int quad = lane; quad < quads; quad += 32) {
+        hold(first_row);
         const bool is_slow = quad < slow_quads;
         float cosine[2], sine[2], mean[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         UNROLL for (int i = 0; i < 2; ++i) {
@@ -136,13 +137,12 @@ DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, int head
     }
 }
 
-// Queries brought to every anchor and into coded coordinates, in fragment order.
-KERNEL void BOUNDS(TURN_THREADS, 3) turn_queries(GIVEN(QueryArguments) a) {
+// A line's queries brought to some units' anchors and into coded coordinates, in fragment order.
+DEVICE void turn_queries(const QueryArguments& a, int group, int line) {
     const int thread = static_cast<int>(thread_index()), lane = thread % 32, warp = thread / 32;
-    const int line = static_cast<int>(block_y()), head = line % a.queries.place.heads;
-    const int rows = a.queries.place.rows, steps = a.slow / 16;
+    const int head = line % a.queries.place.heads, rows = a.queries.place.rows, steps = a.slow / 16;
     const Places& places = places_of(a);
-    const int units = static_cast<int>(TURNED_ROWS * a.share >> 16), first = static_cast<int>(block_x()) * units, left = places.units - first;
+    const int units = static_cast<int>(TURNED_ROWS * a.share >> 16), first = group * units, left = places.units - first;
     if (left <= 0) return;  // there is room for more blocks
     const int held = left < units ? left : units;
     u8* out = a.out + (static_cast<u64>(first) * a.lines + line) * a.query_bytes;

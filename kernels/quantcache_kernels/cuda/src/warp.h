@@ -99,11 +99,16 @@ DEVICE float power_of_two(float x) {
     return y;
 }
 DEVICE float logarithm_of_two(float x) { return __log2f(x); }
+// Nothing, but the compiler must think that x changes here: what follows from it is not computed ahead and held in registers.
+DEVICE void hold(int& x) { asm volatile("" : "+r"(x)); }
 DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+
+// Memory is on its way to where it is quick to read.
+DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global))); }
 
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
