@@ -121,10 +121,10 @@ bench-cpu: $(STAMP) ## Time the CPU kernels beside the dense cache (20 minutes);
 	$(BIN)/python benchmarks/cpu_decode.py $(ARGS)
 
 # A lent GPU machine may have torch but no network and no git: these run on what is there, uninstalled.
-bench-gpu: ## Check and time the Triton kernels on a GPU, with any PYTHON that has torch (9 minutes); options in ARGS="..."
+bench-gpu: ## Check and time the kernels on a GPU, with any PYTHON that has torch (5 minutes); options in ARGS="..."
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_decode.py $(ARGS)
 
-bench-gpu-quick: ## The same in 4 minutes: parity and three times; ARGS="--tiny --quick" proves it without a GPU
+bench-gpu-quick: ## The same in 2.5 minutes: parity and three times; ARGS="--tiny --quick" proves it without a GPU
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_decode.py --quick $(ARGS)
 
 compile-gpu: $(STAMP) ## Compile every Triton kernel of the tests and of real models' geometries; needs no GPU (half an hour)

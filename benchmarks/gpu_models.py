@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,58 +12,111 @@ from typing import Any
 import torch
 from gpu_run import Run, encoding, fill, measure
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 import quantcache
-from quantcache import DecodeGraph, SpectralCache, accounting
+from quantcache import DecodeGraph, SpectralCache, accounting, backends
+from quantcache.backends import BackendName
 from quantcache.coding.packing import BLOCK
 from quantcache.common.errors import CannotRepeat
 from quantcache.evaluation.summaries import quantiles
 
+KINDS: dict[str, tuple[str, BackendName | None]] = {
+    "dense": ("sdpa", None),
+    "dense, flash": ("sdpa", None),
+    "spectral": ("spectral", "auto"),
+    "spectral-cuda": ("spectral", "cuda"),
+    "spectral-triton": ("spectral", "triton"),
+}
+"""Kind of cache, the attention that it needs and the backend that it asks for.
+
+As torch runs dense attention by default, with cuDNN, each step makes a plan for its length; "dense, flash" is without.
+"""
+
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""Flash, and where a mask keeps that from running, the next best."""
+
+
+def layers_of(run: Run, options: argparse.Namespace) -> int:
+    """How many layers a model has."""
+    return 1 if run.tiny else int(options.layers)
+
+
+def rungs(run: Run, options: argparse.Namespace) -> list[tuple[str, str, dict[str, int]]]:
+    """What a model is timed at, the most telling first: part, kind and sizes."""
+    sizes = [{"batch": n, "context": length} for length in options.model_contexts for n in options.batches]
+    first = sizes[: len(options.batches)]
+    chosen = chosen_by_auto(run)
+    ours = ["spectral"] if chosen == "cuda" else ["spectral", "spectral-cuda"]
+    graphed = "spectral" if chosen == "cuda" else "spectral-cuda"
+    found = [("decode", kind, what) for what in first for kind in ("dense, flash", *ours)]
+    found += [("graph", graphed, what) for what in first]
+    found += [("decode", kind, what) for what in sizes[len(first) :] for kind in ("dense, flash", *ours)]
+    found += [("graph", graphed, what) for what in sizes[len(first) :]]
+    found += [("generate", kind, what) for what in first for kind in ("dense, flash", *ours)]
+    for tokens in (80,) if run.tiny else (8192, 32_768):
+        found += [("prefill", kind, {"tokens": tokens}) for kind in ("dense", *ours)]
+    found += [("decode", "dense", what) for what in sizes]
+    found += [("decode", "spectral-triton", what) for what in first if chosen != "triton"]
+    return found
+
+
+def chosen_by_auto(run: Run) -> str:
+    """The backend that is tried first on the device and can run there."""
+    tried = backends.FASTEST_FIRST.get(run.device.type, ())
+    return next((each.name for each in tried if each.unavailable(run.device) is None), backends.REFERENCE.name)
+
 
 @torch.inference_mode()
 def model_part(run: Run, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A model with random weights: tokens per second, prefill, encoding's share, memory."""
+    """A model with random weights: tokens per second, CUDA graphs, prefill, encoding's share, memory."""
     quantcache.register_attention()
-    layers = 1 if run.tiny else options.layers
-    config = run.config(name, layers)
+    layers = layers_of(run, options)
+    config, calibration = run.config(name, layers), run.calibration(name, layers, options.bits[0])
     with run.device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="spectral").eval()
-    calibration = run.calibration(name, layers, options.bits[0])
-    makers: dict[str, Callable[[], Cache]] = {
-        "dense": lambda: DynamicCache(config=config),
-        "spectral": lambda: SpectralCache(calibration, config, backend="triton"),
-    }
-    on_tiles = {"spectral-cuda": lambda: SpectralCache(calibration, config, backend="cuda")}
-    parts: dict[str, list[dict[str, Any]]] = {"decode": [], "prefill": [], "generate": [], "graph": []}
+    functions = {"decode": decode_rung, "graph": graph_rung, "generate": generate_rung, "prefill": prefill_rung}
+    parts: dict[str, list[dict[str, Any]]] = {part: [] for part in functions}
 
-    def attempt(part: str, kind: str, rung: Callable[..., dict[str, Any]], **what: int) -> None:
+    def attempt(part: str, kind: str, what: dict[str, int]) -> None:
         """Keep one figure; of a failure its status."""
-        if not run.has_time(f"{name}, {part}, {kind}, " + ", ".join(f"{key} {n}" for key, n in what.items()), 15):
+        if not run.has_time(f"{name}, {part}, {kind}, " + ", ".join(f"{key} {n}" for key, n in what.items()), 8):
             return
         entry = {"model": name, "layers": layers, "kind": kind, **what}
+        attention, backend = KINDS[kind]
+        caches: list[Cache] = []
+
+        def make() -> Cache:
+            made = DynamicCache(config=config) if backend is None else None
+            caches[:] = [made or SpectralCache(calibration, config, backend=backend)]
+            return caches[0]
+
+        flash = kind.endswith("flash") and run.device.type == "cuda"
         try:
-            model.set_attn_implementation("sdpa" if kind == "dense" else "spectral")
-            entry |= rung(run, name, model, (makers | on_tiles)[kind], **what)
+            model.set_attn_implementation(attention)
+            with sdpa_kernel(WITHOUT_PLANS) if flash else contextlib.nullcontext():
+                entry |= functions[part](run, name, model, make, **what)
+            if backend is not None and caches:
+                entry["backends"] = reports(caches[0])
         except Exception as error:  # a compiler may fail with anything, and the next figure may not
             entry["status"] = f"{type(error).__name__}: {str(error)[:500]}"
+        figure = entry.get("tokens_per_second") or entry.get("milliseconds", {}).get("median")
+        print(f"  {entry['status']}: {figure} {entry.get('backends', '')}", file=sys.stderr, flush=True)
         parts[part].append(run.keep(part, entry))
+        caches.clear()
         run.free()
 
-    filled = [(kind, {"batch": n, "context": options.model_context}) for n in options.batches for kind in makers]
-    for kind, what in filled:
-        attempt("decode", kind, decode_rung, **what)
-    for tokens in (80,) if run.tiny else (8192, 32_768):
-        for kind in makers:
-            attempt("prefill", kind, prefill_rung, tokens=tokens)
-    for kind, what in filled:
-        attempt("generate", kind, generate_rung, **what)
-    for kind, what in filled:
-        if kind == "spectral":
-            attempt("graph", kind, graph_rung, **what)
-            attempt("graph", "spectral-cuda", staged_graph_rung, **what)
+    for part, kind, what in rungs(run, options):
+        attempt(part, kind, what)
     weights = sum(p.nbytes for p in model.parameters())
     return {"model": name, "layers": layers, "weights_bytes": weights, **parts}
+
+
+def reports(cache: Cache) -> list[str]:
+    """What the layers of a compressed cache say of their backends, each text once."""
+    assert isinstance(cache, SpectralCache)
+    return list(dict.fromkeys(str(layer.backend_report()) for layer in cache.spectral_layers))
 
 
 def filled_cache(run: Run, name: str, model: Any, make: Callable[[], Cache], batch: int, context: int) -> Cache:
@@ -132,39 +187,6 @@ def generate_rung(
 
 
 def graph_rung(run: Run, name: str, model: Any, make: Callable[[], Cache], batch: int, context: int) -> dict[str, Any]:
-    """A decoding step from a CUDA graph: its time, or why it cannot be had."""
-    if run.device.type != "cuda":
-        return {"status": "unsupported: CUDA graphs need a GPU"}
-    cache = filled_cache(run, name, model, make, batch, context)
-    ids = torch.full((batch, 1), 7, device=run.device)
-
-    def step(cache: Cache) -> Tensor:
-        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits
-
-    step(cache)
-    eager = cache.fork()  # type: ignore[attr-defined]
-    expected = [step(eager).clone() for _ in range(2)]
-    run.wait()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            logits = step(cache)
-    except Exception as error:
-        return {"status": f"unsupported: a step cannot be captured: {type(error).__name__}: {str(error)[:300]}"}
-    replayed = []
-    for _ in range(2):
-        graph.replay()
-        replayed.append(logits.clone())
-    run.wait()
-    if reason := repeats(expected, replayed):
-        return {"status": f"unsupported: {reason}"}
-    return {"status": "ok", "milliseconds": measure(run, graph.replay)}
-
-
-def staged_graph_rung(
-    run: Run, name: str, model: Any, make: Callable[[], Cache], batch: int, context: int
-) -> dict[str, Any]:
     """Steps of a :class:`DecodeGraph`, the encoding of a block included: their time, or why they cannot be had."""
     if run.device.type != "cuda":
         return {"status": "unsupported: CUDA graphs need a GPU"}

@@ -19,7 +19,7 @@ from records import SCRATCH
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from quantcache import Calibration, SpectralCache, backends
+from quantcache import Calibration, SpectralCache
 from quantcache.backends import BackendName
 from quantcache.backends.spans import block_table_of, next_spans
 from quantcache.backends.store import BlockStore
@@ -29,6 +29,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.jsonfile import to_json
 from quantcache.evaluation.summaries import quantiles
+from quantcache_kernels.cuda.driver import load_codes, missing
 
 
 def llama_config(layers: int = 32, **more: Any) -> LlamaConfig:
@@ -120,12 +121,12 @@ class Run:
         more = (TINY | (TINY_GEMMA if name.startswith("gemma") else {})) if self.tiny else {}
         return CONFIGS[name](**({} if layers is None else {"layers": layers}), **more)
 
-    def calibration(self, name: str, layers: int, bits: float) -> Calibration:
-        """A realistic calibration, made once."""
-        key = (name, layers, bits, self.coding)
+    def calibration(self, name: str, layers: int, bits: float, coding: Coding | None = None) -> Calibration:
+        """A realistic calibration, made once; of the run's coding unless another is named."""
+        key = (name, layers, bits, coding := coding or self.coding)
         if key not in self.calibrations:
             made = realistic_calibration(self.config(name, layers), bits)
-            self.calibrations[key] = made.with_coding(self.coding)
+            self.calibrations[key] = made.with_coding(coding)
         return self.calibrations[key]
 
     def states(self, batch: int, heads: int, tokens: int, dim: int) -> Tensor:
@@ -204,12 +205,12 @@ def measure(run: Run, function: Callable[[], object], seconds: float = 0.15) -> 
 
 
 def filled_layer(
-    run: Run, name: str, batch: int, length: int, bits: float, layer: int = 0, backend: BackendName = "triton"
+    run: Run, name: str, batch: int, length: int, bits: float, backend: BackendName, coding: Coding | None = None
 ) -> SpectralLayer:
     """One layer of a model with at least ``length`` tokens, all but the last 64 of them encoded, to random codes."""
     config = run.config(name, 4)
-    cache = SpectralCache(run.calibration(name, 4, bits), config, backend=backend)
-    filled = cache.spectral_layers[layer]
+    cache = SpectralCache(run.calibration(name, 4, bits, coding), config, backend=backend)
+    filled = cache.spectral_layers[0]
     fill(run, filled, name, batch, length)
     return filled
 
@@ -236,7 +237,7 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
 
 
 def encoding(run: Run, layer: SpectralLayer, batch: int, tokens: int) -> tuple[int, dict[str, Callable[[], object]]]:
-    """Calls that encode whole blocks of random tokens as a layer does.
+    """Calls that encode whole blocks of random tokens as a layer does, by its own backend and into its layout.
 
     Args:
         run: The run.
@@ -247,7 +248,7 @@ def encoding(run: Run, layer: SpectralLayer, batch: int, tokens: int) -> tuple[i
     Returns:
         Bytes that a call reads, and a call for each side.
     """
-    backend, tail = backends.find("triton"), layer.tails["key"]
+    backend, tail = layer.layout, layer.tails["key"]
     x = run.states(batch, tail.shape[1], tokens, tail.shape[3])
     index = torch.arange(tokens // BLOCK, device=x.device, dtype=torch.int32)
     block_table = torch.stack((4 + BLOCK * index, torch.full_like(index, BLOCK), 4 + 2 * BLOCK * (index // 2)), dim=1)
@@ -257,11 +258,19 @@ def encoding(run: Run, layer: SpectralLayer, batch: int, tokens: int) -> tuple[i
     return x.nbytes, calls
 
 
-def kernels() -> list[dict[str, Any]]:
+def declined(layer: SpectralLayer, backend: str) -> str | None:
+    """Why a backend has not served all of a layer's calls; None if it has."""
+    report = layer.backend_report()
+    if report is None or report.name != backend or report.attends or report.refused:
+        return f"declined: {report}"
+    return None
+
+
+def kernels(run: Run) -> list[dict[str, Any]]:
     """Every variant of a kernel that has been compiled in this process, with its registers and spilled bytes."""
     from quantcache_kernels.triton import decode, decode_attention, dense_attention, encode, queries, trellis
 
-    found = []
+    found: list[dict[str, Any]] = []
     for module in (queries, decode_attention, dense_attention, encode, trellis, decode):
         for name, kernel in vars(module).items():
             if not name.endswith("_kernel"):
@@ -270,4 +279,9 @@ def kernels() -> list[dict[str, Any]]:
             for variant in variants:
                 attributes = ("n_regs", "n_spills", "n_max_threads")
                 found.append({"kernel": name, **{a: getattr(variant, a, None) for a in attributes}})
+    if missing(run.device) is None:
+        for coding, on_trellis in (("scalar", False), ("trellis", True)):
+            for name, compiled in load_codes(run.device.index or 0, on_trellis, on_trellis).items():
+                registers, local = compiled.attribute(4), compiled.attribute(3)
+                found.append({"kernel": name, "coding": coding, "n_regs": registers, "local_bytes": local})
     return found

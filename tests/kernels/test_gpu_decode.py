@@ -17,19 +17,28 @@ pytest.importorskip("triton")
 
 from quantcache.coding.schema import SIDES
 from quantcache.evaluation.record import Record
+from tests.kernels import emulation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+EMULATED = """
+import runpy, sys
+from tests.kernels.emulation import on_the_cpu
+with on_the_cpu():
+    runpy.run_path("benchmarks/gpu_decode.py", run_name="__main__")
+"""
+"""The script with the CUDA kernels in place of a GPU's."""
+
+
 @pytest.mark.slow
-@pytest.mark.triton
 @pytest.mark.timeout(600)
+@pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
 def test_gpu_benchmark_measures_and_writes_its_record(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu_decode.py", "--tiny", "--parts", "parity,copy,attention,encode,models"]
-    command += ["--rungs", "1", "--parity-only", "test_attention and triton-width3", "--parity-seconds", "300"]
-    command += ["--minutes", "30"]
-    paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels"))
-    given = {**os.environ, "PYTHONPATH": paths, "OUT": str(tmp_path)}
+    command = [sys.executable, "-c", EMULATED, "--tiny", "--parts", "parity,copy,attention,models,encode"]
+    command += ["--rungs", "1", "--minutes", "30"]
+    paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels", "benchmarks"))
+    given = {**os.environ, "PYTHONPATH": paths, "OUT": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (log,) = tmp_path.glob("gpu-decode-*.jsonl")
@@ -37,23 +46,71 @@ def test_gpu_benchmark_measures_and_writes_its_record(tmp_path: Path) -> None:
     kinds = [line["kind"] for line in lines]
     assert "failure" not in kinds, [line["figures"] for line in lines if line["kind"] == "failure"]
     parts = {"parity", "copy", "attention", "encode", "decode", "prefill", "generate", "graph"}
-    assert set(kinds) == {"environment", *parts, "kernels"}
+    assert set(kinds) == {"environment", "prepared", *parts, "kernels"}
     (path,) = tmp_path.glob("gpu-decode__*.json")
     record = Record.from_dict(json.loads(path.read_text()))
     assert not record.clean
     parity = record.metrics["parity"]
-    assert (parity["exit_status"], parity["failed"]) == (0, []), parity["summary"]
-    assert parity["summary"].startswith("1 passed")
-    for rung in record.metrics["attention"]:
-        assert set(rung["status"].values()) == {"ok"}
-        assert rung["difference"]["relative"] < 0.01  # in bfloat16; parity is tests/kernels' affair
+    assert parity["failed"] == []
+    assert parity["summary"].startswith("1 skipped"), "there is no GPU"
+    (rung,) = record.metrics["attention"]
+    assert rung["status"].pop("triton-3").startswith("unavailable: ")
+    assert set(rung["status"].values()) == {"ok"}
+    assert set(rung["backend"]) >= {"cuda-3", "cuda-3 step", "cuda-3, 5 queries", "cuda-3 scalar"}
+    assert set(rung["backend"].values()) == {"cuda"}
+    for found in rung["difference"].values():
+        assert found["relative"] < 0.01  # in bfloat16; parity is tests/kernels' affair
     (model,) = record.metrics["models"]
+    triton = [entry for entry in model["decode"] if entry["kind"] == "spectral-triton"]
+    assert ["triton" in entry["status"] for entry in triton] == [True], "it cannot be used, and that is all"
+    model["decode"] = [entry for entry in model["decode"] if entry not in triton]
     for part in ("decode", "prefill", "generate"):
-        assert [(entry["kind"], entry["status"]) for entry in model[part]] == [("dense", "ok"), ("spectral", "ok")]
-    assert [entry["kind"] for entry in model["graph"]] == ["spectral", "spectral-cuda"]
-    assert {entry["status"] for entry in model["graph"]} == {"unsupported: CUDA graphs need a GPU"}
-    assert model["prefill"][1]["encode_share"] > 0
+        assert {entry["status"] for entry in model[part]} == {"ok"}
+        served = {entry["kind"]: entry["backends"] for entry in model[part] if not entry["kind"].startswith("dense")}
+        assert served["spectral-cuda"] == ["cuda"]
+        assert set(served) >= {"spectral", "spectral-cuda"}
+    assert {entry["kind"] for entry in model["decode"]} >= {"dense", "dense, flash"}
+    assert [(entry["kind"], entry["status"]) for entry in model["graph"]] == [
+        ("spectral-cuda", "unsupported: CUDA graphs need a GPU")
+    ]
+    assert all(entry["encode_share"] > 0 for entry in model["prefill"] if entry["kind"] != "dense")
     assert record.metrics["not_measured"] == []
+
+
+@torch.inference_mode()
+def test_kernels_that_cannot_run_are_said_to_be_unavailable(tmp_path: Path) -> None:
+    from gpu_run import Run
+    from gpu_steps import Rung, Variant, warm_up
+
+    run, variant = Run(torch.device("cpu"), True, 0.0, tmp_path / "log"), Variant("cuda", "trellis", 3.0)
+    rung, why = Rung(run, "llama-8b", 1, 140), "the CUDA kernels do not run on cpu devices"
+    rung.ours(variant, whole=True, several=True)
+    rung.dense(True)
+    assert rung.found["status"] == {"cuda-3": f"unavailable: {why}", "sdpa": "ok", "DynamicCache step": "ok"}
+    assert why in warm_up(run, "llama-8b", [variant])["cuda-3"]
+
+
+@torch.inference_mode()
+def test_a_time_that_another_backend_took_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_steps
+    from gpu_run import Run
+
+    run = Run(torch.device("cpu"), True, 0.0, tmp_path / "log")
+    monkeypatch.setattr(gpu_steps, "declined", lambda layer, backend: "declined: it slept")
+    rung = gpu_steps.Rung(run, "llama-8b", 1, 140)
+    rung.ours(gpu_steps.Variant("torch", "trellis", 3.0), whole=False, several=False)
+    assert rung.found["milliseconds"] == {}
+    assert set(rung.found["status"].values()) == {"declined: it slept"}
+
+
+def test_parity_of_triton_is_asked_of_files_that_are_there() -> None:
+    from argparse import Namespace
+
+    from gpu_decode import triton_tests
+
+    files = [name for name in triton_tests(Namespace(tiny=False), Namespace(parity_only=None)) if "/" in name]
+    assert len(files) > 1
+    assert all((ROOT / name).is_file() for name in files)
 
 
 def test_every_geometry_is_timed_at_every_length_and_batch() -> None:
