@@ -31,7 +31,7 @@ from fidelity_tables import (
     own_table,
     weights_table,
 )
-from gpu_tables import gpu_attention_table, gpu_kernel_table, gpu_models_table
+from gpu_tables import attention_rank, gpu_attention_table, gpu_kernel_table, gpu_models_table, models_rank
 from prefix_tables import prefixes_table
 from suite_tables import SUITE_TABLES
 
@@ -97,6 +97,9 @@ TABLES: dict[str, tuple[str, Render]] = {
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""
 
+RANKS: dict[str, Callable[[dict[str, Any]], int]] = {"gpu-attention": attention_rank, "gpu-models": models_rank}
+"""For tables that not every record of their suite will do for: the newest of the highest rank is shown, none of 0."""
+
 
 def records_of(root: Path, suite: str) -> list[tuple[Path, dict[str, Any]]]:
     """The records of a suite, the newest last; a quick run does not stand in for a whole one.
@@ -158,8 +161,11 @@ def render(text: str, root: Path, page: Path) -> str:
                 body = make_of_parts(parts, page)
         elif name in TABLES:
             suite, make = TABLES[name]
-            if found := records_of(root, suite):
-                body = make(*found[-1], page)
+            rank = RANKS.get(name, lambda record: 1)
+            ranked = [(rank(record), path, record) for path, record in records_of(root, suite)]
+            if highest := max((each[0] for each in ranked), default=0):
+                _, path, record = [each for each in ranked if each[0] == highest][-1]
+                body = make(path, record, page)
         else:
             raise ValueError(f"{page}: unknown table {name!r}: known are {', '.join((*PART_TABLES, *TABLES))}")
         return f"{match[1]}{body}\n{match[3]}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks import claim_tables, fidelity, fidelity_tables, figures, records, tables
+from benchmarks import claim_tables, fidelity, fidelity_tables, figures, gpu_tables, records, tables
 from quantcache import Calibration
 from quantcache.artifact.prediction import predict_kl
 from quantcache.data import calibrations_path, demo_model_path
@@ -560,3 +560,61 @@ def test_only_a_clean_commit_makes_a_result(
     assert written["metrics"]["time"]["n"] == 1
     assert written["schema_version"] == 1
     assert "git" not in written["environment"]
+
+
+# ------------------------------------------------------------------------------ GPU
+
+
+def gpu_record(created: str, **metrics: Any) -> dict[str, Any]:
+    """A record of the GPU benchmark."""
+    environment = {"cpu": {"name": "Abacus 9", "cores": 2}, "gpus": [{"name": "Beads"}]}
+    return {**record(created, 0.0, suite="gpu-decode"), "settings": {}, "environment": environment, "metrics": metrics}
+
+
+def rung(**milliseconds: float) -> dict[str, Any]:
+    """One rung; ``_`` in a name stands for a blank or a hyphen."""
+    known = {"cuda_3": "cuda-3", "cuda_3_step": "cuda-3 step", "dynamic": "DynamicCache step, flash"}
+    times = {known.get(key, key): {"median": ms, "call": 2 * ms} for key, ms in milliseconds.items()}
+    return {
+        "model": "llama-8b",
+        "batch": 8,
+        "tokens": 32_768,
+        "milliseconds": times,
+        "status": {},
+        "packed_bytes": {"cuda-3": 2_000_000, "triton-3": 1_000_000},
+        "kernel_microseconds": {"cuda-3": {"attend": 90.0}, "triton-3": "no GPU"},
+        "difference": {"cuda-3": {"relative": 0.0003, "tokens": 64}, "triton-3": {"relative": 0.5, "tokens": 64}},
+    }
+
+
+def test_gpu_tables_are_of_the_newest_record_that_has_what_they_show(checkout: Path) -> None:
+    model = {"model": "llama-8b", "layers": 8, "prefill": [], "generate": []}
+    step = {"batch": 1, "context": 4096, "status": "ok", "tokens_per_second": 40.0, "cache_bytes": 5_000_000}
+    entries = [{**step, "kind": "dense"}, {**step, "kind": "spectral", "backends": ["cuda"]}]
+    graph = {**step, "kind": "spectral", "backends": ["cuda"], "tokens_per_second": 80.0}
+    models = [{**model, "decode": entries, "graph": [graph]}]
+    attention = [rung(cuda_3=0.1, flash=0.25, cudnn=0.2, cuda_3_step=0.125, dynamic=0.5)]
+    parity = {"summary": "108 passed in 47.04s"}
+    add(checkout, "a", gpu_record("2026-01-01T00:00:00+00:00", models=models))
+    add(checkout, "b", gpu_record("2026-01-02T00:00:00+00:00", attention=attention, parity=parity))
+    old = {"spectral-3": {"median": 1.0}, "spectral-3 step": {"median": 1.0}}
+    add(checkout, "c", gpu_record("2026-01-03T00:00:00+00:00", attention=[{**rung(), "milliseconds": old}]))
+    add(checkout, "d", gpu_record("2026-01-04T00:00:00+00:00", attention={"status": "it failed"}))
+    markers = "\n\n".join(f"<!-- table:{name} -->\n<!-- /table -->" for name in ("gpu-attention", "gpu-models"))
+    found = tables.render(markers, checkout, Path("README.md"))
+    assert "| llama-8b | 8 | 32,768 | 100 | 200 (cudnn) | 2.00× | 125 | 500 | 4.00× | 4.00× |" in found
+    assert "differ from plain torch's by at most 0.03 %. Parity on this GPU: CUDA: 108 passed." in found
+    assert "| llama-8b | 8 | 32,768 | cuda-3 | 100 |  | 2.0 | attend 90 |" in found
+    assert "triton-3" not in found, "it has no time"
+    assert "| llama-8b | 8 | 1 | 4,096 | dense |  | 40.0 |  |  | 5.0 |" in found
+    assert "| llama-8b | 8 | 1 | 4,096 | spectral | cuda | 40.0 | 80.0 |  | 5.0 |" in found
+    assert "gpu-decode__b.json" in found
+    assert "gpu-decode__a.json" in found
+
+
+def test_gpu_tables_make_do_with_records_of_triton() -> None:
+    ranks = [
+        (gpu_tables.attention_rank(record), gpu_tables.models_rank(record))
+        for _, record in tables.records_of(tables.ROOT, "gpu-decode")
+    ]
+    assert all(max(each) > 0 for each in zip(*ranks, strict=True))
