@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantcache.backends import trials
 from quantcache.backends.base import CODE_QUERIES, Backend, BackendReport, Fields, Stage
 from quantcache.backends.cpu import CpuBackend
 from quantcache.backends.cuda import CudaBackend
@@ -120,26 +121,44 @@ def choose(
     name = known_name(name)
     report = BackendReport(REFERENCE.name)
     asked_for = (BACKENDS[name], *NEXT_BEST.get(name, ())) if name != "auto" else FASTEST_FIRST.get(device.type, ())
+    partly: list[tuple[Backend, dict[str, str]]] = []
     for backend in asked_for:
         reason = backend.unavailable(device)
         if reason is not None and backend.name == name:
             raise QuantCacheError(f'backend="{name}" cannot be used here: {reason}')
         if reason is not None:
             report.passed_over[backend.name] = reason
-            _warn_once(f"encoding and attending in plain torch, which is slower: no {backend.name} kernels ({reason})")
             continue
         asked = {side: backend.lacks(codec, dtypes[side]) for side, codec in codecs.items()}
         lacks = {side: reason for side, reason in asked.items() if reason is not None}
-        if lacks and all(isinstance(codec, SpectralCodec) for codec in codecs.values()):
-            _warn_once(f"not using the {backend.name} kernels: {'; '.join(lacks.values())}")
-        if len(lacks) == len(codecs):
-            report.passed_over[backend.name] = next(iter(lacks.values()))
-            continue
-        report.name = backend.name
-        report.attends = "; ".join(f"{side}s: {reason}" for side, reason in lacks.items()) or None
-        _inform_once(f"keys and values on {device.type} are encoded by the {backend.name} backend")
-        return backend, report
-    return REFERENCE, report
+        if not lacks:
+            if name not in ("auto", backend.name):
+                _warn_once(f"not using the {name} kernels: {report.passed_over[name]}")
+            return backend, _serving(report, backend, device)
+        report.passed_over[backend.name] = next(iter(lacks.values()))
+        if len(lacks) < len(codecs):
+            partly.append((backend, lacks))
+            if backend.name == name:
+                break
+    missing = "; ".join(f"no {other} kernels ({reason})" for other, reason in report.passed_over.items())
+    if missing and all(isinstance(codec, SpectralCodec) for codec in codecs.values()):
+        work = "attending" if partly else "encoding and attending"
+        _warn_once(f"{work} in plain torch, which is slower: {missing}")
+    if not partly:
+        return REFERENCE, report
+    # Plain torch attends, and takes portable blocks as they are.
+    backend, lacks = min(partly, key=lambda each: each[0].layout != REFERENCE.layout)
+    del report.passed_over[backend.name]
+    report.attends = "; ".join(f"{side}s: {reason}" for side, reason in lacks.items())
+    return backend, _serving(report, backend, device)
+
+
+def _serving(report: BackendReport, backend: Backend, device: torch.device) -> BackendReport:
+    """A report of who serves."""
+    report.name = backend.name
+    others = "".join(f"; not {other}: {reason}" for other, reason in report.passed_over.items())
+    _inform_once(f"keys and values on {device.type} are encoded by the {backend.name} backend{others}")
+    return report
 
 
 class Choice:
@@ -154,7 +173,8 @@ class Choice:
         self, name: str, device: torch.device, dtypes: Mapping[str, torch.dtype], codecs: Mapping[str, SideCodec]
     ) -> tuple[Backend, BackendReport]:
         """See :func:`choose`."""
-        key = (name, device, *map(id, codecs.values()), *dtypes.values())
+        rejections = trials.rejections() if name == "auto" else None  # a kernel that fails leaves its layers to others
+        key = (name, device, rejections, *map(id, codecs.values()), *dtypes.values())
         if self._key != key:
             found = choose(name, device, dtypes, codecs)
             self._key, self._codecs, self._found = key, codecs, found

@@ -7,6 +7,7 @@ of their own bring blocks from the portable layout into this one, and back.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -27,11 +28,13 @@ from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda import conversion
 from quantcache_kernels.cuda.blocks import PATH_BIT
 from quantcache_kernels.cuda.constants import PreparedCodes, prepare, unsupported
-from quantcache_kernels.cuda.driver import missing
+from quantcache_kernels.cuda.driver import CudaError, missing
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.cuda.places import Blocks, Lasting, Starts, units_of
 from quantcache_kernels.interface import AttentionCall
+
+logger = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
 """Of keys, values and queries. Products are of half precision: that is enough for models in bfloat16, but not always
@@ -112,7 +115,10 @@ class CudaBackend(Backend):
             raise CannotRepeat(f"attention runs in plain torch: {view.report and view.report.attends}")
         memory = shared.setdefault(self.name, Memory())
         lasting = Lasting.of(units_of(blocks, not view.cut), memory, count.device)
-        return CudaStage(self, view, room, count, masked, lasting)
+        try:
+            return CudaStage(self, view, room, count, masked, lasting)
+        except CudaError as error:  # of a plain step a trial says so
+            raise CannotRepeat(f"the kernels cannot be used: {error}") from error
 
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         """Encode in the portable layout, then bring the blocks into this one."""
@@ -150,7 +156,13 @@ class CudaBackend(Backend):
 
     def _portable(self, device: torch.device) -> Backend:
         """Who encodes and decodes."""
-        return REFERENCE if self._encoder.unavailable(device) else self._encoder
+        reason = self._encoder.unavailable(device)
+        if reason is None:
+            return self._encoder
+        _say_once(
+            logging.WARNING, f"encoding in plain torch, which is slower: no {self._encoder.name} kernels ({reason})"
+        )
+        return REFERENCE
 
 
 class CudaStage(Stage):
@@ -240,10 +252,18 @@ def prepared(codec: SpectralCodec) -> PreparedCodes:
     """
     found = codec.derived.get("cuda")
     if not isinstance(found, PreparedCodes):
+        _say_once(
+            logging.INFO, "the CUDA kernels are compiled at their first use on a machine, which takes some seconds"
+        )
         made = prepare(codec.constants(), codec.mean.device, codec.holds_values)
         found = codec.derived.setdefault("cuda", made)
         assert isinstance(found, PreparedCodes)
     return found
+
+
+@functools.cache
+def _say_once(level: int, message: str) -> None:
+    logger.log(level, message)
 
 
 def _starts(view: CacheView) -> Starts | None:

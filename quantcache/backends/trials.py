@@ -60,6 +60,12 @@ class Outcome:
 
 _outcomes: dict[Hashable, Outcome] = {}
 _rejected: dict[tuple[str, str, str], Outcome] = {}
+_latest: list[object] = [object()]
+
+
+def rejections() -> object:
+    """What is another object whenever a kernel has failed a trial."""
+    return _latest[0]
 
 
 def rejected(operation: str, backend: str, device: torch.device) -> bool:
@@ -96,9 +102,9 @@ def passes(
     if key not in _outcomes:
         _outcomes[key] = found = attempt(operation, backend, device, work)
         if found.problem:
-            _rejected[place] = found
+            _rejected[place], _latest[0] = found, object()
             logger.warning(
-                "not using the %s kernel of backend %r in this process, but plain torch, which is slower: "
+                "not using the %s kernel of backend %r in this process, and what takes its place is slower: "
                 "on %s (%s) %s",
                 operation, backend, found.device, versions(), found.problem,
             )  # fmt: skip
@@ -214,3 +220,4 @@ def forget() -> None:
     """Forget all trials, for tests."""
     _outcomes.clear()
     _rejected.clear()
+    _latest[0] = object()

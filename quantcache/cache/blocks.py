@@ -27,6 +27,7 @@ from quantcache.backends import (
     Fields,
     Shared,
     padding,
+    trials,
 )
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span, block_table_of
@@ -188,17 +189,17 @@ class BlockLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
-        tails, shared, *lasting = _of_one_moment(vars(self))
+        tails, shared, *lasting = [*list(_of_one_moment(vars(self))), trials.rejections()]
         if shared is None or not all(map(operator.is_, shared.made_of, lasting)):
             if self.spans:
                 self._relay(self._served()[0])
-            tails, _, *lasting = _of_one_moment(vars(self))
+            tails, _, *lasting = [*list(_of_one_moment(vars(self))), trials.rejections()]
             self.shared = shared = self._shared(lasting)
         return shared.view(tails, self.flush)
 
     def _shared(self, lasting: list[Any]) -> Shared:
         """What views have in common until blocks change."""
-        codecs, spans, stores, sinks, leads, left_padding, origins, cut, layout, block_table, _ = lasting
+        codecs, spans, stores, sinks, leads, left_padding, origins, cut, layout, block_table, *_ = lasting
         key, value = ((codecs.get(side), stores[side], sinks.get(side), leads.get(side)) for side in SIDES)
         if spans:
             table = block_table.buffers["block_table"][: block_table.count]
@@ -352,11 +353,10 @@ class BlockLayer(DynamicLayer):
     def _move(self, device: torch.device | str) -> None:
         self.flush_if_finite()
         self._relay(REFERENCE)
+        optional = {name: getattr(self, name) for name in ("left_padding", "origins", "trail")}
         self._commit(
             block_table=self.block_table.moved(device),
-            left_padding=None if self.left_padding is None else moved(self.left_padding, device),
-            origins=None if self.origins is None else moved(self.origins, device),
-            trail=None if self.trail is None else moved(self.trail, device),
+            **{name: None if tensor is None else moved(tensor, device) for name, tensor in optional.items()},
             leads={side: moved(lead, device) for side, lead in self.leads.items()},
             stores={side: store.moved(device) for side, store in self.stores.items()},
             tails={side: moved(tail, device) for side, tail in self.tails.items()},
