@@ -230,7 +230,7 @@ struct TakeArguments {
 };
 
 // What follows from a call's queries alone. Blocks of threads that attend come first: they wait for memory while others turn.
-KERNEL void BOUNDS(NEAR_THREADS, 3) take_queries(GIVEN(TakeArguments) a) {
+KERNEL void BOUNDS(NEAR_THREADS, 2) take_queries(GIVEN(TakeArguments) a) {
     static_assert(NEAR_THREADS == TURN_THREADS, "one launch");
     const int block = static_cast<int>(block_x()), other = block - a.near_blocks;
     if (other < 0)
