@@ -28,13 +28,13 @@ class Device(NamedTuple):
     """What a device has.
 
     Attributes:
-        count: Multiprocessors.
+        processors: Multiprocessors.
         bytes: Shared memory of each.
         block_bytes: The most that a block of threads can have of it.
         max_warps: The most warps of the kernel that it runs at once.
     """
 
-    count: int
+    processors: int
     bytes: int
     block_bytes: int
     max_warps: int
@@ -68,7 +68,7 @@ class Room(NamedTuple):
         """
         constants = BARRIER_BYTES + 4 * (keys.head_words + values.head_words)
         warp = ROOM_BYTES + 2 * (keys.room + values.room) + query_bytes + 512 * values.layout.tiles
-        return cls(*(-(-size // 128) * 128 for size in (constants, warp)), device_of(device))
+        return cls(-(-constants // 128) * 128, -(-warp // 128) * 128, device_of(device))
 
     def warps_that_fit(self, warps: int) -> int:
         """How many warps a multiprocessor runs at once, in blocks of so many; 0 if a block does not fit."""
@@ -86,7 +86,7 @@ class Room(NamedTuple):
         Returns:
             The smallest number with which as many warps as possible run at once.
         """
-        return _warps_of_a_block(self, -(-wanted // self.device.count))
+        return _warps_of_a_block(self, -(-wanted // self.device.processors))
 
     def units_of_a_split(self, units: int, lines: int, most: int | None = None) -> int:
         """Into what a context is best cut.
@@ -112,7 +112,7 @@ class Room(NamedTuple):
             What is best for all of them, and not less than the device runs at once.
         """
         best = -(-units // self.units_of_a_split(units, lines))
-        at_once = self.device.count * self.warps_that_fit(self.warps_of_a_block(units * lines))
+        at_once = self.device.processors * self.warps_that_fit(self.warps_of_a_block(units * lines))
         return min(units, max(best, -(-at_once // lines)))
 
 
@@ -125,7 +125,7 @@ def device_of(device: torch.device) -> Device:
     return Device(
         found.multi_processor_count,
         found.shared_memory_per_multiprocessor,
-        found.shared_memory_per_block_optin,
+        found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         MAX_WARPS[max(first for first in MAX_WARPS if first <= found.major)],
     )
 
@@ -143,7 +143,7 @@ def _units_of_a_split(room: Room, units: int, lines: int, most: int) -> int:
     def cost(each: int) -> tuple[float, int]:
         splits = -(-units // each)
         warps = room.warps_of_a_block(splits * lines)
-        at_once = room.device.count * (room.warps_that_fit(warps) // warps)
+        at_once = room.device.processors * (room.warps_that_fit(warps) // warps)
         waves = -(-lines * -(-splits // warps) // max(1, at_once))
         return waves * (each + OVERHEAD), -each
 
