@@ -1,7 +1,8 @@
 """Implementations of encoding and of attention on codes, and which of them serves a layer.
 
 To add one, write a :class:`Backend` in a module of its own and give it a place in :data:`FASTEST_FIRST`; nothing
-else in quantcache names a backend. One that nobody has run on its devices yet goes to :data:`ON_REQUEST`.
+else in quantcache names a backend. One that has not been measured on its devices yet goes to
+:data:`ON_REQUEST`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ FASTEST_FIRST: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(),), "cuda":
 """By type of device, what ``"auto"`` tries before plain torch."""
 
 ON_REQUEST: tuple[Backend, ...] = (CudaBackend(_TRITON),)
-"""What has to be asked for by name: nobody has run it on a device yet."""
+"""What has to be asked for by name: it has not been measured on its devices yet as it is now."""
 
 NEXT_BEST: dict[str, tuple[Backend, ...]] = {"cuda": (_TRITON,)}
 """Who serves the layers that a backend lacks which was asked for by name; plain torch where nobody is named."""
