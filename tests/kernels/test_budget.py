@@ -34,19 +34,16 @@ REGISTERS = 128
 VARIANTS = {(True, 1): REGISTERS, (True, 2): 130, (False, 1): REGISTERS}
 """Registers that ``attend`` may take, by whether queries have twice eight bits and by their tiles of columns."""
 
-SPILLED = 32
-"""Bytes of stack of the kernel of blocks on compute capability 12.0."""
-
 OPERATIONS = 2.6
 """Of a lane, for one coefficient of one token, at 3 bits and widths as of a real model."""
 
 BLOCK_OPERATIONS = {
-    ("llama-8b", "scalar"): 4.0,
-    ("llama-8b", "trellis"): 5.5,
-    ("qwen2.5-7b", "scalar"): 4.0,
-    ("qwen2.5-7b", "trellis"): 5.5,
-    ("gemma-2-9b", "scalar"): 4.5,
-    ("gemma-2-9b", "trellis"): 6.3,
+    ("llama-8b", "scalar"): 4.6,
+    ("llama-8b", "trellis"): 6.1,
+    ("qwen2.5-7b", "scalar"): 4.6,
+    ("qwen2.5-7b", "trellis"): 6.1,
+    ("gemma-2-9b", "scalar"): 5.4,
+    ("gemma-2-9b", "trellis"): 7.3,
 }
 """The same of the kernel of blocks, which misses that bound: what was measured."""
 
@@ -94,14 +91,12 @@ def test_kernels_of_blocks_keep_to_their_registers(codings: tuple[bool, bool], t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trellis", [False, True])
-def test_kernels_of_blocks_spill_little_on_smaller_gpus(trellis: bool, tmp_path: Path) -> None:
+def test_kernels_of_blocks_spill_nothing_on_smaller_gpus(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: driver.compiled_codes((12, 0), trellis, trellis)))
-    stacks = {name: each["stack"] for name, each in found.items()}
-    assert stacks.pop("attend_codes") <= SPILLED
-    assert set(stacks.values()) == {0}
+        found = resources(built(lambda: driver.compiled_codes((12, 0), True, True)))
+    assert REGISTERS < found["attend_codes"]["registers"] <= 255, "a block of threads has half as many warps there"
+    assert {(each["stack"], each["local"]) for each in found.values()} == {(0, 0)}
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
