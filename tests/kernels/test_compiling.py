@@ -64,7 +64,7 @@ loads and stores: on sm_80 it has 38 among 8,258 instructions at D = 256, and 12
 
 SPILLS_3_6: dict[int, dict[str, dict[str, int]]] = {
     90: {"gemma-2": {"attend": 24}},
-    80: {"gemma-2": {"attend": 216}, "gemma-2-trellis": {"gain": 16}, "llama-8b-trellis": {"attend": 136, "gain": 16}},
+    80: {"gemma-2": {"attend": 216}, "llama-8b-trellis": {"attend": 136, "gain": 16}},
     120: {"gemma-2": {"attend": 32}},
 }
 """What differs with Triton 3.6, whose assembler is older."""
@@ -76,9 +76,10 @@ OF_256 = ["^gemma-2$", "^gemma-2-trellis$:decode|coefficient|gain|path|level"]
 COMPILED = {
     90: ["^llama-8b$", "^llama-8b-trellis$:attend|decode|coefficient|gain|path|level", "^D64$:attend|query",
          "^T69$:attend", *OF_256],
-    80: ["^llama-8b-trellis$", *OF_256],
-    120: ["^llama-8b-trellis$", *OF_256],
+    80: ["^llama-8b-trellis$", "^gemma-2$:attend"],
+    120: ["^llama-8b-trellis$", "^gemma-2$:attend"],
 }  # fmt: skip
+"""What is compiled for each target, as ``--only`` has it; attention is what spills at D = 256."""
 
 
 @pytest.mark.slow
@@ -90,7 +91,7 @@ def test_kernels_compile_for(target: int) -> None:
     assert not [each for each in found if each["error"]]
     assert {each["kernel"] for each in found} == {f"{name}_kernel" for name in KERNELS}
     wide = {each["kernel"] for each in found if each["case"].startswith("gemma-2")}
-    assert wide == {f"{name}_kernel" for name in KERNELS}
+    assert wide == {f"{name}_kernel" for name in (KERNELS if target == 90 else ("attend",))}
     allowed = SPILLS[target]
     if version("triton").startswith("3.6."):
         allowed = allowed | SPILLS_3_6[target]
