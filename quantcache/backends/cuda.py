@@ -88,6 +88,7 @@ class CudaBackend(Backend):
             reason = "tokens of the queries themselves are encoded, and blocks are read as the past of every query"
         if reason is None and lines > kernels.MAX_LINES:
             reason = f"{query.shape[0]} rows of {heads} heads are {lines} lines of queries, more than a launch takes"
+        reason = reason or _too_large(view, rows)
         shape = rows, view.num_blocks >= LOOP_BLOCKS
         if reason is None and not attends_rightly(self, query, view, call, shape, LOOP_BLOCKS):
             reason = "the kernel has failed its trial (see the log, or quantcache env --check)"
@@ -98,7 +99,10 @@ class CudaBackend(Backend):
         return _attend(query, view, call)
 
     def attend_on_trial(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
-        """Attend by two splits: a warp then goes on to blocks that come while it works, as in a long view."""
+        """Attend by two splits: a warp then goes on to blocks that come while it works, as in a long view.
+
+        Their warps share a head's constants.
+        """
         return _attend(query, view, call, min(2, -(-view.num_blocks // 4)))
 
     def stage(
@@ -188,7 +192,7 @@ class CudaStage(Stage):
         kernels.append(key, value, self._near, *self._sides, self._lasting)
 
     def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
-        """Four launches, whose results go where those of the step before went."""
+        """Three launches, whose results go where those of the step before went."""
         if not self._masked:
             call = call._replace(mask=None)
         if self._lasting.out is None:
@@ -226,6 +230,16 @@ def _attend(query: Tensor, view: CacheView, call: AttentionCall, splits: int | N
     assert isinstance(view.value.codec, SpectralCodec)
     sides = prepared(view.key.codec), prepared(view.value.codec)
     return kernels.attend(query, _blocks(view), NearTokens(*view.dense_parts()), *sides, call, splits)
+
+
+def _too_large(view: CacheView, rows: int) -> str | None:
+    """Why one warp of the kernel does not fit the device, as with wide codes of large heads on smaller GPUs."""
+    keys, values = (prepared(cast(SpectralCodec, side.codec)) for side in (view.key, view.value))
+    room = kernels.room_of(keys, values, kernels.rows_of(rows), view.key.tail.device)
+    if room.warps_that_fit(1):
+        return None
+    taken, there = room.constants + room.warp, room.device.block_bytes
+    return f"a head's constants and blocks take {taken} bytes of shared memory, and the device has {there}"
 
 
 def _near(view: CacheView, room: dict[str, Tensor], count: Tensor) -> NearTokens | None:

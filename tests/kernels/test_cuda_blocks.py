@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.errors import QuantCacheError
 from quantcache_kernels.cuda import codes as kernels
+from quantcache_kernels.cuda import room
 from quantcache_kernels.cuda.blocks import BlockLayout
 from quantcache_kernels.cuda.driver import missing, source
 from quantcache_kernels.cuda.near import NearTokens
@@ -78,6 +80,18 @@ def test_queries_whose_own_tokens_are_encoded_are_left_to_plain_torch(emulated: 
     assert view.key.tail.shape[2] == 0
     assert attend_by_kernel(filled.query, view) is None
     assert attend_by_kernel(filled.query[:, :, -1:], view) is not None
+
+
+def test_what_does_not_fit_a_small_gpu_is_left_to_plain_torch(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = room.device_of(CPU)._replace(bytes=8 << 10, block_bytes=7 << 10)
+    monkeypatch.setattr(room, "device_of", lambda device: small)
+    filled = fill(in_bfloat16(Case()))
+    view = on_device(filled.layer, CUDA).snapshot()
+    reason = backends.find("cuda").refuses(filled.query, view, AttentionCall(None, 64**-0.5))
+    assert reason is not None
+    assert re.fullmatch(
+        r"a head's constants and blocks take \d{5} bytes of shared memory, and the device has 7168", reason
+    )
 
 
 @pytest.mark.parametrize("tokens", [100, 101])

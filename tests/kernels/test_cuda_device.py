@@ -11,6 +11,7 @@ from quantcache import Calibration, DecodeGraph, SpectralCache, decode_graphs
 from quantcache.backends import cuda
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import Coding
+from quantcache_kernels.cuda import room
 from quantcache_kernels.cuda.driver import missing
 from tests.families import FAMILIES
 from tests.kernels.cases import ATTENTION, TRELLIS, Case, Kernel, codecs
@@ -41,7 +42,11 @@ def test_parity(case: Case, poisoned: None) -> None:
 
 @pytest.mark.parametrize("coding", CODINGS)
 @pytest.mark.parametrize("tokens", [1000, 3000])
-def test_parity_where_a_split_has_several_units(tokens: int, coding: Coding, poisoned: None) -> None:
+def test_parity_where_warps_share_constants_and_have_several_units(
+    tokens: int, coding: Coding, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = room.device_of(DEVICE)._replace(processors=1)
+    monkeypatch.setattr(room, "device_of", lambda device: small)
     check_parity(in_bfloat16(Case(tokens=tokens, heads=3, dim=128, pads=(0, 70, 0), coding=(coding, coding))), CUDA)
 
 

@@ -79,7 +79,7 @@ def attend(
         keys: The keys' constants.
         values: The values'.
         call: The rest of the call.
-        splits: Parts of the context, or None for what fits the device.
+        splits: Parts of the context, whose warps go together as far as they fit; None for what is best for the device.
         lasting: What launches need that are to serve more blocks than these; its ``out`` is written. None for a call by
             itself.
 
@@ -90,23 +90,24 @@ def attend(
     heads = keys.layout.heads
     total = query_heads // heads * count
     chunks = -(-total // ROWS)
-    place = Rows(heads, chunks, -(-total // chunks), count, total)
+    place = Rows(heads, chunks, rows_of(total), count, total)
     rows, lines = place.rows, lines_of(batch, total, heads)
     slots, value_dim = TILE * values.layout.tiles, values.mean.shape[1]
     near, query = near.readable(), readable(query)
     blocks = blocks.readable()
 
-    query_bytes = LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + structures.EXTRA_BYTES
-    room, units, there = Room.of(keys, values, query_bytes, device), blocks.units, None
-    if lasting is None:
-        places = blocks.places(near, -(-units // splits) if splits else room.units_of_a_split(units, lines))
-        splits = places.splits
-    else:
+    room, units, there = room_of(keys, values, rows, device), blocks.units, None
+    query_bytes = query_bytes_of(keys, rows)
+    per_split = -(-units // splits) if splits else room.units_of_a_split(units, lines)
+    warps = room.warps_of_a_block(-(-units // per_split) * (room.device.processors if splits else lines))
+    places = blocks.places(near, per_split)
+    splits = places.splits
+    if lasting is not None:
         if lasting.room is None:
-            lasting.room, lasting.lines = room, lines
+            lasting.room, lasting.lines, lasting.warps = room, lines, warps
             announce(lasting, blocks, near, keys, values)
         units, splits, there = lasting.units, room.most_splits(lasting.units, lines), lasting.there.data_ptr()
-        places = Places()  # these here would not last
+        places, warps = Places(), lasting.warps  # these here would not last
 
     vectors = lines * rows  # of every split
     sizes = units * lines * query_bytes, 4 * splits * vectors * slots, 8 * splits * vectors
@@ -149,7 +150,6 @@ def attend(
     to_take = TakeArguments(to_near, to_turn, near.splits * lines, turned_groups)
     turn_bytes = 2 * STEP * (dim - keys.num_fast) + 4 * (rows * dim + ROWS + TURNED_ROWS)
     take_bytes, take_blocks = max(turn_bytes, near.shared_bytes(rows)), (near.splits + turned_groups) * lines
-    warps = room.warps_of_a_block(splits * lines)
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         stream = stream_of(device)
@@ -158,6 +158,21 @@ def attend(
         kernels["attend_codes"].launch(grid, 32 * warps, room.constants + warps * room.warp, to_attend, stream)
         kernels["merge"].launch((rows, lines), 4 * value_dim, to_merge.shared_bytes, to_merge, stream)
     return out
+
+
+def rows_of(total: int) -> int:
+    """Rows of queries of a chunk, of so many that share a head."""
+    return -(-total // -(-total // ROWS))
+
+
+def query_bytes_of(keys: PreparedCodes, rows: int) -> int:
+    """Bytes of a unit's queries, of so many rows."""
+    return LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + structures.EXTRA_BYTES
+
+
+def room_of(keys: PreparedCodes, values: PreparedCodes, rows: int, device: torch.device) -> Room:
+    """Shared memory of ``attend_codes`` with so many rows of queries."""
+    return Room.of(keys, values, query_bytes_of(keys, rows), device)
 
 
 def lines_of(batch: int, rows: int, heads: int) -> int:
@@ -214,7 +229,8 @@ def append(
         values: The values'.
         lasting: Where the place of the tail is.
     """
-    arguments, device = append_arguments(readable(key), readable(value), near, lasting.there.data_ptr()), key.device
+    key, value, device = readable(key), readable(value), key.device
+    arguments = append_arguments(key, value, near, lasting.there.data_ptr())
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         kernels["append_tail"].launch((arguments.vectors, 2), 32, 0, arguments, stream_of(device))

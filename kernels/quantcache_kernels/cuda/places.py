@@ -92,6 +92,7 @@ class Lasting:
         there: The places, where kernels find them, uint8.
         lines: Of the calls; 0 before the first one.
         room: Their shared memory; None before the first one.
+        warps: Of their blocks of threads, as suits the first one; a context that grows takes more blocks of threads.
         out: Where the result goes; None before the first call.
     """
 
@@ -100,6 +101,7 @@ class Lasting:
     there: Tensor
     lines: int = field(default=0, init=False)
     room: Room | None = field(default=None, init=False)
+    warps: int = field(default=1, init=False)
     out: Tensor | None = field(default=None, init=False)
 
     @classmethod
