@@ -2,9 +2,9 @@
 //
 // A warp goes over a split of the context, a unit at a time: two blocks of 64 tokens that share an anchor. Warps of a block
 // of threads have splits of one line, and share the constants of its head; else each is by itself. Levels
-// (decoding.h) are what mma.m16n8k16 takes: tokens are rows of every tile of scores, queries its columns, and a tile of
-// weights, turned around by movmatrix, is the right operand of the products with values. Only the fast dimensions of a key
-// are decoded (fast.h).
+// (decoding.h) are what the tensor cores take: tokens are rows of every tile of scores, queries its columns, and weights,
+// turned around by movmatrix, are the left operand of the products with values. Only the fast dimensions of a key are
+// decoded (fast.h).
 #include "warp.h"
 #include "merge.h"
 #include "decoding.h"

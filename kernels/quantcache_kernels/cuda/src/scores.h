@@ -122,7 +122,7 @@ DEVICE void raise_peaks(const Exponents& e, float (&softmax)[4], Words2* sums, i
     }
 }
 
-// Exponents become weights, times the gains of values: right operands of the products with values.
+// Exponents become weights, times the gains of values: left operands of the products with values.
 DEVICE void weigh(const Exponents& e, const float (&gains)[2][8], float (&softmax)[4], u32 (&weights)[2][4][2]) {
     float offset[2];
     UNROLL for (int q = 0; q < 2; ++q) offset[q] = e.offset[q] - softmax[q];
