@@ -24,8 +24,8 @@ from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import pack, unpack
 from quantcache.common.errors import CannotRepeat
+from quantcache_kernels.cuda import calls, conversion
 from quantcache_kernels.cuda import codes as kernels
-from quantcache_kernels.cuda import conversion
 from quantcache_kernels.cuda.blocks import PATH_BIT
 from quantcache_kernels.cuda.constants import PreparedCodes, prepare, unsupported
 from quantcache_kernels.cuda.driver import CudaError, missing
@@ -80,19 +80,31 @@ class CudaBackend(Backend):
         """What no kernel takes, and a kernel that has failed its trial."""
         if query.dtype != DTYPE:
             return f"the queries are of {query.dtype}"
-        reason = refused_by_kernels(query, view, call)
+        if reason := refused_by_kernels(query, view, call):
+            return reason
+        if call.hides_the_future(query.shape[2]) and view.key.tail.shape[2] < query.shape[2]:
+            return "tokens of the queries themselves are encoded, and blocks are read as the past of every query"
+        kind = query.shape, call.mask is None, call.sink_logits is None, call.softcap is None
+        served = view.prepared.setdefault("cuda serves", set())
+        if kind not in served:  # a trial that fails later makes everything that is prepared anew
+            if reason := self._refuses_blocks(query, view, call):
+                return reason
+            served.add(kind)
+        return None
+
+    def _refuses_blocks(self, query: Tensor, view: CacheView, call: AttentionCall) -> str | None:
+        """The part of :meth:`refuses` that is the same while blocks are."""
         heads = view.key.tail.shape[1]
         rows = query.shape[1] // heads * query.shape[2]
-        lines = kernels.lines_of(query.shape[0], rows, heads)
-        if reason is None and call.hides_the_future(query.shape[2]) and view.key.tail.shape[2] < query.shape[2]:
-            reason = "tokens of the queries themselves are encoded, and blocks are read as the past of every query"
-        if reason is None and lines > kernels.MAX_LINES:
-            reason = f"{query.shape[0]} rows of {heads} heads are {lines} lines of queries, more than a launch takes"
-        reason = reason or _too_large(view, rows)
+        lines = calls.lines_of(query.shape[0], rows, heads)
+        if lines > kernels.MAX_LINES:
+            return f"{query.shape[0]} rows of {heads} heads are {lines} lines of queries, more than a launch takes"
+        if reason := _too_large(view, rows):
+            return reason
         shape = rows, view.num_blocks >= LOOP_BLOCKS
-        if reason is None and not attends_rightly(self, query, view, call, shape, LOOP_BLOCKS):
-            reason = "the kernel has failed its trial (see the log, or quantcache env --check)"
-        return reason
+        if not attends_rightly(self, query, view, call, shape, LOOP_BLOCKS):
+            return "the kernel has failed its trial (see the log, or quantcache env --check)"
+        return None
 
     def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
         """Attend with the kernels of queries, codes, other tokens and their merge."""
@@ -235,7 +247,7 @@ def _attend(query: Tensor, view: CacheView, call: AttentionCall, splits: int | N
 def _too_large(view: CacheView, rows: int) -> str | None:
     """Why one warp of the kernel does not fit the device, as with wide codes of large heads on smaller GPUs."""
     keys, values = (prepared(cast(SpectralCodec, side.codec)) for side in (view.key, view.value))
-    room = kernels.room_of(keys, values, kernels.rows_of(rows), view.key.tail.device)
+    room = calls.room_of(keys, values, calls.rows_of(rows), view.key.tail.device)
     if room.warps_that_fit(1):
         return None
     taken, there = room.constants + room.warp, room.device.block_bytes
@@ -251,8 +263,13 @@ def _near(view: CacheView, room: dict[str, Tensor], count: Tensor) -> NearTokens
 
 
 def _blocks(view: CacheView) -> Blocks:
-    """A view's blocks as the kernels are given them."""
-    return Blocks(view.packed(), view.block_table, _starts(view), view.encoded_end, not view.cut)
+    """A view's blocks as the kernels are given them, made once for all views of the same blocks."""
+    found = view.prepared.get("cuda blocks")
+    if found is None:
+        found = Blocks(view.packed(), view.block_table, _starts(view), view.encoded_end, not view.cut)
+        view.prepared["cuda blocks"] = found
+    assert isinstance(found, Blocks)
+    return found
 
 
 def prepared(codec: SpectralCodec) -> PreparedCodes:

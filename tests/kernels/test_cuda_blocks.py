@@ -26,8 +26,8 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.errors import QuantCacheError
+from quantcache_kernels.cuda import calls, room
 from quantcache_kernels.cuda import codes as kernels
-from quantcache_kernels.cuda import room
 from quantcache_kernels.cuda.blocks import BlockLayout
 from quantcache_kernels.cuda.driver import missing, source
 from quantcache_kernels.cuda.near import NearTokens
@@ -320,7 +320,7 @@ def test_who_is_not_served_is_told_why(emulated: None) -> None:
     view = on_device(filled.layer, CUDA).snapshot()
     assert backend.refuses(filled.query.half(), view, AttentionCall(None, 1.0)) == "the queries are of torch.float16"
     heads, count = view.key.tail.shape[1], filled.query.shape[1] * filled.query.shape[2]
-    most = kernels.MAX_LINES // kernels.lines_of(1, count // view.key.tail.shape[1], heads)
+    most = kernels.MAX_LINES // calls.lines_of(1, count // view.key.tail.shape[1], heads)
     for batch in (most, most + 1):
         query = filled.query[:1].expand(batch, -1, -1, -1)
         reason = backend.refuses(query, view, AttentionCall(None, 1.0))

@@ -121,10 +121,11 @@ class Driver:
         self.limit = self.limit if status else value
         return status
 
-    def cuLaunchKernel(self, function: object, *given: Any) -> int:
+    def cuLaunchKernelEx(self, given: Any, function: object, *others: Any) -> int:
         """Launch."""
         status = self._in_context("launch")
-        return status or int(given[6] > self.limit)
+        self.given = given._obj
+        return status or int(self.given.shared_bytes > self.limit)
 
     def cuDeviceGet(self, handle: Any, device: int) -> int:
         """The handle of a device."""
@@ -174,3 +175,23 @@ def test_a_new_thread_may_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel.shared_bytes = 99 << 10
     launch(60 << 10)
     assert [str(error) for error in failed] == ["CUDA: launched wrongly (1)"], "another error is told"
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_kernel_that_waits_for_the_one_before_may_begin_early(follows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Driver()
+    monkeypatch.setattr(driver, "_cuda", lambda: library)
+    driver.Kernel(ctypes.c_void_p(1), 2, follows).launch((3, 5), 64, 1 << 10, PlacesArguments(), 7)
+    given, attribute = library.given, library.given.attributes.contents
+    assert (given.grid_x, given.grid_y, given.grid_z, given.block_x, given.stream) == (3, 5, 1, 64, 7)
+    assert (given.num_attributes, attribute.which, attribute.value) == (follows, driver.PROGRAMMATIC, 1)
+    assert (ctypes.sizeof(driver.LaunchAttribute), ctypes.sizeof(driver.LaunchConfig)) == (72, 56), (
+        "as the driver has it"
+    )
+
+
+def test_who_may_begin_early_waits_in_its_source() -> None:
+    text = driver.source("codes.h")
+    for kernel in driver.CODE_KERNELS:
+        body = text.split(f" {kernel}(GIVEN")[1].split("\nKERNEL ")[0]
+        assert ("await_launch_before();" in body) == (kernel in driver.FOLLOWING), kernel

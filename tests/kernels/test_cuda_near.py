@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda import codes as kernels
+from quantcache_kernels.cuda import calls
 from quantcache_kernels.cuda.near import MAX_SPLITS, NEAR_THREADS, NEAR_TOKENS, NearTokens, append_arguments
 from quantcache_kernels.cuda.places import Blocks, Starts
 from quantcache_kernels.cuda.structures import Queries, Rows, TakeArguments, pointer
@@ -146,7 +146,7 @@ class Inputs:
         """By the kernel, its splits merged."""
         case, near = self.case, self.near
         batch, heads, total = len(case.pads), 2, case.groups * case.count
-        chunks = -(-total // kernels.ROWS)
+        chunks = -(-total // calls.ROWS)
         place = Rows(heads, chunks, -(-total // chunks), case.count, total)
         lines, shape = batch * chunks * heads, (batch, chunks, heads, place.rows)
         out = torch.full((near.splits, *shape, case.value_dim), torch.nan)
@@ -162,7 +162,7 @@ class Inputs:
         given.lines, given.softcap = lines, case.softcap or 0.0
         given.causal = case.causal and self.mask is None and case.count > 1
         if self.mask is not None:
-            given.mask_batch, given.mask_query, given.mask_length = kernels._mask_strides(self.mask)
+            given.mask_batch, given.mask_query, given.mask_length = calls.mask_strides(self.mask)
         given.logits_are_half = case.logits == torch.bfloat16
         blocks = near.splits * lines
         kernel = emulation.emulated(CPU, False, False)["take_queries"]

@@ -1,55 +1,26 @@
-"""Attention on a cache's blocks: one call.
+"""Attention on a cache's blocks: one call, and what launches need that serve while blocks are added.
 
-Shapes: B batch, Hq / H query / key-value heads, Tq queries, G = Hq / H, R = G Tq rows of queries that share a head, the
-query index running fastest, D dimension, S slots of a side, n blocks.
+Shapes: B batch, Hq / H query / key-value heads, Tq queries, D dimension, n blocks.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda import structures
-from quantcache_kernels.cuda.blocks import LANES, TILE
+from quantcache_kernels.cuda.calls import PreparedCall, lines_of, room_of, rows_of
 from quantcache_kernels.cuda.constants import PreparedCodes
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
-from quantcache_kernels.cuda.memory import Memory
-from quantcache_kernels.cuda.near import NEAR_THREADS, NearTokens, append_arguments, readable
+from quantcache_kernels.cuda.near import NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.places import Blocks, Lasting
-from quantcache_kernels.cuda.room import Room
-from quantcache_kernels.cuda.structures import (
-    CodesArguments,
-    MergeArguments,
-    Places,
-    PlacesArguments,
-    Queries,
-    QueryArguments,
-    Rows,
-    TakeArguments,
-    pointer,
-)
+from quantcache_kernels.cuda.structures import PlacesArguments, pointer
 from quantcache_kernels.interface import AttentionCall
-
-LOG2_E = math.log2(math.e)
-
-ROWS = 8
-"""Rows of queries that a tile has columns for; more of them read the codes again."""
 
 MAX_LINES = (1 << 16) - 1
 """Of a launch: the second dimension of a grid ends there."""
-
-TURNED_ROWS, STEP = 32, 36
-"""As in queries.h."""
-
-ONE_HALVES = 0x3C003C00
-"""As in decoding.h."""
-
-KINDS = (torch.bfloat16, torch.float32)
-"""Of numbers that the kernels read as they are given."""
 
 
 def _on_cuda(device: torch.device, key_trellis: bool, value_trellis: bool) -> Mapping[str, Launched]:
@@ -74,7 +45,7 @@ def attend(
 
     Args:
         query: ``[B, Hq, Tq, D]``, any strides.
-        blocks: The blocks.
+        blocks: The blocks, which remember how calls on them are launched.
         near: Sinks and the tokens behind the last block; the last Tq of them are the queries' own.
         keys: The keys' constants.
         values: The values'.
@@ -86,107 +57,34 @@ def attend(
     Returns:
         ``[B, Tq, Hq, Dv]`` in the query's dtype, float32 or bfloat16.
     """
-    device, (batch, query_heads, count, dim) = query.device, query.shape
-    heads = keys.layout.heads
-    total = query_heads // heads * count
-    chunks = -(-total // ROWS)
-    place = Rows(heads, chunks, rows_of(total), count, total)
-    rows, lines = place.rows, lines_of(batch, total, heads)
-    slots, value_dim = TILE * values.layout.tiles, values.mean.shape[1]
-    near, query = near.readable(), readable(query)
-    blocks = blocks.readable()
-
-    room, units, there = room_of(keys, values, rows, device), blocks.units, None
-    query_bytes = query_bytes_of(keys, rows)
-    per_split = -(-units // splits) if splits else room.units_of_a_split(units, lines)
-    warps = room.warps_of_a_block(-(-units // per_split) * (room.device.processors if splits else lines))
-    places = blocks.places(near, per_split)
-    splits = places.splits
-    if lasting is not None:
-        if lasting.room is None:
-            lasting.room, lasting.lines, lasting.warps = room, lines, warps
-            announce(lasting, blocks, near, keys, values)
-        units, splits, there = lasting.units, room.most_splits(lasting.units, lines), lasting.there.data_ptr()
-        places, warps = Places(), lasting.warps  # these here would not last
-
-    vectors = lines * rows  # of every split
-    sizes = units * lines * query_bytes, 4 * splits * vectors * slots, 8 * splits * vectors
-    near_sizes = 4 * near.splits * vectors * value_dim, 4 * near.splits * vectors
-    memory = Memory() if lasting is None else lasting.memory  # held until everything is launched
-    turned, partial, stats, *found = memory.places((*sizes, *near_sizes), device)
-    out = None if lasting is None else lasting.out
-    if out is None:
-        out = torch.empty(batch, count, query_heads, value_dim, dtype=query.dtype, device=device)
-    if lasting is not None:
-        lasting.out = out
-    mask = None if call.mask is None else call.mask.contiguous()
-    logits = None if call.sink_logits is None else call.sink_logits.contiguous()
-    if logits is not None and logits.dtype not in KINDS:
-        logits = logits.float()
-    strides, softcap = (0, 0, 0) if mask is None else _mask_strides(mask), call.softcap or 0.0
-    queries = Queries(query.data_ptr(), *query.stride()[:3], place, _is_half(query), call.scaling)
-    to_turn = QueryArguments(
-        queries, *map(pointer, (keys.frame, *keys.matrix)), places, there, turned,
-        blocks.paired, lines, dim, dim - keys.num_fast, keys.layout.slow_tiles, keys.num_fast, query_bytes,
-        -(-(1 << 16) // rows), 1.0 if softcap else LOG2_E,
-    )  # fmt: skip
-    to_attend = CodesArguments(
-        places, there, turned,
-        *map(pointer, (keys.heads, values.heads, keys.terms, values.terms, *keys.fast, mask)), partial, stats,
-        batch, heads, chunks, rows, count, blocks.paired,
-        4 * keys.layout.words, 4 * values.layout.words, query_bytes, keys.room, values.room, room.constants, room.warp,
-        keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast // TILE, values.layout.tiles,
-        *strides, softcap, ONE_HALVES,
-    )  # fmt: skip
-    to_near = near.arguments(queries, places, (there, pointer(near.tail_tokens), *map(pointer, (mask, logits)), *found))
-    to_near.causal, to_near.lines = call.hides_the_future(count), lines
-    to_near.mask_batch, to_near.mask_query, to_near.mask_length = strides
-    to_near.logits_are_half, to_near.softcap = logits is not None and _is_half(logits), softcap
-    to_merge = MergeArguments(
-        partial, stats, *found, *map(pointer, (values.decoder, values.mean, out)), None, there,
-        place, lines, value_dim, slots, splits, near.splits, _is_half(out),
-    )  # fmt: skip
-    turned_groups = -(-units // (TURNED_ROWS // rows))
-    to_take = TakeArguments(to_near, to_turn, near.splits * lines, turned_groups)
-    turn_bytes = 2 * STEP * (dim - keys.num_fast) + 4 * (rows * dim + ROWS + TURNED_ROWS)
-    take_bytes, take_blocks = max(turn_bytes, near.shared_bytes(rows)), (near.splits + turned_groups) * lines
+    device, prepared, logits = query.device, None, call.sink_logits
+    given = call.mask is None, None if logits is None else logits.dtype
+    kind = query.shape, query.dtype, call.scaling, call.softcap, call.hides_the_future(query.shape[2]), given, splits
+    if lasting is None:
+        prepared = blocks.calls.pop(kind, None)  # no other thread may have it meanwhile
+    elif lasting.room is None:
+        _prepare_lasting(query, blocks, near, keys, values, lasting)
+    readable_blocks = blocks
+    if prepared is None:
+        readable_blocks = blocks.readable()
+        prepared = PreparedCall(query, readable_blocks, near, keys, values, call, splits, lasting)
     with on_device(device):
-        kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
-        stream = stream_of(device)
-        kernels["take_queries"].launch((take_blocks, 1), NEAR_THREADS, take_bytes, to_take, stream)
-        grid = -(-splits // warps), lines
-        kernels["attend_codes"].launch(grid, 32 * warps, room.constants + warps * room.warp, to_attend, stream)
-        kernels["merge"].launch((rows, lines), 4 * value_dim, to_merge.shared_bytes, to_merge, stream)
+        out = prepared.launch(query, near, call, LOADERS[device.type](device, keys.is_trellis, values.is_trellis))
+    if lasting is None and readable_blocks is blocks:
+        blocks.calls[kind] = prepared
     return out
 
 
-def rows_of(total: int) -> int:
-    """Rows of queries of a chunk, of so many that share a head."""
-    return -(-total // -(-total // ROWS))
-
-
-def query_bytes_of(keys: PreparedCodes, rows: int) -> int:
-    """Bytes of a unit's queries, of so many rows."""
-    return LANES * rows * (keys.layout.slow_tiles + keys.num_fast // TILE) + structures.EXTRA_BYTES
-
-
-def room_of(keys: PreparedCodes, values: PreparedCodes, rows: int, device: torch.device) -> Room:
-    """Shared memory of ``attend_codes`` with so many rows of queries."""
-    return Room.of(keys, values, query_bytes_of(keys, rows), device)
-
-
-def lines_of(batch: int, rows: int, heads: int) -> int:
-    """Lines of queries of a call (rows.h), which the grids of its launches have.
-
-    Args:
-        batch: B.
-        rows: R.
-        heads: H.
-
-    Returns:
-        Their number.
-    """
-    return batch * -(-rows // ROWS) * heads
+def _prepare_lasting(
+    query: Tensor, blocks: Blocks, near: NearTokens, keys: PreparedCodes, values: PreparedCodes, lasting: Lasting
+) -> None:
+    """What launches that outlive these blocks keep of the first call."""
+    batch, query_heads, count, _ = query.shape
+    total = query_heads // keys.layout.heads * count
+    room, lines = room_of(keys, values, rows_of(total), query.device), lines_of(batch, total, keys.layout.heads)
+    splits = -(-blocks.units // room.units_of_a_split(blocks.units, lines))
+    lasting.room, lasting.lines, lasting.warps = room, lines, room.warps_of_a_block(splits * lines)
+    announce(lasting, blocks.readable(), near.readable(), keys, values)
 
 
 def announce(
@@ -234,16 +132,3 @@ def append(
     with on_device(device):
         kernels = LOADERS[device.type](device, keys.is_trellis, values.is_trellis)
         kernels["append_tail"].launch((arguments.vectors, 2), 32, 0, arguments, stream_of(device))
-
-
-def _is_half(tensor: Tensor) -> bool:
-    """Whether numbers are of bfloat16; else they are of float32."""
-    if tensor.dtype not in KINDS:
-        raise ValueError(f"the CUDA kernels take numbers of bfloat16 and float32, got {tensor.dtype}")
-    return tensor.dtype == torch.bfloat16
-
-
-def _mask_strides(mask: Tensor) -> tuple[int, int, int]:
-    """Bytes from row to row and from query to query of a contiguous mask, and its length."""
-    shared = mask.shape[0] == 1, mask.shape[2] == 1
-    return 0 if shared[0] else mask.stride(0), 0 if shared[1] else mask.stride(2), mask.shape[3]

@@ -23,6 +23,9 @@ SOURCES = Path(__file__).parent / "src"
 CODE_KERNELS = ("take_queries", "attend_codes", "merge", "append_tail", "set_places")
 """The kernels of a cache's blocks."""
 
+FOLLOWING = frozenset({"attend_codes", "merge"})
+"""Of them those that may begin before the launch in front of them has ended: what they read of it they wait for."""
+
 CONVERSION_KERNELS = ("tiles_from_portable", "portable_from_tiles")
 """The kernels that bring blocks from one layout into the other."""
 
@@ -33,6 +36,43 @@ ELF = b"\x7fELF"
 
 NO_CONTEXT = 201
 """What the driver answers a thread that has no context yet."""
+
+
+MOST_SHARED = 8
+"""Attribute of functions: the most shared memory that a block of threads has."""
+
+PROGRAMMATIC = 6
+"""Attribute of a launch: whether it may begin before the one in front of it has ended."""
+
+
+class LaunchAttribute(ctypes.Structure):
+    """The driver's ``CUlaunchAttribute``, of a value that is one number."""
+
+    _fields_ = (
+        ("which", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_int * 15),
+    )
+
+    def __init__(self, which: int, value: int) -> None:
+        super().__init__(which, 0, value)
+
+
+class LaunchConfig(ctypes.Structure):
+    """The driver's ``CUlaunchConfig``."""
+
+    _fields_ = (
+        *((f"{name}_{axis}", ctypes.c_uint) for name in ("grid", "block") for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_FOLLOWS = ctypes.pointer(LaunchAttribute(PROGRAMMATIC, 1))
+_Arguments = ctypes.c_void_p * 1
 
 
 class CudaError(RuntimeError):
@@ -268,8 +308,8 @@ def missing(device: torch.device) -> str | None:
 class Kernel:
     """One kernel of a module loaded on one device."""
 
-    def __init__(self, function: ctypes.c_void_p, device: int) -> None:
-        self.function, self.device = function, device
+    def __init__(self, function: ctypes.c_void_p, device: int, follows: bool = False) -> None:
+        self.function, self.device, self.follows = function, device, follows
         self.shared_bytes = 48 << 10
 
     def attribute(self, which: int) -> int:
@@ -313,14 +353,13 @@ class Kernel:
         self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
     ) -> int:
         if shared_bytes > self.shared_bytes:
-            status: int = _cuda().cuFuncSetAttribute(self.function, 8, shared_bytes)
+            status: int = _cuda().cuFuncSetAttribute(self.function, MOST_SHARED, shared_bytes)
             if status:
                 return status
             self.shared_bytes = shared_bytes
-        array = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        status = _cuda().cuLaunchKernel(
-            self.function, *grid, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), array, None
-        )
+        array = _Arguments(ctypes.addressof(arguments))
+        launch = LaunchConfig(*grid, 1, threads, 1, 1, shared_bytes, stream, _FOLLOWS, int(self.follows))
+        status = _cuda().cuLaunchKernelEx(ctypes.byref(launch), self.function, array, None)
         return status
 
 
@@ -394,5 +433,5 @@ def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:
     for name in names:
         function = ctypes.c_void_p()
         _check(_cuda().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        kernels[name] = Kernel(function, device)
+        kernels[name] = Kernel(function, device, name in FOLLOWING)
     return kernels

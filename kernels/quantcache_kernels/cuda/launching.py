@@ -21,7 +21,9 @@ class Launched(Protocol):
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """A context in which a device is the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def stream_of(device: torch.device) -> int:

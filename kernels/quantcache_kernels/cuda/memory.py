@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-ALIGNMENT = 256
-"""Of places in it, in bytes."""
 
 
 class Memory:
@@ -21,17 +15,16 @@ class Memory:
     def __init__(self) -> None:
         self._room: Tensor | None = None
 
-    def places(self, sizes: Sequence[int], device: torch.device) -> list[int]:
-        """Addresses of so many bytes each, until the next call.
+    def first(self, size: int, device: torch.device) -> int:
+        """Address of so many bytes, until the next call.
 
         Args:
-            sizes: Bytes.
+            size: Bytes.
             device: Where.
 
         Returns:
-            The addresses.
+            The address.
         """
-        *offsets, total = itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
-        if self._room is None or self._room.numel() < total:
-            self._room = torch.empty(total, dtype=torch.uint8, device=device)
-        return [self._room.data_ptr() + offset for offset in offsets]
+        if self._room is None or self._room.numel() < size:
+            self._room = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._room.data_ptr()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Blocks:
         starts: Where padded rows begin; None for slot 0 throughout. A row's sinks are its first valid tokens.
         end: Slot behind the last block.
         paired: Whether blocks 2i and 2i + 1 share an anchor throughout, as they do unless a crop cut one.
+        calls: Launches that have been prepared for them, by the kind of call.
     """
 
     packed: Sequence[Tensor]
@@ -46,6 +47,7 @@ class Blocks:
     starts: Starts | None
     end: int
     paired: bool
+    calls: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def units(self) -> int:
@@ -54,6 +56,8 @@ class Blocks:
 
     def readable(self) -> Blocks:
         """The same as the kernels can read it."""
+        if all(each.is_contiguous() for each in (*self.packed, self.table)):
+            return self
         packed = [each.contiguous() for each in self.packed]
         return Blocks(packed, self.table.contiguous(), self.starts, self.end, self.paired)
 

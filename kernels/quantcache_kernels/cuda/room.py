@@ -17,6 +17,13 @@ MAX_WARPS = {9: 16, 12: 8}
 """Of a block of threads, as in codes.h, and of a multiprocessor, whose registers they fill: from these compute
 capabilities on."""
 
+SCHEDULERS = 4
+"""Of a multiprocessor; each has every fourth of its warps, and one instruction a cycle for them."""
+
+LATENCY = 3.5
+"""What a unit takes however many warps there are, beside one for each warp of a scheduler: on an H100 a unit took 12.9,
+16.7 and 18.6 microseconds with one, two and three of them."""
+
 OVERHEAD = 0.25
 """What a split takes beside its units, in units; on an H200 five units in two waves took 2 % longer than ten in one."""
 
@@ -39,6 +46,20 @@ class Device(NamedTuple):
     block_bytes: int
     max_warps: int
 
+    def even(self, steps: int, lines: int, at_once: int) -> int:
+        """Into how many blocks of threads each line's steps are divided, so that they fill the device once.
+
+        Args:
+            steps: Of a line.
+            lines: How many.
+            at_once: Blocks of threads that a multiprocessor runs at once.
+
+        Returns:
+            Their number for each line: as many as leave them equally long.
+        """
+        rounds = -(-steps * lines // (at_once * self.processors))
+        return -(-steps // rounds)
+
 
 class Room(NamedTuple):
     """Shared memory of a call.
@@ -54,12 +75,13 @@ class Room(NamedTuple):
     device: Device
 
     @classmethod
-    def of(cls, keys: PreparedCodes, values: PreparedCodes, query_bytes: int, device: torch.device) -> Room:
+    def of(cls, keys: PreparedCodes, values: PreparedCodes, rows: int, query_bytes: int, device: torch.device) -> Room:
         """What a call takes.
 
         Args:
             keys: The keys' constants.
             values: The values'.
+            rows: Rows of queries that share a pass over the codes.
             query_bytes: Bytes of a unit's queries.
             device: Where it runs.
 
@@ -67,7 +89,7 @@ class Room(NamedTuple):
             The sizes, whole lines of 128 bytes.
         """
         constants = BARRIER_BYTES + 4 * (keys.head_words + values.head_words)
-        warp = ROOM_BYTES + 2 * (keys.room + values.room) + query_bytes + 512 * values.layout.tiles
+        warp = ROOM_BYTES + 2 * (keys.room + values.room) + query_bytes + 64 * rows * values.layout.tiles
         return cls(-(-constants // 128) * 128, -(-warp // 128) * 128, device_of(device))
 
     def warps_that_fit(self, warps: int) -> int:
@@ -84,7 +106,7 @@ class Room(NamedTuple):
             wanted: Warps of the launch: if they are few, they go to as many multiprocessors as there are.
 
         Returns:
-            The smallest number with which as many warps as possible run at once.
+            The number with which a multiprocessor gets most done.
         """
         return _warps_of_a_block(self, -(-wanted // self.device.processors))
 
@@ -130,10 +152,19 @@ def device_of(device: torch.device) -> Device:
     )
 
 
+def time_of_a_unit(warps: int) -> float:
+    """What a unit takes where so many warps are on a multiprocessor, in units of its own."""
+    return LATENCY + -(-warps // SCHEDULERS)
+
+
 @cache
 def _warps_of_a_block(room: Room, wanted: int) -> int:
-    best = max(range(1, room.device.max_warps + 1), key=lambda warps: (room.warps_that_fit(warps), -warps))
-    return max(1, min(best, wanted))
+    def done(warps: int) -> tuple[float, int]:
+        at_once = room.warps_that_fit(warps)
+        return at_once / time_of_a_unit(at_once), warps
+
+    best = max(range(1, room.device.max_warps + 1), key=done)
+    return max(1, min(best, wanted)) if room.warps_that_fit(best) else 1
 
 
 @cache
@@ -143,9 +174,10 @@ def _units_of_a_split(room: Room, units: int, lines: int, most: int) -> int:
     def cost(each: int) -> tuple[float, int]:
         splits = -(-units // each)
         warps = room.warps_of_a_block(splits * lines)
-        at_once = room.device.processors * (room.warps_that_fit(warps) // warps)
-        waves = -(-lines * -(-splits // warps) // max(1, at_once))
-        return waves * (each + OVERHEAD), -each
+        blocks, processors = lines * -(-splits // warps), room.device.processors
+        at_once = max(1, min(room.warps_that_fit(warps) // warps, -(-blocks // processors)))
+        waves = -(-blocks // (processors * at_once))
+        return waves * (each + OVERHEAD) * time_of_a_unit(warps * at_once), -each
 
     least = -(-units // most)
     tried = {*range(1, MOST_UNITS + 1), *(-(-units // waves) for waves in range(1, 9))}

@@ -97,6 +97,7 @@ class CodesArguments(ctypes.Structure):
         *((name, Pointer) for name in ("key_heads", "value_heads", "key_terms", "value_terms")),
         *((name, Pointer) for name in ("fast_decoder", "fast_mean", "rotation", "mask")),
         *((name, Pointer) for name in ("partial", "stats")),
+        *((name, ctypes.c_longlong) for name in ("key_step", "value_step", "gain_step", "query_step")),
         *((name, ctypes.c_int) for name in ("batch", "heads", "chunks", "rows", "count", "paired")),
         *((name, ctypes.c_int) for name in ("key_bytes", "value_bytes", "query_bytes", "key_room", "value_room")),
         *((name, ctypes.c_int) for name in ("constant_room", "warp_room")),
@@ -116,8 +117,7 @@ class QueryArguments(ctypes.Structure):
         ("places", Places),
         *((name, Pointer) for name in ("there", "out")),
         *((name, ctypes.c_int) for name in ("paired", "lines", "dim", "slow", "slow_tiles", "fast")),
-        ("query_bytes", ctypes.c_int),
-        ("share", ctypes.c_uint),
+        *((name, ctypes.c_int) for name in ("query_bytes", "unit_bits")),
         ("base", ctypes.c_float),
     )
 
@@ -142,7 +142,7 @@ class TakeArguments(ctypes.Structure):
     _fields_ = (
         ("near", NearArguments),
         ("turned", QueryArguments),
-        *((name, ctypes.c_int) for name in ("near_blocks", "groups")),
+        *((name, ctypes.c_int) for name in ("near_blocks", "turn_blocks")),
     )
 
 

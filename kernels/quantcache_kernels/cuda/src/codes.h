@@ -40,6 +40,7 @@ struct CodesArguments {
     const u8* mask;           // [batch or 1, count or 1, mask_length], or null
     float* partial;           // [splits, lines, rows, 16 value_tiles]
     float* stats;             // [splits, lines, rows, 2]: peak (base 2) and sum
+    long long key_step, value_step, gain_step, query_step;  // bytes from a block's codes and gains, and a unit's queries, to the next
     int batch, heads, chunks, rows, count;  // lines: batch, chunks of rows, heads
     int paired;
     int key_bytes, value_bytes, query_bytes, key_room, value_room, constant_room, warp_room;
@@ -110,23 +111,24 @@ DEVICE void add_values(const CodesArguments& a, const Constants& constants, cons
     const int apart = two ? a.value_room : 0;
     const u32* terms = constants.value_terms + 2 * TERMS * (lane / 4);
     Words2* sums = room.sums + lane;
+    const bool is_row = has_row(a, lane);
     u32 kind = shuffle(values.kinds, 0);
     ROLLED for (int tile = 0; tile < values.slow; ++tile) {
         const u32 next = shuffle(values.kinds, tile + 1);
-        decode_tile<VALUE_TRELLIS, false, 2>(kind, codes, apart, terms, a.one, lane, [&](int half, const u32(&levels)[2][8]) {
-            Words2& own = sums[32 * half];
+        decode_tile<VALUE_TRELLIS, false, 2>(kind, codes, apart, terms, a.one, lane, [&](int, const u32(&levels)[2][8]) {
             float c[2][2][4] = {};  // no product waits for more than one other
-            c[0][0][0] = float_of(own.x), c[0][0][1] = float_of(own.y);
+            if (is_row) c[0][0][0] = float_of(sums->x), c[0][0][1] = float_of(sums->y);
             UNROLL for (int m = 0; m < 4; ++m)
                 UNROLL for (int block = 0; block < 2; ++block)
                     mma_half(c[block][m % 2], weights[0][m][0], weights[1][m][0], weights[0][m][1], weights[1][m][1],
                              levels[block][2 * m], levels[block][2 * m + 1]);
-            own.x = bits_of(c[0][0][0] + c[0][1][0] + (c[1][0][2] + c[1][1][2]));
-            own.y = bits_of(c[0][0][1] + c[0][1][1] + (c[1][0][3] + c[1][1][3]));
+            const u32 first = bits_of(c[0][0][0] + c[0][1][0] + (c[1][0][2] + c[1][1][2]));
+            const u32 second = bits_of(c[0][0][1] + c[0][1][1] + (c[1][0][3] + c[1][1][3]));
+            if (is_row) *sums = {first, second};
+            sums += 4 * a.rows;
         });
         kind = next;
         terms += VALUE_WORDS;
-        sums += 64;
     }
 }
 
@@ -144,7 +146,7 @@ DEVICE void store_split(const CodesArguments& a, u64 place, const Room& room, u3
     const int row = static_cast<int>(lane / 4);
     if (row >= a.rows) return;
     Words2* out = reinterpret_cast<Words2*>(a.partial + (place + row) * 16 * a.value_tiles) + lane % 4;
-    for (int half = 0; half < 2 * a.value_tiles; ++half) out[4 * half] = room.sums[32 * half + lane];
+    for (int half = 0; half < 2 * a.value_tiles; ++half) out[4 * half] = room.sums[4 * a.rows * half + lane];
 }
 
 KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
@@ -154,7 +156,11 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
     const int head = line % a.heads, b = line / (a.heads * a.chunks), lines = a.batch * a.chunks * a.heads;
     const HeadTiles &keys = a.key_heads[head], &values = a.value_heads[head];
     const Places& places = places_of(a);
-    if (static_cast<int>(block_x() * warps) * places.per_split >= places.units) return;  // there is room for more blocks
+    let_next_launch_begin();
+    if (static_cast<int>(block_x() * warps) * places.per_split >= places.units) {  // there is room for more blocks
+        await_launch_before();
+        return;
+    }
     const Constants constants = fetch_constants(a, head);
     const int begin = split * places.per_split;
     const int end = begin + places.per_split < places.units ? begin + places.per_split : places.units;
@@ -165,31 +171,38 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
     const Side key_side = keys_of(a, room, head), value_side = values_of(a, room, head);
     const int last_block = a.paired ? places.blocks - 1 : -1;
     const auto has_two = [&](int unit) { return 2 * unit < last_block; };
-    const auto fetch_values = [&](int unit) { fetch(a, value_side, of_a_unit * unit, b, has_two(unit), 0); };
-    const auto fetch_keys = [&](int unit) {
-        fetch(a, key_side, of_a_unit * unit, b, has_two(unit), static_cast<u32>(a.query_bytes));
-        const u8* query = a.queries + (static_cast<u64>(unit) * lines + line) * a.query_bytes;
-        bulk_copy(room.query, query, static_cast<u32>(a.query_bytes), room.key_barrier);
+    const auto fetch_values = [&](int unit) { fetch(a, value_side, has_two(unit), 0); };
+    const auto fetch_keys = [&](int unit) { fetch(a, key_side, has_two(unit), static_cast<u32>(a.query_bytes)); };
+    const auto fetch_query = [&]() {
+        bulk_copy(room.query, room.next[4], static_cast<u32>(a.query_bytes), room.key_barrier);
+        room.next[4] += a.query_step;
     };
-    if (lane == 0 && begin < end) {
-        room.sides[0] = places.keys + keys.offset, room.sides[1] = places.key_gains + head * 64;
-        room.sides[2] = places.values + values.offset, room.sides[3] = places.value_gains + head * 64;
+    // All that does not follow from the queries, before they are there.
+    if (begin < end && is_elected()) {
+        const int first = of_a_unit * begin;
+        begin_side(a, key_side, places.keys, places.key_gains, first, b, head, keys.offset, a.key_bytes);
+        begin_side(a, value_side, places.values, places.value_gains, first, b, head, values.offset, a.value_bytes);
+        room.next[4] = a.queries + (static_cast<u64>(begin) * lines + line) * a.query_bytes;
         barrier_init(room.key_barrier);
         barrier_init(room.value_barrier);
         barriers_ready();
         fetch_keys(begin);
         fetch_values(begin);
     }
-    sync_block();
-    if (begin >= end) return;  // the last block of threads may have more warps than splits
-    for (int half = 0; half < 2 * a.value_tiles; ++half) room.sums[32 * half + lane] = {0, 0};
+    prefetch_turns(a, head);
+    for (int i = static_cast<int>(lane); i < 8 * a.rows * a.value_tiles; i += 32) room.sums[i] = {0, 0};
     room.softmax[lane] = {bits_of(HIDDEN), bits_of(HIDDEN), 0, 0};
 
     const OwnTiles key_tiles = own_tiles(keys, lane), value_tiles = own_tiles(values, lane);
     const int first_seen = places.first_seen ? places.first_seen[b] : 0;
     const int row = static_cast<int>(lane / 4), query_row = row < a.rows ? row : a.rows - 1;
     const u8* own_query = room.query + 32 * query_row + 8 * (lane % 4);
-    Tokens tokens = find_tokens(block_table, begin * of_a_unit, has_two(begin));
+    const int first_unit = begin < end ? begin : 0;
+    Tokens tokens = find_tokens(block_table, first_unit * of_a_unit, has_two(first_unit));
+    await_launch_before();
+    if (begin < end && is_elected()) fetch_query();
+    sync_block();
+    if (begin >= end) return;  // the last block of threads may have more warps than splits
     barrier_wait(constants_barrier(), 0);
 
     for (int unit = begin; unit < end; ++unit) {
@@ -206,10 +219,10 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
         const u8* extra = room.query + 32 * a.rows * (a.slow_tiles + a.fast_steps);
         find_exponents(a, scores, reinterpret_cast<const float*>(extra), tokens, b, line, first_seen, lane, e);
         sync_warp();
-        if (more && lane == 0) fetch_keys(unit + 1);
+        if (more && is_elected()) fetch_keys(unit + 1), fetch_query();
         float softmax[4];
         floats_of(room.softmax[lane], softmax);
-        raise_peaks(e, softmax, room.sums, 2 * a.value_tiles, lane);
+        raise_peaks(a, e, softmax, room.sums, lane);
 
         barrier_wait(room.value_barrier, parity);
         u32 weights[2][4][2];
@@ -220,7 +233,7 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
             tokens = find_tokens(block_table, (unit + 1) * of_a_unit, has_two(unit + 1));
         add_values(a, constants, value_tiles, room, two, weights, lane);
         sync_warp();
-        if (more && lane == 0) fetch_values(unit + 1);
+        if (more && is_elected()) fetch_values(unit + 1);
     }
     store_split(a, static_cast<u64>(split * lines + line) * a.rows, room, lane);
 }

@@ -182,6 +182,9 @@ DEVICE float add(float a, float b) { return a + b; }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 
 DEVICE void prefetch(const void*) {}
+DEVICE bool is_elected() { return thread_index() % 32 == 0; }
+DEVICE void await_launch_before() {}
+DEVICE void let_next_launch_begin() {}
 
 DEVICE void sync_warp() { meet_(); }
 DEVICE void sync_block() {

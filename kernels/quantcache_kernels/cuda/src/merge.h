@@ -58,6 +58,9 @@ KERNEL void BOUNDS(1024) merge(GIVEN(MergeArguments) a) {
     UNROLL for (int i = 0; i < EARLY; ++i)
         if (i < steps) early[i] = load_four(decoder + 16 * i * dim);
 
+    const float* whole = a.decoder + static_cast<u64>(head) * coefficients * dim;
+    for (int i = 32 * thread; i < coefficients * dim; i += 32 * threads) prefetch(whole + i);  // lines of memory
+    await_launch_before();
     const float* stats = a.stats + 2 * place;
     float peak = -1e30f;
     for (int s = thread; s < splits; s += threads) peak = larger(peak, stats[2 * s * stride]);

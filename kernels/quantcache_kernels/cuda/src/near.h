@@ -174,7 +174,9 @@ DEVICE void attend_near(const NearArguments& a, int split, int line) {
             }
         }
         sync_block();
-        if (thread / 32 < rows) weigh_row(a, room, places, row, thread / 32, first, tail, lane);
+        int warp = thread / 32;
+        hold(warp);
+        if (warp < rows) weigh_row(a, room, places, row, warp, first, tail, lane);
         sync_block();
         hold(row.batch);
         const NearSide value_side = near_side(a, places, row.batch, row.head, 1);
@@ -207,7 +209,9 @@ DEVICE void attend_near(const NearArguments& a, int split, int line) {
         sync_block();
     }
 
-    const u64 out = (static_cast<u64>(split) * a.lines + line) * rows;
+    int block = static_cast<int>(block_x());
+    hold(block);  // what follows from it is computed again: it was more than there are registers for
+    const u64 out = (static_cast<u64>(block % a.splits) * a.lines + block / a.splits) * rows;
     ROLLED for (int i = thread; i < rows * columns; i += NEAR_THREADS) {
         float x[4] = {0.0f, 0.0f, 0.0f, 0.0f}, y[4];
         UNROLL_BY(4) for (int g = 0; g < groups; ++g) {
@@ -226,17 +230,18 @@ DEVICE void attend_near(const NearArguments& a, int split, int line) {
 struct TakeArguments {
     NearArguments near;
     QueryArguments turned;
-    int near_blocks, groups;  // of threads: all that attend, and those that turn a line's queries
+    int near_blocks, turn_blocks;  // of threads: all that attend, and those that turn a line's queries
 };
 
 // What follows from a call's queries alone. Blocks of threads that attend come first: they wait for memory while others turn.
-KERNEL void BOUNDS(NEAR_THREADS, 2) take_queries(GIVEN(TakeArguments) a) {
+KERNEL void BOUNDS(NEAR_THREADS, 3) take_queries(GIVEN(TakeArguments) a) {
     static_assert(NEAR_THREADS == TURN_THREADS, "one launch");
+    let_next_launch_begin();
     const int block = static_cast<int>(block_x()), other = block - a.near_blocks;
     if (other < 0)
         attend_near(a.near, block % a.near.splits, block / a.near.splits);
     else
-        turn_queries(a.turned, other % a.groups, other / a.groups);
+        turn_queries(a.turned, other % a.turn_blocks, a.turn_blocks, other / a.turn_blocks);
 }
 
 struct AppendArguments {

@@ -21,26 +21,25 @@ struct QueryArguments {
     u8* out;                   // [units, lines, query_bytes]: see attend_codes
     int paired, lines, dim, slow, slow_tiles, fast;
     int query_bytes;
-    u32 share;                 // 2^16 / rows, rounded up
+    int unit_bits;             // of a unit's rows, with room up to a power of two
     float base;                // of the scores: log2(e), or 1 where a soft cap comes in between
 };
 
 constexpr int TURNED_ROWS = 32;  // rows of queries, units times rows, that a block of threads works on
 constexpr int TURN_WARPS = 8, TURN_THREADS = 32 * TURN_WARPS;
-constexpr u32 NOWHERE = 0xFFFFFFFF;
 constexpr int STEP = 36;         // of turned queries in shared memory: 32 lanes' 16 bytes, and 4 so that stores spread over banks
 
 struct TurnRoom {
-    Words4* turned;  // [2, slow / 16, STEP]: sixteen rows each, in fragment order
+    Words4* turned;  // [2 groups, 2, slow / 16, STEP]: sixteen rows each, in fragment order, a row's two words side by side
     Words4* query;   // [rows, dim / 4]
     float* scales;   // [8]: what a row has been divided by
-    int* anchors;    // [32]: positions of the units' anchors
+    int* anchors;    // [2 groups, 32]: positions of the units' anchors
 };
 
 DEVICE TurnRoom lay_out_turn_room(const QueryArguments& a) {
     TurnRoom room;
     room.turned = reinterpret_cast<Words4*>(shared_memory());
-    room.query = room.turned + a.slow / 8 * STEP;
+    room.query = room.turned + a.slow / 4 * STEP;
     room.scales = reinterpret_cast<float*>(room.query + a.queries.place.rows * (a.dim / 4));
     room.anchors = reinterpret_cast<int*>(room.scales + MAX_ROWS);
     return room;
@@ -85,7 +84,8 @@ DEVICE void frame_queries(const QueryArguments& a, int line, int head, const Tur
 
 // The queries turned to a unit's anchor by one warp: slow dimensions go into shared memory as left operands, fast ones to
 // where attend_codes finds them, and so do the products with the mean, which stay in single precision.
-DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, int head, int anchor, int first_row, u8* out) {
+DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, Words4* turned, int head, int anchor, int first_row,
+                         u8* out) {
     const int lane = static_cast<int>(thread_index()) % 32, rows = a.queries.place.rows;
     const int quads = a.dim / 4, slow_quads = a.slow / 4, steps = a.slow / 16;
     const float fast_unit = a.units[2 * head + 1];
@@ -94,32 +94,32 @@ DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, int head
     ROLLED for (int quad = lane; quad < quads; quad += 32) {
         hold(first_row);
         const bool is_slow = quad < slow_quads;
+        const int fast = quad - slow_quads;
         float cosine[2], sine[2], mean[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         UNROLL for (int i = 0; i < 2; ++i) {
-            const u64 turned = static_cast<u64>(static_cast<long long>(anchor)) * a.frame[quad].turns[i];
-            turn(static_cast<u32>(turned >> 32), cosine[i], sine[i]);
+            const u64 revolutions = static_cast<u64>(static_cast<long long>(anchor)) * a.frame[quad].turns[i];
+            turn(static_cast<u32>(revolutions >> 32), cosine[i], sine[i]);
+            if (!is_slow) cosine[i] *= fast_unit, sine[i] *= fast_unit;
         }
         if (is_slow) floats_of(a.mean[head * slow_quads + quad], mean);
+        // A unit's rows are among eight of a tile's sixteen, so the next one is four lanes further.
+        Words4* tile = turned + (first_row / 16 * steps + quad / 4) * STEP + 4 * (first_row % 8) + quad % 4;
+        Words2* slow_place = reinterpret_cast<Words2*>(tile) + first_row / 8 % 2;
+        u8* fast_place = out + 32 * rows * (a.slow_tiles + fast / 4) + 8 * (fast % 4);
+        const Words4* query = room.query + quad;
         UNROLL for (int r = 0; r < MAX_ROWS; ++r) {
             if (r >= rows) break;
             float x[4], y[4];
-            floats_of(room.query[r * quads + quad], x);
+            floats_of(*query, x);
+            query += quads;
             UNROLL for (int i = 0; i < 2; ++i) {
                 y[i] = multiply_add(x[i], cosine[i], x[2 + i] * sine[i]);
                 y[2 + i] = multiply_add(x[2 + i], cosine[i], x[i] * -sine[i]);
             }
-            if (is_slow) {
-                UNROLL for (int i = 0; i < 4; ++i) sums[r] = multiply_add(y[i], mean[i], sums[r]);
-                const int row = first_row + r;
-                Words4* place = room.turned + (row / 16 * steps + quad / 4) * STEP + 4 * (row % 8) + quad % 4;
-                u32* words = reinterpret_cast<u32*>(place) + row / 8 % 2;
-                words[0] = pack_halves(y[0], y[1]), words[2] = pack_halves(y[2], y[3]);
-            } else {
-                const int fast = quad - slow_quads;
-                u8* place = out + 32 * rows * (a.slow_tiles + fast / 4) + 32 * r + 8 * (fast % 4);
-                UNROLL for (int i = 0; i < 4; ++i) y[i] *= fast_unit;
-                *reinterpret_cast<Words2*>(place) = {pack_halves(y[0], y[1]), pack_halves(y[2], y[3])};
-            }
+            UNROLL for (int i = 0; i < 4; ++i) sums[r] = multiply_add(y[i], mean[i], sums[r]);
+            const Words2 packed = {pack_halves(y[0], y[1]), pack_halves(y[2], y[3])};
+            if (is_slow) slow_place[8 * r] = packed;
+            else *reinterpret_cast<Words2*>(fast_place + 32 * r) = packed;
         }
     }
     // Lanes halve the rows that they have between them, until four have a row's sum.
@@ -137,52 +137,65 @@ DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, int head
     }
 }
 
-// A line's queries brought to some units' anchors and into coded coordinates, in fragment order.
-DEVICE void turn_queries(const QueryArguments& a, int group, int line) {
-    const int thread = static_cast<int>(thread_index()), lane = thread % 32, warp = thread / 32;
-    const int head = line % a.queries.place.heads, rows = a.queries.place.rows, steps = a.slow / 16;
+// A unit's position of its anchor.
+DEVICE int find_anchor(const QueryArguments& a, const Places& places, int unit, int origin) {
+    return places.block_table[3 * (a.paired ? 2 * unit : unit) + 2] - origin;
+}
+
+// Turned queries in coded coordinates, to where attend_codes finds them: sixteen rows by sixteen coefficients for a warp.
+DEVICE void code_queries(const QueryArguments& a, const Words4* turned, int head, int held, u8* out, u64 unit_stride) {
+    const int lane = static_cast<int>(thread_index()) % 32, warp = static_cast<int>(thread_index()) / 32;
+    const int rows = a.queries.place.rows, steps = a.slow / 16;
+    ROLLED for (int item = warp; item < 2 * a.slow_tiles; item += TURN_WARPS) {
+        const int tile = item / 2, part = item % 2;
+        const Words4* matrix = a.matrix + (head * a.slow_tiles + tile) * steps * 32 + lane;
+        const Words4* own_turned = turned + part * steps * STEP + lane;
+        float sums[2][4];
+        UNROLL for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0.0f;
+        UNROLL_BY(4) for (int step = 0; step < steps; ++step) {
+            const Words4 m = matrix[32 * step], q = own_turned[step * STEP];
+            mma_half(sums[0], q.x, q.z, q.y, q.w, m.x, m.y);
+            mma_half(sums[1], q.x, q.z, q.y, q.w, m.z, m.w);
+        }
+        UNROLL for (int i = 0; i < 2; ++i) {
+            const int row = 16 * part + 8 * i + lane / 4, unit = row >> a.unit_bits, own_row = row - (unit << a.unit_bits);
+            if (unit >= held || own_row >= rows) continue;
+            u8* place = out + static_cast<u32>(unit) * unit_stride + 32 * own_row + 8 * (lane % 4);
+            const float *one = sums[0] + 2 * i, *two = sums[1] + 2 * i;
+            *reinterpret_cast<Words2*>(place + 32 * rows * tile) = {pack_halves(one[0], one[1]), pack_halves(two[0], two[1])};
+        }
+    }
+}
+
+// A line's queries brought to units' anchors and into coded coordinates, in fragment order: a group of units, then the one
+// so many `groups` behind it. What the next one begins with is in the other half of the room.
+DEVICE void turn_queries(const QueryArguments& a, int group, int groups, int line) {
+    const int thread = static_cast<int>(thread_index()), warp = thread / 32;
+    const int head = line % a.queries.place.heads;
     const Places& places = places_of(a);
-    const int units = static_cast<int>(TURNED_ROWS * a.share >> 16), first = group * units, left = places.units - first;
-    if (left <= 0) return;  // there is room for more blocks
-    const int held = left < units ? left : units;
-    u8* out = a.out + (static_cast<u64>(first) * a.lines + line) * a.query_bytes;
+    const int units = TURNED_ROWS >> a.unit_bits;
+    int first = group * units;
+    if (first >= places.units) return;  // there is room for more blocks
     const u64 unit_stride = static_cast<u64>(a.lines) * a.query_bytes;
     const TurnRoom room = lay_out_turn_room(a);
-
-    if (thread < held) {
-        const int origin = places.origins ? places.origins[find_row(a.queries.place, line, 0).batch] : 0;
-        const int unit = first + thread;
-        room.anchors[thread] = places.block_table[3 * (a.paired ? 2 * unit : unit) + 2] - origin;
-    }
+    const int origin = places.origins ? places.origins[find_row(a.queries.place, line, 0).batch] : 0;
+    const u8* matrix = reinterpret_cast<const u8*>(a.matrix + head * a.slow_tiles * (a.slow / 16) * 32);
+    ROLLED for (int i = 128 * thread; i < a.slow_tiles * a.slow * 32; i += 128 * TURN_THREADS) prefetch(matrix + i);
+    if (thread < units && first + thread < places.units)
+        room.anchors[thread] = find_anchor(a, places, first + thread, origin);
     frame_queries(a, line, head, room);
     sync_block();
-    ROLLED for (int u = warp; u < held; u += TURN_WARPS)
-        turn_to_unit(a, room, head, room.anchors[u], u * rows, out + u * unit_stride);
-    sync_block();
-
-    u32 targets[4];  // of a lane's four rows, in units of eight bytes, for which 32 bits are enough
-    UNROLL for (int i = 0; i < 4; ++i) {
-        const u32 row = static_cast<u32>(8 * i + lane / 4), unit = row * a.share >> 16;
-        targets[i] = unit * static_cast<u32>(unit_stride / 8) + 4 * (row - unit * static_cast<u32>(rows)) + lane % 4;
-        if (static_cast<int>(unit) >= held) targets[i] = NOWHERE;
-    }
-    ROLLED for (int tile = warp; tile < a.slow_tiles; tile += TURN_WARPS) {
-        const Words4* matrix = a.matrix + (head * a.slow_tiles + tile) * steps * 32 + lane;
-        const Words4* turned = room.turned + lane;
-        float sums[2][2][4];
-        UNROLL for (int i = 0; i < 16; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0.0f;
-        UNROLL_BY(3) for (int step = 0; step < steps; ++step) {
-            const Words4 m = matrix[32 * step];
-            UNROLL for (int part = 0; part < 2; ++part) {
-                const Words4 q = turned[(part * steps + step) * STEP];
-                mma_half(sums[part][0], q.x, q.y, q.z, q.w, m.x, m.y);
-                mma_half(sums[part][1], q.x, q.y, q.z, q.w, m.z, m.w);
-            }
-        }
-        Words2* own = reinterpret_cast<Words2*>(out) + 4 * rows * tile;
-        UNROLL for (int i = 0; i < 4; ++i) {
-            const float *one = sums[i / 2][0] + i % 2 * 2, *two = sums[i / 2][1] + i % 2 * 2;
-            if (targets[i] != NOWHERE) own[targets[i]] = {pack_halves(one[0], one[1]), pack_halves(two[0], two[1])};
-        }
+    ROLLED for (int half = 0; first < places.units; half ^= 1) {
+        const int left = places.units - first, held = left < units ? left : units, next = first + groups * units + thread;
+        const bool is_next = thread < units && next < places.units;
+        const int anchor = is_next ? find_anchor(a, places, next, origin) : 0;
+        u8* out = a.out + (static_cast<u64>(first) * a.lines + line) * a.query_bytes;
+        Words4* turned = room.turned + half * (a.slow / 8 * STEP);
+        ROLLED for (int u = warp; u < held; u += TURN_WARPS)
+            turn_to_unit(a, room, turned, head, room.anchors[TURNED_ROWS * half + u], u << a.unit_bits, out + u * unit_stride);
+        if (is_next) room.anchors[TURNED_ROWS * (half ^ 1) + thread] = anchor;
+        sync_block();
+        code_queries(a, turned, head, held, out, unit_stride);
+        first += groups * units;
     }
 }

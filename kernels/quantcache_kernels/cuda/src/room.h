@@ -2,19 +2,22 @@
 
 struct Room {  // of a warp, for both blocks of a unit
     u64 *key_barrier, *value_barrier;
-    const u8** sides;  // the head's codes and gains of the first block and batch row, of keys, then of values; lane 0's own
+    const u8** next;  // codes and gains of the next unit, of keys, then of values, then its queries; lane 0's own
     u8 *key_gains, *value_gains;  // codes of gains
     u8* scratch;                  // gains of all tokens
     u8 *keys, *values, *query;
     Words4* softmax;  // of every lane
-    Words2* sums;     // [halves of value tiles, 32 lanes]
+    Words2* sums;     // [halves of value tiles, 4 lanes of every row]
 };
+
+// Whether a lane has sums of a row of queries.
+DEVICE bool has_row(const CodesArguments& a, u32 lane) { return static_cast<int>(lane) < 4 * a.rows; }
 
 DEVICE Room lay_out_room(const CodesArguments& a, u32 warp) {
     u8* shared = shared_memory() + a.constant_room + warp * static_cast<u32>(a.warp_room);
     Room room;
     room.key_barrier = reinterpret_cast<u64*>(shared), room.value_barrier = room.key_barrier + 1;
-    room.sides = reinterpret_cast<const u8**>(shared + 16);
+    room.next = reinterpret_cast<const u8**>(shared + 16);
     room.key_gains = shared + 128, room.value_gains = shared + 256;
     room.scratch = shared + 384;
     room.softmax = reinterpret_cast<Words4*>(shared + 896);
@@ -51,35 +54,43 @@ DEVICE Constants fetch_constants(const CodesArguments& a, int head) {
     return {place, place + key_words, place + key_words + value_words};
 }
 
-// One side of a head's blocks: where they lie, and where they go.
+// One side of a head's blocks: where the next unit lies, and where it goes.
 struct Side {
-    const u8* const* from;    // codes and gains of the first block and batch row, which would take registers
-    u32 bytes, stride;        // of codes, and from one batch row's to the next one's
+    const u8** next;  // its codes and gains, in shared memory: they would take registers
+    long long step;   // bytes from a block's codes to the next one's
+    u32 bytes;        // of a block's codes
     u64* barrier;
     u8 *code_room, *gain_room;
     int apart;  // from the first block to the second one in code_room
 };
 
 DEVICE Side keys_of(const CodesArguments& a, const Room& room, int head) {
-    const HeadTiles& keys = a.key_heads[head];
-    return {room.sides, static_cast<u32>(keys.bytes), static_cast<u32>(a.key_bytes), room.key_barrier,
-            room.keys, room.key_gains, a.key_room};
+    const u32 bytes = static_cast<u32>(a.key_heads[head].bytes);
+    return {room.next, a.key_step, bytes, room.key_barrier, room.keys, room.key_gains, a.key_room};
 }
 DEVICE Side values_of(const CodesArguments& a, const Room& room, int head) {
-    const HeadTiles& values = a.value_heads[head];
-    return {room.sides + 2, static_cast<u32>(values.bytes), static_cast<u32>(a.value_bytes), room.value_barrier,
-            room.values, room.value_gains, a.value_room};
+    const u32 bytes = static_cast<u32>(a.value_heads[head].bytes);
+    return {room.next + 2, a.value_step, bytes, room.value_barrier, room.values, room.value_gains, a.value_room};
 }
 
-// Brings one or two blocks of a side; the barrier waits for `more` bytes too. For one lane.
-DEVICE void fetch(const CodesArguments& a, const Side& side, int first, int b, bool two, u32 more) {
+// Where a side's first unit lies: `first` is its first block.
+DEVICE void begin_side(const CodesArguments& a, const Side& side, const u8* codes, const u8* gains, int first, int b, int head,
+                       int offset, int stride) {
+    const u64 row = static_cast<u64>(first) * a.batch + b;
+    side.next[0] = codes + row * static_cast<u32>(stride) + offset;
+    side.next[1] = gains + (row * a.heads + head) * 64;
+}
+
+// Brings the next unit, of one block or two; the barrier waits for `more` bytes too. For one lane.
+DEVICE void fetch(const CodesArguments& a, const Side& side, bool two, u32 more) {
     barrier_expect(side.barrier, (side.bytes + 64) * (two ? 2 : 1) + more);
+    const u8 *codes = side.next[0], *gains = side.next[1];
     UNROLL for (int block = 0; block < 2; ++block) {
         if (block && !two) break;
         MARK(14);
-        const u64 row = static_cast<u64>(first + block) * a.batch + b;
-        bulk_copy(side.gain_room + 64 * block, side.from[1] + row * a.heads * 64, 64, side.barrier);
-        u8* place = side.code_room + side.apart * block;
-        if (side.bytes) bulk_copy(place, side.from[0] + row * side.stride, side.bytes, side.barrier);
+        bulk_copy(side.gain_room + 64 * block, gains, 64, side.barrier);
+        if (side.bytes) bulk_copy(side.code_room + side.apart * block, codes, side.bytes, side.barrier);
+        codes += side.step, gains += a.gain_step;
     }
+    side.next[0] = codes, side.next[1] = gains;
 }

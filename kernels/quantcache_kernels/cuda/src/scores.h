@@ -97,7 +97,7 @@ DEVICE float find_peak(const float (&y)[16], float unit, float offset) {
 // Sums are in units of an earlier peak of their query, which is raised only when they could grow too large: a weight
 // stays below 2^10, and its product with a gain within half precision. `softmax` is the peaks of a lane's queries, then
 // the sums of their weights.
-DEVICE void raise_peaks(const Exponents& e, float (&softmax)[4], Words2* sums, int halves, u32 lane) {
+DEVICE void raise_peaks(const CodesArguments& a, const Exponents& e, float (&softmax)[4], Words2* sums, u32 lane) {
     float found[2];
     bool raise[2];
     UNROLL for (int q = 0; q < 2; ++q) {
@@ -116,8 +116,9 @@ DEVICE void raise_peaks(const Exponents& e, float (&softmax)[4], Words2* sums, i
     const int row = static_cast<int>(lane / 4);
     const u32 even = shuffle(bits_of(decay[0]), row / 2), odd = shuffle(bits_of(decay[1]), row / 2);
     const float own_decay = float_of(row % 2 ? odd : even);
-    ROLLED for (int half = 0; half < halves; ++half) {
-        Words2& own = sums[32 * half + static_cast<int>(lane)];
+    if (!has_row(a, lane)) return;
+    ROLLED for (int half = 0; half < 2 * a.value_tiles; ++half) {
+        Words2& own = sums[4 * a.rows * half + static_cast<int>(lane)];
         own = {bits_of(float_of(own.x) * own_decay), bits_of(float_of(own.y) * own_decay)};
     }
 }

@@ -110,6 +110,10 @@ DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 // Memory is on its way to where it is quick to read.
 DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global))); }
 
+// A launch that may begin before the one in front of it has ended waits for what that one writes; and lets the next begin.
+DEVICE void await_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
@@ -122,6 +126,12 @@ DEVICE u32 shuffle_up(u32 x) {
                  : "=r"(y)
                  : "r"(x), "n"(DELTA), "n"((32 - WIDTH) << 8));
     return y;
+}
+// True in one lane of a whole warp; of what that one does the compiler knows that no other does it.
+DEVICE bool is_elected() {
+    u32 y;
+    asm volatile("{.reg .pred own; elect.sync _|own, 0xFFFFFFFF; selp.u32 %0, 1, 0, own;}" : "=r"(y));
+    return y != 0;
 }
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
