@@ -1,8 +1,7 @@
 """Implementations of encoding and of attention on codes, and which of them serves a layer.
 
 To add one, write a :class:`Backend` in a module of its own and give it a place in :data:`FASTEST_FIRST`; nothing
-else in quantcache names a backend. One that has not been measured on its devices yet goes to
-:data:`ON_REQUEST`.
+else in quantcache names a backend.
 """
 
 from __future__ import annotations
@@ -55,17 +54,18 @@ BackendName = Literal["auto", "cpu", "native", "triton", "cuda", "torch"]
 
 _TRITON = TritonBackend()
 
-FASTEST_FIRST: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(),), "cuda": (_TRITON,), "xpu": (_TRITON,)}
+FASTEST_FIRST: dict[str, tuple[Backend, ...]] = {
+    "cpu": (CpuBackend(),),
+    "cuda": (CudaBackend(_TRITON), _TRITON),
+    "xpu": (_TRITON,),
+}
 """By type of device, what ``"auto"`` tries before plain torch."""
-
-ON_REQUEST: tuple[Backend, ...] = (CudaBackend(_TRITON),)
-"""What has to be asked for by name: it has not been measured on its devices yet as it is now."""
 
 NEXT_BEST: dict[str, tuple[Backend, ...]] = {"cuda": (_TRITON,)}
 """Who serves the layers that a backend lacks which was asked for by name; plain torch where nobody is named."""
 
 BACKENDS: dict[str, Backend] = {
-    each.name: each for each in (*(each for tried in FASTEST_FIRST.values() for each in tried), *ON_REQUEST, REFERENCE)
+    each.name: each for each in (*(each for tried in FASTEST_FIRST.values() for each in tried), REFERENCE)
 }
 """Every backend by name."""
 

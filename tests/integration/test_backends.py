@@ -179,7 +179,7 @@ def test_a_side_that_a_backend_lacks_is_encoded_in_its_layout(
 
 def test_names_of_backends_are_checked() -> None:
     for name in ("natve", "", None, 3):
-        with pytest.raises(ValueError, match="backend must be one of auto, cpu, triton, cuda, torch"):
+        with pytest.raises(ValueError, match="backend must be one of auto, cpu, cuda, triton, torch"):
             cache(backend=name)
     assert backends.find("native") is backends.find("cpu")
     with pytest.raises(QuantCacheError, match='backend="triton" cannot be used here'):

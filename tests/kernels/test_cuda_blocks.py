@@ -329,8 +329,8 @@ def test_who_is_not_served_is_told_why(emulated: None) -> None:
     assert "lines of queries, more than a launch takes" in reason
 
 
-def test_the_backend_has_to_be_asked_for() -> None:
-    assert all(each.name != "cuda" for tried in backends.FASTEST_FIRST.values() for each in tried)
+def test_a_gpu_gets_it_before_triton() -> None:
+    assert [each.name for each in backends.FASTEST_FIRST["cuda"]] == ["cuda", "triton"]
     assert missing(CPU) == "the CUDA kernels do not run on cpu devices"
     with pytest.raises(QuantCacheError, match='backend="cuda" cannot be used here: the CUDA kernels do not run on cpu'):
         backends.choose("cuda", CPU, {}, {})
