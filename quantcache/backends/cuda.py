@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from quantcache.backends import trials
 from quantcache.backends.base import Backend, Fields, Stage, refused_by_kernels
 from quantcache.backends.padding import shows_padding
 from quantcache.backends.reference import REFERENCE
@@ -84,7 +85,8 @@ class CudaBackend(Backend):
             return reason
         if call.hides_the_future(query.shape[2]) and view.key.tail.shape[2] < query.shape[2]:
             return "tokens of the queries themselves are encoded, and blocks are read as the past of every query"
-        kind = query.shape, call.mask is None, call.sink_logits is None, call.softcap is None
+        given = call.mask is None, call.sink_logits is None, call.softcap is None
+        kind = query.shape, given, query.device.type in trials.UNTRIED
         served = view.prepared.setdefault("cuda serves", set())
         if kind not in served:  # a trial that fails later makes everything that is prepared anew
             if reason := self._refuses_blocks(query, view, call):
