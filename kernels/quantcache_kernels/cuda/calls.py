@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,7 +134,8 @@ class PreparedCall:
         )  # fmt: skip
         self._take = TakeArguments(to_near, to_turn, 0, turn_blocks)
         self._near, self._turn = self._take.near, self._take.turned
-        self._near_place, self._near_splits = None, 0  # not known yet
+        self._near_place: list[Any] | None = None  # not known yet
+        self._near_splits = 0
         self._turn_bytes = 4 * STEP * (dim - keys.num_fast) + 4 * (rows * dim + ROWS + 2 * TURNED_ROWS)
         self._turn_blocks, self._merge_bytes = turn_blocks, self._merge.shared_bytes
         self._grid, self._threads = (-(-cut.splits // cut.warps), lines), 32 * cut.warps
