@@ -27,7 +27,7 @@ struct QueryArguments {
 
 constexpr int TURNED_ROWS = 32;  // rows of queries, units times rows, that a block of threads works on
 constexpr int TURN_WARPS = 8, TURN_THREADS = 32 * TURN_WARPS;
-constexpr int STEP = 36;         // of turned queries in shared memory: 32 lanes' 16 bytes, and 4 so that stores spread over banks
+constexpr u32 STEP = 36;         // of turned queries in shared memory: 32 lanes' 16 bytes, and 4 so that stores spread over banks
 
 struct TurnRoom {
     Words4* turned;  // [2 groups, 2, slow / 16, STEP]: sixteen rows each, in fragment order, a row's two words side by side
@@ -84,31 +84,31 @@ DEVICE void frame_queries(const QueryArguments& a, int line, int head, const Tur
 
 // The queries turned to a unit's anchor by one warp: slow dimensions go into shared memory as left operands, fast ones to
 // where attend_codes finds them, and so do the products with the mean, which stay in single precision.
-DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, Words4* turned, int head, int anchor, int first_row,
+DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, Words4* turned, int head, int anchor, u32 first_row,
                          u8* out) {
-    const int lane = static_cast<int>(thread_index()) % 32, rows = a.queries.place.rows;
-    const int quads = a.dim / 4, slow_quads = a.slow / 4, steps = a.slow / 16;
+    const u32 lane = thread_index() % 32, rows = static_cast<u32>(a.queries.place.rows);
+    const u32 quads = static_cast<u32>(a.dim) / 4, slow_quads = static_cast<u32>(a.slow) / 4, steps = slow_quads / 4;
     const float fast_unit = a.units[2 * head + 1];
     float sums[MAX_ROWS];
     UNROLL for (int r = 0; r < MAX_ROWS; ++r) sums[r] = 0.0f;
-    ROLLED for (int quad = lane; quad < quads; quad += 32) {
+    ROLLED for (u32 quad = lane; quad < quads; quad += 32) {
         hold(first_row);
         const bool is_slow = quad < slow_quads;
-        const int fast = quad - slow_quads;
+        const u32 fast = quad - slow_quads;
         float cosine[2], sine[2], mean[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         UNROLL for (int i = 0; i < 2; ++i) {
             const u64 revolutions = static_cast<u64>(static_cast<long long>(anchor)) * a.frame[quad].turns[i];
             turn(static_cast<u32>(revolutions >> 32), cosine[i], sine[i]);
             if (!is_slow) cosine[i] *= fast_unit, sine[i] *= fast_unit;
         }
-        if (is_slow) floats_of(a.mean[head * slow_quads + quad], mean);
+        if (is_slow) floats_of(a.mean[static_cast<u32>(head) * slow_quads + quad], mean);
         // A unit's rows are among eight of a tile's sixteen, so the next one is four lanes further.
         Words4* tile = turned + (first_row / 16 * steps + quad / 4) * STEP + 4 * (first_row % 8) + quad % 4;
         Words2* slow_place = reinterpret_cast<Words2*>(tile) + first_row / 8 % 2;
-        u8* fast_place = out + 32 * rows * (a.slow_tiles + fast / 4) + 8 * (fast % 4);
+        u8* fast_place = out + 32 * rows * (static_cast<u32>(a.slow_tiles) + fast / 4) + 8 * (fast % 4);
         const Words4* query = room.query + quad;
         UNROLL for (int r = 0; r < MAX_ROWS; ++r) {
-            if (r >= rows) break;
+            if (r >= static_cast<int>(rows)) break;
             float x[4], y[4];
             floats_of(*query, x);
             query += quads;
@@ -125,14 +125,14 @@ DEVICE void turn_to_unit(const QueryArguments& a, const TurnRoom& room, Words4* 
     // Lanes halve the rows that they have between them, until four have a row's sum.
     UNROLL for (int half = MAX_ROWS / 2, mask = 16; half > 0; half /= 2, mask /= 2)
         UNROLL for (int i = 0; i < half; ++i) {
-            const bool is_later = lane & mask;
+            const bool is_later = lane & static_cast<u32>(mask);
             const float kept = is_later ? sums[half + i] : sums[i], given = is_later ? sums[i] : sums[half + i];
             sums[i] = add(kept, shuffle_xor(given, mask));
         }
     UNROLL for (int mask = 2; mask > 0; mask /= 2) sums[0] = add(sums[0], shuffle_xor(sums[0], mask));
     if (lane % 4 == 0 && lane / 4 < rows) {
         const float scale = room.scales[lane / 4] * a.base;
-        float* extra = reinterpret_cast<float*>(out + 32 * rows * (a.slow_tiles + a.fast / 16));
+        float* extra = reinterpret_cast<float*>(out + 32 * rows * static_cast<u32>(a.slow_tiles + a.fast / 16));
         extra[lane / 4] = scale * a.units[2 * head], extra[8 + lane / 4] = sums[0] * scale;
     }
 }
@@ -144,23 +144,25 @@ DEVICE int find_anchor(const QueryArguments& a, const Places& places, int unit, 
 
 // Turned queries in coded coordinates, to where attend_codes finds them: sixteen rows by sixteen coefficients for a warp.
 DEVICE void code_queries(const QueryArguments& a, const Words4* turned, int head, int held, u8* out, u64 unit_stride) {
-    const int lane = static_cast<int>(thread_index()) % 32, warp = static_cast<int>(thread_index()) / 32;
-    const int rows = a.queries.place.rows, steps = a.slow / 16;
-    ROLLED for (int item = warp; item < 2 * a.slow_tiles; item += TURN_WARPS) {
-        const int tile = item / 2, part = item % 2;
-        const Words4* matrix = a.matrix + (head * a.slow_tiles + tile) * steps * 32 + lane;
+    const u32 lane = thread_index() % 32, warp = thread_index() / 32;
+    const u32 rows = static_cast<u32>(a.queries.place.rows), steps = static_cast<u32>(a.slow) / 16;
+    const u32 tiles = static_cast<u32>(a.slow_tiles), unit_bits = static_cast<u32>(a.unit_bits);
+    ROLLED for (u32 item = warp; item < 2 * tiles; item += TURN_WARPS) {
+        const u32 tile = item / 2, part = item % 2;
+        const Words4* matrix = a.matrix + (static_cast<u32>(head) * tiles + tile) * steps * 32 + lane;
         const Words4* own_turned = turned + part * steps * STEP + lane;
         float sums[2][4];
         UNROLL for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0.0f;
-        UNROLL_BY(4) for (int step = 0; step < steps; ++step) {
+        UNROLL_BY(2) for (u32 step = 0; step < steps; ++step) {
             const Words4 m = matrix[32 * step], q = own_turned[step * STEP];
             mma_half(sums[0], q.x, q.z, q.y, q.w, m.x, m.y);
             mma_half(sums[1], q.x, q.z, q.y, q.w, m.z, m.w);
         }
         UNROLL for (int i = 0; i < 2; ++i) {
-            const int row = 16 * part + 8 * i + lane / 4, unit = row >> a.unit_bits, own_row = row - (unit << a.unit_bits);
-            if (unit >= held || own_row >= rows) continue;
-            u8* place = out + static_cast<u32>(unit) * unit_stride + 32 * own_row + 8 * (lane % 4);
+            const u32 row = 16 * part + 8 * static_cast<u32>(i) + lane / 4, unit = row >> unit_bits;
+            const u32 own_row = row - (unit << unit_bits);
+            if (unit >= static_cast<u32>(held) || own_row >= rows) continue;
+            u8* place = out + unit * unit_stride + 32 * own_row + 8 * (lane % 4);
             const float *one = sums[0] + 2 * i, *two = sums[1] + 2 * i;
             *reinterpret_cast<Words2*>(place + 32 * rows * tile) = {pack_halves(one[0], one[1]), pack_halves(two[0], two[1])};
         }
@@ -192,7 +194,8 @@ DEVICE void turn_queries(const QueryArguments& a, int group, int groups, int lin
         u8* out = a.out + (static_cast<u64>(first) * a.lines + line) * a.query_bytes;
         Words4* turned = room.turned + half * (a.slow / 8 * STEP);
         ROLLED for (int u = warp; u < held; u += TURN_WARPS)
-            turn_to_unit(a, room, turned, head, room.anchors[TURNED_ROWS * half + u], u << a.unit_bits, out + u * unit_stride);
+            turn_to_unit(a, room, turned, head, room.anchors[TURNED_ROWS * half + u],
+                         static_cast<u32>(u) << a.unit_bits, out + u * unit_stride);
         if (is_next) room.anchors[TURNED_ROWS * (half ^ 1) + thread] = anchor;
         sync_block();
         code_queries(a, turned, head, held, out, unit_stride);

@@ -100,7 +100,8 @@ DEVICE float power_of_two(float x) {
 }
 DEVICE float logarithm_of_two(float x) { return __log2f(x); }
 // Nothing, but the compiler must think that x changes here: what follows from it is not computed ahead and held in registers.
-DEVICE void hold(int& x) { asm volatile("" : "+r"(x)); }
+template <typename T>
+DEVICE void hold(T& x) { asm volatile("" : "+r"(x)); }
 DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
