@@ -115,7 +115,8 @@ class DecodeGraph:
     """Decoding of a model with a compressed cache, its steps replayed from CUDA graphs.
 
     A call is a forward pass of one new token for every row. The cache is the same as after a pass of the model itself:
-    it may be used, copied, cut and saved in between. Needs ``backend="cuda"`` and a cache of spectral layers alone.
+    it may be used, copied, cut and saved in between. Needs the CUDA kernels (a GPU of
+    compute capability 9.0 or more, bfloat16) and a cache of spectral layers alone.
 
     Args:
         model: The model, with ``attn_implementation="spectral"``.
@@ -157,7 +158,7 @@ def decode_graphs(model: Any) -> Iterator[Any]:
     Steps that a graph cannot hold run as always; why not is logged once.
 
     Args:
-        model: The model, with ``attn_implementation="spectral"``; its caches have ``backend="cuda"``.
+        model: The model, with ``attn_implementation="spectral"``; the CUDA kernels serve its caches.
 
     Yields:
         The model.
