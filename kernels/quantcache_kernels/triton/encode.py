@@ -88,8 +88,7 @@ def gain_kernel(
     gains,  # [n, B, H, 64] uint8
     steps,  # [n, B, H, 64] float32, of a trellis: the gain that the search has found
     batch, W,
-    S: tl.constexpr, CHUNK: tl.constexpr, FACTORS: tl.constexpr, TRIALS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    S: tl.constexpr, CHUNK: tl.constexpr, FACTORS: tl.constexpr, TRELLIS: tl.constexpr,
 ):  # fmt: skip
     """Gains and packed fields of one head of one block; of a trellis the steps."""
     block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -109,28 +108,27 @@ def gain_kernel(
         squares += tl.where(coded[None, :], y * y, 0.0)
     rms = tl.sqrt(tl.sum(squares, axis=1) / tl.load(counts + head).to(tl.float32))
 
-    # The gain search: how much of a token's energy the best gain explains, for every factor.
-    trial = tl.arange(0, TRIALS)
-    crosses, energies = tl.zeros((64, TRIALS), tl.float32), tl.zeros((64, TRIALS), tl.float32)
-    for first in range(0, S, CHUNK):
-        slot = first + tl.arange(0, CHUNK)
-        y = load_slots(coefficients, slot, S)
-        width = tl.load(widths + slot, mask=slot < S, other=0)
-        weight = tl.load(weights + slot, mask=slot < S, other=0.0)[None, :]
-        grid = grid_of(width, slot, search, S)
-        for f in range(FACTORS):
-            code = nearest(y, rms * tl.load(factors + f), width, grid, boundaries, bins)
+    # The gain search: how much of a token's energy the best gain explains, for every factor. Slots are added up lane by
+    # lane before lanes are, which takes longer than reading the coefficients again.
+    most, gain, step = tl.zeros_like(rms) - 1.0, tl.zeros_like(rms), rms * tl.load(factors)
+    for f in range(FACTORS):
+        tried = rms * tl.load(factors + f)
+        crosses, energies = tl.zeros((64, CHUNK), tl.float32), tl.zeros((64, CHUNK), tl.float32)
+        for first in range(0, S, CHUNK):
+            slot = first + tl.arange(0, CHUNK)
+            y = load_slots(coefficients, slot, S)
+            width = tl.load(widths + slot, mask=slot < S, other=0)
+            code = nearest(y, tried, width, grid_of(width, slot, search, S), boundaries, bins)
             level = tl.load(levels + (((1 << width) - 2)[None, :] + code), mask=(width > 0)[None, :], other=0.0)
-            weighted, own = level * weight, (trial == f)[None, :]
-            crosses += tl.where(own, tl.sum(weighted * y, axis=1)[:, None], 0.0)
-            energies += tl.where(own, tl.sum(weighted * level, axis=1)[:, None], 0.0)
-    fits = energies > 0
-    found = tl.maximum(tl.where(fits, crosses, 0.0) / tl.where(fits, energies, 1.0), 0.0)
-    saved = found * crosses
-    saved = tl.where((saved > -1.0) & (trial < FACTORS)[None, :], saved, -1.0)  # not a number is none
-    best = tl.min(tl.where(saved == tl.max(saved, axis=1)[:, None], trial[None, :], TRIALS), axis=1)
-    gain = tl.sum(tl.where((trial[None, :] == best[:, None]) & (saved > -1.0), found, 0.0), axis=1)
-    step = rms * tl.load(factors + best)
+            weighted = level * tl.load(weights + slot, mask=slot < S, other=0.0)[None, :]
+            crosses += weighted * y
+            energies += weighted * level
+        cross, energy = tl.sum(crosses, axis=1), tl.sum(energies, axis=1)
+        fits = energy > 0
+        found = tl.maximum(tl.where(fits, cross, 0.0) / tl.where(fits, energy, 1.0), 0.0)
+        better = found * cross > most  # not of what is not a number
+        most = tl.where(better, found * cross, most)
+        gain, step = tl.where(better, found, gain), tl.where(better, tried, step)
 
     if TRELLIS:
         tl.store(steps + row + token, step)
@@ -213,8 +211,7 @@ def launch(
         )  # fmt: skip
         gain_kernel[grid](
             coefficients, *tables[6:], codes[some], gains[some], steps, x.shape[0], payload,
-            S=slots, CHUNK=chunk, FACTORS=factors, TRIALS=power_of_two(factors, 1), TRELLIS=bool(passes),
-            num_warps=CHUNK_WARPS,
+            S=slots, CHUNK=chunk, FACTORS=factors, TRELLIS=bool(passes), num_warps=CHUNK_WARPS,
         )  # fmt: skip
         if passes:
             trellis.launch(coefficients, steps, tables, trellis_tables, sizes, codes[some], gains[some])
