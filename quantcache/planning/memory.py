@@ -5,6 +5,7 @@ Shape legend as in docs/notation.md: B rows, T cached tokens, Hkv key/value head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from transformers import PreTrainedConfig
 from quantcache.accounting.memory import (
     TAIL_GROWTH,
     CacheMemory,
+    LayerSize,
     capacity,
     largest_capacity,
     num_blocks,
     tail_capacity,
 )
 from quantcache.accounting.predicting import predict_layers, predict_quantized
+from quantcache.accounting.tiles import in_tiles
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.reference import QUERY_CHUNK, TILE_BLOCKS
@@ -45,15 +48,15 @@ def estimate_memory(
     sink_length: int = SINK_LENGTH,
     residual_length: int = RESIDUAL_LENGTH,
     prefill: int | None = None,
+    tiles: bool = False,
 ) -> CacheMemory:
     """Bytes that a cache will hold, from the model's config alone.
 
     Exactly what ``SpectralCache.memory()`` will say, shared constants and recurrent states apart, and for ``bf16``
     what a DynamicCache will hold; sliding-window layers are counted as they are. The codes of ours are exact where
-    the dimension of every head is a multiple of the codec's group size, or the calibration is given. The CUDA kernels,
-    which newer GPUs get, store them in tiles: at 3 bits, for the models that we looked at, in 4 to 13 % more.
-    transformers' quantized caches (quanto, hqq, fp8) are counted after one update, everything coded; of simulated
-    formats it is the size that codes would take.
+    the dimension of every head is a multiple of the codec's group size, or the calibration is given. transformers'
+    quantized caches (quanto, hqq, fp8) are counted after one update, everything coded; of simulated formats it is the
+    size that codes would take.
 
     Args:
         config: The model's config, or what :func:`quantcache.planning.load_config` takes.
@@ -65,6 +68,8 @@ def estimate_memory(
         sink_length: First tokens kept as they are.
         residual_length: Recent tokens kept as they are.
         prefill: How many of the tokens arrive in the first update, the others one by one; all if None.
+        tiles: Whether ours stores codes as the CUDA kernels do, which models in bfloat16 get on newer GPUs: exact with
+            the calibration, else as much as we have seen them take.
 
     Returns:
         The sizes by kind, ``constants`` zero.
@@ -92,6 +97,7 @@ def estimate_memory(
         sink_length=sink_length,
         residual_length=residual_length,
         prefill=prefill,
+        tiles=tiles,
     )
 
 
@@ -106,6 +112,7 @@ def cache_memory(
     sink_length: int = SINK_LENGTH,
     residual_length: int = RESIDUAL_LENGTH,
     prefill: int | None = None,
+    tiles: bool = False,
 ) -> CacheMemory:
     """As :func:`estimate_memory`, for a model whose geometry is known.
 
@@ -119,6 +126,7 @@ def cache_memory(
         sink_length: First tokens kept as they are.
         residual_length: Recent tokens kept as they are.
         prefill: How many of the tokens arrive in the first update; all if None.
+        tiles: Whether ours stores codes as the CUDA kernels do.
 
     Returns:
         The sizes by kind.
@@ -144,7 +152,7 @@ def cache_memory(
     prefilled = tokens if prefill is None else prefill
     first = num_blocks(prefilled, sink_length, residual_length)
     return predict_layers(
-        coded_layers(form, geometry, calibration),
+        _stored_layers(form, geometry, calibration, tiles),
         tokens,
         batch=batch,
         sink_length=sink_length,
@@ -162,7 +170,8 @@ def largest_cache(
     """Bytes that a 16-bit model's cache holds at most while it grows to T tokens, in whatever steps.
 
     Blocks are encoded when 64 tokens (or those of a longer tile) have gathered, stores grow by a sixteenth and tails by
-    an eighth, so that a cache may hold a little more than its size after one update. It never decreases with T.
+    an eighth, so that a cache may hold a little more than its size after one update. Codes are counted in tiles, in
+    which some kernels store them. It never decreases with T.
 
     Args:
         form: How the cache is stored.
@@ -186,10 +195,20 @@ def largest_cache(
     once = form.blocks_at_once
     blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH, once)
     full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + once) - 1 if blocks else tokens
-    layers = coded_layers(form, geometry, calibration)
+    layers = _stored_layers(form, geometry, calibration, tiles=True)
     tail_room = largest_capacity(full - BLOCK * blocks - (SINK_LENGTH if blocks else 0), TAIL_GROWTH)
     rooms = {"room": largest_capacity(blocks), "tail_room": tail_room}
     return states + predict_layers(layers, full, batch=batch, blocks_at_once=once, **rooms).total
+
+
+def _stored_layers(
+    form: Format, geometry: Geometry, calibration: Calibration | None, tiles: bool
+) -> Sequence[LayerSize]:
+    """The layers of a cache of coded blocks as they are stored."""
+    layers = coded_layers(form, geometry, calibration)
+    if not tiles or form.kind != "spectral":
+        return layers
+    return in_tiles(layers, None if calibration is None else calibration.with_bits(form.bits))
 
 
 def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> int:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from quantcache import Calibration, SpectralCache, backends, data
+from quantcache.accounting.memory import calibrated_sizes
+from quantcache.accounting.tiles import MORE_BITS, in_tiles
 from quantcache.backends import AttentionCall, cuda, trials, triton
 from quantcache.backends.base import CODE_QUERIES
 from quantcache.coding.codec import SpectralCodec
@@ -285,17 +287,22 @@ def test_a_trellis_of_half_a_tile_has_a_whole_word_of_path_bits() -> None:
     assert layout.table()[0, 36] == 4 * 16 * 8, "all tiles are slow"
 
 
-def test_tiles_take_about_an_eighth_more_than_the_portable_layout() -> None:
-    calibration = Calibration.from_pretrained(data.calibrations_path() / "wiki11m")
-    own = portable = 0
-    for layer in calibration.layers.values():
+@pytest.mark.parametrize("bits", [2.0, 3.0, 4.0])
+@pytest.mark.parametrize("name", ["wiki11m", "smollm2-135m"])
+def test_predictions_know_what_tiles_take(name: str, bits: float) -> None:
+    calibration = Calibration.from_pretrained(data.calibrations_path() / name).with_bits(bits)
+    sizes = calibrated_sizes(calibration)
+    tiled = in_tiles(sizes, calibration)
+    for layer, size in zip(list(calibration.layers.values())[:2], tiled, strict=False):
         for side in SIDES:
             rope = layer.rope if side == "key" else Rope()
             codec = SpectralCodec(layer.side(side), rope, calibration.metadata.codec, holds_values=side == "value")
-            own += cuda.prepared(codec).layout.words + 16 * codec.num_heads
-            portable += codec.num_words + 16 * codec.num_heads
-    assert calibration.bits == 3
-    assert 1.11 < own / portable < 1.14
+            found = size.key if side == "key" else size.value
+            assert found.code_bits == 32 * BlockLayout.of(codec.constants()).words / BLOCK, "bits of a token"
+    portable, own = (sum((s.key.code_bits or 0) + (s.value.code_bits or 0) for s in given) for given in (sizes, tiled))
+    assert 22 < (own - portable) / sum(size.key.heads + size.value.heads for size in sizes) < MORE_BITS
+    if bits == 3:
+        assert 1.12 < own / portable < 1.15
 
 
 def bits_of_tiles(widths: list[int]) -> int:
