@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from quantcache.backends import cuda
+from quantcache.backends.reference import REFERENCE
 from quantcache.backends.view import CacheView
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.packing import BLOCK
-from quantcache_kernels.cuda import calls
+from quantcache_kernels.cuda import calls, room
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.near import NEAR_TOKENS, NearTokens
 from quantcache_kernels.cuda.places import Blocks
@@ -88,3 +89,44 @@ def test_what_is_prepared_goes_with_its_blocks(layer: SpectralLayer) -> None:
         assert held() is None, "it would hold the memory of blocks that have moved, until somebody collects garbage"
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_sink_logits_of_any_dtype_are_taken(layer: SpectralLayer, dtype: torch.dtype) -> None:
+    batch, heads, _, dim = layer.tails["key"].shape
+    query, logits = torch.randn(batch, 2 * heads, 1, dim).bfloat16(), torch.randn(2 * heads).to(dtype)
+    found, expected = (
+        attend(layer.snapshot(), query, AttentionCall(None, 0.1, sink_logits=each)) for each in (logits, logits.float())
+    )
+    assert torch.equal(found, expected)
+
+
+def test_there_may_be_nothing_but_blocks(emulated: None) -> None:  # noqa: F811
+    filled = fill(in_bfloat16(Case(tokens=2 * BLOCK, sink_length=0)))
+    view = on_device(filled.layer, CUDA).snapshot()
+    assert view.key.tail.shape[2] == 0
+    call = AttentionCall(None, 0.1)
+    found, expected = attend(view, filled.query, call), REFERENCE.attend(filled.query, filled.layer.snapshot(), call)
+    assert float((found.double() - expected.double()).norm()) <= 0.01 * float(expected.double().norm())
+
+
+@pytest.mark.parametrize("queries", [3, 5])
+def test_queries_are_turned_to_as_many_anchors_as_there_are(
+    queries: int,
+    emulated: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On few processors a block of threads goes over several groups of them."""
+    filled = fill(in_bfloat16(Case(tokens=1100, heads=4, groups=1, widths=1, queries=queries)))
+    view, call = on_device(filled.layer, CUDA).snapshot(), AttentionCall(None, 0.1, causal=False)
+    device, found = room.device_of(torch.device("cpu")), []
+    for processors in (1, 132):
+        monkeypatch.setattr(room, "device_of", lambda _, n=processors: device._replace(processors=n))
+        blocks = cuda._blocks(view)
+        sides = (cuda.prepared(side.codec) for side in (view.key, view.value))
+        found.append(kernels.attend(filled.query, blocks, NearTokens(*view.dense_parts()), *sides, call, splits=2))
+        (prepared,) = blocks.calls.values()
+        groups = -(-blocks.units // (calls.TURNED_ROWS >> (queries - 1).bit_length()))
+        assert (prepared._turn_blocks < groups) == (processors == 1)
+        blocks.calls.clear()
+    assert torch.equal(*found)

@@ -99,6 +99,7 @@ class PreparedCall:
         place = Rows(heads, -(-total // ROWS), rows_of(total), count, total)
         rows, lines = place.rows, lines_of(batch, total, heads)
         slots, value_dim = TILE * values.layout.tiles, values.mean.shape[1]
+        self._constants = keys, values  # kept: the arguments say where they are
         self._device, self._lasting, self._rows, self._lines = query.device, lasting, rows, lines
         self._out_shape, self._out_dtype = (batch, count, query_heads, value_dim), query.dtype
         room, units = room_of(keys, values, rows, query.device), blocks.units if lasting is None else lasting.units
@@ -127,7 +128,7 @@ class PreparedCall:
         )  # fmt: skip
         to_near = near.arguments(queries, places, (there, pointer(near.tail_tokens), None, None, None, None))
         to_near.causal, to_near.lines, to_near.softcap = call.hides_the_future(count), lines, softcap
-        to_near.logits_are_half = logits is not None and is_half(logits.dtype)
+        to_near.logits_are_half = logits is not None and logits.dtype == torch.bfloat16
         self._merge = MergeArguments(
             None, None, None, None, *map(pointer, (values.decoder, values.mean)), None, None, there,
             place, lines, value_dim, slots, cut.splits, 0, is_half(query.dtype),
@@ -135,7 +136,7 @@ class PreparedCall:
         self._take = TakeArguments(to_near, to_turn, 0, turn_blocks)
         self._near, self._turn = self._take.near, self._take.turned
         self._near_place: list[Any] | None = None  # not known yet
-        self._near_splits = 0
+        self._near_splits = -1
         self._turn_bytes = 4 * STEP * (dim - keys.num_fast) + 4 * (rows * dim + ROWS + 2 * TURNED_ROWS)
         self._turn_blocks, self._merge_bytes = turn_blocks, self._merge.shared_bytes
         self._grid, self._threads = (-(-cut.splits // cut.warps), lines), 32 * cut.warps

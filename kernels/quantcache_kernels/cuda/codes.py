@@ -58,7 +58,7 @@ def attend(
         ``[B, Tq, Hq, Dv]`` in the query's dtype, float32 or bfloat16.
     """
     device, prepared, logits = query.device, None, call.sink_logits
-    given = call.mask is None, None if logits is None else logits.dtype
+    given = call.mask is None, None if logits is None else logits.dtype, near.key_sinks.shape[2]
     kind = query.shape, query.dtype, call.scaling, call.softcap, call.hides_the_future(query.shape[2]), given, splits
     if lasting is None:
         prepared = blocks.calls.pop(kind, None)  # no other thread may have it meanwhile

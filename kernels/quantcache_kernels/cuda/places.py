@@ -47,7 +47,7 @@ class Blocks:
     starts: Starts | None
     end: int
     paired: bool
-    calls: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    calls: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def units(self) -> int:
