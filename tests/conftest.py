@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import platform
@@ -87,6 +88,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs the Hub: set QUANTCACHE_HUB_TESTS=1"))
 
 
+def pytest_collection_finish() -> None:
+    """Keep what imports and collection have left out of every later collection of garbage: it is there to stay."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Count outcomes by row of the support table."""
@@ -151,6 +158,16 @@ def no_network() -> Iterator[None]:
         for name in ("connect", "connect_ex", "sendto"):
             patch.setattr(socket.socket, name, guard(name))
         patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_yardsticks() -> Iterator[None]:
+    """Let calibrations measure their own cost on fewer tokens: of 2,048 the bundled model takes half a minute."""
+    from quantcache.calibration import yardstick
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yardstick, "YARDSTICK_TOKENS", 400)
         yield
 
 

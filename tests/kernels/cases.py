@@ -169,7 +169,7 @@ ATTENTION = {
     "few-fast": replace(BASE, dim=128, theta=1e7),
     "all-fast": replace(BASE, theta=10.0),
     "padded": replace(BASE, tokens=300, pads=(0, 5, 260)),
-    "padded-Tq4": replace(BASE, tokens=300, heads=2, pads=(0, 5, 260), queries=4),
+    "padded-Tq4": replace(BASE, tokens=180, heads=2, pads=(0, 70), queries=4),
     "padded-to-the-tail": replace(BASE, tokens=180, pads=(0, 150), queries=2),
     "holes": replace(BASE, pads=(0, 7), holes=True, queries=3),
     "holes-one-mask": replace(BASE, holes=True, queries=3),
