@@ -30,6 +30,9 @@ from tests.property.effort import report
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 BY_NAME = {family.name: family for family in (*FAMILIES, *LAYOUTS)}
+KINDS = ("sliding_attention", "full_attention", "full_attention")  # the last has the keys and values of the one before
+SHARING = BY_NAME["gemma4-sharing"].config | {"num_hidden_layers": len(KINDS), "layer_types": list(KINDS)}
+BY_NAME["gemma4-sharing"] = dataclasses.replace(BY_NAME["gemma4-sharing"], config=SHARING)
 PROMPT = random_tokens(2, 122, seed=11)  # the first block is encoded, the next is due in ten tokens
 
 CPP = shutil.which(os.environ.get("CXX", "g++"))

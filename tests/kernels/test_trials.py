@@ -148,7 +148,7 @@ def test_triton_kernels_that_are_wrong_are_not_used(
 
 
 def test_every_backend_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_check, "GEOMETRIES", ((64, 3, 1e4),))
+    monkeypatch.setattr(kernel_check, "GEOMETRIES", ((32, 3, 1e4),))
     monkeypatch.setattr(kernel_check, "DTYPES", (torch.float32,))
     found = kernel_check.check_kernels()
     assert {each["backend"] for each in found} == {"cpu", "triton", "cuda"}
@@ -158,7 +158,7 @@ def test_every_backend_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         assert not each["problem"]
         assert each["difference"] <= each["allowed"] < 0.5, "an empty encoding would be off by 1"
-    cases = {coding: f"D=64, G=3, {coding}, float32" for coding in ("scalar", "trellis")}
+    cases = {coding: f"D=32, G=3, {coding}, float32" for coding in ("scalar", "trellis")}
     for backend in {each["backend"] for each in found if each["operation"]}:
         operations = [(each["case"], each["operation"]) for each in found if each["backend"] == backend]
         assert operations == [(case, o) for case in cases.values() for o in ("attend", "encode", "decode")]
@@ -191,11 +191,11 @@ def test_the_check_finds_what_is_wrong_with_one_coding_alone(
         return {**made, "codes": made["codes"] ^ 0x01010101} if operation == "encode" else 1.01 * made
 
     monkeypatch.setattr(backend, operation, wrong)
-    monkeypatch.setattr(kernel_check, "GEOMETRIES", ((64, 2, 1e4),))
+    monkeypatch.setattr(kernel_check, "GEOMETRIES", ((32, 2, 1e4),))
     monkeypatch.setattr(kernel_check, "DTYPES", (torch.float32,))
     monkeypatch.setattr(backends, "BACKENDS", {"torch": backends.REFERENCE, "cpu": backends.find("cpu")})
     bad = [(each["case"], each["operation"]) for each in kernel_check.check_kernels() if each["problem"]]
-    assert bad == [(f"D=64, G=2, {coding}, float32", operation)]
+    assert bad == [(f"D=32, G=2, {coding}, float32", operation)]
 
 
 def test_env_shows_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
