@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts, a model of another geometry, and configs of models that are no decoders."""
     folder = tmp_path_factory.mktemp("cli")
     text = data.calibration_text()
-    (folder / "one.txt").write_text(text[:6000], "utf-8")
-    (folder / "two.txt").write_text(text[-6000:], "utf-8")
+    (folder / "one.txt").write_text(text[:2400], "utf-8")
+    (folder / "two.txt").write_text(text[-2400:], "utf-8")
     (folder / "held_out.txt").write_text(data.evaluation_text()[:6000], "utf-8")
     (folder / "empty.txt").write_text(" \n", "utf-8")
     (folder / "short.txt").write_text("Too short.", "utf-8")
