@@ -10,6 +10,7 @@ Triton's specialisation of arguments included, is what runs on a GPU. It needs a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -176,6 +177,37 @@ def front_end_only() -> Iterator[None]:
         CUDABackend.make_ttgir = whole
 
 
+class Novelties:
+    """Picks variants that have what no earlier one of their kernel has.
+
+    That is a value of any parameter, two switches that stand so for the first time, or a switch beside other types of
+    arguments. It is two thirds of all variants; the others compile what has been compiled, in another company.
+    """
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, ...]] = set()
+        self.picked: dict[tuple[str, str], bool] = {}
+
+    def __call__(self, kernel: str, key: str) -> bool:
+        """Whether a variant is one of them."""
+        if (kernel, key) not in self.picked:
+            new = {(kernel, *each) for each in self._features(key)} - self.seen
+            self.seen |= new
+            self.picked[kernel, key] = bool(new)
+        return self.picked[kernel, key]
+
+    @staticmethod
+    def _features(key: str) -> set[tuple[str, ...]]:
+        found = re.findall(r"\('([^']*)', ((?:[^()]|\([^()]*\))*)\)", key)
+        if not found:
+            return {(key,)}
+        values = [f"{place} {kind} {value}" for place, (kind, value) in enumerate(found)]
+        switches = [v for v, (kind, value) in zip(values, found, strict=True) if value in ("True", "False", "'ieee'")]
+        types = " ".join(kind for kind, _ in found if kind.startswith("*"))
+        pairs = itertools.combinations(switches, 2)
+        return {*((each,) for each in values), *pairs, *((types, each) for each in switches)}
+
+
 def launch_all(case: Case) -> None:
     """Encode both sides, attend and decode: whatever of it the kernels take."""
     if TRITON.leaves(case):
@@ -299,19 +331,24 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="regular expressions of case names, or CASE:KERNEL")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--front-end", action="store_true", help="stop behind what the target has no say in")
+    parser.add_argument("--novel", action="store_true", help="leave out variants that combine what others have")
     parser.add_argument("--steps", type=int, help="compile nothing: count variants over this many decoding steps")
     options = parser.parse_args()
     if options.steps:
         print(json.dumps(variants_while_decoding(options.steps)))
         return
     picks = [pick.partition(":")[::2] for pick in options.only]
-    names = [name for name in ATTENTION | TRELLIS | GEOMETRIES if any(re.search(pick, name) for pick, _ in picks)]
-
-    def picked(case: str, kernel: str, key: str = "") -> bool:
-        return any(re.search(pick, case) and re.search(kernels, kernel) for pick, kernels in picks)
+    names = [name for name in GEOMETRIES | ATTENTION | TRELLIS if any(re.search(pick, name) for pick, _ in picks)]
 
     failed = False
     for target in options.target:
+        novel = Novelties()
+
+        def picked(case: str, kernel: str, key: str, novel: Novelties = novel) -> bool:
+            if options.novel and not novel(kernel, key):
+                return False
+            return any(re.search(pick, case) and re.search(kernels, kernel) for pick, kernels in picks)
+
         with front_end_only() if options.front_end else nullcontext():
             for found in compiled(names, target, picked, options.jobs):
                 failed |= bool(found.error)

@@ -42,14 +42,15 @@ def test_decoding_compiles_few_variants() -> None:
 @pytest.mark.slow
 @pytest.mark.triton
 @pytest.mark.timeout(900)
-def test_every_variant_passes_the_front_end() -> None:
-    found = run("--front-end")
+def test_whatever_variants_differ_in_passes_the_front_end() -> None:
+    """``make compile-gpu`` compiles every one."""
+    found = run("--front-end", "--novel")
     assert not [each for each in found if each["error"]]
     assert all(each["front_end"] or each["registers"] for each in found), "compiled before, or through the front end"
     assert {each["kernel"] for each in found} == {f"{name}_kernel" for name in KERNELS}
     cases = {each["case"] for each in found}
-    assert cases >= {"llama-8b", "gemma-2", "trellis-D256", "few-fast", "all-fast", "D256", "softcap", "padded"}
-    assert len(found) > 200, "every case is there, and kernels are compiled anew for what differs"
+    assert cases >= {"llama-8b", "gemma-2", "gemma-2-trellis", "few-fast", "all-fast", "D128", "softcap", "padded"}
+    assert len(found) > 120, "every case is there, and kernels are compiled anew for what differs"
 
 
 KERNELS = ("attend", "query", "dense", "merge", "decode", "coefficient", "gain", "path", "level")

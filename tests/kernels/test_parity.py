@@ -141,7 +141,7 @@ def test_codes_of_another_pass(kernel: Kernel, name: str) -> None:
     case = TRELLIS[name]
     if kernel.leaves_codes(case):
         pytest.skip(f"not for {kernel.backend}: {kernel.leaves_codes(case)}")
-    for side in SIDES:
+    for side in SIDES if kernel.backend == "cpu" else SIDES[1:]:  # six searches of a side take the interpreter long
         codec, given, _ = encoded_by_torch(case, side)
         moved = [None if t is None else t.to(kernel.device) for t in given]
         found = []
