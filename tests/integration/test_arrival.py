@@ -22,6 +22,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import left_padding
+from tests.property.effort import examples
 from tests.reference import ReferenceLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,7 +109,7 @@ backends: st.SearchStrategy[BackendName] = st.sampled_from(["torch", "auto"])
 @given(names, edges(), sinks, residuals, backends, st.sampled_from([torch.float32, torch.bfloat16]))
 @example("llama", list(range(0, 331)), 4, 64, "auto", torch.float32)
 @example("llama", list(range(0, 200)), 4, 0, "torch", torch.bfloat16)
-@settings(max_examples=40)
+@settings(max_examples=examples(25))
 def test_codes_do_not_depend_on_arrival(
     name: str, cuts: list[int], sink_length: int, residual_length: int, backend: BackendName, dtype: torch.dtype
 ) -> None:
@@ -127,7 +128,7 @@ def test_codes_do_not_depend_on_arrival(
 @given(names, edges(), sinks, residuals, backends, st.tuples(st.integers(0, 150), st.integers(0, 150), st.just(0)))
 @example("llama", list(range(0, 200)), 4, 0, "torch", (37, 3, 0))
 @example("llama", [0, 50, 100, 300], 4, 0, "auto", (120, 70, 0))
-@settings(max_examples=40)
+@settings(max_examples=examples(25))
 def test_padded_codes_do_not_depend_on_arrival(
     name: str, cuts: list[int], sink_length: int, residual_length: int, backend: BackendName, pads: tuple[int, ...]
 ) -> None:
@@ -142,7 +143,7 @@ def test_padded_codes_do_not_depend_on_arrival(
 
 
 @given(edges(160), st.data())
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_codes_do_not_depend_on_the_reader(cuts: list[int], data: st.DataObject) -> None:
     tokens = tokens_of("llama", 2, torch.float32)
     layer, expected = empty_layer("llama", 4, 0), empty_layer("llama", 4, 0)
@@ -176,7 +177,7 @@ OPERATIONS = st.one_of(
 
 @given(names, st.lists(OPERATIONS, min_size=1, max_size=12), st.sampled_from([0, 4]), st.sampled_from([0, 20]))
 @example("llama", [("append", 90), ("crop", 40), ("append", 90), ("crop", 60), ("append", 90)], 4, 0)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @pytest.mark.support("any order of operations, against a model (property test)")
 def test_operations_do_what_they_do_to_dense_tokens(
     name: str, operations: list[tuple[str, object]], sink_length: int, residual_length: int
