@@ -78,9 +78,12 @@ COMPILED = {
     90: ["^llama-8b$", "^llama-8b-trellis$:attend|decode|coefficient|gain|path|level", "^D64$:attend|query",
          "^T69$:attend", *OF_256],
     80: ["^llama-8b-trellis$", "^gemma-2$:attend"],
-    120: ["^llama-8b-trellis$", "^gemma-2$:attend"],
+    120: ["^llama-8b-trellis$:attend|query", "^gemma-2$:attend"],
 }  # fmt: skip
-"""What is compiled for each target, as ``--only`` has it; attention is what spills at D = 256."""
+"""What is compiled for each target, as ``--only`` has it; attention is what spills at D = 256.
+
+Of sm_120, whose tensor cores take the instructions of sm_80, the kernels that have products at every step.
+"""
 
 
 @pytest.mark.slow
@@ -90,7 +93,8 @@ COMPILED = {
 def test_kernels_compile_for(target: int) -> None:
     found = run("--target", str(target), "--only", *COMPILED[target])
     assert not [each for each in found if each["error"]]
-    assert {each["kernel"] for each in found} == {f"{name}_kernel" for name in KERNELS}
+    some = KERNELS if target != 120 else ("attend", "query")
+    assert {each["kernel"] for each in found} == {f"{name}_kernel" for name in some}
     wide = {each["kernel"] for each in found if each["case"].startswith("gemma-2")}
     assert wide == {f"{name}_kernel" for name in (KERNELS if target == 90 else ("attend",))}
     allowed = SPILLS[target]
