@@ -79,7 +79,7 @@ def test_kernels_keep_to_their_registers(cubins: Cubins, variant: tuple[bool, in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codings", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("codings", [(False, False), (True, True)])
 def test_kernels_of_blocks_keep_to_their_registers(codings: tuple[bool, bool], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
