@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantcache.accounting.memory import num_blocks
 from quantcache.artifact.calibration import Calibration
-from quantcache.attention.probe import evaluating, run
+from quantcache.attention.function import ATTENTION_NAME
+from quantcache.attention.probe import attends, evaluating, run
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.distortion import expected_cost
 from quantcache.coding.packing import BLOCK
+from quantcache.common import compat
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 
 YARDSTICK_BITS = (2.0, 4.0)
@@ -59,7 +62,7 @@ def measure_yardstick(
     chosen = usable[:: max(1, -(-len(usable) // YARDSTICK_SEQUENCES))]
     measured = [calibration.with_bits(bits) for bits in YARDSTICK_BITS]
     totals, count = [0.0 for _ in measured], 0
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), _attending_on_codes(model):
         for tokens in (s[:1, :YARDSTICK_TOKENS] for s in chosen):
             count += tokens.shape[1]
             caches = [DynamicCache(config=model.config), *(SpectralCache(each, model.config) for each in measured)]
@@ -74,3 +77,19 @@ def measure_yardstick(
     if not all(math.isfinite(point["kl"]) and point["kl"] > 0 and point["cost"] > 0 for point in points):
         return None
     return {"tokens": count, "held_out": bool(unseen), "points": points}
+
+
+@contextlib.contextmanager
+def _attending_on_codes(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model with ``sdpa`` attend on codes if it can: else every pass would decode the whole cache."""
+    before = compat.attention_implementations(model)
+    if set(before.values()) != {"sdpa"}:
+        yield
+        return
+    compat.use_attention(model, ATTENTION_NAME)
+    try:
+        if not attends(model):
+            compat.use_attention(model, before)
+        yield
+    finally:
+        compat.use_attention(model, before)

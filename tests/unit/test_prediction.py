@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import predict_kl, predict_kl_at
-from quantcache.calibration import calibrator
+from quantcache.attention import probe
+from quantcache.calibration import calibrator, yardstick
 from quantcache.calibration.calibrator import calibrate
 from quantcache.cli.loading import load_model
 from quantcache.coding.codec import SpectralCodec
@@ -151,3 +154,20 @@ def test_the_yardstick_of_a_text_begins_behind_what_the_calibration_reads(monkey
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     assert (len(read), len(left)) == (300, 4096)
     assert torch.equal(torch.cat((read, left)), tokens[: 300 + 4096])
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_yardstick_attends_on_codes_where_the_model_can(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = FAMILIES[0].make().eval(), set()
+    model.set_attn_implementation("sdpa")
+
+    def run(given: PreTrainedModel, *others: object) -> Any:
+        seen.add(given.config._attn_implementation)
+        return probe.run(given, *others)
+
+    monkeypatch.setattr(yardstick, "attends", lambda model: can)
+    monkeypatch.setattr(yardstick, "run", run)
+    sequences = [random_tokens(1, 200)]
+    assert yardstick.measure_yardstick(model, sequences, [], Calibration.synthetic(model.config)) is not None
+    assert seen == {"spectral" if can else "sdpa"}
+    assert model.config._attn_implementation == "sdpa"
