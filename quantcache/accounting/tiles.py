@@ -53,24 +53,19 @@ def in_tiles(layers: Iterable[LayerSize], calibration: Calibration | None = None
     """Layers as they are stored in tiles.
 
     Args:
-        layers: A cache's layers; of a calibration's they are those that store blocks, in its order.
+        layers: Layers that store blocks; a calibration's in its order.
         calibration: The calibration, at its rate; without it :data:`MORE_BITS` are added.
 
     Returns:
-        The layers, those of transformers' own as they are.
+        The layers.
     """
-    known = iter(() if calibration is None else calibration.layers.values())
-    found = []
-    for layer in layers:
-        own = next(known, None) if layer.blocks else None
-        if own is not None and calibration is not None:
-            codec = calibration.metadata.codec
-            slow = Frame(own.key.dim, own.rope, codec.fast_wavelength).num_slow
-            key = _side_in_tiles(layer.key, own.key, slow, codec.coding)
-            layer = replace(layer, key=key, value=_side_in_tiles(layer.value, own.value, own.value.dim, codec.coding))
-        elif layer.blocks:
-            layer = replace(layer, key=_wider(layer.key), value=_wider(layer.value))
-        found.append(layer)
+    if calibration is None:
+        return [replace(layer, key=_wider(layer.key), value=_wider(layer.value)) for layer in layers]
+    codec, found = calibration.metadata.codec, []
+    for layer, own in zip(layers, calibration.layers.values(), strict=True):
+        slow = Frame(own.key.dim, own.rope, codec.fast_wavelength).num_slow
+        key = _side_in_tiles(layer.key, own.key, slow, codec.coding)
+        found.append(replace(layer, key=key, value=_side_in_tiles(layer.value, own.value, own.value.dim, codec.coding)))
     return found
 
 

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from quantcache.accounting.memory import DENSE_BITS, LayerSize, SideSize, calibrated_sizes
+from quantcache.accounting.tiles import in_tiles
 from quantcache.artifact.calibration import Calibration
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, CodecSettings
@@ -135,7 +136,9 @@ def bits_per_element(form: Format, geometry: Geometry) -> float:
 
 
 @functools.lru_cache(maxsize=32)
-def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> tuple[LayerSize, ...]:
+def coded_layers(
+    form: Format, geometry: Geometry, calibration: Calibration | None = None, tiles: bool = False
+) -> tuple[LayerSize, ...]:
     """The layers of a cache that stores blocks in a format.
 
     Args:
@@ -143,6 +146,7 @@ def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | No
         geometry: The model's cache.
         calibration: For ours: the model's calibration, whose allocation then says what codes take. Without it, codes
             take what a joint budget leaves after rounding to whole groups of coefficients.
+        tiles: Whether ours stores codes as the CUDA kernels do.
 
     Returns:
         All layers, those that are not compressed as they are.
@@ -156,7 +160,9 @@ def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | No
         )
     stock = [layer for layer in geometry.layers if not layer.blocks]
     if calibration is not None:
-        return (*stock, *calibrated_sizes(calibration.with_bits(form.bits)))
+        calibration = calibration.with_bits(form.bits)
+        sizes = calibrated_sizes(calibration)
+        return (*stock, *(in_tiles(sizes, calibration) if tiles else sizes))
     group = CodecSettings().group_size
     left = int(round(form.bits * geometry.elements, 6) // group) * group
     elements, layers = geometry.elements, []
@@ -168,7 +174,7 @@ def coded_layers(form: Format, geometry: Geometry, calibration: Calibration | No
                 left, elements = left - share, elements - side.elements
                 sides.append(SideSize(side.heads, side.dim, share, side.heads))
             layers.append(LayerSize(sides[0], sides[1]))
-    return (*stock, *layers)
+    return (*stock, *(in_tiles(layers) if tiles else layers))
 
 
 def require_full_attention(form: Format, geometry: Geometry) -> None:

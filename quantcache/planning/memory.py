@@ -5,7 +5,6 @@ Shape legend as in docs/notation.md: B rows, T cached tokens, Hkv key/value head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +14,12 @@ from transformers import PreTrainedConfig
 from quantcache.accounting.memory import (
     TAIL_GROWTH,
     CacheMemory,
-    LayerSize,
     capacity,
     largest_capacity,
     num_blocks,
     tail_capacity,
 )
 from quantcache.accounting.predicting import predict_layers, predict_quantized
-from quantcache.accounting.tiles import in_tiles
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.reference import QUERY_CHUNK, TILE_BLOCKS
@@ -152,7 +149,7 @@ def cache_memory(
     prefilled = tokens if prefill is None else prefill
     first = num_blocks(prefilled, sink_length, residual_length)
     return predict_layers(
-        _stored_layers(form, geometry, calibration, tiles),
+        coded_layers(form, geometry, calibration, tiles),
         tokens,
         batch=batch,
         sink_length=sink_length,
@@ -195,20 +192,10 @@ def largest_cache(
     once = form.blocks_at_once
     blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH, once)
     full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + once) - 1 if blocks else tokens
-    layers = _stored_layers(form, geometry, calibration, tiles=True)
+    layers = coded_layers(form, geometry, calibration, tiles=True)
     tail_room = largest_capacity(full - BLOCK * blocks - (SINK_LENGTH if blocks else 0), TAIL_GROWTH)
     rooms = {"room": largest_capacity(blocks), "tail_room": tail_room}
     return states + predict_layers(layers, full, batch=batch, blocks_at_once=once, **rooms).total
-
-
-def _stored_layers(
-    form: Format, geometry: Geometry, calibration: Calibration | None, tiles: bool
-) -> Sequence[LayerSize]:
-    """The layers of a cache of coded blocks as they are stored."""
-    layers = coded_layers(form, geometry, calibration)
-    if not tiles or form.kind != "spectral":
-        return layers
-    return in_tiles(layers, None if calibration is None else calibration.with_bits(form.bits))
 
 
 def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration | None = None) -> int:
