@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from quantcache.artifact import cache_layout
-from quantcache.attention.function import spectral_attention_forward
+from quantcache.attention.function import ATTENTION_NAME, spectral_attention_forward
 from quantcache.coding.rope import Frame, Rope
 from quantcache.common import compat
 from quantcache.common.errors import UnsupportedModel
@@ -168,6 +168,28 @@ def attends(model: PreTrainedModel) -> bool:
     except UnsupportedModel:
         return False
     return True
+
+
+def attend_on_codes(model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str]] | None:
+    """Let a model that uses ``sdpa`` attend on codes, if it can.
+
+    Args:
+        model: The model, changed in place.
+
+    Returns:
+        Its attention implementations before and since; None if it stays as it was.
+    """
+    before = compat.attention_implementations(model)
+    if set(before.values()) != {"sdpa"}:
+        return None
+    compat.use_attention(model, ATTENTION_NAME)
+    served = False
+    try:
+        served = attends(model)
+    finally:
+        if not served:
+            compat.use_attention(model, before)
+    return (before, compat.attention_implementations(model)) if served else None
 
 
 @torch.no_grad()

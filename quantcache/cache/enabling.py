@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.finding import NothingFound, find_calibration
-from quantcache.attention.function import ATTENTION_NAME
-from quantcache.attention.probe import attends
+from quantcache.attention.probe import attend_on_codes
 from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.requests import Listener, Reuse
 from quantcache.cache.spectral_cache import SpectralCache
@@ -332,16 +331,8 @@ def _hook(model: PreTrainedModel, attention: bool) -> _Generate:
     """The model's stand-in, put in place if there is none yet."""
     # The model inside of PEFT's wrapper is what merge_and_unload() gives back, and what the wrapper generates with.
     hook = _find(model) or _Generate(compat.unwrapped(model))
-    before = compat.attention_implementations(model)
-    if attention and set(before.values()) == {"sdpa"}:
-        compat.use_attention(model, ATTENTION_NAME)
-        hook.switched = before, compat.attention_implementations(model)
-        served = False
-        try:
-            served = attends(model)
-        finally:
-            if not served:
-                compat.use_attention(model, before)
+    if attention:
+        hook.switched = attend_on_codes(model) or hook.switched
     if _find(model) is None:
         vars(hook.model).update({_HOOK: hook, "generate": hook})
     return hook

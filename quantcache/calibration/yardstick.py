@@ -13,8 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantcache.accounting.memory import num_blocks
 from quantcache.artifact.calibration import Calibration
-from quantcache.attention.function import ATTENTION_NAME
-from quantcache.attention.probe import attends, evaluating, run
+from quantcache.attention.probe import attend_on_codes, evaluating, run
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.distortion import expected_cost
 from quantcache.coding.packing import BLOCK
@@ -82,14 +81,9 @@ def measure_yardstick(
 @contextlib.contextmanager
 def _attending_on_codes(model: PreTrainedModel) -> Iterator[None]:
     """Let a model with ``sdpa`` attend on codes if it can: else every pass would decode the whole cache."""
-    before = compat.attention_implementations(model)
-    if set(before.values()) != {"sdpa"}:
-        yield
-        return
-    compat.use_attention(model, ATTENTION_NAME)
+    switched = attend_on_codes(model)
     try:
-        if not attends(model):
-            compat.use_attention(model, before)
         yield
     finally:
-        compat.use_attention(model, before)
+        if switched is not None:
+            compat.use_attention(model, switched[0])

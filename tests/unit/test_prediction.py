@@ -165,7 +165,7 @@ def test_a_yardstick_attends_on_codes_where_the_model_can(can: bool, monkeypatch
         seen.add(given.config._attn_implementation)
         return probe.run(given, *others)
 
-    monkeypatch.setattr(yardstick, "attends", lambda model: can)
+    monkeypatch.setattr(probe, "attends", lambda model: can)
     monkeypatch.setattr(yardstick, "run", run)
     sequences = [random_tokens(1, 200)]
     assert yardstick.measure_yardstick(model, sequences, [], Calibration.synthetic(model.config)) is not None
