@@ -198,7 +198,7 @@ class CudaStage(Stage):
         if near is None:
             raise CannotRepeat("the kernels cannot read the tail where it lies")
         self._near, self._count = near, count
-        self._blocks = _blocks(view).readable()
+        self._blocks = _blocks(view)
         kernels.announce(lasting, self._blocks, near, *self._sides, view.key.tail.shape[2])
 
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -229,7 +229,7 @@ class CudaStage(Stage):
             and units_of(view.num_blocks, not view.cut) <= self._lasting.units
         )
         if same:
-            self._view, self._near, self._blocks = view, near, _blocks(view).readable()
+            self._view, self._near, self._blocks = view, near, _blocks(view)
             kernels.announce(self._lasting, self._blocks, near, *self._sides, held)
         return same
 
@@ -268,7 +268,7 @@ def _blocks(view: CacheView) -> Blocks:
     """A view's blocks as the kernels are given them, made once for all views of the same blocks."""
     found = view.prepared.get("cuda blocks")
     if found is None:
-        found = Blocks(view.packed(), view.block_table, _starts(view), view.encoded_end, not view.cut)
+        found = Blocks(view.packed(), view.block_table, _starts(view), view.encoded_end, not view.cut).readable()
         view.prepared["cuda blocks"] = found
     assert isinstance(found, Blocks)
     return found
@@ -300,16 +300,12 @@ def _say_once(level: int, message: str) -> None:
 
 
 def _starts(view: CacheView) -> Starts | None:
-    """Where padded rows begin, made once for all views of the same blocks."""
+    """Where padded rows begin."""
     if view.left_padding is None:
         return None
-    if "cuda starts" not in view.prepared:
-        assert view.key.sinks is not None
-        origins = view.left_padding.int()
-        view.prepared["cuda starts"] = Starts(origins, origins + view.key.sinks.shape[2])
-    found = view.prepared["cuda starts"]
-    assert isinstance(found, Starts)
-    return found
+    assert view.key.sinks is not None
+    origins = view.left_padding.int()
+    return Starts(origins, origins + view.key.sinks.shape[2])
 
 
 def _is_ours(codec: SideCodec) -> bool:

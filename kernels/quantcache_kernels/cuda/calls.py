@@ -223,7 +223,7 @@ class PreparedCall:
         self._near.lse = self._merge.dense_lse = near_lse
 
 
-def cut_of(room: Room, units: int, lines: int, splits: int | None, lasting: Lasting | None) -> Cut:
+def cut_of(room: Room, units: int, lines: int, splits: int | None = None, lasting: Lasting | None = None) -> Cut:
     """How a context is divided.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.calls import PreparedCall, lines_of, room_of, rows_of
+from quantcache_kernels.cuda.calls import PreparedCall, cut_of, lines_of, room_of, rows_of
 from quantcache_kernels.cuda.constants import PreparedCodes
 from quantcache_kernels.cuda.driver import load_codes
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
@@ -45,7 +45,7 @@ def attend(
 
     Args:
         query: ``[B, Hq, Tq, D]``, any strides.
-        blocks: The blocks, which remember how calls on them are launched.
+        blocks: The blocks, readable; they remember how calls on them are launched.
         near: Sinks and the tokens behind the last block; the last Tq of them are the queries' own.
         keys: The keys' constants.
         values: The values'.
@@ -64,13 +64,11 @@ def attend(
         prepared = blocks.calls.pop(kind, None)  # no other thread may have it meanwhile
     elif lasting.room is None:
         _prepare_lasting(query, blocks, near, keys, values, lasting)
-    readable_blocks = blocks
     if prepared is None:
-        readable_blocks = blocks.readable()
-        prepared = PreparedCall(query, readable_blocks, near, keys, values, call, splits, lasting)
+        prepared = PreparedCall(query, blocks, near, keys, values, call, splits, lasting)
     with on_device(device):
         out = prepared.launch(query, near, call, LOADERS[device.type](device, keys.is_trellis, values.is_trellis))
-    if lasting is None and readable_blocks is blocks:
+    if lasting is None:
         blocks.calls[kind] = prepared
     return out
 
@@ -81,10 +79,10 @@ def _prepare_lasting(
     """What launches that outlive these blocks keep of the first call."""
     batch, query_heads, count, _ = query.shape
     total = query_heads // keys.layout.heads * count
-    room, lines = room_of(keys, values, rows_of(total), query.device), lines_of(batch, total, keys.layout.heads)
-    splits = -(-blocks.units // room.units_of_a_split(blocks.units, lines))
-    lasting.room, lasting.lines, lasting.warps = room, lines, room.warps_of_a_block(splits * lines)
-    announce(lasting, blocks.readable(), near.readable(), keys, values)
+    lasting.room = room_of(keys, values, rows_of(total), query.device)
+    lasting.lines = lines_of(batch, total, keys.layout.heads)
+    lasting.warps = cut_of(lasting.room, blocks.units, lasting.lines).warps
+    announce(lasting, blocks, near.readable(), keys, values)
 
 
 def announce(

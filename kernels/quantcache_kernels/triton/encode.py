@@ -109,7 +109,7 @@ def gain_kernel(
     rms = tl.sqrt(tl.sum(squares, axis=1) / tl.load(counts + head).to(tl.float32))
 
     # The gain search: how much of a token's energy the best gain explains, for every factor. Slots are added up lane by
-    # lane before lanes are, which takes longer than reading the coefficients again.
+    # lane, so that lanes are added up once for a factor.
     most, gain, step = tl.zeros_like(rms) - 1.0, tl.zeros_like(rms), rms * tl.load(factors)
     for f in range(FACTORS):
         tried = rms * tl.load(factors + f)
