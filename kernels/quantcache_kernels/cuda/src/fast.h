@@ -14,11 +14,9 @@ DEVICE int turn_of(int offset) { return 4 * (64 * (offset & 1) + (offset >> 1));
 
 // Rotations and turned means are on their way to where they are quick to read; by all threads.
 DEVICE void prefetch_turns(const CodesArguments& a, int head) {
-    const int bytes = 16 * TURNS * a.fast_steps;
-    const u8* rotation = reinterpret_cast<const u8*>(a.rotation);
-    const u8* mean = reinterpret_cast<const u8*>(a.fast_mean) + static_cast<long long>(head) * bytes;
-    ROLLED for (int i = 128 * static_cast<int>(thread_index()); i < bytes; i += 128 * static_cast<int>(block_threads()))
-        prefetch(rotation + i), prefetch(mean + i);
+    const int words = TURNS * a.fast_steps;
+    prefetch_all(reinterpret_cast<const Words4*>(a.rotation), 16 * words);
+    prefetch_all(reinterpret_cast<const Words4*>(a.fast_mean) + words * head, 16 * words);
 }
 
 // Sums of a head's fast dimensions from tile `first` of columns on, of every one of a lane's eight tokens.

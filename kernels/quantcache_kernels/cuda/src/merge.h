@@ -52,14 +52,14 @@ KERNEL void BOUNDS(1024) merge(GIVEN(MergeArguments) a) {
     }
 
     const int out_row = thread / (dim / 4), out_column = 4 * (thread % (dim / 4));  // of the decoder: 16 rows at a time
-    const float* decoder = a.decoder + (static_cast<u64>(head) * coefficients + out_row) * dim + out_column;
+    const float* own_decoder = a.decoder + static_cast<u64>(head) * coefficients * dim;
+    const float* decoder = own_decoder + out_row * dim + out_column;
     const int steps = coefficients / 16;
     Four early[EARLY];
     UNROLL for (int i = 0; i < EARLY; ++i)
         if (i < steps) early[i] = load_four(decoder + 16 * i * dim);
 
-    const float* whole = a.decoder + static_cast<u64>(head) * coefficients * dim;
-    for (int i = 32 * thread; i < coefficients * dim; i += 32 * threads) prefetch(whole + i);  // lines of memory
+    prefetch_all(own_decoder, 4 * coefficients * dim);
     await_launch_before();
     const float* stats = a.stats + 2 * place;
     float peak = -1e30f;

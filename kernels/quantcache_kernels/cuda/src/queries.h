@@ -181,8 +181,7 @@ DEVICE void turn_queries(const QueryArguments& a, int group, int groups, int lin
     const u64 unit_stride = static_cast<u64>(a.lines) * a.query_bytes;
     const TurnRoom room = lay_out_turn_room(a);
     const int origin = places.origins ? places.origins[find_row(a.queries.place, line, 0).batch] : 0;
-    const u8* matrix = reinterpret_cast<const u8*>(a.matrix + head * a.slow_tiles * (a.slow / 16) * 32);
-    ROLLED for (int i = 128 * thread; i < a.slow_tiles * a.slow * 32; i += 128 * TURN_THREADS) prefetch(matrix + i);
+    prefetch_all(a.matrix + head * a.slow_tiles * (a.slow / 16) * 32, a.slow_tiles * a.slow * 32);
     if (thread < units && first + thread < places.units)
         room.anchors[thread] = find_anchor(a, places, first + thread, origin);
     frame_queries(a, line, head, room);

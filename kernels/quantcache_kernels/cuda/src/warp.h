@@ -207,6 +207,13 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 #include "emulated_warp.h"
 #endif
 
+// The same of some bytes, by all threads of a block.
+DEVICE void prefetch_all(const void* global, int bytes) {
+    const int step = 128 * static_cast<int>(block_threads());
+    ROLLED for (int i = 128 * static_cast<int>(thread_index()); i < bytes; i += step)
+        prefetch(static_cast<const u8*>(global) + i);
+}
+
 DEVICE Words4 words_of(const float (&x)[4]) { return {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}; }
 DEVICE void floats_of(const Words4& w, float (&x)[4]) {
     x[0] = float_of(w.x), x[1] = float_of(w.y), x[2] = float_of(w.z), x[3] = float_of(w.w);
