@@ -1,10 +1,11 @@
-"""What the CUDA kernel's whole numbers do to a model: KL divergence beside the same cache read in float32.
+"""What attention in whole numbers would do to a model: KL divergence beside the same cache read in float32.
 
 python benchmarks/eight_bits.py [MODEL] [--calibration FOLDER]
 
-The cache encodes as ever. Attention on its codes rounds what the kernel rounds: levels to signed bytes, gains to half
-precision, and queries in coded coordinates and weights to whole numbers, with one unit for each anchor and row; once in
-twice eight bits and once in eight. The fast dimensions of keys, which the kernel does not take, are read in float32.
+The cache encodes as ever. Attention on its codes rounds what the integer products of a GPU's tensor cores would take,
+which no kernel here uses: levels to signed bytes, gains to half precision, and queries in coded coordinates and weights
+to whole numbers, with one unit for each anchor and row; once in twice eight bits and once in eight. The fast dimensions
+of keys are read in float32.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.fidelity import chunk_edges, kl_divergence, log_probabilities
-from quantcache_kernels.cuda.layout import largest_level
 from quantcache_kernels.interface import AttentionCall
 
 BOUND = 1.03
@@ -51,7 +51,7 @@ BOUND = 1.03
 
 @dataclass(frozen=True)
 class Precision:
-    """How fine the kernel's whole numbers are.
+    """How fine whole numbers are.
 
     Attributes:
         queries: The largest.
@@ -70,11 +70,11 @@ PRECISIONS = {
 
 
 class Rounding(CpuBackend):
-    """Encodes as the CPU backend does, and attends in plain torch: as the kernel rounds, or in float32.
+    """Encodes as the CPU backend does, and attends in plain torch: in whole numbers, or in float32.
 
     Args:
         name: The backend's name.
-        precision: How the kernel rounds; None for float32.
+        precision: How fine these are; None for float32.
     """
 
     def __init__(self, name: str, precision: Precision | None):
@@ -98,6 +98,11 @@ class Rounding(CpuBackend):
         return rows.to_output(softmax.result(), query.dtype)
 
 
+def largest_level(width: int) -> int:
+    """The largest whole level: sixteen of them come from two tables of eight, whose bytes lie around 64."""
+    return 63 if width == 4 else 127
+
+
 def unit_levels(codec: SpectralCodec) -> Tensor:
     """What one unit of a whole level stands for, by coefficient ``[H, D]``; 0 where there are no bits."""
     units = [0.0]
@@ -108,7 +113,7 @@ def unit_levels(codec: SpectralCodec) -> Tensor:
 
 
 def whole_levels(codec: SpectralCodec, fields: dict[str, Tensor], unit: Tensor) -> Tensor:
-    """Levels of n blocks as the kernel holds them, ``[n, B, H, D, 64]`` float32."""
+    """Levels of n blocks as signed bytes hold them, ``[n, B, H, D, 64]`` float32."""
     plain = {"codes": fields["codes"], "gains": torch.full_like(fields["gains"], GAIN_CENTER)}
     scale = torch.where(unit > 0, 1 / unit.clamp_min(1e-30), 0.0)
     return (codec.dequantize(plain) * scale[..., None]).round()
@@ -147,7 +152,7 @@ def whole_weights(scores: Tensor, gains: Tensor, largest: int) -> tuple[Tensor, 
 
 
 def attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView, precision: Precision) -> None:
-    """Attend on the encoded blocks, anchor by anchor, rounding what the kernel rounds."""
+    """Attend on the encoded blocks, anchor by anchor, in whole numbers."""
     keys, values = view.key.codec, view.value.codec
     assert isinstance(keys, SpectralCodec)
     assert isinstance(values, SpectralCodec)
@@ -198,7 +203,7 @@ def on_codes(backend: Rounding) -> Iterator[None]:
 
 @torch.no_grad()
 def measured(model: Any, calibration: Calibration, tokens: Tensor, context: int) -> dict[str, Any]:
-    """KL divergence from the dense cache, in float32 and with the kernel's whole numbers.
+    """KL divergence from the dense cache, in float32 and in whole numbers.
 
     All read the same codes, those of the cache that is read in float32: codes of a cache of one's own differ from the
     first rounding on, and how lucky they are moves the mean by several times what is to be seen here.

@@ -31,7 +31,7 @@ from fidelity_tables import (
     own_table,
     weights_table,
 )
-from gpu_tables import attention_rank, gpu_attention_table, gpu_kernel_table, gpu_models_table, models_rank
+from gpu_tables import attention_rank, gpu_attention_table, gpu_models_table, models_rank
 from prefix_tables import prefixes_table
 from suite_tables import SUITE_TABLES
 
@@ -91,7 +91,6 @@ TABLES: dict[str, tuple[str, Render]] = {
     "cpu-models": ("cpu-decode", cpu_models_table),
     "gpu-attention": ("gpu-decode", gpu_attention_table),
     "gpu-models": ("gpu-decode", gpu_models_table),
-    "gpu-kernel": ("gpu-attention", gpu_kernel_table),
     "prefixes": (f"prefixes-{YARDSTICK}", prefixes_table),
     **{f"predictions-{model}": (f"predictions-{model}", predictions_table) for model in PACKAGED},
 }

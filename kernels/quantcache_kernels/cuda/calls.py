@@ -130,7 +130,7 @@ class PreparedCall:
         to_near.causal, to_near.lines, to_near.softcap = call.hides_the_future(count), lines, softcap
         to_near.logits_are_half = logits is not None and logits.dtype == torch.bfloat16
         self._merge = MergeArguments(
-            None, None, None, None, *map(pointer, (values.decoder, values.mean)), None, None, there,
+            None, None, None, None, *map(pointer, (values.decoder, values.mean)), None, there,
             place, lines, value_dim, slots, cut.splits, 0, is_half(query.dtype),
         )  # fmt: skip
         self._take = TakeArguments(to_near, to_turn, 0, turn_blocks)

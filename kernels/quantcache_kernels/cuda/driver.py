@@ -79,11 +79,11 @@ class CudaError(RuntimeError):
     """A call of the driver or the compiler failed."""
 
 
-def source(name: str = "attention.h") -> str:
+def source(name: str) -> str:
     """Kernels as one text, without includes.
 
     Args:
-        name: ``"attention.h"``, ``"codes.h"`` or ``"conversion.h"``.
+        name: ``"codes.h"`` or ``"conversion.h"``.
 
     Returns:
         The text.
@@ -168,7 +168,7 @@ def _compile_by_nvrtc(text: str, options: tuple[str, ...]) -> bytes:
             raise CudaError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
 
     program = ctypes.c_void_p()
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"attention.cu", 0, None, None))
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None))
     try:
         array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         status = nvrtc.nvrtcCompileProgram(program, len(options), array)
@@ -189,29 +189,12 @@ def _compile_by_nvrtc(text: str, options: tuple[str, ...]) -> bytes:
 def _compile_by_nvcc(text: str, options: tuple[str, ...]) -> bytes:
     nvcc = shutil.which("nvcc") or NVCC
     with tempfile.TemporaryDirectory() as folder:
-        file, out = Path(folder) / "attention.cu", Path(folder) / "attention.cubin"
+        file, out = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         file.write_text(text, encoding="utf-8")
         done = subprocess.run([nvcc, "-cubin", *options, "-o", out, file], capture_output=True, text=True, check=False)
         if done.returncode:
             raise CudaError(f"nvcc: {done.stderr.strip() or done.stdout.strip()}")
         return out.read_bytes()
-
-
-def compiled(capability: tuple[int, int], precise: bool, parts: int) -> bytes:
-    """The kernels' machine code, from the cache on disk if it is there.
-
-    Args:
-        capability: Compute capability, (9, 0) for Hopper.
-        precise: Queries and weights in twice eight bits.
-        parts: Tiles of eight columns that a group's queries take.
-
-    Returns:
-        A cubin.
-
-    Raises:
-        CudaError: They do not compile.
-    """
-    return _compiled(capability, source(), (f"-DPRECISE={int(precise)}", f"-DPARTS={parts}"))
 
 
 def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis: bool, marked: bool = False) -> bytes:
@@ -318,16 +301,6 @@ class Kernel:
         _check(_cuda().cuFuncGetAttribute(ctypes.byref(value), which, self.function))
         return value.value
 
-    def warps_per_processor(self, shared_bytes: int) -> int:
-        """Blocks of one warp that fit on a multiprocessor at once."""
-        count = ctypes.c_int()
-        _check(
-            _cuda().cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                ctypes.byref(count), self.function, 32, ctypes.c_size_t(shared_bytes)
-            )
-        )
-        return count.value
-
     def launch(
         self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
     ) -> None:
@@ -369,25 +342,6 @@ def _enter_context(device: int) -> None:
     _check(_cuda().cuDeviceGet(ctypes.byref(handle), device))
     _check(_cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
     _check(_cuda().cuCtxSetCurrent(context))
-
-
-@cache
-def load(device: int, precise: bool, parts: int) -> dict[str, Kernel]:
-    """The kernels, loaded on a device, which must be the current one.
-
-    Args:
-        device: Index of the device.
-        precise: See :func:`compiled`.
-        parts: See :func:`compiled`.
-
-    Returns:
-        ``attend`` and ``merge``.
-
-    Raises:
-        CudaError: They do not compile or load.
-    """
-    capability = torch.cuda.get_device_capability(device)
-    return _loaded(device, compiled(capability, precise, parts), "attend", "merge")
 
 
 @cache

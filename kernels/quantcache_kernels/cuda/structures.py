@@ -21,17 +21,6 @@ EXTRA_BYTES = 64
 """Of a unit's queries behind their fragments: eight units and eight offsets."""
 
 
-class AttentionArguments(ctypes.Structure):
-    """``AttentionArguments`` of attention.h."""
-
-    _fields_ = (
-        *((name, Pointer) for name in ("rows", "queries", "heads", "starts", "partial", "stats")),
-        ("tables", ctypes.c_uint32 * 14),
-        *((name, ctypes.c_int) for name in ("batch", "num_heads", "group", "dim", "tokens", "anchors", "per_split")),
-        *((name, ctypes.c_int) for name in ("row_bytes", "query_bytes", "key_room", "value_room")),
-    )
-
-
 class Rows(ctypes.Structure):
     """``Rows`` of rows.h."""
 
@@ -76,7 +65,7 @@ class MergeArguments(ctypes.Structure):
     """``MergeArguments`` of merge.h."""
 
     _fields_ = (
-        *((name, Pointer) for name in ("partial", "stats", "dense", "dense_lse", "decoder", "mean", "out", "lse")),
+        *((name, Pointer) for name in ("partial", "stats", "dense", "dense_lse", "decoder", "mean", "out")),
         ("there", Pointer),
         ("place", Rows),
         *((name, ctypes.c_int) for name in ("lines", "dim", "coefficients", "splits", "dense_splits", "is_half")),

@@ -1,16 +1,6 @@
-// The kernels on an emulated GPU, behind a C interface: for tests. Every way of placing queries in columns is a variant.
+// The kernels on an emulated GPU, behind a C interface: for tests. Every pair of codings is a variant.
 #include "warp.h"
 
-#define VARIANT(name) ATTEND(name) MERGE(name)
-#define ATTEND(name)                                                                                                 \
-    extern "C" int emulate_attend_##name(const name::AttentionArguments* a, int splits, int shared_bytes) {           \
-        for (int line = 0; line < a->batch * a->num_heads; ++line)                                                    \
-            for (int split = 0; split < splits; ++split)                                                              \
-                if (!run_block_(32, static_cast<u32>(split), static_cast<u32>(line),                                  \
-                                static_cast<size_t>(shared_bytes), [a] { name::attend(*a); }))                        \
-                    return 1;                                                                                         \
-        return 0;                                                                                                     \
-    }
 #define MERGE(name)                                                                                                   \
     extern "C" int emulate_merge_##name(const name::MergeArguments* a, int shared_bytes) {                            \
         for (int line = 0; line < a->lines; ++line)                                                                   \
@@ -20,29 +10,6 @@
                     return 1;                                                                                         \
         return 0;                                                                                                     \
     }
-
-namespace precise_1 {
-#define PRECISE 1
-#define PARTS 1
-#include "attention.h"
-}
-VARIANT(precise_1)
-
-namespace precise_2 {
-#undef PARTS
-#define PARTS 2
-#include "attention.h"
-}
-VARIANT(precise_2)
-
-namespace eight_1 {
-#undef PRECISE
-#undef PARTS
-#define PRECISE 0
-#define PARTS 1
-#include "attention.h"
-}
-VARIANT(eight_1)
 
 #define CODES(name)                                                                                                   \
     extern "C" int emulate_attend_codes_##name(const name::CodesArguments* a, int groups, int threads, int shared_bytes) { \

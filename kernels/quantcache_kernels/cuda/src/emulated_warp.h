@@ -23,7 +23,6 @@ struct Block {
         ucontext_t context;
         bool done, at_barrier;
         u32 operands[8];
-        int sums[4];
     };
     ucontext_t scheduler;
     std::vector<Fiber> fibers;
@@ -230,29 +229,6 @@ DEVICE u32 transpose(u32 x) {
     }
     meet_();
     return y;
-}
-DEVICE int signed_byte_(u32 word, u32 i) { return static_cast<s8>(word >> 8 * i); }
-DEVICE void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b) {
-    u32* own = own_().operands;
-    own[0] = a0, own[1] = a1, own[2] = b;
-    meet_();
-    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
-    for (u32 i = 0; i < 4; ++i)
-        for (u32 k = 0; k < 16; ++k)
-            c[i] += signed_byte_(lane_(4 * row + k / 4).operands[i / 2], k & 3) *
-                    signed_byte_(lane_(4 * (column + (i & 1)) + k / 4).operands[2], k & 3);
-    meet_();
-}
-DEVICE void mma_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    u32* own = own_().operands;
-    own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3, own[4] = b0, own[5] = b1;
-    meet_();
-    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
-    for (u32 i = 0; i < 4; ++i)
-        for (u32 k = 0; k < 32; ++k)
-            c[i] += signed_byte_(lane_(4 * row + k % 16 / 4).operands[i / 2 + 2 * (k / 16)], k & 3) *
-                    static_cast<int>(lane_(4 * (column + (i & 1)) + k % 16 / 4).operands[4 + k / 16] >> 8 * (k & 3) & 255);
-    meet_();
 }
 DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     u32* own = own_().operands;

@@ -10,7 +10,6 @@ struct MergeArguments {
     const float* decoder;    // [heads, coefficients, dim]
     const float* mean;       // [heads, dim]
     u8* out;                 // [batch, count, query heads, dim], float32 or bfloat16
-    float* lse;              // [lines, rows], base 2, or null
     const Places* there;     // where in memory the number of splits is, or null
     Rows place;
     int lines, dim, coefficients, splits, dense_splits, is_half;
@@ -130,6 +129,5 @@ KERNEL void BOUNDS(1024) merge(GIVEN(MergeArguments) a) {
         const u64 at = static_cast<u64>(vector_out) * dim + thread;
         if (vector_out >= 0 && a.is_half) reinterpret_cast<u16*>(a.out)[at] = static_cast<u16>(to_bfloat16(x));
         if (vector_out >= 0 && !a.is_half) reinterpret_cast<float*>(a.out)[at] = x;
-        if (thread == 0 && a.lse) a.lse[line * a.place.rows + query] = lse;
     }
 }
