@@ -1,14 +1,13 @@
 """The CUDA kernels of ``quantcache_kernels.cuda``: attention on blocks in the order of the tensor cores.
 
-They attend. Encoding and decoding are left to the Triton kernels, or to plain torch where there is no Triton; kernels
-of their own bring blocks from the portable layout into this one, and back.
+They attend and encode (cuda_blocks.py). Decoding, and encoding what that kernel does not take, are left to the Triton
+kernels, or to plain torch where there is no Triton.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,19 +15,18 @@ from torch import Tensor
 
 from quantcache.backends import trials
 from quantcache.backends.base import Backend, Fields, Stage, refused_by_kernels
+from quantcache.backends.cuda_blocks import DTYPE, NAME, encoder, encodes, from_portable, is_ours, prepared, to_portable
 from quantcache.backends.padding import shows_padding
 from quantcache.backends.reference import REFERENCE
-from quantcache.backends.trials import TRIAL_BLOCKS, Trial, attends_rightly, passes, rejected
+from quantcache.backends.trials import attends_rightly, rejected
 from quantcache.backends.triton import TritonBackend
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
-from quantcache.coding.packing import pack, unpack
 from quantcache.common.errors import CannotRepeat
-from quantcache_kernels.cuda import calls, conversion
+from quantcache_kernels.cuda import calls
 from quantcache_kernels.cuda import codes as kernels
-from quantcache_kernels.cuda.blocks import PATH_BIT
-from quantcache_kernels.cuda.constants import PreparedCodes, prepare, unsupported
+from quantcache_kernels.cuda.constants import unsupported
 from quantcache_kernels.cuda.driver import CudaError, missing
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NearTokens
@@ -36,14 +34,6 @@ from quantcache_kernels.cuda.places import Blocks, Lasting, Starts, units_of
 from quantcache_kernels.interface import AttentionCall
 
 logger = logging.getLogger(__name__)
-
-DTYPE = torch.bfloat16
-"""Of keys, values and queries. Products are of half precision: that is enough for models in bfloat16, but not always
-for what the parity suite asks of models in float16."""
-
-CONVERTED_BLOCKS = 64
-"""Blocks that plain torch brings from one layout to the other at once, at a byte for every code."""
-
 
 LOOP_BLOCKS = 10
 """Blocks of a trial of attention: one split has three units, the other two."""
@@ -53,14 +43,14 @@ class CudaBackend(Backend):
     """Attends on a GPU of compute capability 9.0 or more.
 
     Args:
-        encoder: What encodes and decodes, in the portable layout, where it can.
+        portable: What decodes, in the portable layout, where it can, and encodes what the kernel does not take.
     """
 
-    name = "cuda"
+    name = NAME
     layout = "cuda"
 
-    def __init__(self, encoder: TritonBackend) -> None:
-        self._encoder = encoder
+    def __init__(self, portable: TritonBackend) -> None:
+        self._fallback = portable
 
     def unavailable(self, device: torch.device) -> str | None:
         """Another kind of device or an older one, no compiler, or a kernel that has failed its trial."""
@@ -139,7 +129,11 @@ class CudaBackend(Backend):
             raise CannotRepeat(f"the kernels cannot be used: {error}") from error
 
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
-        """Encode in the portable layout, then bring the blocks into this one."""
+        """Encode into this layout; what the kernel does not take in the portable one, to be brought into this."""
+        if encodes(codec, x, block_table, left_padding):
+            assert isinstance(codec, SpectralCodec)
+            codes, gains = encoder(codec).encode(x, block_table, left_padding)
+            return {"codes": codes, "gains": gains}
         return self.from_portable(codec, self._portable(x.device).encode(codec, x, block_table, left_padding))
 
     def decode(self, codec: SideCodec, fields: Fields, block_table: Tensor, left_padding: Tensor | None) -> Tensor:
@@ -150,36 +144,22 @@ class CudaBackend(Backend):
 
     def to_portable(self, codec: SideCodec, fields: Fields) -> Fields:
         """Blocks in the portable layout; gains are the same in both."""
-        if not _is_ours(codec):
-            return fields
-        assert isinstance(codec, SpectralCodec)
-        words = fields["codes"]
-        if _converts_rightly(codec, words.device, lambda: _to_portable(codec, words[:TRIAL_BLOCKS])):
-            return {**fields, "codes": prepared(codec).conversion.to_portable(words)}
-        return {**fields, "codes": torch.cat([_to_portable(codec, part) for part in words.split(CONVERTED_BLOCKS)])}
+        return {**fields, "codes": to_portable(codec, fields["codes"])} if is_ours(codec) else fields
 
     def from_portable(self, codec: SideCodec, fields: Fields) -> Fields:
         """Blocks in this layout."""
-        if not _is_ours(codec):
-            return fields
-        assert isinstance(codec, SpectralCodec)
-        words = fields["codes"]
-        if _converts_rightly(codec, words.device, lambda: words[:TRIAL_BLOCKS]):
-            return {**fields, "codes": prepared(codec).conversion.from_portable(words)}
-        return {**fields, "codes": torch.cat([_from_portable(codec, part) for part in words.split(CONVERTED_BLOCKS)])}
+        return {**fields, "codes": from_portable(codec, fields["codes"])} if is_ours(codec) else fields
 
     def gains(self, codec: SideCodec, fields: Fields) -> Tensor:
         """Gains, which need no conversion."""
         return fields["gains"]
 
     def _portable(self, device: torch.device) -> Backend:
-        """Who encodes and decodes."""
-        reason = self._encoder.unavailable(device)
+        """Who decodes, and encodes what the kernel does not take."""
+        reason = self._fallback.unavailable(device)
         if reason is None:
-            return self._encoder
-        _say_once(
-            logging.WARNING, f"encoding in plain torch, which is slower: no {self._encoder.name} kernels ({reason})"
-        )
+            return self._fallback
+        _warn_once(f"plain torch does what is left to {self._fallback.name}'s kernels, and is slower: {reason}")
         return REFERENCE
 
 
@@ -239,6 +219,11 @@ class CudaStage(Stage):
             raise CannotRepeat("the cuda backend does not serve this step: a query attends to padding")
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 def _attend(query: Tensor, view: CacheView, call: AttentionCall, splits: int | None = None) -> Tensor:
     assert isinstance(view.key.codec, SpectralCodec)
     assert isinstance(view.value.codec, SpectralCodec)
@@ -274,31 +259,6 @@ def _blocks(view: CacheView) -> Blocks:
     return found
 
 
-def prepared(codec: SpectralCodec) -> PreparedCodes:
-    """A codec's constants in the form of the CUDA kernels, made once.
-
-    Args:
-        codec: The codec; the tables go to its device.
-
-    Returns:
-        The constants.
-    """
-    found = codec.derived.get("cuda")
-    if not isinstance(found, PreparedCodes):
-        _say_once(
-            logging.INFO, "the CUDA kernels are compiled at their first use on a machine, which takes some seconds"
-        )
-        made = prepare(codec.constants(), codec.mean.device, codec.holds_values)
-        found = codec.derived.setdefault("cuda", made)
-        assert isinstance(found, PreparedCodes)
-    return found
-
-
-@functools.cache
-def _say_once(level: int, message: str) -> None:
-    logger.log(level, message)
-
-
 def _starts(view: CacheView) -> Starts | None:
     """Where padded rows begin."""
     if view.left_padding is None:
@@ -306,62 +266,3 @@ def _starts(view: CacheView) -> Starts | None:
     assert view.key.sinks is not None
     origins = view.left_padding.int()
     return Starts(origins, origins + view.key.sinks.shape[2])
-
-
-def _is_ours(codec: SideCodec) -> bool:
-    """Whether blocks of a codec have this layout; those that the kernels lack stay portable."""
-    return isinstance(codec, SpectralCodec) and unsupported(codec.dim, codec.frame.num_fast) is None
-
-
-def _converts_rightly(codec: SpectralCodec, device: torch.device, some: Callable[[], Tensor]) -> bool:
-    """Whether the kernels that convert blocks may be used; ``some`` gives a few in the portable layout."""
-    if device.type not in conversion.LOADERS:
-        return False
-    geometry = (codec.coding, codec.dim, codec.frame.num_fast, codec.holds_values)
-    return passes("convert", CudaBackend.name, device, geometry, functools.partial(_conversion_trial, codec, some))
-
-
-def _conversion_trial(codec: SpectralCodec, some: Callable[[], Tensor]) -> Trial:
-    """There and back, byte by byte: of so few blocks a single bit is more than a trial lets pass."""
-    words = some().contiguous()
-
-    def plainly() -> Tensor:
-        return _bytes(tiles := _from_portable(codec, words), _to_portable(codec, tiles))
-
-    def by_kernels() -> Tensor:
-        found = prepared(codec).conversion
-        return _bytes(tiles := found.from_portable(words), found.to_portable(tiles))
-
-    plain = plainly()
-    return by_kernels, plain, plain
-
-
-def _bytes(*words: Tensor) -> Tensor:
-    return torch.cat([each.contiguous().view(torch.uint8).flatten() for each in words])
-
-
-def _from_portable(codec: SpectralCodec, words: Tensor) -> Tensor:
-    """Words of some blocks, ``[n, B, W]``, in this layout."""
-    codes = torch.zeros(*words.shape[:2], codec.num_heads * codec.dim, 64, dtype=torch.uint8, device=words.device)
-    for c in codec.classes:
-        own = words[..., c.words].unflatten(-1, (-1, 2 * c.width))
-        if codec.coding == "trellis":
-            path = unpack(own[..., -2:], 1).to(torch.uint8) << PATH_BIT
-            codes[:, :, c.columns] = unpack(own[..., :-2], c.width - 1).to(torch.uint8) | path
-        else:
-            codes[:, :, c.columns] = unpack(own, c.width).to(torch.uint8)
-    return prepared(codec).layout.pack(codes, codec.holds_values)
-
-
-def _to_portable(codec: SpectralCodec, words: Tensor) -> Tensor:
-    """Invert :func:`_from_portable`."""
-    codes = prepared(codec).layout.unpack(words, codec.holds_values)
-    out = torch.zeros(*words.shape[:2], codec.num_words, dtype=torch.int32, device=words.device)
-    for c in codec.classes:
-        own = codes[:, :, c.columns]
-        if codec.coding == "trellis":
-            packed = torch.cat((pack(own & (1 << PATH_BIT) - 1, c.width - 1), pack(own >> PATH_BIT, 1)), dim=-1)
-        else:
-            packed = pack(own, c.width)
-        out[..., c.words] = packed.flatten(2)
-    return out

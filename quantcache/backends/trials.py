@@ -20,6 +20,7 @@ from quantcache.backends import reference
 from quantcache.backends.base import Backend
 from quantcache.backends.view import CacheView
 from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
 from quantcache_kernels.interface import AttentionCall
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,31 @@ def attention_trial(
     plain = reference.attend(query.float(), small, call)
     own = reference.own_precision(query, small, call)
     return functools.partial(backend.attend_on_trial, query, small, call), plain, own
+
+
+@torch.no_grad()
+def encoding_trial(
+    encode: Callable[..., dict[str, Tensor]],
+    codec: SpectralCodec,
+    x: Tensor,
+    block_table: Tensor,
+    left_padding: Tensor | None,
+) -> Trial:
+    """A kernel's error on some tokens beside plain torch's, for :func:`passes`.
+
+    Args:
+        encode: The kernel, called like :meth:`SpectralCodec.encode` with the codec in front.
+        codec: The codec.
+        x: As of :meth:`SpectralCodec.encode`.
+        block_table: Likewise.
+        left_padding: Likewise.
+
+    Returns:
+        The trial.
+    """
+    some, where = x[:, :, : TRIAL_BLOCKS * BLOCK].nan_to_num(0.0, 0.0, 0.0), block_table[:TRIAL_BLOCKS]
+    decoded = codec.decode(codec.encode(some, where, left_padding), where, left_padding)
+    return lambda: codec.decode(encode(codec, some, where, left_padding), where, left_padding), some.float(), decoded
 
 
 def attempt(

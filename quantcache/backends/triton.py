@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.base import Backend, Fields, refused_by_kernels
-from quantcache.backends.trials import TRIAL_BLOCKS, Trial, attends_rightly, passes
+from quantcache.backends.trials import TRIAL_BLOCKS, Trial, attends_rightly, encoding_trial, passes
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
-from quantcache.coding.packing import BLOCK
 from quantcache_kernels.interface import AttentionCall
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class TritonBackend(Backend):
         return output
 
     def _encode(self, codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
-        work = functools.partial(_encoding_trial, codec, x, block_table, left_padding)
+        work = functools.partial(encoding_trial, encode, codec, x, block_table, left_padding)
         dims = (codec.dim, codec.frame.num_fast, codec.frame.is_identity)
         geometry = (codec.coding, *dims, x.dtype, left_padding is not None)
         if not passes("encode", self.name, x.device, geometry, work):
@@ -144,14 +143,6 @@ def decode(codec: SpectralCodec, fields: Fields, block_table: Tensor, left_paddi
 
 
 # ----------------------------------------------------------------------- first use
-
-
-@torch.no_grad()
-def _encoding_trial(codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Trial:
-    """The kernel's error on some tokens beside plain torch's."""
-    some, where = x[:, :, : TRIAL_BLOCKS * BLOCK].nan_to_num(0.0, 0.0, 0.0), block_table[:TRIAL_BLOCKS]
-    decoded = codec.decode(codec.encode(some, where, left_padding), where, left_padding)
-    return lambda: codec.decode(encode(codec, some, where, left_padding), where, left_padding), some.float(), decoded
 
 
 @torch.no_grad()

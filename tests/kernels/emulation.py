@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantcache_kernels.cuda import codes, conversion
-from quantcache_kernels.cuda.driver import CODE_KERNELS, CONVERSION_KERNELS, SOURCES
+from quantcache_kernels.cuda import codes, conversion, encoding
+from quantcache_kernels.cuda.driver import CODE_KERNELS, CONVERSION_KERNELS, ENCODER_KERNELS, SOURCES
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -54,7 +54,7 @@ class Emulated:
     ) -> None:
         """Run all blocks."""
         sizes = (shared_bytes,) if self.name == "merge" else (grid[0], shared_bytes)
-        if self.name == "attend_codes":
+        if self.name in ("attend_codes", "encode"):
             sizes = grid[0], threads, shared_bytes
         assert self.function(ctypes.byref(arguments), *sizes) == 0, "some lanes wait for others that have left"
 
@@ -71,6 +71,11 @@ def emulated_conversion(device: torch.device) -> Mapping[str, Emulated]:
     return {name: Emulated(name) for name in CONVERSION_KERNELS}
 
 
+def emulated_encoder(device: torch.device, is_trellis: bool) -> Mapping[str, Emulated]:
+    """The kernel that encodes blocks, for a coding."""
+    return {name: Emulated(name, ("scalar", "trellis")[is_trellis]) for name in ENCODER_KERNELS}
+
+
 @contextmanager
 def on_the_cpu() -> Iterator[None]:
     """Let ``backend="cuda"`` run on the CPU inside the context.
@@ -80,10 +85,11 @@ def on_the_cpu() -> Iterator[None]:
     """
     codes.LOADERS["cpu"] = emulated
     conversion.LOADERS["cpu"] = emulated_conversion
+    encoding.LOADERS["cpu"] = emulated_encoder
     try:
         yield
     finally:
-        del codes.LOADERS["cpu"], conversion.LOADERS["cpu"]
+        del codes.LOADERS["cpu"], conversion.LOADERS["cpu"], encoding.LOADERS["cpu"]
 
 
 class Launches:

@@ -56,10 +56,10 @@ class Elsewhere(backends.Backend):
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Elsewhere]:
     """The choice of a GPU on the CPU, with other kernels in the place of Triton's."""
     found, own = Elsewhere(), backends.find("cuda")
-    monkeypatch.setattr(own, "_encoder", found)
+    monkeypatch.setattr(own, "_fallback", found)
     monkeypatch.setitem(backends.FASTEST_FIRST, "cpu", (own, found))
     monkeypatch.setitem(backends.BACKENDS, "triton", found)
-    for once in (backends._warn_once, backends._inform_once, cuda._say_once):
+    for once in (backends._warn_once, backends._inform_once, cuda._warn_once):
         once.cache_clear()
     trials.forget()
     with emulation.on_the_cpu():
@@ -120,7 +120,7 @@ def test_encoding_in_plain_torch_is_said(elsewhere: Elsewhere, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, logger="quantcache.backends"):
         backends.find("cuda")._portable(CPU)  # type: ignore[attr-defined]
     assert [record.message for record in caplog.records] == [
-        "encoding in plain torch, which is slower: no triton kernels (it is asleep)"
+        "plain torch does what is left to triton's kernels, and is slower: it is asleep"
     ]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from quantcache import Calibration, SpectralCache, backends, data
 from quantcache.accounting.memory import calibrated_sizes
 from quantcache.accounting.tiles import MORE_BITS, in_tiles
-from quantcache.backends import AttentionCall, cuda, trials, triton
+from quantcache.backends import AttentionCall, cuda, cuda_blocks, trials, triton
 from quantcache.backends.base import CODE_QUERIES
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Iterator[None]:
-    """``backend="cuda"`` runs on the CPU; plain torch encodes, and what kernels allocate is poisoned."""
+    """``backend="cuda"`` runs on the CPU; plain torch decodes, and what kernels allocate is poisoned."""
     monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: "the interpreter takes its time")
     with emulation.on_the_cpu():
         yield
@@ -163,7 +163,7 @@ def test_weights_far_below_an_earlier_peak_keep_their_share(lead: float, emulate
 def test_the_number_of_splits_changes_rounding_only(splits: int, emulated: None) -> None:
     filled = fill(in_bfloat16(Case(tokens=500, widths=2)))
     view = on_device(filled.layer, CUDA).snapshot()
-    keys, values = (cuda.prepared(side.codec) for side in (view.key, view.value))
+    keys, values = (cuda_blocks.prepared(side.codec) for side in (view.key, view.value))
     given = (filled.query.float(), cuda._blocks(view), NearTokens(*view.dense_parts()), keys, values)
     found, alone = (kernels.attend(*given, AttentionCall(None, 0.125), parts) for parts in (splits, 1))
     assert float((found - alone).norm()) <= 2e-4 * float(alone.norm())
@@ -201,10 +201,10 @@ def random_fields(codec: SpectralCodec, rows: int, count: int) -> dict[str, Tens
 def test_the_layout_holds_every_bit(coding: Coding, more: dict[str, int]) -> None:
     backend = backends.find("cuda")
     for codec in codecs(Case(coding=(coding, coding), **more)).values():
-        for count in (1, cuda.CONVERTED_BLOCKS + 1):
+        for count in (1, cuda_blocks.CONVERTED_BLOCKS + 1):
             fields = random_fields(codec, 2, count)
             ours = backend.from_portable(codec, fields)
-            assert ours["codes"].shape == (count, 2, cuda.prepared(codec).layout.words)
+            assert ours["codes"].shape == (count, 2, cuda_blocks.prepared(codec).layout.words)
             back = backend.to_portable(codec, ours)
             assert back.keys() == fields.keys()
             assert all(torch.equal(back[name], field) for name, field in fields.items())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.backends import cuda
+from quantcache.backends import cuda, cuda_blocks
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.view import CacheView
 from quantcache.cache.layer import SpectralLayer
@@ -35,7 +35,7 @@ def attend(view: CacheView, query: Tensor, call: AttentionCall, anew: bool = Fal
     blocks = cuda._blocks(view)
     if anew:
         blocks = Blocks(blocks.packed, blocks.table, blocks.starts, blocks.end, blocks.paired)
-    sides = (cuda.prepared(side.codec) for side in (view.key, view.value))
+    sides = (cuda_blocks.prepared(side.codec) for side in (view.key, view.value))
     return kernels.attend(query, blocks, NearTokens(*view.dense_parts()), *sides, call)
 
 
@@ -123,7 +123,7 @@ def test_queries_are_turned_to_as_many_anchors_as_there_are(
     for processors in (1, 132):
         monkeypatch.setattr(room, "device_of", lambda _, n=processors: device._replace(processors=n))
         blocks = cuda._blocks(view)
-        sides = (cuda.prepared(side.codec) for side in (view.key, view.value))
+        sides = (cuda_blocks.prepared(side.codec) for side in (view.key, view.value))
         found.append(kernels.attend(filled.query, blocks, NearTokens(*view.dense_parts()), *sides, call, splits=2))
         (prepared,) = blocks.calls.values()
         groups = -(-blocks.units // (calls.TURNED_ROWS >> (queries - 1).bit_length()))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcache import backends
-from quantcache.backends import cuda, trials
+from quantcache.backends import cuda_blocks, trials
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import CodecSettings, Coding
@@ -55,10 +55,10 @@ def random_words(codec: SpectralCodec, count: int = 2, rows: int = 2) -> Tensor:
 
 def check(codec: SpectralCodec) -> None:
     """Kernels and plain torch give the same words, either way."""
-    words, found = random_words(codec), cuda.prepared(codec).conversion
-    tiles = cuda._from_portable(codec, words)
+    words, found = random_words(codec), cuda_blocks.prepared(codec).conversion
+    tiles = cuda_blocks._from_portable(codec, words)
     assert torch.equal(found.from_portable(words), tiles)
-    assert torch.equal(cuda._to_portable(codec, tiles), words)
+    assert torch.equal(cuda_blocks._to_portable(codec, tiles), words)
     assert torch.equal(found.to_portable(tiles), words)
 
 
@@ -80,7 +80,7 @@ def test_halves_of_tiles_may_mix_widths(
     widths = torch.cat((widths, widths.flip(1)))  # a head of its own order
     side = random_side(2, 64, widths)
     codec = SpectralCodec(side, Rope(), CodecSettings(coding=coding), holds_values=holds_values)
-    assert cuda.prepared(codec).layout.tabled.any()
+    assert cuda_blocks.prepared(codec).layout.tabled.any()
     check(codec)
 
 
@@ -92,7 +92,7 @@ def test_blocks_of_a_layer_come_and_go_by_kernels(name: str, emulated: None) -> 
     for side, codec in layer.codecs.items():
         assert isinstance(codec, SpectralCodec)
         portable = filled.layer.fields(side)
-        assert torch.equal(view.side(side).store.buffers["codes"], cuda._from_portable(codec, portable["codes"]))
+        assert torch.equal(view.side(side).store.buffers["codes"], cuda_blocks._from_portable(codec, portable["codes"]))
         assert torch.equal(layer.fields(side)["codes"], portable["codes"])
 
 
@@ -123,17 +123,17 @@ class _CountedKernel:
 @pytest.mark.parametrize("coding", CODINGS)
 def test_a_conversion_is_one_launch(coding: Coding, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, backend = codecs(Case(dim=128, heads=2, coding=(coding, coding)))["key"], backends.find("cuda")
-    fields = {"codes": random_words(codec, cuda.CONVERTED_BLOCKS + 1)}
+    fields = {"codes": random_words(codec, cuda_blocks.CONVERTED_BLOCKS + 1)}
     counted = Counted()
     monkeypatch.setitem(conversion.LOADERS, "cpu", counted)
-    cuda.prepared(codec)
+    cuda_blocks.prepared(codec)
     with emulation.Operations() as operations:
         tiles = backend.from_portable(codec, fields)
         backend.to_portable(codec, tiles)
     assert counted.launches == 2
     assert [name for name in operations.seen if "fill" not in name] == ["aten.empty.memory_format"] * 2
     with emulation.Operations() as operations:
-        cuda._from_portable(codec, fields["codes"][:1])
+        cuda_blocks._from_portable(codec, fields["codes"][:1])
     assert len(operations.seen) > 100, "what plain torch takes for a single block"
 
 
@@ -149,7 +149,7 @@ def test_kernels_are_tried_before_their_first_use(
         for codec in codecs(Case(dim=128, heads=2)).values():
             words = random_words(codec, 5)
             tiles = backend.from_portable(codec, {"codes": words})
-            assert torch.equal(tiles["codes"], cuda._from_portable(codec, words))
+            assert torch.equal(tiles["codes"], cuda_blocks._from_portable(codec, words))
             assert torch.equal(backend.to_portable(codec, tiles)["codes"], words)
     assert counted.launches == (2 if wrong else 8), "two of a trial, and one each way, of keys and of values"
     assert [record.getMessage()[:47] for record in caplog.records] == [
@@ -171,7 +171,7 @@ def test_where_the_kernels_do_not_compile_plain_torch_converts(
     words = random_words(codec)
     with caplog.at_level(logging.WARNING, logger="quantcache.backends.trials"):
         tiles = backends.find("cuda").from_portable(codec, {"codes": words})
-    assert torch.equal(tiles["codes"], cuda._from_portable(codec, words))
+    assert torch.equal(tiles["codes"], cuda_blocks._from_portable(codec, words))
     assert "do not compile: no luck" in caplog.records[0].getMessage()
     trials.forget()
 

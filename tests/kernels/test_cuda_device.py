@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantcache import Calibration, DecodeGraph, SpectralCache, decode_graphs
-from quantcache.backends import cuda
+from quantcache.backends import cuda_blocks
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import Coding
 from quantcache_kernels.cuda import room
@@ -54,8 +54,8 @@ def test_parity_where_warps_share_constants_and_have_several_units(
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 def test_blocks_are_converted_as_plain_torch_does(dim: int, coding: Coding) -> None:
     for codec in codecs(Case(heads=2, dim=dim, coding=(coding, coding)), DEVICE).values():
-        words, found = random_words(codec).to(DEVICE), cuda.prepared(codec).conversion
-        tiles = cuda._from_portable(codec, words)
+        words, found = random_words(codec).to(DEVICE), cuda_blocks.prepared(codec).conversion
+        tiles = cuda_blocks._from_portable(codec, words)
         assert torch.equal(found.from_portable(words), tiles)
         assert torch.equal(found.to_portable(tiles), words)
 

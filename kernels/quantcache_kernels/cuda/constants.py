@@ -195,10 +195,15 @@ def _terms(constants: SideConstants, layout: BlockLayout, values: bool) -> tuple
     return words.unflatten(1, (layout.tiles, 2, -1)).transpose(2, 3), scale
 
 
-def _frame(frame: Frame) -> tuple[Tensor, Tensor]:
-    """The frame of :class:`PreparedCodes`, and framed dimensions of every pair, ``[D / 2, 2]``.
+def paired_frame(frame: Frame) -> tuple[Tensor, Tensor]:
+    """Pairs of dimensions that turn together.
 
-    Slow pairs come first. Dimensions that do not rotate are pairs that turn by nothing; they are among the slow ones.
+    Args:
+        frame: The frame.
+
+    Returns:
+        ``Pair`` of each (encoding.h), ``[D / 2, 4]`` int32, and its framed dimensions, ``[D / 2, 2]``. Slow pairs come
+        first. Dimensions that do not rotate are pairs that turn by nothing; they are among the slow ones.
     """
     tables = make_frame(frame)
     partner = tables.partner.tolist()
@@ -207,15 +212,21 @@ def _frame(frame: Frame) -> tuple[Tensor, Tensor]:
     slow = [pair for pair in turning if pair[0] < frame.num_slow]
     found = slow + list(zip(rest[::2], rest[1::2], strict=True)) + turning[len(slow) :]
     pairs = torch.tensor(found, dtype=torch.int64, device="cpu")
-    order = tables.order[pairs].unflatten(0, (-1, 2)).transpose(1, 2).flatten(1)
-    turns = tables.turns[pairs[:, 0]].unflatten(0, (-1, 2)).view(torch.int32)
-    return torch.cat((order, turns), dim=1), pairs
+    turns = tables.turns[pairs[:, :1]].view(torch.int32)
+    return torch.cat((tables.order[pairs], turns), dim=1), pairs
+
+
+def _frame(frame: Frame) -> tuple[Tensor, Tensor]:
+    """The frame of :class:`PreparedCodes`, and framed dimensions of every pair, as :func:`paired_frame` has them."""
+    made, pairs = paired_frame(frame)
+    by_twos = made.unflatten(0, (-1, 2))
+    return torch.cat((by_twos[..., :2].transpose(1, 2).flatten(1), by_twos[..., 2:].flatten(1)), dim=1), pairs
 
 
 def _key_matrices(
     constants: SideConstants, layout: BlockLayout, decoder: Tensor, pairs: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Matrix and fast part of :class:`PreparedCodes`; decoder ``[H, D, S]``, pairs those of :func:`_frame`."""
+    """Matrix and fast part of :class:`PreparedCodes`; decoder ``[H, D, S]``, pairs those of :func:`paired_frame`."""
     slow, slots = constants.num_slow, TILE * layout.slow_tiles
     num_fast = constants.dim - slow
     fast, mean = decoder[:, slow:, slots:], constants.mean[:, slow:]

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache_kernels.cuda.blocks import PATH_BIT, BlockLayout
+from quantcache_kernels.cuda.blocks import PATH_BIT, TILE, BlockLayout
 from quantcache_kernels.cuda.driver import load_conversion
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
 from quantcache_kernels.cuda.structures import ConversionArguments, pointer
 from quantcache_kernels.interface import SideConstants
 
-TILE_CODES = 1024
-"""Of a tile of a block: as many bytes of shared memory."""
+CODE_PITCH = 66
+"""As in tiles.h: bytes of shared memory from a coefficient's codes to the next one's."""
 
 
 def _on_cuda(device: torch.device) -> Mapping[str, Launched]:
@@ -80,7 +80,7 @@ class Conversion:
         )  # fmt: skip
         with on_device(device):
             kernel = LOADERS[device.type](device)[name]
-            kernel.launch((blocks, count), 32, TILE_CODES, arguments, stream_of(device))
+            kernel.launch((blocks, count), 32, TILE * CODE_PITCH, arguments, stream_of(device))
         return out
 
 

@@ -29,6 +29,9 @@ FOLLOWING = frozenset({"attend_codes", "merge"})
 CONVERSION_KERNELS = ("tiles_from_portable", "portable_from_tiles")
 """The kernels that bring blocks from one layout into the other."""
 
+ENCODER_KERNELS = ("encode",)
+"""The kernel that encodes blocks."""
+
 
 ELF = b"\x7fELF"
 """What machine code begins with."""
@@ -83,7 +86,7 @@ def source(name: str) -> str:
     """Kernels as one text, without includes.
 
     Args:
-        name: ``"codes.h"`` or ``"conversion.h"``.
+        name: ``"codes.h"``, ``"conversion.h"`` or ``"encode.h"``.
 
     Returns:
         The text.
@@ -229,6 +232,22 @@ def compiled_conversion(capability: tuple[int, int]) -> bytes:
         CudaError: They do not compile.
     """
     return _compiled(capability, source("conversion.h"), ())
+
+
+def compiled_encoder(capability: tuple[int, int], is_trellis: bool) -> bytes:
+    """The machine code of the kernel that encodes blocks, from the cache on disk if it is there.
+
+    Args:
+        capability: Compute capability.
+        is_trellis: Whether codes are paths through a trellis.
+
+    Returns:
+        A cubin.
+
+    Raises:
+        CudaError: It does not compile.
+    """
+    return _compiled(capability, source("encode.h"), (f"-DTRELLIS={int(is_trellis)}",))
 
 
 def _compiled(capability: tuple[int, int], text: str, defines: tuple[str, ...]) -> bytes:
@@ -377,6 +396,23 @@ def load_conversion(device: int) -> dict[str, Kernel]:
         CudaError: They do not compile or load.
     """
     return _loaded(device, compiled_conversion(torch.cuda.get_device_capability(device)), *CONVERSION_KERNELS)
+
+
+@cache
+def load_encoder(device: int, is_trellis: bool) -> dict[str, Kernel]:
+    """The kernel that encodes blocks, loaded on a device, which must be the current one.
+
+    Args:
+        device: Index of the device.
+        is_trellis: See :func:`compiled_encoder`.
+
+    Returns:
+        Those of :data:`ENCODER_KERNELS`.
+
+    Raises:
+        CudaError: They do not compile or load.
+    """
+    return _loaded(device, compiled_encoder(torch.cuda.get_device_capability(device), is_trellis), *ENCODER_KERNELS)
 
 
 def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:

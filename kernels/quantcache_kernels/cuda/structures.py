@@ -154,6 +154,37 @@ class ConversionArguments(ctypes.Structure):
     )
 
 
+class Book(ctypes.Structure):
+    """``Book`` of encoding.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("scale", "last")),
+        *((name, ctypes.c_uint32) for name in ("bins", "rows")),
+        *((name, ctypes.c_float) for name in ("search_scale", "search_last")),
+        *((name, ctypes.c_uint32) for name in ("search", "reserved")),
+    )
+
+
+class Ladder(ctypes.Structure):
+    """``Ladder`` of encoding.h."""
+
+    _fields_ = (("level", ctypes.c_float), *((name, ctypes.c_float * 3) for name in ("at", "adds", "squares")))
+
+
+class EncodeArguments(ctypes.Structure):
+    """``EncodeArguments`` of encoding.h."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("x", "block_table", "origins", "pairs", "mean", "matrix", "slots", "counts")),
+        *((name, Pointer) for name in ("places", "maps", "tables", "factors", "out", "gains")),
+        ("strides", ctypes.c_longlong * 4),
+        *((name, ctypes.c_int) for name in ("batch", "heads", "dim", "slow", "tiles", "slow_tiles")),
+        *((name, ctypes.c_int) for name in ("table_words", "tile_words", "rounds", "passes", "values")),
+        ("books", Book * 9),
+        ("ladders", Ladder * 4),
+    )
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous tensor's data."""
     assert tensor is None or tensor.is_contiguous()

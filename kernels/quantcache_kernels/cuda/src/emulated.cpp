@@ -1,5 +1,6 @@
 // The kernels on an emulated GPU, behind a C interface: for tests. Every pair of codings is a variant.
 #include "warp.h"
+#include "tiles.h"
 
 #define MERGE(name)                                                                                                   \
     extern "C" int emulate_merge_##name(const name::MergeArguments* a, int shared_bytes) {                            \
@@ -77,3 +78,25 @@ CODES(scalar_trellis)
     }
 CONVERSION(tiles_from_portable)
 CONVERSION(portable_from_tiles)
+
+#define ENCODE(name)                                                                                                  \
+    extern "C" int emulate_encode_##name(const name::EncodeArguments* a, int blocks, int threads, int shared_bytes) { \
+        for (int head = 0; head < a->heads; ++head)                                                                   \
+            for (int block = 0; block < blocks; ++block)                                                              \
+                if (!run_block_(static_cast<u32>(threads), static_cast<u32>(block), static_cast<u32>(head),           \
+                                static_cast<size_t>(shared_bytes), [a] { name::encode(*a); }))                        \
+                    return 1;                                                                                         \
+        return 0;                                                                                                     \
+    }
+
+namespace scalar {
+#include "encode.h"
+}
+ENCODE(scalar)
+
+namespace trellis {
+#undef TRELLIS
+#define TRELLIS 1
+#include "encode.h"
+}
+ENCODE(trellis)

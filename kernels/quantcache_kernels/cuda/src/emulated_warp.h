@@ -179,7 +179,11 @@ DEVICE float round_up(float x) { return std::ceil(x); }
 DEVICE float root(float x) { return std::sqrt(x); }
 DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float add(float a, float b) { return a + b; }
+DEVICE float multiply_add_within_one(float a, float b, float c) { return std::fmin(std::fmax(std::fma(a, b, c), 0.0f), 1.0f); }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
+DEVICE float smaller(float a, float b) { return std::fmin(a, b); }
+DEVICE float magnitude(float x) { return std::fabs(x); }
+DEVICE float round_down(float x) { return std::floor(x); }
 
 DEVICE void prefetch(const void*) {}
 DEVICE bool is_elected() { return thread_index() % 32 == 0; }
@@ -242,6 +246,21 @@ DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
         for (u32 i = 0; i < 4; ++i) {
             const u32 b = lane_(4 * (column + (i & 1)) + left).operands[4 + k / 8];
             c[i] += halves[as[i / 2] >> shift & 0xFFFF] * halves[b >> shift & 0xFFFF];
+        }
+    }
+    meet_();
+}
+DEVICE void mma_bfloat(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    u32* own = own_().operands;
+    own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3, own[4] = b0, own[5] = b1;
+    meet_();
+    u32 row = (emulated_->running & 31) / 4, column = 2 * (emulated_->running & 3);
+    for (u32 k = 0; k < 16; ++k) {
+        const u32 left = k % 8 / 2, shift = 16 * (k % 2);
+        const u32* as = lane_(4 * row + left).operands + 2 * (k / 8);
+        for (u32 i = 0; i < 4; ++i) {
+            const u32 b = lane_(4 * (column + (i & 1)) + left).operands[4 + k / 8];
+            c[i] += float_of(as[i / 2] >> shift << 16) * float_of(b >> shift << 16);
         }
     }
     meet_();

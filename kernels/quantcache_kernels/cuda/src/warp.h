@@ -101,11 +101,21 @@ DEVICE float logarithm_of_two(float x) { return __log2f(x); }
 // Nothing, but the compiler must think that x changes here: what follows from it is not computed ahead and held in registers.
 template <typename T>
 DEVICE void hold(T& x) { asm volatile("" : "+r"(x)); }
+DEVICE void hold(float& x) { asm volatile("" : "+f"(x)); }
 DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+// a b + c, or 0 or 1 where it lies beyond them.
+DEVICE float multiply_add_within_one(float a, float b, float c) {
+    float y;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+    return y;
+}
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE float smaller(float a, float b) { return fminf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
+DEVICE float round_down(float x) { return floorf(x); }
 
 // Memory is on its way to where it is quick to read.
 DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global))); }
@@ -148,7 +158,13 @@ DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// The same with sums in half precision.
+// The same of bfloat16.
+DEVICE void mma_bfloat(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// The same of half precision, with sums in it.
 DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
         : "+r"(c[0]), "+r"(c[1])
@@ -201,6 +217,7 @@ DEVICE void prefetch_all(const void* global, int bytes) {
         prefetch(static_cast<const u8*>(global) + i);
 }
 
+DEVICE float with_sign_of(float x, float sign) { return float_of(select(bits_of(sign), bits_of(x), 0x80000000)); }
 DEVICE Words4 words_of(const float (&x)[4]) { return {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}; }
 DEVICE void floats_of(const Words4& w, float (&x)[4]) {
     x[0] = float_of(w.x), x[1] = float_of(w.y), x[2] = float_of(w.z), x[3] = float_of(w.w);
