@@ -29,7 +29,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.jsonfile import to_json
 from quantcache.evaluation.summaries import quantiles
-from quantcache_kernels.cuda.driver import load_codes, missing
+from quantcache_kernels.cuda.driver import load_codes, load_encoder, missing
 
 
 def llama_config(layers: int = 32, **more: Any) -> LlamaConfig:
@@ -281,7 +281,9 @@ def kernels(run: Run) -> list[dict[str, Any]]:
                 found.append({"kernel": name, **{a: getattr(variant, a, None) for a in attributes}})
     if missing(run.device) is None:
         for coding, on_trellis in (("scalar", False), ("trellis", True)):
-            for name, compiled in load_codes(run.device.index or 0, on_trellis, on_trellis).items():
+            index = run.device.index or 0
+            loaded = load_codes(index, on_trellis, on_trellis) | load_encoder(index, on_trellis)
+            for name, compiled in loaded.items():
                 registers, local = compiled.attribute(4), compiled.attribute(3)
                 found.append({"kernel": name, "coding": coding, "n_regs": registers, "local_bytes": local})
     return found

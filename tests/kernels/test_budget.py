@@ -81,6 +81,17 @@ def test_kernels_that_convert_blocks_keep_to_their_registers(capability: tuple[i
     assert {(each["stack"], each["local"]) for each in found.values()} == {(0, 0)}, "nothing is spilled"
 
 
+@pytest.mark.parametrize("is_trellis", [False, True])
+def test_the_kernel_that_encodes_keeps_to_its_registers(is_trellis: bool, tmp_path: Path) -> None:
+    """Then four blocks of threads of a head of 128 dimensions fit on a multiprocessor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
+        found = resources(built(lambda: driver.compiled_encoder((9, 0), is_trellis)))
+    assert found.keys() == set(driver.ENCODER_KERNELS)
+    assert 64 < found["encode"]["registers"] <= REGISTERS
+    assert (found["encode"]["stack"], found["encode"]["local"]) == (0, 0), "nothing is spilled"
+
+
 @pytest.fixture(scope="module")
 def unit_costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, UnitCost]:
     """What attention does for two blocks, by coding."""

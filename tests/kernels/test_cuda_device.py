@@ -1,4 +1,4 @@
-"""``backend="cuda"`` on a GPU: the parity suite in bfloat16, conversion of blocks, and steps from a graph."""
+"""``backend="cuda"`` on a GPU: the parity suite in bfloat16, encoding and conversion of blocks, steps from a graph."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from quantcache.coding.schema import Coding
 from quantcache_kernels.cuda import room
 from quantcache_kernels.cuda.driver import missing
 from tests.families import FAMILIES
-from tests.kernels.cases import ATTENTION, TRELLIS, Case, Kernel, codecs
+from tests.kernels import encoding
+from tests.kernels.cases import ATTENTION, CODES, TRELLIS, Case, Kernel, codecs
 from tests.kernels.test_cuda_blocks import check_parity, in_bfloat16
 from tests.kernels.test_cuda_conversion import random_words
+from tests.kernels.test_cuda_encoding import CASES as ENCODED
+from tests.kernels.test_parity import encoded_by_torch
 
 DEVICE = torch.device("cuda", 0)
 
@@ -48,6 +51,18 @@ def test_parity_where_warps_share_constants_and_have_several_units(
     small = room.device_of(DEVICE)._replace(processors=1)
     monkeypatch.setattr(room, "device_of", lambda device: small)
     check_parity(in_bfloat16(Case(tokens=tokens, heads=3, dim=128, pads=(0, 70, 0), coding=(coding, coding))), CUDA)
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_codes(name: str, poisoned: None) -> None:
+    case = in_bfloat16((CODES | TRELLIS)[name])
+    for side, theirs in codecs(case, DEVICE).items():
+        codec, given, expected = encoded_by_torch(case, side)
+        moved = [None if each is None else each.to(DEVICE) for each in given]
+        codes, gains = cuda_blocks.encoder(theirs).encode(*moved)
+        found = {"codes": cuda_blocks._to_portable(theirs, codes).cpu(), "gains": gains.cpu()}
+        wrong, ties = encoding.compare(codec, *given, found, expected)
+        assert not wrong, f"{wrong} tokens are encoded as no gain factor says, besides {ties} ties"
 
 
 @pytest.mark.parametrize("coding", CODINGS)

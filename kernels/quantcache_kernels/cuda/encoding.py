@@ -11,6 +11,7 @@ Shapes: n blocks, B batch, H key/value heads, D dimension, S slots.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,6 +47,10 @@ MAGIC_BITS = 0x4B000000
 SPARE = 0.98
 """Of the least gap between two thresholds, what a bin is wide."""
 
+NEAR_WORDS = 2048
+"""Of the tables in shared memory: codebooks of up to 6 bits. Few coefficients have more; theirs are read from where all
+tables are."""
+
 MOST_SLOTS = 256
 """Of a head: a thread has a coefficient while paths are sought, and eight warps have registers for their sums."""
 
@@ -66,11 +71,13 @@ class PreparedEncoder:
         codes: Those of its blocks.
         tensors: What :class:`EncodeArguments` points to, by name.
         numbers: Its other fields, likewise.
+        near_words: Words of the tables that are in shared memory.
     """
 
     codes: PreparedCodes
     tensors: dict[str, Tensor]
     numbers: dict[str, object]
+    near_words: int
 
     def held(self) -> list[Tensor]:
         """Every tensor on the device."""
@@ -93,8 +100,8 @@ class PreparedEncoder:
         fragments = 4 * PIECES * BLOCK * self.codes.layout.dim // 2
         search = max(64 * slots, CODE_PITCH * slots, 4 * 2 * FACTORS * BLOCK * groups)
         paths = 24 * slots if self.codes.is_trellis else 0
-        rest = 4 * (BLOCK + 1) * slots + paths + 8 * BLOCK * groups + search
-        return 4 * self.tensors["tables"].numel() + 8 * slots + 8 * BLOCK + max(fragments, rest)
+        coefficients = 4 * (BLOCK + 1) * slots + paths + 8 * BLOCK * groups + search
+        return max(fragments, 4 * self.near_words + 8 * slots + 8 * BLOCK + coefficients)
 
     def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode whole blocks.
@@ -148,7 +155,8 @@ def prepare_encoder(constants: SideConstants, codes: PreparedCodes, device: torc
     matrix = layout.gather(constants.encoder, 1)[:, :, order]
     weights = layout.gather(constants.weights, 1).float().contiguous().view(torch.int32)
     kinds = codes.conversion.slots[..., 1].cpu().view(weights.shape)
-    tables, books = _books(constants, int(layout.own_widths.max()))
+    tables, books, ends = _books(constants, int(layout.own_widths.max()))
+    near_width = bisect_right(ends, NEAR_WORDS) - 1
     factors = constants.gain_search + constants.gain_search[-1:] * (-len(constants.gain_search) % FACTORS)
     made = {
         "pairs": frame,
@@ -166,7 +174,8 @@ def prepare_encoder(constants: SideConstants, codes: PreparedCodes, device: torc
         "slow": constants.num_slow,
         "tiles": layout.tiles,
         "slow_tiles": layout.slow_tiles,
-        "table_words": tables.numel(),
+        "near_width": near_width,
+        "near_words": ends[near_width],
         "tile_words": layout.words,
         "rounds": len(factors) // FACTORS,
         "passes": constants.passes if is_trellis else 1,
@@ -175,7 +184,7 @@ def prepare_encoder(constants: SideConstants, codes: PreparedCodes, device: torc
         "ladders": (Ladder * (NARROW + 1))(*(_ladder(constants.levels[w]) for w in range(NARROW + 1))),
     }
     shared = {"places": codes.conversion.places, "maps": codes.conversion.maps}
-    return PreparedEncoder(codes, tensors | shared, numbers)
+    return PreparedEncoder(codes, tensors | shared, numbers, ends[near_width])
 
 
 def _fragments(matrix: Tensor) -> Tensor:
@@ -204,8 +213,9 @@ def _ladder(levels: Sequence[float]) -> Ladder:
     return Ladder(magnitudes[0], *zip(*steps, strict=True))
 
 
-def _books(constants: SideConstants, widest: int) -> tuple[Tensor, list[Book]]:
-    """The tables of all codebooks up to a width, in words, and where each is in them."""
+def _books(constants: SideConstants, widest: int) -> tuple[Tensor, list[Book], list[int]]:
+    """The tables of all codebooks up to a width, in words; where each is in them, and where each width's end."""
+    ends = [0]
     words: list[Tensor] = []
     books = [Book() for _ in range(MAX_WIDTH + 1)]
 
@@ -231,7 +241,8 @@ def _books(constants: SideConstants, widest: int) -> tuple[Tensor, list[Book]]:
             gaps, own.search_scale = _gaps(constants.levels[width])
             own.search_last, own.search = MAGIC + len(gaps) - 1, place(gaps.view(torch.int32)) - 8 * MAGIC_BITS
         books[width] = own
-    return torch.cat([torch.zeros(0, dtype=torch.int32, device="cpu"), *words]), books
+        ends.append(sum(each.numel() for each in words))
+    return torch.cat([torch.zeros(0, dtype=torch.int32, device="cpu"), *words]), books, ends
 
 
 def _bins(thresholds: Tensor) -> tuple[Tensor, Tensor, float]:

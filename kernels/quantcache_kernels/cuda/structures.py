@@ -179,7 +179,7 @@ class EncodeArguments(ctypes.Structure):
         *((name, Pointer) for name in ("places", "maps", "tables", "factors", "out", "gains")),
         ("strides", ctypes.c_longlong * 4),
         *((name, ctypes.c_int) for name in ("batch", "heads", "dim", "slow", "tiles", "slow_tiles")),
-        *((name, ctypes.c_int) for name in ("table_words", "tile_words", "rounds", "passes", "values")),
+        *((name, ctypes.c_int) for name in ("tile_words", "rounds", "passes", "values", "near_width", "near_words")),
         ("books", Book * 9),
         ("ladders", Ladder * 4),
     )

@@ -63,10 +63,11 @@ DEVICE void multiply_pieces(float (&c)[4], const Words4 (&a)[PIECES], const u32 
     }
 }
 
-// Coefficients of two tiles, whose sums wait in registers until nobody needs the vectors any more.
-DEVICE void transform(const EncodeArguments& a, int head, const EncodeRoom& room) {
+// Coefficients of a warp's two tiles, for 16 tokens each and half a tile each.
+typedef float TileSums[2][4][2][4];
+
+DEVICE void transform(const EncodeArguments& a, int head, const u32* fragments, TileSums& sums) {
     const int lane = static_cast<int>(thread_index() % 32), warp = static_cast<int>(thread_index() / 32), steps = a.dim / 16;
-    float sums[2][4][2][4];
     UNROLL for (int i = 0; i < 2; ++i) {
         UNROLL for (int m = 0; m < 4; ++m) {
             UNROLL for (int k = 0; k < 8; ++k) sums[i][m][k / 4][k % 4] = 0.0f;
@@ -93,22 +94,24 @@ DEVICE void transform(const EncodeArguments& a, int head, const EncodeRoom& room
                 Words4 left[PIECES];
                 UNROLL for (int piece = 0; piece < PIECES; ++piece)
                     left[piece] = reinterpret_cast<const Words4*>(
-                        room.fragments)[((piece * 4 + m) * steps + step) * 32 + (lane ^ 4 * (step & 1))];
+                        fragments)[((piece * 4 + m) * steps + step) * 32 + (lane ^ 4 * (step & 1))];
                 multiply_pieces(sums[i][m][0], left, right[0]);
                 multiply_pieces(sums[i][m][1], left, right[1]);
             }
         }
     }
-    sync_block();
+}
+
+DEVICE void store_coefficients(const EncodeArguments& a, const TileSums& sums, float* y) {
+    const int lane = static_cast<int>(thread_index() % 32), warp = static_cast<int>(thread_index() / 32);
     UNROLL for (int i = 0; i < 2; ++i) {
         const int tile = 2 * warp + i;
         if (tile >= a.tiles) continue;
         UNROLL for (int m = 0; m < 4; ++m) {
             UNROLL for (int k = 0; k < 8; ++k) {
                 const int slot = TILE_SLOTS * tile + 8 * (k / 4) + 2 * (lane % 4) + k % 2;
-                room.y[PITCH * slot + 16 * m + lane / 4 + 8 * (k % 4 / 2)] = sums[i][m][k / 4][k % 4];
+                y[PITCH * slot + 16 * m + lane / 4 + 8 * (k % 4 / 2)] = sums[i][m][k / 4][k % 4];
             }
         }
     }
-    sync_block();
 }

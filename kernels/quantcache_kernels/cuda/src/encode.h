@@ -31,11 +31,15 @@ KERNEL void BOUNDS(256, 2) encode(GIVEN(EncodeArguments) a) {
     const int threads = static_cast<int>(block_threads()), thread = static_cast<int>(thread_index());
     const int head = static_cast<int>(block_y()), slots = TILE_SLOTS * a.tiles;
     const int block = static_cast<int>(block_x()) / a.batch, row = static_cast<int>(block_x()) % a.batch;
-    for (int i = thread; i < a.table_words; i += threads) reinterpret_cast<u32*>(room.tables)[i] = a.tables[i];
-    for (int i = thread; i < slots; i += threads) room.slots[i] = a.slots[head * slots + i];
     take_vectors(a, block, row, head, room.fragments);
     sync_block();
-    transform(a, head, room);
+    TileSums sums;
+    transform(a, head, room.fragments, sums);
+    sync_block();
+    store_coefficients(a, sums, room.y);
+    for (int i = thread; i < a.near_words; i += threads) reinterpret_cast<u32*>(room.tables)[i] = a.tables[i];
+    for (int i = thread; i < slots; i += threads) room.slots[i] = a.slots[head * slots + i];
+    sync_block();
 
     float step = search_gain(a, head, room);
     for (int pass = 0; pass < a.passes; ++pass) {

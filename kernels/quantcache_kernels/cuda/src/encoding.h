@@ -50,37 +50,45 @@ struct EncodeArguments {
     u32* out;                // [blocks, batch, tile_words]
     u8* gains;               // [blocks, batch, heads, 64]
     long long strides[4];    // of x: row, head, token and dimension
-    int batch, heads, dim, slow, tiles, slow_tiles, table_words, tile_words, rounds, passes, values;
+    int batch, heads, dim, slow, tiles, slow_tiles, tile_words, rounds, passes, values;
+    int near_width, near_words;  // codebooks of so many bits are in shared memory, and so many words of the tables
     Book books[WIDTHS];
     Ladder ladders[4];
 };
 
-struct EncodeRoom {  // shared memory
+struct EncodeRoom {  // shared memory: at first of the vectors, then of everything else
+    u32* fragments;  // [PIECES, 4, dim / 16, 32, 4]
     u8* tables;
     Words2* slots;
-    Words2* steps;   // of every token, and its inverse
-    u32* fragments;  // of vectors: [PIECES, 4, dim / 16, 32, 4]; coefficients take their place
-    float* y;        // [slots, PITCH]
-    Words2* words;   // [2, slots]: c1 and c0 of half a block, the convolved path
-    u32* paths;      // [2, slots]: its bits
+    Words2* steps;  // of every token, and its inverse
+    float* y;       // coefficients [slots, PITCH]
+    Words2* words;  // [2, slots]: c1 and c0 of half a block, the convolved path
+    u32* paths;     // [2, slots]: its bits
+    float* sums;    // [2, groups, 64]
     u32* survivors;  // [16, slots], for the search of paths, then codes; sums of the gain search before
     u8* codes;
-    float* sums;     // [2, groups, 64]
 };
 DEVICE EncodeRoom encode_room(const EncodeArguments& a) {
     EncodeRoom room;
-    const int slots = TILE_SLOTS * a.tiles, groups = static_cast<int>(block_threads()) / 64;
+    const int slots = TILE_SLOTS * a.tiles, groups = static_cast<int>(block_threads()) / BLOCK;
     u8* next = shared_memory();
-    room.tables = next, next += 4 * a.table_words;
+    room.fragments = reinterpret_cast<u32*>(next);
+    room.tables = next, next += 4 * a.near_words;
     room.slots = reinterpret_cast<Words2*>(next), next += 8 * slots;
     room.steps = reinterpret_cast<Words2*>(next), next += 8 * BLOCK;
-    room.fragments = reinterpret_cast<u32*>(next);
     room.y = reinterpret_cast<float*>(next), next += 4 * PITCH * slots;
     room.words = reinterpret_cast<Words2*>(next), next += TRELLIS ? 16 * slots : 0;
     room.paths = reinterpret_cast<u32*>(next), next += TRELLIS ? 8 * slots : 0;
     room.sums = reinterpret_cast<float*>(next), next += 8 * BLOCK * groups;
     room.survivors = reinterpret_cast<u32*>(next), room.codes = next;
     return room;
+}
+
+// The tables, where those of wide codebooks are; either way the compiler knows in which memory they lie.
+template <typename Use>
+DEVICE void with_tables(const EncodeArguments& a, const EncodeRoom& room, bool is_near, const Use& use) {
+    if (is_near) use(static_cast<const u8*>(room.tables));
+    else use(reinterpret_cast<const u8*>(a.tables));
 }
 
 // The row of a codebook's levels that a number belongs to.

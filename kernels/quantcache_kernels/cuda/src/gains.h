@@ -59,7 +59,7 @@ DEVICE void step_up(const Ladder& ladder, int step, float y, float weighted, flo
     }
 }
 
-DEVICE void climb(const Ladder& ladder, u32 width, float y, float weight, Sums& sums) {
+DEVICE void climb(const Ladder& ladder, int width, float y, float weight, Sums& sums) {
     const float weighted = weight * y;
     sums.least_cross = multiply_add(weighted, ladder.level, sums.least_cross);
     sums.least_energy = multiply_add(weight, ladder.level * ladder.level, sums.least_energy);
@@ -101,11 +101,13 @@ DEVICE float search_gain(const EncodeArguments& a, int head, const EncodeRoom& r
         Sums sums = {};
         UNROLL for (int f = 0; f < FACTORS; ++f) sums.inverses[f] = inverse_of(rms * a.factors[FACTORS * round + f]);
         ROLLED for (int slot = t.group; slot < slots;) {
-            const u32 width = room.slots[slot].y & 255;
+            const int width = static_cast<int>(room.slots[slot].y & 255);
             if (width > 3) {
                 const Book book = a.books[width];
-                slot = for_alike(room, t, slots, slot, [&](int, Words2 own, float y) {
-                    look_up(book, room.tables, magnitude(y), float_of(own.x), sums);
+                with_tables(a, room, width <= a.near_width, [&](const u8* tables) {
+                    slot = for_alike(room, t, slots, slot, [&](int, Words2 own, float y) {
+                        look_up(book, tables, magnitude(y), float_of(own.x), sums);
+                    });
                 });
             } else if (width) {
                 const Ladder ladder = held(a.ladders[width]);
@@ -138,25 +140,28 @@ DEVICE float code_levels(const EncodeArguments& a, const EncodeRoom& room) {
     u8* codes = room.codes + t.place;
     float sums[2] = {0.0f, 0.0f};  // <y, u> and <u, u>
     ROLLED for (int slot = t.group; slot < slots;) {
-        const u32 width = room.slots[slot].y & 255;
+        const int width = static_cast<int>(room.slots[slot].y & 255);
         const Book book = a.books[width];
         if (!width) {
             codes[CODE_PITCH * slot] = 0, slot += t.groups;
             continue;
         }
-        slot = for_alike(room, t, slots, slot, [&](int at, Words2 own, float y) {
-            u32 place = row_of(book, room.tables, y * inverse), code = (place - book.rows) / ROW;
+        const auto code_level = [&](const u8* tables, int at, Words2 own, float y) {
+            u32 place = row_of(book, tables, y * inverse), code = (place - book.rows) / ROW;
             if (TRELLIS) {
                 const Words2 bits = words[at];
                 const u32 subset = (bits.x >> lane & 1) << 1 | (bits.y >> lane & 1);
                 place += 4 * subset;
                 code = (code + ((subset - code) & 3)) >> 2;
             }
-            const float level = *reinterpret_cast<const float*>(room.tables + place), weighted = float_of(own.x) * level;
+            const float level = *reinterpret_cast<const float*>(tables + place), weighted = float_of(own.x) * level;
             sums[0] = multiply_add(weighted, y, sums[0]);
             sums[1] = multiply_add(weighted, level, sums[1]);
             if (own.y & ~255u) code = a.maps[(own.y & ~255u) + code];
             codes[CODE_PITCH * at] = static_cast<u8>(code);
+        };
+        with_tables(a, room, width <= a.near_width, [&](const u8* tables) {
+            slot = for_alike(room, t, slots, slot, [&](int at, Words2 own, float y) { code_level(tables, at, own, y); });
         });
     }
     add_groups(t, sums, room.sums);

@@ -13,23 +13,17 @@ DEVICE float survivor(float low, float high, u32& survivors) {
     return smaller(high, low);
 }
 
-// Paths of a coefficient through the block, and what they are convolved to.
-DEVICE void search_paths(const EncodeArguments& a, const EncodeRoom& room) {
-    const int slot = static_cast<int>(thread_index()), slots = TILE_SLOTS * a.tiles;
-    const u32 width = slot < slots ? room.slots[slot].y & 255 : 0;
-    if (!width) return;
-    const Book book = a.books[width];
+// Costs of the states behind the block, and who survived on the way to them.
+DEVICE void advance(const EncodeRoom& room, const Book& book, const u8* tables, int slot, int slots, float (&cost)[STATES]) {
     const float* y = room.y + PITCH * slot;
-    float cost[STATES] = {0.0f};
-    UNROLL for (int s = 1; s < STATES; ++s) cost[s] = 1e38f;  // paths start in state zero
     ROLLED for (int four = 0; four < BLOCK / 4; ++four) {
         u32 survivors = 0;  // whether states were reached from one whose oldest bit is 1: of the first token the highest byte
         UNROLL for (int i = 0; i < 4; ++i) {
             const Words2 given = room.steps[4 * four + i];
             const float own = y[4 * four + i], step = float_of(given.x);
-            const u32 at = row_of(book, room.tables, own * float_of(given.y));
+            const u32 at = row_of(book, tables, own * float_of(given.y));
             float row[4], off[4], reached[STATES];
-            floats_of(*reinterpret_cast<const Words4*>(room.tables + at), row);
+            floats_of(*reinterpret_cast<const Words4*>(tables + at), row);
             UNROLL for (int subset = 0; subset < 4; ++subset) off[subset] = multiply_add(-step, row[subset], own);
             UNROLL for (int s = STATES - 1; s >= 0; --s) {
                 const float even = off[subset_of(s, 0)], odd = off[subset_of(s, 1)];
@@ -40,6 +34,18 @@ DEVICE void search_paths(const EncodeArguments& a, const EncodeRoom& room) {
         }
         room.survivors[four * slots + slot] = survivors;
     }
+}
+
+// Paths of a coefficient through the block, and what they are convolved to.
+DEVICE void search_paths(const EncodeArguments& a, const EncodeRoom& room) {
+    const int slot = static_cast<int>(thread_index()), slots = TILE_SLOTS * a.tiles;
+    const int width = slot < slots ? static_cast<int>(room.slots[slot].y & 255) : 0;
+    const bool is_near = !any_lane(width > a.near_width);
+    if (!width) return;
+    const Book book = a.books[width];
+    float cost[STATES] = {0.0f};
+    UNROLL for (int s = 1; s < STATES; ++s) cost[s] = 1e38f;  // paths start in state zero
+    with_tables(a, room, is_near, [&](const u8* tables) { advance(room, book, tables, slot, slots, cost); });
     u32 state = 0;
     float least = cost[0];
     UNROLL for (u32 s = 1; s < STATES; ++s) {
