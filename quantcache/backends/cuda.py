@@ -26,8 +26,9 @@ from quantcache.coding.codec import SpectralCodec
 from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.cuda import calls
 from quantcache_kernels.cuda import codes as kernels
+from quantcache_kernels.cuda.compiler import CudaError
 from quantcache_kernels.cuda.constants import unsupported
-from quantcache_kernels.cuda.driver import CudaError, missing
+from quantcache_kernels.cuda.driver import missing
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.cuda.places import Blocks, Lasting, Starts, units_of

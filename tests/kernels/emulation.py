@@ -17,7 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantcache_kernels.cuda import codes, conversion, encoding
-from quantcache_kernels.cuda.driver import CODE_KERNELS, CONVERSION_KERNELS, ENCODER_KERNELS, SOURCES
+from quantcache_kernels.cuda.compiler import SOURCES
+from quantcache_kernels.cuda.driver import CODE_KERNELS, CONVERSION_KERNELS, ENCODER_KERNELS
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 

@@ -19,7 +19,7 @@ from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, Coding
-from quantcache_kernels.cuda import driver
+from quantcache_kernels.cuda import compiler, driver
 from quantcache_kernels.cuda.blocks import BlockLayout
 
 pytestmark = pytest.mark.triton
@@ -44,7 +44,7 @@ def built(compile_it: Callable[[], T]) -> T:
     """What compiling gives; the test is skipped where there is nothing to compile with."""
     try:
         return compile_it()
-    except driver.CudaError as error:
+    except compiler.CudaError as error:
         if "can be loaded" not in str(error):
             raise
         pytest.skip(f"neither NVRTC nor nvcc is here: {error}; pip install nvidia-cuda-nvrtc")
@@ -55,7 +55,7 @@ def built(compile_it: Callable[[], T]) -> T:
 def test_kernels_keep_to_their_registers(codings: tuple[bool, bool], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: driver.compiled_codes((9, 0), *codings)))
+        found = resources(built(lambda: compiler.compiled_codes((9, 0), *codings)))
     assert found.keys() == set(driver.CODE_KERNELS)
     assert found["attend_codes"]["registers"] > 64
     assert max(each["registers"] for each in found.values()) <= REGISTERS
@@ -66,7 +66,7 @@ def test_kernels_keep_to_their_registers(codings: tuple[bool, bool], tmp_path: P
 def test_kernels_spill_nothing_on_smaller_gpus(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: driver.compiled_codes((12, 0), True, True)))
+        found = resources(built(lambda: compiler.compiled_codes((12, 0), True, True)))
     assert REGISTERS < found["attend_codes"]["registers"] <= 255, "a block of threads has half as many warps there"
     assert {(each["stack"], each["local"]) for each in found.values()} == {(0, 0)}
 
@@ -75,7 +75,7 @@ def test_kernels_spill_nothing_on_smaller_gpus(tmp_path: Path) -> None:
 def test_kernels_that_convert_blocks_keep_to_their_registers(capability: tuple[int, int], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: driver.compiled_conversion(capability)))
+        found = resources(built(lambda: compiler.compiled_conversion(capability)))
     assert found.keys() == set(driver.CONVERSION_KERNELS)
     assert all(16 < each["registers"] <= 64 for each in found.values())
     assert {(each["stack"], each["local"]) for each in found.values()} == {(0, 0)}, "nothing is spilled"
@@ -86,7 +86,7 @@ def test_the_kernel_that_encodes_keeps_to_its_registers(is_trellis: bool, tmp_pa
     """Then four blocks of threads of a head of 128 dimensions fit on a multiprocessor."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: driver.compiled_encoder((9, 0), is_trellis)))
+        found = resources(built(lambda: compiler.compiled_encoder((9, 0), is_trellis)))
     assert found.keys() == set(driver.ENCODER_KERNELS)
     assert 64 < found["encode"]["registers"] <= REGISTERS
     assert (found["encode"]["stack"], found["encode"]["local"]) == (0, 0), "nothing is spilled"
@@ -98,7 +98,7 @@ def unit_costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, UnitCost]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path_factory.mktemp("marked")))
         return {
-            coding: unit_cost(built(lambda trellis=trellis: driver.compiled_codes((9, 0), trellis, trellis, True)))
+            coding: unit_cost(built(lambda trellis=trellis: compiler.compiled_codes((9, 0), trellis, trellis, True)))
             for coding, trellis in (("scalar", False), ("trellis", True))
         }
 

@@ -15,7 +15,7 @@ from quantcache.backends import AttentionCall, cuda, trials
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.cuda import codes as kernels
-from quantcache_kernels.cuda.driver import CudaError
+from quantcache_kernels.cuda.compiler import CudaError
 from tests.kernels import emulation
 from tests.kernels.cases import Case, codecs, fill
 

@@ -31,7 +31,8 @@ from quantcache.common.errors import QuantCacheError
 from quantcache_kernels.cuda import calls, room
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.blocks import BlockLayout
-from quantcache_kernels.cuda.driver import missing, source
+from quantcache_kernels.cuda.compiler import source
+from quantcache_kernels.cuda.driver import missing
 from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.cuda.tables import PLACES, level_tables, stored_codes
 from tests.families import FAMILIES

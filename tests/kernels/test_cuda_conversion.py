@@ -18,7 +18,7 @@ from quantcache.coding.rope import Rope
 from quantcache.coding.schema import CodecSettings, Coding
 from quantcache.evaluation import kernel_check
 from quantcache_kernels.cuda import conversion
-from quantcache_kernels.cuda.driver import source
+from quantcache_kernels.cuda.compiler import source
 from tests.builders import random_side
 from tests.kernels import emulation
 from tests.kernels.cases import ATTENTION, Case, codecs, fill, on_device

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantcache_kernels.cuda import driver
+from quantcache_kernels.cuda import compiler, driver
 from quantcache_kernels.cuda.structures import PlacesArguments
 
 CUBIN = b"\x7fELF machine code"
@@ -26,7 +26,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(options[0])
         return CUBIN
 
-    monkeypatch.setattr(driver, "_compile_by_nvrtc", compile_it)
+    monkeypatch.setattr(compiler, "_compile_by_nvrtc", compile_it)
     return seen
 
 
@@ -34,13 +34,13 @@ def test_machine_code_is_compiled_once(
     compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-    assert [driver.compiled_conversion((9, 0)) for _ in range(2)] == [CUBIN] * 2
+    assert [compiler.compiled_conversion((9, 0)) for _ in range(2)] == [CUBIN] * 2
     assert compilations == ["--gpu-architecture=sm_90"]
     (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
     assert kept.stat().st_mode & 0o777 == 0o644, "another user of the folder may read it"
     for broken in (b"", CUBIN[:3]):
         kept.write_bytes(broken)
-        assert driver.compiled_conversion((9, 0)) == CUBIN
+        assert compiler.compiled_conversion((9, 0)) == CUBIN
         assert kept.read_bytes() == CUBIN
     assert len(compilations) == 3
 
@@ -52,7 +52,7 @@ def test_a_user_without_a_home_compiles_every_time(compilations: list[str], monk
     monkeypatch.setattr(Path, "home", home)
     monkeypatch.delenv("QUANTCACHE_CUDA_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert [driver.compiled_conversion((9, 0)) for _ in range(2)] == [CUBIN] * 2
+    assert [compiler.compiled_conversion((9, 0)) for _ in range(2)] == [CUBIN] * 2
     assert len(compilations) == 2
 
 
@@ -65,7 +65,7 @@ def test_a_folder_that_may_not_be_read_is_passed_over(
     monkeypatch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
     for name in ("stat", "read_bytes", "mkdir"):  # root may read everything
         monkeypatch.setattr(Path, name, refused)
-    assert driver.compiled_conversion((9, 0)) == CUBIN
+    assert compiler.compiled_conversion((9, 0)) == CUBIN
     assert len(compilations) == 1
 
 
@@ -83,14 +83,14 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(ctypes, "CDLL", opened)
-    driver._nvrtc.cache_clear()
+    compiler.nvrtc.cache_clear()
     yield asked
-    driver._nvrtc.cache_clear()
+    compiler.nvrtc.cache_clear()
 
 
 def test_nvrtc_is_that_of_torchs_own_version(installed: list[str], tmp_path: Path) -> None:
-    assert str(driver._nvrtc()) == "libnvrtc.so", "nothing else is there"
-    driver._nvrtc.cache_clear()
+    assert str(compiler.nvrtc()) == "libnvrtc.so", "nothing else is there"
+    compiler.nvrtc.cache_clear()
     for folder, version in (("cu13", "13"), ("cuda_nvrtc", "12")):
         packages = tmp_path / "nvidia" / folder / "lib"
         packages.mkdir(parents=True)
@@ -98,7 +98,7 @@ def test_nvrtc_is_that_of_torchs_own_version(installed: list[str], tmp_path: Pat
             (packages / name).touch()
     installed.clear()
     own = tmp_path / "nvidia" / "cu13" / "lib"
-    assert str(driver._nvrtc()) == str(own / "libnvrtc.so.13"), "not another version that the system happens to have"
+    assert str(compiler.nvrtc()) == str(own / "libnvrtc.so.13"), "not another version that the system happens to have"
     assert installed[0] == str(own / "libnvrtc-builtins.so.13.0"), "which NVRTC does not find by itself"
     assert not [name for name in installed if "12" in Path(name).name]
 
@@ -153,12 +153,12 @@ def test_a_new_thread_may_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Driver()
     monkeypatch.setattr(driver, "_cuda", lambda: library)
     kernel = driver.Kernel(ctypes.c_void_p(1), 2)
-    failed: list[driver.CudaError] = []
+    failed: list[compiler.CudaError] = []
 
     def launch(shared_bytes: int = 50 << 10) -> None:
         try:
             kernel.launch((1, 1), 32, shared_bytes, PlacesArguments(), 0)
-        except driver.CudaError as error:
+        except compiler.CudaError as error:
             failed.append(error)
 
     for _ in range(2):
@@ -191,7 +191,7 @@ def test_a_kernel_that_waits_for_the_one_before_may_begin_early(follows: bool, m
 
 
 def test_who_may_begin_early_waits_in_its_source() -> None:
-    text = driver.source("codes.h")
+    text = compiler.source("codes.h")
     for kernel in driver.CODE_KERNELS:
         body = text.split(f" {kernel}(GIVEN")[1].split("\nKERNEL ")[0]
         assert ("await_launch_before();" in body) == (kernel in driver.FOLLOWING), kernel

@@ -18,7 +18,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from quantcache_kernels.cuda import encoding as kernels
 from quantcache_kernels.cuda import room
-from quantcache_kernels.cuda.driver import source
+from quantcache_kernels.cuda.compiler import source
 from tests.kernels import emulation, encoding
 from tests.kernels.cases import CODES, TRELLIS, Case, codecs, fill
 from tests.kernels.test_cuda_blocks import emulated as emulated
