@@ -51,6 +51,7 @@ def calibrate(
     seq_len: int | None = None,
     seed: int = 0,
     codec: CodecSettings | None = None,
+    predict: bool = True,
     progress: bool = True,
 ) -> Calibration:
     """Calibrate a model's key/value cache on text.
@@ -75,6 +76,8 @@ def calibrate(
         seq_len: Length of the sequences that texts are cut into; by default 2,048 or the model's limit.
         seed: Seed of the sampled labels.
         codec: Codec choices; the defaults and trellis coding if None.
+        predict: Let short runs through the compressed cache scale what the calibration predicts of its cost, which
+            ``quality`` needs. With few tokens they take longer than the rest.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -144,7 +147,7 @@ def calibrate(
         environment=compat.versions(),
     )
     calibration = Calibration(solved, metadata)
-    yardstick = measure_yardstick(model, sequences, held_out, calibration)
+    yardstick = measure_yardstick(model, sequences, held_out, calibration) if predict else None
     if yardstick is not None:
         metadata.recipe["yardstick"] = yardstick
     return calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)

@@ -80,6 +80,7 @@ def run_demo(settings: DemoSettings | None = None, progress: bool = True) -> dic
         settings.bits,
         max_tokens=settings.calibration_tokens,
         seed=settings.seed,
+        predict=False,  # the cost is measured below
         progress=progress,
     )
     tokens = text_tokens(tokenizer, data.evaluation_text())

@@ -276,6 +276,6 @@ def _maker(
 ) -> Callable[[], Calibration]:
     def make() -> Calibration:
         with torch.enable_grad():
-            return calibrate(model, text, tokenizer, max_tokens=tokens, seq_len=seq_len, progress=False)
+            return calibrate(model, text, tokenizer, max_tokens=tokens, seq_len=seq_len, predict=False, progress=False)
 
     return make

@@ -27,7 +27,7 @@ Outputs = dict[str, Tensor]
 @functools.cache
 def calibration_of(family: Family) -> Calibration:
     """A calibration of the family's trained-looking model."""
-    return calibrate(trained_looking(family), random_tokens(2, 160), progress=False)
+    return calibrate(trained_looking(family), random_tokens(2, 160), predict=False, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ MOST = 340
 def calibration_of(name: str) -> Calibration:
     """A calibration of one of the families."""
     family = next(family for family in FAMILIES if family.name == name)
-    return calibrate(shared_model(family), random_tokens(2, 128), progress=False)
+    return calibrate(shared_model(family), random_tokens(2, 128), predict=False, progress=False)
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def calibration_of(family: Family) -> Calibration:
     Its codes are scalar: the attentions that are compared differ in rounding, which moves one code now and then, but
     the whole rest of a path through a trellis, and untrained models choose among tokens by less than that.
     """
-    return calibrate(shared_model(family), random_tokens(4, 256), progress=False).with_coding("scalar")
+    return calibrate(shared_model(family), random_tokens(4, 256), predict=False, progress=False).with_coding("scalar")
 
 
 @functools.cache

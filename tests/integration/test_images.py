@@ -56,7 +56,7 @@ def words(batch: int, length: int, seed: int) -> Tensor:
 @functools.cache
 def calibration_of(kind: str) -> Calibration:
     """Made on text alone."""
-    return calibrate(model_of(kind), words(6, 300, seed=1), bits=4, progress=False)
+    return calibrate(model_of(kind), words(6, 300, seed=1), bits=4, predict=False, progress=False)
 
 
 def prompt(kind: str, image: bool, first: int = BEFORE) -> dict[str, Tensor]:

@@ -126,6 +126,18 @@ def test_short_sequences_have_no_yardstick() -> None:
     assert "yardstick" not in calibration.metadata.recipe
 
 
+def test_a_calibration_that_need_not_predict_is_the_same_but_for_the_yardstick(monkeypatch) -> None:
+    monkeypatch.setattr(calibrator, "measure_yardstick", None)
+    found = calibrate(shared_model(FAMILIES[0]), random_tokens(2, 200), predict=False, progress=False)
+    monkeypatch.undo()
+    expected = calibrate(shared_model(FAMILIES[0]), random_tokens(2, 200), progress=False)
+    assert expected.metadata.recipe.pop("yardstick")
+    assert found.metadata.recipe == expected.metadata.recipe
+    assert predict_kl(found) is None
+    for index, layer in expected.layers.items():
+        assert torch.equal(found.layers[index].key.analysis, layer.key.analysis)
+
+
 @pytest.mark.parametrize(("given", "read"), [([4], [3]), ([1, 1, 1, 1], [1, 1, 1]), ([3, 1], [3])], ids=str)
 def test_the_yardstick_is_text_that_the_calibration_has_not_seen(given: list[int], read: list[int]) -> None:
     """Where there is more than ``max_tokens``; the calibration is that of the first tokens alone."""
