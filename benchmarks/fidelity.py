@@ -35,7 +35,7 @@ from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
-from quantcache.evaluation.methods import RECIPES, RivalStatistics
+from quantcache.evaluation.methods import SCHEMES, RivalStatistics
 from quantcache.evaluation.provenance import model_sha256, text_sha256
 from quantcache.evaluation.weights import KINDS, quantize_weights, weights_library
 
@@ -117,7 +117,7 @@ def main() -> None:
             for p in parts
         },
         "methods": {
-            recipe.pattern: {"does": recipe.description, "source": recipe.source} for recipe in RECIPES.values()
+            scheme.pattern: {"does": scheme.description, "source": scheme.source} for scheme in SCHEMES.values()
         },
         "evaluation": {
             "source": evaluation_source,

@@ -12,7 +12,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, CodecSettings
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.evaluation.methods import RECIPES, Recipe
+from quantcache.evaluation.methods import SCHEMES, Scheme
 from quantcache.planning.geometry import Geometry
 
 DENSE = "bf16"
@@ -39,13 +39,13 @@ class Format:
         name: Its name, that of the method in measurements except for ``bf16``.
         stem: The family's name.
         bits: Its number: of bits, of KVarN the tokens of a tile; 0 where the family has one setting only.
-        recipe: What is known of the family.
+        scheme: What is known of the family.
     """
 
     name: str
     stem: str
     bits: float
-    recipe: Recipe
+    scheme: Scheme
 
     @property
     def method(self) -> str:
@@ -55,19 +55,19 @@ class Format:
     @property
     def kind(self) -> str:
         """How caches of this format store: ``dense``, ``spectral``, ``quantized`` (by transformers), ``simulated``."""
-        if self.recipe.simulated:
+        if self.scheme.simulated:
             return "simulated"
         return {"dense": "dense", "spectral": "spectral"}.get(self.stem, "quantized")
 
     @property
     def blocks_at_once(self) -> int:
         """Blocks of 64 tokens that a cache of this format encodes together."""
-        return max(1, (self.recipe.tile(self.bits) or BLOCK) // BLOCK)
+        return max(1, (self.scheme.tile(self.bits) or BLOCK) // BLOCK)
 
     @property
     def runs(self) -> bool:
         """Whether there is a cache that stores it packed, once its packages are installed."""
-        return not self.recipe.simulated
+        return not self.scheme.simulated
 
 
 def parse_format(name: str) -> Format:
@@ -84,21 +84,21 @@ def parse_format(name: str) -> Format:
     """
     stem, _, number = name.rpartition("-")
     plain = "dense" if name == DENSE else name
-    if plain in RECIPES and not RECIPES[plain].parameter and name not in ("dense", "floor"):
-        return Format(name, plain, 0.0, RECIPES[plain])
-    recipe = RECIPES.get(stem)
+    if plain in SCHEMES and not SCHEMES[plain].parameter and name not in ("dense", "floor"):
+        return Format(name, plain, 0.0, SCHEMES[plain])
+    scheme = SCHEMES.get(stem)
     try:
         bits = float(number)
     except ValueError:
-        recipe = None
-    if recipe is None or recipe.parameter not in ("B", "T") or recipe.needs == "statistics":
+        scheme = None
+    if scheme is None or scheme.parameter not in ("B", "T") or scheme.needs == "statistics":
         raise QuantCacheError(f"unknown format {name!r}: known are {', '.join(FORMAT_NAMES)}")
-    low, high = recipe.limits
-    if not (low <= bits <= high if recipe.numbers is None else bits in recipe.numbers):
-        allowed = f"{low} to {high}" if recipe.numbers is None else ", ".join(map(str, recipe.numbers))
-        what = "the tile" if recipe.parameter == "T" else "bits"
+    low, high = scheme.limits
+    if not (low <= bits <= high if scheme.numbers is None else bits in scheme.numbers):
+        allowed = f"{low} to {high}" if scheme.numbers is None else ", ".join(map(str, scheme.numbers))
+        what = "the tile" if scheme.parameter == "T" else "bits"
         raise QuantCacheError(f"format {name}: {what} must be {allowed}, got {number}")
-    return Format(name, stem, bits, recipe)
+    return Format(name, stem, bits, scheme)
 
 
 def list_formats() -> list[Format]:
@@ -126,8 +126,8 @@ def bits_per_element(form: Format, geometry: Geometry) -> float:
     if form.kind in ("dense", "quantized"):
         keys, values = ([getattr(layer, side) for layer in geometry.layers] for side in SIDES)
         elements = sum(side.elements for side in (*keys, *values))
-        bits = sum(side.elements * form.recipe.bits(form.bits, "key", side.dim) for side in keys)
-        bits += sum(side.elements * form.recipe.bits(form.bits, "value", side.dim) for side in values)
+        bits = sum(side.elements * form.scheme.bits(form.bits, "key", side.dim) for side in keys)
+        bits += sum(side.elements * form.scheme.bits(form.bits, "value", side.dim) for side in values)
         return bits / elements if elements else float(DENSE_BITS)
     sides = [side for layer in coded_layers(form, geometry) if layer.blocks for side in (layer.key, layer.value)]
     elements = sum(side.elements for side in sides)
@@ -206,4 +206,4 @@ def missing_package(form: Format) -> str | None:
 
 
 def _simulated(form: Format, side: str, size: SideSize) -> SideSize:
-    return replace(size, code_bits=size.elements * form.recipe.bits(form.bits, side, size.dim))
+    return replace(size, code_bits=size.elements * form.scheme.bits(form.bits, side, size.dim))

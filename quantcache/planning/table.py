@@ -92,8 +92,8 @@ def rows(geometry: Geometry, model: str, measurements: Measurements) -> list[Row
         found.append(
             Row(
                 format=form.name,
-                description=form.recipe.description,
-                source=form.recipe.source,
+                description=form.scheme.description,
+                source=form.scheme.source,
                 simulated=form.kind == "simulated",
                 obstacle=obstacle,
                 bits_per_element=bits,

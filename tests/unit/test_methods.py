@@ -20,11 +20,11 @@ from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import fidelity
 from quantcache.evaluation.methods import (
     METHOD_NAMES,
-    RECIPES,
+    SCHEMES,
     Method,
     MethodUnavailable,
-    Recipe,
     RivalStatistics,
+    Scheme,
     all_methods,
     collect_statistics,
     needs_statistics,
@@ -35,7 +35,7 @@ from quantcache.evaluation.methods.base import SimulatedCodec, hadamard, simulat
 from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec, oscar_codec
 from quantcache.evaluation.methods.installed import Fp8Codec
 from quantcache.evaluation.methods.integer import KiviCodec, QuarotCodec, TokenInt8Codec
-from quantcache.evaluation.methods.registry import find_recipe
+from quantcache.evaluation.methods.registry import find_scheme
 from quantcache.evaluation.methods.turboquant import TurboQuantCodec, TurboQuantQJLCodec
 from quantcache.planning import formats
 from quantcache.planning.geometry import read_geometry
@@ -323,7 +323,7 @@ def parsed(name: str, statistics: RivalStatistics | None = None, **more: object)
 
 def test_all_names_parse_and_describe_themselves(statistics: RivalStatistics) -> None:
     names = all_methods(CONFIG)
-    assert {name.rpartition("-")[0] if RECIPES.get(name) is None else name for name in names} == set(RECIPES)
+    assert {name.rpartition("-")[0] if SCHEMES.get(name) is None else name for name in names} == set(SCHEMES)
     methods = parse_methods(["all", "kivi-5"], CONFIG, Calibration.synthetic(CONFIG), statistics=statistics)
     assert [m.name for m in methods] == [*names, "kivi-5"]
     assert all(m.description and m.source for m in methods)
@@ -486,14 +486,14 @@ def test_bad_strides(model: PreTrainedModel, tokens: Tensor) -> None:
 
 
 @pytest.fixture
-def restored_recipes() -> Iterator[None]:
-    before = dict(RECIPES)
+def restored_schemes() -> Iterator[None]:
+    before = dict(SCHEMES)
     yield
-    RECIPES.clear()
-    RECIPES.update(before)
+    SCHEMES.clear()
+    SCHEMES.update(before)
 
 
-def toy(**changes: object) -> Recipe:
+def toy(**changes: object) -> Scheme:
     """A method of one's own: values rounded to multiples of 1/4."""
 
     class Rounding(SimulatedCodec):
@@ -509,10 +509,10 @@ def toy(**changes: object) -> Recipe:
         "make": lambda number, setting: simulated_cache(setting, lambda *args: Rounding(5.0)),
         "bits": lambda number, side, dim: 5.0,
     }
-    return Recipe(**(given | changes))  # type: ignore[arg-type]
+    return Scheme(**(given | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("restored_recipes")
+@pytest.mark.usefixtures("restored_schemes")
 def test_a_method_of_ones_own_is_measured_and_sized_at_its_own_bits() -> None:
     register(toy())
     (method,) = parse_methods(["toy"], CONFIG, None, 4, 0)
@@ -533,7 +533,7 @@ def test_a_method_without_bits_of_its_own_is_refused(bits: object) -> None:
             register(toy(bits=stated))
     with pytest.raises(QuantCacheError, match="must state the bits that an element of its keys takes, got None"):
         register(toy(bits=None))
-    assert "toy" not in RECIPES
+    assert "toy" not in SCHEMES
 
 
 def test_a_stem_is_registered_once() -> None:
@@ -541,15 +541,15 @@ def test_a_stem_is_registered_once() -> None:
         register(toy(stem="kivi"))
 
 
-@pytest.mark.parametrize("name", [name for name in all_methods(CONFIG) if find_recipe(name, CONFIG)[0].simulated])
-def test_simulated_codecs_have_the_bits_that_their_recipe_states(name: str, statistics: RivalStatistics) -> None:
-    recipe, number = find_recipe(name, CONFIG)
+@pytest.mark.parametrize("name", [name for name in all_methods(CONFIG) if find_scheme(name, CONFIG)[0].simulated])
+def test_simulated_codecs_have_the_bits_that_their_scheme_states(name: str, statistics: RivalStatistics) -> None:
+    scheme, number = find_scheme(name, CONFIG)
     cache = parsed(name, statistics).make_cache()
     keys = torch.randn(1, 2, 4 + 128, DIM)
     cache.update(keys, keys, 0)
     cache.layers[0].flush()
     assert set(cache.layers[0].codecs) == {"key", "value"}
     for side, codec in cache.layers[0].codecs.items():
-        stated = recipe.bits(number, side, DIM)
+        stated = scheme.bits(number, side, DIM)
         # Water-filled widths are whole numbers, whose mean may stay a little below the budget.
-        assert stated - (1 / DIM if recipe.stem == "pca" else 0) <= codec.bits <= stated
+        assert stated - (1 / DIM if scheme.stem == "pca" else 0) <= codec.bits <= stated

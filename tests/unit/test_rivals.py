@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcache.accounting.measuring import measure
 from quantcache.cache.spectral_cache import BlockCache
-from quantcache.evaluation.methods import RECIPES, parse_methods
+from quantcache.evaluation.methods import SCHEMES, parse_methods
 from quantcache.evaluation.methods.base import SimulatedCodec, hadamard
 from quantcache.evaluation.methods.kvarn import KVarNCodec, level
 from quantcache.evaluation.methods.rotated import GgmlCodec, Int4TokenHeadCodec
@@ -215,7 +215,7 @@ def test_sizes_are_exact(name: str) -> None:
     assert (estimated.codes, estimated.residual) == (memory.codes, memory.residual)
     for tokens in (64, 140, 250, 330):
         assert cache_memory(form, known, tokens, 2).total <= largest_cache(form, known, tokens, 2)
-    assert RECIPES[form.stem].simulated
+    assert SCHEMES[form.stem].simulated
     assert not form.runs
 
 
@@ -268,5 +268,5 @@ def test_odd_dimensions_are_coded(name: str) -> None:
     cache.layers[0].flush()
     error = (keys_of(cache) - x)[:, :, 4:].square().mean() / x.square().mean()
     assert 0 < float(error) < 0.05
-    recipe, side = formats.parse_format(name), cache.layers[0].codecs
-    assert {s: c.bits for s, c in side.items()} == {s: recipe.recipe.bits(recipe.bits, s, 80) for s in side}
+    form, side = formats.parse_format(name), cache.layers[0].codecs
+    assert {s: c.bits for s, c in side.items()} == {s: form.scheme.bits(form.bits, s, 80) for s in side}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from quantcache.evaluation.methods.base import Method, MethodUnavailable, Recipe, Setting
+from quantcache.evaluation.methods.base import Method, MethodUnavailable, Scheme, Setting
 from quantcache.evaluation.methods.registry import (
     METHOD_NAMES,
-    RECIPES,
+    SCHEMES,
     all_methods,
     needs_statistics,
     parse_methods,
@@ -15,11 +15,11 @@ from quantcache.evaluation.methods.statistics import RivalStatistics, collect_st
 
 __all__ = [
     "METHOD_NAMES",
-    "RECIPES",
+    "SCHEMES",
     "Method",
     "MethodUnavailable",
-    "Recipe",
     "RivalStatistics",
+    "Scheme",
     "Setting",
     "all_methods",
     "collect_statistics",

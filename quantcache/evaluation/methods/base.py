@@ -61,7 +61,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that a recipe may build a cache from.
+    """Everything that a scheme may build a cache from.
 
     Attributes:
         config: ``model.config``.
@@ -79,7 +79,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Scheme:
     """A family of methods that differ in one number.
 
     Attributes:

@@ -16,7 +16,7 @@ from quantcache.coding.codebook import lloyd_max
 from quantcache.coding.spectral import Moments
 from quantcache.evaluation.methods.base import (
     MethodUnavailable,
-    Recipe,
+    Scheme,
     Setting,
     SimulatedCodec,
     hadamard,
@@ -154,8 +154,8 @@ def _rank(rank: float, setting: Setting) -> Callable[[], Cache]:
     return _fitted(setting, lambda layer, side, device: RankCodec(layer.side(side), int(rank), device))
 
 
-RECIPES = (
-    Recipe(
+SCHEMES = (
+    Scheme(
         stem="pca",
         family="rival",
         simulated=True,
@@ -168,7 +168,7 @@ RECIPES = (
         own_lengths=(0, 0),
         needs="statistics",
     ),
-    Recipe(
+    Scheme(
         stem="oscar",
         family="rival",
         simulated=True,
@@ -182,7 +182,7 @@ RECIPES = (
         own_lengths=(64, 256),
         needs="statistics",
     ),
-    Recipe(
+    Scheme(
         stem="rank",
         family="rival",
         simulated=True,

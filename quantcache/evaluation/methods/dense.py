@@ -5,10 +5,10 @@ from __future__ import annotations
 from transformers import DynamicCache
 
 from quantcache.accounting.memory import DENSE_BITS
-from quantcache.evaluation.methods.base import Recipe
+from quantcache.evaluation.methods.base import Scheme
 
-RECIPES = (
-    Recipe(
+SCHEMES = (
+    Scheme(
         stem="dense",
         family="dense",
         simulated=False,

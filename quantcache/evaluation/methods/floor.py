@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from quantcache.evaluation.methods import dense
 
-RECIPES = (
+SCHEMES = (
     replace(
-        dense.RECIPES[0],
+        dense.SCHEMES[0],
         stem="floor",
         family="floor",
         description="the dense cache, each chunk read in two halves: what rounding alone moves",

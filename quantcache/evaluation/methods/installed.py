@@ -11,7 +11,7 @@ from transformers import Cache
 
 from quantcache.coding.packing import BLOCK
 from quantcache.common import compat
-from quantcache.evaluation.methods.base import MethodUnavailable, Recipe, Setting, SimulatedCodec, simulated_cache
+from quantcache.evaluation.methods.base import MethodUnavailable, Scheme, Setting, SimulatedCodec, simulated_cache
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "quanto": {"axis_key": 0, "axis_value": 0},
@@ -69,8 +69,8 @@ def _fp8(number: float, setting: Setting) -> Callable[[], Cache]:
     return cache
 
 
-RECIPES = (
-    Recipe(
+SCHEMES = (
+    Scheme(
         stem="quanto",
         family="rival",
         simulated=False,
@@ -85,7 +85,7 @@ RECIPES = (
         tile=lambda number: None,
         unsupported=lambda: compat.missing_quantizer("quanto"),
     ),
-    Recipe(
+    Scheme(
         stem="hqq",
         family="rival",
         simulated=False,
@@ -100,7 +100,7 @@ RECIPES = (
         tile=lambda number: None,
         unsupported=lambda: compat.missing_quantizer("hqq"),
     ),
-    Recipe(
+    Scheme(
         stem="fp8",
         family="rival",
         simulated=not compat.HAS_FP8_CACHE,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from quantcache.evaluation.methods.base import (
-    Recipe,
+    Scheme,
     Setting,
     SimulatedCodec,
     hadamard,
@@ -121,8 +121,8 @@ def _quarot(bits: float, setting: Setting) -> Callable[[], Cache]:
     )
 
 
-RECIPES = (
-    Recipe(
+SCHEMES = (
+    Scheme(
         stem="int8-token",
         family="rival",
         simulated=True,
@@ -132,7 +132,7 @@ RECIPES = (
         bits=lambda number, side, dim: int8_bits(dim),
         own_lengths=(0, 0),
     ),
-    Recipe(
+    Scheme(
         stem="kivi",
         family="rival",
         simulated=True,
@@ -145,7 +145,7 @@ RECIPES = (
         defaults=two_to_four,
         own_lengths=(0, 128),
     ),
-    Recipe(
+    Scheme(
         stem="quarot",
         family="rival",
         simulated=True,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from quantcache.evaluation.methods.base import Recipe, Setting, SimulatedCodec, hadamard, simulated_cache
+from quantcache.evaluation.methods.base import Scheme, Setting, SimulatedCodec, hadamard, simulated_cache
 
 SOURCE = "KVarN (arXiv 2606.03458)"
 
@@ -125,8 +125,8 @@ def _bits(widths: tuple[int, int], tile: float, side: str, dim: int) -> float:
     return kvarn_bits(widths[side == "value"], side, dim, tile)
 
 
-RECIPES = tuple(
-    Recipe(
+SCHEMES = tuple(
+    Scheme(
         stem=f"kvarn-k{widths[0]}v{widths[1]}",
         family="rival",
         simulated=True,

@@ -23,39 +23,39 @@ from quantcache.evaluation.methods import (
     spectral,
     turboquant,
 )
-from quantcache.evaluation.methods.base import Method, MethodUnavailable, Recipe, Setting
+from quantcache.evaluation.methods.base import Method, MethodUnavailable, Scheme, Setting
 from quantcache.evaluation.methods.statistics import RivalStatistics
 
-RECIPES: dict[str, Recipe] = {}
+SCHEMES: dict[str, Scheme] = {}
 """Every family of methods, by the stem of its name."""
 
 
-def register(recipe: Recipe) -> None:
+def register(scheme: Scheme) -> None:
     """Add a family of methods to those that can be measured.
 
     Args:
-        recipe: The family.
+        scheme: The family.
 
     Raises:
         QuantCacheError: Another family has its stem, or it does not state the bits that an element takes.
     """
-    if recipe.stem in RECIPES:
-        raise QuantCacheError(f"method {recipe.stem!r} is registered already")
-    number = float(recipe.numbers[0] if recipe.numbers else recipe.limits[1] if recipe.parameter else 0)
+    if scheme.stem in SCHEMES:
+        raise QuantCacheError(f"method {scheme.stem!r} is registered already")
+    number = float(scheme.numbers[0] if scheme.numbers else scheme.limits[1] if scheme.parameter else 0)
     for side in SIDES:
-        bits = recipe.bits(number, side, 64) if callable(recipe.bits) else None
+        bits = scheme.bits(number, side, 64) if callable(scheme.bits) else None
         if not isinstance(bits, int | float) or not 0 < bits < math.inf:
             raise QuantCacheError(
-                f"method {recipe.stem!r} must state the bits that an element of its {side}s takes, got {bits!r}"
+                f"method {scheme.stem!r} must state the bits that an element of its {side}s takes, got {bits!r}"
             )
-    RECIPES[recipe.stem] = recipe
+    SCHEMES[scheme.stem] = scheme
 
 
 for _module in (dense, spectral, installed, integer, rotated, turboquant, kvarn, calibrated, floor):
-    for _each in _module.RECIPES:
+    for _each in _module.SCHEMES:
         register(_each)
 
-METHOD_NAMES: tuple[str, ...] = tuple(recipe.pattern for recipe in RECIPES.values())
+METHOD_NAMES: tuple[str, ...] = tuple(scheme.pattern for scheme in SCHEMES.values())
 """Every name that can be given without a method of the caller's own: B bits, K a rank, T the tokens of a tile."""
 
 ALL = "all"
@@ -71,9 +71,9 @@ def all_methods(config: PreTrainedConfig) -> list[str]:
         Names of every family at the numbers it is compared at.
     """
     names = []
-    for recipe in RECIPES.values():
-        numbers = recipe.defaults(config) if recipe.parameter else ()
-        names += [f"{recipe.stem}-{number:g}" for number in numbers] or [recipe.stem]
+    for scheme in SCHEMES.values():
+        numbers = scheme.defaults(config) if scheme.parameter else ()
+        names += [f"{scheme.stem}-{number:g}" for number in numbers] or [scheme.stem]
     return names
 
 
@@ -87,7 +87,7 @@ def needs_statistics(names: Sequence[str]) -> bool:
         True if statistics should be collected first.
     """
     stems = {name.rpartition("-")[0] for name in names}
-    return ALL in names or any(r.stem in stems for r in RECIPES.values() if r.needs == "statistics")
+    return ALL in names or any(each.stem in stems for each in SCHEMES.values() if each.needs == "statistics")
 
 
 def parse_methods(
@@ -120,18 +120,18 @@ def parse_methods(
     expanded = [each for name in names for each in (all_methods(config) if name == ALL else (name,))]
     methods = []
     for name in dict.fromkeys(expanded):
-        recipe, number = find_recipe(name, config)
-        lengths = recipe.own_lengths if own_lengths else None
+        scheme, number = find_scheme(name, config)
+        lengths = scheme.own_lengths if own_lengths else None
         sinks, residual = lengths or (sink_length, residual_length)
-        make, unsupported = _maker(recipe, number, Setting(config, calibration, statistics, sinks, residual))
-        about = (recipe.description, recipe.source, unsupported)
-        kept = (sinks, residual) if recipe.keeps_lengths else (None, None)
-        lengths_kept = (*kept, recipe.tile(number))
-        methods.append(Method(name, recipe.family, recipe.simulated, make, *about, *lengths_kept))
+        make, unsupported = _maker(scheme, number, Setting(config, calibration, statistics, sinks, residual))
+        about = (scheme.description, scheme.source, unsupported)
+        kept = (sinks, residual) if scheme.keeps_lengths else (None, None)
+        lengths_kept = (*kept, scheme.tile(number))
+        methods.append(Method(name, scheme.family, scheme.simulated, make, *about, *lengths_kept))
     return methods
 
 
-def find_recipe(name: str, config: PreTrainedConfig) -> tuple[Recipe, float]:
+def find_scheme(name: str, config: PreTrainedConfig) -> tuple[Scheme, float]:
     """The family that a name asks for, and its number.
 
     Args:
@@ -144,41 +144,43 @@ def find_recipe(name: str, config: PreTrainedConfig) -> tuple[Recipe, float]:
     Raises:
         QuantCacheError: The name is unknown, or its number out of range.
     """
-    if name in RECIPES and not RECIPES[name].parameter:
-        return RECIPES[name], 0.0
+    if name in SCHEMES and not SCHEMES[name].parameter:
+        return SCHEMES[name], 0.0
     stem, _, text = name.rpartition("-")
-    recipe = RECIPES.get(stem)
+    scheme = SCHEMES.get(stem)
     try:
         number = float(text)
     except ValueError:
-        recipe = None
-    if recipe is None or not recipe.parameter:
-        raise QuantCacheError(f"unknown method {name!r}: known are {', '.join(r.pattern for r in RECIPES.values())}")
-    if recipe.parameter == "K":
+        scheme = None
+    if scheme is None or not scheme.parameter:
+        raise QuantCacheError(
+            f"unknown method {name!r}: known are {', '.join(each.pattern for each in SCHEMES.values())}"
+        )
+    if scheme.parameter == "K":
         _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
         if number not in range(1, dim + 1):
             raise QuantCacheError(f"method {name}: the rank must be a whole number from 1 to {dim}, got {text}")
-    elif recipe.numbers is None:
-        low, high = recipe.limits
+    elif scheme.numbers is None:
+        low, high = scheme.limits
         if not low <= number <= high:
             raise QuantCacheError(f"method {name}: bits must lie between {low} and {high}, got {text}")
-    elif number not in recipe.numbers:
-        allowed = recipe.numbers
+    elif number not in scheme.numbers:
+        allowed = scheme.numbers
         whole = allowed == tuple(range(allowed[0], allowed[-1] + 1))
         wanted = (
             f"a whole number from {allowed[0]} to {allowed[-1]}" if whole else f"one of {', '.join(map(str, allowed))}"
         )
-        what = "the tile" if recipe.parameter == "T" else "bits"
+        what = "the tile" if scheme.parameter == "T" else "bits"
         raise QuantCacheError(f"method {name}: {what} must be {wanted}, got {text}")
-    return recipe, number
+    return scheme, number
 
 
-def _maker(recipe: Recipe, number: float, setting: Setting) -> tuple[Callable[[], Cache], str | None]:
+def _maker(scheme: Scheme, number: float, setting: Setting) -> tuple[Callable[[], Cache], str | None]:
     """A maker of caches, and why there can be none."""
-    reason = recipe.unsupported()
+    reason = scheme.unsupported()
     if reason is None:
         try:
-            return recipe.make(number, setting), None
+            return scheme.make(number, setting), None
         except MethodUnavailable as error:
             reason = str(error)
     missing = reason

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from quantcache.evaluation.methods.base import Recipe, Setting, SimulatedCodec, hadamard, simulated_cache
+from quantcache.evaluation.methods.base import Scheme, Setting, SimulatedCodec, hadamard, simulated_cache
 
 SIGN_SEED = 0x9E3779B9
 """Of the signs in front of vLLM's Hadamard matrix."""
@@ -110,8 +110,8 @@ def _ggml_bits(width: int, number: float, side: str, dim: int) -> float:
     return ggml_bits(width, dim)
 
 
-RECIPES = (
-    Recipe(
+SCHEMES = (
+    Scheme(
         stem="int4-token-head",
         family="rival",
         simulated=True,
@@ -122,7 +122,7 @@ RECIPES = (
         own_lengths=(0, 0),
     ),
     *(
-        Recipe(
+        Scheme(
             stem=f"q{width}_0",
             family="rival",
             simulated=True,

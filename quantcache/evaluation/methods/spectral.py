@@ -9,7 +9,7 @@ from transformers import Cache
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
-from quantcache.evaluation.methods.base import Recipe, Setting
+from quantcache.evaluation.methods.base import Scheme, Setting
 
 GAIN_BITS = 8
 """Of the gain of every token and head."""
@@ -26,8 +26,8 @@ def _make(bits: float, setting: Setting) -> Callable[[], Cache]:
     )
 
 
-RECIPES = (
-    Recipe(
+SCHEMES = (
+    Scheme(
         stem="spectral",
         family="ours",
         simulated=False,

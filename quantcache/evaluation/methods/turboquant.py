@@ -11,7 +11,7 @@ from transformers import Cache
 
 from quantcache.coding import linalg
 from quantcache.coding.codebook import lloyd_max
-from quantcache.evaluation.methods.base import Recipe, Setting, SimulatedCodec, simulated_cache, two_to_four
+from quantcache.evaluation.methods.base import Scheme, Setting, SimulatedCodec, simulated_cache, two_to_four
 
 SOURCE = "TurboQuant (2025)"
 
@@ -105,8 +105,8 @@ def _qjl(bits: float, setting: Setting) -> Callable[[], Cache]:
     )
 
 
-RECIPES = (
-    Recipe(
+SCHEMES = (
+    Scheme(
         stem="turboquant-mse",
         family="rival",
         simulated=True,
@@ -119,7 +119,7 @@ RECIPES = (
         defaults=two_to_four,
         own_lengths=(0, 0),
     ),
-    Recipe(
+    Scheme(
         stem="turboquant-qjl",
         family="rival",
         simulated=True,
