@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -44,6 +44,14 @@ HALVES = (
     ((8, 5, 5, 5), (7, 6, 5, 4), (5, 5, 5, 5), (5, 5, 4, 4), (2, 2, 2, 2)),
 )
 """Widths of pairs of coefficients in halves of tiles: looked up with others and alone, computed, and left over."""
+
+
+@pytest.fixture
+def patch(emulated: None) -> Iterator[pytest.MonkeyPatch]:
+    """Undone before the emulation is: what it replaces would else be put back, and stay for other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+    assert conversion.LOADERS["cpu"] is emulation.emulated_conversion
 
 
 def random_words(codec: SpectralCodec, count: int = 2, rows: int = 2) -> Tensor:
@@ -121,11 +129,11 @@ class _CountedKernel:
 
 
 @pytest.mark.parametrize("coding", CODINGS)
-def test_a_conversion_is_one_launch(coding: Coding, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_is_one_launch(coding: Coding, patch: pytest.MonkeyPatch) -> None:
     codec, backend = codecs(Case(dim=128, heads=2, coding=(coding, coding)))["key"], backends.find("cuda")
     fields = {"codes": random_words(codec, cuda_blocks.CONVERTED_BLOCKS + 1)}
     counted = Counted()
-    monkeypatch.setitem(conversion.LOADERS, "cpu", counted)
+    patch.setitem(conversion.LOADERS, "cpu", counted)
     cuda_blocks.prepared(codec)
     with emulation.Operations() as operations:
         tiles = backend.from_portable(codec, fields)
@@ -139,12 +147,12 @@ def test_a_conversion_is_one_launch(coding: Coding, emulated: None, monkeypatch:
 
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_kernels_are_tried_before_their_first_use(
-    wrong: int, emulated: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    wrong: int, patch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trials.forget()
-    monkeypatch.setattr(trials, "UNTRIED", set())
+    patch.setattr(trials, "UNTRIED", set())
     counted, backend = Counted(wrong), backends.find("cuda")
-    monkeypatch.setitem(conversion.LOADERS, "cpu", counted)
+    patch.setitem(conversion.LOADERS, "cpu", counted)
     with caplog.at_level(logging.WARNING, logger="quantcache.backends.trials"):
         for codec in codecs(Case(dim=128, heads=2)).values():
             words = random_words(codec, 5)
@@ -159,14 +167,14 @@ def test_kernels_are_tried_before_their_first_use(
 
 
 def test_where_the_kernels_do_not_compile_plain_torch_converts(
-    emulated: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    patch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def loader(device: torch.device) -> Mapping[str, Any]:
         raise RuntimeError("the CUDA kernels do not compile: no luck")
 
     trials.forget()
-    monkeypatch.setattr(trials, "UNTRIED", set())
-    monkeypatch.setitem(conversion.LOADERS, "cpu", loader)
+    patch.setattr(trials, "UNTRIED", set())
+    patch.setitem(conversion.LOADERS, "cpu", loader)
     codec = codecs(Case())["value"]
     words = random_words(codec)
     with caplog.at_level(logging.WARNING, logger="quantcache.backends.trials"):
@@ -177,8 +185,8 @@ def test_where_the_kernels_do_not_compile_plain_torch_converts(
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_the_check_converts_blocks(wrong: int, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(conversion.LOADERS, "cpu", Counted(wrong))
+def test_the_check_converts_blocks(wrong: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(conversion.LOADERS, "cpu", Counted(wrong))
     given = "cuda", torch.device("cpu"), (64, 2, 1e4), "trellis", torch.bfloat16
     found = {each.operation: each for each in kernel_check._outcomes(*given)}
     assert list(found) == ["attend", "encode", "decode", "convert"]
