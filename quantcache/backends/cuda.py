@@ -18,7 +18,7 @@ from quantcache.backends.base import Backend, Fields, Stage, refused_by_kernels
 from quantcache.backends.cuda_blocks import DTYPE, NAME, encoder, encodes, from_portable, is_ours, prepared, to_portable
 from quantcache.backends.padding import shows_padding
 from quantcache.backends.reference import REFERENCE
-from quantcache.backends.trials import attends_rightly, rejected
+from quantcache.backends.trials import FAILED, attends_rightly, rejected
 from quantcache.backends.triton import TritonBackend
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
@@ -56,7 +56,7 @@ class CudaBackend(Backend):
     def unavailable(self, device: torch.device) -> str | None:
         """Another kind of device or an older one, no compiler, or a kernel that has failed its trial."""
         if rejected("attend", self.name, device):
-            return "the kernel has failed its trial (see the log, or quantcache env --check)"
+            return FAILED
         emulated = device.type != "cuda" and device.type in kernels.LOADERS
         return None if emulated else missing(device)
 
@@ -96,7 +96,7 @@ class CudaBackend(Backend):
             return reason
         shape = rows, view.num_blocks >= LOOP_BLOCKS
         if not attends_rightly(self, query, view, call, shape, LOOP_BLOCKS):
-            return "the kernel has failed its trial (see the log, or quantcache env --check)"
+            return FAILED
         return None
 
     def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:

@@ -34,6 +34,9 @@ TRIAL_BLOCKS = 2
 UNTRIED = {"cpu"}
 """Devices where a kernel is not tried: on a CPU it is the interpreter's, which nobody uses but tests."""
 
+FAILED = "the kernel has failed its trial (see the log, or quantcache env --check)"
+"""Why a backend refuses once :func:`passes` has said no."""
+
 Trial = tuple[Callable[[], Tensor], Tensor, Tensor]
 """A call of the kernel, plain torch's result, and the same of plain torch done another way (see :func:`passes`)."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.base import Backend, Fields, refused_by_kernels
-from quantcache.backends.trials import TRIAL_BLOCKS, Trial, attends_rightly, encoding_trial, passes
+from quantcache.backends.trials import FAILED, TRIAL_BLOCKS, Trial, attends_rightly, encoding_trial, passes
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
@@ -47,7 +47,7 @@ class TritonBackend(Backend):
         """What no kernel takes, what is too large for these, and a kernel that has failed its trial."""
         reason = refused_by_kernels(query, view, call) or _too_large(query, view, call.mask)
         if reason is None and not self._attends_rightly(query, view, call):
-            reason = "the kernel has failed its trial (see the log, or quantcache env --check)"
+            reason = FAILED
         return reason
 
     def attend(self, query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
