@@ -106,9 +106,10 @@ def generate(
                 **sampling,
             )[0, prompt_tokens:]
         seconds = time.perf_counter() - started
-        memory = cache.memory()
+        memory, dtype = cache.memory(), str(loaded.dtype).removeprefix("torch.")
         data = {
             "model": model,
+            "dtype": dtype,
             "chat": chat,
             "bits": constants.bits,
             "text": tokenizer.decode(output, skip_special_tokens=True),
@@ -120,7 +121,7 @@ def generate(
         line = (
             f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
             f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} including "
-            "sinks and recent tokens"
+            f"sinks and recent tokens in {dtype}"
         )
         if watched is not None:
             data["stats"], line = watched.to_dict(), watched.line()

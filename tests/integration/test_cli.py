@@ -174,6 +174,8 @@ def test_generate(run: Run, calibrated: dict, folder: Path) -> None:
     assert found["memory"]["bits_per_element"] == pytest.approx(4.125)
     assert found["memory"]["tokens"] == found["prompt_tokens"] + 4
     assert "4.125 bits per encoded element" in err
+    assert "including sinks and recent tokens in float32" in err, "twice what bfloat16 would take of them"
+    assert found["dtype"] == "float32"
     trained = folder / "trained"  # with a cache or without, as training leaves it: every token was a wrong one
     shutil.copytree(data.demo_model_path(), trained)
     settings = json.loads((trained / "generation_config.json").read_text())
