@@ -194,7 +194,7 @@ def _divergences(
     measured: dict[str, Any] = {}
     if held_out is not None:
         task = bar.add_task("measuring divergence", total=len(held_out))
-        before = compat.attention_implementations(model)
+        before = compat.attention_implementations(model.config)
         compat.use_attention(model, "spectral")
         try:
             measured = measure_fidelity(

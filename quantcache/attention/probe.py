@@ -122,7 +122,7 @@ def replaced_attention(model: PreTrainedModel, attention: Callable[..., Any]) ->
     name = "quantcache_recording"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
-    previous = compat.attention_implementations(model)
+    previous = compat.attention_implementations(model.config)
     model.set_attn_implementation(name)
     try:
         yield
@@ -179,7 +179,7 @@ def attend_on_codes(model: PreTrainedModel) -> tuple[dict[str, str], dict[str, s
     Returns:
         Its attention implementations before and since; None if it stays as it was.
     """
-    before = compat.attention_implementations(model)
+    before = compat.attention_implementations(model.config)
     if set(before.values()) != {"sdpa"}:
         return None
     compat.use_attention(model, ATTENTION_NAME)
@@ -189,7 +189,7 @@ def attend_on_codes(model: PreTrainedModel) -> tuple[dict[str, str], dict[str, s
     finally:
         if not served:
             compat.use_attention(model, before)
-    return (before, compat.attention_implementations(model)) if served else None
+    return (before, compat.attention_implementations(model.config)) if served else None
 
 
 @torch.no_grad()

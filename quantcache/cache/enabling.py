@@ -11,8 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MethodType
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, SupportsIndex
 
 from transformers import PreTrainedModel
 
@@ -101,15 +100,14 @@ class _Generate:
         finally:
             reuse.keep(tokens, cache)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model generates as if nothing had been enabled on it."""
-        copied = memo[id(self.model)]
-        return MethodType(type(copied).generate, copied)
+    def attributes(self) -> dict[str, Any]:
+        """What stands in the model's own place while something is enabled on it."""
+        return {_HOOK: self, "generate": self, "__getstate__": self.state}
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise QuantCacheError(
-            "a model whose generate() is enabled cannot be pickled: call quantcache.disable(model) first"
-        )
+    def state(self) -> dict[str, Any]:
+        """The model's attributes as copies of it get them: those generate as their class does."""
+        state = {name: value for name, value in vars(self.model).items() if name not in self.attributes()}
+        return {**state, _HOOK: _Trace(self)}  # the last: they are copied in their order
 
     def current(self) -> _Setting | None:
         """The setting in force: the innermost context of this thread, else the newest of all."""
@@ -138,6 +136,32 @@ class _Generate:
         if any(_other_cache(options) for options in asked):
             return False
         return next((o["use_cache"] for o in asked if o.get("use_cache") is not None), True) is not False
+
+
+class _Trace:
+    """What a copy of a model has in place of the stand-in.
+
+    A shallow copy shares the model's config, and with it attention on codes while something is enabled on the model; a
+    deep copy gets back the attention of before.
+
+    Args:
+        hook: The stand-in.
+    """
+
+    def __init__(self, hook: _Generate):
+        self.hook = hook
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        config, switched = memo.get(id(self.hook.model.config)), self.hook.switched
+        if config is not None and switched is not None and compat.attention_implementations(config) == switched[1]:
+            config._attn_implementation = switched[0]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        if self.hook.settings:
+            raise QuantCacheError(
+                "a model whose generate() is enabled cannot be pickled: call quantcache.disable(model) first"
+            )
+        return type(None), ()  # a copy of a model on which nothing is enabled any more
 
 
 def _other_cache(options: dict[str, Any]) -> bool:
@@ -334,7 +358,7 @@ def _hook(model: PreTrainedModel, attention: bool) -> _Generate:
     if attention:
         hook.switched = attend_on_codes(model) or hook.switched
     if _find(model) is None:
-        vars(hook.model).update({_HOOK: hook, "generate": hook})
+        vars(hook.model).update(hook.attributes())
     return hook
 
 
@@ -344,12 +368,12 @@ def _remove(hook: _Generate, settings: list[_Setting]) -> None:
     if hook.settings:
         return
     attributes = vars(hook.model)
-    attributes.pop(_HOOK)
+    del attributes[_HOOK], attributes["__getstate__"]
     if attributes.get("generate") is hook:
         del attributes["generate"]
         if hook.replaced is not None:
             attributes["generate"] = hook.replaced
     if hook.switched is not None:
         before, after = hook.switched
-        if compat.attention_implementations(hook.model) == after:  # else somebody has chosen another since
+        if compat.attention_implementations(hook.model.config) == after:  # else somebody has chosen another since
             compat.use_attention(hook.model, before)

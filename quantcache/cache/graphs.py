@@ -40,7 +40,7 @@ class _Steps:
     """
 
     def __init__(self, model: Any):
-        names = set(compat.attention_implementations(model).values())
+        names = set(compat.attention_implementations(model.config).values())
         if names != {ATTENTION_NAME}:
             raise CannotRepeat(f'the model attends by {", ".join(sorted(map(str, names)))}, not by "spectral"')
         self._model = model

@@ -8,6 +8,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -373,6 +374,28 @@ def test_copies_and_other_wrappers(model: PreTrainedModel, calibration: Calibrat
             assert isinstance(generate(copied)[1], SpectralCache)
     assert model.generate is counted
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+@enabling
+def test_copies_have_nothing_enabled(duplicate: Any, model: PreTrainedModel, calibration: Calibration) -> None:
+    """A shallow copy shared the model's requests and their settings, and a deep copy kept attention on codes."""
+    quantcache.enable(model, calibration, **SHORT)
+    copied = duplicate(model)
+    assert copied.config._attn_implementation == ("spectral" if copied.config is model.config else "sdpa")
+    copied.generation_config = GenerationConfig(max_new_tokens=3, pad_token_id=0)
+    found = copied.generate(PROMPT, return_dict_in_generate=True)
+    assert (found.sequences.shape[1], type(found.past_key_values)) == (PROMPT.shape[1] + 3, DynamicCache)
+    quantcache.disable(copied)
+    assert isinstance(generate(model)[1], SpectralCache)
+    quantcache.enable(copied, calibration, **SHORT)
+    quantcache.disable(model)  # disabling the copy failed with a KeyError then
+    assert type(generate(model)[1]) is DynamicCache
+    assert isinstance(generate(copied)[1], SpectralCache)
+    quantcache.disable(copied)
+    torch.save(duplicate(copied), io.BytesIO())
+    assert model.config._attn_implementation == copied.config._attn_implementation == "sdpa"
+    assert not vars(copied).keys() - vars(LLAMA.make()).keys()
 
 
 @pytest.mark.support("enabled(): concurrent requests on one model")

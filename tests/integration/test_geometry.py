@@ -392,12 +392,12 @@ def test_one_refusal_everywhere_and_a_warning_from_enable(family: Family, reason
     ):
         with pytest.raises(NothingToCompress, match=f"{reason}.*use the model's own cache"):
             refused()
-    attention = compat.attention_implementations(model)
+    attention = compat.attention_implementations(model.config)
     with pytest.warns(UserWarning, match=f"nothing is enabled: .*{reason}") as record:
         quantcache.enable(model)
     assert Path(record[0].filename) == Path(__file__)
     assert torch.equal(run(model, None), expected)
-    assert compat.attention_implementations(model) == attention
+    assert compat.attention_implementations(model.config) == attention
     quantcache.disable(model)
     assert "generate" not in vars(model)
     with pytest.warns(UserWarning, match=reason), quantcache.enabled(model):

@@ -6,21 +6,21 @@ import sys
 from types import FrameType
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def attention_implementations(model: PreTrainedModel) -> dict[str, str]:
+def attention_implementations(config: PreTrainedConfig) -> dict[str, str]:
     """Attention implementations of a model and of its parts.
 
     Args:
-        model: The model.
+        config: The model's config.
 
     Returns:
         By name of the sub-config, the model's own under ``""``: what :func:`use_attention` takes.
     """
-    subs = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
-    own = {"": model.config._attn_implementation}
-    return own | {name: config._attn_implementation for name, config in subs.items() if config is not None}
+    subs = {name: getattr(config, name, None) for name in config.sub_configs}
+    own = {"": config._attn_implementation}
+    return own | {name: sub._attn_implementation for name, sub in subs.items() if sub is not None}
 
 
 def can_change_attention(model: PreTrainedModel) -> bool:
@@ -42,7 +42,7 @@ def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) 
         model: The model.
         implementation: One for all parts, or what :func:`attention_implementations` gave.
     """
-    if can_change_attention(model) and attention_implementations(model) != implementation:
+    if can_change_attention(model) and attention_implementations(model.config) != implementation:
         model.set_attn_implementation(implementation)
 
 
