@@ -134,7 +134,7 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
 
     Raises:
         UnsupportedModel: The module was given it to hold an encoder's output.
-        QuantCacheError: ``generate`` gives it the whole text once more.
+        QuantCacheError: ``generate`` gives it the whole text once more, or a part.
     """
     found: FrameType | None = None
     of_model = generating = False
@@ -167,6 +167,30 @@ def _require_new_tokens(kwargs: dict[str, Any], start: int) -> None:
             "generate() has a cache and use_cache=False, from its arguments or the model's generation_config, and "
             "gives the cache the whole text again at every step: pass use_cache=True, or leave the cache out"
         )
+    new = kwargs.get("inputs_embeds") if ids is None else ids
+    count = new.shape[1] if isinstance(new, torch.Tensor) else 0
+    if start and count > 1 and _lie_before(kwargs.get("attention_mask"), kwargs.get("position_ids"), start, count):
+        raise QuantCacheError(
+            f"generate() gives the cache, which holds {start} tokens, {count} that are among them: its prompt must go "
+            "on by a token at least (else crop(-1) first), and begin with all that is cached. With "
+            "prefill_chunk_size, some versions of transformers give it all of the prompt again"
+        )
+
+
+def _lie_before(mask: Any, positions: Any, start: int, count: int) -> bool:
+    """Whether several tokens are given to a cache that stand before the end of what it holds.
+
+    Args:
+        mask: What the model is told of padding, ``[B, T]``; ``generate`` leaves it out where there is none.
+        positions: Where the tokens stand, ``[B or 1, Tnew]`` in a text; images have other positions.
+        start: Tokens that are cached.
+        count: Tnew.
+    """
+    if isinstance(mask, torch.Tensor):
+        return mask.ndim == 2 and mask.shape[1] < start + count
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != count:
+        return False
+    return bool((positions[:, -1] < start).all())
 
 
 def _gives(value: Any, cache: Any) -> bool:

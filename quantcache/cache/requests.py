@@ -98,7 +98,7 @@ class Reuse:
         def option(name: str) -> Any:
             return next((options[name] for options in asked if options.get(name) is not None), None)
 
-        if any(option(name) for name in _OTHERWISE):
+        if any(option(name) for name in _OTHERWISE) or (option("prefill_chunk_size") and not compat.chunks_go_on()):
             return None
         if any((option(name) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
             return None

@@ -84,6 +84,26 @@ def test_a_cache_that_is_given_the_whole_text_again(beams: int) -> None:
     assert torch.equal(generate(model, quantized(LLAMA), num_beams=beams, use_cache=True).sequences, expected)
 
 
+@pytest.mark.support("multi-turn chat on one cache", refused=True)
+@pytest.mark.parametrize("given", ["ids", "embeddings", "mask"])
+def test_a_prompt_that_is_cached_already(given: str) -> None:
+    """As when a prompt is read once and answered from several forks: transformers puts it behind itself, and says
+    nothing."""
+    model, cache = LLAMA.make(), quantized(LLAMA)
+    model(PROMPT, past_key_values=cache)
+    mask = torch.ones_like(PROMPT)
+    mask[:1, : 0 if given != "mask" else 9] = 0  # one that is all ones is left out
+    embedded = {"inputs_embeds": model.get_input_embeddings()(PROMPT).detach()} if given == "embeddings" else {}
+    for prompt in (PROMPT, PROMPT[:, :-40]):
+        asked = {"attention_mask": mask[:, : prompt.shape[1]]} | {k: v[:, : prompt.shape[1]] for k, v in embedded.items()}
+        with pytest.raises(QuantCacheError, match=rf"holds {PROMPT.shape[1]} tokens, .* are among them"):
+            model.generate(None if embedded else prompt, past_key_values=cache.fork(), max_new_tokens=2, **asked)
+    fork = cache.fork()
+    fork.crop(-1)
+    found = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), past_key_values=fork, max_new_tokens=3)
+    assert fork.get_seq_length() == PROMPT.shape[1] + 2 == found.shape[1] - 1
+
+
 @pytest.mark.support("return_dict_in_generate, output_scores and output_logits")
 @by_model
 def test_scores_and_logits(family: Family) -> None:

@@ -375,6 +375,16 @@ def test_calls_that_tokens_alone_do_not_decide(model: PreTrainedModel, calibrati
 
 
 @storing
+def test_prompts_that_are_read_in_chunks(model: PreTrainedModel, calibration: Calibration) -> None:
+    """transformers 5.17 reads all of a prompt in chunks, behind a cache that holds its beginning: twice the text."""
+    texts = BATCH[:1, :130], BATCH[:1, :150]
+    with quantcache.enabled(model, calibration, **DENSE):
+        expected = [generate(model, text, prefill_chunk_size=40)[0] for text in texts]
+    with quantcache.enabled(model, calibration, prefixes=PrefixStore(GIBI), **DENSE):
+        assert all(map(torch.equal, (generate(model, text, prefill_chunk_size=40)[0] for text in texts), expected))
+
+
+@storing
 def test_an_own_cache_wins(model: PreTrainedModel, calibration: Calibration) -> None:
     store = PrefixStore(GIBI)
     with quantcache.enabled(model, calibration, prefixes=store):

@@ -5,6 +5,7 @@ from quantcache.common.compat.attention import can_change_attention as can_chang
 from quantcache.common.compat.attention import mask_arguments as mask_arguments
 from quantcache.common.compat.attention import turning_positions as turning_positions
 from quantcache.common.compat.attention import use_attention as use_attention
+from quantcache.common.compat.generating import chunks_go_on as chunks_go_on
 from quantcache.common.compat.layers import is_full_attention as is_full_attention
 from quantcache.common.compat.layers import is_placeholder as is_placeholder
 from quantcache.common.compat.layers import is_recurrent as is_recurrent
