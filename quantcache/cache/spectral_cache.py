@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from numbers import Integral
 from pathlib import Path
@@ -27,7 +26,9 @@ from quantcache.cache.codecs import CodecFactory, ShapeCheck, calibrated_codecs
 from quantcache.cache.fingerprints import check_model
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import copy_beside, spectral_layer
+from quantcache.cache.settling import lengths
 from quantcache.cache.tracing import TraceableCache
+from quantcache.cache.transaction import constant_copy
 from quantcache.coding.schema import SideBits
 from quantcache.common import compat, processes
 from quantcache.common.ambient import default_device
@@ -246,7 +247,12 @@ class SpectralCache(BlockCache):
 
         Raises:
             CalibrationMismatch: Number of layers or their geometry differ.
+            QuantCacheError: A layer that is to be compressed is of a kind that does not hold all of its keys as they
+                are, or layers hold different numbers of tokens.
+            TypeError: It is no DynamicCache.
         """
+        if not isinstance(cache, DynamicCache):
+            raise TypeError(f"from_dynamic_cache() needs a DynamicCache, got {type(cache).__name__}")
         new = cls(calibration, config, **kwargs)
         if len(new.layers) != len(cache.layers):
             raise CalibrationMismatch(
@@ -256,13 +262,22 @@ class SpectralCache(BlockCache):
         for index, old in enumerate(cache.layers):
             layer = new.layers[index]
             if not isinstance(layer, SpectralLayer):
-                new.layers[index] = copy.deepcopy(old)
+                new.layers[index] = constant_copy(old)
             elif getattr(old, "is_initialized", False) and old.get_seq_length():
-                length = old.get_seq_length()
+                length, held = old.get_seq_length(), old.keys.shape[2]
+                if held != length:
+                    raise QuantCacheError(
+                        f"layer {index}, a {type(old).__name__}, holds keys of {held} tokens after {length} tokens"
+                    )
                 told = Arrivals.of(attention_mask, None, length, length)
                 layer.update(old.keys.detach(), old.values.detach(), arrivals=told)
                 layer.flush()
                 copy_beside(layer, old)
+        most = max(lengths(new, new.layers), default=0)
+        for layer in new.layers:
+            compat.recount(layer, most)
+        if len(found := lengths(new, new.layers)) > 1:
+            raise QuantCacheError(f"layers hold different numbers of tokens: {', '.join(map(str, sorted(found)))}")
         return new
 
     def save(self, path: str | Path, model: PreTrainedModel | None = None) -> None:

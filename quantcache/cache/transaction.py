@@ -63,6 +63,26 @@ def compact_copy(layer: Any) -> Any:
     return new
 
 
+def constant_copy(thing: _Object) -> _Object:
+    """A deep copy without the graph that autograd may have of it: such tensors cannot be copied otherwise.
+
+    Args:
+        thing: A layer of transformers' own, or something that one holds.
+
+    Returns:
+        The copy.
+    """
+    found: deque[Any] = deque([thing, getattr(thing, "__dict__", None)])
+    memo: dict[int, Any] = {}
+    while found:
+        each = found.popleft()
+        if isinstance(each, dict):
+            found.extend(each.values())
+        elif isinstance(each, Tensor):
+            memo[id(each)] = each.detach().clone()
+    return copy.deepcopy(thing, memo)
+
+
 def with_ruler(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """A layer's new state with its T as graphs read it, if it is the layer that they ask.
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
+from quantcache.common.errors import QuantCacheError
 from tests.families import FAMILIES, MAX_POSITIONS, Family, random_tokens, shared_model
 from tests.helpers import error, feed
 from tests.reference import reference_cache
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = {"llama": "RoPE with grouped queries", "gpt2": "no RoPE", "gemma3": "sliding and full layers"}
 MODELS = [family for family in FAMILIES if family.name in KINDS]
+
+LLAMA, GEMMA3 = (next(f for f in MODELS if f.name == name) for name in ("llama", "gemma3"))
 
 by_model = pytest.mark.parametrize(
     "family", [pytest.param(family, marks=pytest.mark.support(KINDS[family.name]), id=family.name) for family in MODELS]
@@ -371,6 +374,47 @@ def test_dynamic_cache_is_compressed_afterwards(family: Family) -> None:
     more, steps = random_tokens(2, 4, seed=40), (1, 3)
     assert torch.equal(feed(model, found, more, steps), feed(model, expected, more, steps))
     assert filled.get_seq_length() == 150
+
+
+@pytest.mark.support("from a filled DynamicCache")
+@pytest.mark.parametrize("with_config", [False, True])
+def test_layers_with_a_window_that_a_dynamic_cache_was_made_of(with_config: bool) -> None:
+    """They know of no more tokens than they keep: the cache was said to be interrupted."""
+    model, tokens = model_of(GEMMA3, "sdpa"), random_tokens(1, 150, seed=39)
+    expected = quantized(GEMMA3, residual_length=500)
+    feed(model, expected, tokens[:, :140], (140,))
+    edited = DynamicCache(expected, config=model.config if with_config else None)
+    found = SpectralCache.from_dynamic_cache(edited, calibration_of(GEMMA3), model.config, residual_length=500)
+    more, own = tokens[:, 140:], dense(GEMMA3)
+    assert torch.equal(feed(model, found, more, (1, 9)), feed(model, copy.deepcopy(expected), more, (1, 9)))
+    model(tokens[:, :140], past_key_values=own)  # deepcopy refuses such tensors
+    found = SpectralCache.from_dynamic_cache(own, calibration_of(GEMMA3), model.config, residual_length=500)
+    assert torch.equal(feed(model, found, more, (1, 9)), feed(model, expected, more, (1, 9)))
+
+
+@pytest.mark.support("from a filled DynamicCache", refused=True)
+def test_caches_that_hold_keys_otherwise_are_refused() -> None:
+    """Of a static cache all of its room was packed, zeros too."""
+    model, tokens = model_of(LLAMA, "sdpa"), random_tokens(1, 90, seed=39)
+    cut = dense(LLAMA)
+    filled = StaticCache(config=model.config, max_cache_len=120)
+    for cache in (cut, filled):
+        with torch.no_grad():
+            model(tokens, past_key_values=cache)
+
+    def pack(cache: Any) -> SpectralCache:
+        return SpectralCache.from_dynamic_cache(cache, calibration_of(LLAMA), model.config)
+
+    for other in (filled, EncoderDecoderCache(cut, dense(LLAMA))):
+        with pytest.raises(TypeError, match=f"needs a DynamicCache, got {type(other).__name__}"):
+            pack(other)
+    cut.layers[1] = filled.layers[1]
+    with pytest.raises(QuantCacheError, match="layer 1, a StaticLayer, holds keys of 120 tokens after 90 tokens"):
+        pack(cut)
+    cut.layers[1] = copy.deepcopy(cut.layers[0])
+    cut.layers[1].crop(-3)
+    with pytest.raises(QuantCacheError, match="layers hold different numbers of tokens: 87, 90"):
+        pack(cut)
 
 
 # ---------------------------------------------------------------------- gradients

@@ -95,7 +95,7 @@ def test_a_prompt_that_is_cached_already(given: str) -> None:
     mask[:1, : 0 if given != "mask" else 9] = 0  # one that is all ones is left out
     embedded = {"inputs_embeds": model.get_input_embeddings()(PROMPT).detach()} if given == "embeddings" else {}
     for prompt in (PROMPT, PROMPT[:, :-40]):
-        asked = {"attention_mask": mask[:, : prompt.shape[1]]} | {k: v[:, : prompt.shape[1]] for k, v in embedded.items()}
+        asked = {name: each[:, : prompt.shape[1]] for name, each in (embedded | {"attention_mask": mask}).items()}
         with pytest.raises(QuantCacheError, match=rf"holds {PROMPT.shape[1]} tokens, .* are among them"):
             model.generate(None if embedded else prompt, past_key_values=cache.fork(), max_new_tokens=2, **asked)
     fork = cache.fork()

@@ -11,6 +11,7 @@ from quantcache.common.compat.layers import is_placeholder as is_placeholder
 from quantcache.common.compat.layers import is_recurrent as is_recurrent
 from quantcache.common.compat.layers import is_stateful as is_stateful
 from quantcache.common.compat.layers import is_window as is_window
+from quantcache.common.compat.layers import recount as recount
 from quantcache.common.compat.layers import recurrent_states as recurrent_states
 from quantcache.common.compat.layers import release_left as release_left
 from quantcache.common.compat.layers import restore_stock_layer as restore_stock_layer

@@ -60,6 +60,21 @@ def release_left(layer: Any) -> None:
             setattr(layer, name, held.clone(memory_format=torch.contiguous_format))
 
 
+def recount(layer: Any, tokens: int) -> None:
+    """Tell a layer with a window how many tokens it has seen, if all it was given is what a window keeps of them.
+
+    ``DynamicCache(iterable)`` makes such layers, also of what iterating over a cache gives.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+        tokens: T.
+    """
+    if is_window(layer) and layer.is_initialized:
+        held = layer.keys.shape[2]
+        if held == layer.cumulative_length == min(tokens, layer.sliding_window - 1):
+            layer.cumulative_length = tokens
+
+
 def is_recurrent(layer: Any) -> bool:
     """Whether a stock cache layer holds recurrent states and nothing else.
 
