@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from quantcache.accounting.memory import bits_per_encoded_element
 from quantcache.artifact import cache_layout, hub
-from quantcache.artifact.card import render_card
+from quantcache.artifact.card import is_untouched, render_card
 from quantcache.artifact.files import ARTIFACT_FILES, CONFIG_NAME, DIGEST, TENSORS_NAME, from_files, to_files
 from quantcache.artifact.identity import check_identity
 from quantcache.artifact.index import bundled_index, find_entry, read_index
@@ -205,7 +205,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
     ) -> str | None:
         """Write the artifact into a folder, each file complete or not at all.
 
-        Other files of the folder are left alone, a model's ``config.json`` and ``README.md`` included.
+        Other files of the folder are left alone, a model's ``config.json`` and ``README.md`` included; the card of a
+        calibration that is replaced is replaced too, unless somebody has changed it.
 
         Args:
             save_directory: Folder to write into; created if missing.
@@ -224,7 +225,10 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             self._save_pretrained(temporary)
             card = self.generate_model_card(**(model_card_kwargs or {}))
             names = [TENSORS_NAME, CONFIG_NAME]
-            if not (directory / "README.md").exists():
+            own = directory / "README.md"
+            if not own.exists() or is_untouched(
+                own, lambda: str(self.from_pretrained(directory).generate_model_card())
+            ):
                 (temporary / "README.md").write_text(str(card), encoding="utf-8")
                 names.append("README.md")
             with only_writer(directory):

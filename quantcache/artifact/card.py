@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from quantcache.common.errors import ArtifactError
 from quantcache.common.plaintext import markdown
 from quantcache.common.sources import PACKAGED
 from quantcache.data import BUNDLED_MODEL
@@ -33,6 +36,8 @@ print(tokenizer.decode(output[0]))
 |---|---|
 {recipe}
 {metrics}"""
+
+_MEASURED = "Measured through the real cache:"
 
 
 def render_card(
@@ -123,6 +128,25 @@ def _loaded(model: str | None) -> tuple[str, str]:
     return "\n".join([*imports, "from transformers import AutoModelForCausalLM, AutoTokenizer"]), plain
 
 
+def is_untouched(path: Path, written: Callable[[], str]) -> bool:
+    """Whether a card is as it was written with a calibration, with a table of measurements or without.
+
+    Args:
+        path: The card.
+        written: Gives the text without measurements.
+
+    Returns:
+        False where it says anything else, or the calibration cannot be read.
+    """
+    try:
+        text, found = written(), path.read_text("utf-8")
+    except (ArtifactError, OSError, UnicodeDecodeError):
+        return False
+    rest = found.removeprefix(text)
+    table = rf"\n{_MEASURED}\n\n(\|[^\n]*\n)*"
+    return found.startswith(text) and (not rest or re.fullmatch(table, rest) is not None)
+
+
 def metrics_table(metrics: list[dict[str, Any]] | None) -> str:
     """A card's table of measurements.
 
@@ -137,4 +161,4 @@ def metrics_table(metrics: list[dict[str, Any]] | None) -> str:
     columns = list(metrics[0])
     lines = ["| " + " | ".join(map(markdown, columns)) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(markdown(row.get(column, "")) for column in columns) + " |" for row in metrics]
-    return "\nMeasured through the real cache:\n\n" + "\n".join(lines) + "\n"
+    return f"\n{_MEASURED}\n\n" + "\n".join(lines) + "\n"

@@ -190,6 +190,19 @@ def test_files_of_a_model_are_left_alone(tmp_path: Path, again: bool) -> None:
     assert_same(Calibration.from_pretrained(tmp_path), make(2.0) if again else make())
 
 
+def test_a_card_goes_with_its_calibration(tmp_path: Path) -> None:
+    """The card of the first calibration that was saved in a folder described all later ones."""
+    card = tmp_path / "README.md"
+    for bits, metrics in ((3.0, [{"kl": 1}]), (2.0, None), (1.0, [{"kl": 2}, {"kl": 3}]), (4.0, None)):
+        made = make(bits)
+        made.save_pretrained(tmp_path, model_card_kwargs={"metrics": metrics})
+        assert card.read_text() == str(made.generate_model_card(metrics=metrics))
+    changed = card.read_text() + "Not for production.\n"
+    card.write_text(changed)
+    make(2.0).save_pretrained(tmp_path)
+    assert card.read_text() == changed
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 def test_failing_rename_leaves_whole_files(
