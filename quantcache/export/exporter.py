@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quantcache import data
 from quantcache.artifact import hub
 from quantcache.artifact.calibration import SUBFOLDER, Calibration
+from quantcache.artifact.files import ARTIFACT_FILES
 from quantcache.artifact.identity import other_projection
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
@@ -324,7 +325,7 @@ def _require_finite(name: str, tensor: Tensor) -> None:
 def _copy_others(folder: Path, partial: Path, checkpoint: Checkpoint) -> list[str]:
     """Copy everything but weights, calibrations and the card; gives the weights that are left out."""
     left_out = []
-    own = {*checkpoint.shards, "README.md"}
+    own = {*checkpoint.shards, *ARTIFACT_FILES, "README.md"}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if not path.is_file() or relative.parts[0] == SUBFOLDER or any(p.startswith(".") for p in relative.parts):

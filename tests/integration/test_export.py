@@ -95,6 +95,15 @@ def test_everything_else_is_copied(folder: Path, calibration: Calibration, tmp_p
     assert (tmp_path / "out").stat().st_mode == folder.stat().st_mode
 
 
+def test_a_calibration_beside_the_weights_stays_behind(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
+    """Half of it was copied, and hid the one that belongs to the export."""
+    calibration.save_pretrained(folder)
+    report = export_checkpoint(folder, calibration, tmp_path / "out", verify=False)
+    assert "calibration.safetensors" not in report.left_out
+    found = Calibration.from_pretrained(tmp_path / "out")
+    assert found.metadata.recipe["absorbed"] == report.calibration.metadata.recipe["absorbed"]
+
+
 def test_only_the_projections_change(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
     shard = next(folder.glob("*.safetensors"))
     tensors = load_file(shard)
