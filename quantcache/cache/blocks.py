@@ -70,6 +70,7 @@ class BlockLayer(DynamicLayer):
     blocks_at_once = 1
     """Blocks that are encoded together, for codecs whose tiles are longer than a block; fewer wait in the tail."""
 
+    codecs: dict[str, SideCodec]  # of both sides, once there are blocks
     spans: list[Span]
     stores: dict[str, BlockStore]
     block_table: BlockStore  # the spans once more, as a tensor for attention to read
@@ -103,7 +104,6 @@ class BlockLayer(DynamicLayer):
         self.shape_check = shape_check
         self.sink_length, self.residual_length, self.backend = sink_length, residual_length, backend
         self.index = index
-        self.codecs: dict[str, SideCodec] = {}
         self._choice = Choice()
         self.reset()
 
@@ -115,6 +115,7 @@ class BlockLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         self._commit(
+            codecs={},  # those that have been fitted to these tokens are not the next ones'
             spans=[],
             stores={side: BlockStore() for side in SIDES},
             block_table=BlockStore(),
@@ -286,7 +287,7 @@ class BlockLayer(DynamicLayer):
             if keep and self.trail is not None:
                 state["trail"] = padding.plain(self.grid, self.trail.shape[0], 0, keep, self.trail.device)
             state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "block_table": BlockStore()}
-            state |= {"left_padding": None, "origins": None}
+            state |= {"left_padding": None, "origins": None, "codecs": {}}
             state["stores"] = {side: BlockStore() for side in SIDES}
         else:
             spans = [span for span in self.spans if span.start < keep]

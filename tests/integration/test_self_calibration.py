@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -35,6 +37,21 @@ def test_padding_does_not_enter_the_fit() -> None:
     for ours, theirs in zip(padded.spectral_layers, alone.spectral_layers, strict=True):
         for side in ("key", "value"):
             assert torch.allclose(ours.codecs[side].mean, theirs.codecs[side].mean, atol=1e-3)
+
+
+@pytest.mark.parametrize("forget", [lambda cache: cache.reset(), lambda cache: cache.crop(-148)], ids=["reset", "crop"])
+def test_the_next_prompt_has_a_fit_of_its_own(forget: Callable[[SpectralCache], None]) -> None:
+    """Once nothing is encoded any more; it was coded as the first prompt had been."""
+    model = shared_model(next(f for f in FAMILIES if f.name == "llama"))
+    first, second = random_tokens(1, 150, seed=4), random_tokens(1, 150, seed=5)
+    used, fresh = (SpectralCache.self_calibrating(model, residual_length=0) for _ in range(2))
+    feed(model, used, first, (150,))
+    forget(used)
+    kept = first[:, : used.get_seq_length()]
+    if kept.shape[1]:
+        feed(model, fresh, kept, (kept.shape[1],))
+    found, expected = (feed(model, cache, second, (140, 10)) for cache in (used, fresh))
+    assert torch.allclose(found, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("bits", [-1, 9])
