@@ -30,7 +30,7 @@ from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.common.sequences import leading_token, split_text, text_tokens
+from quantcache.common.sequences import leading_token, split_text, text_tokens, without_padding
 
 Metric = Literal["fisher", "query", "identity"]
 
@@ -63,7 +63,7 @@ def calibrate(
 
     Args:
         model: A decoder-only model, on any device or placed by ``device_map``.
-        data: Texts (with ``tokenizer``), or batches of token ids ``[B, T]`` or ``[T]``.
+        data: Texts (with ``tokenizer``), or batches of token ids ``[B, T]`` or ``[T]``; padding is left out.
         tokenizer: Turns texts into tokens.
         bits: Mean code width in bits, 0 to 8; the per-token gains come on top (8 bits per head and token).
         key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
@@ -178,6 +178,15 @@ def _require_token_ids(model: PreTrainedModel, batch: Tensor) -> None:
         raise ValueError(f"token ids must lie between 0 and {known - 1}, got {int(batch.min())} to {int(batch.max())}")
 
 
+def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> set[int]:
+    """What a model and its tokenizer call, for instance, ``pad_token_id``."""
+    found: set[int] = set()
+    for source in (model.config.get_text_config(decoder=True), getattr(model, "generation_config", None), tokenizer):
+        given = getattr(source, name, None)
+        found.update(each for each in (given if isinstance(given, list | tuple) else [given]) if each is not None)
+    return found
+
+
 def _sequences(
     model: PreTrainedModel,
     data: str | Sequence[str] | Iterable[Tensor],
@@ -187,7 +196,8 @@ def _sequences(
 ) -> tuple[list[Tensor], list[Tensor], list[str], str]:
     """Batches ``[B, T]`` of at most ``max_tokens`` tokens, some behind them, SHA-256 of what is given, and a sketch."""
     digests: list[str] = []
-    given, passages = 0, ""
+    given, padded, passages = 0, 0, ""
+    padding, *ends = (_special_tokens(model, tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos"))
     limit = compat.position_limit(model.config) or 2048
     length = min(seq_len or 2048, limit)
     if seq_len is not None and seq_len > limit:
@@ -205,11 +215,15 @@ def _sequences(
         else:
             batch = torch.as_tensor(item, device="cpu")
             _require_token_ids(model, batch)
-            batches.append(batch[None] if batch.ndim == 1 else batch)
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
-            given += batch.numel()
+            rows = without_padding(batch[None] if batch.ndim == 1 else batch, padding, set().union(*ends))
+            batches += rows
+            given += sum(row.numel() for row in rows)
+            padded += batch.numel() - sum(row.numel() for row in rows)
             if given >= wanted:
                 break  # data may be a stream without end
+    if padded:
+        warnings.warn(f"{padded} of {given + padded} token ids are padding, and are left out", stacklevel=3)
     if texts:
         if tokenizer is None:
             raise QuantCacheError("texts need a tokenizer: pass tokenizer=, or batches of token ids")

@@ -47,6 +47,30 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
 
+def without_padding(batch: Tensor, padding: set[int], ends: set[int]) -> list[Tensor]:
+    """A batch without the padding at either end of its rows.
+
+    Args:
+        batch: Token ids, ``[B, T]``.
+        padding: Ids of padding tokens.
+        ends: Ids of BOS and EOS tokens, with which many models pad: the one beside the text belongs to it.
+
+    Returns:
+        The batch itself where no row is padded; else its rows, ``[1, T']`` each, but those of nothing else.
+    """
+    pads = torch.isin(batch, torch.tensor(sorted(padding | ends), dtype=batch.dtype, device=batch.device))
+    rows = []
+    for row, padded in zip(batch, pads, strict=True):
+        shown = (~padded).nonzero().flatten().tolist()
+        if shown:
+            begin, end = shown[0], shown[-1] + 1
+            begin -= begin > 0 and int(row[begin - 1]) in ends
+            end += end < len(row) and int(row[end]) in ends
+            rows.append(row[begin:end][None])
+    whole = len(rows) == len(batch) and all(row.shape[1] == batch.shape[1] for row in rows)
+    return [batch] if whole or not batch.numel() else rows
+
+
 def leading_token(config: PreTrainedConfig, tokens: Tensor) -> Tensor | None:
     """The token that belongs in front of every sequence that is cut from a text.
 

@@ -119,6 +119,17 @@ def test_calibration_depends_on_its_seed() -> None:
     assert not torch.equal(first.layers[0].key.analysis, second.layers[0].key.analysis)
 
 
+def test_calibration_leaves_padding_out() -> None:
+    """As tokenizers pad a batch; it was calibrated on, for several times the loss."""
+    model = shared_model(FAMILIES[0])
+    pad, rows = model.config.pad_token_id, [random_tokens(1, count, seed=count)[0] for count in (90, 60)]
+    padded = torch.stack([torch.nn.functional.pad(row, (0, 100 - len(row)), value=pad) for row in rows])
+    expected = calibrate(model, rows, progress=False)
+    with pytest.warns(UserWarning, match="50 of 200 token ids are padding, and are left out"):
+        found = calibrate(model, padded, progress=False)
+    assert torch.equal(found.layers[0].key.analysis, expected.layers[0].key.analysis)
+
+
 @pytest.mark.parametrize("metric", ["fisher", "query"])
 @by_name
 def test_calibration_is_deterministic_and_leaves_the_model_alone(family: Family, metric: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma3Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from quantcache.common.sequences import cut_windows, split_text, text_tokens
+from quantcache.common.sequences import cut_windows, split_text, text_tokens, without_padding
 
 BOS = 2
 WITH_BOS = LlamaConfig(bos_token_id=BOS)
@@ -33,6 +33,18 @@ def test_windows_are_full_and_follow_each_other(count: int, length: int) -> None
     assert windows.shape == ((count - 1) // (length - 1), length)
     assert windows[:, 0].tolist() == [BOS] * len(windows)
     assert windows[:, 1:].flatten().tolist() == text[1 : windows[:, 1:].numel() + 1].tolist()
+
+
+def test_padding_is_cut_off() -> None:
+    """Inside a text it stays, and beside it one EOS token, which may be the padding token too."""
+    rows = [[9, 9, 9, 1, 2], [1, 2, 8, 9, 9], [9, 1, 9, 9, 2], [9, 9, 9, 9, 9], [8, 1, 2, 3, 8]]
+    found = without_padding(torch.tensor(rows), {9}, {8})
+    assert [row.tolist() for row in found] == [[[1, 2]], [[1, 2, 8]], [[1, 9, 9, 2]], [[8, 1, 2, 3, 8]]]
+    found = without_padding(torch.tensor(rows), {9}, {8, 9})
+    assert [row.tolist() for row in found] == [[[9, 1, 2]], [[1, 2, 8]], [[9, 1, 9, 9, 2]], [[8, 1, 2, 3, 8]]]
+    plain = torch.tensor(rows[4:] * 2)
+    assert without_padding(plain, {9}, {8})[0] is plain
+    assert without_padding(plain, set(), set())[0] is plain
 
 
 def test_sliding_windows_keep_bos_too() -> None:
