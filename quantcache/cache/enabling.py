@@ -295,7 +295,8 @@ def _setting(
     A warning points at the caller, so many frames up.
     """
     if not hasattr(model, "generate"):
-        inside = "the model inside, .module" if hasattr(model, "module") else "one with a language modelling head"
+        around = next((f".{name}" for name in ("module", "model") if hasattr(getattr(model, name, 0), "generate")), "")
+        inside = f"the model inside, {around}" if around else "one with a language modelling head"
         raise UnsupportedModel(f"a {type(model).__name__} has no generate(): give {inside}")
     try:
         cache_layout.compressible_layers(model.config)

@@ -6,8 +6,9 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -87,11 +88,14 @@ def calibrate(
         UnsupportedModel: The model's cache cannot be compressed, its attention has no known interface, or it reads
             tokens of its own before every text.
         QuantCacheError: The data are empty or too short.
-        ValueError: ``metric``, a number of bits or a token id is out of range, or a batch is not of token ids.
+        ValueError: ``metric``, a number of bits or tokens, or a token id is out of range; a batch is not of token ids.
     """
     if metric not in ("fisher", "query", "identity"):
         raise ValueError(f"metric must be 'fisher', 'query' or 'identity', got {metric!r}")
     check_rates(Rate(bits, key_bits, value_bits, min_bits))
+    for name, count in (("max_tokens", max_tokens), ("seq_len", seq_len)):
+        if count is not None and (not isinstance(count, Integral) or count < 1):
+            raise ValueError(f"{name} must be a whole number from 1 up, got {count!r}")
     settings = codec or CodecSettings(coding=DEFAULT_CODING)
     layers = cache_layout.compressible_layers(model.config)
     compat.require_forward(model)
@@ -166,8 +170,14 @@ def public_name(model: PreTrainedModel) -> str | None:
     return Path(name).name if name and os.path.isdir(name) else name
 
 
-def _require_token_ids(model: PreTrainedModel, batch: Tensor) -> None:
-    """Refuse a batch that a model cannot read."""
+def _token_ids(model: PreTrainedModel, given: Any) -> Tensor:
+    """A batch as a tensor, if it is one that a model can read."""
+    try:
+        batch = torch.as_tensor(given, device="cpu")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"data must be texts or batches of token ids, [B, T] or [T]; one is a {type(given).__name__}: {error}"
+        ) from error
     if batch.ndim not in (1, 2) or batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool:
         raise ValueError(
             f"data must be texts or batches of token ids, [B, T] or [T]; one has shape {list(batch.shape)} and dtype "
@@ -176,6 +186,7 @@ def _require_token_ids(model: PreTrainedModel, batch: Tensor) -> None:
     known = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if known is not None and batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < known:
         raise ValueError(f"token ids must lie between 0 and {known - 1}, got {int(batch.min())} to {int(batch.max())}")
+    return batch.long()
 
 
 def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> set[int]:
@@ -213,8 +224,7 @@ def _sequences(
         if isinstance(item, str):
             texts.append(item)
         else:
-            batch = torch.as_tensor(item, device="cpu")
-            _require_token_ids(model, batch)
+            batch = _token_ids(model, item)
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
             rows = without_padding(batch[None] if batch.ndim == 1 else batch, padding, set().union(*ends))
             batches += rows

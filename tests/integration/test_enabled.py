@@ -8,6 +8,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,7 +317,13 @@ def test_a_model_of_several_that_generate(model: PreTrainedModel, calibration: C
 
 def test_what_does_not_generate(model: PreTrainedModel, calibration: Calibration) -> None:
     wrapper = torch.nn.DataParallel(model)
-    for given, inside in ((wrapper, r"the model inside, \.module"), (model.model, "one with a language")):
+    pipe = SimpleNamespace(model=model)
+    within = (
+        (wrapper, r"the model inside, \.module"),
+        (pipe, r"the model inside, \.model"),
+        (model.model, "one with a"),
+    )
+    for given, inside in within:
         with pytest.raises(UnsupportedModel, match=rf"a \w+ has no generate\(\): give {inside}"):
             quantcache.enable(given, calibration)
 

@@ -363,12 +363,20 @@ def test_model_without_keys_and_values_is_refused() -> None:
         ([random_tokens(1, 64)[None]], "one has shape [1, 1, 64] and dtype torch.int64"),
         (random_tokens(1, 64) + 200, "token ids must lie between 0 and 255, got "),
         ([random_tokens(2, 64), -random_tokens(1, 64)], "token ids must lie between 0 and 255, got -"),
+        ([{"text": "A row of a data set."}], "one is a dict: "),
     ],
-    ids=["numbers", "float", "3d", "unknown", "negative"],
+    ids=["numbers", "float", "3d", "unknown", "negative", "rows"],
 )
 def test_what_is_no_batch_of_token_ids(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         calibrate(shared_model(FAMILIES[0]), data, progress=False)
+
+
+@pytest.mark.parametrize("number", [{"max_tokens": -1}, {"max_tokens": 20.5}, {"seq_len": 0}], ids=str)
+def test_numbers_of_tokens_that_make_no_sense(number: dict[str, Any]) -> None:
+    """-1 left out the last token."""
+    with pytest.raises(ValueError, match=f"{next(iter(number))} must be a whole number from 1 up"):
+        calibrate(shared_model(FAMILIES[0]), random_tokens(1, 64), progress=False, **number)
 
 
 def test_one_sequence_needs_no_list() -> None:
