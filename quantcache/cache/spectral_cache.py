@@ -79,6 +79,14 @@ class BlockCache(TraceableCache):
                 own.blocks_at_once = blocks_at_once
         self.be_traceable(read_once=not cache_layout.shares_keys(config))
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have no keys and values of the whole text: transformers asks one that has for its mask."""
+        return [
+            linear and not isinstance(layer, SpectralLayer)
+            for linear, layer in zip(super().is_linear, self.layers, strict=True)
+        ]
+
     def memory(self) -> CacheMemory:
         """Bytes held, by kind.
 

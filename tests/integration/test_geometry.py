@@ -245,6 +245,16 @@ def test_copies_of_a_mixed_cache_go_their_own_ways(name: str) -> None:
 
 
 @pytest.mark.support("attention with recurrence or an indexer in one layer")
+@pytest.mark.parametrize("name", ["falcon-h1", "zamba2", "nemotron-h", "glm-5", "gemma3"])
+def test_layers_are_of_the_kinds_that_transformers_asks_for(name: str) -> None:
+    """Layers with recurrence counted as nothing else: beside windows (Inkling), all had the windows' masks."""
+    config = model_of(name).config
+    ours, theirs = SpectralCache(Calibration.synthetic(config), config), DynamicCache(config=config)
+    kinds = [kind for kind in ("is_linear", "is_sliding", "is_dummy") if hasattr(theirs, kind)]
+    assert [getattr(ours, kind) for kind in kinds] == [getattr(theirs, kind) for kind in kinds]
+
+
+@pytest.mark.support("attention with recurrence or an indexer in one layer")
 @pytest.mark.parametrize("name", MIXED)
 def test_rows_of_a_mixed_cache_are_gathered_whole(name: str) -> None:
     model = model_of(name)
