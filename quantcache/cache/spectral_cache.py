@@ -82,10 +82,7 @@ class BlockCache(TraceableCache):
     @property
     def is_linear(self) -> list[bool]:
         """Which layers have no keys and values of the whole text: transformers asks one that has for its mask."""
-        return [
-            linear and not isinstance(layer, SpectralLayer)
-            for linear, layer in zip(super().is_linear, self.layers, strict=True)
-        ]
+        return [compat.is_recurrent(layer) for layer in self.layers]
 
     def memory(self) -> CacheMemory:
         """Bytes held, by kind.
