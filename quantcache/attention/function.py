@@ -20,6 +20,7 @@ from quantcache.attention import guards, traced
 from quantcache.attention.lazy import LazyKV
 from quantcache.attention.traced import TracedKV
 from quantcache.backends import AttentionCall
+from quantcache.backends.base import CODE_QUERIES
 from quantcache.backends.online_softmax import QueryRows
 from quantcache.backends.reference import QUERY_CHUNK
 from quantcache.backends.view import CacheView
@@ -29,6 +30,12 @@ from quantcache.common.registration import ATTENTION_NAME
 
 FLEX_NAME = "flex_attention"
 """transformers' name of torch's flex attention."""
+
+DECODING_DEVICES = {"cuda"}
+"""Types of devices on which many queries attend on a dense copy of a layer's past."""
+
+DENSE_BYTES = 1 << 30
+"""Largest such copy; of longer caches tiles are decoded."""
 
 
 def register_attention() -> None:
@@ -163,15 +170,20 @@ def _attended(
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention on a view, whose layer may then encode; on keys and values where there is none."""
-    if view is not None and view.num_blocks and not dropout:
+    fused = softcap is None and s_aux is None
+    if view is not None and view.num_blocks and not dropout and not (fused and _decoded_whole(query, view)):
         output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
     else:
-        # Nothing is encoded yet, or the layer is not ours (sliding window, no cache): plain tensors.
+        # Nothing is encoded yet, or it is decoded; or the layer is not ours (sliding window, no cache): plain tensors.
         softcap = guards.fitting_softcap(softcap)
         if view is not None:
             guards.require_query(query, view.key.tail)
             attention_mask = guards.fitting_mask(attention_mask, query, view.length)
-            key, value = view.dense("key"), view.dense("value")
+            if view.num_blocks and attention_mask is None and causal:  # torch's would count from the first token
+                count = query.shape[2]
+                attention_mask = torch.ones(count, view.length, dtype=torch.bool, device=query.device)
+                attention_mask = attention_mask.tril(view.length - count)[None, None]
+            key, value = view.dense("key", by_kernels=True), view.dense("value", by_kernels=True)
         assert key is not None
         assert value is not None
         if softcap is None and s_aux is None and _fused_takes(query, key, value):
@@ -274,6 +286,22 @@ def _selected(indices: Tensor, mask: Tensor | None, tokens: int, causal: bool) -
     if mask.dtype == torch.bool:
         return mask & chosen
     return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
+def _decoded_whole(query: Tensor, view: CacheView) -> bool:
+    """Whether so many queries come that a dense copy of a layer's past is made for them, which is gone afterwards.
+
+    Plain torch would decode it too, a tile at a time and in some fifteen launches each, which a GPU waits for.
+    """
+    keys, values = view.key.tail, view.value.tail
+    held = view.length * keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
+    return (
+        query.device.type in DECODING_DEVICES
+        and query.shape[2] > CODE_QUERIES
+        and query.dtype == keys.dtype == values.dtype
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and held * query.element_size() <= DENSE_BYTES
+    )
 
 
 def _fused_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:

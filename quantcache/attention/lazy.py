@@ -102,11 +102,11 @@ class LazyKV(PackedTensor):
         if self.dense_ is None:
             if self.guarded_:
                 with torch.inference_mode(False), torch.no_grad():  # in inference mode nothing counts changes
-                    dense = self.view_.dense(self.side_)
+                    dense = self.view_.dense(self.side_, by_kernels=True)
                     own = dense is not self.view_.side(self.side_).tail
                     self.dense_ = dense if own else dense.clone(memory_format=torch.contiguous_format)
             else:  # torch takes this object for a contiguous tensor, and a tail may have space behind each head
-                self.dense_ = self.view_.dense(self.side_).contiguous()
+                self.dense_ = self.view_.dense(self.side_, by_kernels=True).contiguous()
             self.view_.touched.add(self.side_)
             if len(self.view_.touched) == 2 and self.view_.flush is not None:
                 self.view_.flush()  # a stock consumer now has both: nothing else will tell the layer

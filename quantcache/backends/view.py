@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
+DECODED_BLOCKS = 16
+"""Blocks of which a dense copy is made at once: they go through float32."""
+
+
 @dataclass(slots=True)
 class SideView:
     """One side of a :class:`CacheView`.
@@ -205,11 +209,12 @@ class CacheView:
         return [(i, min(i + blocks_per_tile, self.num_blocks)) for i in edges]
 
     @without_autocast
-    def dense(self, name: str) -> Tensor:
+    def dense(self, name: str, by_kernels: bool = False) -> Tensor:
         """Keys or values of all slots, in the model's dtype.
 
         Args:
             name: ``"key"`` or ``"value"``.
+            by_kernels: Let the layer's backend decode them; else plain torch does, whose digits do not depend on it.
 
         Returns:
             ``[B, H, T, D]``.
@@ -223,9 +228,13 @@ class CacheView:
         assert side.sinks is not None
         batch, heads, _, dim = side.tail.shape
         out = side.tail.new_zeros(batch, heads, self.length, dim)
-        for first, last in self.tiles(16):
+        backend = self.backend if by_kernels else None
+        for first, last in self.tiles(DECODED_BLOCKS):
             block_table = self.block_table[first:last]
-            decoded = side.codec.decode(self.fields(name, first, last), block_table, self.frames)
+            if backend is None:
+                decoded = side.codec.decode(self.fields(name, first, last), block_table, self.frames)
+            else:
+                decoded = backend.decode(side.codec, side.store.slice(first, last), block_table, self.frames)
             if out.dtype == torch.float16:  # a token near float16's limit may decode to beyond it
                 decoded = decoded.clamp(-FLOAT16_MAX, FLOAT16_MAX)
             decoded = decoded.to(out.dtype)
