@@ -70,8 +70,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 def _sampled(model: torch.nn.Module) -> str:
     """The digest, under the names that a module's weights have in it."""
     digest = hashlib.sha256()
-    samples = []
-    for name, parameter in model.named_parameters():
+    samples, weights = [], [*model.named_parameters(), *_packed(model)]
+    for name, parameter in weights:
         if parameter.is_meta:
             raise QuantCacheError(
                 f"{name} is offloaded, so the model cannot be identified by its weights: leave model out"
@@ -80,10 +80,23 @@ def _sampled(model: torch.nn.Module) -> str:
         samples.append(flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float())
     devices = {sample.device for sample in samples}
     fetched = {device: iter(_fetched([each for each in samples if each.device == device])) for device in devices}
-    for (name, parameter), sample in zip(model.named_parameters(), samples, strict=True):
+    for (name, parameter), sample in zip(weights, samples, strict=True):
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(content_bytes(next(fetched[sample.device])))
     return digest.hexdigest()
+
+
+def _packed(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Weights that are no parameters: GPTQ and AWQ pack them into buffers of integers, by name."""
+    return [
+        (f"{place}.{name}", buffer)
+        for place, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+        and buffer.ndim > 1
+        and not buffer.is_floating_point()
+        and buffer.dtype != torch.bool
+    ]
 
 
 def model_settings(model: PreTrainedModel) -> dict[str, Any]:
