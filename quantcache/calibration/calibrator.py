@@ -35,6 +35,9 @@ from quantcache.common.sequences import leading_token, split_text, text_tokens, 
 
 Metric = Literal["fisher", "query", "identity"]
 
+LONGEST_NAME = 4096
+"""Characters of a text that may be the name of a file."""
+
 
 @torch.inference_mode(False)
 @standard_settings()
@@ -189,6 +192,14 @@ def _token_ids(model: PreTrainedModel, given: Any) -> Tensor:
     return batch.long()
 
 
+def _text(given: str | Path) -> str:
+    """A text; not the name of the file that has it."""
+    name = str(given)
+    if isinstance(given, Path) or (len(name) < LONGEST_NAME and os.path.isfile(name)):
+        raise ValueError(f"data must be texts, got the name of a file, {name!r}: read it first")
+    return name
+
+
 def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> set[int]:
     """What a model and its tokenizer call, for instance, ``pad_token_id``."""
     found: set[int] = set()
@@ -213,7 +224,7 @@ def _sequences(
     length = min(seq_len or 2048, limit)
     if seq_len is not None and seq_len > limit:
         warnings.warn(f"seq_len {seq_len} exceeds the model's limit; using {limit}", stacklevel=3)
-    if isinstance(data, str):
+    if isinstance(data, str | Path):
         data = [data]
     elif isinstance(data, Tensor) and data.ndim == 1:
         data = data[None]
@@ -221,8 +232,8 @@ def _sequences(
     batches: list[Tensor] = []
     texts: list[str] = []
     for item in data:
-        if isinstance(item, str):
-            texts.append(item)
+        if isinstance(item, str | Path):
+            texts.append(_text(item))
         else:
             batch = _token_ids(model, item)
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())

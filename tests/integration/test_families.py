@@ -364,8 +364,10 @@ def test_model_without_keys_and_values_is_refused() -> None:
         (random_tokens(1, 64) + 200, "token ids must lie between 0 and 255, got "),
         ([random_tokens(2, 64), -random_tokens(1, 64)], "token ids must lie between 0 and 255, got -"),
         ([{"text": "A row of a data set."}], "one is a dict: "),
+        ([__file__], "got the name of a file, "),
+        ([Path("corpus.txt")], "got the name of a file, 'corpus.txt': read it first"),
     ],
-    ids=["numbers", "float", "3d", "unknown", "negative", "rows"],
+    ids=["numbers", "float", "3d", "unknown", "negative", "rows", "file", "path"],
 )
 def test_what_is_no_batch_of_token_ids(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
