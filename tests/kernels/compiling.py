@@ -267,7 +267,8 @@ def variants_while_decoding(steps: int) -> dict[str, int]:
     """How many variants of every kernel a model's layers ask for while they decode.
 
     Args:
-        steps: Decoding steps behind a prefill of 100 tokens; every layer attends and, now and then, encodes.
+        steps: Decoding steps behind a prefill of 100 tokens, and as many behind a turn of 820 tokens more, so that
+            layers have few blocks, then fifteen, sixteen and more. Every layer attends and, now and then, encodes.
 
     Returns:
         Variants by kernel.
@@ -278,11 +279,10 @@ def variants_while_decoding(steps: int) -> dict[str, int]:
     config = llama_config(layers=4, hidden_size=512, num_attention_heads=4, num_key_value_heads=1)
     cache = SpectralCache(realistic_calibration(config), config, backend="triton")
     with stopped_launches(90, lambda *variant: False) as found:
-        for index in range(steps + 1):
-            count = 1 if index else 100
+        for count in (100, *[1] * steps, 820, *[1] * steps):
             for layer in cache.spectral_layers:
                 layer.update(*(torch.zeros(1, 1, count, 128, dtype=torch.bfloat16) for _ in range(2)))
-                if layer.spans:
+                if layer.spans and count == 1:
                     query = torch.zeros(1, 4, count, 128, dtype=torch.bfloat16)
                     attend_by_kernel(query, layer.snapshot())
                 layer.flush()
@@ -324,27 +324,49 @@ def main_loop(sass: str) -> tuple[int, int]:
     return longest
 
 
+Picks = list[tuple[str, str]]
+"""Regular expressions of cases and of their kernels."""
+
+
+def picks_of(only: list[str], target: int) -> Picks:
+    """What ``--only`` asks for of a target: all that names it or none."""
+    found = []
+    for pick in only:
+        own, _, rest = pick.rpartition("/")
+        if own in ("", str(target)):
+            case, _, kernels = rest.partition(":")
+            found.append((case, kernels))
+    return found
+
+
 def main() -> None:
     """Compile, print one line of JSON for each variant, and fail if one did not compile."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
     parser.add_argument("--target", type=int, nargs="+", default=[90])
-    parser.add_argument("--only", nargs="+", default=[""], help="regular expressions of case names, or CASE:KERNEL")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        help="regular expressions of case names, or CASE:KERNEL or TARGET/CASE:KERNEL",
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--front-end", action="store_true", help="stop behind what the target has no say in")
     parser.add_argument("--novel", action="store_true", help="leave out variants that combine what others have")
-    parser.add_argument("--steps", type=int, help="compile nothing: count variants over this many decoding steps")
+    parser.add_argument(
+        "--steps", type=int, help="count variants over this many decoding steps; alone, compile nothing"
+    )
     options = parser.parse_args()
     if options.steps:
         print(json.dumps(variants_while_decoding(options.steps)))
-        return
-    picks = [pick.partition(":")[::2] for pick in options.only]
-    names = [name for name in GEOMETRIES | ATTENTION | TRELLIS if any(re.search(pick, name) for pick, _ in picks)]
+        if not options.front_end:
+            return
 
     failed = False
     for target in options.target:
-        novel = Novelties()
+        novel, picks = Novelties(), picks_of(options.only, target)
+        names = [name for name in GEOMETRIES | ATTENTION | TRELLIS if any(re.search(pick, name) for pick, _ in picks)]
 
-        def picked(case: str, kernel: str, key: str, novel: Novelties = novel) -> bool:
+        def picked(case: str, kernel: str, key: str, novel: Novelties = novel, picks: Picks = picks) -> bool:
             if options.novel and not novel(kernel, key):
                 return False
             return any(re.search(pick, case) and re.search(kernels, kernel) for pick, kernels in picks)
