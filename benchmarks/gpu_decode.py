@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import os
 import shutil
@@ -86,6 +87,7 @@ RESERVED = {"models": 70.0, "encode": 8.0, "triton-parity": 90.0}
 def main() -> None:
     """Check, measure, print a table and write a record."""
     options = parse_arguments()
+    gc.freeze()  # what imports have left is there to stay: collections between parts need not go over it
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     reason = unavailable(device) if device.type == "cuda" else "there is no GPU"
     if reason and not options.tiny:

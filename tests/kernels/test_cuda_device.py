@@ -7,6 +7,9 @@ import copy
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)  # before what takes seconds to import
+
 from quantcache import Calibration, DecodeGraph, SpectralCache, decode_graphs
 from quantcache.backends import cuda_blocks
 from quantcache.coding.packing import BLOCK
@@ -25,7 +28,7 @@ DEVICE = torch.device("cuda", 0)
 
 CUDA = Kernel("cuda", lambda: missing(DEVICE) or "", device=DEVICE, half=True, multiple=16)
 
-if not torch.cuda.is_available() or CUDA.missing():
+if CUDA.missing():
     pytest.skip("no GPU that runs it", allow_module_level=True)
 
 CASES = {
