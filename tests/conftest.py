@@ -81,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Note the marks of all tests, and skip, with the reason in the summary, what this machine cannot run."""
     config.stash[support.COLLECTED] = {item.nodeid: support.marks(item) for item in items}
     config.stash[support.EVIDENCE] = defaultdict(support.Evidence)
+    # What takes minutes goes first: at the end, the other processes of a run would wait for it.
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
