@@ -103,7 +103,9 @@ class StubDriver:
 
 
 @contextmanager
-def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Iterator[list[tuple[str, str, Any]]]:
+def stopped_launches(
+    capability: int, wanted: Callable[[str, str], bool]
+) -> Iterator[list[tuple[str, str, Any, float]]]:
     """Let every launch end before it launches.
 
     Args:
@@ -111,8 +113,8 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
         wanted: Whether a variant, given a kernel's name and a key, is to be compiled.
 
     Yields:
-        A list that every launch adds to: name and key of each new variant, and what compiling gave: a kernel, an
-        exception, or None where it was not wanted.
+        A list that every launch adds to: name and key of each new variant, what compiling gave (a kernel, an
+        exception, or None where it was not wanted), and the seconds that it took.
     """
     from triton import knobs
     from triton.runtime import driver
@@ -122,7 +124,7 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
 
     run = JITFunction.run
     before = (ops.unavailable, runtime.unavailable, runtime.on_cuda)
-    found: list[tuple[str, str, Any]] = []
+    found: list[tuple[str, str, Any, float]] = []
     seen: set[tuple[str, str]] = set()
 
     def hook(*, key: Any, fn: Any, **more: Any) -> bool:
@@ -130,17 +132,17 @@ def stopped_launches(capability: int, wanted: Callable[[str, str], bool]) -> Ite
         if variant in seen:
             return True
         seen.add(variant)
-        found.append((*variant, None))
+        found.append((*variant, None, 0.0))
         return not wanted(*variant)
 
     def stopped(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        count = len(found)
+        count, started = len(found), time.perf_counter()
         try:
             result = run(self, *args, grid=grid, warmup=True, **kwargs)
         except Exception as error:
             result = error
         if len(found) > count:
-            found[-1] = (*found[-1][:2], result)
+            found[-1] = (*found[-1][:2], result, time.perf_counter() - started)
         elif isinstance(result, Exception):
             raise result
 
@@ -241,17 +243,16 @@ def compile_cases(names: list[str], capability: int, wanted: Wanted = lambda *va
     result, cases, case = [], ATTENTION | TRELLIS | GEOMETRIES, ""
     with stopped_launches(capability, lambda kernel, key: wanted(case, kernel, key)) as found:
         for case in names:
-            count, started = len(found), time.perf_counter()
+            count = len(found)
             launch_all(cases[case])
-            for kernel, key, made in found[count:]:
-                one = Compiled(kernel, case, capability, key)
+            for kernel, key, made, seconds in found[count:]:
+                one = Compiled(kernel, case, capability, key, seconds)
                 if isinstance(made, FrontEndPassed):
                     one.front_end = True
                 elif isinstance(made, Exception):
                     one.error = f"{type(made).__name__}: {made}"
                 elif made is not None:
                     read_binary(one, made.asm["cubin"])
-                one.seconds = time.perf_counter() - started
                 result.append(one)
     return result
 
@@ -286,7 +287,7 @@ def variants_while_decoding(steps: int) -> dict[str, int]:
                     query = torch.zeros(1, 4, count, 128, dtype=torch.bfloat16)
                     attend_by_kernel(query, layer.snapshot())
                 layer.flush()
-    return dict(Counter(kernel for kernel, _, _ in found))
+    return dict(Counter(kernel for kernel, *_ in found))
 
 
 def tool(name: str) -> str:
