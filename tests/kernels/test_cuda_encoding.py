@@ -108,6 +108,17 @@ def test_blocks_are_encoded_alone_as_together(name: str, emulated: None) -> None
         assert all(torch.equal(alone[field][0], together[field][index]) for field in ("codes", "gains"))
 
 
+@pytest.mark.parametrize("name", ["trellis-keys", "padded"])
+def test_words_are_those_that_the_conversion_makes(name: str, emulated: None) -> None:
+    """Bits of slots without a coefficient too: they are not left to what shared memory held before."""
+    codec, given, _ = encoded_by_torch(in_bfloat16((CODES | TRELLIS)[name]), "key")
+    assert (cuda_blocks.prepared(codec).layout.own_widths == 0).any()
+    backend = backends.find("cuda")
+    fields = backend.encode(codec, *given)
+    again = backend.from_portable(codec, backend.to_portable(codec, fields))
+    assert all(torch.equal(again[field], fields[field]) for field in ("codes", "gains"))
+
+
 def test_a_cache_encodes_by_it(patch: pytest.MonkeyPatch) -> None:
     launches = []
 

@@ -41,7 +41,10 @@ DEVICE void search_paths(const EncodeArguments& a, const EncodeRoom& room) {
     const int slot = static_cast<int>(thread_index()), slots = TILE_SLOTS * a.tiles;
     const int width = slot < slots ? static_cast<int>(room.slots[slot].y & 255) : 0;
     const bool is_near = !any_lane(width > a.near_width);
-    if (!width) return;
+    if (!width) {  // nothing reads their bits, but blocks that are alike have words that are alike
+        if (slot < slots) room.paths[slot] = room.paths[slots + slot] = 0;
+        return;
+    }
     const Book book = a.books[width];
     float cost[STATES] = {0.0f};
     UNROLL for (int s = 1; s < STATES; ++s) cost[s] = 1e38f;  // paths start in state zero
