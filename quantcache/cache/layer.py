@@ -182,7 +182,7 @@ class SpectralLayer(BlockLayer):
             blocks: How many.
         """
         due = self._due(lead, lead + blocks * BLOCK)
-        self._require_finite(due)
+        is_finite = self._require_finite(due)
         tails, sinks, leads, stores = {}, {}, {}, {}
         gains: dict[str, guards.Later] = {}
         for side in SIDES:
@@ -191,6 +191,8 @@ class SpectralLayer(BlockLayer):
             sinks[side], before = self._aside(side, due, encoded)
             if before is not None:
                 leads[side] = before
+            if not is_finite and codec.bits is not None:
+                encoded = encoded.nan_to_num(0.0, 0.0, 0.0)  # it must not decide the paths of its block
             store, fields = self._blocks_of(side, due, encoded)
             if isinstance(codec, SpectralCodec):
                 found = due.backend.gains(codec, fields)
@@ -229,18 +231,20 @@ class SpectralLayer(BlockLayer):
         spans = next_spans(self.spans[-1] if self.spans else None, lead, (count - lead) // BLOCK)
         return _Due(lead, count, grid, codecs, backend, spans, block_table_of(spans, self.device), framed, shifts)
 
-    def _require_finite(self, due: _Due) -> None:
-        """Refuse to encode what is not finite, and leave it where it is."""
+    def _require_finite(self, due: _Due) -> bool:
+        """Refuse to encode what is not finite, and leave it where it is; False where padding is not."""
         coded = {
             side: tail[:, :, due.lead : due.count]
             for side, tail in self.tails.items()
             if due.codecs[side].bits is not None
         }
         look = self.look if self.look is not None and len(due.spans) == 1 else guards.Look(coded)
-        if not look.finite():
-            self._commit(refused=True)
-            for side, tokens in coded.items():
-                guards.require_finite(self.index, side, tokens, due.spans[0].start, due.grid.left_padding)
+        if look.finite():
+            return True
+        self._commit(refused=True)
+        for side, tokens in coded.items():
+            guards.require_finite(self.index, side, tokens, due.spans[0].start, due.grid.left_padding)
+        return False
 
     def _aside(self, side: str, due: _Due, encoded: Tensor) -> tuple[Tensor, Tensor | None]:
         """The sinks, those among the new blocks' tokens too, and what lies before the first block if not the sinks."""

@@ -127,6 +127,24 @@ def test_padding_and_dense_sides_may_hold_anything() -> None:
     assert torch.equal(layer.snapshot().dense("key").isnan(), dirty["key"].isnan())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_padding_spoils_no_path_through_a_trellis(bad: float) -> None:
+    """Tokens that share a block with it are coded as if it were zeros."""
+    layers = []
+    for padding in (bad, 0.0):
+        trellis = SpectralCache(calibration_of(LLAMA).with_coding("trellis"), shared_model(LLAMA).config, residual_length=0)
+        layers.append(trellis.spectral_layers[0])
+        tokens = kv(100, rows=2)
+        for tensor in tokens.values():
+            tensor[0, :, :30] = padding
+        give(layers[-1], tokens, left_padding((30, 0), 100, 100))
+        assert layers[-1].spans
+    for side in SIDES:
+        ours, theirs = (each.snapshot().dense(side) for each in layers)
+        assert torch.equal(ours[0, :, 30:], theirs[0, :, 30:])
+        assert torch.equal(ours[1], theirs[1])
+
+
 @pytest.mark.support("float16 overflow")
 @pytest.mark.parametrize("bits", [1, 3, 8])
 @pytest.mark.parametrize("attention", ["spectral", "sdpa"])
