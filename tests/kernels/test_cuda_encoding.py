@@ -108,6 +108,12 @@ def test_blocks_are_encoded_alone_as_together(name: str, emulated: None) -> None
         assert all(torch.equal(alone[field][0], together[field][index]) for field in ("codes", "gains"))
 
 
+def test_places_may_be_of_64_bits(emulated: None) -> None:
+    codec, (x, block_table, left_padding), _ = encoded_by_torch(in_bfloat16(CODES["padded"]), "key")
+    found = [encode(codec, x, table, left_padding) for table in (block_table, block_table.long())]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("codes", "gains"))
+
+
 @pytest.mark.parametrize("name", ["trellis-keys", "padded"])
 def test_words_are_those_that_the_conversion_makes(name: str, emulated: None) -> None:
     """Bits of slots without a coefficient too: they are not left to what shared memory held before."""

@@ -108,7 +108,7 @@ class PreparedEncoder:
 
         Args:
             x: ``[B, H, n * 64, D]`` bfloat16, any strides.
-            block_table: Where the blocks lie, ``[n, 3]`` int32.
+            block_table: Where the blocks lie, ``[n, 3]``.
             left_padding: Left padding of every row, ``[B]``, or None.
 
         Returns:
@@ -122,7 +122,7 @@ class PreparedEncoder:
         if not gains.numel():
             return out, gains
         origins = None if left_padding is None else left_padding.int().contiguous()
-        block_table = block_table.contiguous()
+        block_table = block_table.int().contiguous()
         arguments = EncodeArguments(
             x=x.data_ptr(),
             **{name: pointer(tensor) for name, tensor in self.tensors.items()},
