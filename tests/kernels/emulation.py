@@ -93,6 +93,20 @@ def on_the_cpu() -> Iterator[None]:
         del codes.LOADERS["cpu"], conversion.LOADERS["cpu"], encoding.LOADERS["cpu"]
 
 
+@contextmanager
+def backwards() -> Iterator[None]:
+    """Let the last warp and its last lane go first inside the context.
+
+    Yields:
+        Nothing.
+    """
+    library().emulate_backwards(1)
+    try:
+        yield
+    finally:
+        library().emulate_backwards(0)
+
+
 class Launches:
     """Kernels that note what they are launched with; those in ``emulate`` run, too."""
 

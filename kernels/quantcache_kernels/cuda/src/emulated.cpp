@@ -2,6 +2,8 @@
 #include "warp.h"
 #include "tiles.h"
 
+extern "C" void emulate_backwards(int is_so) { backwards_ = is_so; }
+
 #define MERGE(name)                                                                                                   \
     extern "C" int emulate_merge_##name(const name::MergeArguments* a, int shared_bytes) {                            \
         for (int line = 0; line < a->lines; ++line)                                                                   \

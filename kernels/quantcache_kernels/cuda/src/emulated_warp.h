@@ -31,6 +31,7 @@ struct Block {
     std::function<void()> body;
 };
 static Block* emulated_;
+static bool backwards_ = false;  // whether the last warp and its last lane go first: what waits for nobody then differs
 
 constexpr size_t STACK_BYTES_ = 64 << 10;
 static char* stack_(size_t fiber) {  // kept from block to block: making thousands of them takes longer than the kernels
@@ -80,11 +81,13 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
         makecontext(&fiber.context, fiber_main_, 0);
     }
     for (u32 done = 0; done < threads;) {  // from one meeting of the block to the next
-        for (u32 first = 0; first < threads; first += 32) {
+        for (u32 turn = 0; turn < threads; turn += 32) {
+            const u32 first = backwards_ ? (threads - 1) / 32 * 32 - turn : turn;
             const u32 lanes = threads - first < 32 ? threads - first : 32;
             for (u32 gone = 0, waiting = 0; gone + waiting < lanes;) {
                 gone = waiting = 0;
-                for (u32 i = first; i < first + lanes; ++i) {
+                for (u32 lane = 0; lane < lanes; ++lane) {
+                    const u32 i = first + (backwards_ ? lanes - 1 - lane : lane);
                     Block::Fiber& fiber = block.fibers[i];
                     fiber.at_barrier = false;
                     block.running = i;
