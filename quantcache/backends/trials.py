@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 FLOOR = 1e-6
 """Relative difference allowed on top, as in the parity suite."""
 
+HALF_STEP = 2.0**-9
+"""What rounding to bfloat16 does at most, relative to the number."""
+
+APART = 2.0**-4
+"""How far tokens to be encoded on trial are moved, in the same way."""
+
 TRIAL_BLOCKS = 2
 """Blocks of the work at hand that a kernel is tried on."""
 
@@ -166,7 +172,11 @@ def encoding_trial(
     block_table: Tensor,
     left_padding: Tensor | None,
 ) -> Trial:
-    """A kernel's error on some tokens beside plain torch's, for :func:`passes`.
+    """A kernel's codes of some tokens beside plain torch's, decoded, for :func:`passes`.
+
+    Plain torch done another way has vectors that are rounded once more. Beside the vectors themselves a kernel could be
+    off by twice what codes are, which may be more than the vectors: it would pass without gains. Tokens that are all
+    alike, as in a warm-up, would have many best paths through a trellis: they are moved apart.
 
     Args:
         encode: The kernel, called like :meth:`SpectralCodec.encode` with the codec in front.
@@ -178,9 +188,33 @@ def encoding_trial(
     Returns:
         The trial.
     """
-    some, where = x[:, :, : TRIAL_BLOCKS * BLOCK].nan_to_num(0.0, 0.0, 0.0), block_table[:TRIAL_BLOCKS]
-    decoded = codec.decode(codec.encode(some, where, left_padding), where, left_padding)
-    return lambda: codec.decode(encode(codec, some, where, left_padding), where, left_padding), some.float(), decoded
+    where, some = block_table[:TRIAL_BLOCKS], x[:, :, : TRIAL_BLOCKS * BLOCK].nan_to_num(0.0, 0.0, 0.0)
+    some = shaken(codec, some, APART, 0).to(x.dtype).nan_to_num(0.0, 0.0, 0.0)
+
+    def decoded(fields: dict[str, Tensor]) -> Tensor:
+        return codec.decode(fields, where, left_padding)
+
+    plain, other = (
+        decoded(codec.encode(each, where, left_padding)) for each in (some, shaken(codec, some, HALF_STEP, 1))
+    )
+    return lambda: decoded(encode(codec, some, where, left_padding)), plain, other
+
+
+def shaken(codec: SpectralCodec, x: Tensor, by: float, seed: int) -> Tensor:
+    """Vectors moved at random.
+
+    Args:
+        codec: Their codec.
+        x: ``[B, H, T, D]``.
+        by: How far at most, relative to what they may be once they are centred.
+        seed: Which way.
+
+    Returns:
+        The same shape in float32.
+    """
+    noise = torch.rand(x.shape[2:], generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+    largest = codec.mean.abs().amax(-1)[:, None, None]
+    return x.float() + by * (2 * noise.to(x.device) - 1) * (x.float().abs() + largest)
 
 
 def attempt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +87,10 @@ def _outcomes(
         fields = backend.to_portable(codec, backend.encode(codec, some[side], block_table, None))
         return codec.decode(fields, block_table, None)
 
+    def encoded_by_torch(by: float, side: str, codec: Any) -> Tensor:
+        fields = codec.encode(trials.shaken(codec, some[side], by, 1), block_table, None)
+        return codec.decode(fields, block_table, None)
+
     def decode(side: str, codec: Any) -> Tensor:
         return backend.decode(codec, getattr(view, side).store.slice(0, 1), block_table, None)
 
@@ -100,14 +105,13 @@ def _outcomes(
         return torch.cat([fields["codes"].view(torch.uint8).flatten() for fields in blocks.values()])
 
     plain, own = reference.attend(query.float(), view, call), reference.own_precision(query, view, call)
-    given = of_both(lambda side, _: some[side].float())
-    decoded = of_both(lambda side, codec: codec.decode(codec.encode(some[side], block_table, None), block_table, None))
+    decoded, again = (of_both(functools.partial(encoded_by_torch, by)) for by in (0.0, trials.HALF_STEP))
     exact, single = plainly(torch.float64), plainly(torch.float32)
     portable = converted(False)
     with trials.without_trials():  # they are tried here
         found = [
             trials.attempt("attend", name, device, lambda: (attend, plain, own)),
-            trials.attempt("encode", name, device, lambda: (lambda: of_both(encode), given, decoded)),
+            trials.attempt("encode", name, device, lambda: (lambda: of_both(encode), decoded, again)),
             trials.attempt("decode", name, device, lambda: (lambda: of_both(decode), exact, single)),
         ]
         if backend.layout != REFERENCE.layout:

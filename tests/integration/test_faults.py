@@ -132,7 +132,9 @@ def test_padding_spoils_no_path_through_a_trellis(bad: float) -> None:
     """Tokens that share a block with it are coded as if it were zeros."""
     layers = []
     for padding in (bad, 0.0):
-        trellis = SpectralCache(calibration_of(LLAMA).with_coding("trellis"), shared_model(LLAMA).config, residual_length=0)
+        trellis = SpectralCache(
+            calibration_of(LLAMA).with_coding("trellis"), shared_model(LLAMA).config, residual_length=0
+        )
         layers.append(trellis.spectral_layers[0])
         tokens = kv(100, rows=2)
         for tensor in tokens.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -17,9 +18,12 @@ from quantcache import backends
 from quantcache.attention.function import spectral_attention
 from quantcache.backends import trials, triton
 from quantcache.cli import app
+from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import Coding
 from quantcache.evaluation import kernel_check
 from tests.helpers import attend_by_kernel
-from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, Case, fill, on_device
+from tests.kernels.cases import ATTENTION, BASE, TRITON, TRITON_DEVICE, Case, codecs, fill, on_device, vectors
 
 pytestmark = pytest.mark.triton
 
@@ -112,7 +116,7 @@ def test_triton_kernels_pass_their_trial(name: str, caplog: pytest.LogCaptureFix
     assert operations == ["attend", "decode", "encode"]
     for outcome in trials._outcomes.values():
         assert outcome.difference is not None
-        assert outcome.allowed < (0.05 if outcome.operation != "encode" else 4.0)  # codes of random widths are coarse
+        assert outcome.allowed < (0.05 if outcome.operation != "encode" else 0.5)  # codes of random widths are coarse
     direct = attend_by_kernel(query, layer.snapshot(), mask, case.softcap, s_aux)
     assert direct is not None
     assert torch.equal(found, direct)
@@ -145,6 +149,31 @@ def test_triton_kernels_that_are_wrong_are_not_used(
     assert all(torch.equal(fields[name], field) for name, field in codec.encode(x, block_table, None).items())
     assert torch.equal(decoded, codec.decode(fields, block_table, None))
     assert sorted(record.getMessage().split()[3] for record in caplog.records) == ["attend", "decode", "encode"]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+def test_encoding_is_tried_beside_codes(coding: Coding, scale: float) -> None:
+    """Beside the vectors themselves an encoder of coarse codes would pass that forgets the gains."""
+    case = Case(tokens=64, widths=2, coding=(coding, coding), scale=scale)
+    given = vectors(case, BLOCK)["key"], torch.tensor([[4, BLOCK, 4]], dtype=torch.int32), None
+
+    def encode(codec: SpectralCodec, *given: Any) -> dict[str, Tensor]:
+        return codec.encode(*given)
+
+    def without_gains(codec: SpectralCodec, *given: Any) -> dict[str, Tensor]:
+        fields = codec.encode(*given)
+        return {**fields, "gains": torch.zeros_like(fields["gains"])}
+
+    right, wrong = (
+        trials.attempt(
+            "encode", "any", CPU, functools.partial(trials.encoding_trial, each, codecs(case)["key"], *given)
+        )
+        for each in (encode, without_gains)
+    )
+    assert right.difference == 0.0
+    assert right.allowed > 0.01, "rounding decides some codes"
+    assert wrong.problem
 
 
 def test_every_backend_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
