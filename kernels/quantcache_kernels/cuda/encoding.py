@@ -48,8 +48,8 @@ SPARE = 0.98
 """Of the least gap between two thresholds, what a bin is wide."""
 
 NEAR_WORDS = 2048
-"""Of the tables in shared memory: codebooks of up to 6 bits. Few coefficients have more; theirs are read from where all
-tables are."""
+"""Of the tables in shared memory at most: codebooks of up to 6 bits, 7 of scalar codes. Few coefficients have more;
+theirs are read from where all tables are."""
 
 MOST_SLOTS = 256
 """Of a head: a thread has a coefficient while paths are sought, and eight warps have registers for their sums."""

@@ -6,12 +6,14 @@
 #endif
 
 constexpr int BLOCK = 64;
-constexpr int PITCH = BLOCK + 1;  // floats from a coefficient to the next: lanes find either way free of conflicts
-constexpr int FACTORS = 5;        // of the gain search, tried at once
-constexpr int PIECES = 3;          // bfloat16 in a float32
+constexpr int PITCH = BLOCK + 1;               // floats from a coefficient to the next: lanes find either way free of conflicts
+constexpr int FACTORS = 5;                     // of the gain search, tried at once
+constexpr int PIECES = 3;                      // bfloat16 in a float32
 constexpr int WIDTHS = 9;
-constexpr int ROW = TRELLIS ? 16 : 4;   // bytes of levels: of a trellis one of every subset
-constexpr float MAGIC = 8388608.0f;  // 2^23: a float behind it is rounded to an integer, which its lowest bits are
+constexpr int NARROW = 3;                      // bits up to which a codebook is a `Ladder` to the gain search
+constexpr int LADDER = (1 << (NARROW - 1)) - 1;  // steps of it at most
+constexpr int ROW = TRELLIS ? 16 : 4;          // bytes of levels: of a trellis one of every subset
+constexpr float MAGIC = 8388608.0f;            // 2^23: a float behind it is rounded to an integer, which its lowest bits are
 
 struct Pair {  // that rotates: cached dimensions, revolutions in units of 2^-64 a token
     u32 first, second, turns_low, turns_high;
@@ -31,7 +33,7 @@ struct Book {
     u32 search, reserved;  // `Gap`s of a wide scalar codebook
 };
 struct Ladder {  // a narrow scalar codebook: its least magnitude, and what every step up adds to it and to its square
-    float level, at[3], adds[3], squares[3];
+    float level, at[LADDER], adds[LADDER], squares[LADDER];
 };
 
 struct EncodeArguments {
@@ -53,7 +55,7 @@ struct EncodeArguments {
     int batch, heads, dim, slow, tiles, slow_tiles, tile_words, rounds, passes, values;
     int near_width, near_words;  // codebooks of so many bits are in shared memory, and so many words of the tables
     Book books[WIDTHS];
-    Ladder ladders[4];
+    Ladder ladders[NARROW + 1];
 };
 
 struct EncodeRoom {  // shared memory: at first of the vectors, then of everything else
@@ -91,7 +93,7 @@ DEVICE void with_tables(const EncodeArguments& a, const EncodeRoom& room, bool i
     else use(reinterpret_cast<const u8*>(a.tables));
 }
 
-// The row of a codebook's levels that a number belongs to.
+// The row of a codebook's levels that a number belongs to; of NaN the first bin's.
 DEVICE u32 row_of(const Book& book, const u8* tables, float u) {
     const float bin = multiply_add(multiply_add_within_one(u, book.scale, 0.5f), book.last, MAGIC);
     const Threshold found = *reinterpret_cast<const Threshold*>(tables + (8 * bits_of(bin) + book.bins));

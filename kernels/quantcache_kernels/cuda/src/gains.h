@@ -48,7 +48,7 @@ struct Sums {
 // A narrow codebook in registers: else every step loads it anew.
 DEVICE Ladder held(Ladder ladder) {
     hold(ladder.level);
-    UNROLL for (int i = 0; i < 3; ++i) hold(ladder.at[i]), hold(ladder.adds[i]), hold(ladder.squares[i]);
+    UNROLL for (int i = 0; i < LADDER; ++i) hold(ladder.at[i]), hold(ladder.adds[i]), hold(ladder.squares[i]);
     return ladder;
 }
 
@@ -75,6 +75,7 @@ DEVICE void climb(const Ladder& ladder, int width, float y, float weight, Sums& 
 DEVICE void look_up(const Book& book, const u8* tables, float y, float weight, Sums& sums) {
     UNROLL for (int f = 0; f < FACTORS; ++f) {
         const float u = y * sums.inverses[f];
+        // Where u is NaN, `smaller` gives the other: a bin that is there.
         const u32 bin = bits_of(smaller(multiply_add(u, book.search_scale, MAGIC), book.search_last));
         const Gap gap = *reinterpret_cast<const Gap*>(tables + (8 * bin + book.search));
         const float level = gap.at + with_sign_of(gap.half, u - gap.at), weighted = weight * level;
@@ -102,7 +103,7 @@ DEVICE float search_gain(const EncodeArguments& a, int head, const EncodeRoom& r
         UNROLL for (int f = 0; f < FACTORS; ++f) sums.inverses[f] = inverse_of(rms * a.factors[FACTORS * round + f]);
         ROLLED for (int slot = t.group; slot < slots;) {
             const int width = static_cast<int>(room.slots[slot].y & 255);
-            if (width > 3) {
+            if (width > NARROW) {
                 const Book book = a.books[width];
                 with_tables(a, room, width <= a.near_width, [&](const u8* tables) {
                     slot = for_alike(room, t, slots, slot, [&](int, Words2 own, float y) {

@@ -9,7 +9,7 @@ DEVICE constexpr int subset_of(int state, int forgotten) {
 
 // The less of two costs; that it is the second one is the next bit of `survivors`.
 DEVICE float survivor(float low, float high, u32& survivors) {
-    survivors = funnel_left(bits_of(high - low), survivors, 1);  // the sign
+    survivors = funnel_left(bits_of(high - low), survivors, 1);  // the sign; a GPU gives NaN none: the first survives
     return smaller(high, low);
 }
 

@@ -106,7 +106,7 @@ DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
-// a b + c, or 0 or 1 where it lies beyond them.
+// a b + c, or 0 or 1 where it lies beyond them; 0 where it is NaN, so that tables can be indexed by it.
 DEVICE float multiply_add_within_one(float a, float b, float c) {
     float y;
     asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
