@@ -39,8 +39,8 @@ DEVICE int for_alike(const EncodeRoom& room, const Token& t, int slots, int slot
     return slot;
 }
 
-// Sums <y, u> and <u, u> in the metric of the error for every factor; those of coefficients in narrow codebooks are so far
-// from their least magnitudes', which are the same for all factors.
+// What the gain search adds up for every factor: the levels' products with y and with themselves, as they weigh. Of narrow
+// codebooks that is only what levels have beyond the least magnitude, whose share is the same for all factors.
 struct Sums {
     float inverses[FACTORS], cross[FACTORS], energy[FACTORS], least_cross, least_energy;
 };
