@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ from torch import Tensor
 from quantcache.backends.padding import shows_padding
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
-from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.codec import DerivedConstants, SpectralCodec
 from quantcache.common.ambient import without_autocast
 from quantcache.common.errors import CannotRepeat
 from quantcache_kernels.interface import AttentionCall
 
 CODE_QUERIES = 16
 """Up to this many queries attend on codes; for more, decoding each tile once is cheaper."""
+
+Derived = TypeVar("Derived", bound=DerivedConstants)
 
 Fields = dict[str, Tensor]
 """Encoded blocks, ``[n, B, ...]`` each: in every layout blocks come first and rows second."""
@@ -279,6 +282,26 @@ class Backend(ABC):
             The same blocks in this backend's layout.
         """
         return fields
+
+
+def kept(codec: SpectralCodec, name: str, kind: type[Derived], make: Callable[[], Derived]) -> Derived:
+    """A codec's constants in the form of a backend's kernels, made once and kept with it.
+
+    Args:
+        codec: The codec.
+        name: What they are kept under.
+        kind: Their type.
+        make: Makes them.
+
+    Returns:
+        The constants.
+    """
+    found = codec.derived.get(name)
+    if not isinstance(found, kind):
+        # What another thread has made in the meantime stays: its kernels may be reading it.
+        found = codec.derived.setdefault(name, make())
+        assert isinstance(found, kind)
+    return found
 
 
 def refused_by_kernels(query: Tensor, view: CacheView, call: AttentionCall) -> str | None:

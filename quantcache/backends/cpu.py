@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcache.backends.base import Backend, Fields, refused_by_kernels
+from quantcache.backends.base import Backend, Fields, kept, refused_by_kernels
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
@@ -66,9 +66,4 @@ def constants(codec: SpectralCodec) -> cpu.Constants:
     Returns:
         The constants.
     """
-    found = codec.derived.get("cpu")
-    if not isinstance(found, cpu.Constants):
-        # What another thread has made in the meantime stays: its kernels may be reading it.
-        found = codec.derived.setdefault("cpu", cpu.make(codec.constants()))
-        assert isinstance(found, cpu.Constants)
-    return found
+    return kept(codec, "cpu", cpu.Constants, lambda: cpu.make(codec.constants()))

@@ -132,7 +132,6 @@ class CudaBackend(Backend):
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         """Encode into this layout; what the kernel does not take in the portable one, to be brought into this."""
         if encodes(codec, x, block_table, left_padding):
-            assert isinstance(codec, SpectralCodec)
             codes, gains = encoder(codec).encode(x, block_table, left_padding)
             return {"codes": codes, "gains": gains}
         return self.from_portable(codec, self._portable(x.device).encode(codec, x, block_table, left_padding))

@@ -13,6 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from quantcache.backends.base import kept
 from quantcache.backends.trials import TRIAL_BLOCKS, Trial, encoding_trial, passes
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
@@ -50,13 +51,12 @@ def prepared(codec: SpectralCodec) -> PreparedCodes:
     Returns:
         The constants.
     """
-    found = codec.derived.get("cuda")
-    if not isinstance(found, PreparedCodes):
+
+    def make() -> PreparedCodes:
         _say_that_they_are_compiled()
-        made = prepare(codec.constants(), codec.mean.device, codec.holds_values)
-        found = codec.derived.setdefault("cuda", made)
-        assert isinstance(found, PreparedCodes)
-    return found
+        return prepare(codec.constants(), codec.mean.device, codec.holds_values)
+
+    return kept(codec, "cuda", PreparedCodes, make)
 
 
 @functools.cache
@@ -76,15 +76,14 @@ def encoder(codec: SpectralCodec) -> PreparedEncoder:
     Returns:
         The constants.
     """
-    found = codec.derived.get("cuda encoder")
-    if not isinstance(found, PreparedEncoder):
-        made = prepare_encoder(codec.constants(), prepared(codec), codec.mean.device)
-        found = codec.derived.setdefault("cuda encoder", made)
-        assert isinstance(found, PreparedEncoder)
-    return found
+
+    def make() -> PreparedEncoder:
+        return prepare_encoder(codec.constants(), prepared(codec), codec.mean.device)
+
+    return kept(codec, "cuda encoder", PreparedEncoder, make)
 
 
-def encodes(codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> bool:
+def encodes(codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> TypeGuard[SpectralCodec]:
     """Whether the kernel encodes these blocks: it takes them, and has passed its trial.
 
     Args:

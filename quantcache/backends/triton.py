@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantcache.backends.base import Backend, Fields, refused_by_kernels
+from quantcache.backends.base import Backend, Fields, kept, refused_by_kernels
 from quantcache.backends.trials import FAILED, TRIAL_BLOCKS, Trial, attends_rightly, encoding_trial, passes
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
@@ -114,11 +114,7 @@ def prepared(codec: SpectralCodec, dtype: torch.dtype) -> PreparedSide:
     from quantcache_kernels.triton.constants import PreparedSide, compute_dtype, prepare
 
     name = f"triton {compute_dtype(dtype)}"
-    found = codec.derived.get(name)
-    if not isinstance(found, PreparedSide):
-        found = codec.derived.setdefault(name, prepare(codec.constants(), dtype, codec.mean.device))
-        assert isinstance(found, PreparedSide)
-    return found
+    return kept(codec, name, PreparedSide, lambda: prepare(codec.constants(), dtype, codec.mean.device))
 
 
 def encode(codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
