@@ -179,10 +179,10 @@ def _attended(
         if view is not None:
             guards.require_query(query, view.key.tail)
             attention_mask = guards.fitting_mask(attention_mask, query, view.length)
-            if view.num_blocks and attention_mask is None and causal:  # torch's would count from the first token
-                count = query.shape[2]
-                attention_mask = torch.ones(count, view.length, dtype=torch.bool, device=query.device)
-                attention_mask = attention_mask.tril(view.length - count)[None, None]
+            if (
+                attention_mask is None and causal and 1 < query.shape[2] < view.length
+            ):  # torch's counts from the first token
+                attention_mask = _causal_mask(query.shape[2], view.length, query.device)
             key, value = view.dense("key", by_kernels=True), view.dense("value", by_kernels=True)
         assert key is not None
         assert value is not None
@@ -281,11 +281,15 @@ def _selected(indices: Tensor, mask: Tensor | None, tokens: int, causal: bool) -
     slots = torch.where(indices < 0, tokens, indices).long()  # one more slot takes those that choose nothing
     chosen = chosen.scatter(-1, slots, True)[:, None, :, :tokens]
     if mask is None:
-        mask = torch.ones(queries, tokens, dtype=torch.bool, device=indices.device)
-        mask = mask.tril(tokens - queries) if causal else mask
+        return chosen & _causal_mask(queries, tokens, indices.device) if causal else chosen
     if mask.dtype == torch.bool:
         return mask & chosen
     return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
+def _causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:
+    """What the last of some tokens may see as queries, ``[1, 1, Tq, T]`` bool."""
+    return torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)[None, None]
 
 
 def _decoded_whole(query: Tensor, view: CacheView) -> bool:

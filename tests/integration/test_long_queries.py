@@ -58,6 +58,22 @@ def test_attention_is_as_exact_as_on_a_dense_cache(case: Case, decoding: None) -
     assert theirs <= 2 * allowed + 1e-6 * float(expected.norm()), (theirs, allowed)
 
 
+@pytest.mark.parametrize("queries", [1, 5, 40])
+def test_queries_without_a_mask_see_what_precedes_them_before_anything_is_encoded(queries: int) -> None:
+    """Torch's own causal mask would begin with the first token, not with the first query."""
+    case = Case(tokens=40, heads=2, queries=queries)
+    filled = fill(case)
+    view = filled.layer.snapshot()
+    assert not view.num_blocks
+    found = attend(case, view, filled.query, None)
+    expected = function.dense_attention(
+        filled.query.double(), view.dense("key").double(), view.dense("value").double(), None
+    )
+    own = function.dense_attention(filled.query, view.dense("key"), view.dense("value"), None)
+    theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
+    assert theirs <= 2 * allowed + 1e-6 * float(expected.norm()), (theirs, allowed)
+
+
 def test_few_queries_wide_dtypes_and_long_caches_are_served_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(function, "DECODING_DEVICES", {"cpu"})
     filled = fill(LONG)
