@@ -179,9 +179,8 @@ def _attended(
         if view is not None:
             guards.require_query(query, view.key.tail)
             attention_mask = guards.fitting_mask(attention_mask, query, view.length)
-            if (
-                attention_mask is None and causal and 1 < query.shape[2] < view.length
-            ):  # torch's counts from the first token
+            if attention_mask is None and causal and 1 < query.shape[2] < view.length:
+                # Torch's own would count from the first token.
                 attention_mask = _causal_mask(query.shape[2], view.length, query.device)
             key, value = view.dense("key", by_kernels=True), view.dense("value", by_kernels=True)
         assert key is not None

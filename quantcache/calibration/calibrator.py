@@ -239,8 +239,8 @@ def _sequences(
             digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
             rows = without_padding(batch[None] if batch.ndim == 1 else batch, padding, set().union(*ends))
             batches += rows
-            given += sum(row.numel() for row in rows)
-            padded += batch.numel() - sum(row.numel() for row in rows)
+            shown = sum(row.numel() for row in rows)
+            given, padded = given + shown, padded + batch.numel() - shown
             if given >= wanted:
                 break  # data may be a stream without end
     if padded:

@@ -28,7 +28,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.errors import QuantCacheError
-from quantcache_kernels.cuda import calls, room
+from quantcache_kernels.cuda import calls, conversion, encoding, room
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.blocks import BlockLayout
 from quantcache_kernels.cuda.compiler import source
@@ -53,6 +53,15 @@ def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Iterator[None]:
     monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self, device: "the interpreter takes its time")
     with emulation.on_the_cpu():
         yield
+
+
+@pytest.fixture
+def patch(emulated: None) -> Iterator[pytest.MonkeyPatch]:
+    """Undone before the emulation is: what it replaces would else be put back, and stay for other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+    assert conversion.LOADERS["cpu"] is emulation.emulated_conversion
+    assert encoding.LOADERS["cpu"] is emulation.emulated_encoder
 
 
 def in_bfloat16(case: Case) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from tests.kernels import emulation
 from tests.kernels.cases import ATTENTION, Case, codecs, fill, on_device
 from tests.kernels.test_cuda_blocks import CUDA, by_twos, in_bfloat16
 from tests.kernels.test_cuda_blocks import emulated as emulated
+from tests.kernels.test_cuda_blocks import patch as patch
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
 
@@ -44,14 +45,6 @@ HALVES = (
     ((8, 5, 5, 5), (7, 6, 5, 4), (5, 5, 5, 5), (5, 5, 4, 4), (2, 2, 2, 2)),
 )
 """Widths of pairs of coefficients in halves of tiles: looked up with others and alone, computed, and left over."""
-
-
-@pytest.fixture
-def patch(emulated: None) -> Iterator[pytest.MonkeyPatch]:
-    """Undone before the emulation is: what it replaces would else be put back, and stay for other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-    assert conversion.LOADERS["cpu"] is emulation.emulated_conversion
 
 
 def random_words(codec: SpectralCodec, count: int = 2, rows: int = 2) -> Tensor:

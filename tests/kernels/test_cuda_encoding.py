@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from tests.kernels import emulation, encoding
 from tests.kernels.cases import CODES, TRELLIS, Case, codecs, fill
 from tests.kernels.test_cuda_blocks import emulated as emulated
 from tests.kernels.test_cuda_blocks import in_bfloat16
+from tests.kernels.test_cuda_blocks import patch as patch
 from tests.kernels.test_parity import encoded_by_torch
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
@@ -47,13 +48,6 @@ CASES = (
     *("trellis-partial-rope", "trellis-few-fast", "trellis-all-fast", "trellis-two-heads", "trellis-padded"),
     *("trellis-cut", "trellis-zero", "trellis-1e-6"),
 )
-
-
-@pytest.fixture
-def patch(emulated: None) -> Iterator[pytest.MonkeyPatch]:
-    """Undone before the emulation is: what it replaces would else be put back, and stay for other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 def encode(codec: SpectralCodec, *given: Tensor | None) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,13 +72,11 @@ class PreparedEncoder:
         codes: Those of its blocks.
         tensors: What :class:`EncodeArguments` points to, by name.
         numbers: Its other fields, likewise.
-        near_words: Words of the tables that are in shared memory.
     """
 
     codes: PreparedCodes
     tensors: dict[str, Tensor]
-    numbers: dict[str, object]
-    near_words: int
+    numbers: dict[str, Any]
 
     def held(self) -> list[Tensor]:
         """Every tensor on the device."""
@@ -98,10 +97,10 @@ class PreparedEncoder:
         """Shared memory of a block of threads (encoding.h)."""
         slots, groups = self.slots, self.warps // 2
         fragments = 4 * PIECES * BLOCK * self.codes.layout.dim // 2
-        search = max(64 * slots, CODE_PITCH * slots, 4 * 2 * FACTORS * BLOCK * groups)
+        search = max(CODE_PITCH * slots, 4 * 2 * FACTORS * BLOCK * groups)  # codes take more than survivors
         paths = 24 * slots if self.codes.is_trellis else 0
         coefficients = 4 * (BLOCK + 1) * slots + paths + 8 * BLOCK * groups + search
-        return max(fragments, 4 * self.near_words + 8 * slots + 8 * BLOCK + coefficients)
+        return max(fragments, 4 * self.numbers["near_words"] + 8 * slots + 8 * BLOCK + coefficients)
 
     def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode whole blocks.
@@ -168,7 +167,7 @@ def prepare_encoder(constants: SideConstants, codes: PreparedCodes, device: torc
         "factors": torch.tensor(factors, dtype=torch.float32, device="cpu"),
     }
     tensors = {name: tensor.contiguous().to(device) for name, tensor in made.items()}
-    numbers: dict[str, object] = {
+    numbers: dict[str, Any] = {
         "heads": layout.heads,
         "dim": layout.dim,
         "slow": constants.num_slow,
@@ -184,7 +183,7 @@ def prepare_encoder(constants: SideConstants, codes: PreparedCodes, device: torc
         "ladders": (Ladder * (NARROW + 1))(*(_ladder(constants.levels[w]) for w in range(NARROW + 1))),
     }
     shared = {"places": codes.conversion.places, "maps": codes.conversion.maps}
-    return PreparedEncoder(codes, tensors | shared, numbers, ends[near_width])
+    return PreparedEncoder(codes, tensors | shared, numbers)
 
 
 def _fragments(matrix: Tensor) -> Tensor:

@@ -178,7 +178,6 @@ DEVICE float power_of_two(float x) { return std::exp2(x); }
 DEVICE float logarithm_of_two(float x) { return std::log2(x); }
 template <typename T>
 DEVICE void hold(T&) {}
-DEVICE float round_up(float x) { return std::ceil(x); }
 DEVICE float root(float x) { return std::sqrt(x); }
 DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float add(float a, float b) { return a + b; }

@@ -50,16 +50,6 @@ DEVICE u32 select(u32 a, u32 b, u32 mask) {
     return y;
 }
 DEVICE u32 funnel_left(u32 low, u32 high, u32 shift) { return __funnelshift_l(low, high, shift); }
-DEVICE float half_low(u32 x) {
-    float y;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(y) : "r"(x));
-    return y;
-}
-DEVICE float half_high(u32 x) {
-    float y;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
-    return y;
-}
 // Two half-precision numbers in a register.
 DEVICE u32 pack_halves(float low, float high) {
     u32 y;
@@ -102,7 +92,6 @@ DEVICE float logarithm_of_two(float x) { return __log2f(x); }
 template <typename T>
 DEVICE void hold(T& x) { asm volatile("" : "+r"(x)); }
 DEVICE void hold(float& x) { asm volatile("" : "+f"(x)); }
-DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
