@@ -41,7 +41,7 @@ LOOP_BLOCKS = 10
 
 
 class CudaBackend(Backend):
-    """Attends on a GPU of compute capability 9.0 or more.
+    """Attends on a GPU of compute capability 8.0 or more.
 
     Args:
         portable: What decodes, in the portable layout, where it can, and encodes what the kernel does not take.

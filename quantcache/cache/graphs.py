@@ -115,7 +115,7 @@ class DecodeGraph:
     """Decoding of a model with a compressed cache, its steps replayed from CUDA graphs.
 
     A call is a forward pass of one new token for every row. The cache is the same as after a pass of the model itself:
-    it may be used, copied, cut and saved in between. Needs the CUDA kernels (a GPU of compute capability 9.0 or more,
+    it may be used, copied, cut and saved in between. Needs the CUDA kernels (a GPU of compute capability 8.0 or more,
     bfloat16) and a cache of spectral layers alone.
 
     Args:

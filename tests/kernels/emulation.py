@@ -107,6 +107,24 @@ def backwards() -> Iterator[None]:
         library().emulate_backwards(0)
 
 
+@contextmanager
+def copies(in_bulk: bool, late: bool) -> Iterator[None]:
+    """Let copies into shared memory be made otherwise inside the context.
+
+    Args:
+        in_bulk: By one lane in bulk, as from Hopper on, or by all lanes in pieces.
+        late: Let them land when somebody waits for them, not at once.
+
+    Yields:
+        Nothing.
+    """
+    library().emulate_copies(int(in_bulk), int(late))
+    try:
+        yield
+    finally:
+        library().emulate_copies(1, 0)
+
+
 class Launches:
     """Kernels that note what they are launched with; those in ``emulate`` run, too."""
 

@@ -1,6 +1,6 @@
 """``backend="cuda"`` on an emulated warp: shared parity cases, its block layout, and a cache that attends through it.
 
-Nothing here has run on a GPU. What a GPU adds, barriers and copies that land late, an emulation cannot show.
+Nothing here runs on a GPU (test_cuda_device.py does): the barriers of bulk copies an emulation cannot show.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,20 @@ def test_the_number_of_splits_changes_rounding_only(splits: int, emulated: None)
     given = (filled.query.float(), cuda._blocks(view), NearTokens(*view.dense_parts()), keys, values)
     found, alone = (kernels.attend(*given, AttentionCall(None, 0.125), parts) for parts in (splits, 1))
     assert float((found - alone).norm()) <= 2e-4 * float(alone.norm())
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("in_bulk", "late"), [(True, True), (False, False), (False, True)])
+def test_copies_may_be_made_in_pieces_and_land_late(in_bulk: bool, late: bool, splits: int, emulated: None) -> None:
+    """GPUs before Hopper copy in pieces; the arithmetic is the same, whatever lands when."""
+    filled = fill(in_bfloat16(Case(tokens=600, widths=3, coding=("trellis", "scalar"))))
+    view = on_device(filled.layer, CUDA).snapshot()
+    keys, values = (cuda_blocks.prepared(side.codec) for side in (view.key, view.value))
+    given = (filled.query, cuda._blocks(view), NearTokens(*view.dense_parts()), keys, values)
+    expected = kernels.attend(*given, AttentionCall(None, 0.125), splits).clone()
+    with emulation.copies(in_bulk, late), emulation.backwards() if late else nullcontext():
+        found = kernels.attend(*given, AttentionCall(None, 0.125), splits)
+    assert torch.equal(found, expected)
 
 
 def test_a_query_of_nan_spoils_its_own_row_alone(emulated: None) -> None:

@@ -6,12 +6,13 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from quantcache_kernels.cuda import compiler, driver
+from quantcache_kernels.cuda import compiler, driver, room
 from quantcache_kernels.cuda.structures import PlacesArguments
 
 CUBIN = b"\x7fELF machine code"
@@ -188,6 +189,54 @@ def test_a_kernel_that_waits_for_the_one_before_may_begin_early(follows: bool, m
     assert (ctypes.sizeof(driver.LaunchAttribute), ctypes.sizeof(driver.LaunchConfig)) == (72, 56), (
         "as the driver has it"
     )
+
+
+@pytest.mark.parametrize(("capability", "early"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 1), True)])
+def test_nobody_begins_early_before_hopper(
+    capability: tuple[int, int], early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loader:
+        def cuModuleLoadData(self, module: object, binary: bytes) -> int:
+            return 0
+
+        def cuModuleGetFunction(self, function: object, module: object, name: bytes) -> int:
+            return 0
+
+    monkeypatch.setattr(driver, "_cuda", Loader)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    found = driver._loaded(0, CUBIN, *driver.CODE_KERNELS)
+    assert {name for name, kernel in found.items() if kernel.follows} == (driver.FOLLOWING if early else set())
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "8.0, this device has 7.5"), ((8, 0), None)])
+def test_a_gpu_is_told_what_it_lacks(
+    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(driver, "_cuda", lambda: None)
+    monkeypatch.setattr(driver, "has_nvcc", lambda: True)
+    driver.missing.cache_clear()
+    found = driver.missing(torch.device("cuda", 0))
+    driver.missing.cache_clear()
+    assert found == (reason and f"the CUDA kernels need compute capability {reason}")
+
+
+@pytest.mark.parametrize(
+    ("capability", "warps"), [((8, 0), 12), ((8, 6), 8), ((8, 9), 8), ((9, 0), 16), ((10, 3), 16), ((12, 1), 8)]
+)
+def test_warps_of_a_device_are_those_of_its_machine_code(
+    capability: tuple[int, int], warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=1,
+        shared_memory_per_multiprocessor=100 << 10,
+        shared_memory_per_block_optin=99 << 10,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert room.device_of.__wrapped__(torch.device("cuda", 0)).max_warps == warps
 
 
 def test_who_may_begin_early_waits_in_its_source() -> None:

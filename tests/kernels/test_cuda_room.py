@@ -6,7 +6,7 @@ import pytest
 
 from quantcache_kernels.cuda.room import MAX_WARPS, OVERHEAD, Device, Room, time_of_a_unit
 
-HOPPER = Device(132, 228 << 10, 227 << 10, MAX_WARPS[9])
+HOPPER = Device(132, 228 << 10, 227 << 10, MAX_WARPS[9, 0])
 
 LLAMA = Room(7808, 13184, HOPPER)
 """Llama-8B's at 3 bits."""

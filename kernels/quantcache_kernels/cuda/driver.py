@@ -21,7 +21,8 @@ CODE_KERNELS = ("take_queries", "attend_codes", "merge", "append_tail", "set_pla
 """The kernels of a cache's blocks."""
 
 FOLLOWING = frozenset({"attend_codes", "merge"})
-"""Of them those that may begin before the launch in front of them has ended: what they read of it they wait for."""
+"""Of them those that may begin before the launch in front of them has ended, from Hopper on: what they read of it they
+wait for."""
 
 CONVERSION_KERNELS = ("tiles_from_portable", "portable_from_tiles")
 """The kernels that bring blocks from one layout into the other."""
@@ -98,8 +99,8 @@ def missing(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the CUDA kernels do not run on AMD devices"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (9, 0):
-        return f"the CUDA kernels need compute capability 9.0, this device has {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        return f"the CUDA kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     try:
         _cuda()
         if not has_nvcc():
@@ -222,8 +223,9 @@ def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:
     module = ctypes.c_void_p()
     _check(_cuda().cuModuleLoadData(ctypes.byref(module), binary))
     kernels = {}
+    following = FOLLOWING if torch.cuda.get_device_capability(device) >= (9, 0) else frozenset()
     for name in names:
         function = ctypes.c_void_p()
         _check(_cuda().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        kernels[name] = Kernel(function, device, name in FOLLOWING)
+        kernels[name] = Kernel(function, device, name in following)
     return kernels

@@ -13,7 +13,7 @@ import torch
 from quantcache_kernels.cuda.constants import PreparedCodes
 from quantcache_kernels.cuda.structures import BARRIER_BYTES, BLOCK_BYTES, ROOM_BYTES
 
-MAX_WARPS = {9: 16, 12: 8}
+MAX_WARPS = {(8, 0): 12, (8, 6): 8, (8, 7): 12, (8, 9): 8, (9, 0): 16, (12, 0): 8}
 """Of a block of threads, as in codes.h, and of a multiprocessor, whose registers they fill: from these compute
 capabilities on."""
 
@@ -142,13 +142,13 @@ class Room(NamedTuple):
 def device_of(device: torch.device) -> Device:
     """What a device has; an emulated one is a small Hopper."""
     if device.type != "cuda":
-        return Device(4, 228 << 10, 227 << 10, MAX_WARPS[9])
+        return Device(4, 228 << 10, 227 << 10, MAX_WARPS[9, 0])
     found = torch.cuda.get_device_properties(device)
     return Device(
         found.multi_processor_count,
         found.shared_memory_per_multiprocessor,
         found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        MAX_WARPS[max(first for first in MAX_WARPS if first <= found.major)],
+        MAX_WARPS[max(first for first in MAX_WARPS if first <= (found.major, found.minor))],
     )
 
 

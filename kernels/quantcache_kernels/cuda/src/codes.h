@@ -51,9 +51,13 @@ struct CodesArguments {
 };
 
 constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
-// Warps of a block of threads. Where they find little shared memory, fewer of them have more registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+// Warps of a block of threads: as many as shared memory has room for, and where that is little, each has more registers.
+#ifndef __CUDA_ARCH__
+constexpr int MAX_WARPS = 16;
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
 constexpr int MAX_WARPS = 8;
+#elif __CUDA_ARCH__ < 900
+constexpr int MAX_WARPS = 12;
 #else
 constexpr int MAX_WARPS = 16;
 #endif
@@ -174,11 +178,13 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
     const auto fetch_values = [&](int unit) { fetch(a, value_side, has_two(unit), 0); };
     const auto fetch_keys = [&](int unit) { fetch(a, key_side, has_two(unit), static_cast<u32>(a.query_bytes)); };
     const auto fetch_query = [&]() {
-        bulk_copy(room.query, room.next[4], static_cast<u32>(a.query_bytes), room.key_barrier);
-        room.next[4] += a.query_step;
+        const u8* queries = room.next[4];
+        bulk_copy(room.query, queries, static_cast<u32>(a.query_bytes), room.key_barrier);
+        sync_copying();
+        room.next[4] = queries + a.query_step;
     };
     // All that does not follow from the queries, before they are there.
-    if (begin < end && is_elected()) {
+    if (begin < end && is_copying()) {
         const int first = of_a_unit * begin;
         begin_side(a, key_side, places.keys, places.key_gains, first, b, head, keys.offset, a.key_bytes);
         begin_side(a, value_side, places.values, places.value_gains, first, b, head, values.offset, a.value_bytes);
@@ -187,7 +193,10 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
         barrier_init(room.value_barrier);
         barriers_ready();
         fetch_keys(begin);
+        if (!COPIES_IN_BULK) fetch_query();  // in the keys' group
+        close_group();
         fetch_values(begin);
+        close_group();
     }
     prefetch_turns(a, head);
     for (int i = static_cast<int>(lane); i < 8 * a.rows * a.value_tiles; i += 32) room.sums[i] = {0, 0};
@@ -200,7 +209,8 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
     const int first_unit = begin < end ? begin : 0;
     Tokens tokens = find_tokens(block_table, first_unit * of_a_unit, has_two(first_unit));
     await_launch_before();
-    if (begin < end && is_elected()) fetch_query();
+    if (COPIES_IN_BULK && begin < end && is_copying()) fetch_query();
+    await_groups();  // the constants are in the first
     sync_block();
     if (begin >= end) return;  // the last block of threads may have more warps than splits
     barrier_wait(constants_barrier(), 0);
@@ -219,7 +229,8 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
         const u8* extra = room.query + 32 * a.rows * (a.slow_tiles + a.fast_steps);
         find_exponents(a, scores, reinterpret_cast<const float*>(extra), tokens, b, line, first_seen, lane, e);
         sync_warp();
-        if (more && is_elected()) fetch_keys(unit + 1), fetch_query();
+        if (more && is_copying()) fetch_keys(unit + 1), fetch_query();
+        close_group();
         float softmax[4];
         floats_of(room.softmax[lane], softmax);
         raise_peaks(a, e, softmax, room.sums, lane);
@@ -233,7 +244,8 @@ KERNEL void BOUNDS(32 * MAX_WARPS, 1) attend_codes(GIVEN(CodesArguments) a) {
             tokens = find_tokens(block_table, (unit + 1) * of_a_unit, has_two(unit + 1));
         add_values(a, constants, value_tiles, room, two, weights, lane);
         sync_warp();
-        if (more && is_elected()) fetch_values(unit + 1);
+        if (more && is_copying()) fetch_values(unit + 1);
+        close_group();
     }
     store_split(a, static_cast<u64>(split * lines + line) * a.rows, room, lane);
 }

@@ -3,6 +3,7 @@
 #include "tiles.h"
 
 extern "C" void emulate_backwards(int is_so) { backwards_ = is_so; }
+extern "C" void emulate_copies(int in_bulk, int late) { copies_in_bulk_ = in_bulk, land_late_ = late; }
 
 #define MERGE(name)                                                                                                   \
     extern "C" int emulate_merge_##name(const name::MergeArguments* a, int shared_bytes) {                            \

@@ -19,19 +19,29 @@
 
 // The emulated block: fibers, what they wait for, and the operands they brought.
 struct Block {
+    struct Copy {
+        void* to;
+        const void* from;
+        u32 bytes;
+        u64* barrier;
+    };
     struct Fiber {
         ucontext_t context;
         bool done, at_barrier;
         u32 operands[8];
+        std::vector<std::vector<Copy>> groups;  // on their way; the last one is open
     };
     ucontext_t scheduler;
     std::vector<Fiber> fibers;
     std::vector<u8> shared;
+    std::vector<Copy> bulk;  // on their way
     u32 x, y, running;
     std::function<void()> body;
 };
 static Block* emulated_;
 static bool backwards_ = false;  // whether the last warp and its last lane go first: what waits for nobody then differs
+static bool copies_in_bulk_ = true, land_late_ = false;  // whose copies; whether they land when somebody waits for them
+#define COPIES_IN_BULK copies_in_bulk_
 
 constexpr size_t STACK_BYTES_ = 64 << 10;
 static char* stack_(size_t fiber) {  // kept from block to block: making thousands of them takes longer than the kernels
@@ -74,6 +84,7 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
     for (u32 i = 0; i < threads; ++i) {
         Block::Fiber& fiber = block.fibers[i];
         fiber.done = false;
+        fiber.groups.resize(1);
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = stack_(i);
         fiber.context.uc_stack.ss_size = STACK_BYTES_;
@@ -188,7 +199,6 @@ DEVICE float magnitude(float x) { return std::fabs(x); }
 DEVICE float round_down(float x) { return std::floor(x); }
 
 DEVICE void prefetch(const void*) {}
-DEVICE bool is_elected() { return thread_index() % 32 == 0; }
 DEVICE void await_launch_before() {}
 DEVICE void let_next_launch_begin() {}
 
@@ -274,8 +284,38 @@ DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1
 }
 DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 b) { mma_half(c, a0, a1, 0, 0, b, 0); }
 DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 b) { mma_half(c, a0, a1, 0, 0, b, 0); }
+
+DEVICE void land_(const Block::Copy& copy) { memcpy(copy.to, copy.from, copy.bytes); }
+DEVICE bool is_copying() { return !COPIES_IN_BULK || thread_index() % 32 == 0; }
 DEVICE void barrier_init(u64* barrier) { *barrier = 0; }
 DEVICE void barriers_ready() {}
-DEVICE void barrier_expect(u64* barrier, u32) { *barrier ^= 1; }  // whose parity's phase is complete next
-DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64*) { memcpy(shared, global, bytes); }
-DEVICE void barrier_wait(u64*, u32) { meet_(); }
+DEVICE void barrier_expect(u64*, u32) {}
+DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier) {
+    const u32 step = COPIES_IN_BULK ? bytes : 16, first = COPIES_IN_BULK ? 0 : step * (thread_index() % 32);
+    for (u32 i = first; i < bytes; i += COPIES_IN_BULK ? step : 32 * step) {
+        const Block::Copy copy = {static_cast<u8*>(shared) + i, static_cast<const u8*>(global) + i, step, barrier};
+        if (!land_late_)
+            land_(copy);
+        else if (COPIES_IN_BULK)
+            emulated_->bulk.push_back(copy);
+        else
+            own_().groups.back().push_back(copy);
+    }
+}
+DEVICE void close_group() { own_().groups.emplace_back(); }
+DEVICE void sync_copying() {
+    if (!COPIES_IN_BULK) meet_();
+}
+DEVICE void await_groups() {
+    auto& groups = own_().groups;
+    for (size_t i = 0; i + 2 < groups.size(); ++i)
+        for (const Block::Copy& copy : groups[i]) land_(copy);
+    if (groups.size() > 2) groups.erase(groups.begin(), groups.end() - 2);
+}
+DEVICE void barrier_wait(u64* barrier, u32) {
+    await_groups();
+    std::vector<Block::Copy> others;
+    for (const Block::Copy& copy : emulated_->bulk) copy.barrier == barrier ? land_(copy) : others.push_back(copy);
+    emulated_->bulk.swap(others);
+    meet_();
+}

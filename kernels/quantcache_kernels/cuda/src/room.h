@@ -2,7 +2,7 @@
 
 struct Room {  // of a warp, for both blocks of a unit
     u64 *key_barrier, *value_barrier;
-    const u8** next;  // codes and gains of the next unit, of keys, then of values, then its queries; lane 0's own
+    const u8** next;  // codes and gains of the next unit, of keys, then of values, then its queries; for lanes that copy
     u8 *key_gains, *value_gains;  // codes of gains
     u8* scratch;                  // gains of all tokens
     u8 *keys, *values, *query;
@@ -32,7 +32,7 @@ struct Constants {  // of a head
     const u32 *key_terms, *value_terms, *fast_decoder;
 };
 
-// Where they will be once the barrier in front of them has let everybody pass; the first thread has them brought. A warp
+// Where they will be once the barrier in front of them has let everybody pass; the first thread or warp has them brought. A warp
 // alone would wait for each of them, tile after tile, where it reads them from global memory.
 DEVICE u64* constants_barrier() { return reinterpret_cast<u64*>(shared_memory()); }
 DEVICE Constants fetch_constants(const CodesArguments& a, int head) {
@@ -40,7 +40,7 @@ DEVICE Constants fetch_constants(const CodesArguments& a, int head) {
     const u32 value_words = static_cast<u32>(VALUE_WORDS * a.value_tiles);
     const u32 fast_words = static_cast<u32>(128 * a.fast_tiles * a.fast_steps);
     u32* place = reinterpret_cast<u32*>(shared_memory() + 128);
-    if (thread_index() == 0) {
+    if (COPIES_IN_BULK ? thread_index() == 0 : thread_index() < 32) {
         u64* barrier = constants_barrier();
         barrier_init(barrier);
         barriers_ready();
@@ -81,7 +81,7 @@ DEVICE void begin_side(const CodesArguments& a, const Side& side, const u8* code
     side.next[1] = gains + (row * a.heads + head) * 64;
 }
 
-// Brings the next unit, of one block or two; the barrier waits for `more` bytes too. For one lane.
+// Brings the next unit, of one block or two; the barrier waits for `more` bytes too. For lanes that copy.
 DEVICE void fetch(const CodesArguments& a, const Side& side, bool two, u32 more) {
     barrier_expect(side.barrier, (side.bytes + 64) * (two ? 2 : 1) + more);
     const u8 *codes = side.next[0], *gains = side.next[1];
@@ -92,5 +92,6 @@ DEVICE void fetch(const CodesArguments& a, const Side& side, bool two, u32 more)
         if (side.bytes) bulk_copy(side.code_room + side.apart * block, codes, side.bytes, side.barrier);
         codes += side.step, gains += a.gain_step;
     }
+    sync_copying();
     side.next[0] = codes, side.next[1] = gains;
 }

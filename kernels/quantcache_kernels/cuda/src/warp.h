@@ -110,8 +110,14 @@ DEVICE float round_down(float x) { return floorf(x); }
 DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global))); }
 
 // A launch that may begin before the one in front of it has ended waits for what that one writes; and lets the next begin.
+// Before Hopper none may.
+#if __CUDA_ARCH__ >= 900
 DEVICE void await_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+DEVICE void await_launch_before() {}
+DEVICE void let_next_launch_begin() {}
+#endif
 
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
@@ -125,12 +131,6 @@ DEVICE u32 shuffle_up(u32 x) {
                  : "=r"(y)
                  : "r"(x), "n"(DELTA), "n"((32 - WIDTH) << 8));
     return y;
-}
-// True in one lane of a whole warp; of what that one does the compiler knows that no other does it.
-DEVICE bool is_elected() {
-    u32 y;
-    asm volatile("{.reg .pred own; elect.sync _|own, 0xFFFFFFFF; selp.u32 %0, 1, 0, own;}" : "=r"(y));
-    return y != 0;
 }
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
@@ -171,8 +171,18 @@ DEVICE void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 b) {
         : "r"(a0), "r"(a1), "r"(b));
 }
 
-// One warp's bulk copies into shared memory; a barrier counts the bytes that have landed.
+// Copies into shared memory that a warp goes on without. From Hopper on one lane has them made in bulk, and a barrier counts
+// the bytes that have landed. Before, every lane copies sixteen bytes at a time, in groups, and waits for all of its own but
+// the latest group: groups are closed, empty ones too, wherever the other side's bytes were to come meanwhile.
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+#if __CUDA_ARCH__ >= 900
+constexpr bool COPIES_IN_BULK = true;
+// True in the lane of a whole warp that has copies made; of what it does the compiler knows that no other lane does it.
+DEVICE bool is_copying() {
+    u32 y;
+    asm volatile("{.reg .pred own; elect.sync _|own, 0xFFFFFFFF; selp.u32 %0, 1, 0, own;}" : "=r"(y));
+    return y != 0;
+}
 DEVICE void barrier_init(u64* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -194,6 +204,30 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
         ::"r"(shared_address(barrier)), "r"(parity)
         : "memory");
 }
+DEVICE void close_group() {}
+DEVICE void sync_copying() {}
+DEVICE void await_groups() {}
+#else
+constexpr bool COPIES_IN_BULK = false;
+DEVICE bool is_copying() { return true; }
+DEVICE void barrier_init(u64*) {}
+DEVICE void barriers_ready() {}
+DEVICE void barrier_expect(u64*, u32) {}
+DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64*) {
+    const u32 to = shared_address(shared);
+    ROLLED for (u32 i = 16 * (thread_index() % 32); i < bytes; i += 512)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i),
+                     "l"(__cvta_generic_to_global(static_cast<const u8*>(global) + i))
+                     : "memory");
+}
+DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void sync_copying() { __syncwarp(); }  // of lanes that copy
+DEVICE void await_groups() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+DEVICE void barrier_wait(u64*, u32) {
+    await_groups();
+    __syncwarp();
+}
+#endif
 
 #else
 #include "emulated_warp.h"
