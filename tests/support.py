@@ -109,6 +109,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "layers on several devices",
         'device_map="auto"',
         "weights offloaded by accelerate",
+        "a device without float64 (Apple's GPUs), emulated",
         "tensor parallel (tp_plan)",
         "data-parallel evaluation",
         "a model that moves to another device",

@@ -19,6 +19,7 @@ from quantcache.attention.probe import RecordingCache, replaced_attention, run
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.spectral import Moments
 from quantcache.common import compat
+from quantcache.common.ambient import float64_device
 from quantcache.common.defaults import SINK_LENGTH
 
 MOMENT_BYTES = 2 << 30
@@ -95,7 +96,7 @@ class CacheMoments:
         rope = self.ropes.get(index)
         if rope is None:
             return
-        device = keys.device if keys.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+        device = float64_device(keys.device)
         keys, values = (x.detach()[:, :, SINK_LENGTH:].to(device).double() for x in (keys, values))
         if rope.rotary_dim:
             positions = torch.arange(SINK_LENGTH, SINK_LENGTH + keys.shape[2], dtype=torch.int64, device=device)

@@ -21,6 +21,7 @@ from quantcache.artifact import cache_layout
 from quantcache.attention.function import ATTENTION_NAME, spectral_attention_forward
 from quantcache.coding.rope import Frame, Rope
 from quantcache.common import compat
+from quantcache.common.ambient import in_float64
 from quantcache.common.errors import UnsupportedModel
 
 PROBE_LENGTH = 160
@@ -253,7 +254,7 @@ def _probes(model: PreTrainedModel) -> Iterator[tuple[Tensor, dict[int, Tensor]]
     keys: dict[int, Tensor] = {}
 
     def record(index: int, key: Tensor, value: Tensor) -> None:
-        keys[index] = (key.transpose(0, 2) if key.shape[2] == 1 else key)[0].double()
+        keys[index] = in_float64((key.transpose(0, 2) if key.shape[2] == 1 else key)[0])
 
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or PROBE_LENGTH
     every = torch.arange(min(PROBE_LENGTH, limit), dtype=torch.int64, device="cpu")
@@ -294,7 +295,7 @@ def _candidates(model: PreTrainedModel) -> list[Rope]:
     found: list[tuple[float, ...]] = []
     for name, tensor in [*model.named_buffers(), *_plain_tensors(model)]:
         if name.endswith("inv_freq") and tensor.ndim == 1 and tensor.numel():
-            frequencies = tuple(tensor.double().cpu().tolist())
+            frequencies = tuple(tensor.cpu().double().tolist())
             if frequencies not in found:
                 found.append(frequencies)
     declared = {cache_layout.rope_from_config(model.config.get_text_config(decoder=True), 0).inv_freq}

@@ -68,7 +68,7 @@ def measure_yardstick(
             for chunk in (tokens[:, :first], *tokens[:, first:].split(BLOCK, dim=1)):
                 dense, *own = (run(model, chunk, cache).logits.float().log_softmax(-1) for cache in caches)
                 for place, found in enumerate(own):
-                    totals[place] += float((dense.exp() * (dense - found)).sum(-1).double().sum())
+                    totals[place] += float((dense.exp() * (dense - found)).sum(-1).cpu().double().sum())
     points = [
         {"bits": bits, "cost": expected_cost(each.layers, each.metadata.codec.coding), "kl": total / max(count, 1)}
         for bits, each, total in zip(YARDSTICK_BITS, measured, totals, strict=True)

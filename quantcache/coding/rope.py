@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantcache.common.ambient import float64_device, in_float64
 from quantcache_kernels.interface import ANCHOR_LENGTH as ANCHOR_LENGTH
 
 FAST_WAVELENGTH = 128.0
@@ -99,12 +100,10 @@ class Frame:
         self.order = torch.tensor(order, dtype=torch.int64, device=device)
         self.inverse_order = torch.argsort(self.order)
         frequencies = [rope.inv_freq[i] for i in slow + fast] if rotary else []
-        self.frequencies = torch.tensor(frequencies, dtype=torch.float64, device="cpu").to(device)
+        self.frequencies = torch.tensor(frequencies, dtype=torch.float64, device="cpu").to(float64_device(device))
 
     def rotation(self, slow_positions: Tensor, fast_positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotation by given positions.
-
-        Angles are formed in float64: at position 131,072 a float32 product is wrong by a hundredth of a radian.
 
         Args:
             slow_positions: Positions by which slow pairs turn, any shape ``[...]``.
@@ -113,10 +112,26 @@ class Frame:
         Returns:
             float32 cosines and sines, ``[..., pairs]``, slow pairs first.
         """
-        slow = slow_positions.to(torch.float64).unsqueeze(-1) * self.frequencies[: self.slow_pairs]
-        fast = fast_positions.to(torch.float64).unsqueeze(-1) * self.frequencies[self.slow_pairs :]
-        angles = torch.cat((slow, fast), dim=-1)
-        return angles.cos().float(), angles.sin().float()
+        slow = self._cos_sin(slow_positions, self.frequencies[: self.slow_pairs])
+        cos, sin = (torch.cat(pair, dim=-1) for pair in zip(slow, self.fast_rotation(fast_positions), strict=True))
+        return cos, sin
+
+    def fast_rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of :meth:`rotation` that is of the fast pairs.
+
+        Args:
+            positions: Any shape ``[...]``.
+
+        Returns:
+            float32 cosines and sines, ``[..., fast pairs]``.
+        """
+        return self._cos_sin(positions, self.frequencies[self.slow_pairs :])
+
+    @staticmethod
+    def _cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles are formed in float64: at position 131,072 a float32 product is wrong by a hundredth of a radian."""
+        angles = in_float64(positions).unsqueeze(-1) * frequencies
+        return angles.cos().float().to(positions.device), angles.sin().float().to(positions.device)
 
     def rotate(self, framed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn the rotary pairs of vectors in frame order.

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from quantcache.coding.rope import Frame, Rope, anchor_of
 from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, SideCalibration
 from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
+from quantcache.common.ambient import float64_device, in_float64
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import UnsupportedModel
 
@@ -25,7 +26,7 @@ class LayerStatistics:
 
     def __init__(self, index: int, rope: Rope, keys: Tensor, values: Tensor, settings: CodecSettings):
         self.index, self.rope = index, rope
-        device = keys.device if keys.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+        device = float64_device(keys.device)
         self.frames = {
             "key": Frame(keys.shape[-1], rope, settings.fast_wavelength, device),
             "value": Frame(values.shape[-1], Rope(), device=device),
@@ -133,7 +134,7 @@ def output_metrics(model: PreTrainedModel, shapes: dict[int, tuple[int, int]]) -
         weight = _weight_of(projection)
         if weight is None or weight.shape[1] % (heads * dim):
             continue
-        per_head = weight.double().unflatten(1, (heads, -1, dim))  # [hidden, H, G, Dv]
+        per_head = in_float64(weight).unflatten(1, (heads, -1, dim))  # [hidden, H, G, Dv]
         found[index] = torch.einsum("ohgd,ohge->hde", per_head, per_head)
     missing = [index for index in shapes if index not in found]
     if missing:

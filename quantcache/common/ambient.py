@@ -1,4 +1,4 @@
-"""Shields this library's arithmetic against torch's global settings.
+"""Shields this library's arithmetic against torch's global settings, and against devices without float64.
 
 Tensors state their dtype and device where they are made, so that default dtype and default device do not matter. What
 is left is here: autocast, and matrix products in less than float32.
@@ -75,6 +75,31 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     else:
         product = a @ b
     return product
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """Where float64 of a device is kept and computed.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The device, or the CPU in place of one that has no float64 (Apple's GPUs).
+    """
+    found = torch.device(device)
+    return torch.device("cpu") if found.type == "mps" else found
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """A tensor in float64, on its :func:`float64_device`.
+
+    Args:
+        x: Any shape.
+
+    Returns:
+        The same shape.
+    """
+    return x.to(float64_device(x.device)).double()
 
 
 def _is_reduced(device: str) -> bool:

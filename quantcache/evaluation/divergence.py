@@ -320,7 +320,7 @@ def _figures(kl: Tensor, best: Tensor, expected: Tensor, written: Tensor, bins: 
         "mean": float(kl.mean()),
         "bins": [float(part.mean()) for part in kl.tensor_split(bins)],
         "slope": float((place * kl).sum() / place.square().sum()) * 1000,
-        "top1": float((best == expected).double().mean()),
+        "top1": float((best == expected).float().mean()),
         "departs": int(differs[0]) if len(differs) else None,
     }
 

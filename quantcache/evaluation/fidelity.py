@@ -98,7 +98,7 @@ class _Tally:
         """Add the log-probabilities ``[T, vocabulary]`` of one chunk, and the next tokens ``[T or T - 1]``."""
         self.kl.append(kl_divergence(dense, own))
         self.agree.append((dense.argmax(-1) == own.argmax(-1)).cpu())
-        self.nll.append(-own[: len(targets)].gather(-1, targets[:, None]).squeeze(-1).double().cpu())
+        self.nll.append(-own[: len(targets)].gather(-1, targets[:, None]).squeeze(-1).cpu().double())
 
     def end_window(self, cache: Any) -> None:
         """Take the sizes of a cache that holds a whole window."""
@@ -154,7 +154,7 @@ def kl_divergence(dense: Tensor, own: Tensor) -> Tensor:
     """
     # Words that a model never says have no probability under either: 0 times log(0 / 0).
     kl = torch.where(dense == -torch.inf, 0.0, dense.exp() * (dense - own)).sum(-1)
-    return kl.double().cpu()
+    return kl.cpu().double()
 
 
 def _quantile(ordered: Tensor, share: float) -> float:

@@ -23,6 +23,7 @@ from quantcache.attention.probe import replaced_attention
 from quantcache.backends import AttentionCall
 from quantcache.backends.online_softmax import QueryRows
 from quantcache.common import compat
+from quantcache.common.ambient import in_float64
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import summaries
@@ -233,11 +234,11 @@ class _Reader:
 
 def _compare(exact: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> Tensor:
     """Sums over (query, head): flips, cosine, squared error, squared output, count."""
-    output, other = exact[1].double(), found[1].double()
+    output, other = in_float64(exact[1]), in_float64(found[1])
     cosine = torch.nn.functional.cosine_similarity(output, other, dim=-1)
     return torch.stack(
         (
-            (exact[0] != found[0]).double().sum(),
+            in_float64(exact[0] != found[0]).sum(),
             cosine.sum(),
             (output - other).square().sum(),
             output.square().sum(),

@@ -19,6 +19,7 @@ from quantcache.attention.probe import RecordingCache, recorded_queries, run
 from quantcache.coding import linalg
 from quantcache.coding.spectral import Moments
 from quantcache.common import compat
+from quantcache.common.ambient import float64_device
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import split_text, text_tokens
@@ -96,7 +97,7 @@ def collect_statistics(
         if index not in wanted:
             return
         if index not in layers:
-            device = keys.device if keys.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+            device = float64_device(keys.device)
             heads, key_dim, value_dim = keys.shape[1], keys.shape[3], values.shape[3]
             layers[index] = LayerMoments(
                 *(Moments(heads, dim, device) for dim in (key_dim, value_dim, key_dim, value_dim))
