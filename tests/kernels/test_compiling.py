@@ -101,5 +101,5 @@ def test_kernels_compile() -> None:
         most = allowed.get(target, {}).get(case, {}).get(kernel, 0)
         if each["stack"] > most or each["local"] > most // 4:
             spilled[target, case, kernel] = each["stack"], each["local"]
-        assert kernel != "attend" or 0 < each["loop"] < 9000
+        assert kernel != "attend" or 0 < each["loop"] < 9500  # 9,214 with Triton 3.8, fewer before
     assert not spilled
