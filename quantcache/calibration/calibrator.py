@@ -321,8 +321,9 @@ def _gather(
             require_finite(logits, "logits")
             sampled_loss(logits, generator).backward()
         for (index, side), leaf in leaves.items():
-            if leaf.grad is not None:
-                statistics[index].add_gradient(side, leaf.grad)
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # none: the loss does not see it
+            require_finite(gradient[:, :, SINK_LENGTH:], f"gradients at {side}s of layer {index}")
+            statistics[index].add_gradient(side, gradient)
     elif metric == "query":
 
         def on_query(index: int, query: Tensor) -> None:

@@ -12,6 +12,15 @@ from quantcache.coding import linalg
 METRIC_SHRINKAGE = 0.02
 """Share of isotropic metric mixed in: a metric of few samples over-concentrates at low rates."""
 
+NEGLIGIBLE = 1e-9
+"""Variance of a head that never varies, and metric of one that the loss does not see, in terms of the side's largest.
+
+Not nothing, since a transform has an inverse, and so little that it takes no bits from anything else.
+"""
+
+NOTHING = 1e-14
+"""The same where it is so of all heads. Spectra as small as the product of two can be stored."""
+
 
 class Moments:
     """Count, mean and second moment of a stream of vectors per head, in memory independent of its length.
@@ -73,16 +82,18 @@ def shrink(matrix: Tensor, share: float) -> Tensor:
     """Add ``share`` of a matrix's mean eigenvalue to its diagonal.
 
     Args:
-        matrix: Symmetric positive semi-definite, ``[..., D, D]``.
+        matrix: Symmetric positive semi-definite, one of each head, ``[H, D, D]``.
         share: 0 leaves the matrix as it is.
 
     Returns:
-        ``matrix + share * tr(matrix) / D * I``; the identity where the trace is zero.
+        ``matrix + share * tr(matrix) / D * I``; where a trace is zero, or so small beside the largest of all that it is
+        rounding, as small a multiple of the identity.
     """
     dim = matrix.shape[-1]
     level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(dim, dtype=matrix.dtype, device=matrix.device)
-    return torch.where(level > 0, matrix + share * level * eye, eye)
+    least = (NEGLIGIBLE * level.amax()).clamp_min(NOTHING)
+    return torch.where(level > least, matrix + share * level * eye, least * eye)
 
 
 def matrix_power(matrix: Tensor, exponent: float) -> Tensor:

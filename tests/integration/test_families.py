@@ -23,7 +23,7 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES, Coding
-from quantcache.common.errors import UnsupportedModel
+from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import divergence, error, feed
 
@@ -128,6 +128,41 @@ def test_calibration_leaves_padding_out() -> None:
     with pytest.warns(UserWarning, match="50 of 200 token ids are padding, and are left out"):
         found = calibrate(model, padded, progress=False)
     assert torch.equal(found.layers[0].key.analysis, expected.layers[0].key.analysis)
+
+
+def test_heads_that_nothing_reads_take_no_bits(tmp_path: Path) -> None:
+    """Pruned heads and layers had more bits than all others, whose loss was ten times as large for it."""
+    model = FAMILIES[0].make()
+    first, second = (layer.self_attn.o_proj.weight for layer in model.model.layers)
+    dim = model.config.head_dim
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    with torch.no_grad():
+        first[:, : groups * dim] = 0.0  # one head of keys and values
+        model.model.layers[0].self_attn.v_proj.weight[:dim] = 0.0
+        second.zero_()
+    calibrate(model, random_tokens(4, 256), bits=1.5, predict=False, progress=False).save_pretrained(tmp_path)
+    layers = Calibration.from_pretrained(tmp_path).layers
+    for side in SIDES:
+        assert not layers[0].side(side).widths[0].any()
+        assert not layers[1].side(side).widths.any()
+        assert layers[0].side(side).widths[1].float().mean() > 5, "the others have its bits"
+    cache = SpectralCache.from_pretrained(tmp_path, model=model, residual_length=0)
+    tokens = random_tokens(1, 199)
+    found = feed(model, cache, tokens, STEPS)
+    assert divergence(feed(model, DynamicCache(config=model.config), tokens, STEPS), found) < 1e-3
+
+
+def test_gradients_that_overflow_are_refused() -> None:
+    """What they say was left out: all heads of such a layer weighed alike, in no unit of the others'."""
+    model = FAMILIES[0].make()
+
+    def overflow(module: object, given: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("inf"))
+
+    model.model.layers[1].register_forward_hook(overflow)
+    with pytest.raises(QuantCacheError, match="gradients at keys of layer 0 have"):
+        calibrate(model, random_tokens(1, 64), progress=False)
 
 
 @pytest.mark.parametrize("metric", ["fisher", "query"])

@@ -84,8 +84,20 @@ def test_shrink_adds_a_share_of_the_mean_eigenvalue() -> None:
     before, after = torch.linalg.eigvalsh(matrix), torch.linalg.eigvalsh(shrink(matrix, 0.1))
     assert_near(after, before + 0.1 * before.mean(-1, keepdim=True))
     assert torch.equal(shrink(matrix, 0.0), matrix)
-    zero = torch.zeros(2, DIM, DIM, dtype=torch.float64)
-    assert torch.equal(shrink(zero, 0.1), torch.eye(DIM, dtype=torch.float64).expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("rounding", [0.0, 1e-20, -1e-20])
+def test_what_is_nothing_becomes_little_of_the_identity(rounding: float) -> None:
+    """It was the identity itself, beside which all that is measured in other units may be next to nothing."""
+    eye = torch.eye(DIM, dtype=torch.float64)
+    matrix = 1e-4 * spread_matrix(2)
+    matrix[0] = rounding
+    found = shrink(matrix, 0.1)
+    assert torch.equal(found[1:], shrink(matrix[1:], 0.1))
+    assert 0 < float(found[0, 0, 0]) < 1e-8 * float(matrix[1:].diagonal(dim1=-2, dim2=-1).mean(-1).max())
+    for each in (found[0], *shrink(torch.zeros_like(matrix), 0.1)):
+        assert torch.equal(each, each[0, 0] * eye)
+        assert 0 < float(each[0, 0]) < 1e-12
 
 
 def test_klt_decorrelates() -> None:
