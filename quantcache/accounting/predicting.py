@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from quantcache.accounting.memory import (
@@ -31,10 +31,11 @@ def predict(
     residual_length: int = RESIDUAL_LENGTH,
     element_bytes: int = 2,
     prefill: int | None = None,
+    beside: Sequence[LayerSize] = (),
 ) -> CacheMemory:
     """Bytes that the compressed layers of a cache will hold, by formula.
 
-    Stock layers (sliding windows and the like) are not in it.
+    Stock layers (sliding windows and the like) are in it where they are given.
 
     Args:
         calibration: Calibration of the model that will use the cache.
@@ -44,13 +45,14 @@ def predict(
         residual_length: Recent tokens kept.
         element_bytes: Bytes per element of the model's dtype.
         prefill: How many of the tokens arrive in the first update; all if None.
+        beside: The cache's other layers.
 
     Returns:
         The sizes, ``constants`` zero.
     """
     blocks, first = num_blocks(tokens, sink_length, residual_length), tokens if prefill is None else prefill
     return predict_layers(
-        calibrated_sizes(calibration),
+        [*calibrated_sizes(calibration), *beside],
         tokens,
         batch=batch,
         sink_length=sink_length,

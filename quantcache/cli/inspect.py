@@ -36,6 +36,7 @@ def inspect(
     with session(json, debug) as run:
         from quantcache.accounting.predicting import predict
         from quantcache.artifact.quality import quality_rates
+        from quantcache.planning.geometry import window_layers
 
         calibration = load_calibration(artifact, bits, quality)
         metadata = calibration.metadata
@@ -52,7 +53,8 @@ def inspect(
             }
             for index, layer in calibration.layers.items()
         ]
-        memory = predict(calibration, TOKENS)
+        windows = window_layers(calibration)
+        memory = predict(calibration, TOKENS, beside=windows)
         data: dict[str, Any] = {
             "artifact": artifact,
             "base_model": metadata.base_model,
@@ -68,6 +70,7 @@ def inspect(
             "qualities": [asdict(each) for each in quality_rates(calibration)],
             "cache_config": metadata.cache_config,
             "layers": layers,
+            "sliding_window_layers": len(windows),
             "memory": memory.to_dict(),
             "bytes_per_token": memory.total / TOKENS,
             "bytes_per_token_bfloat16": memory.bfloat16_bytes / TOKENS,
@@ -119,10 +122,11 @@ def _summary(data: dict[str, Any]) -> Table:
     table.add_row("bits per element", f"{data['bits_per_element']:.3f} (codes {data['bits']:.3f}, the rest gains)")
     for each in data["qualities"]:
         table.add_row(each["quality"], rate_line(each))
+    kept = "sinks, recent tokens and sliding windows" if data["sliding_window_layers"] else "sinks and recent tokens"
     table.add_row(
         f"at {TOKENS:,} tokens",
         f"{data['bytes_per_token']:,.0f} bytes per token, bfloat16 takes {data['bytes_per_token_bfloat16']:,.0f}: "
-        f"{data['memory']['bits_per_element_total']:.3f} bits per element including sinks and recent tokens, "
+        f"{data['memory']['bits_per_element_total']:.3f} bits per element including {kept}, "
         f"{data['times_smaller']:.2f}× smaller",
     )
     if "cache" in data:

@@ -10,6 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from quantcache.accounting.memory import LayerSize, SideSize
 from quantcache.artifact import cache_layout, tracing
+from quantcache.artifact.calibration import Calibration
+from quantcache.artifact.checks import stand_in_config
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sources import model_source
@@ -106,3 +108,23 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
             layers.append(LayerSize(SideSize(1, indexer.shape[-1]), SideSize(0, 0), blocks=False))
     states = sum(state.nbytes for layer in traced or () for state in compat.recurrent_states(layer))
     return Geometry(tuple(layers), states, "declared" if traced is None else "traced")
+
+
+def window_layers(calibration: Calibration) -> list[LayerSize]:
+    """The sliding-window layers of a calibrated model, which a cache keeps as they are.
+
+    Args:
+        calibration: A calibration; what it knows of the model's config is all that is needed.
+
+    Returns:
+        Those whose heads and dimensions it tells.
+    """
+    attributes = calibration.metadata.cache_config
+    layers: list[Any] = cache_layout.stock_layers(stand_in_config(attributes))
+    found = []
+    for index, layer in enumerate(layers):
+        shape = [attributes.get(name) for name in ("num_key_value_heads", "head_dim")]
+        heads, dim = (each[index] if isinstance(each, list) else each for each in shape)
+        if compat.is_window(layer) and heads and dim:
+            found.append(LayerSize(SideSize(heads, dim), SideSize(heads, dim), False, layer.sliding_window))
+    return found

@@ -22,6 +22,8 @@ from quantcache.cli.session import describe
 from quantcache.cli.stats import LiveStats
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import to_json, write_json
+from quantcache.planning import estimate_memory
+from tests.families import FAMILIES
 from tests.helpers import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,6 +126,24 @@ def test_calibrate(calibrated: dict, folder: Path) -> None:
     stored = Calibration.from_pretrained(folder / "calibration")
     assert stored.metadata.base_model["id"] == "wiki11m"
     assert stored.metadata.recipe == calibrated["recipe"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt-oss", "llama"])
+def test_inspect_counts_sliding_windows(run: Run, name: str, tmp_path: Path) -> None:
+    """It said that a cache takes a fifth of bfloat16, of layers that it does not compress too."""
+    config = next(f for f in FAMILIES if f.name == name).make().config
+    calibration = Calibration.synthetic(config)
+    calibration.save_pretrained(tmp_path)
+    status, out, err = run("inspect", tmp_path, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    expected = estimate_memory(config, "spectral-3", 8192, calibration=calibration)
+    assert found["memory"] == expected.to_dict()
+    assert found["bytes_per_token_bfloat16"] * 8192 == estimate_memory(config, "bf16", 8192).total
+    windows = (getattr(config, "layer_types", None) or []).count("sliding_attention")
+    assert found["sliding_window_layers"] == windows
+    status, out, _ = run("inspect", tmp_path)
+    assert ("and sliding windows" in " ".join(out.split())) == bool(windows)
 
 
 def test_inspect(run: Run, calibrated: dict, folder: Path) -> None:
