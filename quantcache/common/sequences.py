@@ -95,8 +95,10 @@ def cut_windows(config: PreTrainedConfig, tokens: Tensor, length: int, stride: i
         stride: Tokens from the start of one window to that of the next; by default they do not overlap.
 
     Returns:
-        ``[n, length]``; tokens at the end that fill no window are left out.
+        ``[n, length]``; tokens at the end that fill no window are left out. None of a text that fills no window at all.
     """
+    if len(tokens) < length:
+        return tokens.new_empty(0, length)
     leading = leading_token(config, tokens)
     if leading is None:
         return tokens.unfold(0, length, stride or length)

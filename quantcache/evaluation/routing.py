@@ -26,6 +26,7 @@ from quantcache.common import compat
 from quantcache.common.ambient import in_float64
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from quantcache.common.sequences import cut_windows
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths, pieces
@@ -129,7 +130,7 @@ def measure_routing(
     """
     cells = cells or Cells()
     check_lengths(model, [context], "context")
-    rows = tokens[: len(tokens) // context * context].view(-1, context)[:windows]
+    rows = cut_windows(model.config, tokens, context)[:windows]
     if not len(rows):
         raise QuantCacheError(f"the text has {len(tokens)} tokens, one window needs {context}")
     if context <= chunk + sink_length:

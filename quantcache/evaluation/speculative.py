@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from quantcache.common.sequences import cut_windows
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import check_lengths
@@ -152,7 +153,7 @@ def measure_speculative(
     sizes = [one.config.get_text_config(decoder=True).vocab_size for one in (model, draft)]
     if sizes[0] != sizes[1]:
         raise QuantCacheError(f"the draft model has {sizes[1]} tokens in its vocabulary, the target {sizes[0]}")
-    rows = tokens[: len(tokens) // context * context].view(-1, context)[:prompts]
+    rows = cut_windows(model.config, tokens, context)[:prompts]
     if not len(rows):
         raise QuantCacheError(f"the text has {len(tokens)} tokens, a prompt needs {context}")
     cells.plan(SUITE, len(rows) * sum(not method.simulated for method in methods))

@@ -225,6 +225,28 @@ def test_routing_is_what_eager_attention_says(tiny: PreTrainedModel, tokens: tor
         assert layer.relative_error == pytest.approx(float(error), rel=1e-4)
 
 
+def test_windows_of_a_text_with_bos_begin_with_it(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """All but the first did not, in which a model such as Gemma is another."""
+    bos = tiny.config.bos_token_id
+    text, heads = torch.cat((torch.tensor([bos]), tokens)), []
+
+    def look(module: object, args: object, kwargs: dict[str, Any]) -> None:
+        if kwargs["past_key_values"] is not None and not kwargs["past_key_values"].get_seq_length():
+            heads.append(kwargs["input_ids"][0, :2].tolist())
+
+    hook = tiny.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        routing.measure_routing(tiny, text, [dense(tiny)], context=128, windows=2, chunk=32)
+        assert heads == [[bos, int(text[1])], [bos, int(text[128])]]
+        heads.clear()
+        speculative.measure_speculative(
+            tiny, text, [dense(tiny)], speculative.early_exit_draft(tiny), context=32, new_tokens=4
+        )
+    finally:
+        hook.remove()
+    assert {tuple(head) for head in heads} == {(bos, int(text[1])), (bos, int(text[32]))}
+
+
 def test_routing_orders_rates_and_keeps_failures(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
     calibration = Calibration.synthetic(tiny.config)
     methods = [*parse_methods(["spectral-2", "spectral-8"], tiny.config, calibration, 4, 0), broken(tiny)]

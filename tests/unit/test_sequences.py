@@ -48,6 +48,7 @@ def test_padding_is_cut_off() -> None:
 
 
 def test_sliding_windows_keep_bos_too() -> None:
+    assert cut_windows(WITH_BOS, text_of(9), 10).shape == (0, 10)
     windows = cut_windows(WITH_BOS, text_of(9), 5, stride=2)
     assert windows.tolist() == [[BOS, 10, 11, 12, 13], [BOS, 12, 13, 14, 15], [BOS, 14, 15, 16, 17]]
 
