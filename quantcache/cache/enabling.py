@@ -95,7 +95,9 @@ class _Generate:
             kwargs = {**kwargs, "streamer": Listener(kwargs["streamer"], tokens)}
         try:
             output = self.original(*args, **{**kwargs, "past_key_values": cache})
-            tokens = getattr(output, "sequences", output)[0].tolist()
+            found = getattr(output, "sequences", output)[0].tolist()
+            # A generate() of the model's own, or around it, may leave the prompt out of what it gives.
+            tokens = found if found[: len(prompt)] == prompt else list(prompt)
             return output
         finally:
             reuse.keep(tokens, cache)
@@ -118,8 +120,10 @@ class _Generate:
 
     def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         """What a call says, first what counts most: its arguments, its generation config, the model's."""
-        bound = inspect.signature(self.original).bind_partial(*args, **kwargs).arguments
-        given = {**bound, **bound.get("kwargs", {})}
+        signature = inspect.signature(self.original)
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # whatever they are called
+        bound = signature.bind_partial(*args, **kwargs).arguments.items()
+        given = {**{name: each for name, each in bound if signature.parameters[name].kind not in several}, **kwargs}
         config = given.get("generation_config")
         return [given, {} if config is None else vars(config), vars(self.model.generation_config)]
 

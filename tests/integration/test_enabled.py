@@ -119,6 +119,22 @@ def test_what_the_caller_asks_for_wins(model: PreTrainedModel, calibration: Cali
 
 
 @enabling
+def test_what_the_caller_asks_for_wins_behind_a_wrapper(model: PreTrainedModel, calibration: Calibration) -> None:
+    """Its options are not always called kwargs: others were passed over, and the caller's cache with them."""
+    plain, own = model.generate, DynamicCache(config=model.config)
+
+    def wrapper(inputs: torch.Tensor, **options: Any) -> Any:
+        return plain(inputs, **options)
+
+    model.generate = wrapper
+    with quantcache.enabled(model, calibration, **SHORT):
+        assert isinstance(generate(model)[1], SpectralCache)
+        assert generate(model, past_key_values=own)[1] is own
+        assert generate(model, use_cache=False)[1] is None
+        assert not isinstance(generate(model, cache_implementation="static")[1], SpectralCache)
+
+
+@enabling
 def test_contexts_nest_and_survive_exceptions(model: PreTrainedModel, calibration: Calibration) -> None:
     coarse, fine = (explicit(LLAMA.make(), calibration, bits=bits) for bits in (1.0, 4.0))
     assert not torch.equal(coarse, fine)

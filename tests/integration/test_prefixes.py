@@ -400,6 +400,26 @@ def test_prompts_that_are_read_in_chunks(model: PreTrainedModel, calibration: Ca
 
 
 @storing
+def test_a_generate_that_leaves_the_prompt_out(calibration: Calibration) -> None:
+    """What it gave was taken for what is cached: a text that began so was read as if it had begun like the prompt."""
+    model, store, prompt = LLAMA.make(), PrefixStore(GIBI), BATCH[:1, :30]
+    plain = model.generate
+
+    def answer(inputs: Tensor, **kwargs: Any) -> Tensor:
+        return plain(inputs, attention_mask=torch.ones_like(inputs), do_sample=False, **kwargs)[:, inputs.shape[1] :]
+
+    model.generate = answer
+    with quantcache.enabled(model, calibration, prefixes=store, **DENSE):
+        found = model.generate(prompt, max_new_tokens=100)
+        again = model.generate(found, max_new_tokens=5)
+        longer = torch.cat((prompt, found[:, :1]), 1)
+        with read_tokens(model) as counts:
+            model.generate(longer, max_new_tokens=1)
+    assert torch.equal(again, answer(found, max_new_tokens=5))
+    assert counts[0] == 1, "of the prompt alone it is known what is cached"
+
+
+@storing
 def test_an_own_cache_wins(model: PreTrainedModel, calibration: Calibration) -> None:
     store = PrefixStore(GIBI)
     with quantcache.enabled(model, calibration, prefixes=store):
