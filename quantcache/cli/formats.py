@@ -134,8 +134,13 @@ def _notes(found: Sequence[Row], model: str, measurements: Measurements) -> list
     if any(row.simulated for row in found):
         notes.append("* no packed implementation: measured on simulated values, sizes as its codes would take")
     notes += [f"{row.format}: {row.obstacle}" for row in found if row.obstacle and not row.simulated]
-    figures = [row.fidelity for row in found if row.fidelity is not None]
-    notes += [f"fidelity: {line}" for line in dict.fromkeys(map(describe, figures))]
+    figures: dict[str, list[str]] = {}
+    for row in found:
+        if row.fidelity is not None:
+            figures.setdefault(describe(row.fidelity), []).append(row.format)
+    most = max(figures, key=lambda line: len(figures[line]), default=None)
+    for line, names in figures.items():
+        notes.append(f"fidelity{'' if line == most else ' of ' + ', '.join(names)}: {line}")
     speeds = dict.fromkeys(
         f"speed: {row.speed.context:,} cached tokens, batch {row.speed.batch}; {row.speed.origin}"
         for row in found

@@ -32,6 +32,7 @@ class Quality:
             worst of what was measured on other models. ``unknown``: nothing is known.
         source: What was measured where, in a line.
         predicted_kl: What the model's calibration predicts, whatever the basis; None where it predicts nothing.
+        models: How many other models the worst is of; None where it rests on something else.
         word: ``near-lossless``, ``balanced`` or ``small``, the best whose limit ``kl`` keeps; None if it keeps none.
     """
 
@@ -41,6 +42,7 @@ class Quality:
     risk: Risk
     source: str
     predicted_kl: float | None = None
+    models: int | None = None
     word: str | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +90,8 @@ def expected_quality(
         return Quality(predicted, agreement, "predicted from its calibration", "medium", source, predicted)
     if others:
         worst = max(others, key=lambda found: found.kl_mean)
-        return Quality(worst.kl_mean, agreement, "measured on other models", "high", f"worst: {describe(worst)}")
+        source = f"worst of {len(others)}: {describe(worst)}"
+        return Quality(worst.kl_mean, agreement, "measured on other models", "high", source, models=len(others))
     return Quality(None, None, "nothing known", "unknown", "not measured")
 
 

@@ -133,7 +133,11 @@ def recommend(
         reason=reason,
         commands=commands,
         python=python,
-        notes=[*_notes(config, demand, geometry, limit), *(f"Left out: {reason}." for reason in refused.values())],
+        notes=[
+            *_notes(config, demand, geometry, limit),
+            *_measured_on_fewer(candidates),
+            *(f"Left out: {reason}." for reason in refused.values()),
+        ],
         candidates=candidates,
         qualities=[] if calibration is None else quality_rates(calibration),
     )
@@ -247,6 +251,19 @@ def _reason(
         f"{message}; the largest context that fits is {reach.max_context:,} tokens, with {reach.format} at batch "
         f"{demand.batch}"
     )
+
+
+def _measured_on_fewer(candidates: list[Candidate]) -> list[str]:
+    """Which formats' divergence is the worst of fewer models than that of others, and may be smaller for that alone."""
+    counts = {each.format: each.quality.models for each in candidates if each.quality.models is not None}
+    most = max(counts.values(), default=0)
+    fewer = [name for name, count in counts.items() if count < most]
+    if not fewer:
+        return []
+    return [
+        f"KL is the worst of {most} other models; of fewer, which may have spared them a worse one, for "
+        f"{', '.join(fewer)}."
+    ]
 
 
 def _notes(config: PreTrainedConfig, demand: Demand, geometry: Geometry, limit: int | None) -> list[str]:

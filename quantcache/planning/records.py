@@ -6,6 +6,7 @@ package has no benchmark records; their figures come with it as one digest, made
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,19 +117,42 @@ class Measurements:
         """Models with figures of fidelity."""
         return list(dict.fromkeys(figure.model for figure in self.fidelity))
 
-    def fidelity_of(self, method: str, model: str, residual: int | None = None) -> Fidelity | None:
-        """The figure to go by: at the wanted residual if there is one, at the longest context, the newest.
+    def shared_context(self, model: str, residual: int) -> int | None:
+        """The context at which most methods were measured on a model, the longest of several.
+
+        Args:
+            model: Name, as records have it.
+            residual: Recent tokens that the cache will keep.
+
+        Returns:
+            Tokens in a window; None if nothing was measured with so many recent tokens.
+        """
+        methods: dict[int, set[str]] = defaultdict(set)
+        for figure in self.fidelity:
+            if same_model(figure.model, model) and figure.residual in (residual, None):
+                methods[figure.context].add(figure.method)
+        return max(methods, key=lambda context: (len(methods[context]), context), default=None)
+
+    def fidelity_of(
+        self, method: str, model: str, residual: int | None = None, context: int | None = None
+    ) -> Fidelity | None:
+        """The figure to go by: at the wanted residual if there is one, at the wanted or longest context, the newest.
 
         Args:
             method: Name, such as ``spectral-3``.
             model: Name, as records have it.
             residual: Recent tokens that the cache will keep.
+            context: Tokens in a window, to compare with others; the longest if None or not measured.
 
         Returns:
             The figure; None if there is none.
         """
         found = [f for f in self.fidelity if f.method == method and same_model(f.model, model)]
-        return max(found, key=lambda f: (f.residual in (residual, None), f.context, f.origin.created), default=None)
+        return max(
+            found,
+            key=lambda f: (f.residual in (residual, None), f.context == context, f.context, f.origin.created),
+            default=None,
+        )
 
     def speed_of(self, method: str, model: str) -> Speed | None:
         """The figure to go by: at batch 1, at the longest context, the newest.

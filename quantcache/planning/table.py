@@ -71,7 +71,7 @@ _FILTER = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>|=)\s*(\S+)\s*")
 
 
 def rows(geometry: Geometry, model: str, measurements: Measurements) -> list[Row]:
-    """All formats, as far as they are known on a model.
+    """All formats, as far as they are known on a model: divergence grows with the context, so at one for all.
 
     Args:
         geometry: The model's cache.
@@ -81,7 +81,7 @@ def rows(geometry: Geometry, model: str, measurements: Measurements) -> list[Row
     Returns:
         One row for each format.
     """
-    found = []
+    found, context = [], measurements.shared_context(model, RESIDUAL_LENGTH)
     for form in list_formats():
         obstacle = missing_package(form)
         bits = None
@@ -98,7 +98,7 @@ def rows(geometry: Geometry, model: str, measurements: Measurements) -> list[Row
                 obstacle=obstacle,
                 bits_per_element=bits,
                 bytes_per_token=None if bits is None else bits * geometry.elements / 8,
-                fidelity=measurements.fidelity_of(form.method, model, RESIDUAL_LENGTH),
+                fidelity=measurements.fidelity_of(form.method, model, RESIDUAL_LENGTH, context),
                 speed=measurements.speed_of(form.method, model),
             )
         )

@@ -209,11 +209,23 @@ def test_basis_and_risk() -> None:
     other = quality.expected_quality(form, ["another"], 512, BUNDLED + mine)
     assert (other.kl, other.agreement) == (0.02, 0.9)  # the worst of the three models
     assert (other.basis, other.risk) == ("measured on other models", "high")
-    assert "my/model in bfloat16, windows of 512" in other.source
+    assert other.source.startswith("worst of 4: my/model in bfloat16, windows of 512")
     nothing = quality.expected_quality(form, ["another"], 512, Measurements())
     assert (nothing.kl, nothing.basis, nothing.risk) == (None, "nothing known", "unknown")
     dense = quality.expected_quality(parse_format(DENSE), ["another"], 512, Measurements())
     assert (dense.kl, dense.risk) == (0.0, "none")
+
+
+def test_figures_of_fewer_models_are_named() -> None:
+    """One that was measured on the easiest model alone looked better than one that was on all."""
+    found = recommend(sizes(), Demand(memory=1 << 40, context=512), BUNDLED, model="another")
+    (note,) = (note for note in found.notes if note.startswith("KL is the worst of 3 other models; of fewer"))
+    names = note.rpartition(" for ")[2].rstrip(".").split(", ")
+    assert {"hqq-2", "kvarn-k4v4-128", "fp8"} <= set(names)
+    assert not {"spectral-3", "kivi-4", "bf16"} & set(names)
+    assert not any(
+        "of fewer" in note for note in recommend(sizes(), Demand(1 << 40, 512), Measurements(), model="a").notes
+    )
 
 
 def test_prediction_from_a_calibration() -> None:
@@ -273,6 +285,7 @@ def test_rows() -> None:
     assert ours.fidelity == BUNDLED.fidelity_of("spectral-3", "wiki11m", 64)
     assert found["kivi-4"].obstacle == "no packed implementation"
     assert all(row.fidelity is None and row.speed is None for row in rows("another"))
+    assert {row.fidelity.context for row in rows("smollm2-135m") if row.fidelity} == {1024}, "comparable"
 
 
 def test_formats_that_a_model_does_not_take() -> None:

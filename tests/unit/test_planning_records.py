@@ -94,6 +94,19 @@ def test_the_figure_to_go_by(path: Path) -> None:
     assert (measurements_of(newer, path) + found).fidelity_of("spectral-3", "my/model", 64).kl_mean == 0.4
 
 
+def test_formats_are_compared_at_one_context() -> None:
+    """Each stood at the longest that it was measured at, and lost to others for that alone."""
+    found = bundled_measurements()
+    for model in found.models():
+        context = found.shared_context(model, 64)
+        methods = {f.method for f in found.fidelity if f.model == model and f.residual in (64, None)}
+        figures = [found.fidelity_of(method, model, 64, context) for method in methods]
+        assert {figure.context for figure in figures} == {context}
+    assert found.fidelity_of("spectral-3", "smollm2-135m", 64).context == 8192
+    assert found.fidelity_of("spectral-3", "smollm2-135m", 64, 77).context == 8192
+    assert found.shared_context("another", 64) is None
+
+
 def test_one_folder_by_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
