@@ -131,7 +131,7 @@ def test_calibration_leaves_padding_out() -> None:
 
 
 def test_heads_that_nothing_reads_take_no_bits(tmp_path: Path) -> None:
-    """Pruned heads and layers had more bits than all others, whose loss was ten times as large for it."""
+    """Pruned heads and layers had more bits than all others, which lost several times as much."""
     model = FAMILIES[0].make()
     first, second = (layer.self_attn.o_proj.weight for layer in model.model.layers)
     dim = model.config.head_dim
