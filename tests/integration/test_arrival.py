@@ -128,7 +128,7 @@ def test_codes_do_not_depend_on_arrival(
 @given(names, edges(), sinks, residuals, backends, st.tuples(st.integers(0, 150), st.integers(0, 150), st.just(0)))
 @example("llama", list(range(0, 200)), 4, 0, "torch", (37, 3, 0))
 @example("llama", [0, 50, 100, 300], 4, 0, "auto", (120, 70, 0))
-@settings(max_examples=examples(25))
+@settings(max_examples=examples(15))
 def test_padded_codes_do_not_depend_on_arrival(
     name: str, cuts: list[int], sink_length: int, residual_length: int, backend: BackendName, pads: tuple[int, ...]
 ) -> None:

@@ -64,7 +64,7 @@ def test_kernels_keep_to_their_registers(codings: tuple[bool, bool], tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (12, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
 def test_kernels_keep_to_their_registers_on_smaller_gpus(capability: tuple[int, int], tmp_path: Path) -> None:
     """There is shared memory for fewer warps, which then have more registers each."""
     with pytest.MonkeyPatch.context() as patch:
