@@ -52,11 +52,9 @@ struct CodesArguments {
 
 constexpr int KEY_WORDS = 8 * TERMS, VALUE_WORDS = 16 * TERMS;  // of a tile's polynomials or tables
 // Warps of a block of threads: as many as shared memory has room for, and where that is little, each has more registers.
-#ifndef __CUDA_ARCH__
-constexpr int MAX_WARPS = 16;
-#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int MAX_WARPS = 8;
-#elif __CUDA_ARCH__ < 900
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int MAX_WARPS = 12;
 #else
 constexpr int MAX_WARPS = 16;
