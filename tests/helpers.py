@@ -35,6 +35,9 @@ def attend_by_kernel(
     return None if view.backend.refuses(query, view, call) else view.backend.attend(query, view, call)
 
 
+ROUNDING = 2e-5
+"""Of two float32 runs of a whole model that read the same codes, as a share of the logits' deviation."""
+
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command line with some arguments: exit status, stdout and stderr."""
 

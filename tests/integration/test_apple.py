@@ -13,12 +13,9 @@ from quantcache import Calibration, SpectralCache, calibrate
 from quantcache.coding.schema import Coding
 from tests.apple import APPLE, apple_gpu, move
 from tests.families import FAMILIES, random_tokens
-from tests.helpers import error
+from tests.helpers import ROUNDING, error
 
 LLAMA = next(family for family in FAMILIES if family.name == "llama")
-
-ROUNDING = 2e-5
-"""Of two float32 runs of a whole model that read the same codes, as a share of the logits' deviation."""
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from quantcache.attention.function import spectral_mask
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.errors import QuantCacheError
 from tests.families import FAMILIES, Family, random_tokens
-from tests.helpers import error, feed
+from tests.helpers import ROUNDING, error, feed
 from tests.integration.test_geometry import LAYOUTS
 from tests.property.effort import report
 
@@ -41,9 +41,6 @@ COMPILERS = (
     pytest.param("inductor", marks=pytest.mark.skipif(CPP is None, reason="inductor needs a compiler")),
 )
 """Tracing is the same for both; inductor is torch's default."""
-
-ROUNDING = 2e-5
-"""Of two float32 runs of a whole model that read the same codes, as a share of the logits' deviation."""
 
 
 @pytest.fixture
