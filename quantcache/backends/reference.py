@@ -212,9 +212,7 @@ def code_scores(
         first, second = keys.unflatten(-2, (2, -1)).unbind(-3)
         inside = torch.arange(BLOCK, dtype=torch.int64, device=query.device)
         offsets = (block_table[:, :1] - block_table[:, 2:]) + inside
-        cos, sin = (
-            each.transpose(-1, -2)[:, None, None] for each in frame.fast_rotation(offsets)
-        )  # [n, 1, 1, pairs, 64]
+        cos, sin = (turn.mT[:, None, None] for turn in frame.fast_rotation(offsets))  # [n, 1, 1, pairs, 64]
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-2)
         scores = scores + matmul(framed[..., slow:], rotated)
     return scores.permute(1, 2, 3, 0, 4).flatten(3)
