@@ -35,7 +35,9 @@ class ReferenceLayer(DynamicLayer):
         self.backend, self.left_padding = layer.backend, left_padding
         self.blocks: list[tuple[int, int, int]] = []  # first slot, valid length, slot of the anchor
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Quantize what the last call left due, then append."""
         self.quantize()
         return super().update(key_states, value_states)

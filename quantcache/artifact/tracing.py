@@ -70,7 +70,7 @@ def traced_layers(config: PreTrainedConfig) -> list[Any] | None:
             cache = DynamicCache(config=config)
             token = torch.zeros(1, 1, dtype=torch.long, device="meta")
             with torch.no_grad():
-                model(input_ids=token, past_key_values=cache, use_cache=True)
+                model(input_ids=token, **compat.cache_argument(model, cache), use_cache=True)
         except UnsupportedModel:
             raise
         except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError):

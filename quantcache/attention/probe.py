@@ -146,7 +146,7 @@ def run(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, position
     device = compat.input_device(model)
     more = {} if position_ids is None else {"position_ids": position_ids.to(device)}
     plain = compat.uncompiled(model)  # a graph of what looks on would serve nobody else
-    return plain(input_ids=input_ids.to(device), past_key_values=cache, use_cache=True, **more)
+    return plain(input_ids=input_ids.to(device), **compat.cache_argument(plain, cache), use_cache=True, **more)
 
 
 @torch.no_grad()

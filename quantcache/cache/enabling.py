@@ -77,7 +77,7 @@ class _Generate:
         cache = setting.make()
         if self.drafts(args, kwargs):
             cache.activate_past_recording()  # as transformers does: rejected tokens must go, from windows too
-        return self.original(*args, **{**kwargs, "past_key_values": cache})
+        return self.original(*args, **{**kwargs, **compat.generate_argument(cache)})
 
     def go_on(
         self,
@@ -94,7 +94,7 @@ class _Generate:
         if kwargs.get("streamer") is not None:
             kwargs = {**kwargs, "streamer": Listener(kwargs["streamer"], tokens)}
         try:
-            output = self.original(*args, **{**kwargs, "past_key_values": cache})
+            output = self.original(*args, **{**kwargs, **compat.generate_argument(cache)})
             found = getattr(output, "sequences", output)[0].tolist()
             # A generate() of the model's own, or around it, may leave the prompt out of what it gives.
             tokens = found if found[: len(prompt)] == prompt else list(prompt)
@@ -135,7 +135,7 @@ class _Generate:
         """Whether a call leaves it to us which cache is used."""
         asked = self.asked(args, kwargs)
         given = asked[0]
-        if given.get("past_key_values") is not None:
+        if compat.given_cache(given) is not None:
             return False
         if any(_other_cache(options) for options in asked):
             return False

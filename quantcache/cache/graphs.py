@@ -23,7 +23,7 @@ from quantcache.common.errors import CannotRepeat, QuantCacheError
 logger = logging.getLogger(__name__)
 
 _READ = ("input_ids", "attention_mask", "position_ids")
-_KNOWN = ("past_key_values", "cache_position")
+_KNOWN = ("cache", "past_key_values", "cache_position")
 _NOTHING_ELSE = {"use_cache": (None, True), "return_dict": (None, True), "logits_to_keep": (None, 0, 1)}
 """Arguments of a forward pass that a graph's step is given, those that follow from the cache, and those that ask for
 nothing else with these values."""
@@ -190,7 +190,7 @@ class _Forward:
         """A forward pass."""
         if args or not self.is_step(kwargs):
             return self.original(*args, **kwargs)
-        cache = kwargs["past_key_values"]
+        cache = compat.given_cache(kwargs)
         try:
             if cache not in self.steps:
                 self.steps[cache] = _Steps(self.model)
@@ -200,7 +200,7 @@ class _Forward:
                 if positions is not None:
                     positions = positions.expand(kwargs["input_ids"].shape)
                 logits = step.take(cache, kwargs["input_ids"], mask, positions)
-                return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+                return CausalLMOutputWithPast(logits=logits, **{compat.cache_name(CausalLMOutputWithPast): cache})
         except CannotRepeat as error:
             self.steps[cache] = None
             _warn_once(f"decoding without CUDA graphs: {error}")
@@ -213,7 +213,7 @@ class _Forward:
 
     def is_step(self, given: dict[str, Any]) -> bool:
         """Whether a pass is of one new token on a compressed cache that has encoded something, and asks for logits."""
-        cache, ids = given.get("past_key_values"), given.get("input_ids")
+        cache, ids = compat.given_cache(given), given.get("input_ids")
         if not isinstance(cache, BlockCache) or not isinstance(ids, Tensor) or torch.is_grad_enabled():
             return False
         layers, positions, mask = cache.spectral_layers, given.get("position_ids"), given.get("attention_mask")

@@ -27,7 +27,7 @@ _OTHERWISE = (
 )
 """Options under which a cache is used otherwise than token by token, or the prompt's own states are asked for."""
 
-_PLAIN = {"input_ids", "attention_mask", "past_key_values", "tokenizer", "assistant_tokenizer"}
+_PLAIN = {"input_ids", "attention_mask", "cache", "past_key_values", "tokenizer", "assistant_tokenizer"}
 """Arguments that are neither generate's own, nor of its config, nor decide what is cached."""
 
 

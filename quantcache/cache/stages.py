@@ -25,6 +25,7 @@ from quantcache.cache.tails import TailBuffer
 from quantcache.cache.transaction import commit, with_ruler
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
+from quantcache.common import compat
 from quantcache.common.errors import CannotRepeat, QuantCacheError
 
 FREE_BLOCKS = 64
@@ -165,7 +166,7 @@ class Period:
             input_ids=self.ids,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
+            **compat.cache_argument(self.model, self.cache),
             use_cache=True,
         )
         logits: Tensor = output.logits

@@ -116,7 +116,8 @@ class TraceableCache(ConsistentCache):
         layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         packed = isinstance(layer, SpectralLayer)
         served = (packed or compat.is_window(layer)) and traced.takes(key_states, value_states)
-        if not (served and self.read_once) or args or kwargs:
+        # What a model says beside (``kwargs=``, since transformers 5.24) is for paged caches.
+        if not (served and self.read_once) or args or kwargs.keys() - {"kwargs"}:
             return _untraced_update(self, key_states, value_states, layer_idx, *args, **kwargs)
         torch.ops.quantcache.update(self.ticket, key_states, value_states, layer_idx)
         if packed and layer.ruler is not None:

@@ -76,6 +76,7 @@ def generate(
         import torch
 
         from quantcache.cache.spectral_cache import SpectralCache
+        from quantcache.common import compat
 
         loaded, tokenizer = load_model(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
@@ -99,7 +100,7 @@ def generate(
             output = cast(Any, loaded).generate(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
-                past_key_values=cache,
+                **compat.generate_argument(cache),
                 use_cache=True,
                 max_new_tokens=max_new_tokens,
                 streamer=watched,

@@ -161,7 +161,7 @@ def _answer(model: PreTrainedModel, tokenizer: Any, side: _Side, question: Tenso
     tokens = question[None].to(device)
     for _ in range(count):
         began = time.perf_counter()
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=tokens, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())  # waits for the device
         if found:
             side.steps.append(time.perf_counter() - began)

@@ -22,6 +22,7 @@ from quantcache.accounting import CacheMemory, measure
 from quantcache.attention.function import register_attention
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
+from quantcache.common import compat
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import measure_fidelity, parse_methods
 
@@ -200,7 +201,7 @@ def _plant(tokenizer: Any, haystack: Tensor, code: str) -> tuple[Tensor, Tensor]
 def _fill(model: PreTrainedModel, cache: Cache, tokens: Tensor, on_progress: Any) -> None:
     """Feed tokens in chunks, so that the later ones read the packed earlier ones."""
     for chunk in tokens.split(CHUNK):
-        model(input_ids=chunk[None], past_key_values=cache, use_cache=True)
+        model(input_ids=chunk[None], **compat.cache_argument(model, cache), use_cache=True)
         on_progress(len(chunk))
 
 
@@ -210,7 +211,7 @@ def _continue(model: Any, tokenizer: Any, tokens: Tensor, cache: Cache, count: i
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **compat.generate_argument(cache),
         use_cache=True,
         max_new_tokens=count,
         **(how or {"do_sample": False}),

@@ -225,11 +225,14 @@ def continuation(model: PreTrainedModel, prompt: Tensor, count: int, temperature
     written: list[int] = []
     pieces = [*prompt[:-1].split(PROMPT_CHUNK)] if len(prompt) > 1 else []
     for piece in pieces:
-        model(input_ids=piece[None].to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=piece[None].to(device), **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     last = prompt[-1:]
     for _ in range(count):
         logits = (
-            model(input_ids=last[None].to(device), past_key_values=cache, use_cache=True).logits[0, -1].float().cpu()
+            model(input_ids=last[None].to(device), **compat.cache_argument(model, cache), use_cache=True)
+            .logits[0, -1]
+            .float()
+            .cpu()
         )
         logits[ends] = -torch.inf
         if draw is None:

@@ -59,7 +59,7 @@ def feed(model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int = CHUN
         chunk: Tokens fed at once.
     """
     for part in tokens.to(compat.input_device(model)).split(chunk, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1)
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def greedy(model: PreTrainedModel, cache: Cache, tokens: Tensor, count: int) -> 
     tokens = tokens.to(compat.input_device(model))
     found = []
     for _ in range(count):
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=tokens, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
         tokens = logits[:, -1:].argmax(-1).to(tokens.device)
         found.append(tokens)
     return torch.cat(found, dim=1).cpu()

@@ -365,7 +365,7 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor, cache: Any, parts: in
         Log-probabilities, ``[T, vocabulary]`` float32.
     """
     logits = [
-        model(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0]
+        model(input_ids=part[None], **compat.cache_argument(model, cache), use_cache=True).logits[0]
         for part in ids.split(math.ceil(len(ids) / parts))
     ]
     return torch.cat(logits).float().log_softmax(-1)

@@ -142,7 +142,7 @@ class QuantCacheLM(HFLM):
         kind, dtype = self.device.type, self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(device_type=kind, dtype=dtype, enabled=dtype is not None):
             parts = [
-                self.model(input_ids=part, past_key_values=cache, use_cache=True).logits
+                self.model(input_ids=part, **compat.cache_argument(self.model, cache), use_cache=True).logits
                 for part in pieces(inps, self.chunk, self.sink_length)
             ]
         return torch.cat(parts, dim=1)
@@ -157,7 +157,9 @@ class QuantCacheLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Continue left-padded rows ``[B, T]`` with a fresh cache; everything else is up to lm-eval."""
-        output = super()._model_generate(context, max_length, stop, past_key_values=self.make_cache(), **options)
+        output = super()._model_generate(
+            context, max_length, stop, **compat.generate_argument(self.make_cache()), **options
+        )
         if self.first_coded is not None:
             # The prompt's pass gives the first token, and reads nothing; a step reads what is there before its token.
             rows, length = output.shape

@@ -331,7 +331,7 @@ def _answer(
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **compat.generate_argument(cache),
         use_cache=True,
         max_new_tokens=new_tokens,
         do_sample=False,

@@ -193,7 +193,7 @@ def _measure_window(
     dense = DynamicCache(config=model.config)
     with replaced_attention(model, attention):
         for part in pieces(tokens.to(compat.input_device(model)), chunk, sink_length):
-            model(input_ids=part, past_key_values=dense, use_cache=True, logits_to_keep=1)
+            model(input_ids=part, **compat.cache_argument(model, dense), use_cache=True, logits_to_keep=1)
             started = True
     if not seen:
         raise UnsupportedModel(

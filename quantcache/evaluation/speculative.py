@@ -207,7 +207,7 @@ def _decode(model: Any, draft: Any, method: Method, prompt: Tensor, new_tokens: 
             output = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=method.make_cache(),
+                **compat.generate_argument(method.make_cache()),
                 use_cache=True,
                 max_new_tokens=new_tokens,
                 do_sample=False,

@@ -163,10 +163,10 @@ def _time(
     def read(name: str) -> None:
         caches[name] = pair[name].make_cache()
         for part in prompt.split(PREFILL_CHUNK, dim=1):
-            model(input_ids=part, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+            model(input_ids=part, **compat.cache_argument(model, caches[name]), use_cache=True, logits_to_keep=1)
 
     def step(name: str) -> None:
-        model(input_ids=prompt[:, -1:], past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+        model(input_ids=prompt[:, -1:], **compat.cache_argument(model, caches[name]), use_cache=True, logits_to_keep=1)
 
     for number in range(1 + prefills):
         for name in pair:

@@ -229,7 +229,7 @@ def answer(
     stops, device = end_tokens(model), compat.input_device(model)
     tokens, found, text = question[None].to(device), [], ""
     for _ in range(count):
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=tokens, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())
         if token in stops:
             break

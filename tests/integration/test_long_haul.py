@@ -62,9 +62,9 @@ def test_one_token_at_a_time(coding: Coding) -> None:
     given: list[tuple[Tensor, Tensor]] = []
     update = cache.update
 
-    def recorded(keys: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def recorded(keys: Tensor, values: Tensor, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
         given.append((keys, values))
-        return update(keys, values, *args)
+        return update(keys, values, *args, **more)
 
     cache.update = recorded
     with torch.no_grad():

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel,
 
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
+from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import memory, needle, qa, routing, runner, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells
@@ -231,7 +232,8 @@ def test_windows_of_a_text_with_bos_begin_with_it(tiny: PreTrainedModel, tokens:
     text, heads = torch.cat((torch.tensor([bos]), tokens)), []
 
     def look(module: object, args: object, kwargs: dict[str, Any]) -> None:
-        if kwargs["past_key_values"] is not None and not kwargs["past_key_values"].get_seq_length():
+        cache = compat.given_cache(kwargs)
+        if cache is not None and not cache.get_seq_length():
             heads.append(kwargs["input_ids"][0, :2].tolist())
 
     hook = tiny.register_forward_pre_hook(look, with_kwargs=True)

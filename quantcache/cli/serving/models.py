@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -136,8 +137,10 @@ class CompressedModels(ModelManager):
 
     def _found(self, model: str, file: str | None) -> str:
         """Where a model of ours is; other names stay as they are."""
-        name, revision = model.split("@", 1)
-        return model if file is not None else f"{model_source(name)}@{revision}"
+        if file is not None or os.path.exists(model):
+            return model
+        name, _, revision = model.partition("@")
+        return f"{model_source(name)}@{revision}"
 
     def _compress(self, model: PreTrainedModel, calibration: Calibration) -> None:
         options, prefixes = self.compression.options, self.compression.prefixes
@@ -151,7 +154,7 @@ class CompressedModels(ModelManager):
                 logger.warning("prefixes are not kept: %s", reason)
         enable(model, calibration, **options)
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """What ``/v1/models`` lists: the models with a calibration, and all others where those are served too.
 
         Args:
@@ -166,8 +169,10 @@ class CompressedModels(ModelManager):
         ]
         if not self.compression.allow_dense:
             return ours
-        others = super().get_gen_models(cache_dir)
+        others = compat.own_listing(self, cache_dir)
         return [*ours, *(each for each in others if canonical(each["id"]) not in self._calibrations)]
+
+    get_gen_models = list_models  # type: ignore[assignment]  # what transformers calls it before 5.24
 
     def shutdown(self) -> None:
         """Unload all models, and write the prefixes in memory to their folder."""

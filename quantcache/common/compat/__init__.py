@@ -5,7 +5,11 @@ from quantcache.common.compat.attention import can_change_attention as can_chang
 from quantcache.common.compat.attention import mask_arguments as mask_arguments
 from quantcache.common.compat.attention import turning_positions as turning_positions
 from quantcache.common.compat.attention import use_attention as use_attention
+from quantcache.common.compat.generating import cache_argument as cache_argument
+from quantcache.common.compat.generating import cache_name as cache_name
 from quantcache.common.compat.generating import chunks_go_on as chunks_go_on
+from quantcache.common.compat.generating import generate_argument as generate_argument
+from quantcache.common.compat.generating import given_cache as given_cache
 from quantcache.common.compat.layers import is_full_attention as is_full_attention
 from quantcache.common.compat.layers import is_placeholder as is_placeholder
 from quantcache.common.compat.layers import is_recurrent as is_recurrent
@@ -33,6 +37,7 @@ from quantcache.common.compat.quantizers import missing_quantizer as missing_qua
 from quantcache.common.compat.quantizers import quantized_cache as quantized_cache
 from quantcache.common.compat.quantizers import quantized_parts as quantized_parts
 from quantcache.common.compat.serving import Oversight as Oversight
+from quantcache.common.compat.serving import own_listing as own_listing
 from quantcache.common.compat.serving import require_server as require_server
 from quantcache.common.compat.serving import serving_application as serving_application
 from quantcache.common.compat.wrappers import ADAPTED as ADAPTED

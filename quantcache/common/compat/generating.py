@@ -1,10 +1,72 @@
-"""How ``generate`` reads a prompt."""
+"""How models and ``generate`` take a cache, and how ``generate`` reads a prompt."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers import GenerationMixin
+
+from quantcache.common.compat.wrappers import unwrapped
+
+_NAMES = ("past_key_values", "cache")
+"""What a cache is called before transformers 5.24 and in models with code of their own, and from then on."""
+
+
+def cache_name(taker: Callable[..., Any]) -> str:
+    """What a function or a class calls the cache that it takes.
+
+    Args:
+        taker: The function or class.
+
+    Returns:
+        ``"past_key_values"`` or ``"cache"``; what ``generate`` calls it where the signature names neither.
+    """
+    for each in (taker, GenerationMixin.prepare_inputs_for_generation):
+        for name in _NAMES:
+            if name in inspect.signature(each).parameters:
+                return name
+    raise AssertionError("transformers' generate() takes no cache under a name that is known")
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache as a model's forward pass takes it.
+
+    A pass that is given one under the other name may warn, or leave it out and make its own without a word.
+
+    Args:
+        model: The model, or a wrapper around it.
+        cache: The cache.
+
+    Returns:
+        The keyword argument.
+    """
+    return {cache_name(unwrapped(model).forward): cache}
+
+
+def generate_argument(cache: Any) -> dict[str, Any]:
+    """A cache as ``generate`` takes it.
+
+    Args:
+        cache: The cache.
+
+    Returns:
+        The keyword argument.
+    """
+    return {cache_name(GenerationMixin.prepare_inputs_for_generation): cache}
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward pass or of ``generate``.
+
+    Args:
+        arguments: Keyword arguments.
+
+    Returns:
+        The cache, under either name; None if there is none.
+    """
+    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
 
 
 def chunks_go_on() -> bool:

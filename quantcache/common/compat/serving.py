@@ -24,6 +24,25 @@ def require_server() -> None:
         raise QuantCacheError("serving needs fastapi, uvicorn and openai: pip install 'quantcache[serve]'")
 
 
+def own_listing(manager: Any, folder: str | None) -> list[dict[str, Any]]:
+    """The models that transformers' own manager lists.
+
+    Args:
+        manager: The manager, possibly of a class that lists others.
+        folder: The Hub's cache folder.
+
+    Returns:
+        Entries as OpenAI has them.
+    """
+    from transformers.cli.serving.model_manager import ModelManager
+
+    if hasattr(ModelManager, "list_models"):  # since 5.24
+        listed: list[dict[str, Any]] = ModelManager.list_models(manager, folder)
+        return listed
+    found: list[dict[str, Any]] = ModelManager.get_gen_models(folder)
+    return found
+
+
 _LENGTH = "max_completion_tokens"
 """OpenAI's present name of ``max_tokens``, which is all that transformers' first servers know."""
 
