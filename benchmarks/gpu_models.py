@@ -19,7 +19,7 @@ import quantcache
 from quantcache import DecodeGraph, SpectralCache, accounting, backends
 from quantcache.backends import BackendName
 from quantcache.coding.packing import BLOCK
-from quantcache.common.errors import CannotRepeat
+from quantcache.common.errors import GraphCaptureError
 from quantcache.evaluation.summaries import quantiles
 
 KINDS: dict[str, tuple[str, BackendName | None]] = {
@@ -198,7 +198,7 @@ def graph_rung(run: Run, name: str, model: Any, make: Callable[[], Cache], batch
     expected = [model(**given).logits.clone() for _ in range(BLOCK + 4)]
     try:  # as it is, captured, and replayed until a block has been encoded
         found = [step(ids).clone() for _ in range(BLOCK + 4)]
-    except CannotRepeat as error:
+    except GraphCaptureError as error:
         return {"status": f"unsupported: {error}"}
     for two in (slice(2, 4), slice(-2, None)):
         if reason := repeats(expected[two], found[two]):

@@ -217,7 +217,7 @@ def _traced(
         settings = (scaling, dropout, is_causal, softcap, s_aux)
         return _untraced(module, query, key, value, attention_mask, settings, peculiar | rest)
     output: Tensor = torch.ops.quantcache.attend(
-        key.cache_.ticket,
+        key.cache_.handle,
         query,
         attention_mask,
         getattr(attention_mask, "shown_", None),
@@ -244,7 +244,7 @@ def _untraced(
 
 @torch.library.impl("quantcache::attend", "CompositeExplicitAutograd", lib=traced.operators)
 def _attend(
-    ticket: Tensor,
+    handle: Tensor,
     query: Tensor,
     mask: Tensor | None,
     shown: Tensor | None,
@@ -256,9 +256,9 @@ def _attend(
     groups: int,
     *settings: Any,
 ) -> Tensor:
-    cache, module = traced.cache_of(ticket), SimpleNamespace(num_key_value_groups=groups)
-    view = cache.told(layer, query.shape[2], (shown, positions) if known else None)
-    key, value = (None, None) if view is not None else cache.returned(layer)
+    cache, module = traced.cache_of(handle), SimpleNamespace(num_key_value_groups=groups)
+    view = cache.note_arrivals(layer, query.shape[2], (shown, positions) if known else None)
+    key, value = (None, None) if view is not None else cache.last_output(layer)
     scaling, causal, softcap = settings
     return _attended(module, query, key, value, view, mask, scaling, causal, softcap, s_aux).contiguous()
 

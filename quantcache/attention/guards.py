@@ -15,8 +15,8 @@ from quantcache.common.errors import QuantCacheError, TokensNotFinite
 logger = logging.getLogger(__name__)
 
 
-class Later:
-    """A few numbers that a device works out, had when they are asked for: until then the CPU goes on.
+class AsyncReadback:
+    """Numbers copied from a device to the CPU, which waits for them only when it reads them.
 
     Args:
         numbers: The numbers, ``[n]``.
@@ -31,8 +31,8 @@ class Later:
             self._event.record(torch.cuda.current_stream(numbers.device))
 
     @staticmethod
-    def pays(device: torch.device) -> bool:
-        """Whether asking later spares a wait."""
+    def is_asynchronous(device: torch.device) -> bool:
+        """Whether a device works on while the CPU goes on."""
         return device.type == "cuda"
 
     def tolist(self) -> list[Any]:
@@ -42,18 +42,18 @@ class Later:
         return self._numbers.tolist()
 
 
-class Look:
-    """Whether tokens are finite: asked on their device at once, answered when the CPU needs to know.
+class FiniteCheck:
+    """Whether tokens are finite: computed on their device at once, read when the CPU needs to know.
 
     Args:
         tokens: Keys, values or both.
     """
 
     def __init__(self, tokens: dict[str, Tensor]) -> None:
-        self._flags: Later | None = None
+        self._flags: AsyncReadback | None = None
         if tokens:
             with torch.no_grad():
-                self._flags = Later(torch.stack([torch.isfinite(tensor).all() for tensor in tokens.values()]))
+                self._flags = AsyncReadback(torch.stack([torch.isfinite(tensor).all() for tensor in tokens.values()]))
 
     def finite(self) -> bool:
         """Whether all tokens are finite; waits for the answer where it is still under way."""
@@ -115,7 +115,7 @@ def require_finite(index: int | None, side: str, tokens: Tensor, start: int, lef
         )
 
 
-def warn_of_saturation(index: int | None, gains: dict[str, Later]) -> None:
+def warn_of_saturation(index: int | None, gains: dict[str, AsyncReadback]) -> None:
     """Say so, once for each side of a layer, where gains do not fit their range.
 
     Args:

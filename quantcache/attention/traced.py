@@ -3,7 +3,7 @@
 Traced as it is, a cache would be compiled anew for every block; called as it is, it would break the graph twice in each
 layer. So while dynamo traces a model, a cache puts the operator ``update`` into the graph and returns a
 :class:`TracedKV` for each side, and our attention function, given those, puts in ``attend``. When the graph runs, they
-find the cache by its *ticket* and do what is done without compiling. The graph holds no cache and no length: the next
+find the cache by its *handle* and do what is done without compiling. The graph holds no cache and no length: the next
 token, the next block and the next cache run through the same one.
 
 Any other reader of a :class:`TracedKV` gets the dense tensor, at the price of graph breaks.
@@ -26,24 +26,24 @@ from quantcache.common.errors import QuantCacheError
 operators = torch.library.Library("quantcache", "DEF")
 """``quantcache::update`` and ``quantcache::attend``, implemented by those who do the work without compiling."""
 
-# Both say that they change the ticket, so that no compiler drops, merges or reorders them. They run outside of CUDA
+# Both say that they change the handle, so that no compiler drops, merges or reorders them. They run outside of CUDA
 # graphs, which would repeat a step with the addresses and lengths of the recorded one.
 for _schema in (
-    "update(Tensor(a!) ticket, Tensor key, Tensor value, int layer) -> ()",
-    "attend(Tensor(a!) ticket, Tensor query, Tensor? mask, Tensor? shown, Tensor? positions, Tensor? s_aux, int layer, "
+    "update(Tensor(a!) handle, Tensor key, Tensor value, int layer) -> ()",
+    "attend(Tensor(a!) handle, Tensor query, Tensor? mask, Tensor? shown, Tensor? positions, Tensor? s_aux, int layer, "
     "bool known, int value_dim, int groups, float? scaling, bool causal, float? softcap) -> Tensor",
 ):
     operators.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
 
 
 @torch.library.register_fake("quantcache::update", lib=operators)
-def _(ticket: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
+def _(handle: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
     pass
 
 
 @torch.library.register_fake("quantcache::attend", lib=operators)
 def _(
-    ticket: Tensor,
+    handle: Tensor,
     query: Tensor,
     mask: Tensor | None,
     shown: Tensor | None,
@@ -77,21 +77,21 @@ def takes(*tensors: Tensor | None) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------- tickets
+# ---------------------------------------------------------------------- handles
 
 _caches: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_PAGE = torch.arange(1 << 16, dtype=torch.int64, device="cpu")  # every ticket is one of its elements: none takes memory
+_PAGE = torch.arange(1 << 16, dtype=torch.int64, device="cpu")  # every handle is one of its elements: none takes memory
 _numbers = itertools.cycle(range(len(_PAGE)))
 
 
-def ticket_of(cache: Any) -> Tensor:
+def handle_of(cache: Any) -> Tensor:
     """Make a cache known to the operators.
 
     Args:
         cache: The cache; it is not kept alive.
 
     Returns:
-        Its ticket, ``[1]`` int64 on the CPU.
+        Its handle, ``[1]`` int64 on the CPU.
 
     Raises:
         QuantCacheError: There are too many caches.
@@ -104,11 +104,11 @@ def ticket_of(cache: Any) -> Tensor:
         return _PAGE[number : number + 1]
 
 
-def cache_of(ticket: Tensor) -> Any:
+def cache_of(handle: Tensor) -> Any:
     """Find the cache that a graph runs on.
 
     Args:
-        ticket: As :func:`ticket_of` has made it.
+        handle: As :func:`handle_of` has made it.
 
     Returns:
         The cache.
@@ -116,20 +116,20 @@ def cache_of(ticket: Tensor) -> Any:
     Raises:
         QuantCacheError: It is gone.
     """
-    cache = _caches.get(int(ticket))
+    cache = _caches.get(int(handle))
     if cache is None:
-        raise QuantCacheError(f"a compiled graph asks for cache {int(ticket)} of this process, which is gone")
+        raise QuantCacheError(f"a compiled graph asks for cache {int(handle)} of this process, which is gone")
     return cache
 
 
-# ---------------------------------------------------------------------- rulers
+# ---------------------------------------------------------------------- symbolic lengths
 
-_GRADUATION = torch.empty(1, 0, dtype=torch.int8, device="cpu")
-_LONGER = 2  # by so much is every ruler: sizes 0 and 1 are compiled for themselves
+_NO_ELEMENTS = torch.empty(1, 0, dtype=torch.int8, device="cpu")
+_OFFSET = 2  # carriers are longer by this: sizes 0 and 1 are compiled for themselves
 
 
-def ruler_of(length: int) -> Tensor:
-    """A length as a graph can read it without being compiled for it: as the size of a tensor.
+def symbolic_length(length: int) -> Tensor:
+    """A length as a graph can read it without being compiled for it: as the size of a tensor, its carrier.
 
     Args:
         length: The length.
@@ -137,34 +137,34 @@ def ruler_of(length: int) -> Tensor:
     Returns:
         A tensor without elements, ``[length + 2, 0]``.
     """
-    ruler = _GRADUATION.expand(length + _LONGER, 0)
-    torch._dynamo.maybe_mark_dynamic(ruler, 0)
-    return ruler
+    carrier = _NO_ELEMENTS.expand(length + _OFFSET, 0)
+    torch._dynamo.maybe_mark_dynamic(carrier, 0)
+    return carrier
 
 
-def measured(ruler: Tensor) -> int:
-    """The length that a ruler stands for.
+def length_of(carrier: Tensor) -> int:
+    """The length that a carrier stands for.
 
     Args:
-        ruler: As :func:`ruler_of` has made it.
+        carrier: As :func:`symbolic_length` has made it.
 
     Returns:
         The length, a symbol while a model is traced.
     """
-    return ruler.shape[0] - _LONGER
+    return carrier.shape[0] - _OFFSET
 
 
-def lengthened(ruler: Tensor, count: int) -> Tensor:
-    """A ruler for more tokens, made while a model is traced.
+def extended_length(carrier: Tensor, count: int) -> Tensor:
+    """A carrier for more tokens, made while a model is traced.
 
     Args:
-        ruler: As :func:`ruler_of` has made it.
+        carrier: As :func:`symbolic_length` has made it.
         count: How many more.
 
     Returns:
         The longer one.
     """
-    return _GRADUATION.expand(ruler.shape[0] + count, 0)
+    return _NO_ELEMENTS.expand(carrier.shape[0] + count, 0)
 
 
 # ---------------------------------------------------------------------- keys and values
@@ -228,7 +228,7 @@ def _plain(value: Any) -> Any:
 
 @torch.compiler.disable
 def _dense(cache: Any, layer: int) -> tuple[Tensor, ...]:
-    return tuple(each.materialize() if isinstance(each, LazyKV) else each for each in cache.returned(layer))
+    return tuple(each.materialize() if isinstance(each, LazyKV) else each for each in cache.last_output(layer))
 
 
 def untraced(key: Any, value: Any) -> tuple[Any, Any]:
@@ -242,6 +242,6 @@ def untraced(key: Any, value: Any) -> tuple[Any, Any]:
         Tensors, lazy ones from a spectral layer.
     """
     if isinstance(key, TracedKV) and isinstance(value, TracedKV) and key.dense_ is value.dense_ and not key.dense_:
-        keys, values = key.cache_.returned(key.layer_)
+        keys, values = key.cache_.last_output(key.layer_)
         return keys, values
     return _plain(key), _plain(value)

@@ -23,7 +23,7 @@ from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import DerivedConstants, SpectralCodec
 from quantcache.common.ambient import without_autocast
-from quantcache.common.errors import CannotRepeat
+from quantcache.common.errors import GraphCaptureError
 from quantcache_kernels.interface import AttentionCall
 
 CODE_QUERIES = 16
@@ -62,7 +62,7 @@ class Stage(ABC):
             ``[B, 1, Hq, Dv]`` in the query's dtype, overwritten by the next call.
 
         Raises:
-            CannotRepeat: The backend refuses the call.
+            GraphCaptureError: The backend refuses the call.
         """
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Stage(ABC):
             mask: As of the calls; None for none.
 
         Raises:
-            CannotRepeat: It does.
+            GraphCaptureError: It does.
         """
 
 
@@ -193,9 +193,9 @@ class Backend(ABC):
             The stage.
 
         Raises:
-            CannotRepeat: The backend has no such steps, or cannot serve these.
+            GraphCaptureError: The backend has no such steps, or cannot serve these.
         """
-        raise CannotRepeat(f"attention by the {self.name} backend depends on lengths that the host knows")
+        raise GraphCaptureError(f"attention by the {self.name} backend depends on lengths that the host knows")
 
     @without_autocast
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:

@@ -23,7 +23,7 @@ from quantcache.backends.triton import TritonBackend
 from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
-from quantcache.common.errors import CannotRepeat
+from quantcache.common.errors import GraphCaptureError
 from quantcache_kernels.cuda import calls
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.compiler import CudaError
@@ -121,13 +121,13 @@ class CudaBackend(Backend):
     ) -> Stage:
         """Lay out the arguments that do not change."""
         if view.report is None or view.report.attends is not None:
-            raise CannotRepeat(f"attention runs in plain torch: {view.report and view.report.attends}")
+            raise GraphCaptureError(f"attention runs in plain torch: {view.report and view.report.attends}")
         memory = shared.setdefault(self.name, Memory())
         lasting = Lasting.of(units_of(blocks, not view.cut), memory, count.device)
         try:
             return CudaStage(self, view, room, count, masked, lasting)
         except CudaError as error:  # of a plain step a trial says so
-            raise CannotRepeat(f"the kernels cannot be used: {error}") from error
+            raise GraphCaptureError(f"the kernels cannot be used: {error}") from error
 
     def encode(self, codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:
         """Encode into this layout; what the kernel does not take in the portable one, to be brought into this."""
@@ -176,7 +176,7 @@ class CudaStage(Stage):
         self._sides = prepared(cast(SpectralCodec, view.key.codec)), prepared(cast(SpectralCodec, view.value.codec))
         near = _near(view, room, count)
         if near is None:
-            raise CannotRepeat("the kernels cannot read the tail where it lies")
+            raise GraphCaptureError("the kernels cannot read the tail where it lies")
         self._near, self._count = near, count
         self._blocks = _blocks(view)
         kernels.announce(lasting, self._blocks, near, *self._sides, view.key.tail.shape[2])
@@ -193,7 +193,7 @@ class CudaStage(Stage):
             reason = "it brings several tokens at once" if query.shape[2] > 1 else None
             reason = reason or self._backend.refuses(query, self._view, call)
             if reason is not None:
-                raise CannotRepeat(f"the {self._backend.name} backend does not serve this step: {reason}")
+                raise GraphCaptureError(f"the {self._backend.name} backend does not serve this step: {reason}")
         return kernels.attend(query, self._blocks, self._near, *self._sides, call, lasting=self._lasting)
 
     def follow(self, view: CacheView, room: dict[str, Tensor], held: int) -> bool:
@@ -216,7 +216,7 @@ class CudaStage(Stage):
     def require_hidden(self, mask: Tensor | None) -> None:
         """The kernels hide padding whatever a mask says."""
         if shows_padding(mask if self._masked else None, self._view.left_padding, self._view.length):
-            raise CannotRepeat("the cuda backend does not serve this step: a query attends to padding")
+            raise GraphCaptureError("the cuda backend does not serve this step: a query attends to padding")
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from quantcache.coding.blocks import SideCodec, block_slots
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import without_autocast
-from quantcache.common.errors import CannotRepeat
+from quantcache.common.errors import GraphCaptureError
 
 if TYPE_CHECKING:
     from quantcache.backends.base import Backend, BackendReport, Stage
@@ -221,7 +221,7 @@ class CacheView:
         """
         side = self.side(name)
         if self.stage is not None:
-            raise CannotRepeat(f"something other than spectral attention asks for the {name}s of a captured step")
+            raise GraphCaptureError(f"something other than spectral attention asks for the {name}s of a captured step")
         if not self.num_blocks:
             return side.tail
         assert side.codec is not None

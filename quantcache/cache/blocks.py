@@ -35,7 +35,7 @@ from quantcache.backends.store import BlockStore, moved
 from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
 from quantcache.cache.tails import TailBuffer
-from quantcache.cache.transaction import glimpse, put, with_ruler
+from quantcache.cache.transaction import put, shallow_copy, with_symbolic_length
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
@@ -83,11 +83,11 @@ class BlockLayer(DynamicLayer):
     trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
     cut: bool  # whether a crop has left some block less than full
     pending: bool  # whether new tokens await their reader before they may be encoded
-    gains: dict[str, guards.Later]  # how many of the last blocks' gains do not fit their range
+    gains: dict[str, guards.AsyncReadback]  # how many of the last blocks' gains do not fit their range
     refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
-    look: guards.Look | None  # whether the tail's first block, which is not due yet, is finite
+    finite_check: guards.FiniteCheck | None  # whether the tail's first block, which is not due yet, is finite
     layout: Backend  # in whose layout the blocks are
-    ruler: Tensor | None = None  # T as a graph reads it, see traced.ruler_of; of the cache's first layer only
+    symbolic_length: Tensor | None = None  # T as a graph reads it; of the cache's first layer only
     shared: Shared | None  # what views of these blocks have in common
 
     def __init__(
@@ -134,12 +134,13 @@ class BlockLayer(DynamicLayer):
 
     def _commit(self, **state: Any) -> None:
         """Put a new state in place at once. What follows from the old one is gone, unless the new one names it."""
-        put(self, with_ruler(self, {"look": None, "refused": False, "buffer": None, "shared": None, **state}))
+        state = {"finite_check": None, "refused": False, "buffer": None, "shared": None, **state}
+        put(self, with_symbolic_length(self, state))
 
     def _go_on(self, **state: Any) -> None:
         """Put a new state in place at once, for blocks that stay as they are."""
         state["refused"] = False
-        put(self, with_ruler(self, state))
+        put(self, with_symbolic_length(self, state))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
@@ -381,7 +382,7 @@ class BlockLayer(DynamicLayer):
             The new layer.
         """
         self.flush_if_finite()
-        new = glimpse(self)
+        new = shallow_copy(self)
         new.stores = {side: store.fork() for side, store in new.stores.items()}
         new.block_table = new.block_table.fork()
         return new
@@ -389,7 +390,7 @@ class BlockLayer(DynamicLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy what is stored; constants are shared."""
         self.flush_if_finite()
-        new = glimpse(self)
+        new = shallow_copy(self)
         memo[id(self)] = new
         new.stores = {side: store.copy() for side, store in new.stores.items()}
         new.block_table = new.block_table.copy()

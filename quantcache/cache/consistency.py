@@ -21,7 +21,7 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.passes import ForwardPass, Outcome, watch
 from quantcache.cache.rows import chosen_rows, held_rows, repeated_rows
 from quantcache.cache.settling import busy, first_layer, follows_text, lengths, unsettled, unusable
-from quantcache.cache.transaction import commit, compact_copy, frozen, is_unchanged
+from quantcache.cache.transaction import commit, compact_copy, is_unchanged, state_copy
 from quantcache.common import processes
 from quantcache.common.errors import QuantCacheError
 
@@ -164,7 +164,7 @@ class ConsistentCache(DynamicCache):
         if settled:
             self._drop_refused()
             self._require_settled(self.layers)
-        prepared = [frozen(layer) for layer in self.layers]
+        prepared = [state_copy(layer) for layer in self.layers]
         for layer in prepared:
             operation(layer)
         commit([*self.layers, self], [*map(vars, prepared), state])
@@ -303,7 +303,7 @@ class ConsistentCache(DynamicCache):
             if any(isinstance(layer, SpectralLayer) and layer.pending for layer in self.layers):
                 self._require_settled(self.layers)
                 self._change(self._finish)
-            seen = [frozen(layer) for layer in self.layers]
+            seen = [state_copy(layer) for layer in self.layers]
             self._require_settled(seen)
             new = self._of([take(layer) for layer in seen])
             if self.holds(seen):
@@ -335,19 +335,19 @@ class ConsistentCache(DynamicCache):
         """
         return self._taken(lambda layer: layer)
 
-    def glimpse(self) -> Self:
+    def at_one_moment(self) -> Self:
         """The cache as it is now, in the middle of a forward pass too: each layer at one moment.
 
         Returns:
             A cache to read sizes from.
         """
-        return self._of([frozen(layer) for layer in self.layers])
+        return self._of([state_copy(layer) for layer in self.layers])
 
     def holds(self, layers: list[Any]) -> bool:
         """Whether the cache still holds what some copies of its layers do, and no other thread is changing it.
 
         Args:
-            layers: As :func:`quantcache.cache.transaction.frozen` gives them.
+            layers: As :func:`quantcache.cache.transaction.state_copy` gives them.
 
         Returns:
             True if so.

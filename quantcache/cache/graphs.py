@@ -18,7 +18,7 @@ from quantcache.attention.function import ATTENTION_NAME
 from quantcache.cache.spectral_cache import BlockCache
 from quantcache.cache.stages import Graph, Period
 from quantcache.common import compat
-from quantcache.common.errors import CannotRepeat, QuantCacheError
+from quantcache.common.errors import GraphCaptureError, QuantCacheError
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ class _Steps:
         model: The model.
 
     Raises:
-        CannotRepeat: The model's attention is another one.
+        GraphCaptureError: The model's attention is another one.
     """
 
     def __init__(self, model: Any):
         names = set(compat.attention_implementations(model.config).values())
         if names != {ATTENTION_NAME}:
-            raise CannotRepeat(f'the model attends by {", ".join(sorted(map(str, names)))}, not by "spectral"')
+            raise GraphCaptureError(f'the model attends by {", ".join(sorted(map(str, names)))}, not by "spectral"')
         self._model = model
         self._period: Period | None = None
         self._graph: Graph | None = None  # the last one, whose memory the next one goes on with
@@ -123,7 +123,7 @@ class DecodeGraph:
         cache: Its cache, which holds encoded blocks when the first step is taken.
 
     Raises:
-        CannotRepeat: The model's attention is another one.
+        GraphCaptureError: The model's attention is another one.
     """
 
     def __init__(self, model: Any, cache: BlockCache):
@@ -145,7 +145,7 @@ class DecodeGraph:
             Logits, ``[B, 1, V]``.
 
         Raises:
-            CannotRepeat: The step cannot be captured; the cache is as before.
+            GraphCaptureError: The step cannot be captured; the cache is as before.
             QuantCacheError: The arguments do not fit the cache.
         """
         return self._steps.take(self.cache, input_ids, attention_mask, position_ids)
@@ -201,7 +201,7 @@ class _Forward:
                     positions = positions.expand(kwargs["input_ids"].shape)
                 logits = step.take(cache, kwargs["input_ids"], mask, positions)
                 return CausalLMOutputWithPast(logits=logits, **{compat.cache_name(CausalLMOutputWithPast): cache})
-        except CannotRepeat as error:
+        except GraphCaptureError as error:
             self.steps[cache] = None
             _warn_once(f"decoding without CUDA graphs: {error}")
         return self.original(**kwargs)

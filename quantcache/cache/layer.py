@@ -158,19 +158,19 @@ class SpectralLayer(BlockLayer):
         if due > 0:
             self._encode(lead, due)
         else:
-            self.look = self._look_ahead(lead)
+            self.finite_check = self._look_ahead(lead)
             self.pending = False
 
     finish = flush
     """The name of :meth:`flush` before 0.3."""
 
-    def _look_ahead(self, lead: int) -> guards.Look | None:
+    def _look_ahead(self, lead: int) -> guards.FiniteCheck | None:
         """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
         soon = BLOCK + max(0, self.residual_length - LOOK_AHEAD)
         early = self.tails["key"].shape[2] - lead < soon or self.blocks_at_once > 1
-        if self.look is not None or early or not guards.Later.pays(self.device):
-            return self.look
-        return guards.Look({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
+        if self.finite_check is not None or early or not guards.AsyncReadback.is_asynchronous(self.device):
+            return self.finite_check
+        return guards.FiniteCheck({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
 
     @without_autocast
     @torch.no_grad()
@@ -184,7 +184,7 @@ class SpectralLayer(BlockLayer):
         due = self._due(lead, lead + blocks * BLOCK)
         is_finite = self._require_finite(due)
         tails, sinks, leads, stores = {}, {}, {}, {}
-        gains: dict[str, guards.Later] = {}
+        gains: dict[str, guards.AsyncReadback] = {}
         for side in SIDES:
             tail, codec = self.tails[side], due.codecs[side]
             encoded = tail[:, :, lead : due.count]
@@ -196,11 +196,12 @@ class SpectralLayer(BlockLayer):
             store, fields = self._blocks_of(side, due, encoded)
             if isinstance(codec, SpectralCodec):
                 found = due.backend.gains(codec, fields)
-                gains[side] = guards.Later(codec.saturated(found, due.block_table, self.first_read(due.grid)))
+                gains[side] = guards.AsyncReadback(codec.saturated(found, due.block_table, self.first_read(due.grid)))
             stores[side] = store.appended(fields)
             tails[side] = tail[:, :, due.count :].clone()
         # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
-        guards.warn_of_saturation(self.index, self.gains if guards.Later.pays(self.device) else gains)
+        asynchronous = guards.AsyncReadback.is_asynchronous(self.device)
+        guards.warn_of_saturation(self.index, self.gains if asynchronous else gains)
         self._commit(
             left_padding=due.grid.left_padding,
             origins=due.grid.origins,
@@ -212,7 +213,7 @@ class SpectralLayer(BlockLayer):
             block_table=self.block_table.appended({"block_table": due.block_table}),
             sinks=sinks,
             tails=tails,
-            gains=gains if guards.Later.pays(self.device) else {},
+            gains=gains if asynchronous else {},
             pending=False,
         )
 
@@ -238,8 +239,8 @@ class SpectralLayer(BlockLayer):
             for side, tail in self.tails.items()
             if due.codecs[side].bits is not None
         }
-        look = self.look if self.look is not None and len(due.spans) == 1 else guards.Look(coded)
-        if look.finite():
+        early = self.finite_check if len(due.spans) == 1 else None
+        if (early or guards.FiniteCheck(coded)).finite():
             return True
         self._commit(refused=True)
         for side, tokens in coded.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from quantcache.cache.layer import SpectralLayer
-from quantcache.cache.transaction import constant_copy
+from quantcache.cache.transaction import detached_copy
 
 
 class MixedLayer(SpectralLayer):
@@ -204,7 +204,7 @@ def copy_beside(layer: Any, other: Any) -> Any:
     """
     for name in getattr(layer, "beside", ()):
         if name in vars(other):
-            setattr(layer, name, constant_copy(getattr(other, name)))
+            setattr(layer, name, detached_copy(getattr(other, name)))
     return layer
 
 

@@ -28,7 +28,7 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import copy_beside, spectral_layer
 from quantcache.cache.settling import lengths
 from quantcache.cache.tracing import TraceableCache
-from quantcache.cache.transaction import constant_copy
+from quantcache.cache.transaction import detached_copy
 from quantcache.coding.schema import SideBits
 from quantcache.common import compat, processes
 from quantcache.common.ambient import default_device
@@ -90,7 +90,7 @@ class BlockCache(TraceableCache):
         Returns:
             The record; its ``str()`` is a table.
         """
-        return measure(self.glimpse())
+        return measure(self.at_one_moment())
 
     def backend_report(self) -> dict[int, BackendReport]:
         """Who encodes and attends in each layer, and why not a faster backend.
@@ -267,7 +267,7 @@ class SpectralCache(BlockCache):
         for index, old in enumerate(cache.layers):
             layer = new.layers[index]
             if not isinstance(layer, SpectralLayer):
-                new.layers[index] = constant_copy(old)
+                new.layers[index] = detached_copy(old)
             elif getattr(old, "is_initialized", False) and old.get_seq_length():
                 length, held = old.get_seq_length(), old.keys.shape[2]
                 if held != length:
@@ -298,7 +298,9 @@ class SpectralCache(BlockCache):
         if self.calibration is None:
             raise QuantCacheError("a self-calibrating cache has no calibration to be read with and cannot be saved")
         seen = self.settled()
-        cache_files.write_cache(Path(path), seen.glimpse(), self.calibration, model, lambda: self.holds(seen.layers))
+        cache_files.write_cache(
+            Path(path), seen.at_one_moment(), self.calibration, model, lambda: self.holds(seen.layers)
+        )
 
     @classmethod
     def load(

@@ -22,11 +22,11 @@ from quantcache.backends import CacheView, Stage, padding
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import BlockCache
 from quantcache.cache.tails import TailBuffer
-from quantcache.cache.transaction import commit, with_ruler
+from quantcache.cache.transaction import commit, with_symbolic_length
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from quantcache.common import compat
-from quantcache.common.errors import CannotRepeat, QuantCacheError
+from quantcache.common.errors import GraphCaptureError, QuantCacheError
 
 FREE_BLOCKS = 64
 """Blocks that there is room for at least beside those at hand: nothing is kept for them but what a call's kernels hand
@@ -108,11 +108,11 @@ class StagedCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Refused: a graph would keep the answer."""
-        raise CannotRepeat("the model asks for the number of tokens in the middle of a step")
+        raise GraphCaptureError("the model asks for the number of tokens in the middle of a step")
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Refused, likewise."""
-        raise CannotRepeat("the model makes a mask of its own in the middle of a step")
+        raise GraphCaptureError("the model makes a mask of its own in the middle of a step")
 
 
 def as_given(view: CacheView, room: dict[str, Tensor], stage: Stage, end: int) -> CacheView:
@@ -190,7 +190,7 @@ class Period:
             Logits, ``[B, 1, V]``.
 
         Raises:
-            CannotRepeat: The step cannot be captured, or the mask shows what has become padding.
+            GraphCaptureError: The step cannot be captured, or the mask shows what has become padding.
         """
         if not self.looked:
             for staged in self.layers:
@@ -213,7 +213,9 @@ class Period:
             if trail is not None:
                 new, end = tails["key"][:, :, -1:], layer.encoded_end
                 trail = padding.extended(trail, None, layer.grid, end, end + tails["key"].shape[2], new)
-            states.append(with_ruler(layer, {"tails": tails, "trail": trail, "pending": True, "refused": False}))
+            states.append(
+                with_symbolic_length(layer, {"tails": tails, "trail": trail, "pending": True, "refused": False})
+            )
             staged.tails = tails
         commit([staged.layer for staged in self.layers], states)
 
@@ -236,7 +238,7 @@ def recorded(step: Callable[[], Tensor], earlier: Graph | None, device: torch.de
         The graph, and where its result will be.
 
     Raises:
-        CannotRepeat: It does something that a graph cannot hold.
+        GraphCaptureError: It does something that a graph cannot hold.
     """
     pool = None if earlier is None else earlier.pool()
     try:
@@ -247,7 +249,7 @@ def recorded(step: Callable[[], Tensor], earlier: Graph | None, device: torch.de
     except QuantCacheError:
         raise
     except RuntimeError as error:
-        raise CannotRepeat(f"the step cannot be captured: {type(error).__name__}: {error}") from error
+        raise GraphCaptureError(f"the step cannot be captured: {type(error).__name__}: {error}") from error
     return graph, result
 
 
@@ -261,18 +263,18 @@ def stageable(cache: BlockCache) -> list[SpectralLayer]:
         The layers.
 
     Raises:
-        CannotRepeat: Some cannot.
+        GraphCaptureError: Some cannot.
     """
     if not cache.layers or not cache.read_once:
-        raise CannotRepeat("the model's layers share keys and values")
+        raise GraphCaptureError("the model's layers share keys and values")
     for index, layer in enumerate(cache.layers):
         if type(layer) is not SpectralLayer:
-            raise CannotRepeat(f"layer {index} is a {type(layer).__name__}, whose steps change with its length")
+            raise GraphCaptureError(f"layer {index} is a {type(layer).__name__}, whose steps change with its length")
         layer.flush()
         if not layer.spans:
-            raise CannotRepeat(f"layer {index} has encoded nothing yet: it holds {layer.get_seq_length()} tokens")
+            raise GraphCaptureError(f"layer {index} has encoded nothing yet: it holds {layer.get_seq_length()} tokens")
     layers = cache.spectral_layers
     devices = {layer.tails["key"].device for layer in layers}
     if len(devices) > 1:
-        raise CannotRepeat(f"the layers are on several devices: {', '.join(sorted(map(str, devices)))}")
+        raise GraphCaptureError(f"the layers are on several devices: {', '.join(sorted(map(str, devices)))}")
     return layers

@@ -23,15 +23,15 @@ class TraceableCache(ConsistentCache):
     Attributes:
         announced: 2D mask and positions of the next pass, where transformers has told them.
         arrivals: T and Tnew of this pass, and what those say.
-        ticket: How graphs find the cache, see :func:`quantcache.attention.traced.ticket_of`.
-        handed: What layers of transformers' own have returned to a graph that has not read it yet.
+        handle: How graphs find the cache, see :func:`quantcache.attention.traced.handle_of`.
+        stock_outputs: What layers of transformers' own have returned to a graph that has not read it yet.
         read_once: Whether each layer attends on its own keys: what has been read may then be encoded.
     """
 
     announced: tuple[Tensor | None, Tensor | None] | None = None
     arrivals: tuple[int, int, Arrivals] | None = None
-    ticket: Tensor
-    handed: dict[int, tuple[Tensor, Tensor]]
+    handle: Tensor
+    stock_outputs: dict[int, tuple[Tensor, Tensor]]
     read_once: bool = True
 
     def be_traceable(self, read_once: bool) -> None:
@@ -40,9 +40,9 @@ class TraceableCache(ConsistentCache):
         Args:
             read_once: See above.
         """
-        self.ticket, self.handed, self.read_once = traced.ticket_of(self), {}, read_once
+        self.handle, self.stock_outputs, self.read_once = traced.handle_of(self), {}, read_once
         for layer in self.spectral_layers[:1]:
-            layer.ruler = traced.ruler_of(0)
+            layer.symbolic_length = traced.symbolic_length(0)
 
     @property
     def spectral_layers(self) -> list[SpectralLayer]:
@@ -57,9 +57,9 @@ class TraceableCache(ConsistentCache):
         """Append a layer's new keys and values, with what the model says of padding; see :class:`ConsistentCache`."""
         if torch.compiler.is_dynamo_compiling():
             return self._trace_update(key_states, value_states, layer_idx, *args, **kwargs)
-        return self._take(False, key_states, value_states, layer_idx, *args, **kwargs)
+        return self._append(False, key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _take(
+    def _append(
         self, in_graph: bool, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """:meth:`update`, and for a graph, which says what it knows of the tokens when it attends."""
@@ -119,25 +119,25 @@ class TraceableCache(ConsistentCache):
         # What a model says beside (``kwargs=``, since transformers 5.24) is for paged caches.
         if not (served and self.read_once) or args or kwargs.keys() - {"kwargs"}:
             return _untraced_update(self, key_states, value_states, layer_idx, *args, **kwargs)
-        torch.ops.quantcache.update(self.ticket, key_states, value_states, layer_idx)
-        if packed and layer.ruler is not None:
-            layer.ruler = traced.lengthened(layer.ruler, key_states.shape[2])
+        torch.ops.quantcache.update(self.handle, key_states, value_states, layer_idx)
+        if packed and layer.symbolic_length is not None:
+            layer.symbolic_length = traced.extended_length(layer.symbolic_length, key_states.shape[2])
         dense: dict[str, Tensor] = {}
         key = TracedKV(self, layer_idx, "key", key_states.shape[3], packed, dense)
         return key, TracedKV(self, layer_idx, "value", value_states.shape[3], packed, dense)
 
     def _traced_length(self, layer_idx: int) -> int | None:
-        """T as a symbol; None of layers that have no ruler."""
+        """T as a symbol; None of layers that have no carrier of it."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        ruler = layer.ruler if isinstance(layer, SpectralLayer) else None
-        return None if ruler is None else traced.measured(ruler)
+        carrier = layer.symbolic_length if isinstance(layer, SpectralLayer) else None
+        return None if carrier is None else traced.length_of(carrier)
 
     # ------------------------------------------------------------------ when its graph runs
 
-    def told(
+    def note_arrivals(
         self, layer_idx: int, count: int, announced: tuple[Tensor | None, Tensor | None] | None
     ) -> CacheView | None:
-        """Hear what a graph knows of the tokens that it has brought: it says so when it attends.
+        """Note what a graph knows of the tokens that it has brought: it says so when it attends.
 
         Args:
             layer_idx: Index of the layer.
@@ -150,14 +150,14 @@ class TraceableCache(ConsistentCache):
         layer: Any = self.layers[layer_idx]
         if not isinstance(layer, SpectralLayer):
             return None
-        first, silent = layer.ruler is not None, self.arrivals is None
+        first, silent = layer.symbolic_length is not None, self.arrivals is None
         if first and silent and layer.pending and announced is not None:
             self.announced = announced
             rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
             layer.tell(self._arrivals(layer, rows, length, count), count)
         return layer.snapshot()
 
-    def returned(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def last_output(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """What a layer's last update returned.
 
         Args:
@@ -168,7 +168,7 @@ class TraceableCache(ConsistentCache):
         """
         layer: Any = self.layers[layer_idx]
         if not isinstance(layer, SpectralLayer):
-            return self.handed.pop(layer_idx)
+            return self.stock_outputs.pop(layer_idx)
         view = layer.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
 
@@ -177,12 +177,12 @@ class TraceableCache(ConsistentCache):
     def _clear(self) -> None:
         super()._clear()
         self.announced = self.arrivals = None
-        self.handed = {}
+        self.stock_outputs = {}
 
     def __copy__(self) -> Self:
         """Another cache of the same layers."""
         new = super().__copy__()
-        new.ticket, new.handed = traced.ticket_of(new), {}
+        new.handle, new.stock_outputs = traced.handle_of(new), {}
         return new
 
 
@@ -192,8 +192,8 @@ _untraced_length = torch.compiler.disable(TraceableCache.get_seq_length)
 
 
 @torch.library.impl("quantcache::update", "CompositeExplicitAutograd", lib=traced.operators)
-def _update(ticket: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
-    cache = traced.cache_of(ticket)
-    found = cache._take(True, key, value, layer)
+def _update(handle: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
+    cache = traced.cache_of(handle)
+    found = cache._append(True, key, value, layer)
     if not isinstance(cache.layers[layer], SpectralLayer):
-        cache.handed[layer] = found
+        cache.stock_outputs[layer] = found

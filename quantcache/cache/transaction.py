@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from quantcache.attention.traced import ruler_of
+from quantcache.attention.traced import symbolic_length
 
 _Object = TypeVar("_Object")
 
 
-def glimpse(thing: _Object) -> _Object:
+def shallow_copy(thing: _Object) -> _Object:
     """Another object with the attributes that this one has at one moment.
 
     Args:
@@ -30,8 +30,8 @@ def glimpse(thing: _Object) -> _Object:
     return new
 
 
-def frozen(thing: _Object) -> _Object:
-    """Like :func:`glimpse`, of a layer that may write to dicts and lists among its attributes.
+def state_copy(thing: _Object) -> _Object:
+    """Like :func:`shallow_copy`, of a layer that may write to dicts and lists among its attributes.
 
     Args:
         thing: A layer, which replaces its tensors and does not write to them.
@@ -39,7 +39,7 @@ def frozen(thing: _Object) -> _Object:
     Returns:
         The copy, to be changed by itself.
     """
-    new = glimpse(thing)
+    new = shallow_copy(thing)
     vars(new).update({n: copy.copy(v) for n, v in vars(new).items() if isinstance(v, dict | list)})
     return new
 
@@ -53,7 +53,7 @@ def compact_copy(layer: Any) -> Any:
     Returns:
         The copy.
     """
-    new = glimpse(layer)
+    new = shallow_copy(layer)
     for name in ("keys", "values"):
         held = getattr(layer, name, None)
         if isinstance(held, Tensor):
@@ -63,7 +63,7 @@ def compact_copy(layer: Any) -> Any:
     return new
 
 
-def constant_copy(thing: _Object) -> _Object:
+def detached_copy(thing: _Object) -> _Object:
     """A deep copy without the graph that autograd may have of it: such tensors cannot be copied otherwise.
 
     Args:
@@ -83,7 +83,7 @@ def constant_copy(thing: _Object) -> _Object:
     return copy.deepcopy(thing, memo)
 
 
-def with_ruler(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
+def with_symbolic_length(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """A layer's new state with its T as graphs read it, if it is the layer that they ask.
 
     Args:
@@ -93,10 +93,10 @@ def with_ruler(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``state``.
     """
-    if layer.ruler is not None:
-        new = glimpse(layer)
+    if layer.symbolic_length is not None:
+        new = shallow_copy(layer)
         vars(new).update(state)
-        state["ruler"] = ruler_of(new.get_seq_length())
+        state["symbolic_length"] = symbolic_length(new.get_seq_length())
     return state
 
 
@@ -127,11 +127,11 @@ def commit(things: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
 
 
 def is_unchanged(thing: Any, since: Any) -> bool:
-    """Whether an object still has the attributes that :func:`frozen` has found.
+    """Whether an object still has the attributes that :func:`state_copy` has found.
 
     Args:
         thing: Object that was copied.
-        since: What :func:`frozen` returned for it.
+        since: What :func:`state_copy` returned for it.
 
     Returns:
         True if every attribute is the same object, or a dict or list of the same objects.

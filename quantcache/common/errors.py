@@ -40,7 +40,7 @@ class NothingToCompress(UnsupportedModel):
     """No layer of the model's cache grows with the text in a way that quantcache can compress."""
 
 
-class CannotRepeat(QuantCacheError):
+class GraphCaptureError(QuantCacheError):
     """A decoding step of a model cannot be captured in a CUDA graph and repeated."""
 
 

@@ -13,7 +13,7 @@ from quantcache import backends
 from quantcache.attention.function import spectral_attention
 from quantcache.backends import AttentionCall, cuda, trials
 from quantcache.coding.schema import SIDES
-from quantcache.common.errors import CannotRepeat
+from quantcache.common.errors import GraphCaptureError
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.compiler import CudaError
 from tests.kernels import emulation
@@ -162,5 +162,5 @@ def test_a_step_whose_kernels_do_not_load_cannot_be_repeated(
     room = {side: tail.contiguous() for side, tail in layer.tails.items()}
     with monkeypatch.context() as patch:  # undone before the emulation is
         patch.setitem(kernels.LOADERS, "cpu", loader)
-        with pytest.raises(CannotRepeat, match="the kernels cannot be used: no luck"):
+        with pytest.raises(GraphCaptureError, match="the kernels cannot be used: no luck"):
             layer.layout.stage(view, room, torch.zeros(1, dtype=torch.int32), 8, False, {})

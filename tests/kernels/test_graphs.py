@@ -24,7 +24,7 @@ from quantcache import Calibration, DecodeGraph, SpectralCache, decode_graphs
 from quantcache.backends import triton
 from quantcache.cache import stages
 from quantcache.coding.packing import BLOCK
-from quantcache.common.errors import CannotRepeat, QuantCacheError
+from quantcache.common.errors import GraphCaptureError, QuantCacheError
 from quantcache_kernels.cuda import codes
 from tests.families import FAMILIES
 from tests.helpers import feed
@@ -162,7 +162,9 @@ def test_padding_is_looked_for_again_behind_a_block(emulated: list[Again]) -> No
     for i in range(2):
         take(i, mask)
     assert len(cache.spectral_layers[0].spans) == 2
-    with pytest.raises(CannotRepeat, match="the cuda backend does not serve this step: a query attends to padding"):
+    with pytest.raises(
+        GraphCaptureError, match="the cuda backend does not serve this step: a query attends to padding"
+    ):
         take(2, torch.ones_like(mask))
     assert cache.get_seq_length() == length + 2
     take(2, mask)
@@ -237,20 +239,24 @@ def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: 
         step(ids, position_ids=torch.ones(2, 2, dtype=torch.long))
     with pytest.raises(QuantCacheError, match="for 1 rows, the cache holds 2"):
         step(ids[:1])
-    with pytest.raises(CannotRepeat, match="layer 0 has encoded nothing yet: it holds 20 tokens"):
+    with pytest.raises(GraphCaptureError, match="layer 0 has encoded nothing yet: it holds 20 tokens"):
         DecodeGraph(model(), filled(20))(ids)
     padded = filled(length, (0, 7))
-    with pytest.raises(CannotRepeat, match="the cuda backend does not serve this step: a query attends to padding"):
+    with pytest.raises(
+        GraphCaptureError, match="the cuda backend does not serve this step: a query attends to padding"
+    ):
         DecodeGraph(model(), padded)(ids)
     assert padded.get_seq_length() == length
     for layer in padded.spectral_layers:
         layer.backend = "torch"
-    with pytest.raises(CannotRepeat, match="attention by the torch backend depends on lengths that the host knows"):
+    with pytest.raises(
+        GraphCaptureError, match="attention by the torch backend depends on lengths that the host knows"
+    ):
         DecodeGraph(model(), padded)(ids)
     config = model().config
     with monkeypatch.context() as patch:
         patch.setattr(config, "_attn_implementation", "sdpa")
-        with pytest.raises(CannotRepeat, match='the model attends by sdpa, not by "spectral"'):
+        with pytest.raises(GraphCaptureError, match='the model attends by sdpa, not by "spectral"'):
             DecodeGraph(model(), cache)
     with monkeypatch.context() as patch:
         patch.setattr(cache, "updating", 1 + threading.get_ident(), raising=False)

@@ -107,20 +107,20 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     monkeypatch.setattr(ops, "unavailable", lambda device: None)
     monkeypatch.setattr(runtime, "unavailable", lambda device: None)
     found, asked_in = Looks(), {}
-    init, tolist = guards.Later.__init__, guards.Later.tolist
+    init, tolist = guards.AsyncReadback.__init__, guards.AsyncReadback.tolist
 
-    def asked(self: guards.Later, numbers: Tensor) -> None:
+    def asked(self: guards.AsyncReadback, numbers: Tensor) -> None:
         init(self, numbers)
         asked_in[self] = found.step
 
-    def answered(self: guards.Later) -> list[Any]:
+    def answered(self: guards.AsyncReadback) -> list[Any]:
         found.ages.append(found.step - asked_in[self])
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             return tolist(self)
 
-    monkeypatch.setattr(guards.Later, "pays", staticmethod(lambda device: True))
-    monkeypatch.setattr(guards.Later, "__init__", asked)
-    monkeypatch.setattr(guards.Later, "tolist", answered)
+    monkeypatch.setattr(guards.AsyncReadback, "is_asynchronous", staticmethod(lambda device: True))
+    monkeypatch.setattr(guards.AsyncReadback, "__init__", asked)
+    monkeypatch.setattr(guards.AsyncReadback, "tolist", answered)
     return found
 
 
