@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache.artifact import cache_layout
+from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, recorded_queries, run
 from quantcache.calibration.calibrator import sampled_loss
 from quantcache.coding.rope import ANCHOR_LENGTH, FAST_WAVELENGTH, Frame, Rope
 from quantcache.coding.schema import LayerCalibration, SideCalibration
 from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, output_metrics
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.sequences import split_text
 from quantcache.evaluation.methods.statistics import eigenbasis

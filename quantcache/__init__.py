@@ -70,7 +70,7 @@ _HOMES = {
     "export_checkpoint": "export",
     "register_attention": "attention",
 }
-"""The room that each public name comes from, when it is first asked for."""
+"""The module that each public name comes from, when it is first asked for."""
 
 __all__ = [
     "ArtifactError",

@@ -35,7 +35,7 @@ TOP_LEVEL = (
     "constraints-floor.txt",
 )
 
-ROOMS = (
+PACKAGES = (
     "data",
     "common",
     "coding",
@@ -53,7 +53,7 @@ ROOMS = (
 )
 """Folders of quantcache: each imports from those before it only."""
 
-RANK = {room: rank for rank, room in enumerate(ROOMS)} | {"__init__": len(ROOMS), "__main__": len(ROOMS)}
+RANK = {package: rank for rank, package in enumerate(PACKAGES)} | {"__init__": len(PACKAGES), "__main__": len(PACKAGES)}
 
 
 def run_python(code: str) -> str:
@@ -72,7 +72,7 @@ def run_python(code: str) -> str:
 
 
 def imported_modules(source: Path) -> set[str]:
-    """The rooms that a file imports from at run time, in functions too, and names of the package itself."""
+    """The packages that a file imports from at run time, in functions too, and names of the package itself."""
     found = set()
     tree = ast.parse(source.read_text(encoding="utf-8"))
     typing_only = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
@@ -95,7 +95,7 @@ def imported_modules(source: Path) -> set[str]:
 
 
 def modules() -> list[tuple[str, Path]]:
-    """Every source file of quantcache with its room."""
+    """Every source file of quantcache with its package."""
     return sorted((path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py"))
 
 
@@ -104,12 +104,20 @@ def test_imports_go_one_way(module: str, path: Path) -> None:
     # A name of the package itself, such as SpectralCache, ranks with the package: only the command line uses those.
     rank = RANK[module] + (module == "cli")
     too_high = {name for name in imported_modules(path) if RANK.get(name, RANK["__init__"]) > rank}
-    assert not too_high, f"{module} imports from later rooms: {sorted(too_high)}"
+    assert not too_high, f"{module} imports from later packages: {sorted(too_high)}"
 
 
-def test_rooms_are_all_there_is() -> None:
+def test_the_maths_knows_no_models() -> None:
+    for path in (PACKAGE / "coding").rglob("*.py"):
+        imports = [
+            n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Import | ast.ImportFrom)
+        ]
+        assert not [n for n in imports if "transformers" in ast.unparse(n)], f"{path} imports transformers"
+
+
+def test_packages_are_all_there_is() -> None:
     found = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert found == set(ROOMS)
+    assert found == set(PACKAGES)
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__"}
 
 
@@ -295,7 +303,7 @@ def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
 
 def test_the_map_of_the_source_is_whole() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    assert set(ROOMS) <= set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    assert set(PACKAGES) <= set(re.findall(r"^\| `(\w+)` \|", page, re.M))
     paths = re.findall(r"`(\w+/\w+\.py)`", page)
     assert paths
     assert not [path for path in paths if not any((base / path).exists() for base in (PACKAGE, ROOT))]

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention import guards
+from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import detect_ropes, evaluating, observed_values
 from quantcache.backends.padding import Grid
 from quantcache.cache.codecs import CodecFactory, calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.schema import DEFAULT_CODING, CodecSettings, Metadata
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.identity import FINGERPRINT, fingerprint
+from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.calibration.passages import sketch
 from quantcache.calibration.yardstick import YARDSTICK_SEQUENCES, YARDSTICK_TOKENS, measure_yardstick
@@ -26,7 +27,7 @@ from quantcache.coding.allocation import check_rates
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import DEFAULT_CODING, SIDES, CodecSettings, Metadata, Rate, SideBits
 from quantcache.coding.spectral import METRIC_SHRINKAGE
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics, output_metrics
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH

@@ -1,1 +1,1 @@
-"""What every room uses: errors, versions of transformers, shields against torch's settings, files, the terminal."""
+"""What every package uses: errors, versions of transformers, shields against torch's settings, files, the terminal."""

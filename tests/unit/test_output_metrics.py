@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantcache import SpectralCache
+from quantcache.attention.output_metrics import output_metrics
 from quantcache.calibration.calibrator import calibrate
-from quantcache.coding.statistics import output_metrics
 from tests.families import FAMILIES, OTHERS, random_tokens
 
 HEADS, DIM, HIDDEN = 2, 8, 24
