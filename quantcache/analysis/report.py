@@ -282,7 +282,7 @@ class Report:
             The report; what a later version added is left out.
 
         Raises:
-            ReportError: It cannot be read, or is not a sound report.
+            ReportError: The file cannot be read, or is not a sound report.
         """
         where = "report"
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else None

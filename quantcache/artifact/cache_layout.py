@@ -230,7 +230,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
         Empty layers.
 
     Raises:
-        UnsupportedModel: It is an encoder-decoder's config, or transformers makes no cache from it.
+        UnsupportedModel: The config is an encoder-decoder's, or transformers makes no cache from it.
     """
     compat.require_decoder(config)
     try:
@@ -293,7 +293,7 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
 
     Raises:
         NothingToCompress: No layer grows with the text in a way that quantcache knows; the message says what they are.
-        UnsupportedModel: It is an encoder-decoder's config, or transformers makes no cache from it.
+        UnsupportedModel: The config is an encoder-decoder's, or transformers makes no cache from it.
     """
     found = full_attention_layers(config)
     if found:

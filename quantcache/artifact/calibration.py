@@ -314,7 +314,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
         Raises:
             ArtifactError: A file is missing, malformed, or of an unknown major schema, or the download failed.
-            TypeError: There is an argument more, such as ``bits``.
+            TypeError: An argument is unknown here, such as ``bits``.
         """
         if model_kwargs:
             raise TypeError(

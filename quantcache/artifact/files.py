@@ -308,7 +308,7 @@ class TensorReader:
             The tensor.
 
         Raises:
-            ArtifactError: It is missing, or not what it must be.
+            ArtifactError: The tensor is missing, or has another dtype or shape.
         """
         if name not in self.unread:
             raise ArtifactError(f"{self.path} lacks the tensor {name}")

@@ -46,7 +46,7 @@ def find_calibration(model: PreTrainedModel, *, hub: bool = False) -> Found:
 
     Raises:
         NothingFound: There is none. The message says where it was looked for, and how to make one.
-        ArtifactError: One was found that is damaged.
+        ArtifactError: The calibration that was found is damaged.
         HubError: The Hub refuses, or cannot be reached.
     """
     name = compat.model_id(model)

@@ -45,7 +45,7 @@ def require_repo_id(name: str | Path) -> str:
         The repository id.
 
     Raises:
-        ArtifactError: It is not a valid repository id.
+        ArtifactError: The name is not a valid repository id.
     """
     try:
         if isinstance(name, Path):
@@ -163,7 +163,7 @@ def check_push(repo_id: str) -> None:
         repo_id: Hub repository, ``owner/name``.
 
     Raises:
-        ArtifactError: It is not a valid repository id.
+        ArtifactError: The name is not a valid repository id.
         HubError: The Hub cannot be reached, nobody is logged in, or the repository is somebody else's.
     """
     owner, slash, _ = require_repo_id(repo_id).partition("/")

@@ -45,7 +45,7 @@ class IndexEntry:
             path: File of the artifact, downloaded or local.
 
         Raises:
-            ArtifactError: They differ, or there is no such file.
+            ArtifactError: The digests differ, or the file does not exist.
         """
         if not path.is_file():
             raise ArtifactError(f"the index names a calibration in {path.parent}, which has no {path.name}")
@@ -78,7 +78,7 @@ def read_index(path: Path) -> list[IndexEntry]:
         Its entries.
 
     Raises:
-        ArtifactError: It is missing or malformed.
+        ArtifactError: The index is missing or malformed.
     """
     try:
         content = read_json(path)
@@ -135,7 +135,7 @@ def find_entry(entries: list[IndexEntry], model: str, revision: str | None) -> I
         The entry.
 
     Raises:
-        ArtifactError: There is none.
+        ArtifactError: The index has no calibration of the model.
     """
     of_model = [entry for entry in entries if entry.model == model]
     if not of_model:

@@ -209,7 +209,7 @@ def fitting_sink_logits(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
         ``[Hq]``, contiguous; None for None.
 
     Raises:
-        QuantCacheError: There are more or fewer, or they are on another device.
+        QuantCacheError: Their number is not that of the query heads, or they are on another device.
     """
     if s_aux is None:
         return None
@@ -231,7 +231,7 @@ def fitting_softcap(softcap: float | None) -> float | None:
         The cap, or None.
 
     Raises:
-        QuantCacheError: It is negative or not finite.
+        QuantCacheError: The cap is negative or not finite.
     """
     if not softcap:
         return None
@@ -251,7 +251,7 @@ def fitting_scaling(scaling: float | None, query: Tensor) -> float:
         The factor.
 
     Raises:
-        QuantCacheError: It is not finite.
+        QuantCacheError: The factor is not finite.
     """
     factor = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     if not math.isfinite(factor):

@@ -94,7 +94,7 @@ def handle_of(cache: Any) -> Tensor:
         Its handle, ``[1]`` int64 on the CPU.
 
     Raises:
-        QuantCacheError: There are too many caches.
+        QuantCacheError: The process holds as many caches as there are handles.
     """
     number = next((each for each in itertools.islice(_numbers, len(_PAGE)) if each not in _caches), None)
     if number is None:
@@ -114,7 +114,7 @@ def cache_of(handle: Tensor) -> Any:
         The cache.
 
     Raises:
-        QuantCacheError: It is gone.
+        QuantCacheError: The cache has been freed.
     """
     cache = _caches.get(int(handle))
     if cache is None:

@@ -86,7 +86,7 @@ class Stage(ABC):
             mask: As of the calls; None for none.
 
         Raises:
-            GraphCaptureError: It does.
+            GraphCaptureError: The mask shows such a token.
         """
 
 

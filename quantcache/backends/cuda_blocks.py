@@ -89,8 +89,8 @@ def encodes(codec: SideCodec, x: Tensor, block_table: Tensor, left_padding: Tens
     Args:
         codec: Their side's codec.
         x: As of ``Backend.encode``.
-        block_table: Likewise.
-        left_padding: Likewise.
+        block_table: As of ``Backend.encode``.
+        left_padding: As of ``Backend.encode``.
 
     Returns:
         True if so.

@@ -182,8 +182,8 @@ def encoding_trial(
         encode: The kernel, called like :meth:`SpectralCodec.encode` with the codec in front.
         codec: The codec.
         x: As of :meth:`SpectralCodec.encode`.
-        block_table: Likewise.
-        left_padding: Likewise.
+        block_table: As of :meth:`SpectralCodec.encode`.
+        left_padding: As of :meth:`SpectralCodec.encode`.
 
     Returns:
         The trial.

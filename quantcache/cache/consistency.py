@@ -242,7 +242,7 @@ class ConsistentCache(DynamicCache):
             tokens_to_remove: Zero or negative, as transformers defines it.
 
         Raises:
-            TypeError: It is no whole number.
+            TypeError: The count is not a whole number.
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
         count = operator.index(tokens_to_remove)  # assisted decoding passes tensors

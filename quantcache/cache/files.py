@@ -244,7 +244,7 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
 
     Raises:
         ArtifactError: The file is damaged or malformed.
-        CalibrationMismatch: It was written with another calibration.
+        CalibrationMismatch: The file was written with another calibration.
     """
     ours, theirs = fingerprint(calibration), description.get("calibration")
     if ours != theirs:

@@ -184,7 +184,7 @@ class PrefixStore:
         """Write all caches in memory to the folder, where a new store finds them.
 
         Raises:
-            QuantCacheError: There is no folder.
+            QuantCacheError: The store has no folder.
         """
         if self.folder is None:
             raise QuantCacheError("this PrefixStore has no folder to write to: give it one with folder=")

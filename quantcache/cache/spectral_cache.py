@@ -216,7 +216,7 @@ class SpectralCache(BlockCache):
 
         Raises:
             ArtifactError: The artifact is missing or malformed.
-            CalibrationMismatch: It is for another geometry, or with ``strict`` for another model.
+            CalibrationMismatch: The calibration is for another geometry, or with ``strict`` for another model.
         """
         calibration = Calibration.from_pretrained(
             pretrained_model_name_or_path,
@@ -254,7 +254,7 @@ class SpectralCache(BlockCache):
             CalibrationMismatch: Number of layers or their geometry differ.
             QuantCacheError: A layer that is to be compressed is of a kind that does not hold all of its keys as they
                 are, or layers hold different numbers of tokens.
-            TypeError: It is no DynamicCache.
+            TypeError: The argument is not a DynamicCache.
         """
         if not isinstance(cache, DynamicCache):
             raise TypeError(f"from_dynamic_cache() needs a DynamicCache, got {type(cache).__name__}")
@@ -327,7 +327,7 @@ class SpectralCache(BlockCache):
 
         Raises:
             ArtifactError: The file is missing, damaged or malformed.
-            CalibrationMismatch: It was written with another calibration or model.
+            CalibrationMismatch: The file was written with another calibration or model.
         """
         if not isinstance(calibration, Calibration):
             raise TypeError(f"SpectralCache.load needs a Calibration, got {type(calibration).__name__}")

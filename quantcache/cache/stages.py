@@ -238,7 +238,7 @@ def recorded(step: Callable[[], Tensor], earlier: Graph | None, device: torch.de
         The graph, and where its result will be.
 
     Raises:
-        GraphCaptureError: It does something that a graph cannot hold.
+        GraphCaptureError: The step does something that a graph cannot hold.
     """
     pool = None if earlier is None else earlier.pool()
     try:
@@ -263,7 +263,7 @@ def stageable(cache: BlockCache) -> list[SpectralLayer]:
         The layers.
 
     Raises:
-        GraphCaptureError: Some cannot.
+        GraphCaptureError: A layer cannot be staged.
     """
     if not cache.layers or not cache.read_once:
         raise GraphCaptureError("the model's layers share keys and values")

@@ -346,7 +346,7 @@ def require_finite(tensor: Tensor, what: str) -> None:
         what: What to call it.
 
     Raises:
-        QuantCacheError: It has NaN or infinite values.
+        QuantCacheError: A tensor has NaN or infinite values.
     """
     tensor = tensor.detach()
     if not bool(torch.isfinite(tensor).all()):

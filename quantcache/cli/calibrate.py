@@ -164,7 +164,7 @@ def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | No
 
     Raises:
         HubError: The Hub refuses, or cannot be reached; the message says where the calibration is.
-        KeyboardInterrupt: Likewise, after Ctrl-C.
+        KeyboardInterrupt: Ctrl-C was pressed; the calibration is kept too.
     """
     try:
         return calibration.push_to_hub(repo_id, model_card_kwargs={"metrics": rows})
@@ -199,7 +199,7 @@ def refuse_options(context: typer.Context) -> None:
         context: What was given on the command line.
 
     Raises:
-        ValueError: One of them was given as well.
+        ValueError: An option was given that the recipe sets.
     """
     given = [
         name
@@ -222,7 +222,7 @@ def side_bits(option: str, given: str) -> SideBits:
         What ``Calibration.with_bits`` takes.
 
     Raises:
-        ValueError: It is not a number from 0 to 8, ``dense`` or ``joint``.
+        ValueError: The text is not a number from 0 to 8, ``dense`` or ``joint``.
     """
     if given == "joint" or given == "dense":
         return given  # type: ignore[return-value]

@@ -142,7 +142,7 @@ def has_template(tokenizer: Any, model: str, wanted: bool | None) -> bool:
         What is asked for, else whether there is one.
 
     Raises:
-        QuantCacheError: It is asked for, and there is none.
+        QuantCacheError: A template is asked for, and the tokenizer has none.
     """
     there = bool(getattr(tokenizer, "chat_template", None))
     if wanted and not there:
@@ -177,7 +177,7 @@ def read_prompt(given: str) -> str:
         The prompt.
 
     Raises:
-        QuantCacheError: It is not UTF-8.
+        QuantCacheError: The prompt is not UTF-8.
     """
     if given != "-":
         # What is not UTF-8 on the command line arrives as halves of characters.

@@ -31,7 +31,7 @@ def read_text(path: Path) -> str:
 
     Raises:
         QuantCacheError: The file is empty or not UTF-8.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     text = read_utf8(path.read_bytes(), path)
     if not text.strip():
@@ -51,7 +51,7 @@ def load_calibration(name: str, bits: float | None = None, quality: str | None =
         The calibration, at these bits.
 
     Raises:
-        QuantCacheError: There is none, it is malformed, or it has no such rate.
+        QuantCacheError: The calibration is missing or malformed, or has no such rate.
         ValueError: Both ``bits`` and ``quality`` are given.
     """
     from quantcache.artifact.quality import at_quality, check_quality
@@ -110,8 +110,8 @@ def load_model(
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        QuantCacheError: It is not a decoder-only language model.
-        OSError: It cannot be found.
+        QuantCacheError: The model is not a decoder-only language model.
+        OSError: The model cannot be found.
         ValueError: An argument makes no sense.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -190,8 +190,8 @@ def find_model(name: str) -> str | Path:
         What ``from_pretrained`` takes.
 
     Raises:
-        QuantCacheError: It is of a package that is not installed, or a GGUF file that cannot be converted.
-        FileNotFoundError: There is no such folder or file.
+        QuantCacheError: The model is of a package that is not installed, or a GGUF file that cannot be converted.
+        FileNotFoundError: The folder or file does not exist.
     """
     if not is_gguf(name):
         require_folder(name)

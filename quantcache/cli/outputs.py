@@ -25,8 +25,8 @@ def output_folder(path: Path | None, own: tuple[str, ...] = ()) -> Iterator[None
         Nothing.
 
     Raises:
-        QuantCacheError: It holds something else.
-        OSError: It cannot be written to.
+        QuantCacheError: The folder holds something else.
+        OSError: The folder cannot be written to.
     """
     if path is None:
         yield

@@ -224,7 +224,7 @@ def set_logging(level: str) -> None:
         level: ``debug``, ``info``, ``warning`` or ``error``.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The level is unknown.
     """
     from transformers.utils import logging as theirs
 

@@ -67,7 +67,7 @@ def print_result(text: str) -> None:
         text: One line of JSON.
 
     Raises:
-        StdoutFailed: It cannot be written.
+        StdoutFailed: Stdout cannot be written.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
@@ -92,7 +92,7 @@ def writing_stdout() -> Iterator[None]:
         Nothing.
 
     Raises:
-        StdoutFailed: It has not.
+        StdoutFailed: What was written has not arrived.
     """
     try:
         yield

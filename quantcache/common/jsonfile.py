@@ -39,8 +39,8 @@ def read_json(path: Path, most: int = MAX_BYTES) -> Any:
         What it holds.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is too large, or not what :func:`parse_json` takes.
+        OSError: The file cannot be read.
+        ValueError: The file is too large, or not what :func:`parse_json` takes.
     """
     with open(path, "rb") as file:
         content = file.read(most + 1)

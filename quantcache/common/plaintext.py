@@ -66,7 +66,7 @@ def read_utf8(content: bytes, name: str | Path) -> str:
         The text.
 
     Raises:
-        QuantCacheError: It is not UTF-8.
+        QuantCacheError: The text is not UTF-8.
     """
     try:
         return content.decode("utf-8")

@@ -73,7 +73,7 @@ def model_source(name: str | Path, on_convert: Callable[[str], None] | None = No
 
     Raises:
         QuantCacheError: A package of ``quantcache[real]`` is missing, or the GGUF file cannot be converted.
-        FileNotFoundError: There is no such GGUF file.
+        FileNotFoundError: The GGUF file does not exist.
     """
     text = str(name)
     if text == BUNDLED_MODEL:

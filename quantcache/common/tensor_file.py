@@ -49,7 +49,7 @@ class TensorFile:
         metadata: The strings of its header, by name.
 
     Raises:
-        ArtifactError: It cannot be opened, or its header is malformed.
+        ArtifactError: The file cannot be opened, or its header is malformed.
     """
 
     def __init__(self, path: Path):

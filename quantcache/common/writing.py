@@ -66,7 +66,7 @@ def destination(path: Path) -> Path:
         Where links lead.
 
     Raises:
-        OSError: It is a folder, a device or a pipe, which must not be renamed over.
+        OSError: The name is that of a folder, a device or a pipe, which must not be renamed over.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give a file")
@@ -124,7 +124,7 @@ def write_file(path: Path, content: bytes) -> None:
         content: What is to be in it.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     path = destination(path)
     with partial_folder(path.parent) as folder:

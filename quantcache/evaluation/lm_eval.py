@@ -59,7 +59,7 @@ class QuantCacheLM(HFLM):
         options: Arguments of lm-eval's ``hf``.
 
     Raises:
-        QuantCacheError: There is no calibration, or an argument makes no sense.
+        QuantCacheError: The calibration is missing, or an argument makes no sense.
         UnsupportedModel: The model is an encoder-decoder.
     """
 

@@ -122,7 +122,7 @@ def check_overlap(calibration: Calibration, text: str, name: str, used: str | No
         that the text holds; None where the calibration has no such sample).
 
     Raises:
-        QuantCacheError: It is the calibration text, or shares more than ``MAX_SHARED`` of its passages.
+        QuantCacheError: The text is the calibration text, or shares more than ``MAX_SHARED`` of its passages.
     """
     recipe = calibration.metadata.recipe
     digests = recipe.get("text_sha256") or ()

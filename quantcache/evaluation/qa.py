@@ -105,7 +105,7 @@ def load_questions(path: Path) -> list[Question]:
 
     Raises:
         QuantCacheError: The file is malformed or holds none.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")

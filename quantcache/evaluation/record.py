@@ -225,7 +225,7 @@ def read_strict_json(path: Path) -> Any:
         Its content.
 
     Raises:
-        RecordError: It cannot be read or parsed.
+        RecordError: The file cannot be read or parsed.
     """
     try:
         return read_json(path, MAX_RESULT_BYTES)

@@ -42,7 +42,7 @@ def used_tokens(material: Material, plan: Plan) -> Tensor:
         At most ``plan.tokens`` tokens.
 
     Raises:
-        QuantCacheError: They are fewer than one window.
+        QuantCacheError: The tokens are fewer than one window.
     """
     ids = text_tokens(material.tokenizer, material.text, plan.tokens)
     if len(ids) < max(plan.contexts):

@@ -33,7 +33,7 @@ class Checkpoint:
         folder: Folder with safetensors files, with or without an index.
 
     Raises:
-        QuantCacheError: It holds no safetensors weights, or they are truncated, malformed or incomplete.
+        QuantCacheError: The folder holds no safetensors weights, or they are truncated, malformed or incomplete.
     """
 
     def __init__(self, folder: Path):

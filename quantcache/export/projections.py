@@ -225,7 +225,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         The entry of the table.
 
     Raises:
-        UnsupportedModel: There is none, or the config turns on what absorption cannot follow.
+        UnsupportedModel: The architecture is unknown, or the config turns on what absorption cannot follow.
     """
     compat.require_decoder(config)
     architecture = ARCHITECTURES.get(config.model_type)

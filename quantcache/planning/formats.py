@@ -185,7 +185,7 @@ def require_full_attention(form: Format, geometry: Geometry) -> None:
         geometry: The model's cache.
 
     Raises:
-        UnsupportedModel: It has layers that are not plain full attention.
+        UnsupportedModel: The model has layers that are not plain full attention.
     """
     if geometry.state_bytes or not all(layer.blocks for layer in geometry.layers):
         raise UnsupportedModel(f"{form.name}: transformers' quantized cache supports only full-attention models")

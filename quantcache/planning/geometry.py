@@ -57,7 +57,7 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
         The config.
 
     Raises:
-        QuantCacheError: There is none, it cannot be read, or it is an encoder-decoder's.
+        QuantCacheError: The config is missing, cannot be read, or is an encoder-decoder's.
     """
     source = model_source(name)
     try:
@@ -83,7 +83,7 @@ def read_geometry(config: PreTrainedConfig) -> Geometry:
         Its layers.
 
     Raises:
-        UnsupportedModel: It has layers whose bytes are not known, or cannot be built from its config.
+        UnsupportedModel: The model has layers whose bytes are not known, or cannot be built from its config.
     """
     stock = cache_layout.stock_layers(config)
     traced = tracing.traced_layers(config)

@@ -234,7 +234,7 @@ def measurements_of(content: Any, path: Path) -> Measurements:
         Its figures; methods that could not be measured are left out.
 
     Raises:
-        RecordError: It is not a record, or its figures are not as its suite writes them.
+        RecordError: The data are not a record, or its figures are not as its suite writes them.
     """
     check(content, str(path))
     if content["suite"] not in SUITES:
@@ -376,7 +376,7 @@ def from_digest(content: Any, where: str) -> Measurements:
         The figures.
 
     Raises:
-        RecordError: It is not a digest, or of another version.
+        RecordError: The data are not a digest, or one of another version.
     """
     if not isinstance(content, dict) or content.get("format") != DIGEST_FORMAT:
         raise RecordError(f"{where} is not a digest of measurements: its format must be {DIGEST_FORMAT!r}")

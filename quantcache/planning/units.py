@@ -26,7 +26,7 @@ def parse_bytes(text: str, what: str = "memory") -> int:
         Bytes.
 
     Raises:
-        QuantCacheError: It has no unit, an unknown or an ambiguous one, or is not positive.
+        QuantCacheError: The text has no unit, an unknown or an ambiguous one, or is not positive.
     """
     match = _AMOUNT.fullmatch(text)
     unit = match[2].upper() if match else ""
@@ -51,7 +51,7 @@ def parse_tokens(text: str, what: str = "context") -> int:
         Tokens.
 
     Raises:
-        QuantCacheError: It is not a whole number from 1 up.
+        QuantCacheError: The text is not a whole number from 1 up.
     """
     match = _AMOUNT.fullmatch(text)
     unit = match[2].upper() if match else "?"

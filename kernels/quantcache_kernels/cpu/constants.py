@@ -56,7 +56,7 @@ def in_memory(name: str, x: Tensor) -> Tensor:
         A plain strided tensor: a copy where ``x`` is lazily negated.
 
     Raises:
-        ValueError: It is not in the CPU's memory.
+        ValueError: The values are not in the CPU's memory.
     """
     if x.is_neg():
         x = x.resolve_neg()
@@ -78,7 +78,7 @@ def require(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
         The tensor.
 
     Raises:
-        ValueError: It is something else, not contiguous, or not in the CPU's memory.
+        ValueError: The tensor has another shape or dtype, is not contiguous, or is not in the CPU's memory.
     """
     if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
         raise ValueError(

@@ -29,7 +29,7 @@ class Library:
         path: The shared library.
 
     Raises:
-        OSError: It cannot be loaded, or is of another build than this package.
+        OSError: The library cannot be loaded, or is of another build than this package.
     """
 
     def __init__(self, path: Path):
@@ -88,7 +88,7 @@ def loaded() -> Library:
         The library.
 
     Raises:
-        RuntimeError: It is not there.
+        RuntimeError: The library was not built.
     """
     library, reason = find()
     if library is None:

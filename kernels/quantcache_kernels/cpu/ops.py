@@ -114,7 +114,7 @@ def _dense(name: str, x: Tensor, *shape: int) -> tuple[Tensor, tuple[int, int, i
         what ``Dense`` says of it.
 
     Raises:
-        ValueError: It has another shape or dtype, or is not in the CPU's memory.
+        ValueError: The tensor has another shape or dtype, or is not in the CPU's memory.
     """
     if x.shape != shape or x.dtype not in DTYPES:
         raise ValueError(

@@ -176,7 +176,7 @@ def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis
         A cubin.
 
     Raises:
-        CudaError: They do not compile.
+        CudaError: The source does not compile.
     """
     defines = f"-DKEY_TRELLIS={int(key_trellis)}", f"-DVALUE_TRELLIS={int(value_trellis)}"
     return _compiled(capability, source("codes.h"), defines + ("-DMARKED",) * marked)
@@ -192,7 +192,7 @@ def compiled_conversion(capability: tuple[int, int]) -> bytes:
         A cubin.
 
     Raises:
-        CudaError: They do not compile.
+        CudaError: The source does not compile.
     """
     return _compiled(capability, source("conversion.h"), ())
 
@@ -208,7 +208,7 @@ def compiled_encoder(capability: tuple[int, int], is_trellis: bool) -> bytes:
         A cubin.
 
     Raises:
-        CudaError: It does not compile.
+        CudaError: The source does not compile.
     """
     return _compiled(capability, source("encode.h"), (f"-DTRELLIS={int(is_trellis)}",))
 

@@ -179,7 +179,7 @@ def load_codes(device: int, key_trellis: bool, value_trellis: bool) -> dict[str,
         Those of :data:`CODE_KERNELS`.
 
     Raises:
-        CudaError: They do not compile or load.
+        CudaError: The source does not compile, or the machine code does not load.
     """
     binary = compiled_codes(torch.cuda.get_device_capability(device), key_trellis, value_trellis)
     return _loaded(device, binary, *CODE_KERNELS)
@@ -196,7 +196,7 @@ def load_conversion(device: int) -> dict[str, Kernel]:
         Those of :data:`CONVERSION_KERNELS`.
 
     Raises:
-        CudaError: They do not compile or load.
+        CudaError: The source does not compile, or the machine code does not load.
     """
     return _loaded(device, compiled_conversion(torch.cuda.get_device_capability(device)), *CONVERSION_KERNELS)
 
@@ -213,7 +213,7 @@ def load_encoder(device: int, is_trellis: bool) -> dict[str, Kernel]:
         Those of :data:`ENCODER_KERNELS`.
 
     Raises:
-        CudaError: They do not compile or load.
+        CudaError: The source does not compile, or the machine code does not load.
     """
     return _loaded(device, compiled_encoder(torch.cuda.get_device_capability(device), is_trellis), *ENCODER_KERNELS)
 

@@ -110,7 +110,7 @@ class CompressedModels(ModelManager):
             Model and processor.
 
         Raises:
-            HTTPException: It has no calibration.
+            HTTPException: The model has no calibration.
         """
         known = _key(model_id_and_revision, gguf_file) in self._calibrations
         if not known and not self.compression.allow_dense:

@@ -64,7 +64,7 @@ def require_forward(model: PreTrainedModel) -> None:
         model: The model.
 
     Raises:
-        UnsupportedModel: It has no forward pass of its own.
+        UnsupportedModel: The model has no forward pass of its own.
     """
     model = unwrapped(model)  # torch.compile's wrapper has none of its own either
     if type(model).forward is torch.nn.Module.forward:
@@ -112,7 +112,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         The model in float32, and its tokenizer.
 
     Raises:
-        UnsupportedModel: It is an encoder-decoder model.
+        UnsupportedModel: The file holds an encoder-decoder model.
         QuantCacheError: Weights are missing in the file, or of other shapes: transformers would draw them at random.
     """
     source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}

@@ -18,7 +18,7 @@ def require_server() -> None:
     """Refuse to serve where something is missing that transformers' server needs.
 
     Raises:
-        QuantCacheError: It is.
+        QuantCacheError: A package is missing.
     """
     if not is_serve_available():
         raise QuantCacheError("serving needs fastapi, uvicorn and openai: pip install 'quantcache[serve]'")
