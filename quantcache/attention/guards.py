@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
+from quantcache.common.logs import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -127,16 +127,13 @@ def warn_of_saturation(index: int | None, gains: dict[str, AsyncReadback]) -> No
         above, below, count = counts.tolist()
         if above:
             found = f"some {side}s are at least 16 times larger than in calibration and lose magnitude"
-            _warn_once(f"layer {index}: {found}: {advice}")
+            log_once(logger, logging.WARNING, f"layer {index}: {found}: {advice}")
         if below and below == count:
-            _warn_once(
-                f"layer {index}: {side}s are at least 16 times smaller than in calibration and become 0: {advice}"
+            log_once(
+                logger,
+                logging.WARNING,
+                f"layer {index}: {side}s are at least 16 times smaller than in calibration and become 0: {advice}",
             )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def require_query(query: Tensor, tail: Tensor) -> None:

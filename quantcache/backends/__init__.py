@@ -6,7 +6,6 @@ else in quantcache names a backend.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Literal
@@ -25,6 +24,7 @@ from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.logs import log_once
 from quantcache_kernels.interface import AttentionCall
 
 __all__ = [
@@ -134,7 +134,7 @@ def choose(
         lacks = {side: reason for side, reason in asked.items() if reason is not None}
         if not lacks:
             if name not in ("auto", backend.name):
-                _warn_once(f"not using the {name} kernels: {report.passed_over[name]}")
+                log_once(logger, logging.WARNING, f"not using the {name} kernels: {report.passed_over[name]}")
             return backend, _serving(report, backend, device)
         report.passed_over[backend.name] = next(iter(lacks.values()))
         if len(lacks) < len(codecs):
@@ -144,7 +144,7 @@ def choose(
     missing = "; ".join(f"no {other} kernels ({reason})" for other, reason in report.passed_over.items())
     if missing and all(isinstance(codec, SpectralCodec) for codec in codecs.values()):
         work = "attending" if partly else "encoding and attending"
-        _warn_once(f"{work} in plain torch, which is slower: {missing}")
+        log_once(logger, logging.WARNING, f"{work} in plain torch, which is slower: {missing}")
     if not partly:
         return REFERENCE, report
     # Plain torch attends, and takes portable blocks as they are.
@@ -158,7 +158,9 @@ def _serving(report: BackendReport, backend: Backend, device: torch.device) -> B
     """A report of who serves."""
     report.name = backend.name
     others = "".join(f"; not {other}: {reason}" for other, reason in report.passed_over.items())
-    _inform_once(f"keys and values on {device.type} are encoded by the {backend.name} backend{others}")
+    log_once(
+        logger, logging.INFO, f"keys and values on {device.type} are encoded by the {backend.name} backend{others}"
+    )
     return report
 
 
@@ -204,15 +206,5 @@ def attend(query: Tensor, view: CacheView, call: AttentionCall) -> Tensor:
     if reason is None:
         return backend.attend(query, view, call)
     report.refused[reason] += 1
-    _inform_once(f"attention in plain torch instead of the {backend.name} backend: {reason}")
+    log_once(logger, logging.INFO, f"attention in plain torch instead of the {backend.name} backend: {reason}")
     return REFERENCE.attend(query, view, call)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-@functools.cache
-def _inform_once(message: str) -> None:
-    logger.info(message)

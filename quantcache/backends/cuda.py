@@ -6,7 +6,6 @@ kernels, or to plain torch where there is no Triton.
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.common.errors import GraphCaptureError
+from quantcache.common.logs import log_once
 from quantcache_kernels.cuda import calls
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.compiler import CudaError
@@ -159,7 +159,11 @@ class CudaBackend(Backend):
         reason = self._fallback.unavailable(device)
         if reason is None:
             return self._fallback
-        _warn_once(f"plain torch does what is left to {self._fallback.name}'s kernels, and is slower: {reason}")
+        log_once(
+            logger,
+            logging.WARNING,
+            f"plain torch does what is left to {self._fallback.name}'s kernels, and is slower: {reason}",
+        )
         return REFERENCE
 
 
@@ -217,11 +221,6 @@ class CudaStage(Stage):
         """The kernels hide padding whatever a mask says."""
         if shows_padding(mask if self._masked else None, self._view.left_padding, self._view.length):
             raise GraphCaptureError("the cuda backend does not serve this step: a query attends to padding")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _attend(query: Tensor, view: CacheView, call: AttentionCall, splits: int | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from quantcache.cache.spectral_cache import BlockCache
 from quantcache.cache.stages import Graph, Period
 from quantcache.common import compat
 from quantcache.common.errors import GraphCaptureError, QuantCacheError
+from quantcache.common.logs import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ class _Forward:
                 return CausalLMOutputWithPast(logits=logits, **{compat.cache_name(CausalLMOutputWithPast): cache})
         except GraphCaptureError as error:
             self.steps[cache] = None
-            _warn_once(f"decoding without CUDA graphs: {error}")
+            log_once(logger, logging.WARNING, f"decoding without CUDA graphs: {error}")
         return self.original(**kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -228,8 +229,3 @@ class _Forward:
             and not any(isinstance(value, Tensor) for value in rest.values())
             and all(value in _NOTHING_ELSE.get(name, (None, False)) for name, value in rest.items())
         )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import Calibration, SpectralCache
-from quantcache.attention import guards as guards_module
 from quantcache.backends.padding import Arrivals
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
+from quantcache.common.logs import log_once
 from quantcache.data import calibrations_path, evaluation_text
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import Run, feed
@@ -221,7 +221,7 @@ def test_saturation_is_never_silent(caplog: pytest.LogCaptureFixture) -> None:
         1e-3: "layer 1: values are at least 16 times smaller than in calibration and become 0",
     }
     for scale, message in messages.items():
-        guards_module._warn_once.cache_clear()
+        log_once.cache_clear()
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="quantcache.attention.guards"):
             for _ in range(2):
@@ -255,7 +255,7 @@ def test_inspect_shows_them(run: Run, tmp_path: Path) -> None:
 def test_ordinary_text_saturates_nothing(
     demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
-    guards_module._warn_once.cache_clear()
+    log_once.cache_clear()
     cache = SpectralCache(
         Calibration.from_pretrained(calibrations_path() / "wiki11m"), demo_model.config, residual_length=0
     )

@@ -14,6 +14,7 @@ from quantcache.attention.function import spectral_attention
 from quantcache.backends import AttentionCall, cuda, trials
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import GraphCaptureError
+from quantcache.common.logs import log_once
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.compiler import CudaError
 from tests.kernels import emulation
@@ -59,8 +60,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Elsewhere]:
     monkeypatch.setattr(own, "_fallback", found)
     monkeypatch.setitem(backends.FASTEST_FIRST, "cpu", (own, found))
     monkeypatch.setitem(backends.BACKENDS, "triton", found)
-    for once in (backends._warn_once, backends._inform_once, cuda._warn_once):
-        once.cache_clear()
+    log_once.cache_clear()
     trials.forget()
     with emulation.on_the_cpu():
         yield found

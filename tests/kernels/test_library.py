@@ -9,6 +9,7 @@ import torch
 
 from quantcache import backends
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.logs import log_once
 from quantcache_kernels import cpu
 from quantcache_kernels.cpu import library
 from quantcache_kernels.cpu.library import Library, find
@@ -46,7 +47,7 @@ def test_without_kernels_auto_says_so_once_and_cpu_is_refused(
 ) -> None:
     monkeypatch.setattr(cpu, "available", lambda: False)
     monkeypatch.setattr(cpu, "reason", lambda: "there was no compiler")
-    backends._warn_once.cache_clear()
+    log_once.cache_clear()
     layer = (torch.device("cpu"), {"key": torch.float32, "value": torch.float32}, codecs(BASE))
     with caplog.at_level(logging.WARNING, logger="quantcache.backends"):
         chosen = [backends.choose("auto", *layer) for _ in range(2)]

@@ -24,6 +24,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import Coding
 from quantcache.coding.trellis import union_levels
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.logs import log_once
 from quantcache_kernels.triton import encode, ops
 from quantcache_kernels.triton.codes import rotation
 from quantcache_kernels.triton.runtime import jit, tl
@@ -197,7 +198,7 @@ def test_triton_through_the_cache() -> None:
 
 
 def test_triton_says_why_it_does_not_take_a_case(caplog: pytest.LogCaptureFixture) -> None:
-    backends._inform_once.cache_clear()
+    log_once.cache_clear()
     layer = on_device(fill(BASE).layer, TRITON)
     mask = torch.zeros(1, 1, 1, BASE.tokens, device=TRITON_DEVICE)
     with caplog.at_level(logging.INFO, logger="quantcache.backends"):
