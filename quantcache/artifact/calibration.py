@@ -335,6 +335,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             file = pretrained_model_name_or_path
             raise ArtifactError(f"{file} is a file: a calibration is a folder with {CONFIG_NAME} and {TENSORS_NAME}")
         repo_id = hub.require_repo_id(pretrained_model_name_or_path)
+        if "/" not in repo_id:  # a folder that is not here, most likely: to ask the Hub would take long where it is not
+            raise ArtifactError(f"there is no folder {repo_id}, and repositories on the Hub are called OWNER/NAME")
         options: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,

@@ -595,6 +595,12 @@ def test_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Calibration.from_pretrained(Path(name))
 
 
+def test_a_folder_that_is_not_here_is_not_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantcache.artifact.hub.download", lambda *args, **kwargs: pytest.fail("the Hub was asked"))
+    with pytest.raises(ArtifactError, match="there is no folder calibration, and repositories on the Hub are called"):
+        Calibration.from_pretrained("calibration")
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
