@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -21,8 +19,8 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.identity import FINGERPRINT, fingerprint
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
-from quantcache.calibration.passages import sketch
-from quantcache.calibration.yardstick import YARDSTICK_SEQUENCES, YARDSTICK_TOKENS, measure_yardstick
+from quantcache.calibration.data import calibration_data
+from quantcache.calibration.yardstick import measure_yardstick
 from quantcache.coding.allocation import check_rates
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import DEFAULT_CODING, SIDES, CodecSettings, Metadata, Rate, SideBits
@@ -32,12 +30,8 @@ from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.common.sequences import leading_token, split_text, text_tokens, without_padding
 
 Metric = Literal["fisher", "query", "identity"]
-
-LONGEST_NAME = 4096
-"""Characters of a text that may be the name of a file."""
 
 
 @torch.inference_mode(False)
@@ -108,7 +102,7 @@ def calibrate(
             f"{type(model).__name__} puts tokens of its own before every text (PEFT's prompt or prefix tuning): "
             "calibrate the base model, model.get_base_model()"
         )
-    sequences, held_out, digests, passages = _sequences(model, data, tokenizer, seq_len, max_tokens)
+    given = calibration_data(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
@@ -119,8 +113,8 @@ def calibrate(
         bar = Progress(console=console, disable=not (progress and console.is_terminal), transient=True)
         with evaluating(model), bar:
             ropes = detect_ropes(model, layers)
-            task = bar.add_task("calibrating", total=sum(s.numel() for s in sequences))
-            for sequence in sequences:
+            task = bar.add_task("calibrating", total=given.num_tokens)
+            for sequence in given.sequences:
                 _gather(model, sequence, metric, ropes, statistics, settings, generator)
                 bar.advance(task, sequence.numel())
     finally:
@@ -139,23 +133,23 @@ def calibrate(
         cache_config=cache_layout.cache_config(model.config),
         recipe={
             "metric": metric,
-            "tokens": sum(s.numel() for s in sequences),
-            "sequences": len(sequences),
-            "seq_len": max(s.shape[-1] for s in sequences),
+            "tokens": given.num_tokens,
+            "sequences": len(given.sequences),
+            "seq_len": max(each.shape[-1] for each in given.sequences),
             "seed": seed,
             "sink_length": SINK_LENGTH,
             "metric_shrinkage": METRIC_SHRINKAGE,
             "covariance_shrinkage": COVARIANCE_SHRINKAGE,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "text_sha256": digests,
-            "passages": passages,
+            "text_sha256": given.digests,
+            "passages": given.passages,
         },
         codec=settings,
         joint=metric == "fisher",
         environment=compat.versions(),
     )
     calibration = Calibration(solved, metadata)
-    yardstick = measure_yardstick(model, sequences, held_out, calibration) if predict else None
+    yardstick = measure_yardstick(model, given.sequences, given.held_out, calibration) if predict else None
     if yardstick is not None:
         metadata.recipe["yardstick"] = yardstick
     return calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
@@ -172,117 +166,6 @@ def public_name(model: PreTrainedModel) -> str | None:
     """
     name = getattr(model.config, "_name_or_path", "") or None
     return Path(name).name if name and os.path.isdir(name) else name
-
-
-def _token_ids(model: PreTrainedModel, given: Any) -> Tensor:
-    """A batch as a tensor, if it is one that a model can read."""
-    try:
-        batch = torch.as_tensor(given, device="cpu")
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"data must be texts or batches of token ids, [B, T] or [T]; one is a {type(given).__name__}: {error}"
-        ) from error
-    if batch.ndim not in (1, 2) or batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool:
-        raise ValueError(
-            f"data must be texts or batches of token ids, [B, T] or [T]; one has shape {list(batch.shape)} and dtype "
-            f"{batch.dtype}"
-        )
-    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if known is not None and batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < known:
-        raise ValueError(f"token ids must lie between 0 and {known - 1}, got {int(batch.min())} to {int(batch.max())}")
-    return batch.long()
-
-
-def _text(given: str | Path) -> str:
-    """A text; not the name of the file that has it."""
-    name = str(given)
-    if isinstance(given, Path) or (len(name) < LONGEST_NAME and os.path.isfile(name)):
-        raise ValueError(f"data must be texts, got the name of a file, {name!r}: read it first")
-    return name
-
-
-def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> set[int]:
-    """What a model and its tokenizer call, for instance, ``pad_token_id``."""
-    found: set[int] = set()
-    for source in (model.config.get_text_config(decoder=True), getattr(model, "generation_config", None), tokenizer):
-        given = getattr(source, name, None)
-        found.update(each for each in (given if isinstance(given, list | tuple) else [given]) if each is not None)
-    return found
-
-
-def _sequences(
-    model: PreTrainedModel,
-    data: str | Sequence[str] | Iterable[Tensor],
-    tokenizer: PreTrainedTokenizerBase | None,
-    seq_len: int | None,
-    max_tokens: int,
-) -> tuple[list[Tensor], list[Tensor], list[str], str]:
-    """Batches ``[B, T]`` of at most ``max_tokens`` tokens, some behind them, SHA-256 of what is given, and a sketch."""
-    digests: list[str] = []
-    given, padded, passages = 0, 0, ""
-    padding, *ends = (_special_tokens(model, tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos"))
-    limit = compat.position_limit(model.config) or 2048
-    length = min(seq_len or 2048, limit)
-    if seq_len is not None and seq_len > limit:
-        warnings.warn(f"seq_len {seq_len} exceeds the model's limit; using {limit}", stacklevel=3)
-    if isinstance(data, str | Path):
-        data = [data]
-    elif isinstance(data, Tensor) and data.ndim == 1:
-        data = data[None]
-    wanted = max_tokens + YARDSTICK_SEQUENCES * YARDSTICK_TOKENS
-    batches: list[Tensor] = []
-    texts: list[str] = []
-    for item in data:
-        if isinstance(item, str | Path):
-            texts.append(_text(item))
-        else:
-            batch = _token_ids(model, item)
-            digests.append(hashlib.sha256(batch.to(torch.int64).contiguous().numpy().tobytes()).hexdigest())
-            rows = without_padding(batch[None] if batch.ndim == 1 else batch, padding, set().union(*ends))
-            batches += rows
-            shown = sum(row.numel() for row in rows)
-            given, padded = given + shown, padded + batch.numel() - shown
-            if given >= wanted:
-                break  # data may be a stream without end
-    if padded:
-        warnings.warn(f"{padded} of {given + padded} token ids are padding, and are left out", stacklevel=3)
-    if texts:
-        if tokenizer is None:
-            raise QuantCacheError("texts need a tokenizer: pass tokenizer=, or batches of token ids")
-        joined = "\n\n".join(texts)
-        digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
-        tokens = text_tokens(tokenizer, joined, wanted)
-        batches += split_text(model.config, tokens[:max_tokens], length)
-        leading = leading_token(model.config, tokens)
-        later = tokens[max_tokens:] if leading is None else torch.cat((leading, tokens[max_tokens:]))
-        passages = sketch(str(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True)))
-    kept, held_out = _divide(batches, limit, max_tokens)
-    if not kept:
-        found = max((b.shape[1] for b in batches), default=0)
-        raise QuantCacheError(
-            f"calibration needs sequences of more than {4 * SINK_LENGTH} tokens, the longest given has {found}"
-        )
-    if texts:
-        held_out += split_text(model.config, later, length)
-    return kept, held_out, digests, passages
-
-
-def _divide(batches: list[Tensor], limit: int, max_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What a calibration is made of, ``[B, T]`` each and ``max_tokens`` in all at most, and the sequences left over."""
-    kept: list[Tensor] = []
-    left: list[Tensor] = []
-    room = max_tokens
-    for batch in batches:
-        batch = batch[:, : limit if limit < batch.shape[1] else None]
-        rows = min(batch.shape[0], max(room // max(batch.shape[1], 1), 0))
-        if not rows and not kept and room:
-            batch, rows = batch[:1, :room], 1
-        if rows and batch.shape[1] > 4 * SINK_LENGTH:
-            kept.append(batch[:rows])
-            room -= kept[-1].numel()
-        if rows < batch.shape[0]:
-            left += batch[rows:].split(1)
-    return kept, left
 
 
 def _gather(

@@ -153,6 +153,13 @@ def test_heads_that_nothing_reads_take_no_bits(tmp_path: Path) -> None:
     assert divergence(feed(model, DynamicCache(config=model.config), tokens, STEPS), found) < 1e-3
 
 
+def test_sequences_that_are_too_short_are_not_left_out_in_silence() -> None:
+    batches = [random_tokens(1, 64), random_tokens(2, 16), random_tokens(1, 17)]
+    with pytest.warns(UserWarning, match="^2 sequences of at most 16 tokens are left out$"):
+        found = calibrate(shared_model(FAMILIES[0]), batches, progress=False, predict=False)
+    assert (found.metadata.recipe["sequences"], found.metadata.recipe["tokens"]) == (2, 81)
+
+
 def test_gradients_that_overflow_are_refused() -> None:
     """What they say was left out: all heads of such a layer weighed alike, in no unit of the others'."""
     model = FAMILIES[0].make()
