@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -21,7 +21,10 @@ from quantcache.common.plaintext import read_utf8
 MAX_BYTES = 64 << 10
 """Size of a recipe that is read; one has some hundred bytes."""
 
-METRICS = ("fisher", "query", "identity")
+Metric = Literal["fisher", "query", "identity"]
+"""How errors are weighed."""
+
+METRICS = get_args(Metric)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

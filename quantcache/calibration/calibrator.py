@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.identity import FINGERPRINT, fingerprint
+from quantcache.artifact.recipes import METRICS, Metric
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.calibration.data import calibration_data
@@ -30,8 +30,6 @@ from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-
-Metric = Literal["fisher", "query", "identity"]
 
 
 @torch.inference_mode(False)
@@ -88,8 +86,8 @@ def calibrate(
         QuantCacheError: The data are empty or too short.
         ValueError: ``metric``, a number of bits or tokens, or a token id is out of range; a batch is not of token ids.
     """
-    if metric not in ("fisher", "query", "identity"):
-        raise ValueError(f"metric must be 'fisher', 'query' or 'identity', got {metric!r}")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     check_rates(Rate(bits, key_bits, value_bits, min_bits))
     for name, count in (("max_tokens", max_tokens), ("seq_len", seq_len)):
         if count is not None and (not isinstance(count, Integral) or count < 1):
