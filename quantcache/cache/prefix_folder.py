@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,9 @@ class PrefixFolder:
         """Bytes of every file."""
         return [size for _, size in self._files()]
 
-    def write(self, identity: str, key: bytes, cache: SpectralCache, size: int) -> bool:
+    def write(
+        self, identity: str, key: bytes, cache: SpectralCache, size: int, wanted: Callable[[], bool] = lambda: True
+    ) -> bool:
         """Keep a prefix, in place of those that were used longest ago.
 
         Args:
@@ -80,9 +82,10 @@ class PrefixFolder:
             key: Its tokens.
             cache: What they have left; nobody changes it.
             size: About how many bytes it takes.
+            wanted: Says whether it is still to be kept once it is written; no longer before a :meth:`clear`.
 
         Returns:
-            Whether it fits.
+            Whether it fits and is wanted.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written to.
@@ -100,9 +103,12 @@ class PrefixFolder:
         with partial_folder(self.path) as partial:
             write_cache(partial / path.name, cache, cache.calibration, None, prefix=(tokens, identity))
             with only_writer(self.path):  # others may have written meanwhile
-                if not self._remove_oldest((partial / path.name).stat().st_size):
+                if not wanted() or not self._remove_oldest((partial / path.name).stat().st_size):
                     return False
                 os.replace(partial / path.name, path)
+                if not wanted():  # where the file system has no locks, clear() did not wait for this
+                    path.unlink(missing_ok=True)
+                    return False
         self._sound.add(path)
         return True
 
@@ -147,8 +153,9 @@ class PrefixFolder:
 
     def clear(self) -> None:
         """Remove all prefixes."""
-        for path, _ in self._files():
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError), only_writer(self.path):
+            for path, _ in self._files():
+                path.unlink(missing_ok=True)
 
     def _files(self) -> list[tuple[Path, int]]:
         """All prefixes with their sizes, the least recently used first."""

@@ -101,6 +101,7 @@ class PrefixStore:
         self._held: OrderedDict[tuple[str, bytes], tuple[SpectralCache, int]] = OrderedDict()  # last used last
         self._leaving: dict[tuple[str, bytes], SpectralCache] = {}  # on their way to the folder
         self._bytes = 0
+        self._generation = 0  # how often all was forgotten: what began before must not come back
         self._counts = dict.fromkeys(("requests", "hits", "prompt_tokens", "reused_tokens", "evicted", "failures"), 0)
         for name, key in self.folder.scan() if self.folder else ():
             self._learn(name, key)
@@ -135,12 +136,12 @@ class PrefixStore:
                 found, keep = self._best(name, key, empty)
                 if found is None:
                     return None
-                held = self._leaving.get((name, found))
+                generation, held = self._generation, self._leaving.get((name, found))
                 if (name, found) in self._held:
                     held = self._held[name, found][0]
                     self._held.move_to_end((name, found))
             try:
-                cache = (self._read(name, found, empty) if held is None else held).fork()
+                cache = (self._read(name, found, empty, generation) if held is None else held).fork()
                 if keep < tokens_in(found):
                     cache.crop(keep - tokens_in(found))
                 if cache.get_seq_length() != keep:
@@ -171,14 +172,14 @@ class PrefixStore:
             QuantCacheError: A forward pass was interrupted, the cache has no calibration, or it holds more tokens than
                 are named.
         """
-        length = cache.get_seq_length()
+        length, generation = cache.get_seq_length(), self._generation
         if length > len(tokens):
             raise QuantCacheError(f"the cache holds {length} tokens, only {len(tokens)} are named")
         kept = cache.fork()
         kept.announced = kept.arrivals = None
         if not length or not fits_rotation(length, model) or not is_plain(kept):
             return False
-        return self._insert(identity(cache, model), key_of(tokens[:length]), kept)
+        return self._insert(identity(cache, model), key_of(tokens[:length]), kept, generation)
 
     def save(self) -> None:
         """Write all caches in memory to the folder, where a new store finds them.
@@ -189,14 +190,19 @@ class PrefixStore:
         if self.folder is None:
             raise QuantCacheError("this PrefixStore has no folder to write to: give it one with folder=")
         with self._lock:
-            held = list(self._held.items())
-        self._write(held)
+            held, generation = list(self._held.items()), self._generation
+        self._write(held, generation)
 
     def clear(self) -> None:
-        """Forget everything, in the folder too."""
+        """Forget everything, in the folder too, and whatever is on its way into either.
+
+        What :meth:`add` is given afterwards is kept as ever.
+        """
         with self._lock:
+            self._generation += 1
             self._known.clear()
             self._held.clear()
+            self._leaving.clear()
             self._bytes = 0
         if self.folder is not None:
             self.folder.clear()
@@ -229,22 +235,24 @@ class PrefixStore:
                     best, most = keys[index], keep
         return best, most
 
-    def _read(self, name: str, key: bytes, empty: SpectralCache) -> SpectralCache:
+    def _read(self, name: str, key: bytes, empty: SpectralCache, generation: int) -> SpectralCache:
         """Bring a prefix back from the folder."""
         if self.folder is None:
             raise QuantCacheError("a prefix has left memory meanwhile")
         cache = self.folder.read(name, key, empty)
-        self._insert(name, key, cache)
+        self._insert(name, key, cache, generation)
         return cache
 
     # ------------------------------------------------------------------ keeping
 
-    def _insert(self, name: str, key: bytes, cache: SpectralCache) -> bool:
-        """Put a cache in memory, and in the folder what has to leave."""
+    def _insert(self, name: str, key: bytes, cache: SpectralCache, generation: int) -> bool:
+        """Put a cache in memory, and in the folder what has to leave; nothing if all was forgotten meanwhile."""
         size = measure(cache, saturation=False).total + len(key)
         if size > self.max_bytes:
-            return self._write([((name, key), (cache, size))])
+            return self._write([((name, key), (cache, size))], generation)
         with self._lock:
+            if generation != self._generation:
+                return False
             if can_be_cut(cache):
                 if self._is_covered(name, key):
                     return True
@@ -264,27 +272,32 @@ class PrefixStore:
                 else:
                     self._leaving[place] = old
                     leaving.append((place, (old, taken)))
-        self._write(leaving)
+        self._write(leaving, generation)
         return True
 
-    def _write(self, leaving: list[tuple[tuple[str, bytes], tuple[SpectralCache, int]]]) -> bool:
+    def _write(self, leaving: list[tuple[tuple[str, bytes], tuple[SpectralCache, int]]], generation: int) -> bool:
         """Write caches to the folder, and forget those that are neither there nor in memory."""
+
+        def wanted() -> bool:
+            return generation == self._generation
+
         written = dict.fromkeys((place for place, _ in leaving), False)
         try:
             for place, (cache, size) in leaving:
                 try:
-                    written[place] = self.folder is not None and self.folder.write(*place, cache, size)
+                    if self.folder is not None and wanted():
+                        written[place] = self.folder.write(*place, cache, size, wanted)
                 except FAILURES as error:
                     self._failed("be written", error)
         finally:  # Ctrl-C must not leave caches beyond the limit in memory
             with self._lock:
-                for place, there in written.items():
+                for place, there in written.items() if wanted() else ():
                     self._leaving.pop(place, None)
                     if there:
                         self._learn(*place)
                     elif place not in self._held:
                         self._unlearn(*place)
-        return all(written.values())
+        return wanted() and all(written.values())
 
     def _is_covered(self, name: str, key: bytes) -> bool:
         """Whether a longer prefix in memory begins with this one; it then counts as used."""

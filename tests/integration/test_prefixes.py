@@ -25,6 +25,7 @@ import quantcache
 from quantcache.accounting.memory import num_blocks
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache import files as cache_files
+from quantcache.cache import prefix_folder
 from quantcache.cache.fingerprints import model_fingerprint
 from quantcache.cache.prefix_folder import SUFFIX
 from quantcache.cache.prefix_keys import kept_tokens, key_of, shared_tokens
@@ -762,6 +763,39 @@ def test_a_folder_stays_within_its_bytes(model: PreTrainedModel, calibration: Ca
 def _only(store: PrefixStore, text: Tensor) -> tuple[str, bytes]:
     (name,) = store._known
     return name, key_of(text[0].tolist())
+
+
+@on_disk
+@pytest.mark.parametrize("what", ["add", "save", "fork"])
+def test_what_is_on_its_way_does_not_outlive_a_clear(
+    what: str, model: PreTrainedModel, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write or read of the folder that began before ``clear()`` and ends after it."""
+    tokens, empty = random_tokens(1, 200, seed=130), SpectralCache(calibration, model.config)
+    cache, prompt = filled(model, calibration, tokens), [*tokens[0].tolist(), 5]
+    if what == "fork":
+        PrefixStore(0, tmp_path, GIBI).add(prompt[:-1], cache, model)
+    store = PrefixStore(0 if what == "add" else GIBI, tmp_path, GIBI)
+    last = "read_prefix" if what == "fork" else "write_cache"  # of a file
+    works = getattr(prefix_folder, last)
+
+    def clear_behind(*args: Any, **kwargs: Any) -> Any:
+        result = works(*args, **kwargs)
+        store.clear()
+        return result
+
+    if what == "save":
+        assert store.add(prompt[:-1], cache, model)
+    monkeypatch.setattr(prefix_folder, last, clear_behind)
+    if what == "fork":
+        assert store.fork(prompt, empty, model) is not None, "the request came before"
+    else:
+        assert not (store.save() if what == "save" else store.add(prompt[:-1], cache, model))
+    monkeypatch.undo()
+    assert store.fork(prompt, empty, model) is None
+    assert (store.statistics().caches, prefix_files(tmp_path)) == (0, [])
+    assert store.add(prompt[:-1], cache, model)
+    assert store.fork(prompt, empty, model) is not None, "what comes later is kept"
 
 
 @on_disk
