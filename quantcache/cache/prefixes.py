@@ -181,8 +181,11 @@ class PrefixStore:
             return False
         return self._insert(identity(cache, model), key_of(tokens[:length]), kept, generation)
 
-    def save(self) -> None:
+    def save(self) -> int:
         """Write all caches in memory to the folder, where a new store finds them.
+
+        Returns:
+            How many of them are there now; a warning is logged if not all are.
 
         Raises:
             QuantCacheError: The store has no folder.
@@ -192,6 +195,17 @@ class PrefixStore:
         with self._lock:
             held, generation = list(self._held.items()), self._generation
         self._write(held, generation)
+        # Where not all have room, the last to be written took the place of the first.
+        there = sum(self.folder.file_of(*place).exists() for place, _ in held)
+        if there < len(held) and generation == self._generation:
+            logger.warning(
+                "%d of %d prefixes in memory are not in %s, which may take %d bytes",
+                len(held) - there,
+                len(held),
+                self.folder.path,
+                self.folder.max_bytes,
+            )
+        return there
 
     def clear(self) -> None:
         """Forget everything, in the folder too, and whatever is on its way into either.

@@ -27,7 +27,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cache import files as cache_files
 from quantcache.cache import prefix_folder
 from quantcache.cache.fingerprints import model_fingerprint
-from quantcache.cache.prefix_folder import SUFFIX
+from quantcache.cache.prefix_folder import SUFFIX, PrefixFolder
 from quantcache.cache.prefix_keys import kept_tokens, key_of, shared_tokens
 from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.spectral_cache import SpectralCache
@@ -637,8 +637,8 @@ def test_prefixes_survive_a_restart(family: Family, tmp_path: Path) -> None:
     store.add(tokens[0].tolist(), filled(model, calibration, tokens), model)
     expected = store.fork(prompt, empty, model)
     assert not prefix_files(tmp_path)
-    store.save()
-    store.save()
+    assert store.save() == 1
+    assert store.save() == 1
     again = PrefixStore(GIBI, tmp_path)
     assert again.statistics().files == 1
     found = again.fork(prompt, empty, model)
@@ -796,6 +796,25 @@ def test_what_is_on_its_way_does_not_outlive_a_clear(
     assert (store.statistics().caches, prefix_files(tmp_path)) == (0, [])
     assert store.add(prompt[:-1], cache, model)
     assert store.fork(prompt, empty, model) is not None, "what comes later is kept"
+
+
+@on_disk
+def test_a_save_says_what_has_no_room(
+    model: PreTrainedModel, calibration: Calibration, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, probe = PrefixStore(GIBI, tmp_path / "none", 0), PrefixStore(0, tmp_path / "probe", GIBI)
+    for index in range(3):
+        text = random_tokens(1, 200, seed=140 + index)
+        cache = filled(model, calibration, text)
+        store.add(text[0].tolist(), cache, model)
+        probe.add(text[0].tolist(), cache, model)
+    assert store.save() == 0
+    assert len(caplog.records) == 1
+    assert "3 of 3 prefixes" in caplog.text
+    store.folder = PrefixFolder(tmp_path / "two", probe.statistics().file_bytes * 5 // 6)
+    assert store.save() == 2
+    assert "1 of 3 prefixes" in caplog.text
+    assert len(prefix_files(tmp_path / "two")) == store.statistics().files == 2
 
 
 @on_disk
