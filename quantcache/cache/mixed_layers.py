@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from quantcache.backends.store import moved
 from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.rows import chosen_rows, held_rows
 from quantcache.cache.transaction import detached_copy
 
 
@@ -87,46 +89,36 @@ class SpectralRecurrentLayer(LinearAttentionLayer, MixedLayer):  # type: ignore[
         LinearAttentionLayer.crop(self, tokens_to_remove)
         SpectralLayer.crop(self, tokens_to_remove)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Gather rows.
 
         Args:
             beam_idx: Row of the present cache that each new row continues, ``[B']``.
+
+        Raises:
+            RowError: A row does not exist.
         """
-        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
-        SpectralLayer.reorder_cache(self, beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
-        """Repeat every row in place.
-
-        Args:
-            repeats: How often; or one number for each row.
-        """
-        SpectralLayer.batch_repeat_interleave(self, repeats)  # by way of reorder_cache
+        count = held_rows(self)
+        if count is not None:
+            rows = chosen_rows(beam_idx, count)  # before either half changes
+            LinearAttentionLayer.reorder_cache(self, rows)  # type: ignore[arg-type]
+            SpectralLayer.reorder_cache(self, rows)
 
 
-class SpectralIndexedLayer(DynamicIndexedLayer, MixedLayer):
+class SpectralIndexedLayer(MixedLayer, DynamicIndexedLayer):
     """A layer with an indexer (GLM-5, DeepSeek V3.2): keys and values are compressed, the indexer's keys are not.
 
-    Args:
-        arguments: Those of :class:`SpectralLayer`.
+    Arguments are those of :class:`SpectralLayer`.
     """
 
     beside = ("indexer_keys", "indexer_position_ids", "is_indexer_initialized", "indexer_dtype", "indexer_device")
 
-    def __init__(self, *arguments: Any):
-        self._drop_indexer()
-        SpectralLayer.__init__(self, *arguments)
-
-    def _drop_indexer(self) -> None:
-        self.indexer_keys: Tensor | None = None
-        self.indexer_position_ids: Tensor | None = None
-        self.is_indexer_initialized = False
-
     def reset(self) -> None:
         """Forget all tokens."""
-        SpectralLayer.reset(self)
-        self._drop_indexer()
+        super().reset()
+        self.indexer_keys: Tensor | None = None
+        self.indexer_position_ids: Tensor | None = None  # which transformers 5.17 does not have
+        self.is_indexer_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest tokens, and what the indexer knows of them.
@@ -134,7 +126,7 @@ class SpectralIndexedLayer(DynamicIndexedLayer, MixedLayer):
         Args:
             tokens_to_remove: Zero or negative.
         """
-        SpectralLayer.crop(self, tokens_to_remove)
+        super().crop(tokens_to_remove)
         keep = self.get_seq_length()
         if self.indexer_keys is not None:
             self.indexer_keys = self.indexer_keys[:, :keep]
@@ -148,45 +140,13 @@ class SpectralIndexedLayer(DynamicIndexedLayer, MixedLayer):
         if self.indexer_position_ids is not None:
             self.indexer_position_ids = function(self.indexer_position_ids, 1)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Gather rows.
-
-        Args:
-            beam_idx: Row of the present cache that each new row continues, ``[B']``.
-        """
-        self._map_indexer(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
-        SpectralLayer.reorder_cache(self, beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows.
-
-        Args:
-            indices: Row indices, or a boolean mask over rows.
-        """
-        SpectralLayer.batch_select_indices(self, indices)  # by way of reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
-        """Repeat every row in place.
-
-        Args:
-            repeats: How often; or one number for each row.
-        """
-        SpectralLayer.batch_repeat_interleave(self, repeats)  # by way of reorder_cache
+    def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
+        super()._map_batch(function)
+        self._map_indexer(function)
 
     def _move(self, device: torch.device | str) -> None:
-        SpectralLayer._move(self, device)
-        if self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys.to(device)
-        if self.indexer_position_ids is not None:
-            self.indexer_position_ids = self.indexer_position_ids.to(device)
-
-    def offload(self) -> None:
-        """Move everything to CPU memory."""
-        SpectralLayer.offload(self)
-
-    def prefetch(self) -> None:
-        """Move everything back to the layer's device."""
-        SpectralLayer.prefetch(self)
+        super()._move(device)
+        self._map_indexer(lambda tensor, _: moved(tensor, device))
 
 
 MIXED = (SpectralRecurrentLayer, SpectralIndexedLayer)

@@ -70,8 +70,9 @@ def held_rows(layer: Any) -> int | None:
     """
     held = getattr(layer, "tails", None)
     if held is None:
-        held = {"keys": getattr(layer, "keys", None), **getattr(layer, "conv_states", {})}
-    return next((tensor.shape[0] for tensor in held.values() if tensor is not None and tensor.dim() > 1), None)
+        held = {"keys": getattr(layer, "keys", None)}
+    every = (*held.values(), *getattr(layer, "conv_states", {}).values())
+    return next((tensor.shape[0] for tensor in every if tensor is not None and tensor.dim() > 1), None)
 
 
 def _described(value: Any) -> str:

@@ -28,7 +28,7 @@ from quantcache.artifact import cache_layout, tracing
 from quantcache.cache.layer import SpectralLayer
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common import compat
-from quantcache.common.errors import CalibrationMismatch, NothingToCompress, QuantCacheError, UnsupportedModel
+from quantcache.common.errors import CalibrationMismatch, NothingToCompress, QuantCacheError, RowError, UnsupportedModel
 from quantcache.data import demo_model_path
 from quantcache.planning.memory import estimate_memory
 from tests.families import FAMILIES, MAX_POSITIONS, OTHERS, Family, _implied, _small, random_tokens
@@ -276,6 +276,35 @@ def test_rows_of_a_mixed_cache_are_gathered_whole(name: str) -> None:
                     layer.reorder_cache(torch.tensor([0, 0]))
             found.append(model(torch.tensor([[7], [7]]), past_key_values=each).logits)
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["falcon-h1", "glm-5"])
+def test_a_mixed_layer_takes_rows_as_any_layer_does(name: str) -> None:
+    """Asked by itself, without the cache that looks at rows first."""
+    cache = fitting(name)
+    with torch.no_grad():
+        model_of(name)(random_tokens(3, 20), past_key_values=cache)
+    layer: Any = cache.layers[0]
+
+    def held(layer: Any) -> list[torch.Tensor]:
+        indexer = getattr(layer, "indexer_keys", None)
+        states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        return [*layer.tails.values(), *states, *([] if indexer is None else [indexer])]
+
+    before = held(layer)
+    assert len(before) > 2, "more than keys and values"
+    for rows in (torch.tensor([0, 3]), [0, -4], torch.tensor([True, False]), [[0], [1]]):
+        for take in (layer.batch_select_indices, layer.reorder_cache):
+            with pytest.raises(RowError):
+                take(rows)
+    with pytest.raises(RowError):
+        layer.batch_repeat_interleave([1, 2])
+    assert all(new is old for new, old in zip(held(layer), before, strict=True))
+    for rows in (torch.tensor([False, True, True]), [1, 2], torch.tensor([-2, -1])):
+        for take in ("batch_select_indices", "reorder_cache"):
+            new = copy.deepcopy(layer)
+            getattr(new, take)(rows)
+            assert all(torch.equal(one, old[1:]) for one, old in zip(held(new), before, strict=True))
 
 
 @pytest.mark.support("attention with recurrence or an indexer in one layer")
