@@ -124,7 +124,7 @@ class SpectralCache(BlockCache):
     Args:
         calibration: Calibration of the model that will use the cache.
         config: The model's config; without it the cache's layers follow from the calibration alone.
-        model: The model itself, in place of its config: its weights are compared with those calibrated, too.
+        model: The model itself, with or without its config: its weights are compared with those calibrated, too.
         strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
         bits: Mean code width in bits, 0 to 8; by default the calibration's.
         quality: ``"near-lossless"``, ``"balanced"`` or ``"small"`` in place of ``bits``: the fewest at which the
@@ -139,7 +139,8 @@ class SpectralCache(BlockCache):
     Raises:
         CalibrationMismatch: The calibration is for another geometry than ``config``, or a calibrated layer would stay
             as it is.
-        QuantCacheError: ``quality`` is given, and the calibration predicts nothing or no such rate.
+        QuantCacheError: ``quality`` is given, and the calibration predicts nothing or no such rate; or ``config`` and
+            ``model`` are of different caches.
         UnsupportedModel: ``config`` is an encoder-decoder's.
         ValueError: A length or a number of bits is out of range, or both ``bits`` and ``quality`` are given.
     """
@@ -162,11 +163,13 @@ class SpectralCache(BlockCache):
     ):
         if not isinstance(calibration, Calibration):
             raise TypeError(f"SpectralCache needs a Calibration, got {type(calibration).__name__}")
-        config = config if model is None else getattr(model, "config", None)
+        asked, config = config, config if model is None else getattr(model, "config", None)
         if config is not None or model is not None:
             if not isinstance(config, PreTrainedConfig):
                 given = f"model={type(model).__name__}" if model is not None else f"config={type(config).__name__}"
                 raise TypeError(f"SpectralCache needs a model's config, or model=, got {given}")
+            if asked is not None and asked is not config:
+                _require_same_layers(asked, config)
             cache_layout.compressible_layers(config)
             calibration.check_compatible(config if model is None else model, strict=strict)
         sides: Any = {"key_bits": key_bits, "value_bits": value_bits, "min_bits": min_bits or 0}
@@ -376,3 +379,15 @@ class SpectralCache(BlockCache):
         from quantcache.cache.self_calibration import self_calibrating_cache
 
         return self_calibrating_cache(cls, model, bits, **kwargs)
+
+
+def _require_same_layers(asked: Any, config: PreTrainedConfig) -> None:
+    """Refuse a config beside a model whose own config, which counts, is of another cache."""
+    if not isinstance(asked, PreTrainedConfig):
+        raise TypeError(f"SpectralCache needs a model's config, or model=, got config={type(asked).__name__}")
+    theirs, ours = cache_layout.cache_config(asked), cache_layout.cache_config(config)
+    for name in sorted({*theirs, *ours}):
+        if theirs.get(name) != ours.get(name):
+            raise QuantCacheError(
+                f"config= and model= disagree: {name} is {theirs.get(name)!r} and {ours.get(name)!r}; give model= alone"
+            )

@@ -30,6 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA, GEMMA3, GPT2 = (next(f for f in FAMILIES if f.name == name) for name in ("llama", "gemma3", "gpt2"))
 by_model = pytest.mark.parametrize("family", [LLAMA, GPT2, GEMMA3], ids=str)
 
+LONGER = copy.deepcopy(shared_model(LLAMA).config)
+LONGER.num_hidden_layers = 5
+
 growing = pytest.mark.support("layers one by one, early_initialization, properties")
 
 
@@ -134,6 +137,8 @@ def test_rebuilding_from_dense_tensors_is_refused() -> None:
         ({"config": shared_model(LLAMA).config.to_dict()}, TypeError, "got config=dict"),
         ({"model": shared_model(LLAMA).config}, TypeError, "got model=LlamaConfig"),
         ({"model": torch.nn.DataParallel(shared_model(LLAMA))}, TypeError, "got model=DataParallel"),
+        ({"config": LONGER, "model": shared_model(LLAMA)}, QuantCacheError, "disagree: num_hidden_layers is 5 and 2;"),
+        ({"config": "llama", "model": shared_model(LLAMA)}, TypeError, "got config=str"),
         ({"residual_length": 64.0}, ValueError, "residual_length must be a whole number from 0 up, got 64.0"),
         ({"residual_length": "64"}, ValueError, "residual_length must be a whole number from 0 up, got '64'"),
         ({"sink_length": None}, ValueError, "sink_length must be a whole number from 0 up, got None"),
@@ -147,6 +152,13 @@ def test_arguments_that_a_cache_cannot_be_made_with(
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
         SpectralCache(Calibration.synthetic(shared_model(LLAMA).config), **arguments)
+
+
+def test_a_model_and_its_own_config_may_both_be_given() -> None:
+    config = copy.deepcopy(shared_model(LLAMA).config)
+    config.use_cache = False  # no cache is another for it
+    cache = SpectralCache(Calibration.synthetic(config), config, model=shared_model(LLAMA))
+    assert len(cache.spectral_layers) == config.num_hidden_layers
 
 
 @pytest.mark.support("torch.export", refused=True)
