@@ -168,9 +168,9 @@ class Choice:
     """The backend that was chosen for a layer last; chosen anew only when what it depends on has changed."""
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] | None = None
-        self._codecs: Mapping[str, SideCodec] = {}  # kept, so that no other codec gets the address of one of them
-        self._found: tuple[Backend, BackendReport] = (REFERENCE, BackendReport(REFERENCE.name))
+        # One attribute, as forks in several threads share a choice: who reads it has a result with its own key. Codecs
+        # are kept so that no other codec gets the address of one of them.
+        self._last: tuple[tuple[object, ...], Mapping[str, SideCodec], tuple[Backend, BackendReport]] | None = None
 
     def of(
         self, name: str, device: torch.device, dtypes: Mapping[str, torch.dtype], codecs: Mapping[str, SideCodec]
@@ -178,10 +178,10 @@ class Choice:
         """See :func:`choose`."""
         rejections = trials.rejections() if name == "auto" else None  # a kernel that fails leaves its layers to others
         key = (name, device, rejections, *map(id, codecs.values()), *dtypes.values())
-        if self._key != key:
-            found = choose(name, device, dtypes, codecs)
-            self._key, self._codecs, self._found = key, codecs, found
-        return self._found
+        last = self._last
+        if last is None or last[0] != key:
+            self._last = last = key, codecs, choose(name, device, dtypes, codecs)
+        return last[2]
 
 
 @without_autocast

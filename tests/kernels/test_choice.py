@@ -149,6 +149,26 @@ def test_a_cache_goes_on_with_other_kernels_when_some_fail_their_trial(
         assert torch.equal(each, spectral_attention(query, expected.snapshot(), None))
 
 
+def test_whoever_asks_while_another_chooses_gets_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks share what was chosen, in as many threads as there are of them."""
+
+    class Watched(backends.Choice):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            for asked in names:  # as another thread might, between any two changes
+                seen.append((asked, self.of(asked, CPU, {}, {})[0]))
+
+    names: list[str] = []
+    seen: list[tuple[str, Any]] = []
+    choice = Watched()
+    monkeypatch.setattr(backends, "choose", lambda name, *_: (name, None))
+    for name in ("cpu", "torch"):
+        names = [name]
+        assert choice.of(name, CPU, {}, {})[0] == name
+    assert len(seen) > 1
+    assert all(asked == found for asked, found in seen), seen
+
+
 def test_a_step_whose_kernels_do_not_load_cannot_be_repeated(
     elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
