@@ -15,12 +15,17 @@ import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function
 
 import quantcache
 from quantcache import data
+from quantcache.attention.function import spectral_mask
+from quantcache.common import registration
 from tests import conftest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,6 +331,20 @@ def test_attention_is_registered_and_runs_where_nothing_of_quantcache_was_used_y
         "print(torch.equal(ours, model(ids).logits))"
     )
     assert run_python(code).splitlines()[-1] == "True"
+
+
+def test_the_mask_is_ours_from_the_start() -> None:
+    """Before the first call of attention a model that looks ahead got no mask, which attention takes for causal."""
+    try:
+        registration._register()
+        call: dict[str, Any] = {"batch_size": 1, "q_length": 3, "kv_length": 3, "allow_is_causal_skip": False}
+        call |= {"mask_function": bidirectional_mask_function, "allow_is_bidirectional_skip": True}
+        mask = AttentionMaskInterface()[registration.ATTENTION_NAME](**call)
+        assert mask is not None
+        assert mask.all()
+        assert AttentionMaskInterface()[registration.ATTENTION_NAME] is spectral_mask
+    finally:
+        quantcache.register_attention()
 
 
 def test_a_run_says_what_it_ran_on() -> None:

@@ -59,14 +59,23 @@ def register_when_loaded() -> None:
 def _register() -> None:
     # Some module of quantcache may be the one that imports transformers just now, so none can be imported here.
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION_NAME, _attend)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, _mask)
 
 
 def _attend(*args: Any, **kwargs: Any) -> Any:
-    """Import the attention function, which takes this one's place, and call it."""
+    """Call the attention function, which takes this one's place."""
+    return _attention().spectral_attention_forward(*args, **kwargs)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """Call the function that makes its masks, which takes this one's place."""
+    return _attention().spectral_mask(*args, **kwargs)
+
+
+def _attention() -> Any:
+    """Import the module of both and register what it holds."""
     attention = importlib.import_module("quantcache.attention.function")  # a later tier, which may not be loaded yet
     attention.register_attention()
-    return attention.spectral_attention_forward(*args, **kwargs)
+    return attention
