@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +17,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from quantcache import Calibration, SpectralCache
 from quantcache.cache.files import DESCRIPTION
 from quantcache.coding.schema import SIDES
+from quantcache.common.compat import attention as reading
 from quantcache.common.tensor_file import checksum
 from quantcache.data import calibrations_path, text_path
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
@@ -444,6 +447,28 @@ def test_where_positions_count_slots_frames_do_too() -> None:
         None,
         [-1000, -1000],
     )
+
+
+def test_what_masks_are_read_from_is_there() -> None:
+    """The first to fail where transformers renames what its masks are prepared by: padding is then not known of."""
+    prepares = inspect.unwrap(masking_utils._preprocess_mask_arguments)
+    arguments = inspect.signature(prepares).parameters
+    assert {"attention_mask", "position_ids"} <= arguments.keys()
+
+
+@pytest.mark.parametrize("renamed", ["function", "arguments"])
+def test_masks_that_cannot_be_read_are_warned_of(
+    renamed: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reading.warn_of_unread_masks()
+    assert not caplog.records
+    if renamed == "function":
+        monkeypatch.delattr(masking_utils, "_preprocess_mask_arguments")
+    else:
+        monkeypatch.setattr(masking_utils, "_preprocess_mask_arguments", lambda mask, positions: None)
+    reading.warn_of_unread_masks()
+    (record,) = caplog.records
+    assert re.match(r"transformers \d+\..* does not tell .* padding", record.message)
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "falcon-mqa", "llama"])

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import sys
 from types import FrameType
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+
+logger = logging.getLogger(__name__)
+
+PREPARES_MASKS = "_preprocess_mask_arguments"
+"""The function of transformers that prepares every mask."""
+
+ASKED_OF_MASKS = ("attention_mask", "position_ids")
+"""Which of its arguments are read."""
 
 
 def attention_implementations(config: PreTrainedConfig) -> dict[str, str]:
@@ -46,6 +57,21 @@ def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) 
         model.set_attn_implementation(implementation)
 
 
+def warn_of_unread_masks() -> None:
+    """Log a warning if :func:`mask_arguments` has nothing to read, as when transformers renames it."""
+    prepares = getattr(masking_utils, PREPARES_MASKS, None)
+    if prepares is None or not {*ASKED_OF_MASKS} <= inspect.signature(prepares).parameters.keys():
+        logger.warning(
+            "transformers %s does not tell caches what is padding: padded rows are coded less exactly "
+            "(masking_utils.%s is not what it was)",
+            transformers.__version__,
+            PREPARES_MASKS,
+        )
+
+
+warn_of_unread_masks()
+
+
 def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     """The 2D mask and the positions of the forward pass that is just asking a cache for the sizes of its mask.
 
@@ -58,8 +84,8 @@ def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     """
     frame = sys._getframe(1)
     for _ in range(12):
-        if frame.f_code.co_name == "_preprocess_mask_arguments":
-            mask, positions = (frame.f_locals.get(name) for name in ("attention_mask", "position_ids"))
+        if frame.f_code.co_name == PREPARES_MASKS:
+            mask, positions = (frame.f_locals.get(name) for name in ASKED_OF_MASKS)
             plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
             positions = turning_positions(positions)
             return (mask if plain else None, positions) if plain or mask is None else None
