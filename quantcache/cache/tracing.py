@@ -100,7 +100,7 @@ class TraceableCache(ConsistentCache):
                 positions = None  # several for every token
             self.arrivals = (length, count, Arrivals.of(mask, positions, length, count)) if fits else None
         elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
-            positions = None if in_graph else compat.turning_positions()  # all that is known beside a 4D mask
+            positions = None if in_graph else compat.rotary_positions()  # all that is known beside a 4D mask
             fits = positions is not None and positions.shape in ((1, count), (rows, count))
             self.arrivals = (length, count, Arrivals.of(None, positions, length, count)) if fits else None
         if self.arrivals is None:

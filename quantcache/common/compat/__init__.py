@@ -3,7 +3,7 @@
 from quantcache.common.compat.attention import attention_implementations as attention_implementations
 from quantcache.common.compat.attention import can_change_attention as can_change_attention
 from quantcache.common.compat.attention import mask_arguments as mask_arguments
-from quantcache.common.compat.attention import turning_positions as turning_positions
+from quantcache.common.compat.attention import rotary_positions as rotary_positions
 from quantcache.common.compat.attention import use_attention as use_attention
 from quantcache.common.compat.generating import cache_argument as cache_argument
 from quantcache.common.compat.generating import cache_name as cache_name

@@ -87,7 +87,7 @@ def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
         if frame.f_code.co_name == PREPARES_MASKS:
             mask, positions = (frame.f_locals.get(name) for name in ASKED_OF_MASKS)
             plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
-            positions = turning_positions(positions)
+            positions = rotary_positions(positions)
             return (mask if plain else None, positions) if plain or mask is None else None
         if frame.f_back is None:
             break
@@ -95,7 +95,7 @@ def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     return None
 
 
-def turning_positions(told: torch.Tensor | None = None) -> torch.Tensor | None:
+def rotary_positions(told: torch.Tensor | None = None) -> torch.Tensor | None:
     """The positions by which the pass under way turns its keys, where they are not those that its mask is told.
 
     Models that read images count a token's place in time, height and width, ``[3, B, T]``, beside its place in the
