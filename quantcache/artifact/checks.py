@@ -30,8 +30,8 @@ MAX_DIM = 8192
 MAX_ELEMENTS = 1 << 27
 """Elements of one tensor."""
 
-MAX_HEADER = 8 << 20
-"""Bytes of a safetensors header, which is parsed before anything else is known."""
+MAX_ARTIFACT_HEADER = 8 << 20
+"""Bytes of the header of a calibration's or a cache's tensors."""
 
 MAX_MEAN = 1e5
 """Beyond it float32 rounds scores by more than their differences, and results depend on the order of sums."""
@@ -65,26 +65,6 @@ _COUNTS = {
 def is_integer(value: Any, least: int, most: int) -> bool:
     """Whether a JSON value is a whole number within bounds."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def check_header(path: Path) -> None:
-    """Refuse a safetensors file whose header is too large to be parsed for a stranger.
-
-    Args:
-        path: safetensors file; only its first 8 bytes are read.
-
-    Raises:
-        ArtifactError: The header claims more bytes, or the file cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            claimed = int.from_bytes(file.read(8), "little")
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if claimed > MAX_HEADER:
-        raise ArtifactError(
-            f"{path} cannot be read: its header claims {claimed:,} bytes, at most {MAX_HEADER:,} are read"
-        )
 
 
 # ------------------------------------------------------------------- description

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from quantcache.artifact.checks import (
+    MAX_ARTIFACT_HEADER,
     MAX_LAYERS,
     check_description,
-    check_header,
     check_rope,
     check_side,
     check_sizes,
@@ -151,8 +151,7 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
         joint=rate["joint"],
         environment=config["environment"],
     )
-    check_header(tensors_path)
-    with TensorFile(tensors_path) as file:
+    with TensorFile(tensors_path, MAX_ARTIFACT_HEADER) as file:
         _require_pair(config_path, config.get(DIGEST), tensors_path, file.metadata.get(DIGEST))
         reader = TensorReader(file, tensors_path)
         ropes = _read_ropes(config, reader)

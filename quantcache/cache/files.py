@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.checks import check_header
+from quantcache.artifact.checks import MAX_ARTIFACT_HEADER
 from quantcache.artifact.files import TensorReader
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
@@ -172,8 +172,7 @@ def read_description(path: Path) -> dict[str, Any]:
         ArtifactError: The file cannot be read, or is something else.
     """
     try:
-        check_header(path)
-        with TensorFile(path) as file:
+        with TensorFile(path, MAX_ARTIFACT_HEADER) as file:
             description = parse_json(file.metadata.get(DESCRIPTION, "null"))
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
@@ -201,7 +200,7 @@ def read_prefix(path: Path) -> tuple[str, Tensor]:
         ArtifactError: The file cannot be read, or does not name its tokens.
     """
     identity = read_description(path).get("identity")
-    with TensorFile(path) as file:
+    with TensorFile(path, MAX_ARTIFACT_HEADER) as file:
         names = file.keys()
         if not isinstance(identity, str) or TOKENS not in names or len(file.shape(TOKENS)) != 1:
             raise ArtifactError(f"{path} does not say which tokens it holds")
@@ -253,7 +252,7 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
     if not isinstance(entries, list) or len(entries) != len(cache.layers):
         found = len(entries) if isinstance(entries, list) else entries
         raise ArtifactError(f"{path} describes {found} layers, the model has {len(cache.layers)}")
-    with TensorFile(path) as file:
+    with TensorFile(path, MAX_ARTIFACT_HEADER) as file:
         reader = TensorReader(file, path, finite=False)  # a model's tokens may hold anything
         for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
             _read_layer(reader, layer, entry, index, calibration)

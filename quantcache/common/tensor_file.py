@@ -12,7 +12,7 @@ import math
 import os
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from quantcache.common.jsonfile import parse_json
 MAX_HEADER = 100_000_000
 """Largest header in bytes; the library's own limit."""
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,6 +37,23 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""torch's dtypes by their names in a header; of others no tensors are read."""
+
+
+class Entry(NamedTuple):
+    """What a header says of a tensor.
+
+    Attributes:
+        dtype: The name of its dtype.
+        shape: Its shape.
+        first: Its first byte in the file.
+        last: The byte behind its last.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    first: int
+    last: int
 
 
 class TensorFile:
@@ -44,22 +61,24 @@ class TensorFile:
 
     Args:
         path: File to read.
+        max_header: Largest header in bytes; it is parsed before anything else is known.
 
     Attributes:
         metadata: The strings of its header, by name.
+        entries: What it says of every tensor, by name, in its own order.
 
     Raises:
-        ArtifactError: The file cannot be opened, or its header is malformed.
+        ArtifactError: The file cannot be opened, or its header is malformed or larger.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, max_header: int = MAX_HEADER):
         self.path = path
         try:
             self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise self._unreadable(str(error)) from error
         try:
-            self.metadata, self._entries, self._start = self._read_header()
+            self.metadata, self.entries = self._read_header(max_header)
         except BaseException:
             self._file.close()
             raise
@@ -87,31 +106,31 @@ class TensorFile:
             raise self._unreadable(f"it ends after {offset + done} bytes, {offset + count} are needed")
         return data
 
-    def _read_header(self) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]], int]:
+    def _read_header(self, most: int) -> tuple[dict[str, str], dict[str, Entry]]:
         size = os.fstat(self._file.fileno()).st_size
         (length,) = struct.unpack("<Q", self._bytes(0, 8).numpy().tobytes())
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise self._unreadable(f"its header has {length} bytes, the file {size}")
+        if not 2 <= length <= min(most, size - 8):
+            raise self._unreadable(f"its header claims {length:,} bytes of {size:,}, at most {most:,} are read")
         try:
-            header = parse_json(self._bytes(8, length).numpy().tobytes(), MAX_HEADER)
+            header = parse_json(self._bytes(8, length).numpy().tobytes(), most)
             metadata = header.pop("__metadata__", {})
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("its metadata are not strings")
-            entries = {name: _entry(name, entry) for name, entry in header.items()}
+            entries = {name: _entry(name, entry, 8 + length) for name, entry in header.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise self._unreadable(f"the header is malformed: {error}") from error
-        end = 0
+        start = end = 8 + length
         for name, (_, _, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
             if first != end:
-                raise self._unreadable(f"{name} begins at byte {first} of the data, expected {end}")
+                raise self._unreadable(f"{name} begins at byte {first - start} of the data, expected {end - start}")
             end = last
-        if end != size - 8 - length:
-            raise self._unreadable(f"its tensors take {end} bytes, it has {size - 8 - length}")
-        return metadata, entries, 8 + length
+        if end != size:
+            raise self._unreadable(f"its tensors take {end - start} bytes, it has {size - start}")
+        return metadata, entries
 
     def keys(self) -> set[str]:
         """Names of the tensors."""
-        return set(self._entries)
+        return set(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it.
@@ -122,7 +141,7 @@ class TensorFile:
         Returns:
             The shape.
         """
-        return self._entries[name][1]
+        return self.entries[name].shape
 
     def read(self, name: str) -> Tensor:
         """Read a tensor.
@@ -136,13 +155,13 @@ class TensorFile:
         Raises:
             ArtifactError: The file is shorter than it was, or has a dtype that artifacts do not use.
         """
-        dtype, shape, first, last = self._entries[name]
-        if dtype not in _DTYPES:
-            raise ArtifactError(f"{self.path}: {name} has dtype {dtype!r}, expected one of {', '.join(_DTYPES)}")
-        return self._bytes(self._start + first, last - first).view(_DTYPES[dtype]).reshape(shape)
+        dtype, shape, first, last = self.entries[name]
+        if dtype not in DTYPES:
+            raise ArtifactError(f"{self.path}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        return self._bytes(first, last - first).view(DTYPES[dtype]).reshape(shape)
 
 
-def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(name: str, entry: Any, start: int) -> Entry:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *offsets]
     if len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in numbers):
@@ -152,9 +171,9 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"{name} ends at {last}, before its beginning at {first}")
     if not isinstance(dtype, str):
         raise TypeError(f"{name} has dtype {dtype!r}")
-    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != last - first:
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != last - first:
         raise ValueError(f"{name} has {last - first} bytes for {dtype} of shape {shape!r}")
-    return dtype, tuple(shape), first, last
+    return Entry(dtype, tuple(shape), start + first, start + last)
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

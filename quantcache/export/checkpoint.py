@@ -1,29 +1,24 @@
 """Safetensors checkpoints, read and rewritten tensor by tensor.
 
-A safetensors file is the length of its header (8 bytes, little-endian), a JSON header with dtype, shape and place of
-every tensor, and their bytes. Absorption changes neither dtypes nor shapes, so a shard is copied as it is and the bytes
+Absorption changes neither dtypes nor shapes, so a shard is copied as it is and the bytes
 of the tensors that change are overwritten: nothing else can change, and one tensor is all that memory has to hold.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantcache.common.errors import QuantCacheError
-from quantcache.common.jsonfile import MAX_RESULT_BYTES, parse_json, read_json
+from quantcache.common.jsonfile import MAX_RESULT_BYTES, read_json
+from quantcache.common.tensor_file import DTYPES, Entry, TensorFile
 from quantcache.export.projections import TensorInfo
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint:
@@ -48,7 +43,7 @@ class Checkpoint:
         if missing:
             found = "its index names them" if weight_map else "weights in other formats are not read"
             raise QuantCacheError(f"{folder} is missing {', '.join(missing)} ({found})")
-        self._places: dict[str, tuple[str, int, int]] = {}  # shard, first byte, number of bytes
+        self._places: dict[str, tuple[str, Entry]] = {}  # shard, and where in it
         self.tensors: dict[str, TensorInfo] = {}
         """Every tensor, by name."""
         for shard in self.shards:
@@ -59,41 +54,31 @@ class Checkpoint:
                 raise QuantCacheError(f"{folder / INDEX_NAME} lists {name} in {shard}, but it is in {actual}")
 
     def _add(self, shard: str) -> None:
-        path = self.folder / shard
-        try:
-            with safe_open(path, framework="pt"):  # checks the header, and that the file is as long as it says
-                pass
-        except (SafetensorError, OSError) as error:
-            raise QuantCacheError(f"{path} cannot be read: {error}") from error
-        with open(path, "rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = parse_json(file.read(size), MAX_RESULT_BYTES)
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
+        with TensorFile(self.folder / shard) as file:
+            entries = file.entries
+        for name, entry in entries.items():
             if name in self._places:
                 raise QuantCacheError(f"{self.folder}: {name} is in {self._places[name][0]} and in {shard}")
-            first, last = entry["data_offsets"]
-            self._places[name] = (shard, 8 + size + first, last - first)
-            self.tensors[name] = TensorInfo(tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
+            self._places[name] = shard, entry
+            self.tensors[name] = TensorInfo(entry.shape, DTYPES.get(entry.dtype))
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 
         Args:
-            name: Its name; its dtype must be a float.
+            name: Its name.
 
         Returns:
             The tensor, in memory of its own.
+
+        Raises:
+            QuantCacheError: The file has changed, or torch has no name for the dtype.
         """
-        shard, first, size = self._places[name]
-        info = self.tensors[name]
-        assert info.dtype is not None
-        data = bytearray(size)
-        with open(self.folder / shard, "rb") as file:
-            file.seek(first)
-            if file.readinto(data) != size:
-                raise QuantCacheError(f"{self.folder / shard} changed while it was read: {name} is cut short")
-        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+        shard, entry = self._places[name]
+        with TensorFile(self.folder / shard) as file:
+            if file.entries.get(name) != entry:
+                raise QuantCacheError(f"{self.folder / shard} changed while it was read: {name} is not where it was")
+            return file.read(name)
 
     def find(self, name: str) -> Tensor | None:
         """Read a tensor by its name in the loaded model, whose first part some checkpoints leave out.
@@ -105,7 +90,8 @@ class Checkpoint:
             The tensor; None if there is none of this name, or not of floats.
         """
         for each in (name, name.partition(".")[2]):
-            if each in self.tensors and self.tensors[each].dtype is not None:
+            dtype = self.tensors[each].dtype if each in self.tensors else None
+            if dtype is not None and dtype.is_floating_point:
                 return self.read(each)
         return None
 
@@ -117,13 +103,13 @@ class Checkpoint:
             name: Tensor to overwrite.
             tensor: What it becomes, of the same shape and dtype.
         """
-        shard, first, size = self._places[name]
+        shard, entry = self._places[name]
         info = self.tensors[name]
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        assert data.nbytes == size
+        assert data.nbytes == entry.last - entry.first
         with open(folder / shard, "r+b") as file:
-            file.seek(first)
+            file.seek(entry.first)
             file.write(data.data)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.checks import MAX_HEADER, MAX_LAYERS
+from quantcache.artifact.checks import MAX_ARTIFACT_HEADER, MAX_LAYERS
 from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
 from quantcache.attention.function import spectral_attention
 from quantcache.cache.layer import SpectralLayer
@@ -305,7 +305,7 @@ def test_text_that_is_hard_to_parse(folder: Path, text: str) -> None:
 def test_headers(folder: Path) -> None:
     path = folder / TENSORS_NAME
     data = path.read_bytes()
-    for claimed in (MAX_HEADER + 1, 100_000_000, 1 << 62):
+    for claimed in (MAX_ARTIFACT_HEADER + 1, 100_000_000, 1 << 62):
         path.write_bytes(struct.pack("<Q", claimed) + data[8:])
         with pytest.raises(ArtifactError, match="header claims"):
             load(folder)
