@@ -40,10 +40,11 @@ class CpuBackend(Backend):
         """Attend with one call of the library."""
         prepared = view.prepared.get(self.name)
         if prepared is None:
-            assert isinstance(view.key.codec, SpectralCodec)
-            assert isinstance(view.value.codec, SpectralCodec)
-            blocks = cpu.Blocks(*view.packed(), view.block_table, view.left_padding, view.encoded_end)
-            prepared = (constants(view.key.codec), constants(view.value.codec), blocks)
+            keys, values = view.spectral_codecs
+            key_codes, key_gains, value_codes, value_gains = view.packed()
+            places = (view.block_table, view.left_padding, view.encoded_end)
+            blocks = cpu.Blocks(key_codes, key_gains, value_codes, value_gains, *places)
+            prepared = (constants(keys), constants(values), blocks)
             view.prepared[self.name] = prepared
         key, value, blocks = prepared
         return cpu.attend(query, key, value, blocks, view.dense_parts(), call)

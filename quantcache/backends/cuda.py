@@ -224,15 +224,13 @@ class CudaStage(Stage):
 
 
 def _attend(query: Tensor, view: CacheView, call: AttentionCall, splits: int | None = None) -> Tensor:
-    assert isinstance(view.key.codec, SpectralCodec)
-    assert isinstance(view.value.codec, SpectralCodec)
-    sides = prepared(view.key.codec), prepared(view.value.codec)
-    return kernels.attend(query, _blocks(view), NearTokens(*view.dense_parts()), *sides, call, splits)
+    keys, values = map(prepared, view.spectral_codecs)
+    return kernels.attend(query, _blocks(view), NearTokens(*view.dense_parts()), keys, values, call, splits)
 
 
 def _too_large(view: CacheView, rows: int) -> str | None:
     """Why one warp of the kernel does not fit the device, as with wide codes of large heads on smaller GPUs."""
-    keys, values = (prepared(cast(SpectralCodec, side.codec)) for side in (view.key, view.value))
+    keys, values = map(prepared, view.spectral_codecs)
     room = calls.room_of(keys, values, calls.rows_of(rows), view.key.tail.device)
     if room.warps_that_fit(1):
         return None
@@ -242,9 +240,7 @@ def _too_large(view: CacheView, rows: int) -> str | None:
 
 def _near(view: CacheView, room: dict[str, Tensor], count: Tensor) -> NearTokens | None:
     """Sinks, and a tail of which the device knows how long it is; None where the kernels cannot read that in place."""
-    assert view.key.sinks is not None
-    assert view.value.sinks is not None
-    near = NearTokens(view.key.sinks, view.value.sinks, room["key"], room["value"], count).readable()
+    near = NearTokens(*view.sinks, room["key"], room["value"], count).readable()
     return near if near.key_tail is room["key"] and near.value_tail is room["value"] else None
 
 
@@ -262,6 +258,5 @@ def _starts(view: CacheView) -> Starts | None:
     """Where padded rows begin."""
     if view.left_padding is None:
         return None
-    assert view.key.sinks is not None
     origins = view.left_padding.int()
-    return Starts(origins, origins + view.key.sinks.shape[2])
+    return Starts(origins, origins + view.sinks[0].shape[2])

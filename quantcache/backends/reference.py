@@ -108,9 +108,7 @@ def own_precision(query: Tensor, view: CacheView, call: AttentionCall) -> Tensor
 
 
 def _attend_sinks(rows: QueryRows, view: CacheView, softmax: OnlineSoftmax) -> None:
-    keys, values = view.key.sinks, view.value.sinks
-    assert keys is not None
-    assert values is not None
+    keys, values = view.sinks
     if not keys.shape[2]:
         return
     slots = view.sink_slots()
@@ -140,9 +138,8 @@ def _tile_scores(rows: QueryRows, view: CacheView, block_table: Tensor, raw: Ten
     slots = block_slots(block_table)
     valid = None
     if view.left_padding is not None:
-        assert view.key.sinks is not None
         behind = slots - view.left_padding[:, None]
-        valid = (behind < 0) | (behind >= view.key.sinks.shape[2])
+        valid = (behind < 0) | (behind >= view.sinks[0].shape[2])
     if view.cut:
         inside = (slots < (block_table[:, 0] + block_table[:, 1]).repeat_interleave(BLOCK))[None]
         valid = inside if valid is None else valid & inside
@@ -165,9 +162,7 @@ def _attend_decoded(parts: list[tuple[QueryRows, OnlineSoftmax]], view: CacheVie
 
 def _attend_codes(rows: QueryRows, softmax: OnlineSoftmax, view: CacheView) -> None:
     """Attend on the encoded blocks without decoding them."""
-    keys, values = view.key.codec, view.value.codec
-    assert isinstance(keys, SpectralCodec)
-    assert isinstance(values, SpectralCodec)
+    keys, values = view.spectral_codecs
     for first, last in view.tiles(TILE_BLOCKS):
         block_table = view.block_table[first:last]
         raw = code_scores(rows.query, keys, view.fields("key", first, last), block_table, view.frames)

@@ -142,9 +142,7 @@ def attends_rightly(
     Returns:
         True if so.
     """
-    keys, values = view.key.codec, view.value.codec
-    assert isinstance(keys, SpectralCodec)
-    assert isinstance(values, SpectralCodec)
+    keys, values = view.spectral_codecs
     codecs = (keys.dim, keys.frame.num_fast, values.dim, keys.coding, values.coding)
     given = (view.left_padding is None, call.mask is None, call.sink_logits is None, call.softcap is None, view.cut)
     work = functools.partial(attention_trial, backend, query, view, call, blocks)

@@ -54,14 +54,13 @@ class TritonBackend(Backend):
         """Attend with the kernels of queries, codes, dense tokens and their merge."""
         from quantcache_kernels.triton.ops import attend
 
-        assert isinstance(view.key.codec, SpectralCodec)
-        assert isinstance(view.value.codec, SpectralCodec)
+        key_codec, value_codec = view.spectral_codecs
         dense, count, mask = view.dense_parts(), query.shape[2], call.mask
         if mask is not None and mask.shape[2] != count:
             mask = mask.expand(-1, -1, count, -1)
         dtype = dense[2].dtype
-        keys, values = prepared(view.key.codec, dtype).keys, prepared(view.value.codec, dtype).values
-        output, _ = attend(
+        keys, values = prepared(key_codec, dtype).keys, prepared(value_codec, dtype).values
+        output: Tensor = attend(
             query,
             view.packed(),
             list(dense),
@@ -78,7 +77,7 @@ class TritonBackend(Backend):
             call.softcap,
             call.hides_the_future(count),
             not view.cut,
-        )
+        )[0]
         return output
 
     def _encode(self, codec: SpectralCodec, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> Fields:

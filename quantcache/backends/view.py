@@ -144,6 +144,22 @@ class CacheView:
             and not self.shifted
         )
 
+    @property
+    def spectral_codecs(self) -> tuple[SpectralCodec, SpectralCodec]:
+        """Codecs of keys and values, where both are SpectralCodecs: see :attr:`on_codes`."""
+        key, value = self.key.codec, self.value.codec
+        assert isinstance(key, SpectralCodec)
+        assert isinstance(value, SpectralCodec)
+        return key, value
+
+    @property
+    def sinks(self) -> tuple[Tensor, Tensor]:
+        """Sinks of keys and values, ``[B, H, S, D]`` each, of a view that has blocks."""
+        key, value = self.key.sinks, self.value.sinks
+        assert key is not None
+        assert value is not None
+        return key, value
+
     def fields(self, name: str, first: int, last: int) -> dict[str, Tensor]:
         """Some blocks of ``"key"`` or ``"value"`` in the portable layout.
 
@@ -162,13 +178,10 @@ class CacheView:
 
     def dense_parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys and values of the sinks, then of the tail, all of one dtype."""
-        keys, values = self.key, self.value
-        assert keys.sinks is not None
-        assert values.sinks is not None
-        parts = keys.sinks, values.sinks, keys.tail, values.tail
-        if keys.tail.dtype == values.tail.dtype:
+        parts = *self.sinks, self.key.tail, self.value.tail
+        if parts[2].dtype == parts[3].dtype:
             return parts
-        wide = torch.promote_types(keys.tail.dtype, values.tail.dtype)  # autocast gives some models such
+        wide = torch.promote_types(parts[2].dtype, parts[3].dtype)  # autocast gives some models such
         sinks, value_sinks, tail, value_tail = (part.to(wide) for part in parts)
         return sinks, value_sinks, tail, value_tail
 
@@ -192,8 +205,8 @@ class CacheView:
 
     def sink_slots(self) -> Tensor:
         """Slots of the sinks of every row, ``[B or 1, S]``; those from ``encoded_end`` on are still in the tail."""
-        assert self.key.sinks is not None
-        offsets = torch.arange(self.key.sinks.shape[2], dtype=torch.int64, device=self.key.sinks.device)
+        keys, _ = self.sinks
+        offsets = torch.arange(keys.shape[2], dtype=torch.int64, device=keys.device)
         return offsets[None] if self.left_padding is None else self.left_padding[:, None] + offsets
 
     def tiles(self, blocks_per_tile: int) -> list[tuple[int, int]]:
