@@ -78,7 +78,8 @@ def attend(query: Tensor, view: CacheView, call: AttentionCall, on_codes: bool =
         _attend_sinks(rows, view, softmax)
         parts.append((rows, softmax))
     if on_codes:
-        _attend_codes(*parts[0], view)
+        for rows, softmax in parts:
+            _attend_codes(rows, softmax, view)
     else:
         _attend_decoded(parts, view)
     for rows, softmax in parts:

@@ -11,7 +11,7 @@ import torch
 
 from quantcache import Calibration, SpectralCache
 from quantcache.attention import function
-from quantcache.backends import REFERENCE
+from quantcache.backends import REFERENCE, AttentionCall, reference
 from quantcache.backends.view import CacheView
 from tests.families import FAMILIES, random_tokens
 from tests.kernels import truth
@@ -56,6 +56,18 @@ def test_attention_is_as_exact_as_on_a_dense_cache(case: Case, decoding: None) -
     assert (found.shape, found.dtype) == (expected.shape, case.dtype)
     theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
     assert theirs <= 2 * allowed + 1e-6 * float(expected.norm()), (theirs, allowed)
+
+
+@pytest.mark.parametrize("on_codes", [True, False], ids=["codes", "decoded"])
+def test_plain_torch_serves_every_part_of_many_queries(on_codes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "QUERY_CHUNK", 8)
+    filled = fill(Case(heads=2, queries=20))
+    view = filled.layer.snapshot()
+    expected = truth.attention(filled.query, view, None)
+    found = reference.attend(filled.query, view, AttentionCall(None, view.key.tail.shape[3] ** -0.5), on_codes)
+    for part in (slice(0, 8), slice(8, 16), slice(16, 20)):
+        difference = (found[:, part].double() - expected[:, part]).norm()
+        assert difference <= 1e-5 * expected[:, part].norm(), part
 
 
 @pytest.mark.parametrize("queries", [1, 5, 40])
