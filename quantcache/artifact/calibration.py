@@ -385,16 +385,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         name = model if isinstance(model, str) else compat.model_id(model)
         revision = revision if isinstance(model, str) else compat.model_revision(model)
         entry = find_entry(read_index(Path(index) if index else bundled_index()), name, revision)
-        if entry.folder is not None:
-            paths = [entry.folder / file for file in ARTIFACT_FILES]
-        else:
-            assert entry.repo is not None
-            options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-            options["revision"] = entry.artifact_revision
-            paths = [hub.download(entry.repo, file, **options) for file in ARTIFACT_FILES]
-        for path in paths:
-            entry.check(path)
-        calibration = cls(*from_files(*paths))
+        files = entry.files(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        calibration = cls(*from_files(*files))
         if not isinstance(model, str):
             calibration.check_compatible(model)
         return calibration

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcache import data
+from quantcache.artifact import hub
 from quantcache.artifact.files import ARTIFACT_FILES
 from quantcache.common.errors import ArtifactError
 from quantcache.common.jsonfile import read_json
@@ -37,6 +38,28 @@ class IndexEntry:
     artifact_revision: str | None
     folder: Path | None
     sha256: dict[str, str]
+
+    def files(self, **options: Any) -> list[Path]:
+        """The artifact's files, each as the index says.
+
+        Args:
+            options: ``token``, ``cache_dir`` and ``local_files_only``, for an artifact on the Hub.
+
+        Returns:
+            Their paths, in the order of :data:`ARTIFACT_FILES`.
+
+        Raises:
+            ArtifactError: A file is missing or not the one published, or the download failed.
+        """
+        if self.folder is not None:
+            paths = [self.folder / name for name in ARTIFACT_FILES]
+        else:
+            assert self.repo is not None
+            options["revision"] = self.artifact_revision
+            paths = [hub.download(self.repo, name, **options) for name in ARTIFACT_FILES]
+        for path in paths:
+            self.check(path)
+        return paths
 
     def check(self, path: Path) -> None:
         """Compare a file with its digest.
