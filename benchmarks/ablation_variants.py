@@ -218,8 +218,8 @@ def _shared_out(
 ) -> tuple[float, float, dict[int, LayerCalibration]]:
     """Cost, mean width of the keys, and layers with widths; values get what the keys leave."""
     value_rate = min(2 * rate - key_rate, MAX_WIDTH)
-    keys = calibration.with_bits(key_rate, key_bits=key_rate, value_bits=None, min_bits=key_min_bits)
-    values = calibration.with_bits(value_rate, key_bits=None, value_bits=value_rate)
+    keys = calibration.with_rate(Rate(key_rate, key_rate, "dense", key_min_bits))
+    values = calibration.with_rate(Rate(value_rate, "dense", value_rate))
     layers = {index: replace(layer, value=values.layers[index].value) for index, layer in keys.layers.items()}
     return distortion(layers, calibration.metadata.codec.coding), key_rate, layers
 

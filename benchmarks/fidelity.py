@@ -28,8 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import Calibration, calibrate, data
-from quantcache.artifact.prediction import predict_kl_at
+from quantcache.artifact.prediction import predict_kl
 from quantcache.cli.loading import load_model
+from quantcache.coding.schema import Rate
 from quantcache.common import compat
 from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.common.sources import MODEL_HELP
@@ -314,7 +315,8 @@ def predicted(calibration: Calibration, metrics: dict[str, dict[str, Any]]) -> d
         Nats per token by method; None where the calibration predicts nothing.
     """
     ours = {name for part in metrics.values() for name, entry in part.items() if entry["family"] == "ours"}
-    return {name: predict_kl_at(calibration, float(name.rpartition("-")[2])) for name in sorted(ours)}
+    rates = {name: Rate(float(name.rpartition("-")[2])) for name in sorted(ours)}
+    return {name: predict_kl(calibration.with_rate(rate)) for name, rate in rates.items()}
 
 
 def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from quantcache.artifact.prediction import UNAVAILABLE, predict_kl
 from quantcache.artifact.quality import quality_rates
 from quantcache.attention.probe import detect_ropes, evaluating
 from quantcache.calibration.calibrator import calibrate, public_name
+from quantcache.coding.schema import Rate
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.errors import QuantCacheError
@@ -132,7 +133,7 @@ def analyze(
         divergences=tuple(divergences),
         sinks=_sinks(gathered, tokenizer),
         qualities=tuple(quality_rates(calibration)) if layers and calibration is not None else (),
-        widths=_widths(calibration.with_bits(3.0)) if layers and calibration is not None else (),
+        widths=_widths(calibration.with_rate(Rate(3.0))) if layers and calibration is not None else (),
     )
 
 
@@ -208,7 +209,7 @@ def _divergences(
             compat.use_attention(model, before)
     found = []
     for bits, name in zip(RATES, names, strict=True):
-        at_rate = calibration.with_bits(bits)
+        at_rate = calibration.with_rate(Rate(bits))
         result = measured.get(name)
         good = result is not None and result.status == "ok"
         found.append(

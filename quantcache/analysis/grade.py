@@ -18,7 +18,7 @@ from quantcache.coding.codebook import gaussian_codebook
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK, MAX_WIDTH
 from quantcache.coding.rope import Rope, anchor_of
-from quantcache.coding.schema import SIDES
+from quantcache.coding.schema import SIDES, Rate
 from quantcache.common.defaults import SINK_LENGTH
 
 SAMPLE_BLOCKS = 8
@@ -85,7 +85,7 @@ def grade(
     """
     grades = []
     for rate in bits:
-        at_rate = calibration.with_bits(rate)
+        at_rate = calibration.with_rate(Rate(rate))
         found: dict[str, list[tuple[Floats, float, float]]] = {side: [] for side in SIDES}
         for (index, side), x in samples.items():
             layer = at_rate.layers[index]

@@ -83,17 +83,32 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         self,
         bits: float | None = None,
         *,
-        key_bits: SideBits = "joint",
-        value_bits: SideBits = "joint",
-        min_bits: int = 0,
+        key_bits: SideBits | None = None,
+        value_bits: SideBits | None = None,
+        min_bits: int | None = None,
     ) -> Calibration:
-        """Allocate other bits from the stored spectra, without recalibrating.
+        """Allocate other bits from the stored spectra, without recalibrating. What is not given stays as it is.
 
         Args:
-            bits: Mean code width in bits, 0 to 8, fractional allowed. None keeps the present one.
+            bits: Mean code width in bits, 0 to 8, fractional allowed.
             key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
             value_bits: The same for the values.
             min_bits: Smallest width given to any dimension.
+
+        Returns:
+            A calibration that shares this one's transforms; this one itself where nothing is given.
+
+        Raises:
+            ValueError: A number of bits is outside ``[min_bits, 8]``.
+        """
+        rate = self.metadata.rate.given(bits=bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
+        return self if rate is self.metadata.rate else self.with_rate(rate)
+
+    def with_rate(self, rate: Rate) -> Calibration:
+        """Allocate at a rate, whatever the present one.
+
+        Args:
+            rate: The whole of it: what it leaves out is joint, with no smallest width.
 
         Returns:
             A calibration that shares this one's transforms.
@@ -101,7 +116,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Raises:
             ValueError: A number of bits is outside ``[min_bits, 8]``.
         """
-        rate = Rate(self.metadata.rate.bits if bits is None else float(bits), key_bits, value_bits, min_bits)
+        rate = replace(rate, bits=float(rate.bits))
         check_rates(rate)
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
@@ -126,8 +141,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         if not 1 <= passes <= MAX_PASSES:
             raise ValueError(f"passes must be an integer from 1 to {MAX_PASSES}, got {passes!r}")
         codec = replace(self.metadata.codec, coding=coding, passes=passes)
-        layers = allocate_layers(self.layers, self.metadata.rate, codec, self.metadata.joint)
-        return Calibration(layers, replace(self.metadata, codec=codec))
+        return Calibration(self.layers, replace(self.metadata, codec=codec)).with_rate(self.metadata.rate)
 
     def shard(self, rank: int, size: int) -> Calibration:
         """The constants of one process's heads under tensor parallelism, which gives out heads in contiguous runs.

@@ -31,6 +31,7 @@ from quantcache.coding.schema import (
     Rate,
     SideBits,
     SideCalibration,
+    spelled_out,
 )
 from quantcache.common.errors import ArtifactError
 from quantcache.common.jsonfile import read_json
@@ -134,7 +135,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"codec": {"coding": "scalar", "passes": 
 def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCalibration], Metadata]:
     """Read and check an artifact."""
     config = _read_config(config_path)
-    codec, rate = config["codec"], config["rate"]
+    codec, rate = config["codec"], spelled_out(config["rate"])
     metadata = Metadata(
         base_model=config["base_model"],
         cache_config=config["cache_config"],

@@ -7,14 +7,13 @@ promise too much, so no word goes there: it then stands for more fidelity than i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import largest_measured, predict_kl
 from quantcache.coding.packing import MAX_WIDTH
-from quantcache.coding.schema import SideBits
+from quantcache.coding.schema import Rate, SideBits
 from quantcache.common.defaults import QUALITIES
 from quantcache.common.errors import QuantCacheError
 
@@ -37,7 +36,8 @@ class QualityRate:
         quality: The word.
         max_kl: Largest mean KL divergence that it allows, nats per token.
         bits: Fewest bits at which the calibration predicts no more, nor more than was measured while calibrating; a
-            multiple of 1/4. None where no rate does, or the calibration predicts nothing.
+            multiple of 1/4. None where no rate does, the calibration predicts nothing, or both sides have bits of
+            their own.
         bits_per_element: The same, gains included.
         predicted_kl: What it predicts there.
     """
@@ -71,9 +71,9 @@ def at_quality(
     quality: str,
     *,
     bits: float | None = None,
-    key_bits: SideBits = "joint",
-    value_bits: SideBits = "joint",
-    min_bits: int = 0,
+    key_bits: SideBits | None = None,
+    value_bits: SideBits | None = None,
+    min_bits: int | None = None,
 ) -> Calibration:
     """A calibration at the fewest bits at which it predicts no more divergence than a word allows.
 
@@ -81,7 +81,7 @@ def at_quality(
         calibration: A calibration, at any rate.
         quality: ``"near-lossless"``, ``"balanced"`` or ``"small"``.
         bits: None; a number is refused.
-        key_bits: As for :meth:`Calibration.with_bits`; the word then decides the bits of the other side.
+        key_bits: As for :meth:`Calibration.with_bits`; beside a number the word decides the bits of the other side.
         value_bits: The same for the values.
         min_bits: Smallest width given to any dimension.
 
@@ -89,19 +89,17 @@ def at_quality(
         A calibration that shares this one's transforms.
 
     Raises:
-        ValueError: The word is unknown, or the bits are given beside it.
+        ValueError: The word is unknown, bits are given beside it, or both sides have bits of their own.
         QuantCacheError: The calibration predicts nothing, or more than that at every rate.
     """
     check_quality(quality, bits)
-    if "joint" not in (key_bits, value_bits):
+    rate = calibration.metadata.rate.given(key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
+    if not _leaves_a_choice(rate):
         raise ValueError(
-            f"quality={quality!r} leaves nothing to choose beside key_bits={key_bits!r} and value_bits={value_bits!r}"
+            f"quality={quality!r} leaves nothing to choose beside key_bits={rate.key_bits!r} and "
+            f"value_bits={rate.value_bits!r}"
         )
-    search = _Search(
-        calibration,
-        lambda rate: calibration.with_bits(rate, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits),
-        min_bits,
-    )
+    search = _Search(calibration, rate)
     if search.measured is None:
         raise QuantCacheError(
             f"quality={quality!r} needs a prediction, and this calibration was made without a measured yardstick: "
@@ -120,15 +118,16 @@ def quality_rates(calibration: Calibration) -> list[QualityRate]:
     """What every word means for a calibration.
 
     Args:
-        calibration: A calibration, at any rate.
+        calibration: A calibration, at any rate; a side with bits of its own keeps them.
 
     Returns:
         One entry for each word, the best first.
     """
-    search = _Search(calibration, calibration.with_bits)
+    search = _Search(calibration, calibration.metadata.rate)
+    chooses = search.measured is not None and _leaves_a_choice(calibration.metadata.rate)
     rates = []
     for quality, limit in QUALITIES.items():
-        found = None if search.measured is None else search.fewest(limit)
+        found = search.fewest(limit) if chooses else None
         if found is None:
             rates.append(QualityRate(quality, limit))
             continue
@@ -149,24 +148,28 @@ def quality_of(kl: float | None) -> str | None:
     return None if kl is None else next((name for name, limit in QUALITIES.items() if kl <= limit), None)
 
 
+def _leaves_a_choice(rate: Rate) -> bool:
+    """Whether a side shares the common budget, which is what a word decides."""
+    return "joint" in (rate.key_bits, rate.value_bits)
+
+
 class _Search:
     """Rates of one calibration with what it predicts at them, each worked out once.
 
     Args:
         calibration: The calibration.
-        allocate: Gives it at a number of bits.
-        min_bits: Fewest bits looked at.
+        rate: All of the rate but its bits.
     """
 
-    def __init__(self, calibration: Calibration, allocate: Callable[[float], Calibration], min_bits: int = 0):
+    def __init__(self, calibration: Calibration, rate: Rate):
         self.measured = largest_measured(calibration)
-        self._allocate, self._lowest = allocate, min_bits * STEPS
+        self._calibration, self._rate, self._lowest = calibration, rate, rate.min_bits * STEPS
         self._known: dict[int, tuple[Calibration, float]] = {}
 
     def at(self, step: int) -> Calibration:
         """The calibration at so many quarters of a bit."""
         if step not in self._known:
-            found = self._allocate(step / STEPS)
+            found = self._calibration.with_rate(replace(self._rate, bits=step / STEPS))
             kl = predict_kl(found)
             self._known[step] = found, math.inf if kl is None else kl  # more than a number can hold
         return self._known[step][0]

@@ -30,7 +30,7 @@ from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH
-from quantcache.coding.schema import SIDES, LayerCalibration, Rate
+from quantcache.coding.schema import SIDES, LayerCalibration, Rate, spelled_out
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
 from quantcache.common.jsonfile import as_type, parse_json
@@ -222,12 +222,8 @@ def calibration_at(description: dict[str, Any], calibration: Calibration, path: 
         ArtifactError: The bits in the description are malformed.
     """
     try:
-        rate: Rate = as_type(Rate, description.get("rate"), "rate")
-        if rate == calibration.metadata.rate:
-            return calibration
-        return calibration.with_bits(
-            rate.bits, key_bits=rate.key_bits, value_bits=rate.value_bits, min_bits=rate.min_bits
-        )
+        rate: Rate = as_type(Rate, spelled_out(description.get("rate")), "rate")
+        return calibration if rate == calibration.metadata.rate else calibration.with_rate(rate)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: the rate is malformed: {error}") from error
 

@@ -17,7 +17,7 @@ from quantcache.backends.padding import Grid
 from quantcache.cache.codecs import CodecFactory, calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.coding.blocks import SideCodec
-from quantcache.coding.schema import DEFAULT_CODING, CodecSettings, Metadata
+from quantcache.coding.schema import DEFAULT_CODING, CodecSettings, Metadata, Rate
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
@@ -61,7 +61,7 @@ def self_calibrating_cache(
             count = max(statistics.moments["key"].count, 1)
             share = max(COVARIANCE_SHRINKAGE, FIT_SHRINKAGE * tails["key"].shape[-1] / count)
             layer = statistics.solve(metric, share)
-            fitted = Calibration({index: layer}, Metadata(codec=settings, joint=False)).with_bits(bits)
+            fitted = Calibration({index: layer}, Metadata(codec=settings, joint=False)).with_rate(Rate(bits))
             return calibrated_codecs(fitted, index)[0](device, tails, grid)
 
         return fit, None

@@ -126,7 +126,7 @@ class SpectralCache(BlockCache):
         config: The model's config; without it the cache's layers follow from the calibration alone.
         model: The model itself, with or without its config: its weights are compared with those calibrated, too.
         strict: Refuse a calibration of another model of the same geometry, which is otherwise warned of.
-        bits: Mean code width in bits, 0 to 8; by default the calibration's.
+        bits: Mean code width in bits, 0 to 8; what is not given of this and the next four is the calibration's.
         quality: ``"near-lossless"``, ``"balanced"`` or ``"small"`` in place of ``bits``: the fewest at which the
             calibration predicts a mean KL divergence of at most 0.001, 0.005 or 0.02 nats per token.
         key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.
@@ -152,8 +152,8 @@ class SpectralCache(BlockCache):
         *,
         bits: float | None = None,
         quality: Quality | None = None,
-        key_bits: SideBits = "joint",
-        value_bits: SideBits = "joint",
+        key_bits: SideBits | None = None,
+        value_bits: SideBits | None = None,
         min_bits: int | None = None,
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
@@ -172,10 +172,10 @@ class SpectralCache(BlockCache):
                 _require_same_layers(asked, config)
             cache_layout.compressible_layers(config)
             calibration.check_compatible(config if model is None else model, strict=strict)
-        sides: Any = {"key_bits": key_bits, "value_bits": value_bits, "min_bits": min_bits or 0}
+        sides: Any = {"key_bits": key_bits, "value_bits": value_bits, "min_bits": min_bits}
         if quality is not None:
             calibration = at_quality(calibration, quality, bits=bits, **sides)
-        elif bits is not None or key_bits != "joint" or value_bits != "joint" or min_bits is not None:
+        else:
             calibration = calibration.with_bits(bits, **sides)
         super().__init__(
             config or stand_in_config(calibration.metadata.cache_config),

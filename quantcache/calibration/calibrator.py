@@ -88,7 +88,8 @@ def calibrate(
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    check_rates(Rate(bits, key_bits, value_bits, min_bits))
+    rate = Rate(bits, key_bits, value_bits, min_bits)
+    check_rates(rate)
     for name, count in (("max_tokens", max_tokens), ("seq_len", seq_len)):
         if count is not None and (not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name} must be a whole number from 1 up, got {count!r}")
@@ -150,7 +151,7 @@ def calibrate(
     yardstick = measure_yardstick(model, given.sequences, given.held_out, calibration) if predict else None
     if yardstick is not None:
         metadata.recipe["yardstick"] = yardstick
-    return calibration.with_bits(bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
+    return calibration.with_rate(rate)
 
 
 def public_name(model: PreTrainedModel) -> str | None:

@@ -17,6 +17,7 @@ from quantcache.attention.probe import attend_on_codes, evaluating, run
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.distortion import expected_cost
 from quantcache.coding.packing import BLOCK
+from quantcache.coding.schema import Rate
 from quantcache.common import compat
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 
@@ -59,7 +60,7 @@ def measure_yardstick(
     )
     usable = unseen or seen
     chosen = usable[:: max(1, -(-len(usable) // YARDSTICK_SEQUENCES))]
-    measured = [calibration.with_bits(bits) for bits in YARDSTICK_BITS]
+    measured = [calibration.with_rate(Rate(bits)) for bits in YARDSTICK_BITS]
     totals, count = [0.0 for _ in measured], 0
     with torch.no_grad(), evaluating(model), _attending_on_codes(model):
         for tokens in (s[:1, :YARDSTICK_TOKENS] for s in chosen):

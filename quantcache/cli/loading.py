@@ -60,7 +60,7 @@ def load_calibration(name: str, bits: float | None = None, quality: str | None =
     found = _load_calibration(name)
     if quality is not None:
         return at_quality(found, quality)
-    return found if bits is None else found.with_bits(bits)
+    return found.with_bits(bits)
 
 
 def _load_calibration(name: str) -> Calibration:

@@ -58,9 +58,9 @@ def check_rates(rate: Rate) -> None:
     """
     check_rate(rate.bits, rate.min_bits)
     for name, own in (("key_bits", rate.key_bits), ("value_bits", rate.value_bits)):
-        if own is None or own in ("dense", "joint"):
+        if own in ("dense", "joint"):
             continue
-        if isinstance(own, str):
+        if own is None or isinstance(own, str):
             raise ValueError(f"{name} must be a number, 'dense' or 'joint', got {own!r}")
         check_rate(own, rate.min_bits)
 
@@ -135,7 +135,7 @@ def budgets(layers: dict[int, LayerCalibration], rate: Rate, joint: bool) -> lis
     found: dict[tuple[Any, ...], tuple[float, list[tuple[int, str]]]] = {}
     for index in layers:
         for side, own in zip(SIDES, (rate.key_bits, rate.value_bits), strict=True):
-            if own != "dense" and own is not None:
+            if own != "dense":
                 pool = "all" if own == "joint" else side
                 bits = rate.bits if own == "joint" else float(own)
                 place = (pool,) if joint else (index, side)

@@ -5,7 +5,7 @@ Shape legend: H is the layer's number of key/value heads (Hkv), D the dimension 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -14,8 +14,8 @@ from quantcache.coding.rope import FAST_WAVELENGTH, Rope
 
 SIDES = ("key", "value")
 
-SideBits = float | Literal["joint", "dense"] | None
-"""Bits of one side: a mean width of its own, ``"joint"`` for a share of the common budget, ``"dense"`` (or None)."""
+SideBits = float | Literal["joint", "dense"]
+"""Bits of one side: a mean width of its own, ``"joint"`` for a share of the common budget, or ``"dense"``."""
 
 
 Coding = Literal["scalar", "trellis"]
@@ -113,14 +113,22 @@ class Rate:
     value_bits: SideBits = "joint"
     min_bits: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("key_bits", "value_bits"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, "dense")
+    def given(self, **values: Any) -> Rate:
+        """This rate with some values in place of its own; None keeps its own."""
+        asked = {name: value for name, value in values.items() if value is not None}
+        return replace(self, **asked) if asked else self
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of artifacts and saved caches, in which a dense side is null."""
         return {name: None if value == "dense" else value for name, value in asdict(self).items()}
+
+
+def spelled_out(rate: Any) -> Any:
+    """The JSON of :meth:`Rate.to_dict`, with the word for a dense side in place of null."""
+    if not isinstance(rate, dict):
+        return rate
+    sides = [f"{side}_bits" for side in SIDES]
+    return {name: "dense" if value is None and name in sides else value for name, value in rate.items()}
 
 
 @dataclass(frozen=True)

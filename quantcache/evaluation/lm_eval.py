@@ -49,7 +49,7 @@ class QuantCacheLM(HFLM):
             to ``value_bits``.
         bits: Mean code width; the calibration's by default.
         quality: A word in place of ``bits``, such as ``balanced``.
-        key_bits: Separate bits for the keys, or ``"dense"``.
+        key_bits: Separate bits for the keys, ``"dense"`` or ``"joint"``; the calibration's by default.
         value_bits: The same for the values.
         sink_length: First tokens that stay exact.
         residual_length: Recent tokens that stay exact.
@@ -71,8 +71,8 @@ class QuantCacheLM(HFLM):
         method: str | None = None,
         bits: float | None = None,
         quality: Quality | None = None,
-        key_bits: SideBits = "joint",
-        value_bits: SideBits = "joint",
+        key_bits: SideBits | None = None,
+        value_bits: SideBits | None = None,
         sink_length: int = SINK_LENGTH,
         residual_length: int = RESIDUAL_LENGTH,
         cache_backend: BackendName = "auto",
@@ -85,7 +85,7 @@ class QuantCacheLM(HFLM):
             if not isinstance(length, int) or length < least:
                 raise QuantCacheError(f"{each} must be a whole number of at least {least}, got {length!r}")
         asked = {"bits": bits, "quality": quality, "key_bits": key_bits, "value_bits": value_bits}
-        given = [f"{key}={value}" for key, value in asked.items() if value not in (None, "joint")]
+        given = [f"{key}={value}" for key, value in asked.items() if value is not None]
         if method is not None and given:
             raise QuantCacheError(f"give either a method or bits, got method={method} and {', '.join(given)}")
         if method is None and calibration is None:

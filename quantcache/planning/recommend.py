@@ -97,9 +97,13 @@ def recommend(
         calibration.check_compatible(config)
     weights = weights_bytes(sizes.weights, demand.weights)
     names = [model, str(getattr(config, "_name_or_path", "") or model)]
+    least = 0 if calibration is None else calibration.metadata.rate.min_bits
     candidates: list[Candidate] = []
     refused: dict[str, str] = {}
     for form in list_formats():
+        if form.kind == "spectral" and form.bits < least:
+            refused[form.name] = f"{form.name}: the calibration gives no coefficient less than {least} bits"
+            continue
         quality = expected_quality(form, names, demand.context, measurements, calibration)
         try:
             candidates.append(_candidate(form, config, geometry, weights, demand, quality, calibration))

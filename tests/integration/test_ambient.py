@@ -252,7 +252,7 @@ def test_autocast_is_as_good_as_with_stock_attention(autocast: Callable[[], Any]
     allowed = 1.5 * ours("sdpa", "auto")
     assert ours("spectral", "cpu") <= allowed
     assert ours("spectral", "torch") <= allowed
-    passing = SpectralCache(calibration, config, residual_length=0, key_bits=None, value_bits=None)
+    passing = SpectralCache(calibration, config, residual_length=0, key_bits="dense", value_bits="dense")
     assert torch.equal(run("sdpa", passing), expected)
 
 
@@ -366,7 +366,7 @@ def test_short_prompts_of_two_dtypes() -> None:
 
 @pytest.mark.support("torch.inference_mode")
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("options", [{}, {"key_bits": None}, {"key_bits": None, "value_bits": None}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"key_bits": "dense"}, {"key_bits": "dense", "value_bits": "dense"}], ids=str)
 @pytest.mark.parametrize("attention", ["spectral", "sdpa"])
 def test_gradients_through_what_inference_mode_has_made(attention: str, options: dict[str, Any]) -> None:
     """A cache filled in inference mode is read under autograd afterwards, with the gradients it would have had."""

@@ -131,7 +131,7 @@ def test_grade_is_between_flat_codes_and_the_bound() -> None:
     }
 
     class Flat(Calibration):
-        def with_bits(self, *_: Any, **__: Any) -> Calibration:
+        def with_rate(self, *_: Any) -> Calibration:
             return self
 
     worse = grade(Flat(layers, flat.metadata), samples, block_table, (4.0,))[0]

@@ -471,7 +471,7 @@ def test_rows_are_chosen_as_transformers_chooses_them(form: str, family: Family)
     indices, rows = ROWS[form]
     tokens = random_tokens(3, 150, seed=4)
     model, dense = shared_model(family), DynamicCache(config=shared_model(family).config)
-    cache = empty(family, key_bits=None, value_bits=None)
+    cache = empty(family, key_bits="dense", value_bits="dense")
     for each in (cache, dense):
         feed(model, each, tokens, (150,))
     ordered = cache.fork()
@@ -614,7 +614,7 @@ def side_by_side(writer: Callable[[], None], others: list[Callable[[], str]], se
 
 @pytest.mark.support("copies taken while another thread extends the cache")
 def test_copies_are_of_one_moment(tmp_path: Path) -> None:
-    cache = empty(key_bits=None, value_bits=None)
+    cache = empty(key_bits="dense", value_bits="dense")
     feeder, numbers = Feeder(len(cache.layers)), iter(range(1 << 30))
     assert cache.calibration is not None
 
@@ -654,7 +654,7 @@ def test_copies_are_of_one_moment(tmp_path: Path) -> None:
 
 @pytest.mark.support("two threads, one cache", refused=True)
 def test_operations_beside_a_pass_are_refused_or_whole() -> None:
-    cache = empty(key_bits=None, value_bits=None)
+    cache = empty(key_bits="dense", value_bits="dense")
     feeder, numbers = Feeder(len(cache.layers)), iter(range(1 << 30))
 
     def write() -> None:

@@ -66,7 +66,7 @@ def calibration_of(family: Family) -> Calibration:
 def passthrough(family: Family, model: PreTrainedModel) -> SpectralCache:
     """A cache whose blocks are kept in the model's dtype: all of the machinery, none of the loss."""
     return SpectralCache(
-        calibration_of(family), model.config, key_bits=None, value_bits=None, residual_length=0, sink_length=4
+        calibration_of(family), model.config, key_bits="dense", value_bits="dense", residual_length=0, sink_length=4
     )
 
 

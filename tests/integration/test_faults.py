@@ -122,7 +122,7 @@ def test_padding_and_dense_sides_may_hold_anything() -> None:
         ours, theirs = (each.snapshot().dense(side) for each in (layer, clean))
         assert torch.equal(ours[0, :, 30:], theirs[0, :, 30:])
         assert torch.equal(ours[1], theirs[1])
-    layer = empty(key_bits=None, value_bits=None).spectral_layers[0]
+    layer = empty(key_bits="dense", value_bits="dense").spectral_layers[0]
     give(layer, dirty)
     assert torch.equal(layer.snapshot().dense("key").isnan(), dirty["key"].isnan())
 
@@ -219,7 +219,7 @@ def test_empty_prompts_are_refused_by_generate() -> None:
 def test_short_prompts(family: Family, length: int) -> None:
     model, prompt = shared_model(family), random_tokens(2, length, seed=4)
     options = {"max_new_tokens": 75, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
-    cache = empty(family, key_bits=None, value_bits=None)
+    cache = empty(family, key_bits="dense", value_bits="dense")
     found = model.generate(prompt, past_key_values=cache, **options)
     expected = family.make(attention="sdpa").generate(prompt, **options)
     assert torch.equal(found, expected)

@@ -81,7 +81,7 @@ def quantized(family: Family, **options: Any) -> SpectralCache:
 
 def passthrough(family: Family) -> SpectralCache:
     """An empty cache whose blocks stay in the model's dtype."""
-    return quantized(family, key_bits=None, value_bits=None)
+    return quantized(family, key_bits="dense", value_bits="dense")
 
 
 def reference(family: Family, left_padding: Sequence[int] = (), **options: Any) -> DynamicCache:

@@ -225,7 +225,7 @@ def test_recurrent_layers_stay_as_they_are(family: Family) -> None:
     assert all(layer.spans for layer in cache.spectral_layers)
     assert torch.equal(generate(stock, quantized(family)).sequences, expected)
     dense = generate(stock, None).sequences
-    passing = quantized(family, key_bits=None, value_bits=None)
+    passing = quantized(family, key_bits="dense", value_bits="dense")
     assert torch.equal(generate(ours, passing).sequences, dense)
     fork = passing.fork()
     tokens = random_tokens(2, 3, seed=3)
@@ -295,7 +295,7 @@ def test_longrope_goes_on_with_a_cache_of_its_own() -> None:
     stock, ours = family.make(attention="sdpa"), family.make(attention="spectral")
     for new_tokens, kind in ((switch - 122 + 1, SpectralCache), (30, DynamicCache)):
         options = {"max_new_tokens": new_tokens}
-        passing = generate(ours, quantized(family, key_bits=None, value_bits=None), **options)
+        passing = generate(ours, quantized(family, key_bits="dense", value_bits="dense"), **options)
         assert torch.equal(passing.sequences, generate(stock, None, **options).sequences)
         found = generate(ours, quantized(family), **options)
         assert torch.equal(found.sequences, generate(stock, reference(family), **options).sequences)

@@ -181,7 +181,7 @@ def empty(**options: Any) -> SpectralCache:
     return SpectralCache(Calibration.synthetic(config, 8.0), config, **{"residual_length": 0, **options})
 
 
-PASSTHROUGH = {"key_bits": None, "value_bits": None}
+PASSTHROUGH = {"key_bits": "dense", "value_bits": "dense"}
 Pass = tuple[Tensor, dict[str, Any]]
 
 

@@ -131,7 +131,9 @@ def test_saved_caches_go_on(family: Family, tokens: int, tmp_path: Path) -> None
 
 
 @saving
-@pytest.mark.parametrize("rates", [{}, {"key_bits": "dense"}, {"key_bits": None, "value_bits": "dense"}, {"bits": 0}])
+@pytest.mark.parametrize(
+    "rates", [{}, {"key_bits": "dense"}, {"key_bits": "dense", "value_bits": "dense"}, {"bits": 0}]
+)
 def test_every_rate_is_saved(rates: dict[str, Any], tmp_path: Path) -> None:
     cache = filled(LLAMA, **rates)
     cache.save(tmp_path / "a")

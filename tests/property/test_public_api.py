@@ -100,7 +100,7 @@ class Sequence:
     def empty(self) -> list[DynamicCache]:
         """Two or three empty caches."""
         config = model_of("sdpa", torch.float32).config
-        ours = SpectralCache(calibration(), config, key_bits=None, value_bits=None, **self.options)
+        ours = SpectralCache(calibration(), config, key_bits="dense", value_bits="dense", **self.options)
         return [ours, *(DynamicCache(config=config) for _ in range(self.count - 1))]
 
     def forget(self) -> None:

@@ -88,8 +88,8 @@ def test_kinds_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"key_bits": None}, {"value_bits": None, "bits": 5.5}], ids=str)
-def test_total_is_the_storage_held(dtype: torch.dtype, options: dict[str, float | None]) -> None:
+@pytest.mark.parametrize("options", [{}, {"key_bits": "dense"}, {"value_bits": "dense", "bits": 5.5}], ids=str)
+def test_total_is_the_storage_held(dtype: torch.dtype, options: dict[str, float | str]) -> None:
     cache = SpectralCache(synthetic(), **options)
     assert cache.memory() == CacheMemory(tokens=0)
     for count in (300, 1, 1, 63, 1, 40):
@@ -98,7 +98,7 @@ def test_total_is_the_storage_held(dtype: torch.dtype, options: dict[str, float 
     for _ in range(130):
         append(cache, 1, batch=2, dtype=dtype)
     grown = assert_counts_what_is_held(cache)
-    assert bool(grown.dense) == (None in options.values())
+    assert bool(grown.dense) == ("dense" in options.values())
     for remove in (3, 70, 100, 200, 160):
         cache.crop(-remove)
         cropped = assert_counts_what_is_held(cache)
@@ -191,10 +191,10 @@ def assert_predicted(cache: SpectralCache, predicted: CacheMemory) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 64), (1, 13), (4, 0), (200, 300)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"value_bits": None}, {"bits": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"value_bits": "dense"}, {"bits": 0.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_prediction_of_other_settings(
-    sizes: tuple[int, int], options: dict[str, float | None], dtype: torch.dtype
+    sizes: tuple[int, int], options: dict[str, float | str], dtype: torch.dtype
 ) -> None:
     sinks, residual = sizes
     calibration = synthetic(32).with_bits(**{"bits": 3.0, **options})
@@ -275,10 +275,10 @@ def test_bits_per_encoded_element() -> None:
     layers = synthetic(64).layers
     widths = torch.cat([layer.side(s).widths.flatten() for layer in layers.values() for s in ("key", "value")])
     assert bits_per_encoded_element(layers) == pytest.approx(float(widths.double().mean()) + 8 / 64, rel=1e-12)
-    halves = synthetic(64).with_bits(3.0, value_bits=None)
+    halves = synthetic(64).with_bits(3.0, value_bits="dense")
     keys = torch.cat([layer.key.widths.flatten() for layer in halves.layers.values()])
     assert bits_per_encoded_element(halves.layers) == pytest.approx(float(keys.double().mean()) + 8 / 64, rel=1e-12)
-    assert bits_per_encoded_element(synthetic(64).with_bits(3.0, key_bits=None, value_bits=None).layers) == 0.0
+    assert bits_per_encoded_element(synthetic(64).with_bits(3.0, key_bits="dense", value_bits="dense").layers) == 0.0
 
 
 # ------------------------------------------------------------------ alive

@@ -29,6 +29,7 @@ from quantcache.artifact import calibration as artifact
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.files import CONFIG_NAME, SCHEMA_VERSION, TENSORS_NAME
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.cli.loading import load_calibration
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, CodecSettings, Rate
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
@@ -322,13 +323,28 @@ def test_rates_of_the_sides() -> None:
     assert values_only.bits == float(widths_of(values_only, "value").mean())
     dense = calibration.with_bits(key_bits="dense", value_bits="dense")
     assert dense.bits == dense.bits_per_element == 0.0
-    assert_same(dense.with_bits(3.0), calibration)
+    assert_same(dense.with_bits(3.0, key_bits="joint", value_bits="joint"), calibration)
 
 
-def test_none_is_dense_and_stays_null_on_disk(tmp_path: Path) -> None:
-    calibration = make().with_bits(3.0, value_bits=None)
-    assert calibration.metadata.rate == Rate(3.0, value_bits="dense") == Rate(3.0, value_bits=None)
-    assert_same(calibration, make().with_bits(3.0, value_bits="dense"))
+def test_what_is_not_given_stays(tmp_path: Path) -> None:
+    calibration = make().with_bits(3.0, key_bits=4, value_bits="dense", min_bits=1)
+    calibration.save_pretrained(tmp_path)
+    for given, rate in (
+        ({"bits": 2.0}, Rate(2.0, 4, "dense", 1)),
+        ({"key_bits": 2}, Rate(3.0, 2, "dense", 1)),
+        ({"value_bits": "joint"}, Rate(3.0, 4, "joint", 1)),
+        ({"min_bits": 2}, Rate(3.0, 4, "dense", 2)),
+        ({"min_bits": 0, "key_bits": "joint"}, Rate(3.0, "joint", "dense", 0)),
+    ):
+        assert calibration.with_bits(**given).metadata.rate == rate
+        assert SpectralCache(calibration, **given).calibration.metadata.rate == rate
+    assert load_calibration(str(tmp_path), 2.0).metadata.rate == Rate(2.0, 4, "dense", 1)
+    assert calibration.with_bits() is calibration is SpectralCache(calibration).calibration
+    assert_same(calibration.with_rate(Rate(3)), make())
+
+
+def test_dense_is_null_on_disk(tmp_path: Path) -> None:
+    calibration = make().with_bits(3.0, value_bits="dense")
     calibration.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / CONFIG_NAME).read_text("utf-8"))["rate"]
     assert (stored["key_bits"], stored["value_bits"]) == ("joint", None)
@@ -355,13 +371,18 @@ def test_min_bits() -> None:
         ({"bits": 3.0, "min_bits": -1}, "-1"),
         # No side is left to share the common budget, but it is recorded, and would be refused when loaded.
         ({"bits": 9.0, "key_bits": 2.0, "value_bits": 2.0}, "got 9"),
-        ({"bits": float("nan"), "key_bits": None, "value_bits": None}, "got nan"),
+        ({"bits": float("nan"), "key_bits": "dense", "value_bits": "dense"}, "got nan"),
     ],
     ids=str,
 )
 def test_rates_out_of_range(rate: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make().with_bits(**rate)
+
+
+def test_none_is_no_rate() -> None:
+    with pytest.raises(ValueError, match="key_bits must be a number, 'dense' or 'joint', got None"):
+        make().with_rate(Rate(3.0, None))  # type: ignore[arg-type]
 
 
 def test_synthetic_is_deterministic() -> None:

@@ -37,7 +37,7 @@ def test_values_get_their_types() -> None:
     found = as_type(Whole, {**SOUND, "counts": {"x": 3}, "more": [None, {}]})
     assert found == Whole([Part("x", 1.0)], None, "a", "joint", {"x": 3}, [None, {}])
     assert isinstance(found.parts[0].size, float)
-    assert as_type(Rate, {"bits": 3, "key_bits": None}) == Rate(3.0, None)
+    assert as_type(Rate, {"bits": 3, "key_bits": "dense"}) == Rate(3.0, "dense")
     settings = json.loads('{"group_size": 4, "profile": "layer", "gain_search": [1, 0.5], "coding": "trellis"}')
     assert as_type(CodecSettings, settings).gain_search == (1.0, 0.5)
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 import quantcache
 from quantcache import Calibration
 from quantcache.accounting.measuring import measure
+from quantcache.coding.schema import Rate
 from quantcache.coding.spectral import Moments
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
@@ -319,6 +320,12 @@ def parsed(name: str, statistics: RivalStatistics | None = None, **more: object)
     """One method on the small config."""
     calibration = Calibration.synthetic(CONFIG)
     return parse_methods([name], CONFIG, calibration, 4, 0, statistics=statistics, **more)[0]  # type: ignore[arg-type]
+
+
+def test_ours_is_joint_whatever_the_calibration_says() -> None:
+    calibration = Calibration.synthetic(CONFIG).with_bits(3, value_bits="dense", min_bits=1)
+    [method] = parse_methods(["spectral-2"], CONFIG, calibration)
+    assert method.make_cache().calibration.metadata.rate == Rate(2)
 
 
 def test_all_names_parse_and_describe_themselves(statistics: RivalStatistics) -> None:

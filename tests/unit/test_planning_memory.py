@@ -118,11 +118,12 @@ def test_every_rate_and_growth(bits: float, sinks: int, residual: int) -> None:
 
 def test_dense_sides_of_a_calibration_are_counted() -> None:
     config = llama_config(64)
-    calibration = Calibration.synthetic(config).with_bits(3, value_bits=None)
+    calibration = Calibration.synthetic(config).with_bits(3, value_bits="dense")
     with pytest.raises(QuantCacheError, match="tokens must be a whole number from 1 up, got 0"):
         estimate_memory(config, "spectral-3", 0, calibration=calibration)
-    joint = estimate_memory(config, "spectral-3", 900, calibration=calibration)
-    assert joint == estimate_memory(config, "spectral-3", 900)
+    cache = SpectralCache(calibration, config, bits=2)
+    fill(cache, 900, 1, [(2, 64)] * 2, torch.bfloat16)
+    assert estimate_memory(config, "spectral-2", 900, calibration=calibration) == held(cache)
 
 
 @pytest.mark.parametrize("form", [f for f in formats.list_formats() if f.kind == "simulated"], ids=lambda f: f.name)

@@ -244,6 +244,19 @@ def test_prediction_from_a_calibration() -> None:
     assert (measured.basis, measured.predicted_kl) == ("measured on this model", found.kl)
 
 
+def test_sides_are_as_the_calibration_has_them() -> None:
+    """What is recommended is what its bits give: ``with_bits`` keeps the rest of the rate."""
+    joint = Calibration.synthetic(sizes().config)
+    kept = joint.with_bits(3, value_bits="dense", min_bits=3)
+    shared, own = (plan(Demand(10**9, 1000), calibration=each) for each in (joint, kept))
+    found, expected = (
+        next(each.cache_bytes for each in plan.candidates if each.format == "spectral-3") for plan in (own, shared)
+    )
+    assert found > 2 * expected
+    assert "spectral-2" not in {each.format for each in own.candidates}
+    assert "Left out: spectral-2: the calibration gives no coefficient less than 3 bits." in own.notes
+
+
 def test_calibration_of_another_model_is_refused() -> None:
     with pytest.raises(CalibrationMismatch, match="calibration has num_hidden_layers 2, the model has 6"):
         plan(Demand(10**9, 10), calibration=calibration_with_yardstick(llama_config(64)))

@@ -59,7 +59,7 @@ def test_distortion_falls_with_the_width() -> None:
 
 def test_dense_sides_cost_nothing() -> None:
     calibration = Calibration.synthetic(llama_config())
-    dense = calibration.with_bits(3, key_bits=None, value_bits=None)
+    dense = calibration.with_bits(3, key_bits="dense", value_bits="dense")
     assert expected_cost(dense.layers) == 0.0
     keys = expected_cost({0: LayerCalibration(Rope(), random_side(1, 64, 3), random_side(1, 64, None))})
     assert keys == side_cost(random_side(1, 64, 3))

@@ -83,6 +83,13 @@ def test_one_side_with_bits_of_its_own() -> None:
     assert predict_kl(step) > QUALITIES["near-lossless"]
     with pytest.raises(ValueError, match=r"quality='small' leaves nothing .* key_bits=3.0 and value_bits='dense'"):
         at_quality(calibration, "small", key_bits=3.0, value_bits="dense")
+    kept = calibration.with_bits(key_bits="dense")
+    assert at_quality(kept, "near-lossless").metadata.rate == alone.metadata.rate
+    assert quality_rates(kept)[0].bits == alone.metadata.rate.bits
+    both = kept.with_bits(value_bits=3.0)
+    assert [rate.bits for rate in quality_rates(both)] == [None] * len(QUALITIES)
+    with pytest.raises(ValueError, match=r"quality='small' leaves nothing .* key_bits='dense' and value_bits=3.0"):
+        SpectralCache(both, quality="small")
 
 
 @refused

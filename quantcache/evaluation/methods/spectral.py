@@ -7,6 +7,7 @@ from collections.abc import Callable
 from transformers import Cache
 
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.schema import Rate
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.base import Scheme, Setting
@@ -20,7 +21,7 @@ def _make(bits: float, setting: Setting) -> Callable[[], Cache]:
         raise QuantCacheError(
             f"method spectral-{bits:g} needs a calibration: give the model's (--calibration), or leave the method out"
         )
-    allocated = setting.calibration.with_bits(bits)
+    allocated = setting.calibration.with_rate(Rate(bits))
     return lambda: SpectralCache(
         allocated, setting.config, sink_length=setting.sink_length, residual_length=setting.residual_length
     )
