@@ -13,7 +13,7 @@ from quantcache import Calibration
 from quantcache.coding.allocation import allocate_layers
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH
-from quantcache.coding.schema import DEFAULT_CODING, SIDES, CodecSettings, Coding, LayerCalibration, Rate
+from quantcache.coding.schema import SIDES, CodecSettings, Coding, LayerCalibration, Rate
 from quantcache.coding.trellis import code_distortions
 
 CHECKPOINTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
@@ -44,7 +44,7 @@ class Variant:
     """
 
     choice: Choice = field(default_factory=Choice)
-    codec: CodecSettings = field(default_factory=lambda: CodecSettings(coding=DEFAULT_CODING))
+    codec: CodecSettings = field(default_factory=CodecSettings)
     joint: bool = True
     offsets: tuple[float, float] | None = None
     min_bits: int = 0

@@ -1,7 +1,7 @@
 """Time of one decoding step against the number of cached tokens, DynamicCache beside SpectralCache.
 
 The model has the geometry of wiki11m, random weights and room for longer contexts; the calibration is synthetic.
-Neither changes how much work a step is.
+Neither changes how much work a step is. Codes are scalar: cpu_decode.py has the codes of new calibrations too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 
 import quantcache
 from quantcache import Calibration, SpectralCache
+from quantcache.coding.schema import CodecSettings, Coding
 from quantcache.data import demo_model_path
 from quantcache.evaluation.summaries import quantiles
 
 PREFILL_CHUNK = 512
+CODING: Coding = "scalar"
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model = make_model(max(options.lengths) + 1024, getattr(torch, options.dtype), device)
-    calibration = Calibration.synthetic(model.config, bits=options.bits)
+    calibration = Calibration.synthetic(model.config, bits=options.bits, codec=CodecSettings(coding=CODING))
     makers: dict[str, Callable[[], Cache]] = {
         "dense": lambda: DynamicCache(config=model.config),
         "spectral": lambda: SpectralCache(calibration, model.config, backend=options.backend),
@@ -53,7 +55,7 @@ def main() -> None:
         times = {int(length): entry["milliseconds"]["median"] for length, entry in per_length.items()}
         per_length["exponent"] = exponent(times)
     Console(width=None if sys.stdout.isatty() else 120).print(table(metrics, sorted(options.lengths)))
-    settings = {**vars(options), "geometry": "wiki11m", "prefill_chunk": PREFILL_CHUNK, "batch": 1}
+    settings = {**vars(options), "coding": CODING, "geometry": "wiki11m", "prefill_chunk": PREFILL_CHUNK, "batch": 1}
     path = write_record("decode-latency", settings, metrics)
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
@@ -160,7 +162,7 @@ def exponent(times: dict[int, float]) -> float | None:
 
 def table(metrics: dict[str, dict], lengths: list[int]) -> Table:
     """The measurements for people."""
-    result = Table("cached tokens", title="Milliseconds per decoding step: median (20th to 80th percentile)")
+    result = Table("cached tokens", title=f"Milliseconds per decoding step, {CODING} codes: median (p20 to p80)")
     for name in metrics:
         result.add_column(name, justify="right")
     result.add_column("cache bytes, spectral / dense", justify="right")

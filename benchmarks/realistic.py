@@ -3,7 +3,7 @@
 How fast a kernel is depends on the widths: on how many coefficients have none, on how many a tile mixes.
 ``Calibration.synthetic`` has smooth spectra of its own making. Here every spectrum is one of the bundled model's,
 wiki11m (6 layers, 2 key/value heads of 64 dimensions), stretched to the wanted dimension; layers and heads take turns.
-The transforms stay random: they cost the same whatever is in them.
+The transforms stay random: they cost the same whatever is in them. Codes are scalar, until ``with_coding`` says else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from quantcache import Calibration
 from quantcache.coding.allocation import allocate_layers
 from quantcache.coding.rope import Frame
-from quantcache.coding.schema import SIDES, LayerCalibration, Rate, SideCalibration
+from quantcache.coding.schema import SIDES, CodecSettings, LayerCalibration, Rate, SideCalibration
 from quantcache.data import calibrations_path
 
 
@@ -31,7 +31,8 @@ def realistic_calibration(config: PreTrainedConfig, bits: float = 3.0) -> Calibr
     Returns:
         The calibration.
     """
-    made, source = Calibration.synthetic(config, bits), Calibration.from_pretrained(calibrations_path() / "wiki11m")
+    made = Calibration.synthetic(config, bits, codec=CodecSettings(coding="scalar"))
+    source = Calibration.from_pretrained(calibrations_path() / "wiki11m")
     layers, count = {}, len(made.layers)
     for place, (index, layer) in enumerate(made.layers.items()):
         original = source.layers[place * len(source.layers) // count]

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from quantcache.artifact.calibration import Calibration
 from quantcache.backends.store import BlockStore
 from quantcache.coding import linalg
-from quantcache.coding.schema import SideCalibration
+from quantcache.coding.schema import CodecSettings, SideCalibration
 
 
 def llama_config(head_dim: int = 64, layers: int = 2, kv_heads: int = 2, **more: Any) -> LlamaConfig:
@@ -38,6 +39,20 @@ def llama_config(head_dim: int = 64, layers: int = 2, kv_heads: int = 2, **more:
         vocab_size=32,
         **more,
     )
+
+
+def scalar_calibration(config: PreTrainedConfig, bits: float = 3.0, seed: int = 0) -> Calibration:
+    """A synthetic calibration with scalar codes, for tests that encode much and mean no coding: they are sooner made.
+
+    Args:
+        config: The model's config.
+        bits: Mean code width.
+        seed: Seed of the transforms.
+
+    Returns:
+        The calibration.
+    """
+    return Calibration.synthetic(config, bits, seed, CodecSettings(coding="scalar"))
 
 
 def random_side(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,8 @@ from quantcache.artifact.checks import (
 from quantcache.coding.packing import BLOCK, MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import (
-    MAX_PASSES,
     SIDES,
     CodecSettings,
-    Coding,
     LayerCalibration,
     Metadata,
     Rate,
@@ -33,7 +32,7 @@ from quantcache.coding.schema import (
     SideCalibration,
     spelled_out,
 )
-from quantcache.common.errors import ArtifactError
+from quantcache.common.errors import ArtifactError, SettingsError
 from quantcache.common.jsonfile import read_json
 from quantcache.common.tensor_file import TensorFile, checksum
 from quantcache.common.writing import TornFiles
@@ -48,9 +47,6 @@ DIGEST = "digest"
 
 The first is compared with the tensors. The JSON may be edited: what it says is checked, and somebody may know better.
 """
-
-MAX_GAINS = 64
-"""Gains that encoding may be asked to try."""
 
 
 def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -140,14 +136,7 @@ def from_files(config_path: Path, tensors_path: Path) -> tuple[dict[int, LayerCa
         base_model=config["base_model"],
         cache_config=config["cache_config"],
         recipe=config["recipe"],
-        codec=CodecSettings(
-            codec["group_size"],
-            codec["profile"],
-            codec["fast_wavelength"],
-            tuple(codec["gain_search"]),
-            codec["coding"],
-            codec["passes"],
-        ),
+        codec=_codec_settings(config_path, codec),
         rate=Rate(rate["bits"], rate["key_bits"], rate["value_bits"], rate["min_bits"]),
         joint=rate["joint"],
         environment=config["environment"],
@@ -226,28 +215,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in ("layers", "rope"):
         if not isinstance(config[name], list) or not all(isinstance(entry, dict) for entry in config[name]):
             raise ArtifactError(f"{path}: {name} must be a list of objects")
-    _check_codec(path, config["codec"])
+    _codec_settings(path, config["codec"])
     _check_rate(path, config["rate"])
     check_description(path, config)
     return config
 
 
-def _check_codec(path: Path, codec: dict[str, Any]) -> None:
+def _codec_settings(path: Path, codec: dict[str, Any]) -> CodecSettings:
     for name, expected in (("block", BLOCK), ("anchor_length", ANCHOR_LENGTH)):
         if codec[name] != expected:
             raise ArtifactError(f"{path}: {name} is {codec[name]!r}, this quantcache reads {expected}")
-    if codec["profile"] not in ("head", "layer"):
-        raise ArtifactError(f"{path}: profile is {codec['profile']!r}, expected 'head' or 'layer'")
-    if codec["coding"] not in get_args(Coding):
-        raise ArtifactError(f"{path}: coding is {codec['coding']!r}, expected 'scalar' or 'trellis'")
-    _integer(codec, "group_size", str(path))
-    _integer(codec, "passes", str(path), 1, MAX_PASSES)
-    _number(codec, "fast_wavelength", str(path))
-    search = codec["gain_search"]
-    if not isinstance(search, list) or not search or not all(_is_number(m) and 0 < m < 16 for m in search):
-        raise ArtifactError(f"{path}: gain_search must be a list of numbers between 0 and 16, got {search!r}")
-    if len(search) > MAX_GAINS:
-        raise ArtifactError(f"{path}: gain_search has {len(search)} numbers, at most {MAX_GAINS} are tried")
+    _number(codec, "fast_wavelength", str(path))  # JSON has no infinity
+    try:
+        return CodecSettings(**{field.name: codec[field.name] for field in fields(CodecSettings)})
+    except SettingsError as error:
+        raise ArtifactError(f"{path}: {error}") from error
 
 
 def _check_rate(path: Path, rate: dict[str, Any]) -> None:

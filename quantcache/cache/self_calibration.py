@@ -17,7 +17,7 @@ from quantcache.backends.padding import Grid
 from quantcache.cache.codecs import CodecFactory, calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.coding.blocks import SideCodec
-from quantcache.coding.schema import DEFAULT_CODING, CodecSettings, Metadata, Rate
+from quantcache.coding.schema import CodecSettings, Metadata, Rate
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
@@ -35,7 +35,7 @@ def self_calibrating_cache(
         raise ValueError(f"bits must lie between 0 and 8, got {bits}")
     if kwargs.pop("quality", None) is not None:
         raise ValueError("quality needs a calibration, which predicts it; a self-calibrating cache has none: give bits")
-    settings = CodecSettings(coding=DEFAULT_CODING)
+    settings = CodecSettings()
     layers = cache_layout.compressible_layers(model.config)
     with evaluating(model), standard_settings():
         ropes = detect_ropes(model, layers)

@@ -23,7 +23,7 @@ from quantcache.calibration.data import calibration_data
 from quantcache.calibration.yardstick import measure_yardstick
 from quantcache.coding.allocation import check_rates
 from quantcache.coding.rope import Rope
-from quantcache.coding.schema import DEFAULT_CODING, SIDES, CodecSettings, Metadata, Rate, SideBits
+from quantcache.coding.schema import SIDES, CodecSettings, Metadata, Rate, SideBits
 from quantcache.coding.spectral import METRIC_SHRINKAGE
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
 from quantcache.common import compat
@@ -72,7 +72,7 @@ def calibrate(
             text that it has not seen.
         seq_len: Length of the sequences that texts are cut into; by default 2,048 or the model's limit.
         seed: Seed of the sampled labels.
-        codec: Codec choices; the defaults and trellis coding if None.
+        codec: Codec choices; the defaults if None.
         predict: Let short runs through the compressed cache scale what the calibration predicts of its cost, which
             ``quality`` needs. With few tokens they take longer than the rest.
         progress: Show a progress bar on stderr.
@@ -93,7 +93,7 @@ def calibrate(
     for name, count in (("max_tokens", max_tokens), ("seq_len", seq_len)):
         if count is not None and (not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name} must be a whole number from 1 up, got {count!r}")
-    settings = codec or CodecSettings(coding=DEFAULT_CODING)
+    settings = codec or CodecSettings()
     layers = cache_layout.compressible_layers(model.config)
     compat.require_forward(model)
     if compat.adds_tokens(model):

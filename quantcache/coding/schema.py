@@ -6,11 +6,12 @@ Shape legend: H is the layer's number of key/value heads (Hkv), D the dimension 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from quantcache.coding.rope import FAST_WAVELENGTH, Rope
+from quantcache.common.errors import SettingsError
 
 SIDES = ("key", "value")
 
@@ -20,6 +21,9 @@ SideBits = float | Literal["joint", "dense"]
 
 Coding = Literal["scalar", "trellis"]
 """What a code stands for: a level by itself, or a level among those that the tokens before it leave (trellis.py)."""
+
+Profile = Literal["head", "layer"]
+"""Whether every head has widths of its own, or those of a layer share them."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,11 @@ class LayerCalibration:
 MAX_PASSES = 8
 """How often encoding may be asked to seek the best paths through a trellis."""
 
-DEFAULT_CODING: Coding = "trellis"
-"""What new calibrations are made with: a third less loss at the same bits."""
+MAX_GAINS = 64
+"""Gains that encoding may be asked to try."""
+
+MAX_GROUP = 1 << 20
+"""Coefficients that may be asked to share a width."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,44 @@ class CodecSettings:
         profile: ``head`` gives every head its own widths, ``layer`` shares them between the heads of a layer.
         fast_wavelength: Rotary pairs that turn once in fewer tokens than this are un-rotated fully.
         gain_search: Multiples of a token's gain that encoding tries; the one with least weighted error is kept.
-        coding: Whether codes are scalar or paths through a trellis; scalar in files that do not say.
+        coding: Whether codes are scalar or paths through a trellis, a third less loss at the same bits; scalar in files
+            that do not say.
         passes: How often encoding seeks the best paths: each time but the first with the gain that fits the last ones.
+
+    Raises:
+        SettingsError: One of them has no meaning.
     """
 
     group_size: int = 2
-    profile: Literal["head", "layer"] = "head"
+    profile: Profile = "head"
     fast_wavelength: float = FAST_WAVELENGTH
     gain_search: tuple[float, ...] = (0.6, 0.75, 0.9, 1.05, 1.25)
-    coding: Coding = "scalar"
+    coding: Coding = "trellis"
     passes: int = 1
+
+    def __post_init__(self) -> None:
+        for name, kind in (("profile", Profile), ("coding", Coding)):
+            if (given := getattr(self, name)) not in get_args(kind):
+                raise SettingsError(f"{name} must be one of {', '.join(get_args(kind))}, got {given!r}")
+        for name, most in (("group_size", MAX_GROUP), ("passes", MAX_PASSES)):
+            if not _is_integer(given := getattr(self, name)) or not 1 <= given <= most:
+                raise SettingsError(f"{name} must be an integer from 1 to {most}, got {given!r}")
+        if not _is_number(self.fast_wavelength) or not self.fast_wavelength >= 0:
+            raise SettingsError(f"fast_wavelength must be a number from 0 up, got {self.fast_wavelength!r}")
+        search = self.gain_search
+        if not isinstance(search, list | tuple) or not search or not all(_is_number(m) and 0 < m < 16 for m in search):
+            raise SettingsError(f"gain_search must be a list of numbers between 0 and 16, got {search!r}")
+        if len(search) > MAX_GAINS:
+            raise SettingsError(f"gain_search has {len(search)} numbers, at most {MAX_GAINS} are tried")
+        object.__setattr__(self, "gain_search", tuple(search))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ class ArtifactError(QuantCacheError):
     """A calibration artifact is missing, truncated, malformed or of an unknown schema."""
 
 
+class SettingsError(QuantCacheError, ValueError):
+    """A codec setting has no meaning."""
+
+
 class HubError(ArtifactError):
     """A download from the Hub or an upload to it failed."""
 

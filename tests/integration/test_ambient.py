@@ -23,7 +23,7 @@ from quantcache.calibration.calibrator import calibrate
 from quantcache.coding import linalg
 from quantcache.coding.schema import SIDES
 from quantcache.common import ambient
-from tests.builders import llama_config
+from tests.builders import llama_config, scalar_calibration
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.kernels import truth
 
@@ -122,7 +122,7 @@ def new_cache(family: Family, backend: Any, fitted: bool = False) -> SpectralCac
     model, options = shared_model(family), {"residual_length": 0, "backend": backend}
     if fitted:
         return SpectralCache.self_calibrating(model, 4.0, **options)
-    return SpectralCache(Calibration.synthetic(model.config, 4.0), model.config, **options)
+    return SpectralCache(scalar_calibration(model.config, 4.0), model.config, **options)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def filled(
     heads, dim = config.num_key_value_heads, config.head_dim
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, heads, tokens, dim, generator=generator).to(device) for _ in range(2))
-    cache = SpectralCache(Calibration.synthetic(config, 4.0), config, residual_length=0, backend=backend)
+    cache = SpectralCache(scalar_calibration(config, 4.0), config, residual_length=0, backend=backend)
     cache.layers[0].update(keys.to(key), values.to(value))
     cache.layers[0].flush()
     return cache
@@ -234,7 +234,7 @@ def filled(
 @torch.no_grad()
 def test_autocast_is_as_good_as_with_stock_attention(autocast: Callable[[], Any]) -> None:
     config = shared_model(LLAMA).config
-    calibration = Calibration.synthetic(config, 8.0)
+    calibration = scalar_calibration(config, 8.0)
 
     def run(attention: str, cache: DynamicCache) -> Tensor:
         model = LLAMA.make(attention=attention)
@@ -263,9 +263,9 @@ def test_factorizations_are_checked_in_full_precision(autocast: Callable[[], Any
     config = shared_model(LLAMA).config
     matrices = torch.randn(2, 32, 32)
     functions: list[Any] = [linalg.qr, linalg.inverse, linalg.singular_values, lambda m: linalg.eigh(m + m.mT)]
-    expected = [function(matrices) for function in functions], Calibration.synthetic(config)
+    expected = [function(matrices) for function in functions], scalar_calibration(config)
     with autocast():
-        found = [function(matrices) for function in functions], Calibration.synthetic(config)
+        found = [function(matrices) for function in functions], scalar_calibration(config)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
     for index, layer in expected[1].layers.items():
         for side in SIDES:
@@ -278,7 +278,7 @@ def test_factorizations_are_checked_in_full_precision(autocast: Callable[[], Any
 @torch.no_grad()
 def test_operations_on_keys_and_values_of_two_dtypes(backend: Any, tmp_path: Path) -> None:
     for family in (LLAMA, GEMMA3):
-        model, calibration = family.make(), Calibration.synthetic(shared_model(family).config, 4.0)
+        model, calibration = family.make(), scalar_calibration(shared_model(family).config, 4.0)
         cache = SpectralCache(calibration, model.config, residual_length=0, backend=backend)
         with CPU_BF16():
             model(TOKENS[:, :150], past_key_values=cache)
@@ -351,7 +351,7 @@ def test_kernels_read_two_dtypes(key: torch.dtype, value: torch.dtype, backend: 
 def test_short_prompts_of_two_dtypes() -> None:
     """Before anything is packed, where torch's fused attention would refuse them."""
     config = llama_config()
-    cache = SpectralCache(Calibration.synthetic(config, 4.0), config)
+    cache = SpectralCache(scalar_calibration(config, 4.0), config)
     states = [torch.randn(1, 2, 8, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     lazy = cache.update(*states, 0)
     query = torch.randn(1, 4, 8, 64, dtype=torch.float32)
@@ -372,7 +372,7 @@ def test_gradients_through_what_inference_mode_has_made(attention: str, options:
     """A cache filled in inference mode is read under autograd afterwards, with the gradients it would have had."""
     model = LLAMA.make(attention=attention).requires_grad_(False)
     weight = model.model.layers[1].self_attn.q_proj.weight.requires_grad_()  # keys and values stay constants
-    calibration = Calibration.synthetic(model.config, 4.0)
+    calibration = scalar_calibration(model.config, 4.0)
     gradients = []
     for mode in (torch.inference_mode, torch.no_grad):
         cache = SpectralCache(calibration, model.config, residual_length=0, backend="torch", **options)

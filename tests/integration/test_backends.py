@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import Calibration, SpectralCache, backends
+from quantcache import SpectralCache, backends
 from quantcache.backends import REFERENCE, AttentionCall, CacheView, Fields
 from quantcache.backends.reference import Reference
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, shared_model
 from tests.helpers import feed
 
@@ -68,7 +69,7 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> Backwards:
 
 def cache(**options: object) -> SpectralCache:
     """An empty cache of the small Llama."""
-    return SpectralCache(Calibration.synthetic(CONFIG, bits=3), CONFIG, residual_length=16, **options)
+    return SpectralCache(scalar_calibration(CONFIG, 3), CONFIG, residual_length=16, **options)
 
 
 def tokens(count: int, rows: int = 1) -> Tensor:
@@ -120,7 +121,7 @@ def test_a_backend_of_another_layout_needs_nothing_changed(backwards: Backwards,
     for name in ("ours", "theirs"):
         for backend in ("auto", "torch"):
             again = SpectralCache.load(
-                tmp_path / f"{name}.safetensors", Calibration.synthetic(CONFIG, bits=3), config=CONFIG, backend=backend
+                tmp_path / f"{name}.safetensors", scalar_calibration(CONFIG, 3), config=CONFIG, backend=backend
             )
             read[name, backend] = logits(again)
     assert all(torch.equal(each, logits(expected)) for each in read.values())

@@ -18,10 +18,10 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from quantcache.artifact.calibration import Calibration
 from quantcache.attention.function import spectral_mask
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.errors import QuantCacheError
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, Family, random_tokens
 from tests.helpers import ROUNDING, error, feed
 from tests.integration.test_geometry import LAYOUTS
@@ -65,7 +65,7 @@ def model_of(name: str, attention: str | None = None, layers: int | None = None)
 
 def cache_for(model: PreTrainedModel, coding: str = "scalar", **options: Any) -> SpectralCache:
     """An empty cache that keeps no recent tokens."""
-    calibration = Calibration.synthetic(model.config, 3.0)
+    calibration = scalar_calibration(model.config, 3.0)
     if coding != "scalar":
         calibration = calibration.with_coding(coding)
     return SpectralCache(calibration, model.config, **{"residual_length": 0, **options})

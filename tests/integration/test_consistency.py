@@ -31,6 +31,7 @@ from quantcache.cache.passes import ForwardPass, Outcome
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError, RowError
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import feed
 
@@ -42,7 +43,7 @@ LLAMA, GPT2, GEMMA3 = (next(f for f in FAMILIES if f.name == name) for name in (
 @functools.cache
 def calibration_of(family: Family) -> Calibration:
     """A stand-in of the family's geometry."""
-    return Calibration.synthetic(shared_model(family).config, 3.0)
+    return scalar_calibration(shared_model(family).config, 3.0)
 
 
 def empty(family: Family = LLAMA, **options: Any) -> SpectralCache:
@@ -117,7 +118,7 @@ def test_a_first_pass_that_fails_late(layers: int) -> None:
     config = copy.deepcopy(shared_model(LLAMA).config)
     config.num_hidden_layers, config.layer_types = layers, None
     model = type(shared_model(LLAMA))(config).eval()
-    cache = SpectralCache(Calibration.synthetic(config, 3.0), config)
+    cache = SpectralCache(scalar_calibration(config, 3.0), config)
     handle = model.model.norm.register_forward_pre_hook(fail(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         go_on(cache, model=model)
@@ -125,7 +126,7 @@ def test_a_first_pass_that_fails_late(layers: int) -> None:
     with pytest.raises(QuantCacheError, match="held 0 tokens and holds 5"):
         go_on(cache, model=model)
     assert cache.rollback() == 0
-    fresh = SpectralCache(Calibration.synthetic(config, 3.0), config)
+    fresh = SpectralCache(scalar_calibration(config, 3.0), config)
     assert torch.equal(go_on(cache, model=model), go_on(fresh, model=model))
 
 

@@ -19,6 +19,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import CalibrationMismatch
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import error, feed
 from tests.integration.two_ranks import STEPS, log_likelihood
@@ -36,7 +37,7 @@ ROUNDING = 2e-5
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
     """A stand-in of the model's geometry."""
-    return Calibration.synthetic(shared_model(LLAMA).config, 3.0)
+    return scalar_calibration(shared_model(LLAMA).config, 3.0)
 
 
 def expected_logits(calibration: Calibration) -> torch.Tensor:
@@ -94,7 +95,7 @@ def test_layers_that_transformers_has_placed(tmp_path: Path) -> None:
         dtype=torch.float32,
     )
     assert {str(place) for name, place in model.hf_device_map.items() if ".layers." in name} == {"cpu", "disk"}
-    calibration = Calibration.synthetic(whole.config, 3.0)
+    calibration = scalar_calibration(whole.config, 3.0)
     found, expected = (
         feed(each, SpectralCache(calibration, each.config, residual_length=0), TOKENS, STEPS) for each in (model, whole)
     )

@@ -11,13 +11,12 @@ import pytest
 import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from quantcache.artifact.calibration import Calibration
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import divergence
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.feeding import feed, greedy
 from quantcache.evaluation.methods import Method, parse_methods
-from tests.builders import llama_config
+from tests.builders import llama_config, scalar_calibration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +43,7 @@ def tokens() -> torch.Tensor:
 
 
 def methods(model: PreTrainedModel, *names: str) -> list[Method]:
-    return parse_methods(names, model.config, Calibration.synthetic(model.config), 4, 0)
+    return parse_methods(names, model.config, scalar_calibration(model.config), 4, 0)
 
 
 def lines(first: torch.Tensor, second: torch.Tensor) -> int | None:

@@ -31,7 +31,7 @@ from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
-from tests.builders import PeftWrapper, llama_config
+from tests.builders import PeftWrapper, llama_config, scalar_calibration
 from tests.families import FAMILIES, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +73,7 @@ def explicit(model: PreTrainedModel, calibration: Calibration, **options: object
 @pytest.mark.parametrize("family", [LLAMA, GPT2, GEMMA3], ids=str)
 def test_every_generate_has_a_fresh_cache(family: object) -> None:
     model = family.make(attention="sdpa")
-    calibration = Calibration.synthetic(model.config, 2.0)
+    calibration = scalar_calibration(model.config, 2.0)
     dense = generate(model)[0]
     with quantcache.enabled(model, calibration, **SHORT) as same:
         assert same is model

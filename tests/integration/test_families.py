@@ -25,6 +25,7 @@ from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import divergence, error, feed
 
@@ -365,7 +366,7 @@ def test_rows_padded_by_one_anchor_length_have_the_codes_they_have_alone(family:
     """Such padding moves the grid of blocks by whole anchors, so that nothing of the row's own changes."""
     model, tokens = shared_model(family), random_tokens(2, 219, seed=8)
     first, *rest = (200, 1, 1, 5, 12)
-    calibration = Calibration.synthetic(model.config, 3.0)
+    calibration = scalar_calibration(model.config, 3.0)
     padded, single = (SpectralCache(calibration, model.config, residual_length=0) for _ in range(2))
     found = feed(model, padded, tokens, (first, *rest), (ANCHOR_LENGTH, 0))[0, ANCHOR_LENGTH:]
     expected = feed(model, single, tokens[:1, ANCHOR_LENGTH:], (first - ANCHOR_LENGTH, *rest))[0]

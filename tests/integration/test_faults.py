@@ -22,7 +22,7 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError
-from tests.builders import held_bytes
+from tests.builders import held_bytes, scalar_calibration
 from tests.families import FAMILIES, MAX_POSITIONS, Family, random_tokens, shared_model
 from tests.helpers import error, feed, left_padding
 from tests.reference import reference_cache
@@ -40,7 +40,7 @@ CLOSE = 2e-3
 @functools.cache
 def calibration_of(family: Family) -> Calibration:
     """A stand-in of the family's geometry."""
-    return Calibration.synthetic(shared_model(family).config, 3.0)
+    return scalar_calibration(shared_model(family).config, 3.0)
 
 
 def empty(family: Family = LLAMA, **options: Any) -> SpectralCache:
@@ -443,7 +443,7 @@ def test_sliding_windows_cannot_be_rolled_back() -> None:
 @by_model
 def test_two_threads_with_a_cache_each(family: Family) -> None:
     model = family.make()
-    calibration = Calibration.synthetic(model.config, 2.0)  # its codecs are still to be made, by whoever is first
+    calibration = scalar_calibration(model.config, 2.0)  # its codecs are still to be made, by whoever is first
     prompts = [random_tokens(1, 120, seed=seed) for seed in (1, 2)]
 
     def work(prompt: Tensor) -> Tensor:

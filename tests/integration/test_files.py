@@ -33,6 +33,7 @@ from quantcache.coding.schema import SIDES
 from quantcache.common import processes, writing
 from quantcache.common.errors import ArtifactError
 from quantcache.common.tensor_file import TensorFile
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import feed
 
@@ -41,7 +42,7 @@ MODEL = FAMILIES[0]
 
 def calibration(name: str = "a", bits: float = 3.0) -> Calibration:
     """A stand-in that is called something."""
-    made = Calibration.synthetic(shared_model(MODEL).config, bits, seed=ord(name[0]))
+    made = scalar_calibration(shared_model(MODEL).config, bits, seed=ord(name[0]))
     return Calibration(
         made.layers, replace(made.metadata, base_model={**made.metadata.base_model, "id": f"org/{name}"})
     )

@@ -31,6 +31,7 @@ from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, NothingToCompress, QuantCacheError, RowError, UnsupportedModel
 from quantcache.data import demo_model_path
 from quantcache.planning.memory import estimate_memory
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, MAX_POSITIONS, OTHERS, Family, _implied, _small, random_tokens
 
 _NO_ROPES: dict[int, tuple[str, int]] = {}
@@ -202,7 +203,7 @@ def recurrent_states(layer: Any) -> list[torch.Tensor]:
 @every_layout
 def test_shapes_and_bytes_are_those_of_the_cache(name: str) -> None:
     model, config = model_of(name), model_of(name).config
-    run(model, SpectralCache(Calibration.synthetic(config), config, residual_length=0))
+    run(model, SpectralCache(scalar_calibration(config), config, residual_length=0))
     cache = DynamicCache(config=config)
     with torch.no_grad():
         model(random_tokens(1, 70), past_key_values=cache)
@@ -249,7 +250,7 @@ def test_copies_of_a_mixed_cache_go_their_own_ways(name: str) -> None:
 def test_layers_are_of_the_kinds_that_transformers_asks_for(name: str) -> None:
     """Layers with recurrence counted as nothing else: beside windows (Inkling), all had the windows' masks."""
     config = model_of(name).config
-    ours, theirs = SpectralCache(Calibration.synthetic(config), config), DynamicCache(config=config)
+    ours, theirs = SpectralCache(scalar_calibration(config), config), DynamicCache(config=config)
     kinds = [kind for kind in ("is_linear", "is_sliding", "is_dummy") if hasattr(theirs, kind)]
     assert [getattr(ours, kind) for kind in kinds] == [getattr(theirs, kind) for kind in kinds]
 
@@ -380,8 +381,8 @@ def test_cross_attention_layers_stay_as_they_are() -> None:
     own = DynamicCache(config=model.config)
     expected = model.generate(**inputs, past_key_values=own, max_new_tokens=5, do_sample=False)
     for cache in (
-        SpectralCache(Calibration.synthetic(model.config), model.config, residual_length=9999),
-        SpectralCache(Calibration.synthetic(model.config), residual_length=9999),
+        SpectralCache(scalar_calibration(model.config), model.config, residual_length=9999),
+        SpectralCache(scalar_calibration(model.config), residual_length=9999),
         SpectralCache.self_calibrating(model, residual_length=9999),
     ):
         found = model.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False)
@@ -427,7 +428,7 @@ def test_one_refusal_everywhere_and_a_warning_from_enable(family: Family, reason
         lambda: calibrate(model, random_tokens(1, 100), progress=False),
         lambda: SpectralCache.self_calibrating(model),
         lambda: SpectralCache(calibration_of("llama"), model.config),
-        lambda: Calibration.synthetic(model.config),
+        lambda: scalar_calibration(model.config),
     ):
         with pytest.raises(NothingToCompress, match=f"{reason}.*use the model's own cache"):
             refused()

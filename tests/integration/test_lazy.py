@@ -19,11 +19,10 @@ from transformers import DynamicCache
 from transformers.integrations import flex_attention as flex
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantcache.artifact.calibration import Calibration
 from quantcache.attention.lazy import LazyKV
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.errors import QuantCacheError
-from tests.builders import llama_config
+from tests.builders import llama_config, scalar_calibration
 from tests.families import FAMILIES, random_tokens, shared_model
 
 CONFIG = llama_config(layers=1)
@@ -36,7 +35,7 @@ def filled(length: int, dtype: torch.dtype = torch.float32) -> SpectralCache:
     """A cache of some random tokens."""
     generator = torch.Generator().manual_seed(0)
     states = (torch.randn(1, 2, length, 64, generator=generator).to(dtype) for _ in range(2))
-    cache = SpectralCache(Calibration.synthetic(CONFIG, 4.0), CONFIG)
+    cache = SpectralCache(scalar_calibration(CONFIG, 4.0), CONFIG)
     cache.update(*states, 0)
     cache.layers[0].flush()
     return cache
@@ -130,7 +129,7 @@ def test_what_update_returns_is_not_changed_either() -> None:
 def test_the_way_out() -> None:
     """An edited DynamicCache, packed again, does to the logits what editing a dense cache does."""
     model, tokens = shared_model(LLAMA), random_tokens(1, 210, seed=2)
-    calibration = Calibration.synthetic(model.config, 8.0)
+    calibration = scalar_calibration(model.config, 8.0)
 
     @torch.no_grad()
     def logits(cache: DynamicCache, edited: bool) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantcache import Calibration, SpectralCache
+from quantcache import SpectralCache
 from quantcache.attention import function
 from quantcache.backends import REFERENCE, AttentionCall, reference
 from quantcache.backends.view import CacheView
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, random_tokens
 from tests.kernels import truth
 from tests.kernels.cases import Case, fill
@@ -104,7 +105,7 @@ def test_a_model_reads_its_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     """Logits are no further from float32's than twice those of tiles are; what has been read is encoded as ever."""
     model = FAMILIES[0].make(dtype=torch.bfloat16).eval()
     model.set_attn_implementation("spectral")
-    calibration, tokens = Calibration.synthetic(model.config, 4.0), random_tokens(2, 400)
+    calibration, tokens = scalar_calibration(model.config, 4.0), random_tokens(2, 400)
 
     def read() -> tuple[torch.Tensor, list[int]]:
         cache = SpectralCache(calibration, model.config)

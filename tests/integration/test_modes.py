@@ -16,7 +16,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
-from tests.builders import storages, tensors_in
+from tests.builders import scalar_calibration, storages, tensors_in
 from tests.families import FAMILIES, VOCABULARY, Family, random_tokens, shared_model
 from tests.helpers import error, feed
 from tests.reference import reference_cache
@@ -37,7 +37,7 @@ ROUNDING = 2e-5
 @functools.cache
 def calibration_of(family: Family) -> Calibration:
     """A stand-in of the family's geometry."""
-    return Calibration.synthetic(shared_model(family).config, 3.0)
+    return scalar_calibration(shared_model(family).config, 3.0)
 
 
 def quantized(family: Family, **options: Any) -> SpectralCache:

@@ -19,6 +19,7 @@ from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
 from quantcache.common.logs import log_once
 from quantcache.data import calibrations_path, evaluation_text
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import Run, feed
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA = next(family for family in FAMILIES if family.name == "llama")
 GOOD, TOKENS, MORE = [0, 2], 60, 90
-CALIBRATION = Calibration.synthetic(shared_model(LLAMA).config, 4.0)
+CALIBRATION = scalar_calibration(shared_model(LLAMA).config, 4.0)
 
 
 def fresh() -> SpectralCache:

@@ -27,6 +27,7 @@ from quantcache.coding.schema import SIDES
 from quantcache.common.compat import attention as reading
 from quantcache.common.tensor_file import checksum
 from quantcache.data import calibrations_path, text_path
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import error
 
@@ -178,7 +179,7 @@ def model_of(attention: str, family: Family = LLAMA) -> PreTrainedModel:
 def empty(**options: Any) -> SpectralCache:
     """An empty cache of the small model."""
     config = model_of("sdpa").config
-    return SpectralCache(Calibration.synthetic(config, 8.0), config, **{"residual_length": 0, **options})
+    return SpectralCache(scalar_calibration(config, 8.0), config, **{"residual_length": 0, **options})
 
 
 PASSTHROUGH = {"key_bits": "dense", "value_bits": "dense"}
@@ -476,7 +477,7 @@ def test_masks_that_cannot_be_read_are_warned_of(
 def test_positions_that_no_mask_is_told_are_known(name: str, start: int | None) -> None:
     """gpt-oss and Falcon make their masks without them; keys of padded rows would be coded elsewhere."""
     model = shared_model(next(family for family in FAMILIES + OTHERS if family.name == name))
-    cache = SpectralCache(Calibration.synthetic(model.config, 3.0), model.config, residual_length=0)
+    cache = SpectralCache(scalar_calibration(model.config, 3.0), model.config, residual_length=0)
     mask = (torch.arange(150) >= torch.tensor([[50], [0]])).long()
     more = {} if start is None else {"position_ids": torch.arange(start, start + 150)[None]}
     with torch.no_grad():
@@ -491,7 +492,7 @@ def test_positions_that_no_mask_is_told_are_known(name: str, start: int | None) 
 def test_positions_beside_a_custom_mask_are_known(attention: str) -> None:
     """Coded at their slots, keys of a padded row were up to sixteen times further from the dense ones' logits."""
     model = LLAMA.make(attention=attention)
-    cache = SpectralCache(Calibration.synthetic(model.config, 3.0), model.config, residual_length=9999)
+    cache = SpectralCache(scalar_calibration(model.config, 3.0), model.config, residual_length=9999)
     shown = torch.arange(150) >= torch.tensor([[50], [0]])
     mask = torch.ones(150, 150, dtype=torch.bool).tril() & shown[:, None, None]
     positions = (shown.long().cumsum(-1) - 1).clamp_min(0)
@@ -535,7 +536,7 @@ def test_a_compressed_dynamic_cache_is_told_of_its_padding() -> None:
     logits_of("sdpa", dense, [first])
     told = SpectralCache.from_dynamic_cache(
         dense,
-        Calibration.synthetic(model_of("sdpa").config, 8.0),
+        scalar_calibration(model_of("sdpa").config, 8.0),
         residual_length=0,
         attention_mask=first[1]["attention_mask"],
     )

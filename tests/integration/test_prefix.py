@@ -20,7 +20,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
-from tests.builders import layer_storages, live_storages, new_objects_only, storages
+from tests.builders import layer_storages, live_storages, new_objects_only, scalar_calibration, storages
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import feed
 
@@ -36,7 +36,7 @@ saving = pytest.mark.support("save() and load()")
 @functools.cache
 def calibration_of(family: Family, seed: int = 0) -> Calibration:
     """A stand-in of the family's geometry."""
-    return Calibration.synthetic(shared_model(family).config, 3.0, seed)
+    return scalar_calibration(shared_model(family).config, 3.0, seed)
 
 
 def filled(family: Family, tokens: int = 150, rows: int = 1, **options: Any) -> SpectralCache:

@@ -34,6 +34,7 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.writing import PREFIX
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import error, feed
 
@@ -50,7 +51,7 @@ on_disk = pytest.mark.support("prefixes in a folder, after restarts and damage")
 
 def calibration_of(model: PreTrainedModel, seed: int = 0) -> Calibration:
     """A stand-in of the model's geometry."""
-    return Calibration.synthetic(model.config, 3.0, seed)
+    return scalar_calibration(model.config, 3.0, seed)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES, VOCABULARY, Family, random_tokens, shared_model
 from tests.helpers import divergence, feed
 
@@ -39,7 +39,7 @@ growing = pytest.mark.support("layers one by one, early_initialization, properti
 def empty(family: Family) -> SpectralCache:
     """An empty cache that keeps no recent tokens."""
     config = shared_model(family).config
-    return SpectralCache(Calibration.synthetic(config, 3.0), config, residual_length=0)
+    return SpectralCache(scalar_calibration(config, 3.0), config, residual_length=0)
 
 
 def dense(family: Family) -> DynamicCache:
@@ -151,13 +151,13 @@ def test_arguments_that_a_cache_cannot_be_made_with(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        SpectralCache(Calibration.synthetic(shared_model(LLAMA).config), **arguments)
+        SpectralCache(scalar_calibration(shared_model(LLAMA).config), **arguments)
 
 
 def test_a_model_and_its_own_config_may_both_be_given() -> None:
     config = copy.deepcopy(shared_model(LLAMA).config)
     config.use_cache = False  # no cache is another for it
-    cache = SpectralCache(Calibration.synthetic(config), config, model=shared_model(LLAMA))
+    cache = SpectralCache(scalar_calibration(config), config, model=shared_model(LLAMA))
     assert len(cache.spectral_layers) == config.num_hidden_layers
 
 

@@ -32,7 +32,7 @@ from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.data import demo_model_path
-from tests.builders import llama_config
+from tests.builders import llama_config, scalar_calibration
 from tests.helpers import Run
 
 MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
@@ -78,7 +78,7 @@ def calibration(own: bool = False) -> Calibration:
     """The bundled model's own calibration; or a stand-in, whose coarse codes show what is compressed."""
     if own:
         return Calibration.for_model("wiki11m")
-    return Calibration.synthetic(AutoConfig.from_pretrained(demo_model_path()), 2.0)
+    return scalar_calibration(AutoConfig.from_pretrained(demo_model_path()), 2.0)
 
 
 @contextlib.contextmanager

@@ -16,13 +16,12 @@ from torch import Tensor
 
 import quantcache
 from quantcache.accounting.memory import TAIL_GROWTH, largest_capacity, tail_capacity
-from quantcache.artifact.calibration import Calibration
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.cache.tails import TailBuffer
 from quantcache.coding.schema import SIDES
-from tests.builders import llama_config
+from tests.builders import llama_config, scalar_calibration
 
 HEADS, DIM, ROWS = 2, 32, 2
 CONFIG = llama_config(DIM, layers=1, kv_heads=HEADS)
@@ -30,7 +29,7 @@ CONFIG = llama_config(DIM, layers=1, kv_heads=HEADS)
 
 def empty(**options: Any) -> SpectralCache:
     """A cache of one layer."""
-    return SpectralCache(Calibration.synthetic(CONFIG, 3.0), CONFIG, **options)
+    return SpectralCache(scalar_calibration(CONFIG, 3.0), CONFIG, **options)
 
 
 def tokens(count: int, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

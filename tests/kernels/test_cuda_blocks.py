@@ -36,6 +36,7 @@ from quantcache_kernels.cuda.compiler import source
 from quantcache_kernels.cuda.driver import missing
 from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.cuda.tables import PLACES, level_tables, stored_codes
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES
 from tests.helpers import attend_by_kernel, feed
 from tests.kernels import emulation, truth
@@ -469,7 +470,7 @@ def tokens(count: int) -> Tensor:
 def seen() -> SpectralCache:
     """A cache of two padded rows that has seen 214 tokens, most of them at once."""
     config = model().config
-    found = SpectralCache(Calibration.synthetic(config, bits=3), config, residual_length=16, backend="cuda")
+    found = SpectralCache(scalar_calibration(config, 3), config, residual_length=16, backend="cuda")
     feed(model(), found, tokens(214), [150, 62, 1, 1], padding=(0, 7))
     return found
 
@@ -517,7 +518,7 @@ def test_a_cache_attends_on_tiles(filled_cache: SpectralCache, tmp_path: Path) -
     ), "the tiles' own bytes are counted"
 
     filled_cache.save(tmp_path / "cache.safetensors")
-    calibration = Calibration.synthetic(model().config, bits=3)
+    calibration = scalar_calibration(model().config, 3)
     read = SpectralCache.load(tmp_path / "cache.safetensors", calibration, config=model().config, backend="torch")
     for ours, theirs in zip(filled_cache.spectral_layers, read.spectral_layers, strict=True):
         for side in SIDES:

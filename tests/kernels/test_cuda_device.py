@@ -16,6 +16,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import Coding
 from quantcache_kernels.cuda import room
 from quantcache_kernels.cuda.driver import missing
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES
 from tests.kernels import encoding
 from tests.kernels.cases import ATTENTION, CODES, TRELLIS, Case, Kernel, codecs
@@ -82,7 +83,7 @@ def small_model() -> tuple[torch.nn.Module, Calibration]:
     """The small Llama in bfloat16, and a calibration of its geometry."""
     model = FAMILIES[0].make(dtype=torch.bfloat16).to(DEVICE).eval()
     model.set_attn_implementation("spectral")
-    return model, Calibration.synthetic(model.config, 3.0)
+    return model, scalar_calibration(model.config, 3.0)
 
 
 @torch.inference_mode()

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quantcache import Calibration, DecodeGraph, SpectralCache, decode_graphs
+from quantcache import DecodeGraph, SpectralCache, decode_graphs
 from quantcache.backends import triton
 from quantcache.cache import stages
 from quantcache.coding.packing import BLOCK
 from quantcache.common.errors import GraphCaptureError, QuantCacheError
 from quantcache_kernels.cuda import codes
+from tests.builders import scalar_calibration
 from tests.families import FAMILIES
 from tests.helpers import feed
 from tests.kernels import emulation
@@ -87,7 +88,7 @@ def tokens(count: int) -> Tensor:
 def filled(length: int, padding: tuple[int, ...] = (), residual: int = 4) -> SpectralCache:
     """A cache of two rows."""
     config = model().config
-    found = SpectralCache(Calibration.synthetic(config, bits=3), config, residual_length=residual, backend="cuda")
+    found = SpectralCache(scalar_calibration(config, 3), config, residual_length=residual, backend="cuda")
     feed(model(), found, tokens(length), [length - 1, 1], padding=padding)
     return found
 
@@ -280,7 +281,7 @@ def test_generate_takes_its_steps_from_graphs(emulated: list[Again], caplog: pyt
     given = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
 
     def made(backend: str) -> SpectralCache:
-        return SpectralCache(Calibration.synthetic(config, bits=3), config, residual_length=4, backend=backend)
+        return SpectralCache(scalar_calibration(config, 3), config, residual_length=4, backend=backend)
 
     with decode_graphs(model()) as same:
         assert same is model()

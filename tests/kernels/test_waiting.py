@@ -19,13 +19,13 @@ from transformers import LlamaConfig
 
 pytest.importorskip("triton")
 
-from quantcache import Calibration, SpectralCache
+from quantcache import SpectralCache
 from quantcache.attention import guards
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
 from quantcache_kernels.cuda import codes, conversion
 from quantcache_kernels.triton import attention, decode, encode, ops, runtime
-from tests.builders import llama_config
+from tests.builders import llama_config, scalar_calibration
 
 WAITING = {
     "item", "__bool__", "__int__", "__float__", "__index__", "tolist", "numpy", "cpu", "nonzero", "unique", "equal",
@@ -146,7 +146,7 @@ def step(
 @pytest.mark.parametrize(("head_dim", "residual"), [(64, 64), (128, 1)])
 def test_no_step_waits(looks: Looks, head_dim: int, residual: int) -> None:
     config = llama_config(head_dim)
-    cache = SpectralCache(Calibration.synthetic(config), config, backend="triton", residual_length=residual)
+    cache = SpectralCache(scalar_calibration(config), config, backend="triton", residual_length=residual)
     layers = cache.spectral_layers
     step(looks, layers, config, 68 + residual)  # tables are made, and go to the device
     step(looks, layers, config, 1)
@@ -177,7 +177,7 @@ def test_no_step_of_the_cuda_backend_waits(looks: Looks, monkeypatch: pytest.Mon
     kernels, config = LeftOut(), llama_config()
     for loaders in (codes.LOADERS, conversion.LOADERS):
         monkeypatch.setitem(loaders, "cpu", lambda *args: kernels)
-    layers = SpectralCache(Calibration.synthetic(config), config, backend="cuda", residual_length=1).spectral_layers
+    layers = SpectralCache(scalar_calibration(config), config, backend="cuda", residual_length=1).spectral_layers
     step(looks, layers, config, 69, dtype=torch.bfloat16)  # tables are made, and go to the device
     step(looks, layers, config, 1, dtype=torch.bfloat16)
     kernels.launches = 0
@@ -194,7 +194,7 @@ def test_no_step_of_the_cuda_backend_waits(looks: Looks, monkeypatch: pytest.Mon
 
 def test_several_tokens_at_once_do_not_wait_either(looks: Looks) -> None:
     config = llama_config()
-    layers = SpectralCache(Calibration.synthetic(config), config, backend="triton").spectral_layers
+    layers = SpectralCache(scalar_calibration(config), config, backend="triton").spectral_layers
     step(looks, layers, config, 132)
     step(looks, layers, config, 1)
     looks.ages.clear()
@@ -207,7 +207,7 @@ def test_several_tokens_at_once_do_not_wait_either(looks: Looks) -> None:
 
 def test_what_is_not_finite_is_found_all_the_same(looks: Looks) -> None:
     config = llama_config()
-    layer = SpectralCache(Calibration.synthetic(config), config, backend="triton").spectral_layers[1]
+    layer = SpectralCache(scalar_calibration(config), config, backend="triton").spectral_layers[1]
     step(looks, [layer], config, 140)
     tokens = [torch.randn(2, 2, 1, 64) for _ in range(2)]
     tokens[1][1, 0, 0, 3] = torch.nan

@@ -20,7 +20,7 @@ from quantcache.coding.gains import GAIN_STEPS, dequantize_gain, quantize_gain
 from quantcache.coding.packing import BLOCK, MAX_WIDTH, pack, unpack
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, CodecSettings
-from tests.builders import llama_config, random_side
+from tests.builders import llama_config, random_side, scalar_calibration
 from tests.property.effort import examples
 
 widths = st.integers(0, MAX_WIDTH)
@@ -141,13 +141,13 @@ def value_codec() -> tuple[SpectralCodec, Tensor]:
     """A codec of values of mixed widths, and its transposed analysis transform."""
     mixed = torch.tensor([5, 4, 3, 3, 2, 2, 1, 0]).repeat_interleave(4).expand(2, -1)
     side = random_side(2, 32, mixed)
-    return SpectralCodec(side, Rope(), CodecSettings()), side.analysis.double().transpose(-1, -2)
+    return SpectralCodec(side, Rope(), CodecSettings(coding="scalar")), side.analysis.double().transpose(-1, -2)
 
 
 @functools.cache
 def calibration() -> Calibration:
     """A small calibration, shared: its codecs are made once."""
-    return Calibration.synthetic(llama_config(32, layers=1), 3.0)
+    return scalar_calibration(llama_config(32, layers=1), 3.0)
 
 
 TOKENS = 420

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from quantcache import Calibration, SpectralCache
+from tests.builders import scalar_calibration
 from tests.helpers import error
 from tests.property.effort import examples, report
 
@@ -57,7 +58,7 @@ def model_of(attention: str, dtype: torch.dtype) -> PreTrainedModel:
 @functools.cache
 def calibration() -> Calibration:
     """A calibration of the model; nothing of it is used."""
-    return Calibration.synthetic(model_of("sdpa", torch.float32).config)
+    return scalar_calibration(model_of("sdpa", torch.float32).config)
 
 
 @dataclass

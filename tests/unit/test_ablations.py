@@ -24,7 +24,7 @@ from quantcache.coding.codebook import lloyd_max
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.gains import dequantize_gain, quantize_gain
 from quantcache.coding.rope import ANCHOR_LENGTH
-from quantcache.coding.schema import DEFAULT_CODING, CodecSettings, Coding, Metadata
+from quantcache.coding.schema import CodecSettings, Coding, Metadata
 from quantcache.coding.spectral import METRIC_SHRINKAGE
 
 CONFIG = llama_config(head_dim=32, layers=3, kv_heads=2)
@@ -49,7 +49,7 @@ def tokens() -> Tensor:
 @pytest.fixture(scope="module")
 def calibration(model: PreTrainedModel, tokens: Tensor) -> Calibration:
     """A calibration on the first 300 tokens, with scalar codes."""
-    return calibrate(model, [tokens[:300]], max_tokens=300, codec=CodecSettings(), progress=False)
+    return calibrate(model, [tokens[:300]], max_tokens=300, codec=CodecSettings(coding="scalar"), progress=False)
 
 
 def test_default_transforms_are_those_of_calibrate(
@@ -349,7 +349,7 @@ def test_layer_floor(calibration: Calibration, rate: float) -> None:
         )
         for index, layer in calibration.layers.items()
     }
-    bare = Calibration(layers, Metadata(codec=CodecSettings()))
+    bare = Calibration(layers, Metadata(codec=CodecSettings(coding="scalar")))
     free = ablation_variants.allocate(ablation_variants.Variant(), bare, rate)
     floored = ablation_variants.allocate(ablation_variants.Variant(floor=0.25), bare, rate)
     group = 8 / 32 / 4  # one group of one head, on the mean over a layer
@@ -374,7 +374,7 @@ def test_every_variant_names_a_default_row() -> None:
     rows = ablations.ablations()
     assert {name for name, variants in rows.items() if ablation_variants.Variant() in variants.values()} == default
     assert all(len(set(map(repr, variants.values()))) == len(variants) for variants in rows.values())
-    assert ablation_variants.Variant().codec.coding == DEFAULT_CODING
+    assert ablation_variants.Variant().codec == CodecSettings()
     for row, variant in ((row, v) for variants in rows.values() for row, v in variants.items()):
         assert (variant.codec.coding == "scalar") == ("scalar" in row)
         assert variant.codec.coding == "scalar" or not variant.books
@@ -396,7 +396,7 @@ def bench(model: PreTrainedModel, tokens: Tensor) -> ablations.Bench:
 def test_variants_are_compared_in_pairs_of_stretches(bench: ablations.Bench, tmp_path: Path) -> None:
     rows = {
         "default": ablation_variants.Variant(),
-        "scalar": ablation_variants.Variant(codec=CodecSettings()),
+        "scalar": ablation_variants.Variant(codec=CodecSettings(coding="scalar")),
         "none": ablation_variants.Variant(gain=("none", 0)),
         "sinks": ablation_variants.Variant(sinks=8),
         "bos": ablation_variants.Variant(reading_bos=True),

@@ -53,8 +53,8 @@ def test_coefficients_are_the_same(basis: Basis, absorb_mean: bool) -> None:
     values = value_map(side, basis, absorb_mean)
     x = gaussian_vectors(side, 1, BLOCK)
     mapped = torch.einsum("hij,bhtj->bhti", values.forward, x - values.mean[:, None])
-    before = SpectralCodec(side, Rope(), CodecSettings())
-    after = SpectralCodec(absorbed_values(side, values, basis), Rope(), CodecSettings())
+    before = SpectralCodec(side, Rope(), CodecSettings(coding="scalar"))
+    after = SpectralCodec(absorbed_values(side, values, basis), Rope(), CodecSettings(coding="scalar"))
     exact = torch.einsum("hij,bhtj->bhit", side.analysis.double(), x - side.mean.double()[:, None])
     exact = exact / side.spectrum.sqrt()[:, :, None]
     own = error(before.coefficients(x.float(), PLACE, None), exact)
@@ -72,7 +72,7 @@ def test_spectral_basis_leaves_no_product(absorb_mean: bool) -> None:
     values = value_map(side, "spectral", absorb_mean)
     flops = []
     for constants in (side, absorbed_values(side, values, "spectral")):
-        codec = SpectralCodec(constants, Rope(), CodecSettings())
+        codec = SpectralCodec(constants, Rope(), CodecSettings(coding="scalar"))
         with FlopCounterMode(display=False) as counter:
             codec.decode(codec.encode(torch.randn(1, HEADS, BLOCK, DIM), PLACE, None), PLACE, None)
         flops.append(counter.get_total_flops())
@@ -138,7 +138,7 @@ def test_scaled_keys_have_the_same_coefficients(layout: str, shared: bool) -> No
     torch.testing.assert_close(scale.log().mean(-1), torch.zeros(HEADS, dtype=torch.float64))
     assert torch.equal(scale[0], scale[1]) == shared
     x = 3 * torch.randn(1, HEADS, BLOCK, DIM, dtype=torch.float64)
-    codecs = [SpectralCodec(s, rope, CodecSettings()) for s in (side, absorbed_keys(side, scale, frame))]
+    codecs = [SpectralCodec(s, rope, CodecSettings(coding="scalar")) for s in (side, absorbed_keys(side, scale, frame))]
     exact = frame.enter(x, torch.arange(4, 4 + BLOCK), torch.full((BLOCK,), 4)) - side.mean.double()[:, None]
     exact = torch.einsum("hij,bhtj->bhit", side.analysis.double(), exact) / side.spectrum.sqrt()[:, :, None]
     before = codecs[0].coefficients(x.float(), PLACE, None)

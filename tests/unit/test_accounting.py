@@ -19,7 +19,15 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.attention import traced
 from quantcache.backends import BackendName
 from quantcache.cache.spectral_cache import SpectralCache
-from tests.builders import held_bytes, layer_storages, live_storages, llama_config, new_objects_only, storages
+from tests.builders import (
+    held_bytes,
+    layer_storages,
+    live_storages,
+    llama_config,
+    new_objects_only,
+    scalar_calibration,
+    storages,
+)
 from tests.helpers import left_padding
 
 MAX_SLACK = 0.12
@@ -30,7 +38,7 @@ MIN_COMPRESSION = 4.3
 @functools.cache
 def synthetic(head_dim: int = 64, layers: int = 2, kv_heads: int = 2, bits: float = 3.0) -> Calibration:
     """A calibration of the right geometry, shared by all tests."""
-    return Calibration.synthetic(llama_config(head_dim, layers, kv_heads), bits)
+    return scalar_calibration(llama_config(head_dim, layers, kv_heads), bits)
 
 
 def append(cache: SpectralCache, count: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -126,7 +134,7 @@ def test_row_starts_are_counted() -> None:
 
 
 def test_constants_are_shared_and_listed_apart() -> None:
-    calibration = Calibration.synthetic(llama_config(64))
+    calibration = scalar_calibration(llama_config(64))
     caches = [SpectralCache(calibration) for _ in range(2)]
     for cache in caches:
         append(cache, 200)
@@ -288,7 +296,7 @@ def test_bits_per_encoded_element() -> None:
 @pytest.mark.parametrize("steps", [(1000,), (1000, *([1] * 130)), (150, 700, 3)], ids=["prefill", "decode", "chunks"])
 def test_nothing_else_is_kept_alive(steps: Sequence[int], backend: BackendName) -> None:
     """New storages in the process are exactly what memory() reports, and the model's K/V are freed once encoded."""
-    calibration = Calibration.synthetic(llama_config(64))
+    calibration = scalar_calibration(llama_config(64))
     with new_objects_only():
         cache = SpectralCache(calibration, backend=backend)
         inputs: list[weakref.ref[Tensor]] = []

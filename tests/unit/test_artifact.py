@@ -118,8 +118,15 @@ def test_layers_of_different_rotation_and_order(tmp_path: Path) -> None:
 def test_frequencies_survive_to_the_last_bit(tmp_path: Path) -> None:
     calibration = make()
     rope = Rope("half", tuple(float(f) * (1 + 2.0**-52) for f in calibration.layers[0].rope.inv_freq))
-    Calibration({0: replace(calibration.layers[0], rope=rope)}, calibration.metadata).save_pretrained(tmp_path)
+    alone = Calibration({0: replace(calibration.layers[0], rope=rope)}, calibration.metadata)
+    alone.with_bits(3.0).save_pretrained(tmp_path)
     assert Calibration.from_pretrained(tmp_path).layers[0].rope == rope
+
+
+def test_files_of_before_the_choice_have_scalar_codes(saved: Path) -> None:
+    assert Calibration.from_pretrained(saved).metadata.codec == CodecSettings()
+    edit_config(saved, lambda config: config["codec"].pop("coding"))
+    assert Calibration.from_pretrained(saved).metadata.codec == CodecSettings(coding="scalar")
 
 
 def test_what_the_artifact_records(saved: Path) -> None:
@@ -451,7 +458,8 @@ CONFIG_FLAWS = {
     "no-schema": (drop("schema_version"), f"schema version None, this quantcache reads {SCHEMA_VERSION}"),
     "block": (put("codec", "block", 128), "block is 128, this quantcache reads 64"),
     "anchor": (put("codec", "anchor_length", 64), "anchor_length is 64, this quantcache reads 128"),
-    "profile": (put("codec", "profile", "model"), "profile is 'model', expected 'head' or 'layer'"),
+    "profile": (put("codec", "profile", "model"), "profile must be one of head, layer, got 'model'"),
+    "coding": (put("codec", "coding", "turbo"), "coding must be one of scalar, trellis, got 'turbo'"),
     "group-size": (put("codec", "group_size", 0), "group_size must be an integer from 1 to"),
     "group-size-real": (put("codec", "group_size", 8.5), "group_size must be an integer from 1 to"),
     "wavelength": (put("codec", "fast_wavelength", "long"), "fast_wavelength must be a number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from quantcache.coding.gains import GAIN_STEPS, dequantize_gain, quantize_gain
 from quantcache.coding.packing import BLOCK, MAX_WIDTH, unpack
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import CodecSettings, SideCalibration
+from quantcache.common.errors import SettingsError
 from tests.builders import gaussian_vectors, random_side
 
 HEADS, DIM, BLOCKS = 2, 64, 8
 ROPE = Rope("half", tuple(10_000.0 ** (-i / 32) for i in range(32)))
 PARTS = (32, 32)
-SETTINGS = CodecSettings()
+SETTINGS = CodecSettings(coding="scalar")
 HALF_STEP = 2.0 ** (1 / 32)
 """Largest ratio of a gain to its 8-bit form: half of a sixteenth of an octave."""
 
@@ -31,6 +33,32 @@ def block_table_of(blocks: int, first: int = 4) -> Tensor:
     """Places of an uninterrupted run of blocks, two to an anchor."""
     rows = [(first + BLOCK * i, BLOCK, first + 2 * BLOCK * (i // 2)) for i in range(blocks)]
     return torch.tensor(rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 0}, "group_size must be an integer from 1 to 1048576, got 0"),
+        ({"profile": "model"}, "profile must be one of head, layer, got 'model'"),
+        ({"fast_wavelength": float("nan")}, "fast_wavelength must be a number from 0 up, got nan"),
+        ({"gain_search": ()}, r"gain_search must be a list of numbers between 0 and 16, got \(\)"),
+        ({"gain_search": (1.0, float("inf"))}, r"gain_search must be .*, got \(1.0, inf\)"),
+        ({"gain_search": (1.0,) * 65}, "gain_search has 65 numbers, at most 64 are tried"),
+        ({"coding": "turbo"}, "coding must be one of scalar, trellis, got 'turbo'"),
+        ({"passes": 0}, "passes must be an integer from 1 to 8, got 0"),
+        ({"passes": True}, "passes must be an integer from 1 to 8, got True"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        CodecSettings(**settings)
+
+
+def test_settings_are_those_of_new_calibrations() -> None:
+    assert (CodecSettings().coding, CodecSettings(group_size=4).coding) == ("trellis", "trellis")
+    assert CodecSettings(gain_search=[1.0]) == CodecSettings(gain_search=(1.0,))  # type: ignore[arg-type]
+    assert CodecSettings(fast_wavelength=math.inf).fast_wavelength == math.inf
 
 
 def key_codec(side: SideCalibration, settings: CodecSettings = SETTINGS) -> SpectralCodec:
@@ -219,7 +247,7 @@ def test_gain_search_keeps_the_best_candidate() -> None:
     # A coefficient within float32 rounding of a boundary may take the other level, at next to no difference in error.
     assert (found >= best * (1 - 1e-5)).all()
     assert (torch.stack(explained).argmax(0).unique() == torch.arange(len(SETTINGS.gain_search))).all()
-    single = SpectralCodec(side, ROPE, CodecSettings(gain_search=(1.0,)))
+    single = SpectralCodec(side, ROPE, CodecSettings(gain_search=(1.0,), coding="scalar"))
     plain = dequantized_by_hand(single, side, single.encode(x, block_table, None)["codes"][0, 0])
     assert float(found.sum()) > float(((weights * y * plain).sum(1) ** 2 / (weights * plain * plain).sum(1)).sum())
 

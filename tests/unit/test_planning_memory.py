@@ -33,7 +33,7 @@ from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation.methods import parse_methods
 from quantcache.planning import formats, geometry, memory, weights
 from quantcache.planning.memory import cache_memory, estimate_memory, largest_cache
-from tests.builders import llama_config
+from tests.builders import llama_config, scalar_calibration
 from tests.families import FAMILIES, OTHERS, Family, shared_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -95,8 +95,8 @@ def calibration_like(config: PreTrainedConfig, family: Family) -> Calibration:
     """A stand-in calibration; a Llama's of the same shapes where the config does not declare what is cached."""
     key, value = shapes(family)
     if cache_layout.kv_geometry(config) == (key[0], key[1]) == (value[0], value[1]):
-        return Calibration.synthetic(config)
-    base, other = (Calibration.synthetic(llama_config(dim, len(family.ropes), heads)) for heads, dim in (key, value))
+        return scalar_calibration(config)
+    base, other = (scalar_calibration(llama_config(dim, len(family.ropes), heads)) for heads, dim in (key, value))
     layers = {index: replace(layer, value=other.layers[index].value) for index, layer in base.layers.items()}
     return Calibration(layers, replace(base.metadata, cache_config={})).with_bits(3)
 
@@ -105,7 +105,7 @@ def calibration_like(config: PreTrainedConfig, family: Family) -> Calibration:
 def test_every_rate_and_growth(bits: float, sinks: int, residual: int) -> None:
     """A prefill, then one token at a time: stores grow, and the estimate knows by how much."""
     config = llama_config(64)
-    calibration = Calibration.synthetic(config, bits)
+    calibration = scalar_calibration(config, bits)
     cache = SpectralCache(calibration, config, sink_length=sinks, residual_length=residual)
     lengths: dict[str, int] = {"sink_length": sinks, "residual_length": residual, "prefill": 1200}
     fill(cache, 1200, 2, [(2, 64)] * 2, torch.float32)
@@ -118,7 +118,7 @@ def test_every_rate_and_growth(bits: float, sinks: int, residual: int) -> None:
 
 def test_dense_sides_of_a_calibration_are_counted() -> None:
     config = llama_config(64)
-    calibration = Calibration.synthetic(config).with_bits(3, value_bits="dense")
+    calibration = scalar_calibration(config).with_bits(3, value_bits="dense")
     with pytest.raises(QuantCacheError, match="tokens must be a whole number from 1 up, got 0"):
         estimate_memory(config, "spectral-3", 0, calibration=calibration)
     cache = SpectralCache(calibration, config, bits=2)
@@ -295,7 +295,7 @@ def test_constants_of_ours(demo_model: PreTrainedModel) -> None:
     """Shared constants are as many bytes as the formula says, to 5 %; kernels' tables come on top."""
     for head_dim in (64, 128):
         config = llama_config(head_dim)
-        cache = SpectralCache(Calibration.synthetic(config), config, backend="torch")
+        cache = SpectralCache(scalar_calibration(config), config, backend="torch")
         fill(cache, 200, 1, [(2, head_dim)] * 2, torch.float32)
         found = memory.constants_bytes(formats.parse_format("spectral-3"), geometry.read_geometry(config))
         assert found == pytest.approx(measure(cache).constants, rel=0.05)

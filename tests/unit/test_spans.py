@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantcache.backends.spans import Span, block_table_of, next_spans
 from quantcache.backends.store import BlockStore, moved
+from tests.builders import scalar_calibration
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 33])
@@ -55,12 +56,12 @@ def test_only_copies_to_a_gpu_may_still_be_under_way() -> None:
 
 
 def test_an_offloaded_layer_is_whole() -> None:
-    from quantcache import Calibration, SpectralCache
+    from quantcache import SpectralCache
     from quantcache.backends.padding import Arrivals
     from tests.builders import llama_config
 
     config = llama_config()
-    layer = SpectralCache(Calibration.synthetic(config), config).spectral_layers[0]
+    layer = SpectralCache(scalar_calibration(config), config).spectral_layers[0]
     told = Arrivals.of(torch.arange(200) >= torch.tensor([[7], [0]]), None, 200, 200)
     layer.update(*(torch.randn(2, 2, 200, 64) for _ in range(2)), arrivals=told)
     layer.flush()

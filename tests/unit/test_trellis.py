@@ -88,8 +88,8 @@ def _error(cache: SpectralCache, keys: torch.Tensor, values: torch.Tensor) -> fl
 
 def test_a_calibration_serves_both_codings(tmp_path: Path) -> None:
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32, hidden_size=64)
-    scalar = Calibration.synthetic(config, 3.0)
-    trellis = scalar.with_coding("trellis")
+    trellis = Calibration.synthetic(config, 3.0)
+    scalar = trellis.with_coding("scalar")
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 1, 2, 4 + 64 * 4, 32, generator=generator)
     errors = [_error(SpectralCache(each, config, residual_length=0), keys, values) for each in (scalar, trellis)]
@@ -101,7 +101,7 @@ def test_a_calibration_serves_both_codings(tmp_path: Path) -> None:
     assert sizes[0] == sizes[1]
     trellis.save_pretrained(tmp_path)
     assert Calibration.from_pretrained(tmp_path).metadata.codec.coding == "trellis"
-    assert trellis.with_coding("scalar").metadata.codec == CodecSettings()
+    assert trellis.with_coding("scalar").metadata.codec == CodecSettings(coding="scalar")
     with pytest.raises(ValueError, match="coding must be one of scalar, trellis, got 'turbo'"):
         scalar.with_coding("turbo")  # type: ignore[arg-type]
 
