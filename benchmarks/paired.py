@@ -29,13 +29,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Geometries of one layer, and how many tokens it holds."""
 
-# Only what every version since 0.2 has: the child runs in the base's tree too.
+# Only what every version since 0.2 has, under one name or another: the child runs in the base's tree too.
 CHILD = """
 import json, sys, time
 import torch
 from transformers import LlamaConfig
 from quantcache import Calibration, SpectralCache
-from quantcache.attention import spectral_attention_forward
+try:
+    from quantcache.attention.function import spectral_attention_forward
+except ImportError:  # where it was in 0.2
+    from quantcache.attention import spectral_attention_forward
 
 torch.set_num_threads(int(sys.argv[2]))
 torch.manual_seed(0)
@@ -60,7 +63,7 @@ for line in sys.stdin:  # one round for each line
         layer.reset()
         started = time.perf_counter()
         layer.update(*states)
-        layer.finish()
+        getattr(layer, "flush", getattr(layer, "finish", None))()  # its name in 0.2
         found[name + ", encode"] = [1e3 * (time.perf_counter() - started)]
         times = []
         for _ in range(34):
