@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -89,7 +90,7 @@ def to_files(layers_by_index: dict[int, LayerCalibration], meta: Metadata) -> tu
             "anchor_length": ANCHOR_LENGTH,
             "group_size": meta.codec.group_size,
             "profile": meta.codec.profile,
-            "fast_wavelength": meta.codec.fast_wavelength,
+            "fast_wavelength": None if meta.codec.fast_wavelength == math.inf else meta.codec.fast_wavelength,
             "gain_search": list(meta.codec.gain_search),
             "coding": meta.codec.coding,
             # One pass is not said, so that files without a choice are those of before.
@@ -225,9 +226,13 @@ def _codec_settings(path: Path, codec: dict[str, Any]) -> CodecSettings:
     for name, expected in (("block", BLOCK), ("anchor_length", ANCHOR_LENGTH)):
         if codec[name] != expected:
             raise ArtifactError(f"{path}: {name} is {codec[name]!r}, this quantcache reads {expected}")
-    _number(codec, "fast_wavelength", str(path))  # JSON has no infinity
+    codec = {field.name: codec[field.name] for field in fields(CodecSettings)}
+    if codec["fast_wavelength"] is None:  # JSON has no infinity
+        codec["fast_wavelength"] = math.inf
+    else:
+        _number(codec, "fast_wavelength", str(path))
     try:
-        return CodecSettings(**{field.name: codec[field.name] for field in fields(CodecSettings)})
+        return CodecSettings(**codec)
     except SettingsError as error:
         raise ArtifactError(f"{path}: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import os
 import stat
 import sys
@@ -127,6 +128,13 @@ def test_files_of_before_the_choice_have_scalar_codes(saved: Path) -> None:
     assert Calibration.from_pretrained(saved).metadata.codec == CodecSettings()
     edit_config(saved, lambda config: config["codec"].pop("coding"))
     assert Calibration.from_pretrained(saved).metadata.codec == CodecSettings(coding="scalar")
+
+
+def test_a_calibration_all_of_whose_pairs_are_fast_can_be_read_again(tmp_path: Path) -> None:
+    """JSON has no infinity: what was written could not be read."""
+    settings = CodecSettings(fast_wavelength=math.inf)
+    Calibration.synthetic(llama_config(DIM, LAYERS, HEADS), codec=settings).save_pretrained(tmp_path)
+    assert Calibration.from_pretrained(tmp_path).metadata.codec == settings
 
 
 def test_what_the_artifact_records(saved: Path) -> None:
