@@ -1,4 +1,4 @@
-"""One look at a model at work: second moments of weights' inputs, keys and values, sample blocks, and attention sinks.
+"""One look at a model at work: second moments of weights' inputs, keys and values, and attention sinks.
 
 Memory does not grow with the text. Inputs whose moments do not fit the budget together are taken in several passes.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantcache.analysis.targets import InputTarget, find_inputs, observed_inputs
+from quantcache.attention import guards
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.attention.probe import RecordingCache, replaced_attention, run
 from quantcache.coding.rope import Frame, Rope
@@ -207,11 +208,13 @@ class _Sinks:
     def look(self, model: PreTrainedModel, sequence: Tensor, number: int, forward: Callable[[Tensor], None]) -> None:
         """Run one sequence with its attention in view; models with an attention of their own are passed over."""
 
-        def attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        ) -> Any:
             index = getattr(module, "layer_idx", None)
             if index is not None and query.shape[2] == key.shape[2]:
-                self._shares(index, number, sequence, query, key, kwargs)
-            return spectral_attention_forward(module, query, key, *args, **kwargs)
+                self._shares(index, number, sequence, query, key, attention_mask, kwargs)
+            return spectral_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
         if not compat.can_change_attention(model):
             return
@@ -219,8 +222,16 @@ class _Sinks:
             forward(sequence)
 
     def _shares(
-        self, index: int, number: int, sequence: Tensor, query: Tensor, key: Tensor, options: dict[str, Any]
+        self,
+        index: int,
+        number: int,
+        sequence: Tensor,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
     ) -> None:
+        """Note the tokens of the first row that draw much of a layer's attention, as far as its mask shows them."""
         self.visible = True
         length = query.shape[2]
         rows = (
@@ -235,8 +246,14 @@ class _Sinks:
         scores = torch.einsum("bhgqd,bhkd->bhgqk", q, key[:1].float()) * scaling
         if options.get("softcap") is not None:
             scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-        ahead = torch.arange(length, dtype=torch.int64, device=query.device) > rows[:, None]
-        shares = scores.masked_fill(ahead, float("-inf")).softmax(-1).mean((0, 1, 2, 3))
+        mask = guards.fitting_mask(mask, query, length)
+        if mask is None:
+            hidden = torch.arange(length, dtype=torch.int64, device=query.device) > rows[:, None]
+        else:  # a sliding window's, say
+            shown = mask[:1, :, rows]
+            shown = shown.unflatten(1, (key.shape[1], groups) if shown.shape[1] > 1 else (1, 1))
+            hidden = ~shown if shown.dtype == torch.bool else shown < torch.finfo(shown.dtype).min / 2
+        shares = scores.masked_fill(hidden, float("-inf")).softmax(-1).mean((0, 1, 2, 3))
         for position in (shares >= SINK_SHARE).nonzero().flatten().tolist():
             sink = self.found.setdefault((position, int(sequence[0, position])), Sink())
             sink.share = max(sink.share, float(shares[position]))

@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, PreTrainedTokenizerBase
 
 from quantcache import data
-from quantcache.analysis import Report, analyze
+from quantcache.analysis import Report, analyze, gathering
 from quantcache.analysis.gathering import MOMENT_BYTES, gather
 from quantcache.analysis.grade import collect_samples, grade
 from quantcache.analysis.targets import find_inputs, observed_inputs
@@ -109,6 +109,21 @@ def test_moments_are_those_of_the_inputs() -> None:
             gathered.cache[1, name].second_moment.diagonal(dim1=1, dim2=2).sum(1) for name in ("key", "rotated key")
         ]
         torch.testing.assert_close(*energies, rtol=1e-5, atol=0)
+
+
+def test_windows_show_no_sinks_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with a window were taken to look at all tokens, and to share out their attention so."""
+    monkeypatch.setattr(gathering, "SINK_SHARE", 1e-9)  # any share at all
+    model = shared_model(next(family for family in FAMILIES if family.name == "gemma2"))
+    windows = {i for i, kind in enumerate(model.config.layer_types) if kind == "sliding_attention"}
+    layers = set(range(model.config.num_hidden_layers))
+    window, length = model.config.sliding_window, 120
+    ropes = detect_ropes(model, sorted(layers))
+    found = gather(model, [random_tokens(1, length)], ropes, lambda target, moments: None).sinks
+    assert found is not None
+    first = length // 2 - window + 1  # that the earliest query sees
+    for (position, _), sink in found.items():
+        assert sink.layers == (layers if position >= first else layers - windows), position
 
 
 @pytest.mark.slow
