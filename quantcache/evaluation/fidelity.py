@@ -266,7 +266,8 @@ def measure_fidelity(
         One result for each method. A method that fails or cannot be run keeps its place, with the reason as its status.
 
     Raises:
-        QuantCacheError: The text is shorter than one window, the stride is none, or no token of a window reads codes.
+        QuantCacheError: The text is shorter than one window, the stride is out of range, or no token of a window reads
+            codes.
     """
     if len(tokens) < context:
         raise QuantCacheError(f"the text has {len(tokens)} tokens, one window needs {context}")

@@ -53,7 +53,7 @@ class QuantCacheLM(HFLM):
         value_bits: The same for the values.
         sink_length: First tokens that stay exact.
         residual_length: Recent tokens that stay exact.
-        cache_backend: ``auto``, ``cpu``, ``triton`` or ``torch``; ``backend`` means something else to lm-eval.
+        cache_backend: As ``SpectralCache`` takes ``backend``, which means something else to lm-eval.
         strict: Refuse the calibration of another model, which is otherwise warned of.
         chunk: Tokens read at once when a text is scored.
         options: Arguments of lm-eval's ``hf``.

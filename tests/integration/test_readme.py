@@ -64,7 +64,11 @@ def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     exec(BLOCKS["README.md: 0"], names)
     memory = names["cache"].memory()
-    assert str(memory) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(memory) in out
+    shown = re.search(r"^```\n(tokens .*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert shown is not None
+    assert set(shown[1].splitlines()) <= set(out.splitlines())
     assert memory.tokens > 900
     assert 0 < memory.total < memory.bfloat16_bytes / 2  # although the model, and so its recent tokens, are in float32
     assert 3 < memory.bits_per_element < 3.2

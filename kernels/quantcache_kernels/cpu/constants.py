@@ -5,7 +5,6 @@ Shapes: H key/value heads, D dimension, C coded coefficients of a head (those of
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -333,8 +332,3 @@ def _map(constants: Constants, role: Role) -> Tensor:
         else:
             table[head, :count, :dim] = part.T
     return table
-
-
-def side_pointer(side: Side) -> ctypes._Pointer[Side]:
-    """A pointer to a structure, for the fields that hold one."""
-    return ctypes.pointer(side)

@@ -21,11 +21,11 @@ SCHEDULERS = 4
 """Of a multiprocessor; each has every fourth of its warps, and one instruction a cycle for them."""
 
 LATENCY = 3.5
-"""What a unit takes however many warps there are, beside one for each warp of a scheduler: on an H100 a unit took 12.9,
-16.7 and 18.6 microseconds with one, two and three of them."""
+"""What a unit takes however many warps there are, beside one for each warp of a scheduler: chosen by trial on an H100,
+of which there is no record."""
 
 OVERHEAD = 0.25
-"""What a split takes beside its units, in units; on an H200 five units in two waves took 2 % longer than ten in one."""
+"""What a split takes beside its units, in units; chosen likewise on an H200."""
 
 MOST_UNITS = 64
 """Of a split; longer contexts are tried in up to eight waves instead."""
