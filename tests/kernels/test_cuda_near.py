@@ -163,7 +163,7 @@ class Inputs:
         given.causal = case.causal and self.mask is None and case.count > 1
         if self.mask is not None:
             given.mask_batch, given.mask_query, given.mask_length = calls.mask_strides(self.mask)
-        given.logits_are_half = case.logits == torch.bfloat16
+        given.logits_are_bfloat16 = case.logits == torch.bfloat16
         blocks = near.splits * lines
         kernel = emulation.emulated(CPU, False, False)["take_queries"]
         taken = TakeArguments(near=given, near_blocks=blocks)

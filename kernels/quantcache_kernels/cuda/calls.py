@@ -108,32 +108,78 @@ class PreparedCall:
         # Where blocks lie now would not last.
         places = blocks.places(near, cut.per_split) if lasting is None else Places()
         query_bytes, softcap, logits = query_bytes_of(keys, rows), call.softcap or 0.0, call.sink_logits
-        queries = Queries(None, 0, 0, 0, place, is_half(query.dtype), call.scaling)
+        queries = Queries(place=place, is_bfloat16=is_bfloat16(query.dtype), scaling=call.scaling)
         unit_bits = (rows - 1).bit_length()
         turn_blocks = room.device.even(-(-units // (TURNED_ROWS >> unit_bits)), lines, TURN_BLOCKS)
+        matrix, mean, units_of_keys = map(pointer, keys.matrix)
         to_turn = QueryArguments(
-            queries, *map(pointer, (keys.frame, *keys.matrix)), places, there, None,
-            blocks.paired, lines, dim, dim - keys.num_fast, keys.layout.slow_tiles, keys.num_fast, query_bytes,
-            unit_bits, 1.0 if softcap else LOG2_E,
-        )  # fmt: skip
+            queries=queries,
+            frame=pointer(keys.frame),
+            matrix=matrix,
+            mean=mean,
+            units=units_of_keys,
+            places=places,
+            there=there,
+            paired=blocks.paired,
+            lines=lines,
+            dim=dim,
+            slow=dim - keys.num_fast,
+            slow_tiles=keys.layout.slow_tiles,
+            fast=keys.num_fast,
+            query_bytes=query_bytes,
+            unit_bits=unit_bits,
+            base=1.0 if softcap else LOG2_E,
+        )
+        fast_decoder, fast_mean, rotation = map(pointer, keys.fast)
         self._codes = CodesArguments(
-            places, there, None,
-            *map(pointer, (keys.heads, values.heads, keys.terms, values.terms, *keys.fast)), None, None, None,
-            4 * batch * keys.layout.words, 4 * batch * values.layout.words, batch * heads * BLOCK, lines * query_bytes,
-            batch, heads, place.chunks, rows, count, blocks.paired,
-            4 * keys.layout.words, 4 * values.layout.words, query_bytes, keys.room, values.room,
-            room.constants, room.warp,
-            keys.layout.slow_tiles, keys.fast_tiles, keys.num_fast // TILE, values.layout.tiles,
-            0, 0, 0, softcap, ONE_HALVES,
-        )  # fmt: skip
+            places=places,
+            there=there,
+            key_heads=pointer(keys.heads),
+            value_heads=pointer(values.heads),
+            key_terms=pointer(keys.terms),
+            value_terms=pointer(values.terms),
+            fast_decoder=fast_decoder,
+            fast_mean=fast_mean,
+            rotation=rotation,
+            key_step=4 * batch * keys.layout.words,
+            value_step=4 * batch * values.layout.words,
+            gain_step=batch * heads * BLOCK,
+            query_step=lines * query_bytes,
+            batch=batch,
+            heads=heads,
+            chunks=place.chunks,
+            rows=rows,
+            count=count,
+            paired=blocks.paired,
+            key_bytes=4 * keys.layout.words,
+            value_bytes=4 * values.layout.words,
+            query_bytes=query_bytes,
+            key_room=keys.room,
+            value_room=values.room,
+            constant_room=room.constants,
+            warp_room=room.warp,
+            slow_tiles=keys.layout.slow_tiles,
+            fast_tiles=keys.fast_tiles,
+            fast_steps=keys.num_fast // TILE,
+            value_tiles=values.layout.tiles,
+            softcap=softcap,
+            one=ONE_HALVES,
+        )
         to_near = near.arguments(queries, places, (there, pointer(near.tail_tokens), None, None, None, None))
         to_near.causal, to_near.lines, to_near.softcap = call.hides_the_future(count), lines, softcap
-        to_near.logits_are_half = logits is not None and logits.dtype == torch.bfloat16
+        to_near.logits_are_bfloat16 = logits is not None and logits.dtype == torch.bfloat16
         self._merge = MergeArguments(
-            None, None, None, None, *map(pointer, (values.decoder, values.mean)), None, there,
-            place, lines, value_dim, slots, cut.splits, 0, is_half(query.dtype),
-        )  # fmt: skip
-        self._take = TakeArguments(to_near, to_turn, 0, turn_blocks)
+            decoder=pointer(values.decoder),
+            mean=pointer(values.mean),
+            there=there,
+            place=place,
+            lines=lines,
+            dim=value_dim,
+            coefficients=slots,
+            splits=cut.splits,
+            is_bfloat16=is_bfloat16(query.dtype),
+        )
+        self._take = TakeArguments(near=to_near, turned=to_turn, turn_blocks=turn_blocks)
         self._near, self._turn = self._take.near, self._take.turned
         self._near_place: list[Any] | None = None  # not known yet
         self._near_splits = -1
@@ -279,7 +325,7 @@ def mask_strides(mask: Tensor) -> tuple[int, int, int]:
     return 0 if shared[0] else mask.stride(0), 0 if shared[1] else mask.stride(2), mask.shape[3]
 
 
-def is_half(dtype: torch.dtype) -> bool:
+def is_bfloat16(dtype: torch.dtype) -> bool:
     """Whether numbers are of bfloat16; else they are of float32."""
     if dtype not in KINDS:
         raise ValueError(f"the CUDA kernels take numbers of bfloat16 and float32, got {dtype}")

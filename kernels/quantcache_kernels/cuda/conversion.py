@@ -75,9 +75,17 @@ class Conversion:
         portable, tiles = (words, out) if name == "tiles_from_portable" else (out, words)
         count, blocks = self.places.shape[0] * self.places.shape[1], out.shape[0] * out.shape[1]
         arguments = ConversionArguments(
-            *map(pointer, (portable, tiles, self.slots, self.places, self.maps)),
-            self.portable_words, self.tile_words, count, self.is_trellis, self.holds_values,
-        )  # fmt: skip
+            portable=pointer(portable),
+            tiles=pointer(tiles),
+            slots=pointer(self.slots),
+            places=pointer(self.places),
+            maps=pointer(self.maps),
+            portable_words=self.portable_words,
+            tile_words=self.tile_words,
+            count=count,
+            trellis=self.is_trellis,
+            values=self.holds_values,
+        )
         with on_device(device):
             kernel = LOADERS[device.type](device)[name]
             kernel.launch((blocks, count), 32, TILE * CODE_PITCH, arguments, stream_of(device))

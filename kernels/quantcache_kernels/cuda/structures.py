@@ -34,7 +34,7 @@ class Queries(ctypes.Structure):
         ("data", Pointer),
         *((name, ctypes.c_longlong) for name in ("batch_stride", "head_stride", "query_stride")),
         ("place", Rows),
-        ("is_half", ctypes.c_int),
+        ("is_bfloat16", ctypes.c_int),
         ("scaling", ctypes.c_float),
     )
 
@@ -68,7 +68,7 @@ class MergeArguments(ctypes.Structure):
         *((name, Pointer) for name in ("partial", "stats", "dense", "dense_lse", "decoder", "mean", "out")),
         ("there", Pointer),
         ("place", Rows),
-        *((name, ctypes.c_int) for name in ("lines", "dim", "coefficients", "splits", "dense_splits", "is_half")),
+        *((name, ctypes.c_int) for name in ("lines", "dim", "coefficients", "splits", "dense_splits", "is_bfloat16")),
     )
 
     @property
@@ -120,7 +120,7 @@ class NearArguments(ctypes.Structure):
         *((name, Pointer) for name in ("there", "tail_tokens", "mask", "sink_logits", "out", "lse")),
         *((name, ctypes.c_int) for name in ("dim", "value_dim", "sinks", "tail", "causal")),
         *((name, ctypes.c_int) for name in ("lines", "splits")),
-        *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length", "logits_are_half")),
+        *((name, ctypes.c_int) for name in ("mask_batch", "mask_query", "mask_length", "logits_are_bfloat16")),
         ("softcap", ctypes.c_float),
     )
 

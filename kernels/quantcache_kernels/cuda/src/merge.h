@@ -12,7 +12,7 @@ struct MergeArguments {
     u8* out;                 // [batch, count, query heads, dim], float32 or bfloat16
     const Places* there;     // where in memory the number of splits is, or null
     Rows place;
-    int lines, dim, coefficients, splits, dense_splits, is_half;
+    int lines, dim, coefficients, splits, dense_splits, is_bfloat16;
 };
 
 constexpr int EARLY = 2;  // rows of the decoder that are on their way while splits are merged
@@ -127,7 +127,7 @@ KERNEL void BOUNDS(1024) merge(GIVEN(MergeArguments) a) {
         }
         const int vector_out = *target;
         const u64 at = static_cast<u64>(vector_out) * dim + thread;
-        if (vector_out >= 0 && a.is_half) reinterpret_cast<u16*>(a.out)[at] = static_cast<u16>(to_bfloat16(x));
-        if (vector_out >= 0 && !a.is_half) reinterpret_cast<float*>(a.out)[at] = x;
+        if (vector_out >= 0 && a.is_bfloat16) reinterpret_cast<u16*>(a.out)[at] = static_cast<u16>(to_bfloat16(x));
+        if (vector_out >= 0 && !a.is_bfloat16) reinterpret_cast<float*>(a.out)[at] = x;
     }
 }

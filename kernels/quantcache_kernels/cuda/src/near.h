@@ -15,7 +15,7 @@ struct NearArguments {
     float* lse;               // [splits, lines, rows], base 2
     int dim, value_dim, sinks, tail, causal;
     int lines, splits;
-    int mask_batch, mask_query, mask_length, logits_are_half;
+    int mask_batch, mask_query, mask_length, logits_are_bfloat16;
     float softcap;
 };
 
@@ -137,7 +137,7 @@ DEVICE void attend_near(const NearArguments& a, int split, int line) {
     const int own_sum = group * rows * columns + column;
     if (lane == 0 && thread / 32 < rows) {
         const bool has_logit = a.sink_logits && split == 0 && row.there;
-        const float logit = has_logit ? load_number(a.sink_logits, row.query_head, a.logits_are_half) : 0.0f;
+        const float logit = has_logit ? load_number(a.sink_logits, row.query_head, a.logits_are_bfloat16) : 0.0f;
         room.peaks[thread / 32] = has_logit ? logit * LOG2_E : -1e30f;
         room.totals[thread / 32] = has_logit ? 1.0f : 0.0f;
     }

@@ -61,7 +61,7 @@ DEVICE void frame_queries(const QueryArguments& a, int line, int head, const Tur
             const u32 places[4] = {from.x, from.y, from.z, from.w};
             float x[4];
             UNROLL for (int i = 0; i < 4; ++i) {
-                x[i] = row.there ? load_number(a.queries.data, first + places[i], a.queries.is_half) * a.queries.scaling : 0.0f;
+                x[i] = row.there ? load_number(a.queries.data, first + places[i], a.queries.is_bfloat16) * a.queries.scaling : 0.0f;
                 sum = multiply_add(x[i], x[i], sum);
             }
             own[quad] = words_of(x);
