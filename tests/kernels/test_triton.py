@@ -6,6 +6,9 @@ Without a GPU they run under Triton's interpreter; with one, the same tests run 
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +32,9 @@ from quantcache_kernels.triton import encode, ops
 from quantcache_kernels.triton.codes import rotation
 from quantcache_kernels.triton.runtime import jit, tl
 from quantcache_kernels.triton.tables import HALF_TERMS
+from tests.conftest import ROOT
 from tests.kernels import encoding as rule
-from tests.kernels import truth
+from tests.kernels import interpreter, truth
 from tests.kernels.cases import ATTENTION, BASE, TRELLIS, TRITON, TRITON_DEVICE, fill, on_device, shared
 
 pytestmark = [
@@ -66,6 +70,18 @@ def test_triton_attention_of_many_queries_decodes_tiles(monkeypatch: pytest.Monk
     assert sizes == [1] * (2 * 2 * len(view.block_table)), (
         "by either, every block is decoded once a side for all queries"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted")
+def test_the_quick_interpreter_computes_what_the_plain_one_does() -> None:
+    command = [sys.executable, "-m", "tests.kernels.interpreter"]  # nothing makes that one quick
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))),
+    }
+    plain = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert plain.stdout.strip() == interpreter.digest()
 
 
 DECODING = (
