@@ -3,7 +3,7 @@
 The ratios of the codec's own polynomials (``TERMS`` of ``quantcache/coding/trellis.py``) are not numbers of half
 precision, and every step of evaluating them rounds. Of the ratios near them that half precision holds, a random search
 takes those for which what comes out, rounded as a GPU rounds it with and without fused multiplications, is nearest to
-the levels. Running this file prints the constants of ``kernels/quantcache_kernels/triton/tables.py`` and the root mean
+the levels. Running this file prints the constants of ``kernels/quantcache_kernels/gpu_tables.py`` and the root mean
 square error of the levels beside that of the levels rounded to half precision; it takes a minute.
 """
 

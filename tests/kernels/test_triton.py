@@ -28,10 +28,10 @@ from quantcache.coding.schema import Coding
 from quantcache.coding.trellis import union_levels
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.logs import log_once
+from quantcache_kernels.gpu_tables import HALF_TERMS
 from quantcache_kernels.triton import encode, ops
 from quantcache_kernels.triton.codes import rotation
 from quantcache_kernels.triton.runtime import jit, tl
-from quantcache_kernels.triton.tables import HALF_TERMS
 from tests.conftest import ROOT
 from tests.kernels import encoding as rule
 from tests.kernels import interpreter, truth

@@ -14,8 +14,8 @@ from quantcache_kernels.cuda.blocks import BYTE_PLACES, HALF, TILE, BlockLayout
 from quantcache_kernels.cuda.conversion import Conversion, lay_out_conversion
 from quantcache_kernels.cuda.fast import lay_out_fast
 from quantcache_kernels.cuda.tables import PLACES, level_tables
+from quantcache_kernels.gpu_tables import HALF_TERMS, make_frame, power_of_two_above
 from quantcache_kernels.interface import Frame, SideConstants
-from quantcache_kernels.triton.tables import HALF_TERMS, make_frame, power_of_two_above
 
 TERMS = 8
 """As in decoding.h."""

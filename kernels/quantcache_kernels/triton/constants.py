@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantcache_kernels.gpu_tables import make_frame, power_of_two_above
 from quantcache_kernels.interface import ANCHOR_LENGTH, SideConstants
 from quantcache_kernels.triton.tables import (
     LEAST_PAYLOAD,
@@ -20,10 +21,8 @@ from quantcache_kernels.triton.tables import (
     CodeTables,
     Slots,
     make_codes,
-    make_frame,
     make_search,
     make_slots,
-    power_of_two_above,
 )
 from quantcache_kernels.triton.trellis import make_union_search
 
