@@ -21,7 +21,7 @@ from quantcache.artifact import cache_layout, hub
 from quantcache.artifact.card import is_untouched, render_card
 from quantcache.artifact.files import ARTIFACT_FILES, CONFIG_NAME, DIGEST, TENSORS_NAME, from_files, to_files
 from quantcache.artifact.identity import check_identity
-from quantcache.artifact.index import bundled_index, find_entry, read_index
+from quantcache.artifact.index import bundled_index, find_entry, no_such_folder, read_index
 from quantcache.artifact.synthetic import random_constants
 from quantcache.coding.allocation import allocate_layers, check_rates
 from quantcache.coding.schema import CodecSettings, Coding, LayerCalibration, Metadata, Rate, SideBits
@@ -338,7 +338,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             raise ArtifactError(f"{file} is a file: a calibration is a folder with {CONFIG_NAME} and {TENSORS_NAME}")
         repo_id = hub.require_repo_id(pretrained_model_name_or_path)
         if "/" not in repo_id:  # a folder that is not here, most likely: to ask the Hub would take long where it is not
-            raise ArtifactError(f"there is no folder {repo_id}, and repositories on the Hub are called OWNER/NAME")
+            raise no_such_folder(repo_id)
         options: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,

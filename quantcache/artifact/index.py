@@ -91,6 +91,24 @@ def bundled_calibrations() -> tuple[str, ...]:
     return tuple(dict.fromkeys(entry.model for entry in entries if entry.folder is not None))
 
 
+def no_such_folder(name: str) -> ArtifactError:
+    """What to raise where a calibration is asked for by a name that is neither a folder nor a repository.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The error; it says so where the name is that of a bundled calibration.
+    """
+    there = bundled_calibrations()
+    hint = (
+        f"the one that comes with quantcache is Calibration.for_model({name!r})"
+        if name in there
+        else f"make it with 'quantcache calibrate', or take one of {', '.join(there)} by Calibration.for_model()"
+    )
+    return ArtifactError(f"there is no folder {name}, and repositories on the Hub are called OWNER/NAME: {hint}")
+
+
 def read_index(path: Path) -> list[IndexEntry]:
     """Read and check an index.
 

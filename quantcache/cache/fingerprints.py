@@ -63,7 +63,10 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
     Raises:
         QuantCacheError: Some weights are not in memory.
+        TypeError: It is not a model.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"a model is needed to be identified by its weights, got {type(model).__name__}")
     return _sampled(compat.unwrapped(model))
 
 

@@ -170,11 +170,25 @@ def _require_new_tokens(kwargs: dict[str, Any], start: int) -> None:
     new = kwargs.get("inputs_embeds") if ids is None else ids
     count = new.shape[1] if isinstance(new, torch.Tensor) else 0
     if start and count > 1 and _lie_before(kwargs.get("attention_mask"), kwargs.get("position_ids"), start, count):
-        raise QuantCacheError(
-            f"generate() gives the cache, which holds {start} tokens, {count} that are among them: its prompt must go "
-            "on by a token at least (else crop(-1) first), and begin with all that is cached. With "
-            "prefill_chunk_size, some versions of transformers give it all of the prompt again"
-        )
+        raise nothing_new(start, f"{count} for places that are taken")
+
+
+def nothing_new(start: int, given: str) -> QuantCacheError:
+    """What to raise where a cache is used with a text that does not go on from what it holds.
+
+    Args:
+        start: Tokens that are cached.
+        given: What it is given instead, in words.
+
+    Returns:
+        The error.
+    """
+    return QuantCacheError(
+        f"the cache holds {start} tokens already, and is given {given}: generate() goes on from a cache with the text that "
+        "it holds and at least one token more. For another prompt take a new cache, or reset() this one. For the same "
+        "prompt once more crop(-1) leaves a token to read. With prefill_chunk_size, some versions of transformers give "
+        "a cache all of the prompt again"
+    )
 
 
 def _lie_before(mask: Any, positions: Any, start: int, count: int) -> bool:

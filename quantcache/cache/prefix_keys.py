@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache.accounting.memory import num_blocks
@@ -33,7 +34,27 @@ _first_seen: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 """How many changes of a model's weights torch had counted when it was first asked for."""
 
 
-def key_of(tokens: Sequence[int]) -> bytes:
+def row_of(tokens: Sequence[int] | Tensor) -> np.ndarray:
+    """The token ids of one text, also where they come as a tokenizer gives them, as a batch of one row.
+
+    Args:
+        tokens: T of them, or a tensor or list ``[1, T]``.
+
+    Returns:
+        The ids, ``[T]``.
+
+    Raises:
+        ValueError: There are several rows.
+    """
+    numbers = np.asarray(tokens.cpu() if isinstance(tokens, Tensor) else tokens)
+    if numbers.ndim == 2 and len(numbers) == 1:
+        numbers = numbers[0]
+    if numbers.ndim != 1:
+        raise ValueError(f"a prefix is one row of token ids, [T] or [1, T], got shape {list(numbers.shape)}")
+    return numbers
+
+
+def key_of(tokens: Sequence[int] | np.ndarray) -> bytes:
     """A token sequence as bytes that sort as the tokens do, so that the longest common prefixes are neighbours.
 
     Args:

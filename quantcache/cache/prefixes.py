@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache.accounting.measuring import measure
@@ -22,6 +23,7 @@ from quantcache.cache.prefix_keys import (
     is_plain,
     kept_tokens,
     key_of,
+    row_of,
     shared_tokens,
     tokens_in,
 )
@@ -85,15 +87,18 @@ class PrefixStore:
         folder_bytes: Most bytes of the folder's files; by default eight times ``max_bytes``.
 
     Raises:
+        TypeError: A number of bytes is not a number.
         ValueError: A number of bytes is negative.
         OSError: The folder cannot be made.
     """
 
     def __init__(self, max_bytes: int, folder: str | Path | None = None, folder_bytes: int | None = None):
-        most = FOLDER_FACTOR * max_bytes if folder_bytes is None else folder_bytes
-        for name, value in (("max_bytes", max_bytes), ("folder_bytes", most)):
+        for name, value in (("max_bytes", max_bytes), ("folder_bytes", folder_bytes or 0)):
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number of bytes, such as 2 << 30, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        most = FOLDER_FACTOR * max_bytes if folder_bytes is None else folder_bytes
         self.max_bytes = max_bytes
         self.folder = None if folder is None else PrefixFolder(Path(folder), most)
         self._lock = threading.Lock()
@@ -111,11 +116,13 @@ class PrefixStore:
 
     # ------------------------------------------------------------------ use
 
-    def fork(self, tokens: Sequence[int], empty: SpectralCache, model: PreTrainedModel) -> SpectralCache | None:
+    def fork(
+        self, tokens: Sequence[int] | Tensor, empty: SpectralCache, model: PreTrainedModel
+    ) -> SpectralCache | None:
         """A cache that holds the beginning of a prompt already; at least the last token is left to be read.
 
         Args:
-            tokens: The prompt's token ids.
+            tokens: The prompt's token ids, or a tensor of them, ``[T]`` or ``[1, T]``.
             empty: A cache as the prompt would get it otherwise.
             model: The model that is to read it.
 
@@ -124,12 +131,14 @@ class PrefixStore:
 
         Raises:
             QuantCacheError: The cache has no calibration, or the model's weights are not in memory.
+            ValueError: The tokens are of several rows.
         """
-        name, key = identity(empty, model), key_of(tokens)
+        ids = row_of(tokens)
+        name, key = identity(empty, model), key_of(ids)
         with self._lock:
             self._counts["requests"] += 1
-            self._counts["prompt_tokens"] += len(tokens)
-        if not fits_rotation(len(tokens), model):
+            self._counts["prompt_tokens"] += len(ids)
+        if not fits_rotation(len(ids), model):
             return None
         while True:
             with self._lock:
@@ -154,14 +163,15 @@ class PrefixStore:
                 self._counts["reused_tokens"] += keep
             return cache
 
-    def add(self, tokens: Sequence[int], cache: SpectralCache, model: PreTrainedModel) -> bool:
+    def add(self, tokens: Sequence[int] | Tensor, cache: SpectralCache, model: PreTrainedModel) -> bool:
         """Keep what a cache holds for prompts to come. The cache itself may be used on.
 
         Caches of several rows or with padding are not kept, nor any that could not be told from its tokens alone, nor
         texts so long that the model rotates their first keys otherwise (dynamic NTK, longrope).
 
         Args:
-            tokens: Token ids of what the cache holds; those beyond its length do not count.
+            tokens: Token ids of what the cache holds, or a tensor of them, ``[T]`` or ``[1, T]``; those beyond its
+                length do not count.
             cache: A cache between two forward passes.
             model: The model that has filled it.
 
@@ -171,15 +181,17 @@ class PrefixStore:
         Raises:
             QuantCacheError: A forward pass was interrupted, the cache has no calibration, or it holds more tokens than
                 are named.
+            ValueError: The tokens are of several rows.
         """
+        ids = row_of(tokens)
         length, generation = cache.get_seq_length(), self._generation
-        if length > len(tokens):
-            raise QuantCacheError(f"the cache holds {length} tokens, only {len(tokens)} are named")
+        if length > len(ids):
+            raise QuantCacheError(f"the cache holds {length} tokens, only {len(ids)} are named")
         kept = cache.fork()
         kept.announced = kept.arrivals = None
         if not length or not fits_rotation(length, model) or not is_plain(kept):
             return False
-        return self._insert(identity(cache, model), key_of(tokens[:length]), kept, generation)
+        return self._insert(identity(cache, model), key_of(ids[:length]), kept, generation)
 
     def save(self) -> int:
         """Write all caches in memory to the folder, where a new store finds them.

@@ -333,7 +333,8 @@ class SpectralCache(BlockCache):
             CalibrationMismatch: The file was written with another calibration or model.
         """
         if not isinstance(calibration, Calibration):
-            raise TypeError(f"SpectralCache.load needs a Calibration, got {type(calibration).__name__}")
+            kind = type(calibration).__name__
+            raise TypeError(f"SpectralCache.load needs a Calibration, got {kind}: Calibration.from_pretrained reads one")
         path = Path(path)
         return steadily([path], lambda: cls._read(path, calibration, model, config, backend))
 

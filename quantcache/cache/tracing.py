@@ -14,6 +14,7 @@ from quantcache.backends import CacheView
 from quantcache.backends.padding import Arrivals
 from quantcache.cache.consistency import ConsistentCache
 from quantcache.cache.layer import SpectralLayer
+from quantcache.cache.passes import nothing_new
 from quantcache.common import compat
 
 
@@ -77,6 +78,8 @@ class TraceableCache(ConsistentCache):
         if torch.compiler.is_dynamo_compiling():
             length = self._traced_length(layer_idx)
             return _untraced_mask_sizes(self, query_length, layer_idx) if length is None else (length + query_length, 0)
+        if query_length == 0 and (held := self.get_seq_length(layer_idx)):
+            raise nothing_new(held, "none to read")  # the model would say that it cannot reshape a tensor
         told = compat.mask_arguments()
         if told is not None:
             self.announced = told

@@ -445,6 +445,19 @@ def test_caches_that_tokens_do_not_tell_are_not_kept(model: PreTrainedModel, cal
     assert store.statistics().caches == 0
 
 
+def test_tokens_as_a_tokenizer_gives_them(model: PreTrainedModel, calibration: Calibration) -> None:
+    store, cache, empty = PrefixStore(GIBI), *(SpectralCache(calibration, model.config) for _ in range(2))
+    model(BATCH[:1, :100], past_key_values=cache)
+    assert store.add(BATCH[:1, :100], cache, model)
+    for prompt in (BATCH[:1], BATCH[0], BATCH[0].tolist()):
+        found = store.fork(prompt, empty, model)
+        assert found is not None
+        assert found.get_seq_length() == 100
+    for use in (lambda: store.add(BATCH[:2], cache, model), lambda: store.fork(BATCH[:2], empty, model)):
+        with pytest.raises(ValueError, match=r"one row of token ids, \[T\] or \[1, T\], got shape \[2, "):
+            use()
+
+
 @pytest.mark.support("prefixes without a calibration, or of a model that remembers requests", refused=True)
 def test_what_cannot_have_prefixes(model: PreTrainedModel, calibration: Calibration) -> None:
     with pytest.raises(QuantCacheError, match="prefixes need a calibration"):
@@ -464,6 +477,8 @@ def test_what_cannot_have_prefixes(model: PreTrainedModel, calibration: Calibrat
     for name in ("max_bytes", "folder_bytes"):
         with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
             PrefixStore(**{"max_bytes": 0, name: -1})
+    with pytest.raises(TypeError, match="max_bytes must be a number of bytes, such as 2 << 30, got '2GB'"):
+        PrefixStore("2GB")  # type: ignore[arg-type]
     assert "generate" not in vars(model)
 
 

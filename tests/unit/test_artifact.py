@@ -636,6 +636,8 @@ def test_a_folder_that_is_not_here_is_not_asked_for_on_the_hub(monkeypatch: pyte
     monkeypatch.setattr("quantcache.artifact.hub.download", lambda *args, **kwargs: pytest.fail("the Hub was asked"))
     with pytest.raises(ArtifactError, match="there is no folder calibration, and repositories on the Hub are called"):
         Calibration.from_pretrained("calibration")
+    with pytest.raises(ArtifactError, match=r"Calibration\.for_model\('wiki11m'\)"):
+        Calibration.from_pretrained("wiki11m")
 
 
 @pytest.mark.parametrize(
