@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,6 +12,8 @@ from quantcache.data import demo_model_path, evaluation_text
 
 model_name = demo_model_path()
 folder = sys.argv[1] if len(sys.argv) > 1 else "calibration"
+if folder == "calibration" and not os.path.isdir(folder):
+    sys.exit(f"there is no folder {folder} yet: run 01_calibrate.py first")
 
 # Importing quantcache registers "spectral" with transformers. It attends on the codes; "sdpa" and "eager" work too.
 model = AutoModelForCausalLM.from_pretrained(model_name, dtype="float32", attn_implementation="spectral")

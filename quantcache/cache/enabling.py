@@ -298,6 +298,8 @@ def _setting(
 
     A warning points at the caller, so many frames up.
     """
+    if isinstance(model, str | Path):  # anything with a generate() may be enabled, in whatever wrapper
+        compat.require_loaded(model, "enable")
     if not hasattr(model, "generate"):
         around = next((f".{name}" for name in ("module", "model") if hasattr(getattr(model, name, 0), "generate")), "")
         inside = f"the model inside, {around}" if around else "one with a language modelling head"

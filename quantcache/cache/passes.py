@@ -184,10 +184,10 @@ def nothing_new(start: int, given: str) -> QuantCacheError:
         The error.
     """
     return QuantCacheError(
-        f"the cache holds {start} tokens already, and is given {given}: generate() goes on from a cache with the text that "
-        "it holds and at least one token more. For another prompt take a new cache, or reset() this one. For the same "
-        "prompt once more crop(-1) leaves a token to read. With prefill_chunk_size, some versions of transformers give "
-        "a cache all of the prompt again"
+        f"the cache holds {start} tokens already, and is given {given}: generate() goes on from a cache with the text "
+        "that it holds and at least one token more. For another prompt take a new cache, or reset() this one. For "
+        "the same prompt once more crop(-1) leaves a token to read. With prefill_chunk_size, some versions of "
+        "transformers give a cache all of the prompt again"
     )
 
 

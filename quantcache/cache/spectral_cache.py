@@ -334,7 +334,7 @@ class SpectralCache(BlockCache):
         """
         if not isinstance(calibration, Calibration):
             kind = type(calibration).__name__
-            raise TypeError(f"SpectralCache.load needs a Calibration, got {kind}: Calibration.from_pretrained reads one")
+            raise TypeError(f"SpectralCache.load needs a Calibration, got {kind}: use Calibration.from_pretrained()")
         path = Path(path)
         return steadily([path], lambda: cls._read(path, calibration, model, config, backend))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from numbers import Integral
@@ -30,6 +31,8 @@ from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
+
+logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode(False)
@@ -84,8 +87,10 @@ def calibrate(
         UnsupportedModel: The model's cache cannot be compressed, its attention has no known interface, or it reads
             tokens of its own before every text.
         QuantCacheError: The data are empty or too short.
+        TypeError: The model is only named, and not loaded.
         ValueError: ``metric``, a number of bits or tokens, or a token id is out of range; a batch is not of token ids.
     """
+    compat.require_loaded(model, "calibrate")
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     rate = Rate(bits, key_bits, value_bits, min_bits)
@@ -101,6 +106,7 @@ def calibrate(
             f"{type(model).__name__} puts tokens of its own before every text (PEFT's prompt or prefix tuning): "
             "calibrate the base model, model.get_base_model()"
         )
+    _warn_of_half_precision(model)
     given = calibration_data(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -253,3 +259,12 @@ def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
         # Sampled on the CPU, so that a seed means the same on every device.
         labels = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(-1).to(logits.device)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _warn_of_half_precision(model: PreTrainedModel) -> None:
+    """Say why it takes long: checkpoints load in bfloat16, which many CPUs have no instructions for."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            logger.warning("the model is in %s, which is slow on many CPUs: load it with dtype='float32'", dtype)
+            return

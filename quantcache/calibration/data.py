@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def calibration_data(
 
     Raises:
         QuantCacheError: No sequence is long enough, or texts come without a tokenizer.
-        ValueError: A batch is not of token ids, or a text is the name of a file.
+        ValueError: Something is neither texts nor token ids, such as a tokenizer, or a text is the name of a file.
     """
     limit = compat.position_limit(model.config) or LENGTH
     if seq_len is not None and seq_len > limit:
@@ -84,7 +84,7 @@ def calibration_data(
         data = [data]
     elif isinstance(data, Tensor) and data.ndim == 1:
         data = data[None]
-    texts, batches, digests = _sorted(model, data, tokenizer, wanted)
+    texts, batches, digests = _sorted(model, _items(data), tokenizer, wanted)
     behind: list[Tensor] = []
     passages = ""
     if texts:
@@ -105,6 +105,17 @@ def calibration_data(
             f"calibration needs sequences of more than {SHORTEST} tokens, the longest given has {longest}"
         )
     return CalibrationData(sequences, held_out + behind, digests, passages)
+
+
+def _items(data: Iterable[Any]) -> Iterator[Any]:
+    """One text or batch after the other."""
+    wrong = f"data must be texts or batches of token ids, [B, T] or [T], got {type(data).__name__}"
+    if isinstance(data, Mapping):  # its keys would be taken for texts
+        raise ValueError(f"{wrong}: give what is in it" + (", its input_ids" if "input_ids" in data else ""))
+    try:
+        return iter(data)
+    except TypeError:
+        raise ValueError(f"{wrong}: the arguments are model, texts, tokenizer") from None
 
 
 def _sorted(

@@ -76,6 +76,7 @@ def generate(
         import torch
 
         from quantcache.cache.spectral_cache import SpectralCache
+        from quantcache.coding.packing import BLOCK
         from quantcache.common import compat
 
         loaded, tokenizer = load_model(
@@ -119,11 +120,17 @@ def generate(
             "seconds": seconds,
             "memory": memory.to_dict(),
         }
-        line = (
-            f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
-            f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} including "
-            f"sinks and recent tokens in {dtype}"
-        )
+        line = f"cache of {memory.tokens:,} tokens: {memory.total:,} bytes, bfloat16 takes {memory.bfloat16_bytes:,}; "
+        if memory.encoded_elements:
+            line += (
+                f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} "
+                f"including sinks and recent tokens in {dtype}"
+            )
+        else:
+            recent = f"{residual} to {residual + BLOCK - 1}"
+            line += (
+                f"nothing is packed yet: the first {sinks} and the last {recent} tokens stay as they are, in {dtype}"
+            )
         if watched is not None:
             data["stats"], line = watched.to_dict(), watched.line()
         report("note", line)

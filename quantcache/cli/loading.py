@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantcache.cli.terminal import report
 from quantcache.common.errors import HubError, QuantCacheError, UnsupportedModel
 from quantcache.common.plaintext import read_utf8
-from quantcache.common.sources import is_gguf, model_source, source_name
+from quantcache.common.sources import OURS, is_gguf, model_source, source_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -219,7 +219,9 @@ def _naming(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot load {model}: {error}") from error
+        # A name without a slash may be one of ours, misspelt.
+        ours = "" if "/" in model or os.path.exists(model) else f"\n{OURS}"
+        raise OSError(f"cannot load {model}: {error}{ours}") from error
 
 
 @contextlib.contextmanager

@@ -52,12 +52,13 @@ PACKAGED = {
 }
 """Models that ``quantcache[real]`` installs, by the name that stands for them."""
 
-_OURS = f"'{BUNDLED_MODEL}' is the bundled one, {' and '.join(map(repr, PACKAGED))} come with {EXTRA}."
+OURS = f"'{BUNDLED_MODEL}' is the bundled one, {' and '.join(map(repr, PACKAGED))} come with {EXTRA}."
+"""The names that are neither folders nor repositories, as a sentence."""
 
-MODEL_HELP = f"Folder, .gguf file or Hub id of a decoder-only model; {_OURS}"
+MODEL_HELP = f"Folder, .gguf file or Hub id of a decoder-only model; {OURS}"
 """What a MODEL of the command line may be."""
 
-CONFIG_HELP = f"Folder, config.json, .gguf file or Hub id of a decoder-only model; {_OURS}"
+CONFIG_HELP = f"Folder, config.json, .gguf file or Hub id of a decoder-only model; {OURS}"
 """The same where no weights are needed."""
 
 

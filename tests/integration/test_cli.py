@@ -175,7 +175,8 @@ def test_words_for_a_rate(run: Run) -> None:
     status, out, _ = run("inspect", "wiki11m")
     assert f"{near['bits']:g} bits, KL of at most 0.001" in out
     arguments = ("generate", "wiki11m", "-c", "wiki11m", "--prompt", "The city of Leiden", "--max-new-tokens", 2)
-    status, out, _ = run(*arguments, "--quality", "balanced", "--json")
+    status, out, err = run(*arguments, "--quality", "balanced", "--json")
+    assert "nothing is packed yet: the first 4 and the last 64 to 127 tokens stay as they are, in float32" in err
     assert (status, json.loads(out)["bits"]) == (0, pytest.approx(balanced["bits"], abs=0.01))
     for verb in (arguments, ("serve", "nothing", "-c", "wiki11m"), ("inspect", "wiki11m")):
         status, _, err = run(*verb, "--quality", "balanced", "--bits", 3)
@@ -273,6 +274,7 @@ BAD_INPUT = {
     "device": ((*CALIBRATE, "--device", "abacus"), "abacus"),
     "missing model": (("calibrate", "./no-model", "-o", "unused", "--text", "one.txt"), "no folder ./no-model"),
     "unknown model": (("calibrate", "no/model", "-o", "unused", "--text", "one.txt"), "cannot load no/model"),
+    "misspelt model": (("calibrate", "wiki12m", "-o", "unused", "--text", "one.txt"), "'wiki11m' is the bundled one"),
     "encoder-decoder": (("calibrate", "./t5", "-o", "unused", "--text", "one.txt"), "encoder-decoder"),
     "no language model": (("calibrate", "./vit", "-o", "unused", "--text", "one.txt"), "no causal language model"),
     "unknown calibration": (("inspect", "no-calibration"), "cannot load calibration no-calibration"),

@@ -13,8 +13,16 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BatchEncoding,
+    DynamicCache,
+    PreTrainedModel,
+)
 
+import quantcache
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention.probe import detect_ropes
@@ -411,13 +419,21 @@ def test_model_without_keys_and_values_is_refused() -> None:
         ([random_tokens(2, 64), -random_tokens(1, 64)], "token ids must lie between 0 and 255, got -"),
         ([{"text": "A row of a data set."}], "one is a dict: "),
         ([__file__], "got the name of a file, "),
+        (BatchEncoding({"input_ids": random_tokens(1, 64)}), "got BatchEncoding: give what is in it, its input_ids"),
+        (object(), "got object: the arguments are model, texts, tokenizer"),
         ([Path("corpus.txt")], "got the name of a file, 'corpus.txt': read it first"),
     ],
-    ids=["numbers", "float", "3d", "unknown", "negative", "rows", "file", "path"],
+    ids=["numbers", "float", "3d", "unknown", "negative", "rows", "encoding", "tokenizer", "file", "path"],
 )
 def test_what_is_no_batch_of_token_ids(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         calibrate(shared_model(FAMILIES[0]), data, progress=False)
+
+
+@pytest.mark.parametrize("use", [calibrate, quantcache.enable], ids=["calibrate", "enable"])
+def test_the_name_of_a_model_is_no_model(use: Any) -> None:
+    with pytest.raises(TypeError, match=r"needs a loaded model, got 'wiki11m': AutoModelForCausalLM"):
+        use("wiki11m", random_tokens(1, 64))
 
 
 @pytest.mark.parametrize("number", [{"max_tokens": -1}, {"max_tokens": 20.5}, {"seq_len": 0}], ids=str)

@@ -99,7 +99,9 @@ def test_a_prompt_that_is_cached_already(given: str) -> None:
         with pytest.raises(QuantCacheError, match=rf"holds {PROMPT.shape[1]} tokens already, .* places that are taken"):
             model.generate(None if embedded else prompt, past_key_values=cache.fork(), max_new_tokens=2, **asked)
     with pytest.raises(QuantCacheError, match=r"is given none to read: .*For another prompt take a new cache"):
-        model.generate(PROMPT[:, :9], past_key_values=cache.fork(), max_new_tokens=2)  # less than half of what is cached
+        model.generate(
+            PROMPT[:, :9], past_key_values=cache.fork(), max_new_tokens=2
+        )  # less than half of what is cached
     fork = cache.fork()
     fork.crop(-1)
     found = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), past_key_values=fork, max_new_tokens=3)

@@ -220,8 +220,10 @@ def test_weights_that_cannot_be_read(calibration: Calibration, model: LlamaForCa
     assert fingerprint(offloaded) == {}
 
 
-def test_a_calibration_made_in_bfloat16(model: LlamaForCausalLM) -> None:
+def test_a_calibration_made_in_bfloat16(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
     calibration = calibrated(make().to(torch.bfloat16))
+    slow = "the model is in bfloat16, which is slow on many CPUs: load it with dtype='float32'"
+    assert [each.getMessage() for each in caplog.records] == [slow]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         calibration.check_compatible(make().to(dtype), strict=True)
     with pytest.raises(CalibrationMismatch):

@@ -31,6 +31,7 @@ from quantcache.common.compat.models import model_revision as model_revision
 from quantcache.common.compat.models import position_limit as position_limit
 from quantcache.common.compat.models import require_decoder as require_decoder
 from quantcache.common.compat.models import require_forward as require_forward
+from quantcache.common.compat.models import require_loaded as require_loaded
 from quantcache.common.compat.models import versions as versions
 from quantcache.common.compat.quantizers import HAS_FP8_CACHE as HAS_FP8_CACHE
 from quantcache.common.compat.quantizers import missing_quantizer as missing_quantizer

@@ -57,6 +57,24 @@ def require_decoder(config: PreTrainedConfig) -> None:
         )
 
 
+def require_loaded(model: object, needs: str) -> None:
+    """Refuse what is no model, such as the name of one.
+
+    Args:
+        model: What was given.
+        needs: Who needs a model, for the message.
+
+    Raises:
+        TypeError: It is no module of torch.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"{needs} needs a loaded model, got {model!r:.60}: AutoModelForCausalLM.from_pretrained() loads one"
+            if isinstance(model, str | Path)
+            else f"{needs} needs a loaded model, got a {type(model).__name__}"
+        )
+
+
 def require_forward(model: PreTrainedModel) -> None:
     """Refuse models that only hold others, such as Qwen2.5-Omni: one cache would go to all that generate.
 
