@@ -230,6 +230,8 @@ def test_a_calibration_is_no_path(tmp_path: Path) -> None:
     filled(LLAMA).save(tmp_path / "prefix")
     with pytest.raises(TypeError, match=r"needs a Calibration, got str: use Calibration\.from_pretrained"):
         SpectralCache.load(tmp_path / "prefix", "calibration/")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a model is needed to be identified by its weights, got LlamaConfig"):
+        filled(LLAMA).save(tmp_path / "prefix", LLAMA.make().config)  # type: ignore[arg-type]
 
 
 def test_a_cache_whose_layers_differ_is_not_saved(tmp_path: Path) -> None:
