@@ -70,7 +70,8 @@ def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown is not None
     assert set(shown[1].splitlines()) <= set(out.splitlines())
     assert memory.tokens > 900
-    assert 0 < memory.total < memory.bfloat16_bytes / 2  # although the model, and so its recent tokens, are in float32
+    assert 0 < memory.total < memory.bfloat16_bytes / 2  # although the recent tokens stay as they are
+    assert names["model"].dtype == torch.bfloat16
     assert 3 < memory.bits_per_element < 3.2
 
 
