@@ -38,7 +38,8 @@ from suite_tables import SUITE_TABLES
 from quantcache.common.jsonfile import to_json, write_json
 from quantcache.common.sources import PACKAGED
 from quantcache.evaluation.record import read_record
-from quantcache.planning.records import Measurements, measurements_of, to_digest
+from quantcache.planning.digest import to_digest
+from quantcache.planning.records import Measurements, measurements_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"

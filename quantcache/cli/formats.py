@@ -84,7 +84,8 @@ def load_measurements(records: Sequence[Path] | None) -> Measurements:
     Raises:
         RecordError: A file is missing, damaged, or no record.
     """
-    from quantcache.planning.records import bundled_measurements, read_measurements
+    from quantcache.planning.digest import bundled_measurements
+    from quantcache.planning.records import read_measurements
 
     return bundled_measurements() + read_measurements(records or ())
 

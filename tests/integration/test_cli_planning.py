@@ -21,10 +21,10 @@ from quantcache.cli.formats import _table
 from quantcache.cli.recommend import _shown
 from quantcache.planning import table
 from quantcache.planning.demand import Demand
+from quantcache.planning.digest import bundled_measurements
 from quantcache.planning.formats import FORMAT_NAMES
 from quantcache.planning.geometry import load_config
 from quantcache.planning.recommend import model_sizes, recommend
-from quantcache.planning.records import bundled_measurements
 from tests.builders import eval_record
 from tests.helpers import Run
 

@@ -13,8 +13,9 @@ import pytest
 from benchmarks import tables
 from quantcache import data
 from quantcache.evaluation.record import RecordError, read_strict_json
-from quantcache.planning import records
-from quantcache.planning.records import bundled_measurements, measurements_of, read_measurements
+from quantcache.planning import digest, records
+from quantcache.planning.digest import bundled_measurements
+from quantcache.planning.records import measurements_of, read_measurements
 from tests.builders import eval_record
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -34,7 +35,7 @@ def test_digest_says_what_the_committed_records_say() -> None:
     """Each figure is found again in its record by hand."""
     found = bundled_measurements()
     content = read_strict_json(data.measurements_path())
-    assert records.to_digest(found) == content == tables.digest(ROOT)
+    assert digest.to_digest(found) == content == tables.digest(ROOT)
     raw = {path.name: json.loads(path.read_text("utf-8")) for path in RESULTS.rglob("*.json")}
     assert len(found.fidelity) > 60
     for figure in found.fidelity:
@@ -65,7 +66,7 @@ def test_own_records(path: Path) -> None:
         assert str(fidelity.origin) == "Abacus 9 (2 cores), commit 0123456789, mine.json"
         (speed,) = found.speed
         assert (speed.batch, speed.context, speed.decode_ms, speed.speedup) == (4, 1024, 2.0, 2.0)
-    assert records.from_digest(records.to_digest(found), "here") == found
+    assert digest.from_digest(digest.to_digest(found), "here") == found
 
 
 def test_folder_of_all_committed_records() -> None:
@@ -195,13 +196,13 @@ def test_any_value_may_be_of_another_kind(path: Path) -> None:
     ("content", "message"),
     [
         ([], "is not a digest of measurements"),
-        ({"format": records.DIGEST_FORMAT, "schema_version": 2}, "has schema version 2, this quantcache reads 1"),
-        ({"format": records.DIGEST_FORMAT, "schema_version": 1}, "is a damaged digest of measurements: 'origins'"),
+        ({"format": digest.DIGEST_FORMAT, "schema_version": 2}, "has schema version 2, this quantcache reads 1"),
+        ({"format": digest.DIGEST_FORMAT, "schema_version": 1}, "is a damaged digest of measurements: 'origins'"),
     ],
 )
 def test_damaged_digest(content: Any, message: str) -> None:
     with pytest.raises(RecordError, match=message):
-        records.from_digest(content, "here")
+        digest.from_digest(content, "here")
 
 
 def test_missing_records(tmp_path: Path) -> None:
@@ -223,4 +224,4 @@ def test_tables_check_notices_a_digest_of_other_records(tmp_path: Path, capsys: 
     assert "quantcache/data/measurements.json" in capsys.readouterr().err
     assert tables.main([], tmp_path) == 0
     written = read_strict_json(tmp_path / "quantcache" / "data" / "measurements.json")
-    assert records.from_digest(written, "here").models() == ["my/model"]
+    assert digest.from_digest(written, "here").models() == ["my/model"]
