@@ -58,6 +58,8 @@ def expected_quality(
 ) -> Quality:
     """What is known of a format on a model: measured on it, else predicted, else measured on others.
 
+    Only figures of a cache that keeps as many recent tokens as caches do by default count.
+
     Args:
         form: How the cache is stored.
         names: What the model is called; records of any of these names are of this model.
@@ -85,14 +87,17 @@ def expected_quality(
         if (figure := measurements.fidelity_of(form.method, name, RESIDUAL_LENGTH)) is not None
     ]
     agreement = min((figure.top1_agreement for figure in others), default=None)
+    residuals = sorted({each for name in names for each in measurements.residuals_of(form.method, name)})
+    # Figures at another residual are of another cache.
+    note = f"; measured on this model only at residual {', '.join(map(str, residuals))}" if residuals else ""
     if predicted is not None:
-        source = "Fisher cost of its widths, tied to short runs made while calibrating"
+        source = f"Fisher cost of its widths, tied to short runs made while calibrating{note}"
         return Quality(predicted, agreement, "predicted from its calibration", "medium", source, predicted)
     if others:
         worst = max(others, key=lambda found: found.kl_mean)
-        source = f"worst of {len(others)}: {describe(worst)}"
+        source = f"worst of {len(others)}: {describe(worst)}{note}"
         return Quality(worst.kl_mean, agreement, "measured on other models", "high", source, models=len(others))
-    return Quality(None, None, "nothing known", "unknown", "not measured")
+    return Quality(None, None, "nothing known", "unknown", note.removeprefix("; ") or "not measured")
 
 
 def describe(figure: Fidelity) -> str:

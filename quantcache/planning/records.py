@@ -131,23 +131,40 @@ class Measurements:
     def fidelity_of(
         self, method: str, model: str, residual: int | None = None, context: int | None = None
     ) -> Fidelity | None:
-        """The figure to go by: at the wanted residual if there is one, at the wanted or longest context, the newest.
+        """The figure to go by: at the wanted or longest context, the newest.
 
         Args:
             method: Name, such as ``spectral-3``.
             model: Name, as records have it.
-            residual: Recent tokens that the cache will keep.
+            residual: Recent tokens that the cache will keep: figures with another number of them are not taken. Any if
+                None.
             context: Tokens in a window, to compare with others; the longest if None or not measured.
 
         Returns:
             The figure; None if there is none.
         """
-        found = [f for f in self.fidelity if f.method == method and same_model(f.model, model)]
-        return max(
-            found,
-            key=lambda f: (f.residual in (residual, None), f.context == context, f.context, f.origin.created),
-            default=None,
-        )
+        found = [
+            figure
+            for figure in self._fidelity_at_any_residual(method, model)
+            if residual is None or figure.residual in (residual, None)
+        ]
+        return max(found, key=lambda f: (f.context == context, f.context, f.origin.created), default=None)
+
+    def residuals_of(self, method: str, model: str) -> list[int]:
+        """With how many recent tokens a method was measured.
+
+        Args:
+            method: Name, such as ``spectral-3``.
+            model: Name, as records have it.
+
+        Returns:
+            Every residual of a figure, in ascending order; without those where the method decides for itself.
+        """
+        found = self._fidelity_at_any_residual(method, model)
+        return sorted({figure.residual for figure in found if figure.residual is not None})
+
+    def _fidelity_at_any_residual(self, method: str, model: str) -> list[Fidelity]:
+        return [f for f in self.fidelity if f.method == method and same_model(f.model, model)]
 
     def speed_of(self, method: str, model: str) -> Speed | None:
         """The figure to go by: at batch 1, at the longest context, the newest.
@@ -189,14 +206,20 @@ def read_measurements(paths: Iterable[Path]) -> Measurements:
         Their figures.
 
     Raises:
-        RecordError: A file is missing, damaged, or no record.
+        RecordError: A file is missing, damaged, or no record, or a file that was named has only figures that cannot be
+            compared with others.
     """
     found = Measurements()
     for path in paths:
         if not path.exists():
             raise RecordError(f"no records found at {path}")
         if path.is_file():
-            found += measurements_of(read_strict_json(path), path)
+            content = read_strict_json(path)
+            own = measurements_of(content, path)
+            reasons = [] if own != Measurements() or content["suite"] != "eval" else _reasons_left_out(content)
+            if reasons:
+                raise RecordError(f"{path}: its figures cannot be compared with others: they are of {reasons[0]}")
+            found += own
             continue
         for file in sorted(path.rglob("*.json")):
             content = read_strict_json(file)
@@ -213,7 +236,8 @@ def measurements_of(content: Any, path: Path) -> Measurements:
         path: Its file, for messages and for saying where figures are from.
 
     Returns:
-        Its figures; methods that could not be measured are left out.
+        Its figures; those of methods that could not be measured, of quantized weights, of overlapping windows and of an
+        equal exact tail are left out.
 
     Raises:
         RecordError: The data are not a record, or its figures are not as its suite writes them.
@@ -233,14 +257,19 @@ def measurements_of(content: Any, path: Path) -> Measurements:
                 parts = list(_benchmark_parts(record))
             case _:
                 model, dtype = content["model"], content["dtype"]
-                parts = [(part["context"], part["methods"]) for part in record.metrics.get("fidelity", [])]
+                parts = [
+                    (part["context"], part["methods"])
+                    for part in record.metrics.get("fidelity", [])
+                    if _special(part, content.get("weights")) is None
+                ]
         fidelity = [
             _fidelity(name, entry, model, dtype, context, origin)
             for context, entries in parts
             for name, entry in entries.items()
             if entry["status"] == "ok"
         ]
-        speed = _eval_speed(record, model, origin) if record.suite == "eval" else []
+        plain_speed = record.suite == "eval" and content.get("weights") is None
+        speed = _eval_speed(record, model, origin) if plain_speed else []
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise RecordError(f"{path} is not what the suite {record.suite!r} writes: {reason}") from error
@@ -252,12 +281,28 @@ def _hardware(environment: dict[str, Any]) -> str:
     return str(gpus[0]["name"]) if gpus else f"{cpu['name']} ({cpu['cores']} cores)"
 
 
+def _special(part: dict[str, Any], weights: str | None) -> str | None:
+    """What makes figures of a part incomparable with those of others; None if nothing does."""
+    if weights is not None:
+        return f"weights in {weights}"
+    if part.get("stride") is not None:
+        return f"windows that overlap (stride {part['stride']})"
+    return None if part.get("tail") is None else f"an equal exact tail ({part['tail']} tokens)"
+
+
+def _reasons_left_out(content: dict[str, Any]) -> list[str]:
+    """What makes figures of an ``eval`` record incomparable, part by part."""
+    weights = content.get("weights")
+    parts = content["metrics"].get("fidelity", [{}])
+    return [reason for part in parts if (reason := _special(part, weights)) is not None]
+
+
 def _benchmark_parts(record: Record) -> Iterable[tuple[int, dict[str, Any]]]:
     """(context, methods) of the parts of a benchmark record that differ in nothing but context and residual."""
     described = record.settings.get("parts", {})
     for name, entries in record.metrics.items():
         part = described.get(name, {"context": record.settings["context"], "residual": 0})
-        plain = part.get("stride") is None and part.get("weights") is None and part["residual"] is not None
+        plain = _special(part, part.get("weights")) is None and part["residual"] is not None
         if plain and name.startswith(("residual_", "context_")):
             yield part["context"], entries
 

@@ -213,6 +213,13 @@ def test_basis_and_risk() -> None:
     assert other.source.startswith("worst of 4: my/model in bfloat16, windows of 512")
     nothing = quality.expected_quality(form, ["another"], 512, Measurements())
     assert (nothing.kl, nothing.basis, nothing.risk) == (None, "nothing known", "unknown")
+    record["metrics"]["fidelity"][0]["methods"]["spectral-3"]["residual_length"] = 256
+    wider = quality.expected_quality(form, ["my/model"], 512, measurements_of(record, Path("mine.json")))
+    assert (wider.kl, wider.basis, wider.source) == (
+        None,
+        "nothing known",
+        "measured on this model only at residual 256",
+    )
     dense = quality.expected_quality(parse_format(DENSE), ["another"], 512, Measurements())
     assert (dense.kl, dense.risk) == (0.0, "none")
 

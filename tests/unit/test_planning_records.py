@@ -95,6 +95,37 @@ def test_the_figure_to_go_by(path: Path) -> None:
     assert (measurements_of(newer, path) + found).fidelity_of("spectral-3", "my/model", 64).kl_mean == 0.4
 
 
+def test_figures_at_another_residual_are_not_taken(path: Path) -> None:
+    """A cache that keeps more recent tokens does better: its figure stood for the default one."""
+    record = eval_record()
+    record["metrics"]["fidelity"][0]["methods"]["spectral-3"]["residual_length"] = 256
+    found = measurements_of(record, path)
+    assert found.fidelity_of("spectral-3", "my/model", 64) is None
+    assert found.fidelity_of("spectral-3", "my/model").residual == 256
+    assert (found.residuals_of("spectral-3", "my/model"), found.residuals_of("fp8", "my/model")) == ([256], [])
+
+
+@pytest.mark.parametrize(
+    ("record", "part", "reason"),
+    [
+        ({"weights": "quanto-int4"}, {}, "weights in quanto-int4"),
+        ({}, {"stride": 128}, r"windows that overlap \(stride 128\)"),
+        ({}, {"tail": 64}, r"an equal exact tail \(64 tokens\)"),
+    ],
+)
+def test_figures_that_cannot_be_compared(path: Path, record: dict[str, Any], part: dict[str, Any], reason: str) -> None:
+    """They counted as those of the plain model on windows that do not overlap."""
+    content = eval_record(**record)
+    content["metrics"]["fidelity"][0] |= part
+    found = measurements_of(content, path)
+    assert (found.fidelity, len(found.speed)) == ([], 0 if record else 1)
+    del content["metrics"]["speed"]
+    path.write_text(json.dumps(content), "utf-8")
+    assert read_measurements([path.parent]) == records.Measurements()
+    with pytest.raises(RecordError, match=f"cannot be compared with others: they are of {reason}"):
+        read_measurements([path])
+
+
 def test_formats_are_compared_at_one_context() -> None:
     """Each stood at the longest that it was measured at, and lost to others for that alone."""
     found = bundled_measurements()
