@@ -225,9 +225,10 @@ def describe_failure(error: Exception) -> str:
     """
     lines = str(error).strip().splitlines()
     message = " ".join(lines[0].split())[:200] if lines else ""
+    kind = type(error).__name__
     memory = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error).lower() for words in memory):
         return "out of memory"
     if isinstance(error, QuantCacheError | NotImplementedError | ImportError):
-        return f"unsupported: {message}"
-    return f"failed: {type(error).__name__}: {message}"
+        return f"unsupported: {message or kind}"
+    return f"failed: {kind}: {message}" if message else f"failed: {kind}"

@@ -25,7 +25,8 @@ from quantcache.common import compat
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import cut_windows
-from quantcache.evaluation.methods import Method, MethodUnavailable, parse_methods
+from quantcache.evaluation.cells import describe_failure
+from quantcache.evaluation.methods import Method, parse_methods
 
 
 @dataclass(frozen=True)
@@ -345,12 +346,8 @@ def recorded(failed: dict[str, str], name: str) -> Iterator[None]:
     """
     try:
         yield
-    except MethodUnavailable as error:
-        failed[name] = f"unsupported: {error}"
-    except (MemoryError, torch.OutOfMemoryError):
-        failed[name] = "out of memory"
-    except (RuntimeError, ValueError, NotImplementedError, QuantCacheError) as error:
-        failed[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+    except Exception as error:  # whatever a rival's cache raises is a result about that cache
+        failed[name] = describe_failure(error)
 
 
 def log_probabilities(model: PreTrainedModel, ids: Tensor, cache: Any, parts: int = 1) -> Tensor:

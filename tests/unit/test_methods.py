@@ -418,14 +418,18 @@ def test_failures_keep_their_place(model: PreTrainedModel, tokens: Tensor) -> No
 
         return make
 
-    errors = {"a": RuntimeError("broken\nmore"), "b": MemoryError(), "c": MethodUnavailable("no layer")}
-    methods = [Method(name, "rival", True, fail(error)) for name, error in errors.items()]
+    errors = {
+        RuntimeError("broken\nmore"): "failed: RuntimeError: broken",
+        MemoryError(): "out of memory",
+        MethodUnavailable("no layer"): "unsupported: no layer",
+        RuntimeError(""): "failed: RuntimeError",
+        AssertionError("shapes"): "failed: AssertionError: shapes",
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"): "out of memory",
+        NotImplementedError("no crop"): "unsupported: no crop",
+    }
+    methods = [Method(str(place), "rival", True, fail(error)) for place, error in enumerate(errors)]
     results = fidelity.measure_fidelity(model, tokens[:256], methods, context=256)
-    assert [r.status for r in results.values()] == [
-        "failed: RuntimeError: broken",
-        "out of memory",
-        "unsupported: no layer",
-    ]
+    assert [r.status for r in results.values()] == list(errors.values())
 
 
 # ---------------------------------------------------------------------- whole caches
