@@ -10,16 +10,14 @@ from quantcache.accounting.tiles import in_tiles
 from quantcache.artifact.calibration import Calibration
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, CodecSettings
-from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.evaluation.methods import SCHEMES, Scheme
+from quantcache.evaluation.methods import Scheme
+from quantcache.evaluation.methods.base import Layout
+from quantcache.evaluation.methods.registry import split_name
 from quantcache.planning.geometry import Geometry
 
-DENSE = "bf16"
-"""What is called ``dense`` where methods are measured: keys and values as the model makes them."""
-
 FORMAT_NAMES = (
-    DENSE,
+    "dense",
     "fp8",
     "int8-token",
     *("q8_0", "q4_0", "int4-token-head"),
@@ -30,34 +28,28 @@ FORMAT_NAMES = (
 )
 """The formats that tables list. Other numbers of bits can be named where a family takes them."""
 
+BY_OTHER_NAMES = {"bf16": "dense"}
+"""What formats were called in earlier versions."""
+
 
 @dataclass(frozen=True)
 class Format:
     """One way of keeping keys and values.
 
     Attributes:
-        name: Its name, that of the method in measurements except for ``bf16``.
-        stem: The family's name.
+        name: Its name, that of the method in measurements.
         bits: Its number: of bits, of KVarN the tokens of a tile; 0 where the family has one setting only.
         scheme: What is known of the family.
     """
 
     name: str
-    stem: str
     bits: float
     scheme: Scheme
 
     @property
-    def method(self) -> str:
-        """Its name in measurements."""
-        return "dense" if self.name == DENSE else self.name
-
-    @property
-    def kind(self) -> str:
-        """How caches of this format store: ``dense``, ``spectral``, ``quantized`` (by transformers), ``simulated``."""
-        if self.scheme.simulated:
-            return "simulated"
-        return {"dense": "dense", "spectral": "spectral"}.get(self.stem, "quantized")
+    def layout(self) -> Layout:
+        """How a cache of this format stores tokens."""
+        return self.scheme.layout
 
     @property
     def blocks_at_once(self) -> int:
@@ -74,31 +66,22 @@ def parse_format(name: str) -> Format:
     """Find a format.
 
     Args:
-        name: Its name, such as ``spectral-3`` or ``bf16``.
+        name: Its name, such as ``spectral-3`` or ``dense``, for which ``bf16`` may be said.
 
     Returns:
         The format.
 
     Raises:
-        QuantCacheError: The name is unknown.
+        QuantCacheError: The name is unknown, or its number out of range.
     """
-    stem, _, number = name.rpartition("-")
-    plain = "dense" if name == DENSE else name
-    if plain in SCHEMES and not SCHEMES[plain].parameter and name not in ("dense", "floor"):
-        return Format(name, plain, 0.0, SCHEMES[plain])
-    scheme = SCHEMES.get(stem)
-    try:
-        bits = float(number)
-    except ValueError:
-        scheme = None
-    if scheme is None or scheme.parameter not in ("B", "T") or scheme.needs == "statistics":
+    name = BY_OTHER_NAMES.get(name, name)
+    found = split_name(name)
+    if found is None or found[0].family == "floor" or found[0].needs == "statistics":
         raise QuantCacheError(f"unknown format {name!r}: known are {', '.join(FORMAT_NAMES)}")
-    low, high = scheme.limits
-    if not (low <= bits <= high if scheme.numbers is None else bits in scheme.numbers):
-        allowed = f"{low} to {high}" if scheme.numbers is None else ", ".join(map(str, scheme.numbers))
-        what = "the tile" if scheme.parameter == "T" else "bits"
-        raise QuantCacheError(f"format {name}: {what} must be {allowed}, got {number}")
-    return Format(name, stem, bits, scheme)
+    scheme, number = found
+    if scheme.parameter:
+        scheme.check(number)
+    return Format(name, number, scheme)
 
 
 def list_formats() -> list[Format]:
@@ -121,9 +104,9 @@ def bits_per_element(form: Format, geometry: Geometry) -> float:
     Raises:
         UnsupportedModel: The format cannot hold this model's cache.
     """
-    if form.kind == "quantized":
+    if form.layout == "quantized":
         require_full_attention(form, geometry)
-    if form.kind in ("dense", "quantized"):
+    if form.layout in ("dense", "quantized"):
         keys, values = ([getattr(layer, side) for layer in geometry.layers] for side in SIDES)
         elements = sum(side.elements for side in (*keys, *values))
         bits = sum(side.elements * form.scheme.bits(form.bits, "key", side.dim) for side in keys)
@@ -142,7 +125,7 @@ def coded_layers(
     """The layers of a cache that stores blocks in a format.
 
     Args:
-        form: A format of the kinds ``spectral`` and ``simulated``.
+        form: A format of the layouts ``spectral`` and ``blocks``.
         geometry: The model's cache.
         calibration: For ours: the model's calibration, whose allocation then says what codes take. Without it, codes
             take what a joint budget leaves after rounding to whole groups of coefficients.
@@ -151,9 +134,9 @@ def coded_layers(
     Returns:
         All layers, those that are not compressed as they are.
     """
-    if form.kind == "simulated":
+    if form.layout == "blocks":
         return tuple(
-            replace(layer, key=_simulated(form, "key", layer.key), value=_simulated(form, "value", layer.value))
+            replace(layer, key=_stated(form, "key", layer.key), value=_stated(form, "value", layer.value))
             if layer.blocks
             else layer
             for layer in geometry.layers
@@ -181,7 +164,7 @@ def require_full_attention(form: Format, geometry: Geometry) -> None:
     """Refuse models that transformers' quantized cache does not take.
 
     Args:
-        form: A format of the kind ``quantized``.
+        form: A format of the layout ``quantized``.
         geometry: The model's cache.
 
     Raises:
@@ -200,10 +183,8 @@ def missing_package(form: Format) -> str | None:
     Returns:
         A clause; None if it can.
     """
-    if form.kind == "simulated":
-        return "no packed implementation"
-    return compat.missing_quantizer(form.stem) if form.stem in ("quanto", "hqq") else None
+    return form.scheme.unsupported() if form.runs else "no packed implementation"
 
 
-def _simulated(form: Format, side: str, size: SideSize) -> SideSize:
+def _stated(form: Format, side: str, size: SideSize) -> SideSize:
     return replace(size, code_bits=size.elements * form.scheme.bits(form.bits, side, size.dim))

@@ -49,7 +49,7 @@ def estimate_memory(
 ) -> CacheMemory:
     """Bytes that a cache will hold, from the model's config alone.
 
-    Exactly what ``SpectralCache.memory()`` will say, shared constants and recurrent states apart, and for ``bf16``
+    Exactly what ``SpectralCache.memory()`` will say, shared constants and recurrent states apart, and for ``dense``
     what a DynamicCache will hold; sliding-window layers are counted as they are. The codes of ours are exact where
     the dimension of every head is a multiple of the codec's group size, or the calibration is given. transformers'
     quantized caches (quanto, hqq, fp8) are counted after one update, everything coded; of simulated formats it is the
@@ -57,7 +57,7 @@ def estimate_memory(
 
     Args:
         config: The model's config, or what :func:`quantcache.planning.load_config` takes.
-        format: Name of the format: ``bf16``, ``spectral-3``, ``quanto-4`` and so on.
+        format: Name of the format: ``dense``, ``spectral-3``, ``quanto-4`` and so on.
         tokens: T, for rows without left padding.
         batch: B, rows of the batch.
         calibration: The model's calibration, for ours; its allocation then says what codes take.
@@ -131,9 +131,9 @@ def cache_memory(
     Raises:
         UnsupportedModel: The format cannot hold this model's cache.
     """
-    if form.kind == "dense":
+    if form.layout == "dense":
         return predict_layers(geometry.dense(), tokens, batch=batch, element_bytes=element_bytes)
-    if form.kind == "quantized":
+    if form.layout == "quantized":
         require_full_attention(form, geometry)
         recent = 0 if prefill is None or not form.bits else (tokens - prefill) % max(1, residual_length)
         return predict_quantized(
@@ -155,7 +155,7 @@ def cache_memory(
         sink_length=sink_length,
         residual_length=residual_length,
         element_bytes=element_bytes,
-        room=capacity(blocks, first) if form.kind == "spectral" else None,
+        room=capacity(blocks, first) if form.layout == "spectral" else None,
         tail_room=tail_capacity(tokens, prefilled, sink_length, residual_length, form.blocks_at_once),
         blocks_at_once=form.blocks_at_once,
     )
@@ -181,9 +181,9 @@ def largest_cache(
         Bytes, the states of recurrent layers included.
     """
     states = batch * geometry.state_bytes
-    if form.kind == "dense":
+    if form.layout == "dense":
         return states + cache_memory(form, geometry, tokens, batch).total
-    if form.kind == "quantized":
+    if form.layout == "quantized":
         require_full_attention(form, geometry)
         recent = min(tokens, QUANTIZED_RESIDUAL - 1) if form.bits else 0
         group = GROUP if form.bits else None
@@ -211,7 +211,7 @@ def constants_bytes(form: Format, geometry: Geometry, calibration: Calibration |
     Returns:
         Bytes; 0 for formats other than ours.
     """
-    if form.kind != "spectral":
+    if form.layout != "spectral":
         return 0
     layers = [layer for layer in coded_layers(form, geometry, calibration) if layer.blocks]
     sides = [side for layer in layers for side in (layer.key, layer.value) if side.code_bits is not None]
@@ -279,13 +279,13 @@ def estimate_activations(
         for each in geometry.layers
         if each.window is not None
     ]
-    windows = max(left, default=0) if form.kind in ("spectral", "simulated") else sum(left)
+    windows = max(left, default=0) if form.layout in ("spectral", "blocks") else sum(left)
     return Activations(
         layer=2 * batch * chunk * (3 * hidden + max(2 * queries + new, 3 * _mlp_width(text))),
         logits=6 * batch * text.vocab_size,
         mask=batch * chunk * tokens if masked else 0,
         reading=_reading(form, geometry, tokens, batch, heads if masked else 0)
-        + (8 * batch * chunk * queries + 16 * tile if form.kind in ("spectral", "simulated") else 0),
+        + (8 * batch * chunk * queries + 16 * tile if form.layout in ("spectral", "blocks") else 0),
         windows=windows,
     )
 
@@ -295,13 +295,13 @@ def _reading(form: Format, geometry: Geometry, tokens: int, batch: int, heads: i
     layer = max((each for each in geometry.layers if each.blocks), key=lambda each: each.elements, default=None)
     if layer is None:
         return 0
-    if form.kind in ("spectral", "simulated"):
+    if form.layout in ("spectral", "blocks"):
         share = layer.elements / geometry.elements
         return round(share * largest_cache(form, geometry, tokens, batch))
     larger = max(layer.key.elements, layer.value.elements)
     grouped = heads > layer.key.heads
     repeated = 2 * heads * (layer.key.dim + layer.value.dim) if grouped else 0
-    if form.kind == "dense":
+    if form.layout == "dense":
         return batch * tokens * max(2 * larger, repeated)
     floats = 0 if form.bits else 8 * larger
     return batch * tokens * (2 * layer.elements + max(2 * layer.elements, repeated) + floats)

@@ -70,11 +70,11 @@ def expected_quality(
     Returns:
         The expectation.
     """
-    if form.kind == "dense":
+    if form.layout == "dense":
         return Quality(0.0, 1.0, "reference", "none", "what the others are compared with")
     names = list(names)
-    predicted = predict_kl_at(calibration, form.bits) if form.kind == "spectral" and calibration is not None else None
-    own = [figure for name in names if (figure := measurements.fidelity_of(form.method, name, RESIDUAL_LENGTH))]
+    predicted = predict_kl_at(calibration, form.bits) if form.layout == "spectral" and calibration is not None else None
+    own = [figure for name in names if (figure := measurements.fidelity_of(form.name, name, RESIDUAL_LENGTH))]
     if own:
         figure = max(own, key=lambda found: (found.context, found.origin.created))
         risk: Risk = "low" if figure.context >= context else "medium"
@@ -84,10 +84,10 @@ def expected_quality(
     others = [
         figure
         for name in measurements.models()
-        if (figure := measurements.fidelity_of(form.method, name, RESIDUAL_LENGTH)) is not None
+        if (figure := measurements.fidelity_of(form.name, name, RESIDUAL_LENGTH)) is not None
     ]
     agreement = min((figure.top1_agreement for figure in others), default=None)
-    residuals = sorted({each for name in names for each in measurements.residuals_of(form.method, name)})
+    residuals = sorted({each for name in names for each in measurements.residuals_of(form.name, name)})
     # Figures at another residual are of another cache.
     note = f"; measured on this model only at residual {', '.join(map(str, residuals))}" if residuals else ""
     if predicted is not None:

@@ -101,7 +101,7 @@ def recommend(
     candidates: list[Candidate] = []
     refused: dict[str, str] = {}
     for form in list_formats():
-        if form.kind == "spectral" and form.bits < least:
+        if form.layout == "spectral" and form.bits < least:
             refused[form.name] = f"{form.name}: the calibration gives no coefficient less than {least} bits"
             continue
         quality = expected_quality(form, names, demand.context, measurements, calibration)
@@ -226,7 +226,7 @@ def _reason(
     wanted = f"{demand.context:,} tokens in {demand.batch} row{'s' * (demand.batch > 1)}"
     if best is not None:
         total = f"weights, cache and activations take {show(best.total_bytes)} of {show(demand.memory)} for {wanted}"
-        if best.format == "bf16":
+        if best.quality.basis == "reference":
             return f"nothing needs compressing: {total}"
         kl = best.quality.kl
         if kl is None:

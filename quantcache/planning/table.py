@@ -12,7 +12,7 @@ from typing import Any
 
 from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.planning.formats import bits_per_element, list_formats, missing_package
+from quantcache.planning.formats import BY_OTHER_NAMES, bits_per_element, list_formats, missing_package
 from quantcache.planning.geometry import Geometry
 from quantcache.planning.records import Fidelity, Measurements, Speed
 
@@ -94,12 +94,12 @@ def rows(geometry: Geometry, model: str, measurements: Measurements) -> list[Row
                 format=form.name,
                 description=form.scheme.description,
                 source=form.scheme.source,
-                simulated=form.kind == "simulated",
+                simulated=form.scheme.simulated,
                 obstacle=obstacle,
                 bits_per_element=bits,
                 bytes_per_token=None if bits is None else bits * geometry.elements / 8,
-                fidelity=measurements.fidelity_of(form.method, model, RESIDUAL_LENGTH, context),
-                speed=measurements.speed_of(form.method, model),
+                fidelity=measurements.fidelity_of(form.name, model, RESIDUAL_LENGTH, context),
+                speed=measurements.speed_of(form.name, model),
             )
         )
     return found
@@ -142,7 +142,8 @@ def _compared(found: Sequence[Row], text: str) -> list[Row]:
 
 
 def _named(found: Sequence[Row], text: str, known: Sequence[Row]) -> list[Row]:
-    patterns = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    patterns = [BY_OTHER_NAMES.get(part, part) for part in parts]
     for pattern in patterns or [text]:
         if not any(fnmatch.fnmatchcase(row.format, pattern) for row in known):
             names = ", ".join(row.format for row in known)

@@ -46,7 +46,7 @@ def commands(form: Format, model: str, calibration: str | None) -> list[str]:
     Returns:
         Shell commands; none for formats that quantcache has no command for.
     """
-    if form.kind != "spectral":
+    if form.layout != "spectral":
         return []
     name = shlex.quote(model)
     found = []
@@ -90,7 +90,7 @@ def python_lines(
     extra, loading = _LOADING.get(weights, ("", ""))
     ours: list[str] = []
     cache = ""
-    if form.kind == "spectral":
+    if form.layout == "spectral":
         if calibration is None and model in bundled_calibrations():
             ours.append("from quantcache import Calibration, SpectralCache")
             source = f'Calibration.for_model("{model}")'
@@ -99,10 +99,10 @@ def python_lines(
             ours.append("from quantcache import SpectralCache")
             source = repr(calibration or "calibration/")
             cache = f"cache = SpectralCache.from_pretrained({source}, config=model.config, bits={form.bits:g})"
-    elif form.kind == "quantized":
+    elif form.layout == "quantized":
         names.append("QuantizedCache")
-        options = {"nbits": int(form.bits), **OPTIONS[form.stem]} if form.bits else {}
-        arguments = [repr(form.stem), "model.config", *(f"{name}={value}" for name, value in options.items())]
+        options = {"nbits": int(form.bits), **OPTIONS[form.scheme.stem]} if form.bits else {}
+        arguments = [repr(form.scheme.stem), "model.config", *(f"{name}={value}" for name, value in options.items())]
         cache = f"cache = QuantizedCache({', '.join(arguments)})"
     if loading:
         names.append(loading.partition("(")[0])
@@ -113,7 +113,7 @@ def python_lines(
     lines += ["", *ours] if ours else []
     comment = f"  # {_CHECKPOINTS[weights]}" if weights in _CHECKPOINTS else ""
     load = ["name", 'dtype="bfloat16"']
-    load += ['attn_implementation="spectral"'] * (form.kind == "spectral")
+    load += ['attn_implementation="spectral"'] * (form.layout == "spectral")
     load += [f"quantization_config={loading}"] * bool(loading)
     keep = "past_key_values=cache, " if cache else ""
     lines += [

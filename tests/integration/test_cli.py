@@ -139,7 +139,7 @@ def test_inspect_counts_sliding_windows(run: Run, name: str, tmp_path: Path) -> 
     found = json.loads(out)
     expected = estimate_memory(config, "spectral-3", 8192, calibration=calibration)
     assert found["memory"] == expected.to_dict()
-    assert found["bytes_per_token_bfloat16"] * 8192 == estimate_memory(config, "bf16", 8192).total
+    assert found["bytes_per_token_bfloat16"] * 8192 == estimate_memory(config, "dense", 8192).total
     windows = (getattr(config, "layer_types", None) or []).count("sliding_attention")
     assert found["sliding_window_layers"] == windows
     status, out, _ = run("inspect", tmp_path)

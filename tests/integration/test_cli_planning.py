@@ -176,8 +176,8 @@ def test_lines_and_commands_run(
     state = runpy.run_path(str(tmp_path / "lines.py"))
     printed = capsys.readouterr().out
     assert printed.startswith("The city of Leiden")
-    assert ("cache" in state) == (found["best"] != "bf16")
-    if found["best"] != "bf16":
+    assert ("cache" in state) == (found["best"] != "dense")
+    if found["best"] != "dense":
         assert f"bits={found['best'].rpartition('-')[2]}" in found["python"]
         assert state["cache"].get_seq_length() > 8
     for command in found["commands"]:

@@ -40,6 +40,7 @@ from quantcache.evaluation.methods.registry import find_scheme
 from quantcache.evaluation.methods.turboquant import TurboQuantCodec, TurboQuantQJLCodec
 from quantcache.planning import formats
 from quantcache.planning.geometry import read_geometry
+from quantcache.planning.memory import cache_memory
 
 DIM = 64
 CONFIG = llama_config(head_dim=DIM, layers=2, kv_heads=2)
@@ -535,6 +536,16 @@ def test_a_method_of_ones_own_is_measured_and_sized_at_its_own_bits() -> None:
     assert measure(cache).bits_per_element == 5.0
     form = formats.parse_format("toy")
     assert formats.bits_per_element(form, read_geometry(CONFIG)) == 5.0
+
+
+@pytest.mark.usefixtures("restored_schemes")
+def test_a_packed_method_of_ones_own_is_sized_as_blocks() -> None:
+    """It was sized as transformers' quantized cache, with that one's groups and residual."""
+    register(toy())
+    register(toy(stem="packed", simulated=False))
+    known = read_geometry(CONFIG)
+    sizes = [cache_memory(formats.parse_format(name), known, 500) for name in ("toy", "packed")]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("bits", [None, 0.0, math.nan, math.inf, "5"])

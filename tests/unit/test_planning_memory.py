@@ -126,10 +126,10 @@ def test_dense_sides_of_a_calibration_are_counted() -> None:
     assert estimate_memory(config, "spectral-2", 900, calibration=calibration) == held(cache)
 
 
-@pytest.mark.parametrize("form", [f for f in formats.list_formats() if f.kind == "simulated"], ids=lambda f: f.name)
+@pytest.mark.parametrize("form", [f for f in formats.list_formats() if f.scheme.simulated], ids=lambda f: f.name)
 def test_simulated_formats_are_counted_as_measured(form: formats.Format) -> None:
     config = llama_config(64)
-    (method,) = parse_methods([form.method], config, None)
+    (method,) = parse_methods([form.name], config, None)
     cache = method.make_cache()
     fill(cache, 700, 2, [(2, 64)] * 2, torch.bfloat16)
     assert estimate_memory(config, form.name, 700, 2) == held(cache)
@@ -159,19 +159,19 @@ def test_sizes_are_those_of_the_committed_measurements() -> None:
     for form in formats.list_formats():
         if form.name == "fp8" and not compat.HAS_FP8_CACHE:
             continue  # the record has transformers' own
-        if form.method not in entries:
-            assert form.stem.startswith(YOUNGER), form.name
+        if form.name not in entries:
+            assert form.scheme.stem.startswith(YOUNGER), form.name
             continue
-        entry = entries[form.method]
-        found = cache_memory(form, known, tokens, element_bytes=4, **feeding.get(form.kind, {}))
+        entry = entries[form.name]
+        found = cache_memory(form, known, tokens, element_bytes=4, **feeding.get(form.layout, {}))
         # Of a simulated rival only the places of blocks are counted with the room that they have grown to.
         blocks = num_blocks(tokens, settings["sinks"], 64, form.blocks_at_once)
-        grown = PLACE_BYTES * len(known.layers) * (capacity(blocks, 0) - blocks) if form.kind == "simulated" else 0
+        grown = PLACE_BYTES * len(known.layers) * (capacity(blocks, 0) - blocks) if form.scheme.simulated else 0
         # Chunks, unlike single tokens, leave tails without any.
-        spare = tail_spare * 4 * sum(layer.elements for layer in known.layers) if form.kind == "spectral" else 0
+        spare = tail_spare * 4 * sum(layer.elements for layer in known.layers) if form.layout == "spectral" else 0
         assert found.total + grown - spare == entry["cache_bytes"], form.name
         bits = formats.bits_per_element(form, known)
-        assert form.kind == "dense" or bits == pytest.approx(entry["bits_per_element"], abs=1e-3), form.name
+        assert form.layout == "dense" or bits == pytest.approx(entry["bits_per_element"], abs=1e-3), form.name
 
 
 @pytest.mark.parametrize("name", formats.FORMAT_NAMES)
@@ -179,7 +179,7 @@ def test_sizes_are_those_of_the_committed_measurements() -> None:
 def test_the_bound_holds_at_every_length(name: str, family: str) -> None:
     """Whatever the first update brought, the cache never exceeds the bound, which never decreases."""
     form, known = formats.parse_format(name), geometry.read_geometry(shared_model(BY_NAME[family]).config)
-    if form.kind == "quantized" and family == "gemma2":
+    if form.layout == "quantized" and family == "gemma2":
         with pytest.raises(UnsupportedModel, match="transformers' quantized cache supports only full-attention models"):
             largest_cache(form, known, 100, 1)
         return
@@ -200,15 +200,15 @@ def test_largest_capacity(growth: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("spectral-9", 10), "format spectral-9: bits must be 0 to 8, got 9"),
-        (("kivi-9", 10), "format kivi-9: bits must be 1, 2, 3, 4, 5, 6, 7, 8, got 9"),
-        (("quanto-3", 10), "format quanto-3: bits must be 2, 4, got 3"),
-        (("zip", 10), "unknown format 'zip': known are bf16, fp8"),
-        (("pca-3", 10), "unknown format 'pca-3': known are bf16, fp8"),
-        (("spectral-nan", 10), "bits must be 0 to 8, got nan"),
-        (("bf16", -5), "tokens must be a whole number from 1 up, got -5"),
-        (("bf16", 10, 0), "batch must be a whole number from 1 up, got 0"),
-        (("bf16", 10.5), "tokens must be a whole number from 1 up, got 10.5"),
+        (("spectral-9", 10), "spectral-9: bits must lie between 0 and 8, got 9"),
+        (("kivi-9", 10), "kivi-9: bits must be a whole number from 1 to 8, got 9"),
+        (("quanto-3", 10), "quanto-3: bits must be one of 2, 4, got 3"),
+        (("zip", 10), "unknown format 'zip': known are dense, fp8"),
+        (("pca-3", 10), "unknown format 'pca-3': known are dense, fp8"),
+        (("spectral-nan", 10), "bits must lie between 0 and 8, got nan"),
+        (("dense", -5), "tokens must be a whole number from 1 up, got -5"),
+        (("dense", 10, 0), "batch must be a whole number from 1 up, got 0"),
+        (("dense", 10.5), "tokens must be a whole number from 1 up, got 10.5"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], message: str) -> None:
@@ -220,8 +220,9 @@ def test_bad_arguments(arguments: tuple[Any, ...], message: str) -> None:
 def test_estimate_memory_is_public() -> None:
     assert quantcache.estimate_memory is estimate_memory
     with pytest.raises(QuantCacheError, match="prefill must lie between 1 and tokens"):
-        quantcache.estimate_memory("wiki11m", "bf16", 10, prefill=11)
-    by_name = quantcache.estimate_memory("wiki11m", "bf16", 100)
+        quantcache.estimate_memory("wiki11m", "dense", 10, prefill=11)
+    by_name = quantcache.estimate_memory("wiki11m", "dense", 100)
+    assert by_name == quantcache.estimate_memory("wiki11m", "bf16", 100)
     assert by_name.total == 100 * 6 * 2 * 2 * 64 * 2
 
 

@@ -17,7 +17,7 @@ from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.planning import quality, table, usage
 from quantcache.planning.demand import Demand, Recommendation
 from quantcache.planning.digest import bundled_measurements
-from quantcache.planning.formats import DENSE, list_formats, parse_format
+from quantcache.planning.formats import list_formats, parse_format
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
 from quantcache.planning.memory import estimate_activations, estimate_memory
 from quantcache.planning.recommend import ModelSizes, longest, model_sizes, recommend
@@ -64,7 +64,7 @@ def test_weights_and_cache_of_eight_billion_parameters() -> None:
     """Sizes that everybody knows: 8.03 billion parameters, and 128 KiB of cache a token in 16 bits."""
     found = plan(Demand(10**12, 131_072, 4), "llama")
     assert found.weights_bytes == 2 * 8_030_261_248
-    dense = found.candidate(DENSE)
+    dense = found.candidate("dense")
     assert dense.cache_bytes == dense.cache_bytes_largest == 4 * 131_072 * 128 * 1024
     ours = found.candidate("spectral-3")
     assert ours.cache_bytes == estimate_memory(eight_billion(), "spectral-3", 131_072, 4).total
@@ -72,7 +72,7 @@ def test_weights_and_cache_of_eight_billion_parameters() -> None:
     assert 1.05 * ours.cache_bytes < tiled < 1.1 * ours.cache_bytes
     assert ours.cache_bytes <= ours.cache_bytes_largest <= 1.07 * tiled
     assert ours.bits_per_element == 3 + 8 / 128
-    assert found.best == DENSE
+    assert found.best == "dense"
     assert found.reason.startswith("nothing needs compressing")
     for each in found.candidates:
         parts = (each.cache_bytes_largest, each.constants_bytes, each.activation_bytes, found.weights_bytes)
@@ -94,10 +94,10 @@ def test_more_memory_never_gives_a_worse_divergence() -> None:
         assert best.quality.kl <= last
         last = best.quality.kl
         seen.add(found.best)
-    assert {"spectral-2", "spectral-2.5", "spectral-3", "spectral-4", DENSE} <= seen
+    assert {"spectral-2", "spectral-2.5", "spectral-3", "spectral-4", "dense"} <= seen
 
 
-@pytest.mark.parametrize("name", [DENSE, "quanto-4", "kivi-3", "spectral-3"])
+@pytest.mark.parametrize("name", ["dense", "quanto-4", "kivi-3", "spectral-3"])
 def test_the_longest_context_is_the_longest(name: str) -> None:
     memory = 60_000_000
     reach = plan(Demand(memory, CONTEXT)).candidate(name).max_context
@@ -112,14 +112,14 @@ def test_longest() -> None:
     assert longest(lambda tokens: True) is None
 
 
-@pytest.mark.parametrize("name", ["bf16", "quanto-4", "fp8", "spectral-3", "kivi-3"])
+@pytest.mark.parametrize("name", ["dense", "quanto-4", "fp8", "spectral-3", "kivi-3"])
 def test_activations_never_decrease(name: str) -> None:
     windowed = Geometry(
         (replace(sizes().geometry.layers[0], blocks=False, window=100), *sizes().geometry.layers), 0, "traced"
     )
     form, config = parse_format(name), sizes().config
     for known in (sizes().geometry, windowed):
-        if form.kind == "quantized" and known is windowed:
+        if form.layout == "quantized" and known is windowed:
             continue
         needs = [estimate_activations(config, form, known, tokens, 3).total for tokens in range(1, 1500, 7)]
         assert needs == sorted(needs)
@@ -220,7 +220,7 @@ def test_basis_and_risk() -> None:
         "nothing known",
         "measured on this model only at residual 256",
     )
-    dense = quality.expected_quality(parse_format(DENSE), ["another"], 512, Measurements())
+    dense = quality.expected_quality(parse_format("dense"), ["another"], 512, Measurements())
     assert (dense.kl, dense.risk) == (0.0, "none")
 
 
@@ -230,7 +230,7 @@ def test_figures_of_fewer_models_are_named() -> None:
     (note,) = (note for note in found.notes if note.startswith("KL is the worst of 3 other models; of fewer"))
     names = note.rpartition(" for ")[2].rstrip(".").split(", ")
     assert {"hqq-2", "kvarn-k4v4-128", "fp8"} <= set(names)
-    assert not {"spectral-3", "kivi-4", "bf16"} & set(names)
+    assert not {"spectral-3", "kivi-4", "dense"} & set(names)
     assert not any(
         "of fewer" in note for note in recommend(sizes(), Demand(1 << 40, 512), Measurements(), model="a").notes
     )
@@ -280,7 +280,7 @@ def test_lines_are_python(form: Any, weights: str, name: str) -> None:
     lines = usage.python_lines(form, name, None, batch=2, chunk=64, weights=weights)
     compile(lines, "lines", "exec")
     assert ("quantization_config" in lines) == (weights in ("int8", "int4-g128", "nf4"))
-    assert ("past_key_values=cache" in lines) == (form.name != DENSE)
+    assert ("past_key_values=cache" in lines) == (form.name != "dense")
 
 
 def test_commands_quote_their_arguments() -> None:
@@ -334,7 +334,7 @@ def test_sort() -> None:
     [
         (["bits<=2.25"], lambda row: row.bits_per_element <= 2.25),
         (["spectral-*", "kl<0.001"], lambda row: row.format.startswith("spectral-") and row.fidelity.kl_mean < 0.001),
-        (["fp8, bf16"], lambda row: row.format in ("fp8", "bf16")),
+        (["fp8, bf16"], lambda row: row.format in ("fp8", "dense")),
         (["bits=8"], lambda row: row.bits_per_element == 8),
         (["speed > 1"], lambda row: row.speed is not None and row.speed.speedup > 1),
         (["agreement>=0.99"], lambda row: row.fidelity is not None and row.fidelity.top1_agreement >= 0.99),
@@ -353,7 +353,7 @@ def test_filters(filters: list[str], kept: Callable[[table.Row], bool]) -> None:
         ("bits<cheap", "filter 'bits<cheap': 'cheap' is not a number"),
         ("bits<nan", "filter 'bits<nan': 'nan' is not a number"),
         ("<3", "a filter is a comparison such as bits<=4.5, or a pattern of names, got '<3'"),
-        ("zip-*", "filter 'zip-*' matches no format: known are bf16"),
+        ("zip-*", "filter 'zip-*' matches no format: known are dense"),
         ("", "filter '' matches no format"),
     ],
 )
@@ -364,15 +364,15 @@ def test_bad_filters(text: str, message: str) -> None:
 
 
 def test_comparison() -> None:
-    found = table.select(rows(), ["bf16,spectral-*"])
+    found = table.select(rows(), ["dense,spectral-*"])
     compared = table.compare(found)
     by_name = {row.format: row for row in found}
     for first, row in by_name.items():
         for second, other in by_name.items():
             assert compared["size"][first][second] == row.bits_per_element / other.bits_per_element
             assert compared["kl"][first][second] == row.fidelity.kl_mean - other.fidelity.kl_mean
-    assert compared["speed"]["spectral-2"]["bf16"] is None
-    assert compared["speed"]["spectral-3"]["bf16"] == by_name["spectral-3"].speed.speedup
+    assert compared["speed"]["spectral-2"]["dense"] is None
+    assert compared["speed"]["spectral-3"]["dense"] == by_name["spectral-3"].speed.speedup
 
 
 # ------------------------------------------------------------------ amounts

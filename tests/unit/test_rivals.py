@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcache.accounting.measuring import measure
 from quantcache.cache.spectral_cache import BlockCache
-from quantcache.evaluation.methods import SCHEMES, parse_methods
+from quantcache.evaluation.methods import parse_methods
 from quantcache.evaluation.methods.base import SimulatedCodec, hadamard
 from quantcache.evaluation.methods.kvarn import KVarNCodec, level
 from quantcache.evaluation.methods.rotated import GgmlCodec, Int4TokenHeadCodec
@@ -215,7 +215,7 @@ def test_sizes_are_exact(name: str) -> None:
     assert (estimated.codes, estimated.residual) == (memory.codes, memory.residual)
     for tokens in (64, 140, 250, 330):
         assert cache_memory(form, known, tokens, 2).total <= largest_cache(form, known, tokens, 2)
-    assert SCHEMES[form.stem].simulated
+    assert form.scheme.simulated
     assert not form.runs
 
 

@@ -24,6 +24,10 @@ from quantcache.evaluation.methods.statistics import RivalStatistics
 Family = Literal["ours", "rival", "dense", "floor"]
 """``floor`` is the dense cache once more, read in other chunks: what rounding alone moves."""
 
+Layout = Literal["dense", "spectral", "blocks", "quantized"]
+"""How a method's cache stores tokens: ``dense`` as DynamicCache, ``spectral`` as SpectralCache, ``blocks`` as any other
+BlockCache, whose scheme states the bits, ``quantized`` as transformers' QuantizedCache."""
+
 
 class MethodUnavailable(QuantCacheError):
     """A method cannot be run here: a package, a feature of transformers or a statistic is missing."""
@@ -97,6 +101,7 @@ class Scheme:
         own_lengths: Sinks and residual that its authors recommend, where they do.
         keeps_lengths: Whether it takes sinks and residual at all.
         needs: What it is fitted with.
+        layout: How its cache stores tokens, for estimates of memory.
         tile: Tokens that it encodes at once, by number; None where its cache decides for itself.
         unsupported: Says why it cannot be run in this environment, None if it can.
     """
@@ -115,6 +120,7 @@ class Scheme:
     own_lengths: tuple[int, int] | None = None
     keeps_lengths: bool = True
     needs: Literal["", "calibration", "statistics"] = ""
+    layout: Layout = "blocks"
     tile: Callable[[float], int | None] = lambda number: BLOCK
     unsupported: Callable[[], str | None] = lambda: None
 
@@ -122,6 +128,27 @@ class Scheme:
     def pattern(self) -> str:
         """The name as documentation writes it, such as ``kivi-B``."""
         return f"{self.stem}-{self.parameter}" if self.parameter else self.stem
+
+    def check(self, number: float) -> None:
+        """Refuse numbers that it does not take.
+
+        Args:
+            number: Bits, or the tokens of a tile.
+
+        Raises:
+            QuantCacheError: The number is none of ``numbers``, or outside ``limits``.
+        """
+        if self.numbers is None:
+            low, high = self.limits
+            good, wanted = low <= number <= high, f"lie between {low} and {high}"
+        else:
+            first, last = self.numbers[0], self.numbers[-1]
+            every = self.numbers == tuple(range(first, last + 1))
+            good = number in self.numbers
+            wanted = f"be a whole number from {first} to {last}" if every else f"be one of {str(self.numbers)[1:-1]}"
+        if not good:
+            what = "the tile" if self.parameter == "T" else "bits"
+            raise QuantCacheError(f"{self.stem}-{number:g}: {what} must {wanted}, got {number:g}")
 
 
 def two_to_four(config: PreTrainedConfig) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ SCHEMES = (
         make=lambda number, setting: lambda: DynamicCache(config=setting.config),
         bits=lambda number, side, dim: DENSE_BITS,
         keeps_lengths=False,
+        layout="dense",
         tile=lambda number: 1,
     ),
 )

@@ -82,6 +82,7 @@ SCHEMES = (
         numbers=(2, 4),
         defaults=lambda config: (2, 4),
         own_lengths=(0, 128),
+        layout="quantized",
         tile=lambda number: None,
         unsupported=lambda: compat.missing_quantizer("quanto"),
     ),
@@ -97,6 +98,7 @@ SCHEMES = (
         numbers=(1, 2, 3, 4, 8),
         defaults=lambda config: (2, 4),
         own_lengths=(0, 128),
+        layout="quantized",
         tile=lambda number: None,
         unsupported=lambda: compat.missing_quantizer("hqq"),
     ),
@@ -112,6 +114,7 @@ SCHEMES = (
         bits=lambda number, side, dim: FP8_BITS,
         own_lengths=(0, 0),
         keeps_lengths=not compat.HAS_FP8_CACHE,
+        layout="quantized" if compat.HAS_FP8_CACHE else "blocks",
         tile=lambda number: None if compat.HAS_FP8_CACHE else BLOCK,
     ),
 )

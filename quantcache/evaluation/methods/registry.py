@@ -144,35 +144,40 @@ def find_scheme(name: str, config: PreTrainedConfig) -> tuple[Scheme, float]:
     Raises:
         QuantCacheError: The name is unknown, or its number out of range.
     """
+    found = split_name(name)
+    if found is None:
+        raise QuantCacheError(
+            f"unknown method {name!r}: known are {', '.join(each.pattern for each in SCHEMES.values())}"
+        )
+    scheme, number = found
+    if scheme.parameter == "K":
+        _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
+        if number not in range(1, dim + 1):
+            raise QuantCacheError(f"{name}: the rank must be a whole number from 1 to {dim}, got {number:g}")
+    elif scheme.parameter:
+        scheme.check(number)
+    return scheme, number
+
+
+def split_name(name: str) -> tuple[Scheme, float] | None:
+    """The family that a name asks for, and its number, whether or not the family takes it.
+
+    Args:
+        name: A name as in :data:`METHOD_NAMES`.
+
+    Returns:
+        The family, and the number, 0 where it has none; None if no family has such names.
+    """
     if name in SCHEMES and not SCHEMES[name].parameter:
         return SCHEMES[name], 0.0
     stem, _, text = name.rpartition("-")
     scheme = SCHEMES.get(stem)
-    try:
-        number = float(text)
-    except ValueError:
-        scheme = None
     if scheme is None or not scheme.parameter:
-        raise QuantCacheError(
-            f"unknown method {name!r}: known are {', '.join(each.pattern for each in SCHEMES.values())}"
-        )
-    if scheme.parameter == "K":
-        _, dim = cache_layout.kv_geometry(config.get_text_config(decoder=True))
-        if number not in range(1, dim + 1):
-            raise QuantCacheError(f"method {name}: the rank must be a whole number from 1 to {dim}, got {text}")
-    elif scheme.numbers is None:
-        low, high = scheme.limits
-        if not low <= number <= high:
-            raise QuantCacheError(f"method {name}: bits must lie between {low} and {high}, got {text}")
-    elif number not in scheme.numbers:
-        allowed = scheme.numbers
-        whole = allowed == tuple(range(allowed[0], allowed[-1] + 1))
-        wanted = (
-            f"a whole number from {allowed[0]} to {allowed[-1]}" if whole else f"one of {', '.join(map(str, allowed))}"
-        )
-        what = "the tile" if scheme.parameter == "T" else "bits"
-        raise QuantCacheError(f"method {name}: {what} must be {wanted}, got {text}")
-    return scheme, number
+        return None
+    try:
+        return scheme, float(text)
+    except ValueError:
+        return None
 
 
 def _maker(scheme: Scheme, number: float, setting: Setting) -> tuple[Callable[[], Cache], str | None]:

@@ -40,5 +40,6 @@ SCHEMES = (
         defaults=lambda config: (2, 2.5, 3, 4),
         own_lengths=(SINK_LENGTH, RESIDUAL_LENGTH),
         needs="calibration",
+        layout="spectral",
     ),
 )
