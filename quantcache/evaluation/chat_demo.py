@@ -21,7 +21,7 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.demo import multiply_in_float32, without_loading_bar
-from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, end_tokens, feed, frame_of
+from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, decode_tokens, encode, end_tokens, feed, frame_of
 from quantcache.evaluation.speed import timed
 
 
@@ -152,21 +152,17 @@ def _read(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> _Side:
     return _Side(cache, measure(cache), spent)
 
 
-@torch.no_grad()
 def _answer(model: PreTrainedModel, tokenizer: Any, side: _Side, question: Tensor, count: int) -> None:
     """The most likely answer, from a copy of the cache; the steps behind its first token are timed."""
-    cache, device = copy.deepcopy(side.cache), compat.input_device(model)
+    steps = decode_tokens(model, copy.deepcopy(side.cache), question[None])
     stops = end_tokens(model)
     found: list[int] = []
-    tokens = question[None].to(device)
     for _ in range(count):
         began = time.perf_counter()
-        logits = model(input_ids=tokens, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
-        token = int(logits[0, -1].argmax())  # waits for the device
+        token = int(next(steps))  # waits for the device
         if found:
             side.steps.append(time.perf_counter() - began)
         if token in stops:
             break
         found.append(token)
-        tokens = torch.tensor([[token]], dtype=torch.int64, device=device)
     side.answers.append(str(tokenizer.decode(found, skip_special_tokens=True)).strip())

@@ -25,6 +25,7 @@ from quantcache.calibration.calibrator import calibrate
 from quantcache.common import compat
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import measure_fidelity, parse_methods
+from quantcache.evaluation.feeding import feed
 
 NAME = "Marlow"
 """Whose secret code is planted."""
@@ -145,7 +146,7 @@ class _Use:
 def _use(
     model: Any, tokenizer: Any, cache: Cache, context: Tensor, question: Tensor, settings: DemoSettings, advance: Any
 ) -> _Use:
-    _fill(model, cache, context[:-1], advance)
+    feed(model, cache, context[None, :-1], CHUNK, advance)
     memory = measure(cache)
     torch.manual_seed(settings.seed)  # both caches draw the same random numbers
     text = _continue(model, tokenizer, context, copy.deepcopy(cache), settings.new_tokens, **SAMPLING)
@@ -195,14 +196,6 @@ def _plant(tokenizer: Any, haystack: Tensor, code: str) -> tuple[Tensor, Tensor]
     place = len(haystack) // 4
     context = torch.cat((haystack[:place], fact, haystack[place + len(fact) :]))
     return context, encode(f"\nQuestion: What is the secret code of {NAME}? Answer:")
-
-
-@torch.no_grad()
-def _fill(model: PreTrainedModel, cache: Cache, tokens: Tensor, on_progress: Any) -> None:
-    """Feed tokens in chunks, so that the later ones read the packed earlier ones."""
-    for chunk in tokens.split(CHUNK):
-        model(input_ids=chunk[None], **compat.cache_argument(model, cache), use_cache=True)
-        on_progress(len(chunk))
 
 
 def _continue(model: Any, tokenizer: Any, tokens: Tensor, cache: Cache, count: int, **how: Any) -> str:

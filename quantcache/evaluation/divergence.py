@@ -26,7 +26,15 @@ from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, attempt
-from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, dense_method, end_tokens
+from quantcache.evaluation.feeding import (
+    PROMPT_CHUNK,
+    check_lengths,
+    decode_tokens,
+    dense_method,
+    end_tokens,
+    feed,
+    most_likely,
+)
 from quantcache.evaluation.fidelity import kl_divergence, log_probabilities, recorded
 from quantcache.evaluation.methods import Method
 
@@ -205,7 +213,6 @@ def _prompts(tokens: Tensor, opening: Tensor, context: int, count: int) -> Tenso
     return torch.stack([torch.cat((opening, tokens[start : start + room])) for start in starts])
 
 
-@torch.no_grad()
 def continuation(model: PreTrainedModel, prompt: Tensor, count: int, temperature: float, seed: int | None) -> Tensor:
     """What the dense cache writes behind a prompt, token by token.
 
@@ -219,28 +226,20 @@ def continuation(model: PreTrainedModel, prompt: Tensor, count: int, temperature
     Returns:
         ``[count]``, on the CPU.
     """
-    device, cache = compat.input_device(model), dense_method(model).make_cache()
+    cache = dense_method(model).make_cache()
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     ends = sorted(end_tokens(model))
-    written: list[int] = []
-    pieces = [*prompt[:-1].split(PROMPT_CHUNK)] if len(prompt) > 1 else []
-    for piece in pieces:
-        model(input_ids=piece[None].to(device), **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1)
-    last = prompt[-1:]
-    for _ in range(count):
-        logits = (
-            model(input_ids=last[None].to(device), **compat.cache_argument(model, cache), use_cache=True)
-            .logits[0, -1]
-            .float()
-            .cpu()
-        )
-        logits[ends] = -torch.inf
+
+    def choose(logits: Tensor) -> Tensor:
+        scores = logits.float().cpu()
+        scores[:, ends] = -torch.inf
         if draw is None:
-            last = logits.argmax()[None]
-        else:
-            last = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draw)
-        written.append(int(last))
-    return torch.tensor(written, dtype=torch.long, device="cpu")
+            return most_likely(scores)
+        return torch.multinomial((scores / temperature).softmax(-1), 1, generator=draw)
+
+    feed(model, cache, prompt[None, :-1], PROMPT_CHUNK)
+    written = map(int, itertools.islice(decode_tokens(model, cache, prompt[None, -1:], choose), count))
+    return torch.tensor(list(written), dtype=torch.long, device="cpu")
 
 
 def edges(context: int, count: int, step: int, sink_length: int) -> list[tuple[int, int]]:

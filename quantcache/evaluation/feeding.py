@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,20 +50,62 @@ def pieces(tokens: Tensor, chunk: int, sink_length: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def feed(model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int = CHUNK) -> None:
-    """Fill a cache.
+def feed(
+    model: PreTrainedModel,
+    cache: Cache,
+    tokens: Tensor,
+    chunk: int = CHUNK,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Fill a cache in chunks, so that the later ones read what it keeps of the earlier ones.
 
     Args:
         model: Model that reads the tokens.
         cache: Cache to fill, changed in place.
-        tokens: ``[B, T]``.
+        tokens: ``[B, T]``; nothing is read where T is 0.
         chunk: Tokens fed at once.
+        on_progress: Called with the tokens of every chunk that has been read.
     """
-    for part in tokens.to(compat.input_device(model)).split(chunk, dim=1):
+    for part in tokens.to(compat.input_device(model)).split(chunk, dim=1) if tokens.shape[1] else ():
         model(input_ids=part, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+        if on_progress is not None:
+            on_progress(part.shape[1])
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The most likely token of every row.
+
+    Args:
+        logits: ``[B, vocabulary]``.
+
+    Returns:
+        ``[B, 1]``.
+    """
+    return logits.argmax(-1, keepdim=True)
 
 
 @torch.no_grad()
+def decode_tokens(
+    model: PreTrainedModel, cache: Cache, tokens: Tensor, choose: Callable[[Tensor], Tensor] = most_likely
+) -> Iterator[Tensor]:
+    """Continue a text without end, one token for each row at a time.
+
+    Args:
+        model: Model that continues.
+        cache: A cache of everything before ``tokens``, changed in place.
+        tokens: Tokens that the cache does not hold yet, ``[B, T]``, T at least 1.
+        choose: Takes logits ``[B, vocabulary]`` and returns the next tokens ``[B, 1]``.
+
+    Yields:
+        ``[B, 1]``; the cache does not hold them yet.
+    """
+    device = compat.input_device(model)
+    while True:
+        given = {"input_ids": tokens.to(device), **compat.cache_argument(model, cache), "use_cache": True}
+        tokens = choose(model(**given, logits_to_keep=1).logits[:, -1])
+        yield tokens
+
+
 def greedy(model: PreTrainedModel, cache: Cache, tokens: Tensor, count: int) -> Tensor:
     """The most likely continuation.
 
@@ -75,13 +118,7 @@ def greedy(model: PreTrainedModel, cache: Cache, tokens: Tensor, count: int) -> 
     Returns:
         ``[B, count]``.
     """
-    tokens = tokens.to(compat.input_device(model))
-    found = []
-    for _ in range(count):
-        logits = model(input_ids=tokens, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
-        tokens = logits[:, -1:].argmax(-1).to(tokens.device)
-        found.append(tokens)
-    return torch.cat(found, dim=1).cpu()
+    return torch.cat(list(itertools.islice(decode_tokens(model, cache, tokens), count)), dim=1).cpu()
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:

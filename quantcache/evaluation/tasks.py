@@ -6,19 +6,18 @@ Each question is asked of a copy of the cache, so that all find the text as it w
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells
-from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, dense_method, end_tokens, feed
+from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, decode_tokens, dense_method, end_tokens, feed
 from quantcache.evaluation.methods import Method
 from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
 
@@ -210,7 +209,6 @@ def _answers(
     return answers
 
 
-@torch.no_grad()
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Cache, question: Tensor, count: int
 ) -> str:
@@ -226,18 +224,14 @@ def answer(
     Returns:
         The answer, without white space around it.
     """
-    stops, device = end_tokens(model), compat.input_device(model)
-    tokens, found, text = question[None].to(device), [], ""
-    for _ in range(count):
-        logits = model(input_ids=tokens, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
-        token = int(logits[0, -1].argmax())
+    stops, found, text = end_tokens(model), [], ""
+    for token in map(int, itertools.islice(decode_tokens(model, cache, question[None]), count)):
         if token in stops:
             break
         found.append(token)
         text = str(tokenizer.decode(found, skip_special_tokens=True)).lstrip()
         if "\n" in text:
             break
-        tokens = torch.tensor([[token]], dtype=torch.long, device=device)
     return text.split("\n")[0].strip()
 
 
