@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from quantcache.accounting.memory import (
-    DENSE_BITS,
-    PLACE_BYTES,
-    CacheMemory,
-    LayerSize,
-    calibrated_sizes,
-    capacity,
-    num_blocks,
-    tail_capacity,
-)
+from quantcache.accounting.memory import DENSE_BITS, PLACE_BYTES, CacheMemory, LayerSize, calibrated_sizes
+from quantcache.coding.growth import capacity, num_blocks, tail_capacity
 from quantcache.coding.packing import BLOCK
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantcache.accounting.memory import GROWTH, grown
+from quantcache.coding.growth import GROWTH, grown
 
 
 class Loan:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache.accounting.memory import num_blocks
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.fingerprints import fingerprint, model_fingerprint, model_settings
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import SpectralRecurrentLayer
 from quantcache.cache.rows import held_rows
+from quantcache.coding.growth import num_blocks
 from quantcache.coding.packing import BLOCK
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel

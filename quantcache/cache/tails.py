@@ -7,7 +7,7 @@ from ctypes import memmove
 import torch
 from torch import Tensor
 
-from quantcache.accounting.memory import TAIL_GROWTH, grown
+from quantcache.coding.growth import TAIL_GROWTH, grown
 
 
 class TailBuffer:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantcache.accounting.memory import num_blocks
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention.probe import attend_on_codes, evaluating, run
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.distortion import expected_cost
+from quantcache.coding.growth import num_blocks
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import Rate
 from quantcache.common import compat

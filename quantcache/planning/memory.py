@@ -11,18 +11,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from quantcache.accounting.memory import (
-    TAIL_GROWTH,
-    CacheMemory,
-    capacity,
-    largest_capacity,
-    num_blocks,
-    tail_capacity,
-)
+from quantcache.accounting.memory import CacheMemory
 from quantcache.accounting.predicting import predict_layers, predict_quantized
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.reference import QUERY_CHUNK, TILE_BLOCKS
+from quantcache.coding.growth import TAIL_GROWTH, capacity, largest_capacity, num_blocks, tail_capacity
 from quantcache.coding.packing import BLOCK
 from quantcache.common.defaults import PREFILL_CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError

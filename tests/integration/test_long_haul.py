@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.accounting.memory import capacity, num_blocks
 from quantcache.accounting.predicting import predict
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.growth import capacity, num_blocks
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
 from tests.builders import live_storages, llama_config, new_objects_only

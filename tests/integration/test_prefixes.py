@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import quantcache
-from quantcache.accounting.memory import num_blocks
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache import files as cache_files
 from quantcache.cache import prefix_folder
@@ -31,6 +30,7 @@ from quantcache.cache.prefix_folder import SUFFIX, PrefixFolder
 from quantcache.cache.prefix_keys import kept_tokens, key_of, shared_tokens
 from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.growth import num_blocks
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.writing import PREFIX

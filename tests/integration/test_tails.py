@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import quantcache
-from quantcache.accounting.memory import TAIL_GROWTH, largest_capacity, tail_capacity
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.cache.tails import TailBuffer
+from quantcache.coding.growth import TAIL_GROWTH, largest_capacity, tail_capacity
 from quantcache.coding.schema import SIDES
 from tests.builders import llama_config, scalar_calibration
 

@@ -24,11 +24,11 @@ from quantcache.accounting.memory import PLACE_BYTES
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends import BackendName
 from quantcache.backends.padding import Arrivals
-from quantcache.backends.store import GROWTH
 from quantcache.cache.files import read_cache, read_description, write_cache
 from quantcache.cache.layer import SpectralLayer
 from quantcache.coding.blocks import DenseCodec, SideCodec
 from quantcache.coding.codec import SpectralCodec
+from quantcache.coding.growth import GROWTH
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import ANCHOR_LENGTH, Rope
 from quantcache.coding.schema import SIDES, CodecSettings, Coding, LayerCalibration, Metadata, SideCalibration

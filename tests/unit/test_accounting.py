@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quantcache.accounting.measuring import measure
-from quantcache.accounting.memory import CacheMemory, bits_per_encoded_element, capacity, num_blocks
+from quantcache.accounting.memory import CacheMemory, bits_per_encoded_element
 from quantcache.accounting.predicting import predict
 from quantcache.artifact.calibration import Calibration
 from quantcache.attention import traced
 from quantcache.backends import BackendName
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.growth import capacity, num_blocks
 from tests.builders import (
     held_bytes,
     layer_storages,

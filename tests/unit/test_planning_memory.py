@@ -13,20 +13,12 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 import quantcache
 from benchmarks import tables
 from quantcache.accounting.measuring import measure
-from quantcache.accounting.memory import (
-    GROWTH,
-    PLACE_BYTES,
-    TAIL_GROWTH,
-    CacheMemory,
-    capacity,
-    largest_capacity,
-    num_blocks,
-    tail_capacity,
-)
+from quantcache.accounting.memory import PLACE_BYTES, CacheMemory
 from quantcache.artifact import cache_layout, tracing
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.coding.growth import GROWTH, TAIL_GROWTH, capacity, largest_capacity, num_blocks, tail_capacity
 from quantcache.coding.packing import BLOCK
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.accounting.memory import capacity
-from quantcache.backends.store import GROWTH, BlockStore
+from quantcache.backends.store import BlockStore
+from quantcache.coding.growth import GROWTH, capacity
 
 LIMIT = 2000
 MAX_SLACK = 0.12
