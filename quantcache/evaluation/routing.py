@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def measure_routing(
         Figures of every method and layer. A method that fails keeps its place, with the error as its status.
 
     Raises:
-        QuantCacheError: The text is shorter than one window, or a window than two chunks.
+        QuantCacheError: The text is shorter than one window, or a window not longer than its first chunk and the sinks.
         UnsupportedModel: The model does not call attention through transformers' interface.
     """
     cells = cells or Cells()
@@ -134,7 +135,10 @@ def measure_routing(
     if not len(rows):
         raise QuantCacheError(f"the text has {len(tokens)} tokens, one window needs {context}")
     if context <= chunk + sink_length:
-        raise QuantCacheError(f"routing needs windows of more than one chunk: {context} tokens in chunks of {chunk}")
+        raise QuantCacheError(
+            f"routing needs windows of more than the first chunk and sinks: {context} tokens, of which they take "
+            f"{chunk + sink_length}"
+        )
     by_name = {method.name: method for method in methods}
     cells.plan(SUITE, len(rows) * len(methods))
     for number, row in enumerate(rows):
@@ -200,10 +204,18 @@ def _measure_window(
             f"{type(model).__name__} does not call attention through transformers' attention interface, so its routing "
             "cannot be observed"
         )
-    for name, result in results.items():
-        if result["status"] == "ok":
-            result["layers"] = {str(index): _figures(total) for index, total in sorted(sums[name].items())}
-    return results
+    return {
+        name: attempt(partial(_layers, sums[name])) if result["status"] == "ok" else result
+        for name, result in results.items()
+    }
+
+
+def _layers(sums: dict[int, Tensor]) -> dict[str, Any]:
+    """Figures of every layer, from the sums of :func:`_compare`."""
+    for index, total in sorted(sums.items()):
+        if not total.isfinite().all():
+            raise ArithmeticError(f"attention outputs of layer {index} are not finite")
+    return {"layers": {str(index): _figures(total) for index, total in sorted(sums.items())}}
 
 
 class _Reader:

@@ -258,10 +258,18 @@ def test_routing_orders_rates_and_keeps_failures(tiny: PreTrainedModel, tokens: 
     assert high.relative_error is not None
     assert 0 < high.relative_error["mean"] < 0.5 * low.relative_error["mean"]
     assert failed.status == "out of memory"
-    with pytest.raises(QuantCacheError, match="more than one chunk"):
+    with pytest.raises(QuantCacheError, match="more than the first chunk and sinks: 64 tokens, of which they take 68"):
         routing.measure_routing(tiny, tokens, methods, context=64)
     with pytest.raises(QuantCacheError, match="600 tokens, one window needs 1000"):
         routing.measure_routing(tiny, tokens, methods, context=1000)
+
+
+def test_routing_that_is_not_finite_is_a_failure(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """One such method ended the whole run, and every one that went on from its state."""
+    methods = [damaged(tiny, lambda past: past * torch.nan), dense(tiny)]
+    result = routing.measure_routing(tiny, tokens, methods, context=128, windows=1, chunk=32)
+    assert result.methods["damaged"].status.startswith("failed: ArithmeticError: attention outputs of layer 0 are not")
+    assert result.methods["dense"].status == "ok"
 
 
 # ---------------------------------------------------------------- transfer
