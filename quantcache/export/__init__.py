@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from quantcache.export.absorption import BASES, Basis
-from quantcache.export.exporter import ExportReport, export_checkpoint
+from quantcache.export.exporter import export_checkpoint
 from quantcache.export.model import absorb
+from quantcache.export.report import ExportReport
 
 __all__ = ["BASES", "Basis", "ExportReport", "absorb", "export_checkpoint"]

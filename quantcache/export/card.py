@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from quantcache.artifact.card import in_code, is_repo_id, metrics_table, plain_name
+from quantcache.export.report import ExportReport
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -53,78 +53,31 @@ print(tokenizer.decode(output[0]))
 {metrics}"""
 
 
-@dataclass(frozen=True)
-class LogitDifference:
-    """How far the logits of an export are from the original's, measured on text.
-
-    Attributes:
-        max_abs: Largest difference of a logit.
-        scale: Largest logit of the original, in absolute value.
-        kl_mean: Mean KL(original || export) per token in nats.
-        top1_agreement: Share of tokens with the same most likely successor.
-        tokens: Tokens measured on.
-        dtype: The dtype both ran in.
-    """
-
-    max_abs: float
-    scale: float
-    kl_mean: float
-    top1_agreement: float
-    tokens: int
-    dtype: str
-
-    @property
-    def relative(self) -> float:
-        """Largest difference over largest logit."""
-        return self.max_abs / self.scale if self.scale else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """All figures, ready for JSON."""
-        return {**asdict(self), "relative": self.relative}
-
-    def __str__(self) -> str:
-        return (
-            f"differ from the base model's by at most {self.max_abs:.2e} (largest logit {self.scale:.2f}), mean KL "
-            f"{self.kl_mean:.1e} nats, top-1 agreement {self.top1_agreement:.2%}, over {self.tokens} tokens in "
-            f"{self.dtype}"
-        )
-
-
 def render_export_card(
-    *,
-    base_model: dict[str, Any],
-    repo_id: str | None,
-    basis: str,
-    mean_in_weights: bool,
-    bits: float,
-    total: float,
-    difference: LogitDifference | None,
+    report: ExportReport,
     inherited: dict[str, Any],
+    repo_id: str | None = None,
     metrics: list[dict[str, Any]] | None = None,
 ) -> str:
     """Render an export's card.
 
     Args:
-        base_model: ``{"id", "revision"}`` of the model exported.
-        repo_id: The export's own repository, if it is known.
-        basis: ``spectral`` or ``flat``.
-        mean_in_weights: Whether the biases took the mean of the values.
-        bits: Mean code width of the calibration that comes with it.
-        total: Bits per encoded element, gains included.
-        difference: The measured difference of the logits; None where it was not measured.
+        report: What the export did.
         inherited: Header of the base model's card.
+        repo_id: The export's own repository, if it is known.
         metrics: Rows of a measured table, as ``quantcache eval --json`` gives them.
 
     Returns:
         Markdown with a YAML header.
     """
-    model = base_model.get("id")
+    basis, bits = report.basis, report.calibration.bits
+    model = report.base_model.get("id")
     header: dict[str, Any] = {"library_name": "quantcache"}
     if is_repo_id(model):
         header["base_model"] = model
     header |= {name: inherited[name] for name in _INHERITED if name in inherited}
     header["tags"] = ["kv-cache", "quantization", "quantcache", "transformers", f"{bits:g}-bit"]
-    revision = base_model.get("revision")
+    revision = report.base_model.get("revision")
     title = repo_id or f"{plain_name(model, 'model').rpartition('/')[2]}, {basis} basis"
     here, where = in_code(repo_id)
     body = _BODY.format(
@@ -135,10 +88,10 @@ def render_export_card(
         meaning=_BASES[basis],
         here=here,
         where=where,
-        mean="in the biases" if mean_in_weights else "kept by the cache (the projections have no bias for it)",
-        difference=difference or "not compared with the base model's",
+        mean="in the biases" if report.mean_in_weights else "kept by the cache (the projections have no bias for it)",
+        difference=report.difference or "not compared with the base model's",
         bits=bits,
-        total=total,
+        total=report.calibration.bits_per_element,
         metrics=metrics_table(metrics),
     )
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{body}"

@@ -9,7 +9,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ from quantcache.common.errors import CalibrationWarning, QuantCacheError
 from quantcache.common.sequences import text_tokens
 from quantcache.common.writing import partial_folder
 from quantcache.export.absorption import Basis
-from quantcache.export.card import LogitDifference, card_header, render_export_card
+from quantcache.export.card import card_header, render_export_card
 from quantcache.export.checkpoint import Checkpoint
 from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps
 from quantcache.export.projections import find_projections
+from quantcache.export.report import ExportReport, LogitDifference
 
 logger = logging.getLogger(__name__)
 
@@ -51,37 +51,6 @@ VERIFY_TOKENS = 256
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, and how many bytes of how many are done."""
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export did.
-
-    Attributes:
-        output: Folder written.
-        base_model: ``{"id", "revision", "model_type"}`` of the model exported.
-        basis: ``spectral`` or ``flat``.
-        layers: Number of layers changed.
-        tensors: Number of tensors changed.
-        shards: Files of weights.
-        mean_in_weights: Whether the biases took the mean of the values.
-        keys_scaled: Layers whose keys were scaled.
-        left_out: Files of the model that were not copied: weights in other formats.
-        difference: The measured difference of the logits; None where it was not measured.
-        calibration: Calibration that belongs to the export.
-    """
-
-    output: Path
-    base_model: dict[str, Any]
-    basis: Basis
-    layers: int
-    tensors: int
-    shards: int
-    mean_in_weights: bool
-    keys_scaled: int
-    left_out: list[str]
-    difference: LogitDifference | None
-    calibration: Calibration
 
 
 @standard_settings()
@@ -364,15 +333,5 @@ def _write_extras(
         "environment": compat.versions(),
     }
     (partial / SUBFOLDER / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    card = render_export_card(
-        base_model=report.base_model,
-        repo_id=repo_id,
-        basis=report.basis,
-        mean_in_weights=report.mean_in_weights,
-        bits=report.calibration.bits,
-        total=report.calibration.bits_per_element,
-        difference=report.difference,
-        inherited=inherited,
-        metrics=metrics,
-    )
+    card = render_export_card(report, inherited, repo_id, metrics)
     (partial / "README.md").write_text(card, "utf-8")
