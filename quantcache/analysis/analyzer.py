@@ -107,7 +107,8 @@ def analyze(
                 samples, block_table = collect_samples(model, sequences[-1], layers)
                 task = bar.add_task("encoding samples", total=len(RATES) * len(samples))
                 grades = grade(calibration, samples, block_table, RATES, lambda: bar.advance(task))
-                divergences = _divergences(model, calibration, sequences[-1][0] if verify else None, bar)
+                divergences, failed = _divergences(model, calibration, sequences[-1][0] if verify else None, bar)
+                notes += failed
     if getattr(tokenizer, "chat_template", None):
         notes.append("The text was read as plain text, without the model's chat template.")
     notes += _notes(model, encoder, layers, targets, gathered, divergences)
@@ -189,8 +190,8 @@ def _widths(calibration: Calibration) -> tuple[HeadBits, ...]:
 
 def _divergences(
     model: PreTrainedModel, calibration: Calibration, held_out: Tensor | None, bar: Progress
-) -> list[Divergence]:
-    """Predicted divergence at every rate, and the measured one if there is a text ``[T]`` to measure on."""
+) -> tuple[list[Divergence], list[str]]:
+    """Predicted divergence at every rate, and the measured one if there is a text ``[T]``; and what failed."""
     names = [f"spectral-{bits:g}" for bits in RATES]
     measured: dict[str, Any] = {}
     if held_out is not None:
@@ -207,11 +208,13 @@ def _divergences(
             )
         finally:
             compat.use_attention(model, before)
-    found = []
+    found, failed = [], []
     for bits, name in zip(RATES, names, strict=True):
         at_rate = calibration.with_rate(Rate(bits))
         result = measured.get(name)
         good = result is not None and result.status == "ok"
+        if result is not None and not good:
+            failed.append(f"The divergence at {bits:g} bits could not be measured: {result.status}.")
         found.append(
             Divergence(
                 bits,
@@ -221,7 +224,7 @@ def _divergences(
                 result.kl_stderr if good and result else None,
             )
         )
-    return found
+    return found, failed
 
 
 def _notes(

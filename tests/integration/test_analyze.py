@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, PreTrainedTokenizerBase
 
 from quantcache import data
-from quantcache.analysis import Report, analyze, gathering
+from quantcache.analysis import Report, analyze, analyzer, gathering
 from quantcache.analysis.gathering import MOMENT_BYTES, gather
 from quantcache.analysis.grade import collect_samples, grade
 from quantcache.analysis.targets import find_inputs, observed_inputs
@@ -24,6 +25,7 @@ from quantcache.coding.schema import LayerCalibration
 from quantcache.coding.spectral import Moments
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
+from quantcache.evaluation.fidelity import FidelityResult
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import Run
 
@@ -203,6 +205,16 @@ def test_families_get_a_whole_report(name: str) -> None:
     windowed = report.layers > len(layers)
     assert any("bounded cache" in note for note in report.notes) == windowed
     assert Report.from_json(report.to_json()) == report
+
+
+def test_a_divergence_that_cannot_be_measured_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report that was to be verified only lacked the figure."""
+    model = shared_model(LLAMA)
+    failed = FidelityResult("ours", False, "out of memory")
+    monkeypatch.setattr(analyzer, "measure_fidelity", lambda *args, **more: {"spectral-3": failed})
+    found, notes = analyzer._divergences(model, Calibration.synthetic(model.config), torch.zeros(64).long(), Progress())
+    assert {each.measured for each in found} == {None}
+    assert notes == ["The divergence at 3 bits could not be measured: out of memory."]
 
 
 def test_a_text_too_short_is_refused() -> None:
