@@ -59,7 +59,7 @@ ReadWeight = Callable[[str], Tensor | None]
 """Gives a weight by its name."""
 
 
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
+def weight_samples(model: PreTrainedModel) -> Fingerprint:
     """A few elements of a few weights: two checkpoints of one architecture differ in them.
 
     Casts to another dtype leave them what they are within rounding, which a digest would not. Weights that are

@@ -23,7 +23,7 @@ from quantcache.artifact.files import TensorReader
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore
-from quantcache.cache.fingerprints import fingerprint, model_fingerprint, model_settings
+from quantcache.cache.fingerprints import calibration_digest, model_digest, model_settings
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import MIXED
 from quantcache.coding.blocks import SideCodec
@@ -102,8 +102,8 @@ def write_cache(
         "rate": calibration.metadata.rate.to_dict(),
         "sink_length": spectral[0].sink_length if spectral else 0,
         "residual_length": spectral[0].residual_length if spectral else 0,
-        "calibration": fingerprint(calibration),
-        "model": None if model is None else model_fingerprint(model),
+        "calibration": calibration_digest(calibration),
+        "model": None if model is None else model_digest(model),
         "settings": None if model is None else model_settings(model),
         "layers": layers,
         "sha256": checksum(tensors),
@@ -241,7 +241,7 @@ def read_cache(path: Path, description: dict[str, Any], cache: Cache, calibratio
         ArtifactError: The file is damaged or malformed.
         CalibrationMismatch: The file was written with another calibration.
     """
-    ours, theirs = fingerprint(calibration), description.get("calibration")
+    ours, theirs = calibration_digest(calibration), description.get("calibration")
     if ours != theirs:
         raise CalibrationMismatch(f"{path} was written with calibration {str(theirs)[:12]}, this one is {ours[:12]}")
     entries = description.get("layers")

@@ -29,7 +29,7 @@ _SETTINGS = (
 """What a config can say otherwise of the same weights, and change what they cache."""
 
 
-def fingerprint(calibration: Calibration) -> str:
+def calibration_digest(calibration: Calibration) -> str:
     """Digest of everything that gives codes their meaning.
 
     Args:
@@ -52,7 +52,7 @@ def fingerprint(calibration: Calibration) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel) -> str:
     """Digest of a sample of a model's weights: two checkpoints of one architecture differ in it.
 
     Args:
@@ -133,7 +133,7 @@ def check_model(description: dict[str, Any], model: PreTrainedModel, path: Path)
     """
     theirs = description.get("model")
     # Before 0.3 the names were a wrapper's own.
-    if theirs is not None and theirs != (ours := model_fingerprint(model)) and theirs != _sampled(model):
+    if theirs is not None and theirs != (ours := model_digest(model)) and theirs != _sampled(model):
         raise CalibrationMismatch(f"{path} was filled by model {str(theirs)[:12]}, this one is {ours[:12]}")
     differs = _difference(description.get("settings"), model_settings(model))
     if differs is not None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.cache.fingerprints import fingerprint, model_fingerprint, model_settings
+from quantcache.cache.fingerprints import calibration_digest, model_digest, model_settings
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import SpectralRecurrentLayer
 from quantcache.cache.rows import held_rows
@@ -27,7 +27,7 @@ from quantcache.common.errors import QuantCacheError, UnsupportedModel
 if TYPE_CHECKING:
     from quantcache.cache.spectral_cache import SpectralCache
 
-_fingerprints: WeakKeyDictionary[Calibration, str] = WeakKeyDictionary()
+_digests: WeakKeyDictionary[Calibration, str] = WeakKeyDictionary()
 """Digests of calibrations, whose constants are large and do not change."""
 
 _first_seen: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
@@ -84,7 +84,7 @@ def shared_tokens(first: bytes, second: bytes) -> int:
     return int(differ.argmax()) if differ.any() else count
 
 
-def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
+def prefix_digest(cache: SpectralCache, model: PreTrainedModel) -> str:
     """Digest of what must be the same for codes to mean the same: a prefix is served under no other.
 
     Weights are looked at anew every time, since a model may have been trained, or another adapter chosen, in between:
@@ -111,8 +111,8 @@ def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
             "a self-calibrating cache has codes of its own for every prompt: prefixes need a calibration"
         )
     model = compat.unwrapped(model)
-    if cache.calibration not in _fingerprints:
-        _fingerprints[cache.calibration] = fingerprint(cache.calibration)
+    if cache.calibration not in _digests:
+        _digests[cache.calibration] = calibration_digest(cache.calibration)
     kind = model.device.type
     adapters = [
         [name, *(str(getattr(module, each, None)) for each in ("active_adapters", "disable_adapters", "scaling"))]
@@ -120,8 +120,8 @@ def identity(cache: SpectralCache, model: PreTrainedModel) -> str:
         if hasattr(module, "disable_adapters") and module is not model
     ]
     said = {
-        "calibration": _fingerprints[cache.calibration],
-        "model": model_fingerprint(model),
+        "calibration": _digests[cache.calibration],
+        "model": model_digest(model),
         "settings": model_settings(model),
         "changes": _changes(model),
         "adapters": adapters,

@@ -19,10 +19,10 @@ from quantcache.cache.prefix_folder import PrefixFolder
 from quantcache.cache.prefix_keys import (
     can_be_cut,
     fits_rotation,
-    identity,
     is_plain,
     kept_tokens,
     key_of,
+    prefix_digest,
     row_of,
     shared_tokens,
     tokens_in,
@@ -134,7 +134,7 @@ class PrefixStore:
             ValueError: The tokens are of several rows.
         """
         ids = row_of(tokens)
-        name, key = identity(empty, model), key_of(ids)
+        name, key = prefix_digest(empty, model), key_of(ids)
         with self._lock:
             self._counts["requests"] += 1
             self._counts["prompt_tokens"] += len(ids)
@@ -191,7 +191,7 @@ class PrefixStore:
         kept.announced = kept.arrivals = None
         if not length or not fits_rotation(length, model) or not is_plain(kept):
             return False
-        return self._insert(identity(cache, model), key_of(ids[:length]), kept, generation)
+        return self._insert(prefix_digest(cache, model), key_of(ids[:length]), kept, generation)
 
     def save(self) -> int:
         """Write all caches in memory to the folder, where a new store finds them.

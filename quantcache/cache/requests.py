@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from quantcache.cache.prefix_keys import identity, kept_tokens
+from quantcache.cache.prefix_keys import kept_tokens, prefix_digest
 from quantcache.cache.prefixes import FAILURES, PrefixStore
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
@@ -74,7 +74,7 @@ class Reuse:
     def __post_init__(self) -> None:
         if not isinstance(self.store, PrefixStore):
             raise TypeError(f"prefixes must be a PrefixStore, got {type(self.store).__name__}")
-        identity(self.empty, self.model)
+        prefix_digest(self.empty, self.model)
         for name, module in self.model.named_modules():
             if hasattr(module, "rope_deltas"):
                 raise UnsupportedModel(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.identity import FINGERPRINT, fingerprint
+from quantcache.artifact.identity import FINGERPRINT, weight_samples
 from quantcache.artifact.recipes import METRICS, Metric
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
@@ -133,7 +133,7 @@ def calibrate(
             "id": public_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
             "model_type": model.config.model_type,
-            FINGERPRINT: fingerprint(model),
+            FINGERPRINT: weight_samples(model),
         },
         cache_config=cache_layout.cache_config(model.config),
         recipe={

@@ -25,7 +25,7 @@ import quantcache
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache import files as cache_files
 from quantcache.cache import prefix_folder
-from quantcache.cache.fingerprints import model_fingerprint
+from quantcache.cache.fingerprints import model_digest
 from quantcache.cache.prefix_folder import SUFFIX, PrefixFolder
 from quantcache.cache.prefix_keys import kept_tokens, key_of, shared_tokens
 from quantcache.cache.prefixes import PrefixStore
@@ -313,13 +313,13 @@ def test_what_was_made_otherwise_is_not_served(other: dict[str, Any]) -> None:
 def test_weights_packed_into_buffers_tell_models_apart() -> None:
     """As GPTQ and AWQ keep them; of two with the same embeddings and norms one was taken for the other."""
     model = LLAMA.make()
-    plain, projection = model_fingerprint(model), model.model.layers[0].self_attn.k_proj
+    plain, projection = model_digest(model), model.model.layers[0].self_attn.k_proj
     projection.register_buffer("positions", torch.arange(8)[None], persistent=False)
-    assert model_fingerprint(model) == plain
+    assert model_digest(model) == plain
     found = {plain}
     for value in (1, 2):
         projection.register_buffer("qweight", torch.full((4, 8), value, dtype=torch.int32))
-        found.add(model_fingerprint(model))
+        found.add(model_digest(model))
     assert len(found) == 3
 
 

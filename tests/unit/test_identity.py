@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 import quantcache
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.identity import FINGERPRINT, declared_frequencies, fingerprint
+from quantcache.artifact.identity import FINGERPRINT, declared_frequencies, weight_samples
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common.errors import CalibrationMismatch, CalibrationWarning
@@ -148,7 +148,7 @@ def test_adapters_in_a_wrapper(calibration: Calibration, model: LlamaForCausalLM
     """All names begin otherwise in PEFT's wrapper; nothing was compared."""
     adapted = make()
     calibration.check_compatible(PeftWrapper(adapted), strict=True)
-    assert fingerprint(PeftWrapper(adapted)) == fingerprint(model)
+    assert weight_samples(PeftWrapper(adapted)) == weight_samples(model)
     for layer in adapted.model.layers:
         layer.self_attn.v_proj = Lora(layer.self_attn.v_proj)
     wrapped = PeftWrapper(adapted)
@@ -217,7 +217,7 @@ def test_weights_that_cannot_be_read(calibration: Calibration, model: LlamaForCa
     with torch.device("meta"):
         offloaded = LlamaForCausalLM(model.config)
     calibration.check_compatible(offloaded, strict=True)
-    assert fingerprint(offloaded) == {}
+    assert weight_samples(offloaded) == {}
 
 
 def test_a_calibration_made_in_bfloat16(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
