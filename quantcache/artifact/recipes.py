@@ -25,7 +25,21 @@ Metric = Literal["fisher", "query", "identity"]
 """How errors are weighed."""
 
 METRICS = get_args(Metric)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_metric(name: str) -> None:
+    """Refuse a metric that there is not.
+
+    Args:
+        name: What it is called.
+
+    Raises:
+        ValueError: No metric has this name.
+    """
+    if name not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.identity import FINGERPRINT, weight_samples
-from quantcache.artifact.recipes import METRICS, Metric
+from quantcache.artifact.recipes import Metric, check_metric
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.calibration.data import calibration_data
@@ -91,8 +91,7 @@ def calibrate(
         ValueError: ``metric``, a number of bits or tokens, or a token id is out of range; a batch is not of token ids.
     """
     compat.require_loaded(model, "calibrate")
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    check_metric(metric)
     rate = Rate(bits, key_bits, value_bits, min_bits)
     check_rates(rate)
     for name, count in (("max_tokens", max_tokens), ("seq_len", seq_len)):

@@ -88,6 +88,10 @@ def calibrate(
         if min_bits > bits:
             raise ValueError(f"--min-bits {min_bits} exceeds --bits {bits:g}")
 
+        from quantcache.artifact.recipes import check_metric
+
+        check_metric(metric)  # loading the model may take minutes
+
         stack.enter_context(output_folder(output, _FOLDERS))
         if push_to_hub is not None:
             from quantcache.artifact import hub

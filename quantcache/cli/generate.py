@@ -75,10 +75,12 @@ def generate(
 
         import torch
 
+        from quantcache.backends import known_name
         from quantcache.cache.spectral_cache import SpectralCache
         from quantcache.coding.packing import BLOCK
         from quantcache.common import compat
 
+        known_name(backend)  # loading the model may take minutes
         loaded, tokenizer = load_model(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -333,6 +334,20 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     assert expected in lines[0]
+
+
+@pytest.mark.parametrize("case", ["metric", "backend"])
+def test_wrong_choices_are_refused_before_a_model_is_loaded(
+    run: Run, calibrated: dict, folder: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(folder)
+    for verb in ("calibrate", "generate"):
+        module = importlib.import_module(f"quantcache.cli.{verb}")
+        monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    arguments, expected = BAD_INPUT[case]
+    status, _, err = run(*arguments)
+    assert status != 0
+    assert expected in err
 
 
 def test_lm_eval_is_named_where_it_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
