@@ -227,8 +227,8 @@ def test_calibration_works_where_gradients_are_off(mode: type[torch.no_grad]) ->
 
 @pytest.mark.parametrize("family", OTHERS, ids=str)
 def test_query_metric_says_what_it_cannot_see(family: Family) -> None:
-    if compat.can_change_attention(shared_model(family)):
-        pytest.skip("this version of transformers lets its attention be replaced")
+    if family.name == "gptj" and compat.can_change_attention(shared_model(family)):
+        pytest.skip("from transformers 5.24 on its attention can be replaced, and its queries seen")
     with pytest.raises(UnsupportedModel, match="use metric='fisher'"):
         calibrate(shared_model(family), random_tokens(1, 64), metric="query", progress=False)
 
