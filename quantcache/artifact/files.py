@@ -216,7 +216,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in ("layers", "rope"):
         if not isinstance(config[name], list) or not all(isinstance(entry, dict) for entry in config[name]):
             raise ArtifactError(f"{path}: {name} must be a list of objects")
-    _codec_settings(path, config["codec"])
     _check_rate(path, config["rate"])
     check_description(path, config)
     return config
