@@ -24,10 +24,11 @@ from quantcache.common.logs import log_once
 logger = logging.getLogger(__name__)
 
 _READ = ("input_ids", "attention_mask", "position_ids")
+_CACHE = compat.cache_name(CausalLMOutputWithPast)
 _KNOWN = ("cache", "past_key_values", "cache_position")
 _NOTHING_ELSE = {"use_cache": (None, True), "return_dict": (None, True), "logits_to_keep": (None, 0, 1)}
-"""Arguments of a forward pass that a graph's step is given, those that follow from the cache, and those that ask for
-nothing else with these values."""
+"""Arguments of a forward pass that a graph's step is given, what its output calls the cache, arguments that follow from
+the cache, and those that ask for nothing else with these values."""
 
 
 class _Steps:
@@ -201,7 +202,7 @@ class _Forward:
                 if positions is not None:
                     positions = positions.expand(kwargs["input_ids"].shape)
                 logits = step.take(cache, kwargs["input_ids"], mask, positions)
-                return CausalLMOutputWithPast(logits=logits, **{compat.cache_name(CausalLMOutputWithPast): cache})
+                return CausalLMOutputWithPast(logits=logits, **{_CACHE: cache})
         except GraphCaptureError as error:
             self.steps[cache] = None
             log_once(logger, logging.WARNING, f"decoding without CUDA graphs: {error}")

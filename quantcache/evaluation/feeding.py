@@ -66,8 +66,9 @@ def feed(
         chunk: Tokens fed at once.
         on_progress: Called with the tokens of every chunk that has been read.
     """
+    given = compat.cache_argument(model, cache)
     for part in tokens.to(compat.input_device(model)).split(chunk, dim=1) if tokens.shape[1] else ():
-        model(input_ids=part, **compat.cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+        model(input_ids=part, **given, use_cache=True, logits_to_keep=1)
         if on_progress is not None:
             on_progress(part.shape[1])
 
@@ -99,10 +100,9 @@ def decode_tokens(
     Yields:
         ``[B, 1]``; the cache does not hold them yet.
     """
-    device = compat.input_device(model)
+    device, given = compat.input_device(model), compat.cache_argument(model, cache)
     while True:
-        given = {"input_ids": tokens.to(device), **compat.cache_argument(model, cache), "use_cache": True}
-        tokens = choose(model(**given, logits_to_keep=1).logits[:, -1])
+        tokens = choose(model(input_ids=tokens.to(device), **given, use_cache=True, logits_to_keep=1).logits[:, -1])
         yield tokens
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantcache.common import compat
 from quantcache.common.defaults import PREFILL_CHUNK
@@ -158,15 +158,15 @@ def _time(
     pair = {"own": method, "dense": reference}
     prefill: dict[str, list[float]] = {name: [] for name in pair}
     decode: dict[str, list[float]] = {name: [] for name in pair}
-    caches: dict[str, Cache] = {}
+    caches: dict[str, dict[str, Any]] = {}  # as the model takes them: to find that out is not to be timed with a step
 
     def read(name: str) -> None:
-        caches[name] = pair[name].make_cache()
+        caches[name] = compat.cache_argument(model, pair[name].make_cache())
         for part in prompt.split(PREFILL_CHUNK, dim=1):
-            model(input_ids=part, **compat.cache_argument(model, caches[name]), use_cache=True, logits_to_keep=1)
+            model(input_ids=part, **caches[name], use_cache=True, logits_to_keep=1)
 
     def step(name: str) -> None:
-        model(input_ids=prompt[:, -1:], **compat.cache_argument(model, caches[name]), use_cache=True, logits_to_keep=1)
+        model(input_ids=prompt[:, -1:], **caches[name], use_cache=True, logits_to_keep=1)
 
     for number in range(1 + prefills):
         for name in pair:
