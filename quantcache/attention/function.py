@@ -37,6 +37,9 @@ DECODING_DEVICES = {"cuda"}
 DENSE_BYTES = 1 << 30
 """Largest such copy; of longer caches tiles are decoded."""
 
+NOT_TRACED = ("indices", "position_bias", "block_indices", "sinks")
+"""Arguments of few models that the operator of a compiled graph does not take."""
+
 
 def register_attention() -> None:
     """Register ``"spectral"`` with transformers as an attention and as a mask; safe to repeat.
@@ -137,9 +140,19 @@ def spectral_attention_forward(
         QuantCacheError: Queries, mask, sink logits or soft cap do not fit what is cached.
     """
     if torch.compiler.is_dynamo_compiling():
-        peculiar = {"indices": indices, "position_bias": position_bias, "block_indices": block_indices, "sinks": sinks}
-        settings = (scaling, dropout, is_causal, softcap, s_aux)
-        return _traced(module, query, key, value, attention_mask, *settings, peculiar, kwargs), None
+        options = {
+            "attention_mask": attention_mask,
+            "scaling": scaling,
+            "dropout": dropout,
+            "is_causal": is_causal,
+            "softcap": softcap,
+            "s_aux": s_aux,
+            "indices": indices,
+            "position_bias": position_bias,
+            "block_indices": block_indices,
+            "sinks": sinks,
+        }
+        return _traced(module, query, key, value, options | kwargs), None
     if position_bias is not None:
         raise UnsupportedModel(
             f"{type(module).__name__} adds a position bias, which spectral attention does not support"
@@ -152,94 +165,87 @@ def spectral_attention_forward(
     causal = is_causal if is_causal is not None else cached or getattr(module, "is_causal", True)
     if indices is not None:
         attention_mask = _selected(indices, attention_mask, key.shape[2], causal)
-    view = key.view_ if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_ else None
-    return _attended(module, query, key, value, view, attention_mask, scaling, causal, softcap, s_aux, dropout), None
+    call = guards.fitting_call(query, attention_mask, scaling, causal, softcap, s_aux)
+    if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_:
+        return _attended(module, query, key.view_, call, dropout), None
+    return _attended(module, query, (key, value), call, dropout), None
 
 
 def _attended(
     module: Any,
     query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    view: CacheView | None,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    causal: bool,
-    softcap: float | None,
-    s_aux: Tensor | None,
+    cached: CacheView | tuple[Tensor, Tensor],
+    call: AttentionCall,
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention on a view, whose layer may then encode; on keys and values where there is none."""
-    fused = softcap is None and s_aux is None
-    if view is not None and view.num_blocks and not dropout and not (fused and _decoded_whole(query, view)):
-        output = spectral_attention(query, view, attention_mask, scaling, causal, softcap, s_aux)
-    else:
-        # Nothing is encoded yet, or it is decoded; or the layer is not ours (sliding window, no cache): plain tensors.
-        softcap = guards.fitting_softcap(softcap)
-        if view is not None:
-            guards.require_query(query, view.key.tail)
-            attention_mask = guards.fitting_mask(attention_mask, query, view.length)
-            if attention_mask is None and causal and 1 < query.shape[2] < view.length:
-                # Torch's own would count from the first token.
-                attention_mask = _causal_mask(query.shape[2], view.length, query.device)
-            key, value = view.dense("key", by_kernels=True), view.dense("value", by_kernels=True)
-        assert key is not None
-        assert value is not None
-        if softcap is None and s_aux is None and _fused_takes(query, key, value):
-            output, _ = sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal
-            )
-        else:
-            output = dense_attention(query, key, value, attention_mask, scaling, causal, softcap, s_aux, dropout)
-    if view is not None and view.flush is not None:
+    if not isinstance(cached, CacheView):  # the layer is not ours (sliding window, no cache)
+        return _attended_dense(module, query, *cached, call, dropout)
+    view = cached
+    guards.require_query(query, view.key.tail)
+    call = guards.fitting_tensors(call, query, view.length)
+    if view.num_blocks and not dropout and not (_fused_knows(call) and _decoded_whole(query, view)):
+        output = backends.attend(query, view, call)
+    else:  # nothing is encoded yet, or it is decoded
+        if call.mask is None and call.causal and 1 < query.shape[2] < view.length:
+            # Torch's own would count from the first token.
+            call = call._replace(mask=_causal_mask(query.shape[2], view.length, query.device))
+        dense = view.dense("key", by_kernels=True), view.dense("value", by_kernels=True)
+        output = _attended_dense(module, query, *dense, call, dropout)
+    if view.flush is not None:
         view.flush()
     return output
 
 
-def _traced(
-    module: Any,
-    query: Tensor,
-    key: Any,
-    value: Any,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    is_causal: bool | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    peculiar: dict[str, Any],
-    rest: dict[str, Any],
+def _attended_dense(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, dropout: float
 ) -> Tensor:
-    """Attention while a model is traced: an operator in its graph where that serves, a graph break elsewhere."""
+    """Attention on plain keys and values, by torch's fused attention where that knows the call."""
+    if not (_fused_knows(call) and _fused_takes(query, key, value)):
+        return dense_attention(query, key, value, *call, dropout=dropout)
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, call.mask, dropout=dropout, scaling=call.scaling, is_causal=call.causal
+    )
+    return output
+
+
+def _traced(module: Any, query: Tensor, key: Any, value: Any, options: dict[str, Any]) -> Tensor:
+    """Attention while a model is traced: an operator in its graph where that serves, a graph break elsewhere.
+
+    Args:
+        module: As of :func:`spectral_attention_forward`, like all others.
+        query: Its query.
+        key: Its key.
+        value: Its value.
+        options: Its other arguments, by name.
+    """
+    mask, scaling, is_causal, s_aux = (options[name] for name in ("attention_mask", "scaling", "is_causal", "s_aux"))
     served = isinstance(key, TracedKV) and isinstance(value, TracedKV) and traced.takes(query, s_aux)
     served = served and key.dense_ is value.dense_ and not key.dense_
-    if not served or dropout or isinstance(scaling, Tensor) or any(each is not None for each in peculiar.values()):
-        settings = (scaling, dropout, is_causal, softcap, s_aux)
-        return _untraced(module, query, key, value, attention_mask, settings, peculiar | rest)
+    served = served and not options["dropout"] and not isinstance(scaling, Tensor)
+    if not served or any(options[name] is not None for name in NOT_TRACED):
+        return _untraced(module, query, key, value, options)
     output: Tensor = torch.ops.quantcache.attend(
         key.cache_.handle,
         query,
-        attention_mask,
-        getattr(attention_mask, "shown_", None),
-        rest.get("position_ids"),
+        mask,
+        getattr(mask, "shown_", None),
+        options.get("position_ids"),
         s_aux,
         key.layer_,
-        attention_mask is None or hasattr(attention_mask, "shown_"),
+        mask is None or hasattr(mask, "shown_"),
         value.dim_,
         getattr(module, "num_key_value_groups", 1),
         scaling,
         is_causal if is_causal is not None else key.packed_ or getattr(module, "is_causal", True),
-        softcap,
+        options["softcap"],
     )
     return output
 
 
 @torch.compiler.disable
-def _untraced(
-    module: Any, query: Tensor, key: Any, value: Any, mask: Tensor | None, settings: tuple[Any, ...], rest: Any
-) -> Tensor:
-    key, value = traced.untraced(key, value)
-    return spectral_attention_forward(module, query, key, value, mask, *settings, **rest)[0]
+def _untraced(module: Any, query: Tensor, key: Any, value: Any, options: dict[str, Any]) -> Tensor:
+    return spectral_attention_forward(module, query, *traced.untraced(key, value), **options)[0]
 
 
 @torch.library.impl("quantcache::attend", "CompositeExplicitAutograd", lib=traced.operators)
@@ -254,13 +260,14 @@ def _attend(
     known: bool,
     value_dim: int,
     groups: int,
-    *settings: Any,
+    scaling: float | None,
+    causal: bool,
+    softcap: float | None,
 ) -> Tensor:
     cache, module = traced.cache_of(handle), SimpleNamespace(num_key_value_groups=groups)
     view = cache.note_arrivals(layer, query.shape[2], (shown, positions) if known else None)
-    key, value = (None, None) if view is not None else cache.last_output(layer)
-    scaling, causal, softcap = settings
-    return _attended(module, query, key, value, view, mask, scaling, causal, softcap, s_aux).contiguous()
+    call = guards.fitting_call(query, mask, scaling, causal, softcap, s_aux)
+    return _attended(module, query, cache.last_output(layer) if view is None else view, call).contiguous()
 
 
 def _selected(indices: Tensor, mask: Tensor | None, tokens: int, causal: bool) -> Tensor:
@@ -307,6 +314,11 @@ def _decoded_whole(query: Tensor, view: CacheView) -> bool:
     )
 
 
+def _fused_knows(call: AttentionCall) -> bool:
+    """Whether torch's fused attention has what a call asks for."""
+    return call.softcap is None and call.sink_logits is None
+
+
 def _fused_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether torch's fused attention takes these dtypes: one, or any that autocast makes one."""
     return query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type)
@@ -341,16 +353,16 @@ def dense_attention(
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
     guards.require_query(query, key)
-    mask, s_aux = guards.fitting_mask(mask, query, key.shape[2]), guards.fitting_sink_logits(s_aux, query)
-    call = AttentionCall(mask, guards.fitting_scaling(scaling, query), causal, guards.fitting_softcap(softcap))
+    call = guards.fitting_call(query, mask, scaling, causal, softcap, s_aux)
+    call = guards.fitting_tensors(call, query, key.shape[2])
     outputs = []
     keys, values = key.float(), value.float()
     for first in range(0, max(query.shape[2], 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
         rows = QueryRows(part, key.shape[1], key.shape[2], call, (first, query.shape[2]))
         scores = rows.scores(matmul(rows.query, keys.transpose(-1, -2)), 0, key.shape[2])
-        if s_aux is not None:
-            scores = torch.cat((scores, rows.sink_scores(s_aux)), dim=-1)
+        if call.sink_logits is not None:
+            scores = torch.cat((scores, rows.sink_scores(call.sink_logits)), dim=-1)
         # A query that may look nowhere (left padding) looks everywhere: finite, and nobody reads its output.
         dead = scores.amax(-1, keepdim=True) == float("-inf")
         weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1)[..., : key.shape[2]]
@@ -383,6 +395,5 @@ def spectral_attention(
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
     guards.require_query(query, view.key.tail)
-    mask, s_aux = guards.fitting_mask(mask, query, view.length), guards.fitting_sink_logits(s_aux, query)
-    scaling, softcap = guards.fitting_scaling(scaling, query), guards.fitting_softcap(softcap)
-    return backends.attend(query, view, AttentionCall(mask, scaling, causal, softcap, s_aux))
+    call = guards.fitting_call(query, mask, scaling, causal, softcap, s_aux)
+    return backends.attend(query, view, guards.fitting_tensors(call, query, view.length))

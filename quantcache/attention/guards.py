@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
 from quantcache.common.logs import log_once
+from quantcache_kernels.interface import AttentionCall
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,53 @@ def require_query(query: Tensor, tail: Tensor) -> None:
         )
 
 
+def fitting_call(
+    query: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    causal: bool,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> AttentionCall:
+    """One call of attention, its numbers checked; its tensors are as they were given (:func:`fitting_tensors`).
+
+    Args:
+        query: ``[B, Hq, Tq, D]``.
+        mask: The mask, or None.
+        scaling: Factor of the scores, a number or a tensor of one; D^-½ if None.
+        causal: What a missing mask means.
+        softcap: The soft cap; 0 and None mean no cap.
+        s_aux: One attention-sink logit for each query head, or None.
+
+    Returns:
+        The call.
+
+    Raises:
+        QuantCacheError: The factor or the cap is not a number that attention can use.
+    """
+    return AttentionCall(mask, fitting_scaling(scaling, query), causal, _fitting_softcap(softcap), s_aux)
+
+
+def fitting_tensors(call: AttentionCall, query: Tensor, length: int) -> AttentionCall:
+    """A call whose mask and sink logits are as attention reads them.
+
+    Args:
+        call: As of :func:`fitting_call`.
+        query: ``[B, Hq, Tq, D]``.
+        length: Tokens that may be read, T.
+
+    Returns:
+        The call: its mask ``[B or 1, 1 or Hq, Tq, T]``, its logits ``[Hq]``.
+
+    Raises:
+        QuantCacheError: Shape, dtype or device of one of them do not fit the queries.
+    """
+    if call.mask is None and call.sink_logits is None:
+        return call
+    mask, logits = fitting_mask(call.mask, query, length), _fitting_sink_logits(call.sink_logits, query)
+    return call._replace(mask=mask, sink_logits=logits)
+
+
 def fitting_mask(mask: Tensor | None, query: Tensor, length: int) -> Tensor | None:
     """An attention mask as attention reads it; what it broadcasts over is expanded, as torch does.
 
@@ -195,19 +243,8 @@ def fitting_mask(mask: Tensor | None, query: Tensor, length: int) -> Tensor | No
     return mask.reshape(shape)[..., :length].expand(-1, -1, count, length)
 
 
-def fitting_sink_logits(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
-    """Attention-sink logits as attention reads them.
-
-    Args:
-        s_aux: One logit for each query head in any shape, or None.
-        query: ``[B, Hq, Tq, D]``.
-
-    Returns:
-        ``[Hq]``, contiguous; None for None.
-
-    Raises:
-        QuantCacheError: Their number is not that of the query heads, or they are on another device.
-    """
+def _fitting_sink_logits(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
+    """Attention-sink logits as attention reads them, ``[Hq]``."""
     if s_aux is None:
         return None
     if s_aux.numel() != query.shape[1] or s_aux.device != query.device or not s_aux.is_floating_point():
@@ -218,18 +255,8 @@ def fitting_sink_logits(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
     return s_aux.reshape(-1).contiguous()
 
 
-def fitting_softcap(softcap: float | None) -> float | None:
-    """A soft cap of scores.
-
-    Args:
-        softcap: The cap; 0 and None mean no cap.
-
-    Returns:
-        The cap, or None.
-
-    Raises:
-        QuantCacheError: The cap is negative or not finite.
-    """
+def _fitting_softcap(softcap: float | None) -> float | None:
+    """A soft cap of scores; None where there is none."""
     if not softcap:
         return None
     if not 0 < softcap < math.inf:
@@ -250,7 +277,7 @@ def fitting_scaling(scaling: float | None, query: Tensor) -> float:
     Raises:
         QuantCacheError: The factor is not finite.
     """
-    factor = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if not math.isfinite(factor):
         raise QuantCacheError(f"the factor of scores must be a finite number, got {factor}")
     return factor

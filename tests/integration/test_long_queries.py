@@ -11,6 +11,7 @@ import torch
 
 from quantcache import SpectralCache
 from quantcache.attention import function
+from quantcache.attention.lazy import LazyKV
 from quantcache.backends import REFERENCE, AttentionCall, reference
 from quantcache.backends.view import CacheView
 from tests.builders import scalar_calibration
@@ -44,7 +45,8 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 def attend(case: Case, view: CacheView, query: torch.Tensor, mask: torch.Tensor | None, **more: Any) -> torch.Tensor:
     """What a model's attention layer is given."""
     module = SimpleNamespace(num_key_value_groups=query.shape[1] // case.heads, is_causal=True, training=False)
-    return function._attended(module, query, None, None, view, mask, None, True, None, None, **more)
+    key, value = LazyKV(view, "key"), LazyKV(view, "value")
+    return function.spectral_attention_forward(module, query, key, value, mask, **more)[0]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
