@@ -318,7 +318,13 @@ def encode(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         layer = filled_layer(run, name, batch, 140, options.bits[0], "auto")
         size, calls = encoding(run, layer, batch, tokens)
-        found = {"model": name, "batch": batch, "tokens": tokens, "bytes": size, "backend": layer.layout.name}
+        found = {
+            "model": name,
+            "batch": batch,
+            "tokens": tokens,
+            "bytes": size,
+            "backend": layer.state.blocks.layout.name,
+        }
         for side, call in calls.items():
             try:
                 times = measure(run, call)

@@ -225,15 +225,15 @@ def fill(run: Run, layer: SpectralLayer, name: str, batch: int, length: int) -> 
     layer.flush()
     assert layer.spans
     count = max(1, (length - layer.sink_length - layer.residual_length) // BLOCK)
-    spans, stores = next_spans(None, layer.sink_length, count), {}
+    spans, stores, blocks = next_spans(None, layer.sink_length, count), {}, layer.state.blocks
     for side in SIDES:
         codec, low = layer.codecs[side], -(1 << 31)
         assert isinstance(codec, SpectralCodec)
         codes = torch.randint(low, -low - 1, (count, batch, codec.num_words), dtype=torch.int32, device=run.device)
         gains = torch.randint(100, 150, (count, batch, heads, BLOCK), dtype=torch.uint8, device=run.device)
-        stores[side] = BlockStore(count, layer.layout.from_portable(codec, {"codes": codes, "gains": gains}))
-    block_table = BlockStore(count, {"block_table": block_table_of(spans, layer.device)})
-    layer._commit(spans=spans, stores=stores, block_table=block_table)
+        stores[side] = BlockStore(count, blocks.layout.from_portable(codec, {"codes": codes, "gains": gains}))
+    table = BlockStore(count, {"block_table": block_table_of(spans, layer.device)})
+    layer._put(layer.state.changed(blocks=blocks._replace(spans=spans, stores=stores, table=table)))
 
 
 def encoding(run: Run, layer: SpectralLayer, batch: int, tokens: int) -> tuple[int, dict[str, Callable[[], object]]]:
@@ -248,7 +248,7 @@ def encoding(run: Run, layer: SpectralLayer, batch: int, tokens: int) -> tuple[i
     Returns:
         Bytes that a call reads, and a call for each side.
     """
-    backend, tail = layer.layout, layer.tails["key"]
+    backend, tail = layer.state.blocks.layout, layer.tails["key"]
     x = run.states(batch, tail.shape[1], tokens, tail.shape[3])
     index = torch.arange(tokens // BLOCK, device=x.device, dtype=torch.int32)
     block_table = torch.stack((4 + BLOCK * index, torch.full_like(index, BLOCK), 4 + 2 * BLOCK * (index // 2)), dim=1)

@@ -97,11 +97,11 @@ class _Count:
         if self.saturation:
             above, below = layer.saturated_gains()
             self.gains_above, self.gains_below = self.gains_above + above, self.gains_below + below
-        block_table = layer.block_table
-        self.sizes["bookkeeping"] += sum(block_table.nbytes().values()) + sum(
-            block_table.slack(name) for name in block_table.buffers
+        state, blocks = layer.state, layer.state.blocks
+        self.sizes["bookkeeping"] += sum(blocks.table.nbytes().values()) + sum(
+            map(blocks.table.slack, blocks.table.buffers)
         )
-        told = (layer.left_padding, layer.origins, layer.trail)
+        told = (blocks.left_padding, blocks.origins, state.trail)
         self.sizes["bookkeeping"] += sum(each.untyped_storage().nbytes() for each in told if each is not None)
 
     def _add_side(self, layer: Any, side: str) -> None:
@@ -120,7 +120,7 @@ class _Count:
                 self.sizes["slack"] += store.slack(name)
         self.sizes["residual"] += tail.nbytes
         self.sizes["slack"] += tail.untyped_storage().nbytes() - tail.nbytes
-        for aside in (layer.sinks, layer.leads):
+        for aside in (layer.sinks, layer.state.blocks.leads):
             if side in aside:
                 self.sizes["sinks"] += aside[side].untyped_storage().nbytes()
         if codec is not None:

@@ -52,7 +52,7 @@ class Shared:
     """What all views of a layer have in common until its blocks change.
 
     Attributes:
-        made_of: Attributes of the layer that it follows from.
+        made_of: The layer's blocks, the name of its backend, and which kernels have failed until then.
         key: Codec, store, sinks and lead of the keys.
         value: The same of the values.
         rest: From ``block_table`` to ``prepared``, what a :class:`CacheView` has beside its sides.

@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from quantcache.attention import guards
 from quantcache.attention.lazy import LazyKV
 from quantcache.backends import (
     REFERENCE,
@@ -29,12 +27,11 @@ from quantcache.backends import (
     padding,
     trials,
 )
-from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span, block_table_of
-from quantcache.backends.store import BlockStore, moved
+from quantcache.backends.store import BlockStore
 from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
-from quantcache.cache.tails import TailBuffer
+from quantcache.cache.state import NO_BLOCKS, NOTHING, Blocks, LayerState
 from quantcache.cache.transaction import put, shallow_copy, with_symbolic_length
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
@@ -42,14 +39,6 @@ from quantcache.coding.schema import SIDES
 from quantcache.common import compat
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, TokensNotFinite
-
-_of_one_moment = itemgetter(
-    *("tails", "shared", "codecs", "spans", "stores", "sinks", "leads"),
-    *("left_padding", "origins", "cut", "layout", "block_table", "backend"),
-)
-"""Of a layer's attributes those that views are made of, whatever other threads do."""
-
-_tokens = itemgetter("spans", "tails")  # and those that say how many there are
 
 
 class BlockLayer(DynamicLayer):
@@ -70,25 +59,9 @@ class BlockLayer(DynamicLayer):
     blocks_at_once = 1
     """Blocks that are encoded together, for codecs whose tiles are longer than a block; fewer wait in the tail."""
 
-    codecs: dict[str, SideCodec]  # of both sides, once there are blocks
-    spans: list[Span]
-    stores: dict[str, BlockStore]
-    block_table: BlockStore  # the spans once more, as a tensor for attention to read
-    sinks: dict[str, Tensor]
-    tails: dict[str, Tensor]
-    buffer: TailBuffer | None  # what the tails are views of, if they are
-    leads: dict[str, Tensor]  # what lies before the first block, where that is not the sinks
-    left_padding: Tensor | None
-    origins: Tensor | None
-    trail: Tensor | None  # what is known of the tail's tokens, see padding.extended
-    cut: bool  # whether a crop has left some block less than full
-    pending: bool  # whether new tokens await their reader before they may be encoded
-    gains: dict[str, guards.AsyncReadback]  # how many of the last blocks' gains do not fit their range
-    refused: bool  # whether the tail's oldest tokens are not finite, and could not be encoded
-    finite_check: guards.FiniteCheck | None  # whether the tail's first block, which is not due yet, is finite
-    layout: Backend  # in whose layout the blocks are
+    state = NOTHING
     symbolic_length: Tensor | None = None  # T as a graph reads it; of the cache's first layer only
-    shared: Shared | None  # what views of these blocks have in common
+    _shared: Shared | None = None  # what views of these blocks have in common
 
     def __init__(
         self,
@@ -114,54 +87,53 @@ class BlockLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._commit(
-            codecs={},  # those that have been fitted to these tokens are not the next ones'
-            spans=[],
-            stores={side: BlockStore() for side in SIDES},
-            block_table=BlockStore(),
-            sinks={},
-            tails={},
-            leads={},
-            gains={},
-            left_padding=None,
-            origins=None,
-            trail=None,
-            cut=False,
-            pending=False,
-            layout=REFERENCE,
-            is_initialized=False,
-        )
+        self._put(NOTHING, is_initialized=False)
 
-    def _commit(self, **state: Any) -> None:
-        """Put a new state in place at once. What follows from the old one is gone, unless the new one names it."""
-        state = {"finite_check": None, "refused": False, "buffer": None, "shared": None, **state}
-        put(self, with_symbolic_length(self, state))
-
-    def _go_on(self, **state: Any) -> None:
-        """Put a new state in place at once, for blocks that stay as they are."""
-        state["refused"] = False
-        put(self, with_symbolic_length(self, state))
+    def _put(self, state: LayerState, **attributes: Any) -> None:
+        """Put a new state in place, with other attributes that change with it."""
+        if state.blocks is not self.state.blocks:
+            attributes["_shared"] = None  # it would keep the old ones alive
+        if attributes or self.symbolic_length is not None:
+            put(self, with_symbolic_length(self, {"state": state, **attributes}))
+        else:
+            self.state = state
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and geometry from the first keys and values."""
         if self.shape_check is not None:
             self.shape_check(key_states, value_states)
-        self._commit(
-            dtype=key_states.dtype,
-            device=key_states.device,
-            tails={"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()},
-            is_initialized=True,
-        )
-
-    @property
-    def encoded_end(self) -> int:
-        """Slot behind the last encoded token; 0 before the first block."""
-        return self.spans[-1].end if self.spans else 0
+        tails = {"key": key_states[:, :, :0].clone(), "value": value_states[:, :, :0].clone()}
+        state = self.state.changed(tails=tails)
+        self._put(state, dtype=key_states.dtype, device=key_states.device, is_initialized=True)
 
     def get_seq_length(self) -> int:
         """Tokens cached, T."""
-        spans, tails = _tokens(vars(self))
-        return (spans[-1].end if spans else 0) + (tails["key"].shape[2] if tails else 0)
+        return self.state.length
+
+    @property
+    def codecs(self) -> dict[str, SideCodec]:
+        """See :class:`quantcache.cache.state.Blocks`."""
+        return self.state.blocks.codecs
+
+    @property
+    def spans(self) -> list[Span]:
+        """See :class:`quantcache.cache.state.Blocks`."""
+        return self.state.blocks.spans
+
+    @property
+    def stores(self) -> dict[str, BlockStore]:
+        """See :class:`quantcache.cache.state.Blocks`."""
+        return self.state.blocks.stores
+
+    @property
+    def sinks(self) -> dict[str, Tensor]:
+        """See :class:`quantcache.cache.state.Blocks`."""
+        return self.state.blocks.sinks
+
+    @property
+    def tails(self) -> dict[str, Tensor]:
+        """See :class:`quantcache.cache.state.LayerState`."""
+        return self.state.tails
 
     @property
     def keys(self) -> Tensor | None:
@@ -191,24 +163,29 @@ class BlockLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
-        tails, shared, *lasting = [*list(_of_one_moment(vars(self))), trials.rejections()]
-        if shared is None or not all(map(operator.is_, shared.made_of, lasting)):
-            if self.spans:
+        state, shared = self.state, self._shared
+        made_of = state.blocks, self.backend, trials.rejections()
+        if shared is None or not all(map(operator.is_, shared.made_of, made_of)):
+            if state.blocks.spans:
                 self._relay(self._served()[0])
-            tails, _, *lasting = [*list(_of_one_moment(vars(self))), trials.rejections()]
-            self.shared = shared = self._shared(lasting)
-        return shared.view(tails, self.flush)
+            state = self.state
+            self._shared = shared = self._shared_by_views(state.blocks)
+        return shared.view(state.tails, self.flush)
 
-    def _shared(self, lasting: list[Any]) -> Shared:
+    def _shared_by_views(self, blocks: Blocks) -> Shared:
         """What views have in common until blocks change."""
-        codecs, spans, stores, sinks, leads, left_padding, origins, cut, layout, block_table, *_ = lasting
-        key, value = ((codecs.get(side), stores[side], sinks.get(side), leads.get(side)) for side in SIDES)
-        if spans:
-            table = block_table.buffers["block_table"][: block_table.count]
-            end, backend, report = spans[-1].end, layout, self._served(codecs)[1]
+        key, value = (
+            (blocks.codecs.get(side), blocks.stores[side], blocks.sinks.get(side), blocks.leads.get(side))
+            for side in SIDES
+        )
+        if blocks.spans:
+            table = blocks.table.buffers["block_table"][: blocks.table.count]
+            backend, report = blocks.layout, self._served(blocks.codecs)[1]
         else:
-            table, end, backend, report = torch.zeros(0, 3, dtype=torch.int32, device=self.device), 0, None, None
-        return Shared(lasting, key, value, (table, end, cut, left_padding, origins, spans, backend, report, {}))
+            table, backend, report = torch.zeros(0, 3, dtype=torch.int32, device=self.device), None, None
+        grid, prepared = (blocks.left_padding, blocks.origins), dict[str, Any]()
+        rest = table, blocks.end, blocks.cut, *grid, blocks.spans, backend, report, prepared
+        return Shared((blocks, self.backend, trials.rejections()), key, value, rest)
 
     # ------------------------------------------------------------------ backend
 
@@ -230,25 +207,23 @@ class BlockLayer(DynamicLayer):
         Returns:
             The codec's fields, ``[n, B, ...]`` each.
         """
-        store = self.stores[side]
-        return self.layout.to_portable(self.codecs[side], store.slice(0, store.count)) if store.count else {}
+        store, layout = self.stores[side], self.state.blocks.layout
+        return layout.to_portable(self.codecs[side], store.slice(0, store.count)) if store.count else {}
 
     def _relay(self, backend: Backend) -> None:
         """Bring the blocks into a backend's layout."""
-        if backend.layout != self.layout.layout:
+        blocks = self.state.blocks
+        if backend is blocks.layout:
+            return
+        stores = blocks.stores
+        if backend.layout != blocks.layout.layout:
             stores = {
-                side: store.mapped_fields(backend.from_portable(self.codecs[side], self.fields(side)))
-                for side, store in self.stores.items()
+                side: store.mapped_fields(backend.from_portable(blocks.codecs[side], self.fields(side)))
                 if store.count
+                else store
+                for side, store in stores.items()
             }
-            put(self, {"stores": {**self.stores, **stores}, "layout": backend})
-        elif backend is not self.layout:
-            put(self, {"layout": backend})
-
-    @property
-    def grid(self) -> Grid:
-        """Where the rows lie in the slots."""
-        return Grid(self.left_padding, self.origins)
+        self._put(self.state._replace(blocks=blocks._replace(stores=stores, layout=backend)))
 
     def flush(self) -> None:
         """Encode what is due; nothing here."""
@@ -275,46 +250,45 @@ class BlockLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self.flush_if_finite()
-        length = self.get_seq_length()
+        state, length = self.state, self.get_seq_length()
         keep = length - compat.tokens_to_remove(tokens_to_remove, length)
-        state: dict[str, Any] = {} if keep else {"left_padding": None, "origins": None, "trail": None, "pending": False}
-        if keep and self.trail is not None:
-            state["trail"] = self.trail[:, :, : max(0, keep - self.encoded_end)].clone()
-        if keep >= self.encoded_end:
-            state["tails"] = {side: tail[:, :, : keep - self.encoded_end].clone() for side, tail in self.tails.items()}
+        blocks, tails, trail = state.blocks, state.tails, state.trail
+        if trail is not None:
+            trail = trail[:, :, : max(0, keep - blocks.end)].clone()
+        if keep >= blocks.end:
+            tails = {side: tail[:, :, : keep - blocks.end].clone() for side, tail in tails.items()}
         elif keep <= self.sink_length:
             view = self.snapshot()
-            state["tails"] = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
-            if keep and self.trail is not None:
-                state["trail"] = padding.plain(self.grid, self.trail.shape[0], 0, keep, self.trail.device)
-            state |= {"spans": [], "sinks": {}, "leads": {}, "cut": False, "block_table": BlockStore()}
-            state |= {"left_padding": None, "origins": None, "codecs": {}}
-            state["stores"] = {side: BlockStore() for side in SIDES}
+            tails = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
+            if trail is not None:
+                trail = padding.plain(blocks.grid, trail.shape[0], 0, keep, trail.device)
+            blocks = NO_BLOCKS._replace(layout=self.state.blocks.layout)
         else:
-            spans = [span for span in self.spans if span.start < keep]
-            last = spans[-1]
-            spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
-            cut = block_table_of(spans[-1:], self.device)
-            state |= {"spans": spans, "cut": any(span.length < BLOCK for span in spans)}
-            state["block_table"] = self.block_table.truncated(len(spans) - 1).copy().appended({"block_table": cut})
-            state["stores"] = {side: store.truncated(len(spans)) for side, store in self.stores.items()}
-            state["tails"] = {side: tail[:, :, :0].clone() for side, tail in self.tails.items()}
-        self._commit(**state)
+            blocks = self._cut(blocks, keep)
+            tails = {side: tail[:, :, :0].clone() for side, tail in tails.items()}
+        if not keep:  # nothing is known of the tokens to come
+            blocks, trail, state = blocks._replace(left_padding=None, origins=None), None, state._replace(pending=False)
+        self._put(state.changed(blocks=blocks, tails=tails, trail=trail))
+
+    def _cut(self, blocks: Blocks, keep: int) -> Blocks:
+        """The blocks of the first tokens; the last one may keep codes of more."""
+        spans = [span for span in blocks.spans if span.start < keep]
+        last = spans[-1]
+        spans[-1] = Span(last.start, min(last.length, keep - last.start), last.anchor)
+        table = blocks.table.truncated(len(spans) - 1).copy()
+        return blocks._replace(
+            spans=spans,
+            cut=any(span.length < BLOCK for span in spans),
+            table=table.appended({"block_table": block_table_of(spans[-1:], self.device)}),
+            stores={side: store.truncated(len(spans)) for side, store in blocks.stores.items()},
+        )
 
     def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Apply a function of (tensor, batch dimension) to everything stored."""
         if not self.is_initialized:
             return
         self.flush_if_finite()
-        self._commit(
-            stores={side: store.mapped(lambda buffer: function(buffer, 1)) for side, store in self.stores.items()},
-            tails={side: function(tail, 0) for side, tail in self.tails.items()},
-            sinks={side: function(sinks, 0) for side, sinks in self.sinks.items()},
-            leads={side: function(lead, 0) for side, lead in self.leads.items()},
-            left_padding=None if self.left_padding is None else function(self.left_padding, 0),
-            origins=None if self.origins is None else function(self.origins, 0),
-            trail=None if self.trail is None else function(self.trail, 0),
-        )
+        self._put(self.state.mapped(function))
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Gather rows, for beam search.
@@ -355,15 +329,7 @@ class BlockLayer(DynamicLayer):
     def _move(self, device: torch.device | str) -> None:
         self.flush_if_finite()
         self._relay(REFERENCE)
-        optional = {name: getattr(self, name) for name in ("left_padding", "origins", "trail")}
-        self._commit(
-            block_table=self.block_table.moved(device),
-            **{name: None if tensor is None else moved(tensor, device) for name, tensor in optional.items()},
-            leads={side: moved(lead, device) for side, lead in self.leads.items()},
-            stores={side: store.moved(device) for side, store in self.stores.items()},
-            tails={side: moved(tail, device) for side, tail in self.tails.items()},
-            sinks={side: moved(sinks, device) for side, sinks in self.sinks.items()},
-        )
+        self._put(self.state.moved(device))
 
     def offload(self) -> None:
         """Move what is stored to CPU memory; the calibration's constants stay."""
@@ -383,8 +349,7 @@ class BlockLayer(DynamicLayer):
         """
         self.flush_if_finite()
         new = shallow_copy(self)
-        new.stores = {side: store.fork() for side, store in new.stores.items()}
-        new.block_table = new.block_table.fork()
+        new._put(new.state.forked())
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -392,11 +357,5 @@ class BlockLayer(DynamicLayer):
         self.flush_if_finite()
         new = shallow_copy(self)
         memo[id(self)] = new
-        new.stores = {side: store.copy() for side, store in new.stores.items()}
-        new.block_table = new.block_table.copy()
-        new.sinks = {side: tensor.clone() for side, tensor in new.sinks.items()}
-        new.tails, new.buffer = {side: tensor.clone() for side, tensor in new.tails.items()}, None
-        new.leads = {side: tensor.clone() for side, tensor in new.leads.items()}
-        optional = (new.left_padding, new.origins, new.trail)
-        new.left_padding, new.origins, new.trail = (None if t is None else t.clone() for t in optional)
+        new._put(new.state.copied())
         return new

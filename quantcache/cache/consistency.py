@@ -155,7 +155,7 @@ class ConsistentCache(DynamicCache):
 
     def _drop_refused(self) -> None:
         """Roll back a pass that ended because tokens of an earlier one are not finite: they cost no other row."""
-        refused = any(isinstance(layer, SpectralLayer) and layer.refused for layer in self.layers)
+        refused = any(isinstance(layer, SpectralLayer) and layer.state.refused for layer in self.layers)
         if refused and busy(self) is None and (self.broken is not None or unsettled(self, self.layers) is not None):
             self._roll_back()
 
@@ -297,10 +297,10 @@ class ConsistentCache(DynamicCache):
 
     def _taken(self, take: Callable[[Any], Any]) -> Self:
         """A cache whose layers are made of this one's, as they are at one moment."""
-        if any(isinstance(layer, SpectralLayer) and layer.refused for layer in self.layers):
+        if any(isinstance(layer, SpectralLayer) and layer.state.refused for layer in self.layers):
             self._change(self._drop_refused)
         for _ in range(ATTEMPTS):
-            if any(isinstance(layer, SpectralLayer) and layer.pending for layer in self.layers):
+            if any(isinstance(layer, SpectralLayer) and layer.state.pending for layer in self.layers):
                 self._require_settled(self.layers)
                 self._change(self._finish)
             seen = [state_copy(layer) for layer in self.layers]

@@ -26,6 +26,7 @@ from quantcache.backends.store import BlockStore
 from quantcache.cache.fingerprints import calibration_digest, model_digest, model_settings
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.mixed_layers import MIXED
+from quantcache.cache.state import NO_BLOCKS, LayerState
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
@@ -128,31 +129,33 @@ def _layer_tensors(layer: SpectralLayer, calibration: Calibration, index: int) -
     if heads != whole:
         raise QuantCacheError(f"layer {index} holds {heads} of {whole} heads: a tensor-parallel cache cannot be saved")
     prefix = f"layers.{index}"
-    told = {"starts": layer.left_padding, "origins": layer.origins, "trail": layer.trail}
+    state, blocks = layer.state, layer.state.blocks
+    told = {"starts": blocks.left_padding, "origins": blocks.origins, "trail": state.trail}
     found = {f"{prefix}.{name}": tensor for name, tensor in told.items() if tensor is not None}
-    if layer.spans:
-        found[f"{prefix}.places"] = layer.block_table.buffers["block_table"][: layer.block_table.count]
+    if blocks.spans:
+        found[f"{prefix}.places"] = blocks.table.buffers["block_table"][: blocks.table.count]
     for side in SIDES:
-        found[f"{prefix}.{side}.tail"] = layer.tails[side]
-        if layer.spans:
-            found[f"{prefix}.{side}.sinks"] = layer.sinks[side]
-            if side in layer.leads:
-                found[f"{prefix}.{side}.lead"] = layer.leads[side]
+        found[f"{prefix}.{side}.tail"] = state.tails[side]
+        if blocks.spans:
+            found[f"{prefix}.{side}.sinks"] = blocks.sinks[side]
+            if side in blocks.leads:
+                found[f"{prefix}.{side}.lead"] = blocks.leads[side]
             found |= {f"{prefix}.{side}.{name}": buffer for name, buffer in layer.fields(side).items()}
     return found
 
 
 def _describe(layer: SpectralLayer) -> dict[str, Any]:
+    state, blocks = layer.state, layer.state.blocks
     return {
-        "tokens": layer.get_seq_length(),
-        "rows": layer.tails["key"].shape[0],
-        "blocks": len(layer.spans),
-        "tail": layer.tails["key"].shape[2],
-        "dtypes": [str(layer.tails[side].dtype) for side in SIDES],
-        "padded": layer.left_padding is not None,
-        "displaced": layer.origins is not None,
-        "shifted": "shifts" in layer.stores["key"].buffers,
-        "trail": layer.trail is not None,
+        "tokens": state.length,
+        "rows": state.tails["key"].shape[0],
+        "blocks": len(blocks.spans),
+        "tail": state.tails["key"].shape[2],
+        "dtypes": [str(state.tails[side].dtype) for side in SIDES],
+        "padded": blocks.left_padding is not None,
+        "displaced": blocks.origins is not None,
+        "shifted": "shifts" in blocks.stores["key"].buffers,
+        "trail": state.trail is not None,
     }
 
 
@@ -307,43 +310,41 @@ def _read_spectral(
         for side, (heads, dim) in sizes.items()
     }
     codecs = layer.make_codecs(torch.device("cpu"), empty, Grid())
-    state: dict[str, Any] = {"tails": {}, "sinks": {}, "leads": {}}
-    padded = entry.get("padded") is True
-    state["left_padding"] = reader.read(f"{prefix}.starts", (rows,), torch.int64) if padded else None
-    displaced = entry.get("displaced") is True
-    state["origins"] = reader.read(f"{prefix}.origins", (rows,), torch.int64) if displaced else None
-    if padded and bool(((state["left_padding"] < 0) | (state["left_padding"] > entry["tokens"])).any()):
+    padded, displaced = entry.get("padded") is True, entry.get("displaced") is True
+    left_padding = reader.read(f"{prefix}.starts", (rows,), torch.int64) if padded else None
+    origins = reader.read(f"{prefix}.origins", (rows,), torch.int64) if displaced else None
+    if left_padding is not None and bool(((left_padding < 0) | (left_padding > entry["tokens"])).any()):
         raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
-    state["trail"] = None
-    if entry.get("trail") is True:
-        state["trail"] = reader.read(f"{prefix}.trail", (rows, 2, tail), torch.int32)
-    stores = {side: BlockStore() for side in SIDES}
+    trail = reader.read(f"{prefix}.trail", (rows, 2, tail), torch.int32) if entry.get("trail") is True else None
+    tails, sinks, leads, stores = {}, {}, {}, {side: BlockStore() for side in SIDES}
     for place, side in enumerate(SIDES):
         codec, dtype = codecs[side], _dtype(reader, entry, place)
         heads, dim = sizes[side]
-        state["tails"][side] = reader.read(f"{prefix}.{side}.tail", (rows, heads, tail, dim), dtype)
+        tails[side] = reader.read(f"{prefix}.{side}.tail", (rows, heads, tail, dim), dtype)
         if blocks:
-            sinks = (rows, heads, layer.sink_length, dim)
-            state["sinks"][side] = reader.read(f"{prefix}.{side}.sinks", sinks, dtype)
+            shape = (rows, heads, layer.sink_length, dim)
+            sinks[side] = reader.read(f"{prefix}.{side}.sinks", shape, dtype)
             if padded:
                 # Files of schema 2.0 lack it: what lay before the first block was padding, which nobody may look at.
                 name, known = f"{prefix}.{side}.lead", f"{prefix}.{side}.lead" in reader.unread
-                lead = reader.read(name, sinks, dtype) if known else torch.zeros(sinks, dtype=dtype, device="cpu")
-                state["leads"][side] = lead
+                leads[side] = (
+                    reader.read(name, shape, dtype) if known else torch.zeros(shape, dtype=dtype, device="cpu")
+                )
             fields = _field_shapes(codec, (blocks, rows, heads, dim), dtype)
             if side == "key" and entry.get("shifted") is True:
                 fields["shifts"] = ((blocks, rows, BLOCK), torch.int32)
             stores[side] = BlockStore(
                 blocks, {name: reader.read(f"{prefix}.{side}.{name}", *expected) for name, expected in fields.items()}
             )
-    spans: list[Span] = []
+    layer.lazy_initialization(*(tails[side] for side in SIDES))
+    encoded = NO_BLOCKS._replace(left_padding=left_padding, origins=origins)
     if blocks:
         block_table = reader.read(f"{prefix}.places", (blocks, 3), torch.int32)
         spans = _read_spans(reader, block_table, layer.sink_length)
-        state["block_table"] = BlockStore(blocks, {"block_table": block_table})
-    layer.lazy_initialization(*(state["tails"][side] for side in SIDES))
-    cut = any(span.length < BLOCK for span in spans)
-    vars(layer).update(state, spans=spans, stores=stores, codecs=codecs if blocks else {}, cut=cut)
+        table, cut = BlockStore(blocks, {"block_table": block_table}), any(span.length < BLOCK for span in spans)
+        encoded = encoded._replace(spans=spans, table=table, cut=cut)
+        encoded = encoded._replace(codecs=codecs, stores=stores, sinks=sinks, leads=leads)
+    layer._put(LayerState(encoded, tails, trail))
     if layer.get_seq_length() != entry["tokens"]:
         raise ArtifactError(
             f"{reader.path}: layer {index} holds {layer.get_seq_length()} tokens, the header says {entry['tokens']}"

@@ -15,6 +15,7 @@ from quantcache.backends.padding import Arrivals, Grid
 from quantcache.backends.spans import Span, block_table_of, next_spans
 from quantcache.backends.store import BlockStore
 from quantcache.cache.blocks import BlockLayer
+from quantcache.cache.state import Blocks, LayerState
 from quantcache.cache.tails import appended
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
@@ -96,17 +97,18 @@ class SpectralLayer(BlockLayer):
         guards.require_continuation(self.index, self.tails, new)
         if key_states.device != self.tails["key"].device:
             self._follow(key_states.device)
-        if self.pending:
+        if self.state.pending:
             self.flush()
         self._leave_inference_mode()
-        trail = self.trail
+        state = self.state
+        trail = state.trail
         if trail is not None or arrivals is not None:
-            length = held + key_states.shape[2]
-            trail = padding.extended(trail, arrivals, self.grid, self.encoded_end, length, key_states)
+            length, blocks = held + key_states.shape[2], state.blocks
+            trail = padding.extended(trail, arrivals, blocks.grid, blocks.end, length, key_states)
         if key_states.requires_grad or value_states.requires_grad:
             return self._update_differentiably(new, trail)
-        tails, buffer = appended(self.tails, new, self.buffer)
-        self._go_on(tails=tails, buffer=buffer, trail=trail, pending=True)
+        tails, buffer = appended(state.tails, new, state.buffer)
+        self._put(state._replace(tails=tails, buffer=buffer, trail=trail, pending=True, refused=False))
         view = self.snapshot()
         return LazyKV(view, "key"), LazyKV(view, "value")
 
@@ -118,10 +120,12 @@ class SpectralLayer(BlockLayer):
             count: Tnew.
         """
         if arrivals is not None:
-            trail, length = self.trail, self.get_seq_length()
+            state = self.state
+            blocks, trail, keys = state.blocks, state.trail, state.tails["key"]
             trail = None if trail is None else trail[:, :, : trail.shape[2] - count]
-            new = self.tails["key"][:, :, -count:] if count else self.tails["key"][:, :, :0]
-            self._go_on(trail=padding.extended(trail, arrivals, self.grid, self.encoded_end, length, new))
+            new = keys[:, :, -count:] if count else keys[:, :, :0]
+            trail = padding.extended(trail, arrivals, blocks.grid, blocks.end, state.length, new)
+            self._put(state._replace(trail=trail, refused=False))
 
     def _leave_inference_mode(self) -> None:
         """Copy what torch's inference mode has made, once it is over: autograd refuses to keep such tensors."""
@@ -134,9 +138,11 @@ class SpectralLayer(BlockLayer):
     def _follow(self, device: torch.device) -> None:
         """Go where the model has gone, or come back from an offload."""
         self.flush()
-        if device != self.device and self.codecs:
+        blocks = self.state.blocks
+        if device != self.device and blocks.codecs:
             empty = {side: tail[:, :, :0] for side, tail in self.tails.items()}
-            self.codecs = self.make_codecs(device, empty, Grid())
+            codecs = self.make_codecs(device, empty, Grid())
+            self._put(self.state._replace(blocks=blocks._replace(codecs=codecs)))
         self._move(device)
         self.device = device
 
@@ -144,32 +150,33 @@ class SpectralLayer(BlockLayer):
         """Append under autograd: plain tensors, with gradients to the new keys and values; the past is constant."""
         view = self.snapshot()
         dense = {side: torch.cat((view.dense(side), new[side]), dim=2) for side in SIDES}
-        tails, buffer = appended(self.tails, {side: tokens.detach() for side, tokens in new.items()}, self.buffer)
-        self._commit(tails=tails, buffer=buffer, trail=trail, pending=True)
+        state, constant = self.state, {side: tokens.detach() for side, tokens in new.items()}
+        tails, buffer = appended(state.tails, constant, state.buffer)
+        self._put(state.changed(tails=tails, buffer=buffer, trail=trail, pending=True))
         return dense["key"], dense["value"]
 
     def flush(self) -> None:
         """Encode what is due, once the newest tokens have been read."""
-        if not self.pending:
+        state = self.state
+        if not state.pending:
             return
-        lead = 0 if self.spans else self.sink_length
-        due = (self.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
+        lead = 0 if state.blocks.spans else self.sink_length
+        due = (state.tails["key"].shape[2] - lead - self.residual_length) // BLOCK
         due -= due % self.blocks_at_once
         if due > 0:
             self._encode(lead, due)
         else:
-            self.finite_check = self._look_ahead(lead)
-            self.pending = False
+            self.state = state._replace(finite_check=self._look_ahead(lead), pending=False)
 
     finish = flush
     """The name of :meth:`flush` before 0.3."""
 
     def _look_ahead(self, lead: int) -> guards.FiniteCheck | None:
         """Ask whether the next block is finite shortly before it is due: the answer is there when it is needed."""
-        soon = BLOCK + max(0, self.residual_length - LOOK_AHEAD)
+        soon, check = BLOCK + max(0, self.residual_length - LOOK_AHEAD), self.state.finite_check
         early = self.tails["key"].shape[2] - lead < soon or self.blocks_at_once > 1
-        if self.finite_check is not None or early or not guards.AsyncReadback.is_asynchronous(self.device):
-            return self.finite_check
+        if check is not None or early or not guards.AsyncReadback.is_asynchronous(self.device):
+            return check
         return guards.FiniteCheck({side: tail[:, :, lead : lead + BLOCK] for side, tail in self.tails.items()})
 
     @without_autocast
@@ -183,10 +190,11 @@ class SpectralLayer(BlockLayer):
         """
         due = self._due(lead, lead + blocks * BLOCK)
         is_finite = self._require_finite(due)
+        state, held = self.state, self.state.blocks
         tails, sinks, leads, stores = {}, {}, {}, {}
         gains: dict[str, guards.AsyncReadback] = {}
         for side in SIDES:
-            tail, codec = self.tails[side], due.codecs[side]
+            tail, codec = state.tails[side], due.codecs[side]
             encoded = tail[:, :, lead : due.count]
             sinks[side], before = self._aside(side, due, encoded)
             if before is not None:
@@ -201,35 +209,36 @@ class SpectralLayer(BlockLayer):
             tails[side] = tail[:, :, due.count :].clone()
         # A GPU is still at work on these gains: what it says of them is asked when the next blocks are due.
         asynchronous = guards.AsyncReadback.is_asynchronous(self.device)
-        guards.warn_of_saturation(self.index, self.gains if asynchronous else gains)
-        self._commit(
+        guards.warn_of_saturation(self.index, (state.gains or {}) if asynchronous else gains)
+        encoded_now = Blocks(
+            codecs=due.codecs,
+            spans=held.spans + due.spans,
+            table=held.table.appended({"block_table": due.block_table}),
+            stores=stores,
+            layout=held.layout,
+            sinks=sinks,
+            leads=leads,
             left_padding=due.grid.left_padding,
             origins=due.grid.origins,
-            trail=None if self.trail is None else self.trail[:, :, due.count :].clone(),
-            leads=leads,
-            codecs=due.codecs,
-            spans=self.spans + due.spans,
-            stores=stores,
-            block_table=self.block_table.appended({"block_table": due.block_table}),
-            sinks=sinks,
-            tails=tails,
-            gains=gains if asynchronous else {},
-            pending=False,
+            cut=held.cut,
         )
+        trail = None if state.trail is None else state.trail[:, :, due.count :].clone()
+        self._put(LayerState(encoded_now, tails, trail, gains=gains if asynchronous else None))
 
     def _due(self, lead: int, count: int) -> _Due:
         """Settle where the rows lie, who encodes, and where the new blocks go."""
-        grid = self.grid if self.trail is None else padding.settled(self.trail, self.grid, self.encoded_end)
-        codecs = self.codecs
+        state, held = self.state, self.state.blocks
+        grid = held.grid if state.trail is None else padding.settled(state.trail, held.grid, held.end)
+        codecs = held.codecs
         if not codecs:
-            displaced = None if self.trail is None else padding.filled(self.trail, grid)
-            codecs = self.make_codecs(self.device, self.tails, grid._replace(shifts=displaced))
+            displaced = None if state.trail is None else padding.filled(state.trail, grid)
+            codecs = self.make_codecs(self.device, state.tails, grid._replace(shifts=displaced))
         backend = self._served(codecs)[0]
         self._relay(backend)
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity
         grid = grid if framed else Grid(grid.left_padding)
-        shifts = alignment.shifts_of(self.trail, grid, self.stores["key"], lead, count) if framed else None
-        spans = next_spans(self.spans[-1] if self.spans else None, lead, (count - lead) // BLOCK)
+        shifts = alignment.shifts_of(state.trail, grid, held.stores["key"], lead, count) if framed else None
+        spans = next_spans(held.spans[-1] if held.spans else None, lead, (count - lead) // BLOCK)
         return _Due(lead, count, grid, codecs, backend, spans, block_table_of(spans, self.device), framed, shifts)
 
     def _require_finite(self, due: _Due) -> bool:
@@ -239,21 +248,22 @@ class SpectralLayer(BlockLayer):
             for side, tail in self.tails.items()
             if due.codecs[side].bits is not None
         }
-        early = self.finite_check if len(due.spans) == 1 else None
+        early = self.state.finite_check if len(due.spans) == 1 else None
         if (early or guards.FiniteCheck(coded)).finite():
             return True
-        self._commit(refused=True)
+        self._put(self.state.changed(refused=True))
         for side, tokens in coded.items():
             guards.require_finite(self.index, side, tokens, due.spans[0].start, due.grid.left_padding)
         return False
 
     def _aside(self, side: str, due: _Due, encoded: Tensor) -> tuple[Tensor, Tensor | None]:
         """The sinks, those among the new blocks' tokens too, and what lies before the first block if not the sinks."""
-        sinks = self.sinks[side] if self.spans else self.tails[side][:, :, : due.lead].clone()
+        state, held = self.state, self.state.blocks
+        sinks = held.sinks[side] if held.spans else state.tails[side][:, :, : due.lead].clone()
         if due.grid.left_padding is None:
             return sinks, None  # the sinks are the lead: there is no padding, or no row that has it any more
-        before = self.leads.get(side)
-        if not self.spans:
+        before = held.leads.get(side)
+        if not held.spans:
             # Padding may hold anything; of NaN no more is kept than codes would.
             before = sinks if due.codecs[side].bits is None else sinks.nan_to_num()
             sinks = alignment.with_sinks(torch.zeros_like(sinks), sinks, due.grid.left_padding, 0)
@@ -265,11 +275,12 @@ class SpectralLayer(BlockLayer):
         Returns:
             What is stored, with keys of rows that have moved encoded anew, and what is to be added.
         """
-        store, frames = self.stores[side], due.grid.frames
+        held, frames = self.state.blocks, due.grid.frames
+        store = held.stores[side]
         if due.framed and side == "key":
-            held = self.block_table.slice(0, self.block_table.count).get("block_table", due.block_table)
-            grids, dtype = (self.grid, due.grid), self.tails[side].dtype
-            store = alignment.moved_rows(store, due.codecs[side], held, grids, dtype, due.backend)
+            table = held.table.slice(0, held.table.count).get("block_table", due.block_table)
+            grids, dtype = (held.grid, due.grid), self.tails[side].dtype
+            store = alignment.moved_rows(store, due.codecs[side], table, grids, dtype, due.backend)
             if due.shifts is not None:
                 store = alignment.with_shifts(store, due.grid, encoded.shape[0], encoded.device)
                 frames = due.shifts
@@ -280,8 +291,8 @@ class SpectralLayer(BlockLayer):
 
     @property
     def starts(self) -> Tensor | None:
-        """``left_padding`` by its former name."""
-        return self.left_padding
+        """``left_padding`` of its blocks by its former name."""
+        return self.state.blocks.left_padding
 
     def first_read(self, grid: Grid) -> Tensor | None:
         """First slot of every row whose gain counts, ``[B]``: sinks are read elsewhere, padding hardly at all."""
@@ -293,11 +304,11 @@ class SpectralLayer(BlockLayer):
         Returns:
             (above, below): the former are decoded too small, the latter as the mean.
         """
-        above = below = 0
-        for side, codec in self.codecs.items():
-            if isinstance(codec, SpectralCodec) and self.spans:
-                where = self.block_table.slice(0, self.block_table.count)["block_table"]
-                gains = self.layout.gains(codec, self.stores[side].slice(0, len(self.spans)))
-                found = codec.saturated(gains, where, self.first_read(self.grid)).tolist()
+        blocks, above, below = self.state.blocks, 0, 0
+        for side, codec in blocks.codecs.items():
+            if isinstance(codec, SpectralCodec) and blocks.spans:
+                table = blocks.table.slice(0, blocks.table.count)["block_table"]
+                gains = blocks.layout.gains(codec, blocks.stores[side].slice(0, len(blocks.spans)))
+                found = codec.saturated(gains, table, self.first_read(blocks.grid)).tolist()
                 above, below = above + found[0], below + found[1]
         return above, below

@@ -199,10 +199,10 @@ def is_plain(cache: SpectralCache) -> bool:
     layers = cache.spectral_layers
     return bool(layers) and all(
         held_rows(layer) == 1
-        and layer.grid.frames is None
-        and layer.trail is None
-        and not layer.pending
-        and not layer.cut
+        and layer.state.blocks.grid.frames is None
+        and layer.state.trail is None
+        and not layer.state.pending
+        and not layer.state.blocks.cut
         and len(layer.spans) == num_blocks(layer.get_seq_length(), layer.sink_length, layer.residual_length)
         for layer in layers
     )

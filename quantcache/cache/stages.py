@@ -81,14 +81,14 @@ class Staged:
             return False
         self.view = as_given(view, room, self.stage, self.view.encoded_end)  # keeps no blocks that are not in use
         self.buffer, self.tails, self.spans = buffer, layer.tails, layer.spans
-        layer._go_on(buffer=buffer)
+        layer._put(layer.state._replace(buffer=buffer, refused=False))
         return True
 
     @property
     def holds(self) -> bool:
         """Whether nobody else has changed the layer."""
-        layer = self.layer
-        return layer.buffer is self.buffer and layer.tails is self.tails and layer.spans is self.spans
+        state = self.layer.state
+        return state.buffer is self.buffer and state.tails is self.tails and state.blocks.spans is self.spans
 
 
 class StagedCache(DynamicCache):
@@ -139,7 +139,7 @@ class Period:
         counts = self.counts.split(1)
         self.layers = [Staged.of(layer, count, masked, shared) for layer, count in zip(layers, counts, strict=True)]
         for staged in self.layers:
-            staged.layer._go_on(buffer=staged.buffer)
+            staged.layer._put(staged.layer.state._replace(buffer=staged.buffer, refused=False))
         length = max(staged.view.length for staged in self.layers)
         self.model, self.masked = model, masked
         self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.int64, device=device) for _ in range(2))
@@ -209,13 +209,13 @@ class Period:
         """Say in all layers at once that there is one token more."""
         states = []
         for staged, tails in zip(self.layers, longer, strict=True):
-            layer, trail = staged.layer, staged.layer.trail
+            state = staged.layer.state
+            trail, blocks = state.trail, state.blocks
             if trail is not None:
-                new, end = tails["key"][:, :, -1:], layer.encoded_end
-                trail = padding.extended(trail, None, layer.grid, end, end + tails["key"].shape[2], new)
-            states.append(
-                with_symbolic_length(layer, {"tails": tails, "trail": trail, "pending": True, "refused": False})
-            )
+                new, length = tails["key"][:, :, -1:], blocks.end + tails["key"].shape[2]
+                trail = padding.extended(trail, None, blocks.grid, blocks.end, length, new)
+            state = state._replace(tails=tails, trail=trail, pending=True, refused=False)
+            states.append(with_symbolic_length(staged.layer, {"state": state}))
             staged.tails = tails
         commit([staged.layer for staged in self.layers], states)
 

@@ -154,7 +154,7 @@ class TraceableCache(ConsistentCache):
         if not isinstance(layer, SpectralLayer):
             return None
         first, silent = layer.symbolic_length is not None, self.arrivals is None
-        if first and silent and layer.pending and announced is not None:
+        if first and silent and layer.state.pending and announced is not None:
             self.announced = announced
             rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
             layer.tell(self._arrivals(layer, rows, length, count), count)

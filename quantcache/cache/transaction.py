@@ -94,9 +94,7 @@ def with_symbolic_length(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
         ``state``.
     """
     if layer.symbolic_length is not None:
-        new = shallow_copy(layer)
-        vars(new).update(state)
-        state["symbolic_length"] = symbolic_length(new.get_seq_length())
+        state["symbolic_length"] = symbolic_length(state["state"].length)
     return state
 
 

@@ -79,7 +79,7 @@ def stored(layer: SpectralLayer, pads: Sequence[int] = ()) -> dict[str, Tensor]:
                 read = torch.tensor([span.end > pad for span in layer.spans])
                 held[f"{side}.{name}.{row}"] = buffer[: layer.stores[side].count][read, row]
     if layer.spans:
-        held["block_table"] = layer.block_table.buffers["block_table"][: layer.block_table.count]
+        held["block_table"] = layer.state.blocks.table.buffers["block_table"][: layer.state.blocks.table.count]
     return held
 
 

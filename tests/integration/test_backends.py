@@ -102,8 +102,8 @@ def test_a_backend_of_another_layout_needs_nothing_changed(backwards: Backwards,
     assert backwards.attended > 0
     assert backwards.encoded > 0
     layer, twin = found.spectral_layers[0], expected.spectral_layers[0]
-    assert layer.layout is backwards
-    assert twin.layout is REFERENCE
+    assert layer.state.blocks.layout is backwards
+    assert twin.state.blocks.layout is REFERENCE
     assert not torch.equal(layer.stores["key"].buffers["codes"], twin.stores["key"].buffers["codes"])
     for each in (found, expected):
         each.batch_select_indices(torch.tensor([1, 0, 1]))
@@ -138,7 +138,7 @@ def test_blocks_follow_a_change_of_backend(backwards: Backwards) -> None:
         layer.backend = "auto"
     found.spectral_layers[0].snapshot()
     found.spectral_layers[0].offload()
-    assert found.spectral_layers[0].layout is REFERENCE, "elsewhere blocks are portable"
+    assert found.spectral_layers[0].state.blocks.layout is REFERENCE, "elsewhere blocks are portable"
     assert torch.equal(logits(found), expected)
 
 
@@ -157,7 +157,7 @@ def test_reports_say_who_serves_and_who_does_not(backwards: Backwards, monkeypat
     monkeypatch.setattr(Backwards, "unavailable", lambda self, device: "it is asleep")
     later = filled()
     assert later.backend_report()[0].passed_over == {"backwards": "it is asleep"}
-    assert later.spectral_layers[0].layout is REFERENCE
+    assert later.spectral_layers[0].state.blocks.layout is REFERENCE
     assert str(later.backend_report()[0]) == "torch; not backwards: it is asleep"
     assert torch.equal(logits(later), logits(filled("torch")))
 

@@ -221,8 +221,8 @@ def test_padded_rows_are_coded_from_where_they_begin() -> None:
     assert torch.equal(found, expected)
     for ours, theirs in zip(cache.spectral_layers, plain.spectral_layers, strict=True):
         assert len(ours.spans) == 2
-        assert ours.left_padding is not None
-        assert ours.left_padding.tolist() == theirs.left_padding.tolist() == [9, 0]
+        assert ours.state.blocks.left_padding is not None
+        assert ours.state.blocks.left_padding.tolist() == theirs.state.blocks.left_padding.tolist() == [9, 0]
     assert counts[3] == counts[-1], counts
     assert breaks() == 0
 

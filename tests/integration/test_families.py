@@ -361,7 +361,7 @@ def test_padded_rows_are_as_close_to_dense_as_alone(family: Family) -> None:
         noise += divergence(expected, alone(model, row, by_itself)[prefill - pads :])
         found += divergence(expected, padded[row, prefill:])
         for ours, theirs in zip(cache.spectral_layers, by_itself.spectral_layers, strict=True):
-            assert int(ours.left_padding[row]) == pads
+            assert int(ours.state.blocks.left_padding[row]) == pads
             for side in SIDES:
                 scale = theirs.sinks[side].norm()
                 assert (ours.sinks[side][row] - theirs.sinks[side][0]).norm() < 1e-4 * scale

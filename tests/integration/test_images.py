@@ -115,8 +115,8 @@ def test_positions_are_those_that_turn_the_keys(kind: str) -> None:
     mask = (torch.arange(LENGTH) >= torch.tensor([[0], [30]])).long()
     model.generate(**inputs, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
     for layer in cache.spectral_layers:
-        assert layer.trail is not None
-        shifts = layer.trail[:, 0]
+        assert layer.state.trail is not None
+        shifts = layer.state.trail[:, 0]
         assert shifts.shape[1] == LENGTH + 3
         assert shifts[:, -1].tolist() == [IMAGE_TOKENS - IMAGE_SPAN, IMAGE_TOKENS - IMAGE_SPAN + 30]
         assert shifts[:, BEFORE - 2].tolist() == [0, 30]

@@ -367,8 +367,10 @@ def test_saved_copied_and_forked_caches_keep_what_they_know_of_padding(scene: An
         (found,) = logits_of("spectral", other, [last])
         assert torch.equal(found, expected)
         for ours, theirs in zip(other.spectral_layers, cache.spectral_layers, strict=True):
-            for name in ("left_padding", "origins", "trail"):
-                mine, its = getattr(ours, name), getattr(theirs, name)
+            told = [
+                (state.blocks.left_padding, state.blocks.origins, state.trail) for state in (ours.state, theirs.state)
+            ]
+            for mine, its in zip(*told, strict=True):
                 assert (mine is None) == (its is None)
                 assert mine is None or torch.equal(mine, its)
 
@@ -404,12 +406,12 @@ def test_every_attention_learns_the_same(attention: str) -> None:
         for tokens, more in passes:
             model(tokens, past_key_values=cache, **more)
     for layer in cache.spectral_layers:
-        assert layer.left_padding.tolist() == [30, 0, 0]
-        assert layer.origins is None
+        assert layer.state.blocks.left_padding.tolist() == [30, 0, 0]
+        assert layer.state.blocks.origins is None
         for side in SIDES:
             dense = layer.snapshot().dense(side)
             assert torch.equal(layer.sinks[side][0], dense[0, :, 30:34])
-            assert torch.equal(layer.leads[side][0], dense[0, :, :4])
+            assert torch.equal(layer.state.blocks.leads[side][0], dense[0, :, :4])
 
 
 def test_what_lay_before_padded_rows_goes_with_them() -> None:
@@ -419,12 +421,12 @@ def test_what_lay_before_padded_rows_goes_with_them() -> None:
     with torch.no_grad():
         model(tokens, past_key_values=cache, **more)
         model(tokens[:, :1], past_key_values=cache)  # which encodes what is due
-        assert all(layer.leads for layer in cache.spectral_layers)
+        assert all(layer.state.blocks.leads for layer in cache.spectral_layers)
         cache.batch_select_indices(torch.tensor([1]))
         for step in random_tokens(1, 70, seed=3).split(1, dim=1):
             model(step, past_key_values=cache)
     for layer in cache.spectral_layers:
-        assert (layer.left_padding, layer.leads) == (None, {})
+        assert (layer.state.blocks.left_padding, layer.state.blocks.leads) == (None, {})
         assert torch.equal(layer.sinks["key"], layer.snapshot().dense("key")[:, :, :4])
 
 
@@ -432,7 +434,7 @@ def test_a_custom_mask_is_never_padding() -> None:
     for passes in (block_diagonal(), last_rows_hide_the_start(), additive()):
         cache = empty()
         logits_of("spectral", cache, passes)
-        assert [layer.left_padding for layer in cache.spectral_layers] == [None, None]
+        assert [layer.state.blocks.left_padding for layer in cache.spectral_layers] == [None, None]
 
 
 def test_where_positions_count_slots_frames_do_too() -> None:
@@ -441,10 +443,13 @@ def test_where_positions_count_slots_frames_do_too() -> None:
     cache = empty()
     logits_of("sdpa", cache, [(tokens, {"attention_mask": mask})])
     layer = cache.spectral_layers[0]
-    assert (layer.left_padding.tolist(), layer.origins.tolist()) == ([50, 0], [0, 0])
+    assert (layer.state.blocks.left_padding.tolist(), layer.state.blocks.origins.tolist()) == ([50, 0], [0, 0])
     offset = empty()
     logits_of("sdpa", offset, [(tokens, {"position_ids": torch.arange(1000, 1150)[None]})])
-    assert (offset.spectral_layers[0].left_padding, offset.spectral_layers[0].origins.tolist()) == (
+    assert (
+        offset.spectral_layers[0].state.blocks.left_padding,
+        offset.spectral_layers[0].state.blocks.origins.tolist(),
+    ) == (
         None,
         [-1000, -1000],
     )
@@ -483,9 +488,10 @@ def test_positions_that_no_mask_is_told_are_known(name: str, start: int | None) 
     with torch.no_grad():
         model(random_tokens(2, 150, seed=1), attention_mask=mask, past_key_values=cache, **more)
     for layer in cache.spectral_layers:
-        assert layer.left_padding is not None
-        assert layer.origins is not None
-        assert (layer.left_padding.tolist(), layer.origins.tolist()) == ([50, 0], [-(start or 0)] * 2)
+        blocks = layer.state.blocks
+        assert blocks.left_padding is not None
+        assert blocks.origins is not None
+        assert (blocks.left_padding.tolist(), blocks.origins.tolist()) == ([50, 0], [-(start or 0)] * 2)
 
 
 @pytest.mark.parametrize("attention", ["spectral", "eager"])
@@ -503,8 +509,8 @@ def test_positions_beside_a_custom_mask_are_known(attention: str) -> None:
         with torch.no_grad():
             model(random_tokens(2, 150, seed=1)[:, span], **more)
     for layer in cache.spectral_layers:
-        assert layer.trail is not None
-        assert torch.equal(layer.trail[:, 0].long(), torch.arange(150) - positions)
+        assert layer.state.trail is not None
+        assert torch.equal(layer.state.trail[:, 0].long(), torch.arange(150) - positions)
 
 
 @pytest.mark.support("batch_repeat_interleave, batch_select_indices, reorder_cache")
@@ -544,7 +550,7 @@ def test_a_compressed_dynamic_cache_is_told_of_its_padding() -> None:
     logits_of("sdpa", filled, [first])
     filled.spectral_layers[0].flush()
     for ours, theirs in zip(told.spectral_layers, filled.spectral_layers, strict=True):
-        assert torch.equal(ours.left_padding, theirs.left_padding)
+        assert torch.equal(ours.state.blocks.left_padding, theirs.state.blocks.left_padding)
         for side in SIDES:
             assert torch.equal(ours.sinks[side], theirs.sinks[side])
 
@@ -566,10 +572,10 @@ def test_padding_that_a_mask_shows_reads_as_it_was_coded() -> None:
     layer = cache.spectral_layers[0]
     reference = DynamicCache(config=model_of("sdpa").config)
     logits_of("sdpa", reference, before)
-    assert layer.left_padding.tolist() == [0, 200]
+    assert layer.state.blocks.left_padding.tolist() == [0, 200]
     for side in SIDES:
-        given = getattr(reference.layers[0], f"{side}s")[:, :, : layer.encoded_end]
-        found = layer.snapshot().dense(side)[:, :, : layer.encoded_end]
+        given = getattr(reference.layers[0], f"{side}s")[:, :, : layer.state.blocks.end]
+        found = layer.snapshot().dense(side)[:, :, : layer.state.blocks.end]
         errors = (found - given).norm(dim=(1, 3)) / given.norm(dim=(1, 3))
         assert errors[1, 4:190].mean() < 2 * errors[0, 4:190].mean()  # coded twice
         assert torch.equal(found[:, :, :4], given[:, :, :4])

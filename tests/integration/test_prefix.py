@@ -152,8 +152,8 @@ def test_cropped_padded_and_empty_caches_are_saved(tmp_path: Path) -> None:
     cache.crop(-30)  # inside the second block
     cache.save(tmp_path / "cut", model)
     found = SpectralCache.load(tmp_path / "cut", calibration_of(LLAMA), model)
-    assert found.spectral_layers[0].cut
-    assert found.spectral_layers[0].left_padding.tolist() == [70, 0]
+    assert found.spectral_layers[0].state.blocks.cut
+    assert found.spectral_layers[0].state.blocks.left_padding.tolist() == [70, 0]
     tokens = random_tokens(2, 100, seed=2)
     mask = (torch.arange(270) >= torch.tensor([70, 0])[:, None]).long()
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_flaws_of_a_file(edit: Callable[..., Any], message: str, tmp_path: Path)
 )
 def test_blocks_that_cannot_follow_each_other(block_table: list[list[int]], tmp_path: Path) -> None:
     cache, path = filled(LLAMA), tmp_path / "prefix"
-    cache.spectral_layers[0].block_table.buffers["block_table"].copy_(torch.tensor(block_table))
+    cache.spectral_layers[0].state.blocks.table.buffers["block_table"].copy_(torch.tensor(block_table))
     cache.save(path)
     with pytest.raises(ArtifactError, match=r"a block at .* cannot follow one at"):
         SpectralCache.load(path, calibration_of(LLAMA))

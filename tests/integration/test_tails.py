@@ -85,7 +85,7 @@ def test_few_steps_allocate_and_the_rule_says_how_much(prompt: int, residual: in
         room = tail.untyped_storage().nbytes() // (ROWS * HEADS * DIM * dtype.itemsize)
         assert room == tail_capacity(count, prompt, 4, residual)
         assert tail.shape[2] <= room <= largest_capacity(tail.shape[2], TAIL_GROWTH)
-        assert_same([layer.tails[side] for side in SIDES], [x[:, :, layer.encoded_end :] for x in given])
+        assert_same([layer.tails[side] for side in SIDES], [x[:, :, layer.state.blocks.end :] for x in given])
     assert moved <= {0: 200, 7: 160, 64: 70}[residual]
 
 
@@ -113,7 +113,7 @@ def test_both_append(other: str, first: int) -> None:
     """Whoever comes first goes on where both were, and neither sees what is the other's."""
     layer = filled()
     pair = [layer, OTHERS[other](layer)]
-    assert layer.buffer is not None
+    assert layer.state.buffer is not None
     for step in range(90):
         for place in (first, 1 - first):
             append(pair[place], 1, 7 * step + place)
@@ -180,7 +180,7 @@ def test_an_interrupted_step_is_in_as_a_whole_or_leaves_no_trace(
     for line in itertools.count():
         layer = fork()
         if fresh:
-            layer.buffer = None  # a new one copies both tails first
+            layer.state = layer.state._replace(buffer=None)  # a new one copies both tails first
         if not interrupted(lambda layer=layer: layer.update(*tokens(count, 5)), raised, line):
             break
         states.append(layer.get_seq_length() == before[True][0].shape[2])
@@ -243,7 +243,7 @@ def test_what_changes_a_layer_leaves_its_copies_alone(change: str) -> None:
     elif change == "reset":
         layer.reset()
     else:
-        layer.tails = {side: tail + 1 for side, tail in layer.tails.items()}
+        layer.state = layer.state._replace(tails={side: tail + 1 for side, tail in layer.tails.items()})
     expected = read(layer) if layer.is_initialized else [x[:, :, :0] for x in tokens(1, 0)]
     append(layer, 1, 8)
     assert_same(read(fork), before)

@@ -346,7 +346,7 @@ def fill(case: Case, backend: BackendName = "torch") -> Filled:
         more = vectors(case, 140, first=layer.get_seq_length())
         layer.update(more["key"], more["value"])
         layer.flush()
-        assert layer.cut
+        assert layer.state.blocks.cut
         length = layer.get_seq_length()
     generator = torch.Generator().manual_seed(4)
     query_heads = case.heads * case.groups
@@ -386,7 +386,9 @@ def on_device(layer: SpectralLayer, kernel: Kernel) -> SpectralLayer:
     if kernel.device != layer.device:
         moved.device = kernel.device
         moved._move(kernel.device)
-        moved.codecs = moved.make_codecs(kernel.device, moved.tails, moved.left_padding)
+        blocks = moved.state.blocks
+        made = moved.make_codecs(kernel.device, moved.tails, blocks.grid)
+        moved.state = moved.state._replace(blocks=blocks._replace(codecs=made))
     return moved
 
 

@@ -135,14 +135,14 @@ def test_a_cache_goes_on_with_other_kernels_when_some_fail_their_trial(
     layer.backend = "auto"
     query = torch.randn(1, 3, 1, 64, dtype=torch.bfloat16)
     spectral_attention(query, layer.snapshot(), None)
-    assert layer.layout.name == "cuda"
+    assert layer.state.blocks.layout.name == "cuda"
     with monkeypatch.context() as patch:  # undone before the emulation is
         patch.setattr(trials, "UNTRIED", set())
         patch.setitem(kernels.LOADERS, "cpu", loader)
         found = [spectral_attention(query, layer.snapshot(), None) for _ in range(2)]
     report = layer.backend_report()
     assert report is not None
-    assert (report.name, list(report.passed_over), layer.layout.name) == ("triton", ["cuda"], "triton")
+    assert (report.name, list(report.passed_over), layer.state.blocks.layout.name) == ("triton", ["cuda"], "triton")
     assert not report.refused, "the second call was its own"
     expected.backend = "torch"
     for each in found:
@@ -183,4 +183,4 @@ def test_a_step_whose_kernels_do_not_load_cannot_be_repeated(
     with monkeypatch.context() as patch:  # undone before the emulation is
         patch.setitem(kernels.LOADERS, "cpu", loader)
         with pytest.raises(GraphCaptureError, match="the kernels cannot be used: no luck"):
-            layer.layout.stage(view, room, torch.zeros(1, dtype=torch.int32), 8, False, {})
+            layer.state.blocks.layout.stage(view, room, torch.zeros(1, dtype=torch.int32), 8, False, {})

@@ -127,7 +127,7 @@ def check_parity(case: Case, kernel: Kernel = CUDA) -> None:
     assert query is not None
     found = attend_by_kernel(query, layer.snapshot(), mask, case.softcap, s_aux)
     assert found is not None, "the kernel declined the case"
-    assert layer.layout.name == "cuda"
+    assert layer.state.blocks.layout.name == "cuda"
     assert (found.dtype, found.shape) == (case.dtype, expected.shape)
     theirs, allowed = (float((x.cpu().double() - expected).norm()) for x in (found, own))
     assert theirs <= 2 * allowed + 1e-6 * float(expected.norm()), (theirs, allowed)
@@ -509,7 +509,7 @@ def test_a_cache_attends_on_tiles(filled_cache: SpectralCache, tmp_path: Path) -
         own, theirs = (float((x - exact).norm()) for x in (dense, found))
         assert theirs <= 2 * own + 1e-6 * float(exact.norm()), (count, theirs, own)
     layer = filled_cache.spectral_layers[0]
-    assert layer.layout.name == "cuda"
+    assert layer.state.blocks.layout.name == "cuda"
     measured = filled_cache.memory()
     assert measured.codes == sum(
         each.stores[side].buffers["codes"][: each.stores[side].count].nbytes
@@ -536,7 +536,7 @@ def test_rows_move_and_tokens_go_in_tiles_as_in_blocks(filled_cache: SpectralCac
         each.batch_select_indices(torch.tensor([1, 0]))
         each.crop(-70)
     for ours, theirs in zip(filled_cache.spectral_layers, twin.spectral_layers, strict=True):
-        assert ours.layout.name == "cuda"
+        assert ours.state.blocks.layout.name == "cuda"
         assert ours.saturated_gains() == theirs.saturated_gains()
         for side in SIDES:
             assert all(torch.equal(ours.fields(side)[name], field) for name, field in theirs.fields(side).items())

@@ -421,7 +421,8 @@ def test_threads_share_constants_that_stay() -> None:
     try:
         sys.setswitchinterval(1e-6)
         for _ in range(8):
-            layer.codecs = dict(codecs(CASE))
+            blocks = layer.state.blocks._replace(codecs=dict(codecs(CASE)))
+            layer.state = layer.state._replace(blocks=blocks)
             view, seen = layer.snapshot(), []
             barrier = threading.Barrier(4)
 

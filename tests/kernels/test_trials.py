@@ -106,10 +106,10 @@ def test_triton_kernels_pass_their_trial(name: str, caplog: pytest.LogCaptureFix
         found = spectral_attention(query, layer.snapshot(), mask, softcap=case.softcap, s_aux=s_aux)
         x = filled.given["key"][:, :, 4:68].to(TRITON_DEVICE)
         fields = backends.find("triton").encode(
-            layer.codecs["key"], x, layer.snapshot().block_table[:1], layer.left_padding
+            layer.codecs["key"], x, layer.snapshot().block_table[:1], layer.state.blocks.left_padding
         )
         backends.find("triton").decode(
-            layer.codecs["key"], fields, layer.snapshot().block_table[:1], layer.left_padding
+            layer.codecs["key"], fields, layer.snapshot().block_table[:1], layer.state.blocks.left_padding
         )
     assert not caplog.records
     operations = sorted(outcome.operation for outcome in trials._outcomes.values())

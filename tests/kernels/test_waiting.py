@@ -185,7 +185,7 @@ def test_no_step_of_the_cuda_backend_waits(looks: Looks, monkeypatch: pytest.Mon
         for _ in range(66):
             step(looks, layers, config, 1, dtype=torch.bfloat16)
     assert len(layers[0].spans) == 2
-    assert {layer.layout.name for layer in layers} == {"cuda"}
+    assert {layer.state.blocks.layout.name for layer in layers} == {"cuda"}
     attending = 66 * 3 * len(layers)
     assert kernels.launches == attending + 2 * len(layers), (
         "queries and other tokens, codes, merge; a block's tiles, by side"

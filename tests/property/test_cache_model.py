@@ -377,9 +377,12 @@ class LayerMachine(RuleBasedStateMachine):
         elif wreck == "reset":
             original.reset()
         else:
-            held = [*original.tails.values(), *original.sinks.values(), *original.block_table.buffers.values()]
+            held = [*original.tails.values(), *original.sinks.values(), *original.state.blocks.table.buffers.values()]
             held += [buffer for store in original.stores.values() for buffer in store.buffers.values()]
-            held += [*original.leads.values(), *(each for each in original.grid if each is not None)]
+            held += [
+                *original.state.blocks.leads.values(),
+                *(each for each in original.state.blocks.grid if each is not None),
+            ]
             for tensor in held:
                 tensor.zero_()
 
@@ -407,7 +410,7 @@ class LayerMachine(RuleBasedStateMachine):
         tried["operations"] += 1
         model, layer = self.model, self.layer
         assert layer.get_seq_length() == model.length
-        assert layer.encoded_end == model.encoded_end
+        assert layer.state.blocks.end == model.encoded_end
         assert [(s.start, s.length, s.anchor) for s in layer.spans] == [
             (b.start, b.length, b.anchor) for b in model.blocks
         ]
@@ -417,7 +420,7 @@ class LayerMachine(RuleBasedStateMachine):
             assert 1 <= span.length <= BLOCK
             assert span.anchor <= span.start <= span.anchor + ANCHOR_LENGTH - BLOCK
             end = span.end
-        assert layer.cut == any(span.length < BLOCK for span in layer.spans)
+        assert layer.state.blocks.cut == any(span.length < BLOCK for span in layer.spans)
         if layer.is_initialized:
             block_table = layer.snapshot().block_table
             assert block_table.tolist() == [[b.start, b.length, b.anchor] for b in model.blocks]
@@ -456,12 +459,16 @@ class LayerMachine(RuleBasedStateMachine):
         assert memory.elements == model.length * per_token
         assert memory.residual == (model.length - model.encoded_end) * per_token * size
         # Sinks, and what lies before the first block where that is not them.
-        aside = 1 if layer.left_padding is None else 2
+        aside = 1 if layer.state.blocks.left_padding is None else 2
         assert memory.sinks == (aside * model.sinks * per_token * size if model.blocks else 0)
         stored = [t for b in model.blocks for fields in b.fields.values() for t in fields.values()]
         assert memory.codes + memory.gains + memory.dense == sum(t.nbytes for t in stored)
-        room = max(len(model.blocks), layer.block_table.capacity)
-        told = [each for each in (layer.left_padding, layer.origins, layer.trail) if each is not None]
+        room = max(len(model.blocks), layer.state.blocks.table.capacity)
+        told = [
+            each
+            for each in (layer.state.blocks.left_padding, layer.state.blocks.origins, layer.state.trail)
+            if each is not None
+        ]
         assert self.masked or not told
         assert memory.bookkeeping == PLACE_BYTES * room + sum(each.nbytes for each in told)
         assert room <= len(model.blocks) * (1 + 1 / GROWTH)

@@ -128,7 +128,7 @@ def test_row_starts_are_counted() -> None:
     keys = torch.randn(2, constants.num_heads, 200, constants.dim)
     cache.layers[0].update(keys, keys, arrivals=left_padding((0, 30), 200, 200))
     cache.layers[0].flush()
-    assert cache.layers[0].left_padding.tolist() == [0, 30]
+    assert cache.layers[0].state.blocks.left_padding.tolist() == [0, 30]
     memory = assert_counts_what_is_held(cache)
     assert memory.bookkeeping == 2 * 12 + 2 * 8 + 2 * 2 * 4 * (200 - 132)  # places, starts, what is known of the tail
     assert memory.sinks == 2 * 2 * 2 * 4 * keys[0, :, 0].nbytes  # sinks and what lies before the first block
