@@ -228,26 +228,41 @@ def test_how_a_token_is_stored_makes_no_difference(stored: str, count: int) -> N
     assert_same(read(layer), [torch.cat((old, x.clone()), dim=2) for old, x in zip(before, new, strict=True)])
 
 
-@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "offload", "reset", "assigned"])
+CHANGES: dict[str, Callable[[SpectralLayer], object]] = {
+    "append": lambda layer: append(layer, 1, 8),
+    "encode": lambda layer: append(layer, 300, 8),
+    "crop": lambda layer: layer.crop(-1),
+    "crop a block": lambda layer: layer.crop(-100),
+    "crop all": lambda layer: layer.crop(-layer.get_seq_length()),
+    "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+    "repeat": lambda layer: layer.batch_repeat_interleave(1),
+    "offload": lambda layer: layer.offload(),
+    "reset": lambda layer: layer.reset(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_a_layer_leaves_its_copies_alone(change: str) -> None:
     layer = filled()
     fork, before = layer.fork(), read(layer)
-    if change == "crop":
-        layer.crop(-1)
-    elif change == "reorder":
-        layer.reorder_cache(torch.tensor([1, 0]))
-    elif change == "repeat":
-        layer.batch_repeat_interleave(1)
-    elif change == "offload":
-        layer.offload()
-    elif change == "reset":
-        layer.reset()
-    else:
-        layer.state = layer.state._replace(tails={side: tail + 1 for side, tail in layer.tails.items()})
+    CHANGES[change](layer)
     expected = read(layer) if layer.is_initialized else [x[:, :, :0] for x in tokens(1, 0)]
     append(layer, 1, 8)
     assert_same(read(fork), before)
     assert_same(read(layer), [torch.cat(pair, 2) for pair in zip(expected, tokens(1, 8), strict=True)])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_stays_what_it_was(change: str) -> None:
+    """Whoever has a layer's state has it of one moment: the layer puts others in its place."""
+    layer = filled()
+    state, before, length = layer.state, read(layer), layer.get_seq_length()
+    CHANGES[change](layer)
+    assert layer.state is not state
+    other = filled(70)
+    other.state = state
+    assert_same(read(other), before)
+    assert (state.length, other.get_seq_length()) == (length, length)
 
 
 def test_between_inference_mode_and_autograd() -> None:
