@@ -62,6 +62,12 @@ SPILLS_3_6: dict[int, dict[str, dict[str, int]]] = {
 }
 """What differs with Triton 3.6, whose assembler is older."""
 
+SPILLS_3_9: dict[int, dict[str, dict[str, int]]] = {
+    90: {"llama-8b": {"dense": 8}, "llama-8b-trellis": {"attend": 24}},
+    80: {"gemma-2": {"attend": 240}},
+}
+"""The same with Triton 3.9, whose assembler is newer."""
+
 OF_256 = ["^gemma-2$:query|dense|merge|decode|coefficient|gain", "^gemma-2-trellis$:decode|coefficient|gain|path|level"]
 COMPILED = {
     90: ["^llama-8b$:query|dense|merge|decode|coefficient|gain",
@@ -94,6 +100,8 @@ def test_kernels_compile() -> None:
     allowed = SPILLS
     if version("triton").startswith("3.6."):
         allowed = {target: own | SPILLS_3_6.get(target, {}) for target, own in SPILLS.items()}
+    elif version("triton").startswith("3.9."):
+        allowed = SPILLS_3_9
     spilled = {}
     for each in found:
         target, case, kernel = each["target"], each["case"], each["kernel"].removesuffix("_kernel")
