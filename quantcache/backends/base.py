@@ -320,6 +320,8 @@ def refused_by_kernels(query: Tensor, view: CacheView, call: AttentionCall) -> s
         return "gradients are wanted"
     if mask is not None and not _is_plain(mask, query, view.length):
         return "the mask is not boolean, differs between heads or does not cover the cache"
+    if call.hides_the_future(query.shape[2]) and view.key.tail.shape[2] < query.shape[2]:
+        return "tokens of the queries themselves are encoded, and blocks are read as the past of every query"
     if view.origins is not None or view.shifted:
         return "positions do not count up from the end of the padding"
     if view.left_padding is not None and shows_padding(mask, view.left_padding, view.length):

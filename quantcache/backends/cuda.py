@@ -74,8 +74,6 @@ class CudaBackend(Backend):
             return f"the queries are of {query.dtype}"
         if reason := refused_by_kernels(query, view, call):
             return reason
-        if call.hides_the_future(query.shape[2]) and view.key.tail.shape[2] < query.shape[2]:
-            return "tokens of the queries themselves are encoded, and blocks are read as the past of every query"
         given = call.mask is None, call.sink_logits is None, call.softcap is None
         kind = query.shape, given, query.device.type in trials.UNTRIED
         served = view.prepared.setdefault("cuda serves", set())

@@ -74,6 +74,7 @@ class QueryRows:
         length: T.
         call: The rest of the call.
         place: First query of this part, and how many queries the call has.
+        encoded_end: Slot behind the last block; 0 without blocks.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class QueryRows:
         length: int,
         call: AttentionCall,
         place: tuple[int, int],
+        encoded_end: int = 0,
     ):
         batch, query_heads, count, dim = query.shape
         self.groups, self.count = query_heads // heads, count
@@ -91,6 +93,8 @@ class QueryRows:
         self.softcap = call.softcap
         self.own_slots = length - place[1] + place[0] + torch.arange(count, dtype=torch.int64, device=query.device)
         self.causal = call.hides_the_future(place[1])
+        # Blocks and sinks are the past of every query, unless tokens of the queries themselves are among them.
+        self.causal_in_blocks = self.causal and length - place[1] < encoded_end
         self.mask = None
         if mask is not None:
             if mask.shape[2] > 1:
@@ -131,7 +135,7 @@ class QueryRows:
             batch = max(self.mask.shape[0], index.shape[0])
             index = index.expand(batch, *self.mask.shape[1:4], -1)
             mask = self.mask.expand(batch, *self.mask.shape[1:]).gather(-1, index)
-        scores = self._finish(raw, mask, None)  # the past is never in the queries' future
+        scores = self._finish(raw, mask, slots[:, None, None, None] if self.causal_in_blocks else None)
         return scores if valid is None else scores.masked_fill(~valid[:, None, None], float("-inf"))
 
     def _finish(self, raw: Tensor, mask: Tensor | None, slots: Tensor | None) -> Tensor:

@@ -71,7 +71,7 @@ def attend(query: Tensor, view: CacheView, call: AttentionCall, on_codes: bool =
     parts = []
     for first in range(0, max(total, 1), QUERY_CHUNK):
         part = query[:, :, first : first + QUERY_CHUNK]
-        rows = QueryRows(part, heads, view.length, call, (first, total))
+        rows = QueryRows(part, heads, view.length, call, (first, total), view.encoded_end)
         softmax = OnlineSoftmax(rows.query, view.value.tail.shape[3])
         if call.sink_logits is not None:
             softmax.add(rows.sink_scores(call.sink_logits))
@@ -99,7 +99,7 @@ def own_precision(query: Tensor, view: CacheView, call: AttentionCall) -> Tensor
         ``[B, Tq, Hq, Dv]`` in the query's dtype.
     """
     keys, values = view.dense("key"), view.dense("value")
-    rows = QueryRows(query, keys.shape[1], view.length, call, (0, query.shape[2]))
+    rows = QueryRows(query, keys.shape[1], view.length, call, (0, query.shape[2]), view.encoded_end)
     raw = rows.query.to(query.dtype) @ keys.transpose(-1, -2)
     scores = rows.scores(raw, 0, view.length)
     if call.sink_logits is not None:

@@ -212,7 +212,7 @@ PATHS = replace(BASE, tokens=132, coding=("trellis", "trellis"))
 SHORT = replace(PATHS, tokens=100)
 
 TRELLIS = {
-    "trellis": replace(PATHS, heads=2, queries=2),
+    "trellis": replace(PATHS, tokens=134, heads=2, queries=2),
     "trellis-keys": replace(SHORT, coding=("trellis", "scalar")),
     "trellis-values": replace(SHORT, coding=("scalar", "trellis")),
     **{f"trellis-width{width}": replace(SHORT, widths=width) for width in range(9)},

@@ -32,11 +32,7 @@ CUDA = Kernel("cuda", lambda: missing(DEVICE) or "", device=DEVICE, half=True, m
 if CUDA.missing():
     pytest.skip("no GPU that runs it", allow_module_level=True)
 
-CASES = {
-    name: in_bfloat16(case)
-    for name, case in (ATTENTION | TRELLIS).items()
-    if not CUDA.leaves(case) and name != "trellis"  # its queries' own tokens are encoded
-}
+CASES = {name: in_bfloat16(case) for name, case in (ATTENTION | TRELLIS).items() if not CUDA.leaves(case)}
 """In the dtype that the kernels take."""
 
 CODINGS: tuple[Coding, ...] = ("scalar", "trellis")
