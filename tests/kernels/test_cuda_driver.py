@@ -39,11 +39,24 @@ def test_machine_code_is_compiled_once(
     assert compilations == ["--gpu-architecture=sm_90"]
     (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
     assert kept.stat().st_mode & 0o777 == 0o644, "another user of the folder may read it"
-    for broken in (b"", CUBIN[:3]):
+    whole = kept.read_bytes()
+    for broken in (b"", whole[:3], whole[:-1], CUBIN, bytes(len(whole)), whole.replace(b"code", b"c0de")):
         kept.write_bytes(broken)
         assert compiler.compiled_conversion((9, 0)) == CUBIN
-        assert kept.read_bytes() == CUBIN
-    assert len(compilations) == 3
+        assert kept.read_bytes() == whole
+    assert len(compilations) == 7
+
+
+def test_a_full_disk_is_left_as_it_was(
+    compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "replace", full)
+    assert compiler.compiled_conversion((9, 0)) == CUBIN
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_user_without_a_home_compiles_every_time(compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,6 @@ import torch
 NVCC = "/usr/local/cuda/bin/nvcc"
 SOURCES = Path(__file__).parent / "src"
 
-ELF = b"\x7fELF"
-"""What machine code begins with."""
-
 
 class CudaError(RuntimeError):
     """A call of the driver or the compiler failed."""
@@ -66,25 +63,39 @@ def _cache_folder() -> Path | None:
         return None
 
 
+def _digest(binary: bytes) -> bytes:
+    return hashlib.sha256(binary).digest()
+
+
 def _kept(path: Path) -> bytes | None:
-    """Machine code that lies on disk; None where there is none that can be read."""
+    """Machine code that lies on disk; None where there is none that can be read.
+
+    It ends with its digest: a machine that went down, or a disk, may have left less of it or something else.
+    """
     try:
         found = path.read_bytes()
     except OSError:
         return None
-    return found if found.startswith(ELF) else None  # a machine that went down may have left an empty file
+    size = hashlib.sha256().digest_size
+    binary, digest = found[:-size], found[-size:]
+    return binary if binary and digest == _digest(binary) else None
 
 
 def _keep(path: Path, binary: bytes) -> None:
     """Put machine code on disk, whole or not at all, for other processes and their users too."""
-    try:
+    # A home that nobody may write to, or that is full: compiled again by the next process.
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(binary)
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
-    except OSError:  # a home that nobody may write to: compiled again by the next process
-        pass
+            made = Path(file.name)
+            try:
+                file.write(binary + _digest(binary))
+                file.close()
+                made.chmod(0o644)
+                made.replace(path)
+            except BaseException:
+                made.unlink(missing_ok=True)
+                raise
 
 
 def library(*names: str) -> ctypes.CDLL:
