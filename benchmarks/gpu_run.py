@@ -29,7 +29,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.jsonfile import to_json
 from quantcache.evaluation.summaries import quantiles
-from quantcache_kernels.cuda.driver import load_codes, load_encoder, missing
+from quantcache_kernels.cuda.driver import LOCAL, REGISTERS, load_codes, load_encoder, missing
 
 
 def llama_config(layers: int = 32, **more: Any) -> LlamaConfig:
@@ -284,6 +284,6 @@ def kernels(run: Run) -> list[dict[str, Any]]:
             index = run.device.index or 0
             loaded = load_codes(index, on_trellis, on_trellis) | load_encoder(index, on_trellis)
             for name, compiled in loaded.items():
-                registers, local = compiled.attribute(4), compiled.attribute(3)
+                registers, local = compiled.attribute(REGISTERS), compiled.attribute(LOCAL)
                 found.append({"kernel": name, "coding": coding, "n_regs": registers, "local_bytes": local})
     return found

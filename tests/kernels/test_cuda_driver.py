@@ -120,26 +120,19 @@ def test_nvrtc_is_that_of_torchs_own_version(installed: list[str], tmp_path: Pat
 class Driver:
     """A libcuda whose calls are noted, and which launches nothing where the thread has no context."""
 
+    limit = 99 << 10
+
     def __init__(self) -> None:
         self.current = threading.local()
         self.calls: list[str] = []
-        self.limit = 48 << 10
-
-    def _in_context(self, name: str) -> int:
-        self.calls.append(name)
-        return 0 if getattr(self.current, "context", None) else driver.NO_CONTEXT
-
-    def cuFuncSetAttribute(self, function: object, which: int, value: int) -> int:
-        """Allow so much shared memory."""
-        status = self._in_context("attribute")
-        self.limit = self.limit if status else value
-        return status
 
     def cuLaunchKernelEx(self, given: Any, function: object, *others: Any) -> int:
         """Launch."""
-        status = self._in_context("launch")
+        self.calls.append("launch")
         self.given = given._obj
-        return status or int(self.given.shared_bytes > self.limit)
+        if not getattr(self.current, "context", None):
+            return driver.NO_CONTEXT
+        return int(self.given.shared_bytes > self.limit)
 
     def cuDeviceGet(self, handle: Any, device: int) -> int:
         """The handle of a device."""
@@ -169,7 +162,7 @@ def test_a_new_thread_may_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = driver.Kernel(ctypes.c_void_p(1), 2)
     failed: list[compiler.CudaError] = []
 
-    def launch(shared_bytes: int = 50 << 10) -> None:
+    def launch(shared_bytes: int = 0) -> None:
         try:
             kernel.launch((1, 1), 32, shared_bytes, PlacesArguments(), 0)
         except compiler.CudaError as error:
@@ -180,14 +173,12 @@ def test_a_new_thread_may_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.start()
         thread.join()
     assert not failed
-    first = ["attribute", "context 112", "attribute", "launch"]
-    assert library.calls == [*first, "launch", "context 112", "launch"]
+    assert library.calls == 2 * ["launch", "context 112", "launch"]
     launch()
-    assert library.calls[len(first) + 3 :] == ["launch", "context 112", "launch"]
+    assert library.calls == 3 * ["launch", "context 112", "launch"]
     launch()
-    assert library.calls[-1:] == ["launch"], "it has its context now"
-    kernel.shared_bytes = 99 << 10
-    launch(60 << 10)
+    assert library.calls[-2:] == ["launch", "launch"], "it has its context now"
+    launch(library.limit + 1)
     assert [str(error) for error in failed] == ["CUDA: launched wrongly (1)"], "another error is told"
 
 
@@ -204,22 +195,48 @@ def test_a_kernel_that_waits_for_the_one_before_may_begin_early(follows: bool, m
     )
 
 
+class Loader:
+    """A libcuda that loads modules; notes how much shared memory launches may have."""
+
+    def __init__(self) -> None:
+        self.functions: list[bytes] = []
+        self.limits: dict[bytes, tuple[int, int]] = {}
+
+    def cuModuleLoadData(self, module: object, binary: bytes) -> int:
+        """Load."""
+        return 0
+
+    def cuModuleGetFunction(self, function: Any, module: object, name: bytes) -> int:
+        """Number the functions."""
+        self.functions.append(name)
+        function._obj.value = len(self.functions)
+        return 0
+
+    def cuFuncGetAttribute(self, value: Any, which: int, function: object) -> int:
+        """As if the source declared so much shared memory."""
+        value._obj.value = {driver.STATIC_SHARED: 16}[which]
+        return 0
+
+    def cuFuncSetAttribute(self, function: ctypes.c_void_p, which: int, value: int) -> int:
+        """Allow so much shared memory."""
+        assert function.value is not None
+        self.limits[self.functions[function.value - 1]] = which, value
+        return 0
+
+
 @pytest.mark.parametrize(("capability", "early"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 1), True)])
-def test_nobody_begins_early_before_hopper(
+def test_what_is_loaded_is_ready_for_any_launch(
     capability: tuple[int, int], early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Loader:
-        def cuModuleLoadData(self, module: object, binary: bytes) -> int:
-            return 0
-
-        def cuModuleGetFunction(self, function: object, module: object, name: bytes) -> int:
-            return 0
-
-    monkeypatch.setattr(driver, "_cuda", Loader)
+    """Before Hopper nobody begins early. Threads that launch with more and less shared memory share a kernel."""
+    library, properties = Loader(), SimpleNamespace(shared_memory_per_block_optin=99 << 10)
+    monkeypatch.setattr(driver, "_cuda", lambda: library)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     found = driver._loaded(0, CUBIN, *driver.CODE_KERNELS)
     assert {name for name, kernel in found.items() if kernel.follows} == (driver.FOLLOWING if early else set())
+    assert library.limits == {name.encode(): (driver.MOST_SHARED, (99 << 10) - 16) for name in driver.CODE_KERNELS}
 
 
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "8.0, this device has 7.5"), ((8, 0), None)])

@@ -30,13 +30,12 @@ CONVERSION_KERNELS = ("tiles_from_portable", "portable_from_tiles")
 ENCODER_KERNELS = ("encode",)
 """The kernel that encodes blocks."""
 
-
 NO_CONTEXT = 201
 """What the driver answers a thread that has no context yet."""
 
-
-MOST_SHARED = 8
-"""Attribute of functions: the most shared memory that a block of threads has."""
+STATIC_SHARED, LOCAL, REGISTERS, MOST_SHARED = 1, 3, 4, 8
+"""Attributes of functions: bytes of shared memory that the source declares, bytes of local memory and registers of a
+thread, and the most dynamic shared memory that a launch may have."""
 
 PROGRAMMATIC = 6
 """Attribute of a launch: whether it may begin before the one in front of it has ended."""
@@ -115,13 +114,16 @@ class Kernel:
 
     def __init__(self, function: ctypes.c_void_p, device: int, follows: bool = False) -> None:
         self.function, self.device, self.follows = function, device, follows
-        self.shared_bytes = 48 << 10
 
     def attribute(self, which: int) -> int:
-        """An attribute of the function: 4 is registers, 3 local bytes, 1 shared bytes."""
+        """An attribute of the function, such as :data:`REGISTERS`."""
         value = ctypes.c_int()
         _check(_cuda().cuFuncGetAttribute(ctypes.byref(value), which, self.function))
         return value.value
+
+    def allow_shared_memory(self, size: int) -> None:
+        """Let launches have so many bytes of dynamic shared memory; without, they have 48 KB."""
+        _check(_cuda().cuFuncSetAttribute(self.function, MOST_SHARED, size))
 
     def launch(
         self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
@@ -147,14 +149,9 @@ class Kernel:
     def _launch(
         self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure, stream: int
     ) -> int:
-        if shared_bytes > self.shared_bytes:
-            status: int = _cuda().cuFuncSetAttribute(self.function, MOST_SHARED, shared_bytes)
-            if status:
-                return status
-            self.shared_bytes = shared_bytes
         array = _Arguments(ctypes.addressof(arguments))
         launch = LaunchConfig(*grid, 1, threads, 1, 1, shared_bytes, stream, _FOLLOWS, int(self.follows))
-        status = _cuda().cuLaunchKernelEx(ctypes.byref(launch), self.function, array, None)
+        status: int = _cuda().cuLaunchKernelEx(ctypes.byref(launch), self.function, array, None)
         return status
 
 
@@ -224,8 +221,11 @@ def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:
     _check(_cuda().cuModuleLoadData(ctypes.byref(module), binary))
     kernels = {}
     following = FOLLOWING if torch.cuda.get_device_capability(device) >= (9, 0) else frozenset()
+    there: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     for name in names:
         function = ctypes.c_void_p()
         _check(_cuda().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        kernels[name] = Kernel(function, device, name in following)
+        kernels[name] = kernel = Kernel(function, device, name in following)
+        # Once for all launches: what one of them set for itself, another thread's would have found too little.
+        kernel.allow_shared_memory(there - kernel.attribute(STATIC_SHARED))
     return kernels
