@@ -92,9 +92,9 @@ def _past(batch: int, key: Constants, value: Constants, blocks: Blocks, dense: S
     call.value_codes = require("codes", blocks.value_codes, torch.int32, count, batch, value.words).data_ptr()
     call.key_gains = require("gains", blocks.key_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
     call.value_gains = require("gains", blocks.value_gains, torch.uint8, count, batch, heads, BLOCK).data_ptr()
-    call.places = require("block_table", blocks.block_table, torch.int32, count, 3).data_ptr()
+    call.block_table = require("block_table", blocks.block_table, torch.int32, count, 3).data_ptr()
     if blocks.left_padding is not None:
-        call.starts = require("left_padding", blocks.left_padding, torch.int64, batch).data_ptr()
+        call.left_padding = require("left_padding", blocks.left_padding, torch.int64, batch).data_ptr()
     call.encoded_end = blocks.end
     past = Past(key, value, (dense[0], dense[1]), batch, pointer(call), keys.dtype, (keys, values))
     object.__setattr__(blocks, "past", past)  # all else of them stays as it was found fit

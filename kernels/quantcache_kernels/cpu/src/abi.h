@@ -67,6 +67,13 @@ struct Side {
     const float* decoder;       // [H][D][D]
 };
 
+// Where a block lies: its first slot, how many of its tokens are valid, and the slot of its anchor.
+struct Place {
+    int32_t first;
+    int32_t length;
+    int32_t anchor;
+};
+
 // [B][H][tokens][dimension] with a dense last dimension; strides in elements.
 struct Dense {
     const void* data;
@@ -82,8 +89,8 @@ struct Encode {
     int32_t blocks;
     int32_t dtype;
     Dense x;                // [B][H][n * 64][D]
-    const int32_t* places;  // first slot, valid length, anchor [n][3]
-    const int64_t* starts;  // left padding of each row [B], or null
+    const Place* block_table;     // [n]
+    const int64_t* left_padding;  // of each row [B], or null
     int32_t* codes;         // out: [n][B][W]
     uint8_t* gains;         // out: [n][B][H][64]
     int32_t threads;
@@ -97,8 +104,8 @@ struct Decode {
     int32_t blocks;
     const int32_t* codes;   // [n][B][W]
     const uint8_t* gains;   // [n][B][H][64]
-    const int32_t* places;  // first slot, valid length, anchor [n][3]
-    const int64_t* starts;  // what is taken from a row's slots for their positions [B], or null
+    const Place* block_table;     // [n]
+    const int64_t* left_padding;  // what is taken from a row's slots for their positions [B], or null
     float* out;             // out: [B][H][n * 64][D]
     int32_t threads;
     int32_t level;
@@ -118,9 +125,9 @@ struct Past {
     const int32_t* value_codes;
     const uint8_t* key_gains; // [n][B][H][64]
     const uint8_t* value_gains;
-    const int32_t* places;    // [n][3]
-    const int64_t* starts;    // [B], or null
-    int64_t encoded_end;      // slot behind the last encoded token
+    const Place* block_table;     // [n]
+    const int64_t* left_padding;  // of each row [B], or null
+    int64_t encoded_end;          // slot behind the last encoded token
 };
 
 // What is another at every call.

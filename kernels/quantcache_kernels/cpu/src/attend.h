@@ -254,7 +254,7 @@ inline void soften(Task& task, int tile, bool biased) {
     for (int d = 0; d < a.value->dim; ++d) store4(sums + d * 4, load4(sums + d * 4) * decay);
 }
 
-inline void attend_block(Task& task, int block, const int32_t* place, bool biased) {
+inline void attend_block(Task& task, int block, const Place& place, bool biased) {
     const Attend& a = task.a;
     const Side &key = *a.key, &value = *a.value;
     const AttendScratch& s = task.scratch;
@@ -288,7 +288,7 @@ inline void attend_block(Task& task, int block, const int32_t* place, bool biase
     }
     if (key.fast_pairs) {
         decode_levels(key, coded + slow, fast, key_words, key_ahead, s.levels);
-        decode_fast(task, fast, place[0] - place[2], key_gains);
+        decode_fast(task, fast, place.first - place.anchor, key_gains);
         for (int tile = 0; tile < task.tiles; ++tile) {
             const float* q = s.framed + (static_cast<size_t>(tile) * key.dim + key.slow) * 4;
             dot_rows(task.rows_of(tile), s.fast, 2 * key.fast_pairs, q,
@@ -320,21 +320,21 @@ inline void attend_block(Task& task, int block, const int32_t* place, bool biase
 
 inline void attend_codes(Task& task, int first, int last) {
     const Attend& a = task.a;
-    const int64_t start = a.starts ? a.starts[task.row] : 0;
-    const int64_t first_valid = a.starts ? start + a.num_sinks : INT64_MIN;
+    const int64_t start = a.left_padding ? a.left_padding[task.row] : 0;
+    const int64_t first_valid = a.left_padding ? start + a.num_sinks : INT64_MIN;
     const bool turns = a.key->slow_pairs + a.key->fast_pairs > 0;
     int64_t anchor = INT64_MIN;
     for (int block = first; block < last; ++block) {
-        const int32_t* place = a.places + block * 3;
-        const int low = static_cast<int>(first_valid <= place[0] ? 0 : at_most(BLOCK, first_valid - place[0]));
-        bool biased = a.mask || low > 0 || place[1] < BLOCK;
+        const Place& place = a.block_table[block];
+        const int low = static_cast<int>(first_valid <= place.first ? 0 : at_most(BLOCK, first_valid - place.first));
+        bool biased = a.mask || low > 0 || place.length < BLOCK;
         if (biased) {
-            const int visible = mark_visible(task, 0, BLOCK, place[0], low, place[1], NOT_CAUSAL);
+            const int visible = mark_visible(task, 0, BLOCK, place.first, low, place.length, NOT_CAUSAL);
             if (visible == 0 && task.finite) continue;
             biased = visible < a.queries * BLOCK;
         }
-        if (anchor == INT64_MIN || (turns && anchor != place[2])) {
-            anchor = place[2];
+        if (anchor == INT64_MIN || (turns && anchor != place.anchor)) {
+            anchor = place.anchor;
             enter_frame(task, anchor - start);
         }
         attend_block(task, block, place, biased);
@@ -346,9 +346,9 @@ inline void attend_dense(Task& task) {
     const Attend& a = task.a;
     const AttendScratch& s = task.scratch;
     const int dim = a.key->dim, value_dim = a.value->dim, stride = padded(dim), value_stride = padded(value_dim);
-    const int64_t start = a.starts ? a.starts[task.row] : 0;
+    const int64_t start = a.left_padding ? a.left_padding[task.row] : 0;
     // A row whose padding reaches behind the encoded tokens has its first tokens in the tail.
-    const int sinks = a.starts ? at_least(0, at_most(a.num_sinks, a.encoded_end - start)) : a.num_sinks;
+    const int sinks = a.left_padding ? at_least(0, at_most(a.num_sinks, a.encoded_end - start)) : a.num_sinks;
     const int64_t own = a.causal ? a.encoded_end + a.num_tail - a.queries : NOT_CAUSAL;
     for (int first = 0; first < sinks + a.num_tail; first += BLOCK) {
         const int count = at_most(BLOCK, sinks + a.num_tail - first);

@@ -121,10 +121,10 @@ inline void decode(const Decode& d, int block, int row, int head, char* scratch)
     decode_levels(side, coded, slow + fast, words, ahead, s.levels);
     synthesize(side, head, coded, slow, 0, side.slow, s.levels, gains, s.x);
     synthesize(side, head, coded + slow, fast, side.slow, side.dim, s.levels + slow * BLOCK, gains, s.x);
-    const int32_t* place = d.places + block * 3;
-    const int64_t start = d.starts ? d.starts[row] : 0;
-    const int offset = side.fast_pairs ? place[0] - place[2] : 0; // within the tables of rotations
-    leave_frame(side, static_cast<double>(place[2] - start), offset, s.x);
+    const Place& place = d.block_table[block];
+    const int64_t start = d.left_padding ? d.left_padding[row] : 0;
+    const int offset = side.fast_pairs ? place.first - place.anchor : 0; // within the tables of rotations
+    leave_frame(side, static_cast<double>(place.anchor - start), offset, s.x);
     const int64_t first = (static_cast<int64_t>(row) * d.heads + head) * d.blocks + block;
     write_tokens(s.x, side.dim, d.out + first * BLOCK * side.dim);
 }

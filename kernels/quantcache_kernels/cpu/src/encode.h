@@ -145,11 +145,11 @@ inline void encode(const Encode& e, int block, int row, int head, char* scratch)
     const EncodeScratch s(side, scratch);
     read_transposed(e.x, e.dtype, row, head, block * BLOCK, side.order, side.dim, s.x);
 
-    const int32_t* place = e.places + block * 3;
-    const double start = e.starts ? static_cast<double>(e.starts[row]) : 0.0;
+    const Place& place = e.block_table[block];
+    const double start = e.left_padding ? static_cast<double>(e.left_padding[row]) : 0.0;
     double positions[BLOCK];
-    for (int t = 0; t < BLOCK; ++t) positions[t] = place[0] + t - start;
-    const double anchor = place[2] - start;
+    for (int t = 0; t < BLOCK; ++t) positions[t] = place.first + (t - start);
+    const double anchor = place.anchor - start;
     turn_back(s.x, 0, side.slow_pairs, side.frequencies, &anchor, true);
     turn_back(s.x, side.slow, side.fast_pairs, side.frequencies + side.slow_pairs, positions, false);
     const float* mean = side.mean + static_cast<size_t>(head) * side.dim;

@@ -106,21 +106,23 @@ template <class Function> void run_tasks(int tasks, int threads, const Function&
 }
 
 // Whether a block's tokens are near enough to its anchor for the tables of rotations.
-bool near_anchor(const Side& side, int64_t first, int64_t anchor) {
-    return !side.fast_pairs || (first >= anchor && first - anchor + BLOCK <= ANCHOR_LENGTH);
+bool near_anchor(const Side& side, const Place& place) {
+    const int64_t offset = static_cast<int64_t>(place.first) - place.anchor;
+    return !side.fast_pairs || (offset >= 0 && offset + BLOCK <= ANCHOR_LENGTH);
 }
 
-// Whether places and starts stay inside of what they index: the mask, and the tables of rotations.
+// Whether block table and left padding stay inside of what they index: the mask, and the tables of rotations.
 bool well_placed(const Attend& a) {
     for (int block = 0; block < a.blocks; ++block) {
-        const int64_t first = a.places[block * 3], length = a.places[block * 3 + 1], anchor = a.places[block * 3 + 2];
-        if (first < 0 || length < 0 || length > BLOCK || first + length > a.encoded_end) return false;
-        if (!near_anchor(*a.key, first, anchor)) return false;
+        const Place& place = a.block_table[block];
+        if (place.first < 0 || place.length < 0 || place.length > BLOCK) return false;
+        if (static_cast<int64_t>(place.first) + place.length > a.encoded_end) return false;
+        if (!near_anchor(*a.key, place)) return false;
     }
-    for (int row = 0; a.starts && row < a.batch; ++row) {
-        if (a.starts[row] < 0) return false;
+    for (int row = 0; a.left_padding && row < a.batch; ++row) {
+        if (a.left_padding[row] < 0) return false;
     }
-    return a.starts || a.num_sinks <= a.encoded_end;
+    return a.left_padding || a.num_sinks <= a.encoded_end;
 }
 
 void encode_all(const Encode& e) {
@@ -134,7 +136,7 @@ void encode_all(const Encode& e) {
 
 bool well_placed(const Decode& d) {
     for (int block = 0; block < d.blocks; ++block) {
-        if (!near_anchor(*d.side, d.places[block * 3], d.places[block * 3 + 2])) return false;
+        if (!near_anchor(*d.side, d.block_table[block])) return false;
     }
     return true;
 }
