@@ -108,8 +108,8 @@ def main() -> None:
     if options.child:
         print(json.dumps(model_run(*options.child, options)))
         return
-    if not cpu.available():
-        sys.exit(f"error: {cpu.reason()}")
+    if reason := cpu.unavailable(torch.device("cpu")):
+        sys.exit(f"error: {reason}")
     metrics: dict[str, Any] = {"attention": {}, "models": {}}
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -39,8 +39,8 @@ from rich.table import Table
 from quantcache.backends import trials
 from quantcache.common.env import environment
 from quantcache.evaluation.kernel_check import check_kernels
-from quantcache_kernels.cuda.driver import missing
-from quantcache_kernels.triton.runtime import unavailable
+from quantcache_kernels.cuda import driver
+from quantcache_kernels.triton import runtime
 
 PARTS = ("parity", "copy", "attention", "models", "encode", "triton-parity", "sweep", "check")
 """All but the last two run unless something else is asked for."""
@@ -89,7 +89,7 @@ def main() -> None:
     options = parse_arguments()
     gc.freeze()  # what imports have left is there to stay: collections between parts need not go over it
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    reason = unavailable(device) if device.type == "cuda" else "there is no GPU"
+    reason = runtime.unavailable(device) if device.type == "cuda" else "there is no GPU"
     if reason and not options.tiny:
         sys.exit(f"error: {reason}; --tiny proves the script without one")
     until = time.perf_counter() + 60 * options.minutes
@@ -97,7 +97,7 @@ def main() -> None:
     print(f"figures: {run.log}", file=sys.stderr, flush=True)
     metrics: dict[str, Any] = {"gpu": gpu_state()}
     trials.UNTRIED.add(device.type)  # kernels are timed even if they are wrong; parity and "difference" tell
-    metrics["cuda_kernels"] = missing(device) or "available"
+    metrics["cuda_kernels"] = driver.unavailable(device) or "available"
     run.keep("environment", {**environment(), **metrics, "settings": vars(options)})
     parts: dict[str, Callable[[], Any]] = {
         "parity": lambda: parity(run, options, ["tests/kernels/test_cuda_device.py"], partial(prepare, run, options)),

@@ -29,7 +29,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.jsonfile import to_json
 from quantcache.evaluation.summaries import quantiles
-from quantcache_kernels.cuda.driver import LOCAL, REGISTERS, load_codes, load_encoder, missing
+from quantcache_kernels.cuda.driver import LOCAL, REGISTERS, load_codes, load_encoder, unavailable
 
 
 def llama_config(layers: int = 32, **more: Any) -> LlamaConfig:
@@ -279,7 +279,7 @@ def kernels(run: Run) -> list[dict[str, Any]]:
             for variant in variants:
                 attributes = ("n_regs", "n_spills", "n_max_threads")
                 found.append({"kernel": name, **{a: getattr(variant, a, None) for a in attributes}})
-    if missing(run.device) is None:
+    if unavailable(run.device) is None:
         for coding, on_trellis in (("scalar", False), ("trellis", True)):
             index = run.device.index or 0
             loaded = load_codes(index, on_trellis, on_trellis) | load_encoder(index, on_trellis)

@@ -18,7 +18,7 @@ from quantcache_kernels import cpu
 def implementation(name: str) -> Backend:
     """The backend that a layer on the CPU gets for a name."""
     if name == "auto":
-        return backends.FASTEST_FIRST["cpu"][0] if cpu.available() else backends.REFERENCE
+        return backends.REFERENCE if cpu.unavailable(torch.device("cpu")) else backends.FASTEST_FIRST["cpu"][0]
     return backends.find(name)
 
 

@@ -20,9 +20,7 @@ class CpuBackend(Backend):
 
     def unavailable(self, device: torch.device) -> str | None:
         """The device is another one, or there is no compiled library."""
-        if device.type != "cpu":
-            return f"the keys and values are on {device}"
-        return None if cpu.available() else cpu.reason()
+        return cpu.unavailable(device)
 
     def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
         """Another kind of blocks, or dtype."""
@@ -67,4 +65,4 @@ def constants(codec: SpectralCodec) -> cpu.Constants:
     Returns:
         The constants.
     """
-    return kept(codec, "cpu", cpu.Constants, lambda: cpu.make(codec.constants()))
+    return kept(codec, "cpu", cpu.Constants, lambda: cpu.prepare(codec.constants()))

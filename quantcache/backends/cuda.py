@@ -28,7 +28,7 @@ from quantcache_kernels.cuda import calls
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.compiler import CudaError
 from quantcache_kernels.cuda.constants import unsupported
-from quantcache_kernels.cuda.driver import missing
+from quantcache_kernels.cuda.driver import unavailable
 from quantcache_kernels.cuda.memory import Memory
 from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.cuda.places import Blocks, Lasting, Starts, units_of
@@ -58,7 +58,7 @@ class CudaBackend(Backend):
         if rejected("attend", self.name, device):
             return FAILED
         emulated = device.type != "cuda" and device.type in kernels.LOADERS
-        return None if emulated else missing(device)
+        return None if emulated else unavailable(device)
 
     def lacks(self, codec: SideCodec, dtype: torch.dtype) -> str | None:
         """Another kind of blocks, geometry or dtype."""

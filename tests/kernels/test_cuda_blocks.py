@@ -33,7 +33,7 @@ from quantcache_kernels.cuda import calls, conversion, encoding, room
 from quantcache_kernels.cuda import codes as kernels
 from quantcache_kernels.cuda.blocks import BlockLayout
 from quantcache_kernels.cuda.compiler import source
-from quantcache_kernels.cuda.driver import missing
+from quantcache_kernels.cuda.driver import unavailable
 from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.cuda.tables import PLACES, level_tables, stored_codes
 from tests.builders import scalar_calibration
@@ -364,7 +364,7 @@ def test_who_is_not_served_is_told_why(emulated: None) -> None:
 
 def test_a_gpu_gets_it_before_triton() -> None:
     assert [each.name for each in backends.FASTEST_FIRST["cuda"]] == ["cuda", "triton"]
-    assert missing(CPU) == "the CUDA kernels do not run on cpu devices"
+    assert unavailable(CPU) == "the CUDA kernels do not run on cpu devices"
     with pytest.raises(QuantCacheError, match='backend="cuda" cannot be used here: the CUDA kernels do not run on cpu'):
         backends.choose("cuda", CPU, {}, {})
 

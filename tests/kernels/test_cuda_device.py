@@ -15,7 +15,7 @@ from quantcache.backends import cuda_blocks
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import Coding
 from quantcache_kernels.cuda import room
-from quantcache_kernels.cuda.driver import missing
+from quantcache_kernels.cuda.driver import unavailable
 from tests.builders import scalar_calibration
 from tests.families import FAMILIES
 from tests.kernels import encoding
@@ -27,7 +27,7 @@ from tests.kernels.test_parity import encoded_by_torch
 
 DEVICE = torch.device("cuda", 0)
 
-CUDA = Kernel("cuda", lambda: missing(DEVICE) or "", device=DEVICE, half=True, multiple=16)
+CUDA = Kernel("cuda", lambda: unavailable(DEVICE) or "", device=DEVICE, half=True, multiple=16)
 
 if CUDA.missing():
     pytest.skip("no GPU that runs it", allow_module_level=True)

@@ -246,9 +246,9 @@ def test_a_gpu_is_told_what_it_lacks(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(driver, "_cuda", lambda: None)
     monkeypatch.setattr(driver, "has_nvcc", lambda: True)
-    driver.missing.cache_clear()
-    found = driver.missing(torch.device("cuda", 0))
-    driver.missing.cache_clear()
+    driver.unavailable.cache_clear()
+    found = driver.unavailable(torch.device("cuda", 0))
+    driver.unavailable.cache_clear()
     assert found == (reason and f"the CUDA kernels need compute capability {reason}")
 
 

@@ -45,8 +45,7 @@ def test_a_library_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatc
 def test_without_kernels_auto_says_so_once_and_cpu_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cpu, "available", lambda: False)
-    monkeypatch.setattr(cpu, "reason", lambda: "there was no compiler")
+    monkeypatch.setattr(cpu, "unavailable", lambda device: "there was no compiler")
     log_once.cache_clear()
     layer = (torch.device("cpu"), {"key": torch.float32, "value": torch.float32}, codecs(BASE))
     with caplog.at_level(logging.WARNING, logger="quantcache.backends"):

@@ -303,7 +303,7 @@ def test_threads_change_nothing(kernel: Kernel, coding: Coding, threads: int) ->
 def test_operators_take_trellis_constants() -> None:
     """What a compiled model calls: the constants go through it as tensors and sizes."""
     codec, (x, block_table, left_padding), _ = encoded_by_torch(TRELLIS["trellis"], "key")
-    constants = cpu.make(codec.constants())
+    constants = cpu.prepare(codec.constants())
     direct = cpu.encode(x, constants, block_table, left_padding)
     through = torch.ops.quantcache_kernels.cpu_encode(x, block_table, left_padding, *constants.flatten())
     assert all(torch.equal(*pair) for pair in zip(direct, through, strict=True))
@@ -318,7 +318,7 @@ def test_a_lopsided_union_codebook_is_refused() -> None:
     unions = [list(book) for book in given.unions]
     unions[3][0] -= 1
     with pytest.raises(ValueError, match="the union codebook of 3 bits is not symmetric about zero"):
-        cpu.make(replace(given, unions=unions))
+        cpu.prepare(replace(given, unions=unions))
 
 
 def test_masks_of_their_own_fall_back(kernel: Kernel) -> None:

@@ -10,19 +10,25 @@ batch row, D dimension of a key, Dv of a value, S sinks, t tokens of the tail.
 
 from __future__ import annotations
 
-from quantcache_kernels.cpu.constants import Constants, make
+import torch
+
+from quantcache_kernels.cpu.constants import Constants, prepare
 from quantcache_kernels.cpu.decoding import decode
 from quantcache_kernels.cpu.library import find
 from quantcache_kernels.cpu.ops import DTYPES, Blocks, attend, encode
 
-__all__ = ["DTYPES", "Blocks", "Constants", "attend", "available", "decode", "encode", "make", "reason"]
+__all__ = ["DTYPES", "Blocks", "Constants", "attend", "decode", "encode", "prepare", "unavailable"]
 
 
-def available() -> bool:
-    """Whether the shared library was built and can be loaded."""
-    return find()[0] is not None
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device.
 
+    Args:
+        device: Where the tensors live.
 
-def reason() -> str:
-    """Why the kernels are not available; empty if they are."""
-    return find()[1]
+    Returns:
+        The reason, such as that the shared library was not built; None if they can.
+    """
+    if device.type != "cpu":
+        return f"the CPU kernels do not run on {device.type} devices"
+    return find()[1] or None

@@ -200,11 +200,11 @@ class Constants:
         return Constants(tuple(sizes), dict(zip(_TENSORS, tensors[:-1], strict=True)), tensors[-1])
 
 
-def make(source: SideConstants) -> Constants:
-    """Arrange a codec's constants for the kernels.
+def prepare(source: SideConstants) -> Constants:
+    """Lay a side's constants out for the kernels.
 
     Args:
-        source: The codec's own.
+        source: The side, on the CPU.
 
     Returns:
         The constants; they share memory with ``source`` where they can.

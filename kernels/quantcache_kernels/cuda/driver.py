@@ -84,7 +84,7 @@ def _check(status: int) -> None:
 
 
 @cache
-def missing(device: torch.device) -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device.
 
     Args:
