@@ -6,6 +6,7 @@ index running fastest, D and Dv dimensions, S slots, n blocks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,16 +14,15 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.triton import runtime
+from quantcache_kernels.triton.codes import ONE_HALVES
 from quantcache_kernels.triton.decode_attention import attend_kernel, merge_kernel
 from quantcache_kernels.triton.dense_attention import dense_kernel
 from quantcache_kernels.triton.queries import query_kernel
 from quantcache_kernels.triton.runtime import operand_type, power_of_two, processors, stored_type
 from quantcache_kernels.triton.tables import TILE
 
-LOG2_E = 1.4426950408889634
-
-ONE_HALVES = 0x3C003C00
-"""Two 1.0 in half precision; see ``codes.unpack``."""
+TOP = 4096.0
+"""Every row of queries is brought below it: half precision then neither overflows nor loses small entries."""
 
 
 @dataclass
@@ -253,14 +253,15 @@ def _turn_queries(call: Call, made: Plan) -> None:
     heads, sizes = call.dense[0].shape[1], call.key_sizes
     rows = power_of_two(min(made.rows, 16), 1)
     anchors, slots = 64 // rows, TILE * sizes.slow_tiles
+    base = math.log2(math.e) if call.softcap is None else 1.0  # a soft cap comes in between
     # Tensor cores, unless the model is of float32.
     fast = runtime.on_cuda(call.query.device) and made.queries.dtype == torch.float16
     query_kernel[(-(-made.anchors // anchors), heads, batch * -(-made.rows // rows))](
         call.query, *call.keys.frame, *call.keys.queries,
-        call.block_table, call.given(call.left_padding), call.scaling, LOG2_E if call.softcap is None else 1.0,
+        call.block_table, call.given(call.left_padding), call.scaling, base,
         made.queries, made.scales, *call.query.stride(), made.rows, count, batch, made.anchors,
         D=dim, DS=sizes.num_slow, SS=slots, SP=power_of_two(slots), HALF=(dim - sizes.num_slow) // 2, P=sizes.padded,
-        TOP=4096.0, PAIRED=call.paired, HAS_STARTS=call.left_padding is not None,
+        TOP=TOP, PAIRED=call.paired, HAS_STARTS=call.left_padding is not None,
         PRECISION="tf32x3" if fast else "ieee", ROWS=rows, ANCHORS=anchors, num_warps=8,
     )  # fmt: skip
 

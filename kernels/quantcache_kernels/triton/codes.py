@@ -13,10 +13,19 @@ of the plane of path bits, are a 2-bit field like any other, below the fields th
 
 from __future__ import annotations
 
+import math
+
 from quantcache_kernels.triton.runtime import constant, jit, tl
 
 GAIN_STEPS = constant(32.0)  # gain codes in an octave
 GAIN_CENTER = constant(128.0)  # gain code of 1.0
+
+LOG2_E = constant(math.log2(math.e))  # from exponents of e to those of 2
+LN_2 = constant(math.log(2.0))  # and back
+NOTHING_SEEN = constant(-1e30)  # peak of a row without scores: finite, so that differences of peaks are numbers
+
+ONE_HALVES = 0x3C003C00
+"""Two 1.0 in half precision; see :func:`unpack`."""
 
 
 @jit
@@ -145,7 +154,7 @@ def unpack(fields, flags, factors, slot, one_half, S: tl.constexpr, TRELLIS: tl.
         factors: What selects the 4-bit field of slots that have one, and takes the others to their place, ``[4, S]``;
             zero where a slot lacks a field.
         slot: Slot of every row, ``[16]``.
-        one_half: 0x3C003C00, two 1.0: a variable, because a second constant would cost an instruction each time.
+        one_half: :data:`ONE_HALVES`: a variable, because a second constant would cost an instruction each time.
         S: Slots.
         TRELLIS: Whether the codes are those of a trellis.
 

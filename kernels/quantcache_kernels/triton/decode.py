@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.triton.codes import (
+    ONE_HALVES,
     arrange_tile,
     gain_of,
     key_levels,
@@ -109,7 +110,7 @@ def launch(
     decode_kernel[(n, heads, batch * -(-dim // columns))](
         *tables, codes.view(torch.uint32), gains,
         block_table, block_table if left_padding is None else left_padding, out,
-        n, batch, heads, codes.shape[2], 0x3C003C00,
+        n, batch, heads, codes.shape[2], ONE_HALVES,
         D=dim, DS=num_slow, TILES=slow_tiles + fast_tiles, COLUMNS=columns,
         FRAMED=bool(framed), POLYNOMIAL=tables[7].dtype == torch.float16, TRELLIS=bool(is_trellis),
         HAS_STARTS=left_padding is not None, num_warps=8 if framed else 4,

@@ -14,6 +14,9 @@ Shapes: B batch, H key/value heads, R = G Tq rows of queries with the query inde
 from __future__ import annotations
 
 from quantcache_kernels.triton.codes import (
+    LN_2,
+    LOG2_E,
+    NOTHING_SEEN,
     arrange_tile,
     gain_of,
     key_levels,
@@ -78,7 +81,7 @@ def attend_kernel(
     sums = ()
     for _ in tl.static_range(VALUE):
         sums += (tl.zeros((16, ROWS), tl.float32),)
-    peak = tl.full((ROWS,), -1e30, tl.float32)
+    peak = tl.full((ROWS,), NOTHING_SEEN, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
 
     for block in range(split * per_split, tl.minimum(n, (split + 1) * per_split)):
@@ -154,7 +157,7 @@ def attend_kernel(
         scores = (scores * key_gain[:, None] + turning) * unit[None, :] + offset[None, :]
         if HAS_SOFTCAP:
             scores = softcap * tanh(scores / softcap)
-            scores *= 1.4426950408889634  # else the query has it already
+            scores *= LOG2_E  # else the query has it already
         if not ALL_VISIBLE:
             visible = (token < tl.load(block_table + block * 3 + 1)) & (start + token >= first_valid)
             allowed = tl.broadcast_to(visible[:, None], (64, ROWS))
@@ -219,15 +222,15 @@ def merge_kernel(
     query_head = head * (R // count) + row // count
     place = (b * heads + head).to(tl.int64)
     dense_peak = tl.load(dense_stats + place * 2 * R + row)
-    peaks = tl.full((CHUNK,), -1e30, tl.float32)
+    peaks = tl.full((CHUNK,), NOTHING_SEEN, tl.float32)
     for first in range(0, splits, CHUNK):
         part = first + tl.arange(0, CHUNK)
         line = (part.to(tl.int64) * batch + b) * heads + head
         seen = tl.load(stats + line * 2 * R + R + row, mask=part < splits, other=0.0) > 0
-        peaks = tl.maximum(peaks, tl.load(stats + line * 2 * R + row, mask=seen, other=-1e30))
+        peaks = tl.maximum(peaks, tl.load(stats + line * 2 * R + row, mask=seen, other=NOTHING_SEEN))
     peak = tl.maximum(tl.max(peaks, axis=0), dense_peak)
     if HAS_SINK_LOGITS:
-        logit = tl.load(sink_logits + query_head).to(tl.float32) * 1.4426950408889634
+        logit = tl.load(sink_logits + query_head).to(tl.float32) * LOG2_E
         peak = tl.maximum(peak, logit)
 
     slot = tl.arange(0, VP)
@@ -237,7 +240,7 @@ def merge_kernel(
         part_line = (part.to(tl.int64) * batch + b) * heads + head
         found = tl.load(stats + part_line * 2 * R + R + row, mask=part < splits, other=0.0)
         seen = found > 0
-        own = tl.load(stats + part_line * 2 * R + row, mask=seen, other=-1e30)
+        own = tl.load(stats + part_line * 2 * R + row, mask=seen, other=NOTHING_SEEN)
         weight = tl.where(seen, tl.exp2(own - peak), 0.0)
         masses += weight * found
         values = tl.load(
@@ -265,5 +268,5 @@ def merge_kernel(
         result += mass * tl.load(mean + head * D + column, mask=inside, other=0.0)
         result += dense_weight * tl.load(dense + (place * R + row) * D + column, mask=inside, other=0.0)
         tl.store(target + column, (result * share).to(out.dtype.element_ty), mask=inside)
-    lse = tl.where(total > 0, (peak + tl.log2(tl.maximum(total, 1e-38))) * 0.6931471805599453, -float("inf"))
+    lse = tl.where(total > 0, (peak + tl.log2(tl.maximum(total, 1e-38))) * LN_2, -float("inf"))
     tl.store(out_lse + place * R + row, lse)

@@ -5,7 +5,7 @@ Shapes: B batch, H key/value heads, R = G Tq rows of queries with the query inde
 
 from __future__ import annotations
 
-from quantcache_kernels.triton.codes import tanh
+from quantcache_kernels.triton.codes import LOG2_E, NOTHING_SEEN, tanh
 from quantcache_kernels.triton.runtime import kernel, tl
 
 
@@ -43,7 +43,7 @@ def dense_kernel(
     own_slot = encoded_end + tail - count + row % count
 
     sums = tl.zeros((ROWS, DVP), tl.float32)
-    peak = tl.full((ROWS,), -1e30, tl.float32)
+    peak = tl.full((ROWS,), NOTHING_SEEN, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sink_chunks = (sinks + 63) // 64
     for chunk in range(0, sink_chunks + (tail + 63) // 64):
@@ -75,7 +75,7 @@ def dense_kernel(
             allowed &= (slot < mask_length)[None, :]
             entry = mask + wide_b * mask_batch + (row % count)[:, None] * mask_query + slot[None, :]
             allowed = tl.load(entry, mask=allowed, other=0) != 0
-        scores = tl.where(allowed, scores * 1.4426950408889634, -float("inf"))
+        scores = tl.where(allowed, scores * LOG2_E, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)

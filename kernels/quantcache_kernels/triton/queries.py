@@ -69,7 +69,6 @@ def query_kernel(
     line = ((anchor.to(tl.int64) * batch + b) * heads + head)[:, None]
     valid = ((anchor < anchors)[:, None] & (row < R)[None, :]).reshape(ANCHORS * ROWS)
 
-    # A power of two brings every row below TOP, so that half precision neither overflows nor loses small entries.
     fast_unit = tl.load(norms + head * 2 + 1)
     bound = tl.sqrt(squares) * tl.maximum(tl.load(norms + head * 2), fast_unit) * (1.0 / TOP)
     unit = tl.where(bound > 0, tl.exp2(tl.ceil(tl.log2(tl.maximum(bound, 1e-30)))), 1.0)

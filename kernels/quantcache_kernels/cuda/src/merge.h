@@ -15,6 +15,10 @@ struct MergeArguments {
     int lines, dim, coefficients, splits, dense_splits, is_bfloat16;
 };
 
+// Exponents are finite throughout, so that differences of them are numbers: what a query does not see has the first, the
+// peak of a split that has seen nothing is at least the second, and what is seen has the third or more.
+constexpr float HIDDEN = -1e30f, LEAST_PEAK = 0.5f * HIDDEN, LEAST_SEEN = -1e29f;
+constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int EARLY = 2;  // rows of the decoder that are on their way while splits are merged
 
 struct Four {
@@ -61,7 +65,7 @@ KERNEL void BOUNDS(1024) merge(GIVEN(MergeArguments) a) {
     prefetch_all(own_decoder, 4 * coefficients * dim);
     await_launch_before();
     const float* stats = a.stats + 2 * place;
-    float peak = -1e30f;
+    float peak = HIDDEN;
     for (int s = thread; s < splits; s += threads) peak = larger(peak, stats[2 * s * stride]);
     UNROLL for (int mask = 1; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
     if (thread % 32 == 0) warps[thread / 32] = peak;
@@ -115,7 +119,7 @@ KERNEL void BOUNDS(1024) merge(GIVEN(MergeArguments) a) {
     if (thread < dim) {
         float x = a.mean[head * dim + thread];
         UNROLL for (int r = 0; r < 16; ++r) x += rows[r * dim + thread];
-        float lse = total > 0.0f ? peak + logarithm_of_two(total) : -1e30f;
+        float lse = total > 0.0f ? peak + logarithm_of_two(total) : HIDDEN;
         ROLLED for (int s = 0; s < a.dense_splits; ++s) {
             const u32 at = static_cast<u32>((s * a.lines + line) * a.place.rows + query);
             const float other = a.dense_lse[at], top = larger(lse, other);

@@ -24,7 +24,6 @@ constexpr int NEAR_TOKENS = 64;  // that a block works on at once
 constexpr int KEY_LOADS = 4;     // of 16 bytes that a thread has on their way: four threads share a token's key
 constexpr int ROWS_AT_ONCE = 4;  // of queries that a thread has sums of
 constexpr int VALUE_LOADS = 8;   // of 8 bytes, likewise: four columns of a value
-constexpr float LOG2_E = 1.4426950408889634f;
 
 struct NearRoom {
     float* query;    // [rows, dim]
@@ -107,12 +106,12 @@ DEVICE void weigh_row(const NearArguments& a, const NearRoom& room, const Places
         x[i] = room.weights[MAX_ROWS * (lane + 32 * i) + r];
         if (a.softcap > 0.0f) x[i] = capped(x[i], a.softcap);
         x[i] *= LOG2_E;
-        x[i] = seen ? (x[i] < -1e29f ? -1e29f : x[i]) : -1e30f;
+        x[i] = seen ? (x[i] < LEAST_SEEN ? LEAST_SEEN : x[i]) : HIDDEN;  // NaN stays
         peak = larger(peak, x[i]);
     }
     UNROLL for (int mask = 1; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
     UNROLL for (int i = 0; i < 2; ++i) {
-        const float weight = x[i] <= -5e29f ? -1.0f : power_of_two(add(x[i], -peak));
+        const float weight = x[i] <= LEAST_PEAK ? -1.0f : power_of_two(add(x[i], -peak));
         room.weights[MAX_ROWS * (lane + 32 * i) + r] = weight;
         total = add(total, weight < 0.0f ? 0.0f : weight);
     }
@@ -138,7 +137,7 @@ DEVICE void attend_near(const NearArguments& a, int split, int line) {
     if (lane == 0 && thread / 32 < rows) {
         const bool has_logit = a.sink_logits && split == 0 && row.there;
         const float logit = has_logit ? load_number(a.sink_logits, row.query_head, a.logits_are_bfloat16) : 0.0f;
-        room.peaks[thread / 32] = has_logit ? logit * LOG2_E : -1e30f;
+        room.peaks[thread / 32] = has_logit ? logit * LOG2_E : HIDDEN;
         room.totals[thread / 32] = has_logit ? 1.0f : 0.0f;
     }
     const int own_token = split * NEAR_TOKENS + thread / 4;
@@ -224,7 +223,7 @@ DEVICE void attend_near(const NearArguments& a, int split, int line) {
     }
     // Where nothing is seen: above a split of the blocks that has seen nothing, so that zero wins.
     if (thread < rows)
-        a.lse[out + thread] = room.totals[thread] == 0.0f ? -1e29f : room.peaks[thread] + logarithm_of_two(room.totals[thread]);
+        a.lse[out + thread] = room.totals[thread] == 0.0f ? LEAST_SEEN : room.peaks[thread] + logarithm_of_two(room.totals[thread]);
 }
 
 struct TakeArguments {

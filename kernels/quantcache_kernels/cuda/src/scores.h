@@ -1,7 +1,6 @@
 // From scores of a unit's tokens to weights: gains, soft caps, masks and the running maximum.
 //
 // A lane has eight tokens of either block, and two queries: entry 8 block + r of what it has of a query. The base is 2.
-constexpr float HIDDEN = -1e30f;
 
 // Gains of a lane's eight tokens of either block: codes 1 to 255 are powers of two in steps of a 32nd, 128 is 1. A row's
 // lanes have the same ones: each brings four into the room for all 128.
@@ -78,7 +77,7 @@ DEVICE void find_exponents(const CodesArguments& a, const float (&scores)[2][4][
         UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = multiply_add(e.y[q][i], e.unit[q], e.offset[q]);
         e.unit[q] = 1.0f, e.offset[q] = 0.0f;
         if (a.softcap > 0.0f)
-            UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = capped(e.y[q][i], a.softcap) * 1.4426950408889634f;
+            UNROLL for (int i = 0; i < 16; ++i) e.y[q][i] = capped(e.y[q][i], a.softcap) * LOG2_E;
         if (all_seen) continue;
         const int chunk = line / a.heads % a.chunks;
         hide_tokens(a, tokens, b, (chunk * a.rows + row) % a.count, static_cast<int>(lane / 4), first_seen, e.y[q]);
@@ -91,7 +90,7 @@ DEVICE float find_peak(const float (&y)[16], float unit, float offset) {
     UNROLL for (int i = 1; i < 16; ++i) peak = larger(peak, y[i]);
     UNROLL for (int mask = 4; mask < 32; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
     // What is not seen is far below the least peak and weighs nothing.
-    return larger(multiply_add(peak, unit, offset), 0.5f * HIDDEN);
+    return larger(multiply_add(peak, unit, offset), LEAST_PEAK);
 }
 
 // Sums are in units of an earlier peak of their query, which is raised only when they could grow too large: a weight
