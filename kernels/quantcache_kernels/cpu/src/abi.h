@@ -152,29 +152,32 @@ struct Call {
 
 struct Attend : Past, Call {};
 
-// Work on one key/value head is cut into pieces of whole blocks; the sinks and the tail are one more piece. Where the
-// cuts are depends on the number of blocks alone, so the result does not depend on the number of threads.
-inline int blocks_per_piece(int blocks) {
-    const int sixty_fourth = (blocks + 63) / 64;
-    const int per_piece = sixty_fourth > 8 ? sixty_fourth : 8;
-    return per_piece + per_piece % 2; // two blocks to an anchor
+// Attention on one key/value head is split over the context, into whole blocks; sinks and tail are the last split. Where
+// splits end depends on the number of blocks alone, so the result does not depend on the number of threads.
+constexpr int MOST_SPLITS = 64;
+constexpr int LEAST_SPLIT = 8; // blocks
+
+inline int blocks_per_split(int blocks) {
+    const int share = (blocks + MOST_SPLITS - 1) / MOST_SPLITS;
+    const int per_split = share > LEAST_SPLIT ? share : LEAST_SPLIT;
+    return per_split + per_split % 2; // two blocks to an anchor
 }
 
-inline int code_pieces(int blocks) {
-    const int per_piece = blocks_per_piece(blocks);
-    return (blocks + per_piece - 1) / per_piece;
+inline int code_splits(int blocks) {
+    const int per_split = blocks_per_split(blocks);
+    return (blocks + per_split - 1) / per_split;
 }
 
 inline int row_tiles(const Attend& a) { return (a.groups * a.queries + 3) / 4; }
 
-// One instruction set's kernels. Partial results are laid out [piece][tile of 4 rows]: an accumulator of
+// One instruction set's kernels. Partial results are laid out [split][tile of 4 rows]: an accumulator of
 // [columns][4 rows], the largest score and the sum of the weights of 4 rows each.
 struct Level {
     const char* name;
     size_t (*encode_scratch)(const Encode&);                                  // bytes
     void (*encode)(const Encode&, int block, int row, int head, char* scratch);
     size_t (*attend_scratch)(const Attend&);
-    void (*attend)(const Attend&, int row, int head, int piece, float* partial, char* scratch);
+    void (*attend)(const Attend&, int row, int head, int split, float* partial, char* scratch);
     void (*merge)(const Attend&, int row, int head, const float* partials, char* scratch);
     size_t (*decode_scratch)(const Decode&);
     void (*decode)(const Decode&, int block, int row, int head, char* scratch);

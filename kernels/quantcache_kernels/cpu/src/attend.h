@@ -1,4 +1,4 @@
-// Attention of the queries of one key/value head over a piece of the cache, and the merge of the pieces.
+// Attention of the queries of one key/value head over a split of the context, and the merge of the splits.
 //
 // Scores against encoded keys: the slow part is a product of levels with the query in the frame of the anchor times
 // the decoder; the fast part is decoded, centred and turned by the offset from the anchor. A token's gain multiplies
@@ -18,7 +18,7 @@ namespace quantcache {
 namespace {
 
 constexpr int LEVEL_CHUNK = 64; // coefficients decoded at once: 16 KB, half of a first-level cache
-constexpr float NEVER = -INFINITY;
+constexpr float MINUS_INFINITY = -INFINITY;
 constexpr int64_t NOT_CAUSAL = INT64_MIN;
 
 inline int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
@@ -79,7 +79,7 @@ struct Partial {
     float* totals;  // [tile][4]
 };
 
-// What is the same for all blocks of a piece.
+// What is the same for all blocks of a split.
 struct Task {
     Task(const Attend& a, int row, int head, float* partial, char* base)
         : a(a), row(row), head(head), tiles(row_tiles(a)), num_rows(a.groups * a.queries), scratch(a, base),
@@ -205,7 +205,7 @@ inline int mark_visible(const Task& task, int at, int count, int64_t slot, int l
         if (a.mask) mask = a.mask + task.row * a.mask_batch_stride + query * a.mask_query_stride + slot;
         for (int t = 0; t < count; ++t) {
             const bool visible = t >= low && t < high && t < past && (!mask || mask[t]);
-            bias[t] = visible ? 0.0f : NEVER;
+            bias[t] = visible ? 0.0f : MINUS_INFINITY;
             seen += visible;
         }
     }
@@ -214,7 +214,7 @@ inline int mark_visible(const Task& task, int at, int count, int64_t slot, int l
 
 // Turn the scores of a tile into weights, and rescale what has been summed if a larger score came. A score that is NaN
 // is passed over by the search for the largest, and makes the weights, their total and so the output NaN.
-inline void soften(Task& task, int tile, bool biased) {
+inline void update_softmax(Task& task, int tile, bool biased) {
     const Attend& a = task.a;
     const int rows = task.rows_of(tile);
     float* scores = task.scratch.scores + static_cast<size_t>(tile) * 4 * BLOCK;
@@ -223,7 +223,7 @@ inline void soften(Task& task, int tile, bool biased) {
     for (int r = 0; r < rows; ++r) {
         float* row = scores + r * BLOCK;
         const float* bias = task.scratch.bias + ((tile * 4 + r) % a.queries) * BLOCK;
-        vfloat top = splat(NEVER);
+        vfloat top = splat(MINUS_INFINITY);
         for (int v = 0; v < VECTORS; ++v) {
             vfloat score = load(row + v * LANES);
             if (a.softcap > 0.0f) score = a.softcap * hyperbolic_tangent(score / a.softcap);
@@ -240,7 +240,7 @@ inline void soften(Task& task, int tile, bool biased) {
             peak = found;
             rescale = true;
         }
-        const float safe = peak == NEVER ? 0.0f : peak;
+        const float safe = peak == MINUS_INFINITY ? 0.0f : peak;
         vfloat mass = {};
         for (int v = 0; v < VECTORS; ++v) {
             const vfloat weight = exponential(load(row + v * LANES) - safe);
@@ -297,7 +297,7 @@ inline void attend_block(Task& task, int block, const Place& place, bool biased)
     }
 
     for (int tile = 0; tile < task.tiles; ++tile) {
-        soften(task, tile, biased);
+        update_softmax(task, tile, biased);
         float* weights = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
         for (int r = 0; r < task.rows_of(tile); ++r) {
             for (int v = 0; v < VECTORS; ++v) {
@@ -356,7 +356,7 @@ inline void attend_dense(Task& task) {
         const int tail = first + from_sinks - sinks;
         const bool biased = a.mask || a.causal || count < BLOCK;
         if (biased) {
-            for (int i = 0; i < a.queries * BLOCK; ++i) s.bias[i] = NEVER;
+            for (int i = 0; i < a.queries * BLOCK; ++i) s.bias[i] = MINUS_INFINITY;
             // Tokens that no query sees count all the same: where they are NaN, so is the sum over all tokens.
             mark_visible(task, 0, from_sinks, start + first, 0, from_sinks, NOT_CAUSAL);
             mark_visible(task, from_sinks, from_tail, a.encoded_end + tail, 0, from_tail, own);
@@ -376,7 +376,7 @@ inline void attend_dense(Task& task) {
         for (int tile = 0; tile < task.tiles; ++tile) {
             float* scores = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
             dot_tokens(keys, count, stride, s.rows + static_cast<size_t>(tile) * stride * 4, scores);
-            soften(task, tile, biased);
+            update_softmax(task, tile, biased);
         }
         const Tokens values = read_side(1, value_dim, value_stride);
         for (int tile = 0; tile < task.tiles; ++tile) {
@@ -394,62 +394,62 @@ inline void attend_dense(Task& task) {
 
 inline size_t attend_scratch(const Attend& a) { return AttendScratch(a, nullptr).arena.used(); }
 
-// Attend on one piece: `piece` counts pieces of blocks, then the sinks and the tail.
-inline void attend(const Attend& a, int row, int head, int piece, float* partial, char* scratch) {
+// Attend on one split: of blocks or, the last one, of sinks and tail.
+inline void attend(const Attend& a, int row, int head, int split, float* partial, char* scratch) {
     Task task(a, row, head, partial, scratch);
     memset(partial, 0, partial_size(a) * sizeof(float));
-    for (int r = 0; r < task.tiles * 4; ++r) task.partial.largest[r] = NEVER;
-    const bool on_codes = piece < code_pieces(a.blocks);
+    for (int r = 0; r < task.tiles * 4; ++r) task.partial.largest[r] = MINUS_INFINITY;
+    const bool on_codes = split < code_splits(a.blocks);
     read_queries(task, on_codes);
     if (!on_codes) {
         attend_dense(task);
     } else {
-        const int per_piece = blocks_per_piece(a.blocks);
-        attend_codes(task, piece * per_piece, at_most(a.blocks, (piece + 1) * per_piece));
+        const int per_split = blocks_per_split(a.blocks);
+        attend_codes(task, split * per_split, at_most(a.blocks, (split + 1) * per_split));
     }
 }
 
-// Merge the pieces of one head by their log-sum-exp, decode the sum of the encoded values, and write the output.
+// Merge the splits of one head by their log-sum-exp, decode the sum of the encoded values, and write the output.
 inline void merge(const Attend& a, int row, int head, const float* partials, char* base) {
     const AttendScratch s(a, base);
     const Side& value = *a.value;
     const int tiles = row_tiles(a), num_rows = a.groups * a.queries, dim = value.dim;
-    const int pieces = code_pieces(a.blocks);
+    const int splits = code_splits(a.blocks);
     const size_t size = partial_size(a);
     const int num_coded = value.counts[head * 2] + value.counts[head * 2 + 1];
     const float* mean = value.mean + static_cast<size_t>(head) * dim;
     const float* map = value.map + static_cast<size_t>(head) * dim * value.map_columns;
     for (int tile = 0; tile < tiles; ++tile) {
-        float4 peak = {NEVER, NEVER, NEVER, NEVER}, logit = peak, total = {};
+        float4 peak = {MINUS_INFINITY, MINUS_INFINITY, MINUS_INFINITY, MINUS_INFINITY}, logit = peak, total = {};
         const int rows = at_most(4, num_rows - tile * 4);
         if (a.sink_logits) {
             for (int r = 0; r < rows; ++r) logit[r] = a.sink_logits[head * a.groups + (tile * 4 + r) / a.queries];
             peak = logit;
         }
-        for (int piece = 0; piece <= pieces; ++piece) {
-            const Partial part(a, const_cast<float*>(partials) + piece * size);
+        for (int split = 0; split <= splits; ++split) {
+            const Partial part(a, const_cast<float*>(partials) + split * size);
             const float4 largest = load4(part.largest + tile * 4);
             peak = largest > peak ? largest : peak;
         }
         const auto weigh = [&](float4 largest) {
             float4 weight;
-            for (int r = 0; r < 4; ++r) weight[r] = largest[r] == NEVER ? 0.0f : expf(largest[r] - peak[r]);
+            for (int r = 0; r < 4; ++r) weight[r] = largest[r] == MINUS_INFINITY ? 0.0f : expf(largest[r] - peak[r]);
             return weight;
         };
         if (a.sink_logits) total = weigh(logit);
-        float* sums = s.levels; // [coded][4], then the dense piece's [Dv][4]
+        float* sums = s.levels; // [coded][4], then those of sinks and tail [Dv][4]
         float* direct = s.levels + static_cast<size_t>(dim) * 4;
         memset(sums, 0, static_cast<size_t>(dim) * 8 * sizeof(float));
         float4 mass = {};
-        for (int piece = 0; piece <= pieces; ++piece) {
-            const Partial part(a, const_cast<float*>(partials) + piece * size);
+        for (int split = 0; split <= splits; ++split) {
+            const Partial part(a, const_cast<float*>(partials) + split * size);
             const float4 weight = weigh(load4(part.largest + tile * 4));
             const float4 own = weight * load4(part.totals + tile * 4);
             const float* from = part.sums + static_cast<size_t>(tile) * dim * 4;
-            float* to = piece == pieces ? direct : sums;
-            const int count = piece == pieces ? dim : num_coded;
+            float* to = split == splits ? direct : sums;
+            const int count = split == splits ? dim : num_coded;
             total += own;
-            if (piece < pieces) mass += own;
+            if (split < splits) mass += own;
             for (int i = 0; i < count; ++i) store4(to + i * 4, load4(to + i * 4) + weight * load4(from + i * 4));
         }
         map_tile(sums, num_coded, map, value.map_columns, dim, s.coded);

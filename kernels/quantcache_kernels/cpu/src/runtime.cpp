@@ -152,20 +152,20 @@ void decode_all(const Decode& d) {
 
 void attend_all(const Attend& a) {
     const Level& level = *LEVELS[a.level];
-    const int pieces = code_pieces(a.blocks) + 1, heads = a.batch * a.heads;
+    const int splits = code_splits(a.blocks) + 1, heads = a.batch * a.heads;
     const size_t size = partial_size(a), bytes = level.attend_scratch(a);
-    // In front of the partial results, the number of pieces of each head that are still to come: whoever finishes the
+    // In front of the partial results, the number of splits of each head that are still to come: whoever finishes the
     // last one merges them.
     const size_t counters = (heads * sizeof(std::atomic<int>) + 63) / 64 * 64;
-    char* memory = thread_partials.at_least(counters + heads * pieces * size * sizeof(float));
+    char* memory = thread_partials.at_least(counters + heads * splits * size * sizeof(float));
     std::atomic<int>* remaining = reinterpret_cast<std::atomic<int>*>(memory);
     float* partials = reinterpret_cast<float*>(memory + counters);
-    for (int i = 0; i < heads; ++i) new (remaining + i) std::atomic<int>(pieces);
-    run_tasks(heads * pieces, a.threads, [&](int task) {
-        const int index = task / pieces, piece = task % pieces, row = index / a.heads, head = index % a.heads;
+    for (int i = 0; i < heads; ++i) new (remaining + i) std::atomic<int>(splits);
+    run_tasks(heads * splits, a.threads, [&](int task) {
+        const int index = task / splits, split = task % splits, row = index / a.heads, head = index % a.heads;
         char* scratch = thread_scratch.at_least(bytes);
-        float* own = partials + static_cast<size_t>(index) * pieces * size;
-        level.attend(a, row, head, piece, own + piece * size, scratch);
+        float* own = partials + static_cast<size_t>(index) * splits * size;
+        level.attend(a, row, head, split, own + split * size, scratch);
         if (remaining[index].fetch_sub(1, std::memory_order_acq_rel) == 1) level.merge(a, row, head, own, scratch);
     });
 }
