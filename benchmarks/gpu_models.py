@@ -234,7 +234,7 @@ def repeats(expected: list[Tensor], replayed: list[Tensor]) -> str | None:
     if not first < between / 2:
         return f"a captured step gives other logits, by {first:.3g}, where two steps differ by {between:.3g}"
     if not second < between / 2:
-        return "a replay repeats the captured step: the host decides how long the cache is (kernels/README.md)"
+        return "a replay repeats the captured step: the host decides how long the cache is (kernels/cuda.md)"
     return None
 
 

@@ -19,7 +19,11 @@ from quantcache.analysis import Report
 from quantcache.data import demo_model_path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "kernels/README.md", *(f"docs/{each.name}" for each in ROOT.glob("docs/*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(each.relative_to(ROOT)) for folder in ("docs", "kernels") for each in ROOT.glob(f"{folder}/*.md")),
+)
 
 
 def blocks_of(page: str) -> list[str]:

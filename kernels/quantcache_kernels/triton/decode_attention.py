@@ -6,7 +6,7 @@ encoded and applies the values' decoder, once. Queries come in coded coordinates
 over slots of query times level; only the fast part of a key is decoded, and turned by its offset from the anchor.
 
 A program of the first kernel is one warp: tiles of 16 slots keep the unpacked codes in tensor-core order, and a second
-warp would have to unpack them again. kernels/README.md has the budget.
+warp would have to unpack them again.
 
 Shapes: B batch, H key/value heads, R = G Tq rows of queries with the query index running fastest, n blocks, S slots.
 """
