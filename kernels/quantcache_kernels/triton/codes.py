@@ -49,7 +49,7 @@ def rotation(position, turns):
 
 @jit
 def gain_of(code):
-    """Gains of 8-bit logarithmic codes; see quantcache.coding.codec.dequantize_gain."""
+    """Gains of 8-bit logarithmic codes; see quantcache.coding.gains.dequantize_gain."""
     value = code.to(tl.float32)
     return tl.where(value > 0, tl.exp2((value - GAIN_CENTER) * (1.0 / GAIN_STEPS)), 0.0)
 

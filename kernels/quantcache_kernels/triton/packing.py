@@ -15,7 +15,7 @@ def load_slots(coefficients, slot, S: tl.constexpr):
 
 @jit
 def store_gains(where, gain):
-    """Store the codes of gains; see quantcache.coding.codec.quantize_gain."""
+    """Store the codes of gains; see quantcache.coding.gains.quantize_gain."""
     exponent = tl.log2(tl.maximum(gain, 1e-30)) * GAIN_STEPS + GAIN_CENTER
     exponent = tl.minimum(tl.maximum(tl.floor(exponent + 0.5), 0.0), 255.0)
     tl.store(where, exponent.to(tl.uint8))

@@ -169,7 +169,7 @@ DEVICE float code_levels(const EncodeArguments& a, const EncodeRoom& room) {
     return larger(sums[1] > 0.0f ? sums[0] / sums[1] : 0.0f, 0.0f);
 }
 
-DEVICE u8 gain_code(float gain) {  // see quantize_gain in coding/gains.py
+DEVICE u8 gain_code(float gain) {  // see quantcache/coding/gains.py
     const float code = multiply_add(logarithm_of_two(larger(gain, 1e-30f)), 32.0f, 128.0f);
     return static_cast<u8>(smaller(larger(round_down(code + 0.5f), 0.0f), 255.0f));
 }
