@@ -98,18 +98,23 @@ inline void read_queries(Task& task, bool interleaved) {
     const Attend& a = task.a;
     const int dim = a.key->dim, stride = padded(dim);
     memset(task.scratch.rows, 0, static_cast<size_t>(task.tiles) * stride * 4 * sizeof(float));
+    float* query = task.scratch.levels;
+    vfloat check = {}; // a product of zero with NaN or infinity is NaN
     for (int r = 0; r < task.num_rows; ++r) {
+        read_tokens(a.query, a.query_dtype, task.row, task.head * a.groups + r / a.queries, r % a.queries, 1, dim, stride,
+                    query);
+        for (int d = 0; d < stride; d += LANES) {
+            const vfloat scaled = load(query + d) * a.scaling;
+            check += scaled * 0.0f;
+            store(query + d, scaled);
+        }
         float* tile = task.scratch.rows + static_cast<size_t>(r / 4) * (interleaved ? dim : stride) * 4;
         float* out = tile + (interleaved ? r % 4 : r % 4 * stride);
-        const void* query = token_at(a.query, a.query_dtype, task.row, task.head * a.groups + r / a.queries, r % a.queries);
         const int step = interleaved ? 4 : 1;
-        float check = 0.0f; // a product of zero with NaN or infinity is NaN
-        for (int d = 0; d < dim; ++d) {
-            out[d * step] = read(query, a.query_dtype, d) * a.scaling;
-            check += out[d * step] * 0.0f;
-        }
-        if (check != check) task.finite = false;
+        for (int d = 0; d < dim; ++d) out[d * step] = query[d];
     }
+    const float total = sum(check);
+    task.finite = total == total;
 }
 
 // Bring the queries into the frame of an anchor, and through the decoder of the slow part.
@@ -157,15 +162,15 @@ inline void decode_fast(const Task& task, int count, int offset, const float* ga
     float* out = task.scratch.fast;
     for (int at = 0; at < BLOCK; at += WIDE * LANES) {
         for (int pair = 0; pair < half; pair += 2) { // outputs pair, pair + 1, half + pair, half + pair + 1
-            const float* four = map + pair * 2 * dims;
+            const float *four = map + pair * 2 * dims, *column = levels + at;
             vfloat acc[4][WIDE] = {};
-            for (int c = 0; c < count; ++c) {
+            for (int c = 0; c < count; ++c, four += 4, column += BLOCK) {
                 vfloat tokens[WIDE];
 #pragma GCC unroll 4
-                for (int v = 0; v < WIDE; ++v) tokens[v] = load(levels + c * BLOCK + at + v * LANES);
+                for (int v = 0; v < WIDE; ++v) tokens[v] = load(column + v * LANES);
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
-                    const vfloat weight = splat(four[c * 4 + i]);
+                    const vfloat weight = splat(four[i]);
 #pragma GCC unroll 4
                     for (int v = 0; v < WIDE; ++v) acc[i][v] += weight * tokens[v];
                 }
@@ -382,8 +387,9 @@ inline void attend_dense(Task& task) {
         for (int tile = 0; tile < task.tiles; ++tile) {
             const float* weights = s.scores + static_cast<size_t>(tile) * 4 * BLOCK;
             float* interleaved = s.framed; // [token][4]
-            for (int t = 0; t < count; ++t) {
-                for (int r = 0; r < 4; ++r) interleaved[t * 4 + r] = weights[r * BLOCK + t];
+            for (int t = 0; t < BLOCK; t += LANES) {
+                store_columns(interleaved + t * 4, load(weights + t), load(weights + BLOCK + t),
+                              load(weights + 2 * BLOCK + t), load(weights + 3 * BLOCK + t));
             }
             map_tile(interleaved, count, values.data, values.stride, value_dim, s.coded);
             float* sums = task.partial.sums + static_cast<size_t>(tile) * value_dim * 4;

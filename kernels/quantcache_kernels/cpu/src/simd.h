@@ -88,6 +88,59 @@ QC_INLINE float4 sums(vfloat a, vfloat b, vfloat c, vfloat d) {
 #endif
 }
 
+#if defined(QC_AVX512)
+// The sums of sixteen vectors, v[i][j] in lane 4 i + j; each is added up as sums() does.
+QC_INLINE vfloat sums(const vfloat (&v)[4][4]) {
+    const auto pairs = [](__m512 a, __m512 b) { // of neighbours, those of a and b by turns in every four lanes
+        return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+    };
+    __m512 fours[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        __m512 halves[4]; // of v[2 i][j], then of v[2 i + 1][j]
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const __m512 a = v[2 * i][j], b = v[2 * i + 1][j];
+            halves[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        }
+        fours[i] = pairs(pairs(halves[0], halves[1]), pairs(halves[2], halves[3]));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
+                         _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+}
+#endif
+
+// Four rows of LANES floats as columns: out[4 i + r] is lane i of row r.
+QC_INLINE void store_columns(float* out, vfloat a, vfloat b, vfloat c, vfloat d) {
+#if defined(QC_AVX512)
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+    const __m512d AB = _mm512_castps_pd(_mm512_unpackhi_ps(a, b)), CD = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+    const __m512 i0 = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)); // of lanes 0, 4, 8 and 12
+    const __m512 i1 = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    const __m512 i2 = _mm512_castpd_ps(_mm512_unpacklo_pd(AB, CD));
+    const __m512 i3 = _mm512_castpd_ps(_mm512_unpackhi_pd(AB, CD));
+    const __m512 low = _mm512_shuffle_f32x4(i0, i1, 0x44), high = _mm512_shuffle_f32x4(i0, i1, 0xee);
+    const __m512 LOW = _mm512_shuffle_f32x4(i2, i3, 0x44), HIGH = _mm512_shuffle_f32x4(i2, i3, 0xee);
+    store(out, _mm512_shuffle_f32x4(low, LOW, 0x88));
+    store(out + 16, _mm512_shuffle_f32x4(low, LOW, 0xdd));
+    store(out + 32, _mm512_shuffle_f32x4(high, HIGH, 0x88));
+    store(out + 48, _mm512_shuffle_f32x4(high, HIGH, 0xdd));
+#elif defined(QC_AVX2)
+    const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
+    const __m256d AB = _mm256_castps_pd(_mm256_unpackhi_ps(a, b)), CD = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+    const __m256 i0 = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)); // of lanes 0 and 4
+    const __m256 i1 = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+    const __m256 i2 = _mm256_castpd_ps(_mm256_unpacklo_pd(AB, CD));
+    const __m256 i3 = _mm256_castpd_ps(_mm256_unpackhi_pd(AB, CD));
+    store(out, _mm256_permute2f128_ps(i0, i1, 0x20));
+    store(out + 8, _mm256_permute2f128_ps(i2, i3, 0x20));
+    store(out + 16, _mm256_permute2f128_ps(i0, i1, 0x31));
+    store(out + 24, _mm256_permute2f128_ps(i2, i3, 0x31));
+#else
+    for (int i = 0; i < LANES; ++i) store4(out + 4 * i, float4{a[i], b[i], c[i], d[i]});
+#endif
+}
+
 // COUNT words, again and again.
 template <int COUNT> QC_INLINE vuint repeat(const uint32_t* p) {
 #if defined(QC_AVX512)

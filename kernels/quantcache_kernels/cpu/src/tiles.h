@@ -94,6 +94,9 @@ template <int ROWS, int DIMS> QC_INLINE void weigh_some(const float* x, const fl
             for (int r = 0; r < ROWS; ++r) acc[d][r] += p[r] * tokens;
         }
     }
+#if defined(QC_AVX512)
+    if constexpr (DIMS == 4) return store(out, load(out) + sums(acc));
+#endif
 #pragma GCC unroll 8
     for (int d = 0; d < DIMS; ++d) {
         store4(out + d * 4, load4(out + d * 4) + sums(acc[d][0], acc[d][1], acc[d][2], acc[d][3]));
@@ -111,28 +114,36 @@ template <int ROWS> QC_INLINE void weigh_tile(const float* x, int count, const f
 template <int WIDE>
 QC_INLINE void map_columns(const float* x, int count, const float* map, int64_t stride, float* out) {
     vfloat acc[4][WIDE] = {};
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < count; ++i, x += 4, map += stride) {
         vfloat row[WIDE];
-#pragma GCC unroll 2
-        for (int v = 0; v < WIDE; ++v) row[v] = load(map + i * stride + v * LANES);
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE; ++v) row[v] = load(map + v * LANES);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
-#pragma GCC unroll 2
-            for (int v = 0; v < WIDE; ++v) acc[r][v] += splat(x[i * 4 + r]) * row[v];
+            const vfloat weight = splat(x[r]);
+#pragma GCC unroll 4
+            for (int v = 0; v < WIDE; ++v) acc[r][v] += weight * row[v];
         }
     }
-    for (int v = 0; v < WIDE; ++v) {
-        for (int lane = 0; lane < LANES; ++lane) {
-            for (int r = 0; r < 4; ++r) out[(v * LANES + lane) * 4 + r] = acc[r][v][lane];
-        }
-    }
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDE; ++v) store_columns(out + v * LANES * 4, acc[0][v], acc[1][v], acc[2][v], acc[3][v]);
 }
 
-// `out` must have room for `columns` rounded up to PAD.
+// `out` must have room for `columns` rounded up to PAD. Columns are taken in parts of like size: of a small one the few
+// sums would wait for each other.
 inline void map_tile(const float* x, int count, const float* map, int64_t stride, int columns, float* out) {
-    int c = 0;
-    for (; c + 2 * LANES <= columns; c += 2 * LANES) map_columns<2>(x, count, map + c, stride, out + c * 4);
-    for (; c < columns; c += LANES) map_columns<1>(x, count, map + c, stride, out + c * 4);
+    constexpr int MOST = MANY_REGISTERS ? 4 : 2; // vectors of columns at a time
+    int left = (columns + LANES - 1) / LANES;
+    for (int parts = (left + MOST - 1) / MOST; parts > 0; --parts) {
+        const int wide = (left + parts - 1) / parts;
+        switch (wide) {
+            case 1: map_columns<1>(x, count, map, stride, out); break;
+            case 2: map_columns<2>(x, count, map, stride, out); break;
+            case 3: map_columns<MOST < 3 ? 1 : 3>(x, count, map, stride, out); break;
+            default: map_columns<MOST < 4 ? 1 : 4>(x, count, map, stride, out); break;
+        }
+        left -= wide, map += wide * LANES, out += wide * LANES * 4;
+    }
 }
 
 inline void dot_rows(int rows, const float* x, int count, const float* q, float* scores) {
