@@ -20,9 +20,7 @@
 namespace quantcache {
 namespace {
 
-#ifdef QC_LANES // tests build other vector lengths without the instructions for them
-constexpr int LANES = QC_LANES;
-#elif defined(QC_AVX512)
+#if defined(QC_AVX512)
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
