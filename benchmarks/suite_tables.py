@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from fidelity_tables import NO_RECORD, Parts, markdown, origin
-from rich.table import Table
 
 from quantcache.cli.eval_tables import tables
+from quantcache.cli.tables import Grid
 
 
 def suite_table(suite: str, parts: Parts, page: Path) -> str:
@@ -35,13 +35,11 @@ def suite_table(suite: str, parts: Parts, page: Path) -> str:
     return "\n\n".join(f"{_shown(table)}. {caption}" for table in found)
 
 
-def _shown(table: Table | str) -> str:
+def _shown(table: Grid | str) -> str:
     """A table as Markdown with its title behind it; a line as it is."""
-    if not isinstance(table, Table):
+    if isinstance(table, str):
         return table
-    header = [str(column.header) for column in table.columns]
-    rows = [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
-    return f"{markdown(header, rows)}\n\n{table.title}"
+    return f"{markdown(list(table.heads), [list(row) for row in table.rows])}\n\n{table.title}"
 
 
 SUITES = (

@@ -22,10 +22,11 @@ from quantcache import Calibration, data
 from quantcache.cli.eval_tables import tables
 from quantcache.cli.loading import load_model
 from quantcache.cli.session import progress_bar, show_cells
+from quantcache.common.choices import SUITES
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import runner
-from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan, Sizes
+from quantcache.evaluation.plan import QUICK, Material, Plan, Sizes
 from quantcache.evaluation.provenance import calibration_sha256, check_material, model_sha256, text_sha256
 from quantcache.evaluation.qa import load_questions
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import largest_measured, predict_kl
@@ -16,9 +15,6 @@ from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.schema import Rate, SideBits
 from quantcache.common.defaults import QUALITIES
 from quantcache.common.errors import QuantCacheError
-
-Quality = Literal["near-lossless", "balanced", "small"]
-"""The names in :data:`quantcache.common.defaults.QUALITIES`, which has the limits."""
 
 STEPS = 4
 """Rates are multiples of 1/STEPS bit."""

@@ -8,25 +8,19 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 
 from quantcache import data
 from quantcache.coding.allocation import check_rate
 from quantcache.coding.schema import SideBits
+from quantcache.common.choices import DTYPES, METRICS, Dtype, Metric
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.plaintext import read_utf8
 
 MAX_BYTES = 64 << 10
 """Size of a recipe that is read; one has some hundred bytes."""
-
-Metric = Literal["fisher", "query", "identity"]
-"""How errors are weighed."""
-
-METRICS = get_args(Metric)
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_metric(name: str) -> None:
@@ -71,9 +65,9 @@ class Recipe:
     key_bits: float | str
     value_bits: float | str
     min_bits: int
-    metric: str
+    metric: Metric
     seed: int
-    dtype: str
+    dtype: Dtype
     path: Path
 
     def texts(self) -> list[str]:

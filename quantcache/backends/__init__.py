@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from quantcache.backends.view import CacheView, Shared
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
+from quantcache.common.choices import BackendName
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.logs import log_once
 from quantcache_kernels.interface import AttentionCall
@@ -48,9 +48,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-BackendName = Literal["auto", "cpu", "native", "triton", "cuda", "torch"]
-"""What users ask for; "native" is what "cpu" was called before 0.3."""
 
 _TRITON = TritonBackend()
 

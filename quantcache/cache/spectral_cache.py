@@ -16,7 +16,7 @@ from quantcache.accounting.memory import CacheMemory
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.checks import stand_in_config
-from quantcache.artifact.quality import Quality, at_quality
+from quantcache.artifact.quality import at_quality
 from quantcache.attention.function import register_attention
 from quantcache.attention.lazy import LazyKV
 from quantcache.backends import BackendName, BackendReport
@@ -32,6 +32,7 @@ from quantcache.cache.transaction import detached_copy
 from quantcache.coding.schema import SideBits
 from quantcache.common import compat, processes
 from quantcache.common.ambient import default_device
+from quantcache.common.choices import Quality
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.writing import steadily

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.identity import FINGERPRINT, weight_samples
-from quantcache.artifact.recipes import Metric, check_metric
+from quantcache.artifact.recipes import check_metric
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.calibration.data import calibration_data
@@ -29,6 +29,7 @@ from quantcache.coding.spectral import METRIC_SHRINKAGE
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
+from quantcache.common.choices import Metric
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 

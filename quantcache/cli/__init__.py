@@ -7,7 +7,7 @@ line on stderr and a non-zero exit status. Only ``lm-eval`` hands all its argume
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -23,6 +23,7 @@ from quantcache.cli.formats import formats
 from quantcache.cli.generate import generate
 from quantcache.cli.inspect import inspect
 from quantcache.cli.lm_eval import PASS_ON, lm_eval
+from quantcache.cli.pages import OPTIONS, SETTINGS, Verb, Verbs, refusal
 from quantcache.cli.recommend import recommend
 from quantcache.cli.serve import serve
 from quantcache.cli.terminal import StdoutFailed, prepare_streams, report_error, writing_stdout
@@ -30,10 +31,42 @@ from quantcache.common.interrupts import INTERRUPTED, interruptible
 
 app = typer.Typer(
     help="Run-time KV-cache compression for Hugging Face transformers.",
-    add_completion=False,
+    epilog="'quantcache COMMAND --help' has the options of a command, and examples.",
+    cls=Verbs,
+    context_settings=SETTINGS,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+VERBS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
+    "Start here": {
+        "demo": (demo, "Compress the cache of a bundled model, offline"),
+        "calibrate": (calibrate, "Calibrate a model on text"),
+        "generate": (generate, "Generate text from a compressed cache"),
+        "eval": (evaluate, "Measure what compression costs and saves"),
+    },
+    "Use": {
+        "serve": (serve, "Serve models over an OpenAI-compatible API"),
+        "export": (export, "Fold a calibration into a model's weights"),
+        "lm-eval": (lm_eval, "Run lm-eval's tasks on a compressed cache"),
+    },
+    "Choose and look up": {
+        "recommend": (recommend, "Say what fits a memory, and which format to take"),
+        "formats": (formats, "Compare cache formats: size, fidelity, speed"),
+        "analyze": (analyze, "Report how far a model's cache can be compressed"),
+        "inspect": (inspect, "Show what a calibration or a saved cache holds"),
+        "env": (env, "Show versions and hardware, and check the kernels"),
+    },
+}
+"""The verbs in the order of the help page, each with its line there: 55 characters fit any terminal."""
+
+
+USAGE = {
+    "calibrate": "(MODEL --text FILE... | --recipe NAME) -o DIR [OPTIONS]",
+    "eval": "MODEL --text FILE [OPTIONS]",
+    "lm-eval": "[OPTIONS OF LM-EVAL]",
+}
+"""How those verbs are called whose parameters alone do not tell."""
 
 
 def _tell_version(asked: bool) -> None:
@@ -45,24 +78,23 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_tell_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-app.command("calibrate")(calibrate)
-app.command("inspect")(inspect)
-app.command("analyze")(analyze)
-app.command("generate")(generate)
-app.command("serve")(serve)
-app.command("eval")(evaluate)
-app.command("lm-eval", context_settings=PASS_ON, add_help_option=False)(lm_eval)
-app.command("export")(export)
-app.command("formats")(formats)
-app.command("recommend")(recommend)
-app.command("env")(env)
-app.command("demo")(demo)
+for _group, _verbs in VERBS.items():
+    for _name, (_verb, _line) in _verbs.items():
+        app.command(
+            _name,
+            cls=Verb,
+            short_help=_line,
+            rich_help_panel=_group,
+            options_metavar=USAGE.get(_name, OPTIONS),
+            context_settings=PASS_ON if _verb is lm_eval else SETTINGS,
+            add_help_option=_verb is not lm_eval,
+        )(_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -88,9 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             report_error(str(error))
     except Exception as error:
         # Wrong usage; typer brings its own copy of click, or the real one, depending on its version.
-        message = getattr(error, "format_message", None)
-        if message is None:
+        if not hasattr(error, "format_message"):
             raise
-        report_error(message())
+        report_error(refusal(error))
         status = 2
     sys.exit(status or 0)

@@ -10,15 +10,19 @@ import typer
 
 from quantcache.cli.loading import load_calibration, load_model, read_text
 from quantcache.cli.options import (
+    CALIBRATION_HELP,
     DebugFlag,
     DeviceOption,
     DtypeOption,
     JsonFlag,
     ModelArgument,
     RevisionOption,
+    SequenceOption,
+    TokensOption,
     TrustOption,
 )
 from quantcache.cli.outputs import output_folder
+from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
 
 FILES = ("report.json", "report.html", "report.png")
@@ -29,19 +33,23 @@ def analyze(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")],
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to analyze. Default: a bundled Wikipedia text.")
+        Path | None, typer.Option(metavar="FILE", help="Text to analyze.", show_default="a bundled Wikipedia text")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to use at most.")] = 8192,
-    seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a sequence. Default: 2048 or the limit.")
-    ] = None,
+    tokens: TokensOption = 8192,
+    seq_len: SequenceOption = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration", "-c", metavar="ARTIFACT", help="The model's calibration. Default: one made from the text."
+            "--calibration",
+            "-c",
+            metavar="ARTIFACT",
+            help=f"The model's calibration: {CALIBRATION_HELP}.",
+            show_default="one made from the text",
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Also measure the predicted divergences.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also measure the predicted divergences.", show_default=False)
+    ] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -53,10 +61,13 @@ def analyze(
 
     Writes report.json, report.html (one page that needs nothing else) and report.png.
 
-    Example: quantcache analyze wiki11m -o report/ --verify
+    Examples:
+        quantcache analyze wiki11m -o report/
+        quantcache analyze wiki11m --text my_text.txt -o report/ --verify
     """
     with session(json, debug) as run, output_folder(output):
         started = time.perf_counter()
+        expect_model(model, revision)
         constants = None if calibration is None else load_calibration(calibration)
         content, name = _text(text, constants is not None)
 

@@ -11,10 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantcache.cli.loading import load_model, read_text
-from quantcache.cli.metrics import MetricsOption, read_metrics
-from quantcache.cli.options import DebugFlag, DeviceOption, DtypeOption, JsonFlag, RevisionOption, TrustOption
-from quantcache.cli.outputs import output_folder
+from quantcache.cli.metrics import read_metrics
+from quantcache.cli.options import (
+    CardOption,
+    DebugFlag,
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    PrivateOption,
+    PushOption,
+    RevisionOption,
+    SeedOption,
+    SequenceOption,
+    TokensOption,
+    TrustOption,
+)
+from quantcache.cli.outputs import holds_calibration, output_folder
+from quantcache.cli.pages import WrongUsage
+from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
+from quantcache.cli.tables import Grid
+from quantcache.common.choices import Metric
 from quantcache.common.errors import HubError
 from quantcache.common.sources import MODEL_HELP
 
@@ -22,6 +39,8 @@ if TYPE_CHECKING:
     from quantcache.artifact.calibration import Calibration
     from quantcache.artifact.recipes import Recipe
     from quantcache.coding.schema import SideBits
+
+RATE = "Bits"
 
 
 def calibrate(
@@ -36,25 +55,53 @@ def calibrate(
     more_text: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="Text and settings from a recipe (calibrations/recipes)."),
+        typer.Option(metavar="NAME|FILE", help="Model, text and settings from a recipe; --list-recipes has the names."),
     ] = None,
-    bits: Annotated[float, typer.Option(min=0, max=8, help="Bits per element on average, without gains.")] = 3.0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Hub repository to push to.")] = None,
-    metrics: MetricsOption = None,
-    metric: Annotated[str, typer.Option(help="fisher (one backward pass), query or identity.")] = "fisher",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to use at most.")] = 32_768,
-    seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a sequence. Default: 2048 or the limit.")
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder to write into; an older calibration of the model is replaced."
+        ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Also replace a calibration of another model in DIR.", show_default=False),
+    ] = False,
+    tokens: TokensOption = 32_768,
+    seq_len: SequenceOption = None,
+    metric: Annotated[
+        Metric,
+        typer.Option(
+            help="How errors are weighed: by the loss (fisher, one backward pass), by the queries, or all alike."
+        ),
+    ] = "fisher",
+    seed: SeedOption = 0,
+    list_recipes: Annotated[
+        bool, typer.Option("--list-recipes", help="List the recipes that come with quantcache.", show_default=False)
+    ] = False,
+    bits: Annotated[
+        float,
+        typer.Option(min=0, max=8, metavar="BITS", help="Mean bits per element, without gains.", rich_help_panel=RATE),
+    ] = 3.0,
     key_bits: Annotated[
-        str, typer.Option(help="Separate bits for keys, 'dense' for uncompressed keys, or 'joint'.")
+        str,
+        typer.Option(
+            metavar="BITS", help="Bits of the keys alone; 'dense' leaves them uncompressed.", rich_help_panel=RATE
+        ),
     ] = "joint",
     value_bits: Annotated[
-        str, typer.Option(help="Separate bits for values, 'dense' for uncompressed values, or 'joint'.")
+        str,
+        typer.Option(
+            metavar="BITS", help="Bits of the values alone; 'dense' leaves them uncompressed.", rich_help_panel=RATE
+        ),
     ] = "joint",
-    min_bits: Annotated[int, typer.Option(min=0, max=8, help="Fewest bits of any coefficient.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the sampled labels.")] = 0,
+    min_bits: Annotated[
+        int,
+        typer.Option(min=0, max=8, metavar="BITS", help="Fewest bits of any coefficient.", rich_help_panel=RATE),
+    ] = 0,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
+    records: CardOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -64,15 +111,23 @@ def calibrate(
 ) -> None:
     """Calibrate a model on text, and save the calibration.
 
-    Example: quantcache calibrate wiki11m --text a.txt b.txt --bits 3 -o calibration/
+    The bits chosen here are a default: one calibration serves every number of bits from 0 to 8.
 
-    Example: quantcache calibrate --recipe qwen3-0.6b -o calibration/
+    Examples:
+        quantcache calibrate wiki11m --text a.txt b.txt -o calibration/
+        quantcache calibrate --recipe qwen3-0.6b -o calibration/
+        quantcache calibrate Qwen/Qwen3-0.6B --text a.txt --push-to-hub ME/REPO
     """
     with session(json, debug) as run, contextlib.ExitStack() as stack:
+        if list_recipes:
+            run.finish(*_recipes())
+            return
         if output is None and push_to_hub is None:
-            raise ValueError("no output: give -o DIR, --push-to-hub REPO, or both")
-        rows = None if metrics is None else read_metrics(metrics)
+            raise WrongUsage("no output: give -o DIR, --push-to-hub REPO, or both")
+        if private and push_to_hub is None:
+            raise WrongUsage("--private is of a repository: give --push-to-hub REPO")
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
+        rows = None if records is None else read_metrics(records)
         if recipe is not None:
             chosen = _recipe(recipe, context)
             model, revision, texts = model or chosen.model, chosen.revision, chosen.texts()
@@ -81,16 +136,13 @@ def calibrate(
             metric, tokens, seq_len = chosen.metric, chosen.tokens, chosen.seq_len
             seed, dtype = chosen.seed, chosen.dtype
         else:
+            if model is None or not text:
+                raise WrongUsage("nothing to calibrate: give MODEL and --text FILE, or --recipe NAME")
+            if min_bits > bits:
+                raise WrongUsage(f"--min-bits {min_bits} exceeds --bits {bits:g}")
             # An option takes one value, so further files of `--text a b` arrive as arguments.
-            texts = [read_text(path) for path in [*(text or []), *(more_text or [])]]
-        if model is None or not texts:
-            raise ValueError("nothing to calibrate: give MODEL and --text FILE, or --recipe NAME")
-        if min_bits > bits:
-            raise ValueError(f"--min-bits {min_bits} exceeds --bits {bits:g}")
-
-        from quantcache.artifact.recipes import check_metric
-
-        check_metric(metric)  # loading the model may take minutes
+            texts = [read_text(path) for path in [*text, *(more_text or [])]]
+        expect_model(model, revision)
 
         stack.enter_context(output_folder(output, _FOLDERS))
         if push_to_hub is not None:
@@ -104,6 +156,7 @@ def calibrate(
         loaded, tokenizer = load_model(
             model, attention=None, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
+        replaces = output is not None and holds_calibration(output, loaded, model, overwrite)
         calibration = calibrate_model(
             loaded,
             texts,
@@ -112,7 +165,7 @@ def calibrate(
             key_bits=keys,
             value_bits=values,
             min_bits=min_bits,
-            metric=metric,  # type: ignore[arg-type]
+            metric=metric,
             max_tokens=tokens,
             seq_len=seq_len,
             seed=seed,
@@ -121,18 +174,19 @@ def calibrate(
         if output is not None:
             calibration.save_pretrained(output, model_card_kwargs={"metrics": rows})
         if push_to_hub is not None:
-            url = push(calibration, push_to_hub, rows, output)
+            url = push(calibration, push_to_hub, rows, output, private)
         where = {"output": None if output is None else str(output), "url": url}
-        run.finish(*_result(calibration, model, where, time.perf_counter() - started))
+        run.finish(*_result(calibration, model, where, replaces, time.perf_counter() - started))
 
 
 def _result(
-    calibration: Calibration, model: str, where: dict[str, str | None], seconds: float
+    calibration: Calibration, model: str, where: dict[str, str | None], replaces: bool, seconds: float
 ) -> tuple[dict[str, Any], str]:
     """What is said of a calibration that has been made: as JSON, and in a line."""
     data = {
         "model": model,
         **where,
+        "replaced": replaces,
         "layers": len(calibration.layers),
         "bits": calibration.bits,
         "bits_per_element": calibration.bits_per_element,
@@ -143,6 +197,7 @@ def _result(
         f"{' and '.join(place for place in where.values() if place)}: {data['layers']} layers at "
         f"{calibration.bits_per_element:.3f} bits per element, gains included "
         f"({calibration.metadata.recipe['tokens']:,} tokens, {seconds:.0f} s)"
+        f"{', in place of an older one' if replaces else ''}"
     )
     return data, line
 
@@ -154,7 +209,22 @@ def _recipe(name: str, context: typer.Context) -> Recipe:
     return load_recipe(name)
 
 
-def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | None, saved: Path | None) -> str:
+def _recipes() -> tuple[dict[str, Any], Grid]:
+    """The recipes that come with quantcache: as JSON, and as a table."""
+    from quantcache.artifact.recipes import load_recipe, recipe_names
+
+    found = {name: load_recipe(name) for name in recipe_names()}
+    columns = ("model", "bits", "tokens", "seq_len", "metric", "dtype")
+    data = [{"recipe": name, **{column: getattr(each, column) for column in columns}} for name, each in found.items()]
+    grid = Grid("recipe", "model", "bits", "tokens", text=2)
+    for each in data:
+        grid.add_row(each["recipe"], each["model"], f"{each['bits']:g}", f"{each['tokens']:,}")
+    return {"recipes": data}, grid
+
+
+def push(
+    calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | None, saved: Path | None, private: bool
+) -> str:
     """Push a calibration, and keep it where that fails: it may have taken hours.
 
     Args:
@@ -162,6 +232,7 @@ def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | No
         repo_id: Hub repository, ``owner/name``.
         rows: Measurements for its card.
         saved: Where it has been saved already.
+        private: Whether a new repository is private.
 
     Returns:
         The commit's URL.
@@ -171,7 +242,7 @@ def push(calibration: Calibration, repo_id: str, rows: list[dict[str, Any]] | No
         KeyboardInterrupt: Ctrl-C was pressed; the calibration is kept too.
     """
     try:
-        return calibration.push_to_hub(repo_id, model_card_kwargs={"metrics": rows})
+        return calibration.push_to_hub(repo_id, private=private or None, model_card_kwargs={"metrics": rows})
     except (HubError, KeyboardInterrupt) as error:
         # From Python 3.12 on the name is a whole path.
         kept = saved or Path(Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-", dir=".")).name)
@@ -187,8 +258,11 @@ _BESIDE_A_RECIPE = {
     "model",
     "recipe",
     "output",
+    "overwrite",
     "push_to_hub",
-    "metrics",
+    "private",
+    "records",
+    "list_recipes",
     "device",
     "trust_remote_code",
     "json",
@@ -203,7 +277,7 @@ def refuse_options(context: typer.Context) -> None:
         context: What was given on the command line.
 
     Raises:
-        ValueError: An option was given that the recipe sets.
+        WrongUsage: An option was given that the recipe sets.
     """
     given = [
         name
@@ -212,7 +286,7 @@ def refuse_options(context: typer.Context) -> None:
     ]
     if given:
         options = ", ".join("more text" if name == "more_text" else f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"--recipe sets {options} already: leave that out, or copy the recipe and change it")
+        raise WrongUsage(f"--recipe sets {options} already: leave that out, or copy the recipe and change it")
 
 
 def side_bits(option: str, given: str) -> SideBits:
@@ -226,7 +300,7 @@ def side_bits(option: str, given: str) -> SideBits:
         What ``Calibration.with_bits`` takes.
 
     Raises:
-        ValueError: The text is not a number from 0 to 8, ``dense`` or ``joint``.
+        typer.BadParameter: The text is not a number from 0 to 8, ``dense`` or ``joint``.
     """
     if given == "joint" or given == "dense":
         return given  # type: ignore[return-value]
@@ -235,5 +309,5 @@ def side_bits(option: str, given: str) -> SideBits:
     except ValueError:
         bits = -1.0
     if not 0 <= bits <= 8:
-        raise ValueError(f"{option} must be a number from 0 to 8, 'dense' or 'joint', got {given!r}")
+        raise typer.BadParameter(f"{given!r} is not a number from 0 to 8, 'dense' or 'joint'", param_hint=f"'{option}'")
     return bits

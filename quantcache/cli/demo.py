@@ -5,24 +5,21 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from quantcache.cli.loading import find_model, load_calibration
-from quantcache.cli.options import DebugFlag, JsonFlag
+from quantcache.cli.options import CalibrationOption, DebugFlag, JsonFlag, NamedOption, named_model
+from quantcache.cli.pages import WrongUsage
 from quantcache.cli.session import session
+from quantcache.cli.tables import Grid, Prose
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 
 
 def demo(
-    model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)] = BUNDLED_MODEL,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration", "-c", metavar="ARTIFACT", help="Folder or Hub id. Default: the published one of the model."
-        ),
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=BUNDLED_MODEL)] = None,
+    named: NamedOption = None,
+    calibration: CalibrationOption = None,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -30,16 +27,19 @@ def demo(
 
     Any other model must chat: it reads an article, and answers questions about it from a dense and a packed cache.
 
-    Example: quantcache demo --model smollm2-135m
+    Examples:
+        quantcache demo
+        quantcache demo smollm2-135m
     """
     with session(json, debug) as run:
+        model = named_model(model, named) or BUNDLED_MODEL
         if model == BUNDLED_MODEL:
             if calibration is not None:
-                raise ValueError(f"the demo calibrates {BUNDLED_MODEL} itself: leave --calibration out")
+                raise WrongUsage(f"the demo calibrates {BUNDLED_MODEL} itself: leave --calibration out")
             from quantcache.evaluation.demo import run_demo
 
             data = run_demo()
-            run.finish(data, _table(data), _texts(data))
+            run.finish(data, *_table(data), _texts(data))
             return
         from quantcache.artifact.calibration import Calibration
 
@@ -49,22 +49,14 @@ def demo(
         from quantcache.evaluation.chat_demo import run_chat_demo
 
         data = run_chat_demo(model, source, constants)
-        run.finish(data, _chat_table(data), _chat(data))
+        run.finish(data, *_chat_table(data), _chat(data))
 
 
-def _chat_table(data: dict[str, Any]) -> Table:
+def _chat_table(data: dict[str, Any]) -> tuple[Grid, Prose]:
     tokens, dense, packed = data["cached_tokens"], data["dense"], data["spectral"]
     slow = " Dense attention runs in bfloat16 here, which many CPUs do slowly." if data["device"] == "cpu" else ""
-    table = Table(
-        "",
-        "dense cache",
-        "spectral cache",
-        title=f"{data['model']} in {data['dtype']} has read the article {data['article']!r}",
-        caption=f"Sizes: {tokens:,} cached tokens; the calibration's constants ({data['constants_bytes']:,} bytes) are "
-        f"shared by all caches. Speeds are those of this run on this machine.{slow} It took {data['seconds']:.0f} s.",
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    title = f"{data['model']} in {data['dtype']} has read the article {data['article']!r}"
+    table = Grid("", "dense cache", "spectral cache", title=title)
     table.add_row(
         "bytes", f"{dense['bytes']:,}", f"{packed['bytes']:,} ({dense['bytes'] / packed['bytes']:.2f}× smaller)"
     )
@@ -73,7 +65,11 @@ def _chat_table(data: dict[str, Any]) -> Table:
     for what in ("reading", "answering"):
         speeds = [side[f"{what}_tokens_per_second"] for side in (dense, packed)]
         table.add_row(f"tokens per second, {what}", *("" if speed is None else f"{speed:.1f}" for speed in speeds))
-    return table
+    caption = (
+        f"Sizes: {tokens:,} cached tokens; the calibration's constants ({data['constants_bytes']:,} bytes) are shared "
+        f"by all caches. Speeds are those of this run on this machine.{slow} It took {data['seconds']:.0f} s."
+    )
+    return table, Prose(f"\n{caption}")
 
 
 def _chat(data: dict[str, Any]) -> Text:
@@ -87,19 +83,10 @@ def _chat(data: dict[str, Any]) -> Text:
     return text
 
 
-def _table(data: dict[str, Any]) -> Table:
+def _table(data: dict[str, Any]) -> tuple[Grid, Prose]:
     tokens = data["cached_tokens"]
-    table = Table(
-        "",
-        "dense cache",
-        "spectral cache",
-        title=f"{data['model']} in {data['dtype']}, calibrated on {data['calibration_tokens']:,} tokens",
-        caption=f"Sizes: {tokens:,} cached tokens; the calibration's constants ({data['constants_bytes']:,} bytes) are "
-        f"shared by all caches. Fidelity: {data['evaluated_tokens']:,} tokens of other text in windows of "
-        f"{data['context']:,}, read through the caches. It took {data['seconds']:.0f} s.",
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    title = f"{data['model']} in {data['dtype']}, calibrated on {data['calibration_tokens']:,} tokens"
+    table = Grid("", "dense cache", "spectral cache", title=title)
     dense, packed = data["dense_bytes"], data["cache_bytes"]
     table.add_row(
         "bytes per token", f"{dense / tokens:,.0f}", f"{packed / tokens:,.0f} ({dense / packed:.2f}× smaller)"
@@ -113,7 +100,12 @@ def _table(data: dict[str, Any]) -> Table:
     table.add_row(
         f"finds the planted code {data['needle']}", found[data["needle_found_dense"]], found[data["needle_found"]]
     )
-    return table
+    caption = (
+        f"Sizes: {tokens:,} cached tokens; the calibration's constants ({data['constants_bytes']:,} bytes) are shared "
+        f"by all caches. Fidelity: {data['evaluated_tokens']:,} tokens of other text in windows of "
+        f"{data['context']:,}, read through the caches. It took {data['seconds']:.0f} s."
+    )
+    return table, Prose(f"\n{caption}")
 
 
 def _texts(data: dict[str, Any]) -> Text:

@@ -11,22 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantcache.cli.eval_tables import tables
-from quantcache.cli.loading import load_calibration, load_model, read_text
+from quantcache.cli.eval_choices import check_methods, methods_known, read_names, read_numbers, read_suites
+from quantcache.cli.eval_tables import for_people
+from quantcache.cli.loading import load_calibration, load_model, own_calibration, read_text
 from quantcache.cli.options import (
-    CALIBRATION_HELP,
+    CalibrationOption,
     DebugFlag,
     DeviceOption,
     DtypeOption,
     JsonFlag,
-    ModelArgument,
     RevisionOption,
     TrustOption,
+    token_count,
 )
 from quantcache.cli.outputs import check_output_file
+from quantcache.cli.pages import MODEL, WrongUsage
+from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import progress_bar, session, show_cells
 from quantcache.cli.terminal import report
+from quantcache.common.choices import SUITES, QuantizedWeights
 from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common.sources import MODEL_HELP
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -45,83 +50,155 @@ QUICK_TOKENS = 1024
 """Of a quick run: all methods on a model of 135 million parameters then take minutes."""
 
 
+SUITE = "Options of single suites"
+
+
 def evaluate(
-    model: ModelArgument,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to evaluate on, never one calibrated on.")],
-    calibration: Annotated[
-        str | None,
-        typer.Option("--calibration", "-c", metavar="ARTIFACT", help=f"The model's calibration: {CALIBRATION_HELP}."),
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to evaluate on, never one calibrated on.")
     ] = None,
+    calibration: CalibrationOption = None,
     suite: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated: fidelity, divergence, needle, records, lookup, tools, routing, transfer, qa, "
-            "memory, speed, or all."
-        ),
+        str, typer.Option(metavar="NAMES", help=f"Comma-separated: {', '.join(SUITES)}, or all.")
     ] = "fidelity",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: dense, spectral-B, ..., or all (docs/fidelity.md has the list).")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Comma-separated: dense, spectral-B, ..., or all; --list-methods has the rest.",
+            show_default=METHODS.replace(",", ", "),
+        ),
     ] = METHODS,
+    list_methods: Annotated[
+        bool, typer.Option("--list-methods", help="List the methods that can be measured.", show_default=False)
+    ] = False,
     context: Annotated[
         str | None,
         typer.Option(
-            help="Tokens in a window, such as 1024 or 4K; several for fidelity. Default: 2048 or the limit; "
-            "with --tail 1K, 4K and 8K as far as the model and --tokens allow."
+            metavar="TOKENS",
+            help="Tokens in a window, such as 1024 or 4K; several for fidelity.",
+            show_default="2K or the model's limit; with --tail 1K, 4K and 8K as far as model and text allow",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to use at most.")] = 16_384,
-    residual: Annotated[str, typer.Option(help="Recent tokens that every method keeps; several for fidelity.")] = str(
-        RESIDUAL_LENGTH
-    ),
+    tokens: Annotated[
+        int, typer.Option(parser=token_count, metavar="TOKENS", help="Tokens of text to use at most, such as 16K.")
+    ] = 16_384,
+    residual: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Recent tokens that every method keeps; several for fidelity.")
+    ] = str(RESIDUAL_LENGTH),
     tail: Annotated[
         str | None,
         typer.Option(
-            help="Fidelity at equal exact tails, such as 0,64,256, in place of --residual (docs/evaluation.md)."
+            metavar="TOKENS",
+            help="In place of --residual, for fidelity: methods read everything but so many recent tokens from codes; "
+            "one or several, such as 0,64,256.",
         ),
     ] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that every method keeps.")] = SINK_LENGTH,
+    sinks: Annotated[int, typer.Option(min=0, metavar="TOKENS", help="First tokens that every method keeps.")] = (
+        SINK_LENGTH
+    ),
     chunk: Annotated[
-        int | None, typer.Option(min=1, help=f"Tokens fed at once. Default: {CHUNK}, with --tail {TAIL_CHUNK}.")
+        int | None,
+        typer.Option(
+            min=1, metavar="TOKENS", help="Tokens fed at once.", show_default=f"{CHUNK}; with --tail {TAIL_CHUNK}"
+        ),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Fidelity: tokens from one window to the next. Default: a window.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Quantize the model's weights first: int8, int4, or such as quanto-int8.")
+        int | None,
+        typer.Option(
+            min=1, metavar="TOKENS", help="From one window of fidelity to the next.", show_default="a whole window"
+        ),
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help=f"Small suites, on {QUICK_TOKENS} tokens or one window of a longer --context."),
+        typer.Option(
+            "--quick",
+            help=f"Small suites, on {QUICK_TOKENS} tokens or one window of a longer --context.",
+            show_default=False,
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Also write the JSON here.",
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the finished cells of an earlier run.", show_default=False)
     ] = False,
     qa: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="SQuAD JSON, or JSON lines of context, question and answers.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For qa: SQuAD JSON, or JSON lines of context, question and answers.",
+            rich_help_panel=SUITE,
+        ),
     ] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="Questions asked of --qa FILE. Default: 12.")] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="For qa: questions asked.",
+            show_default="12, with --quick 2",
+            rich_help_panel=SUITE,
+        ),
+    ] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="How often task and divergence suites draw a text, table or prompt.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="For needle, records, lookup, tools and divergence: texts, tables or prompts drawn.",
+            rich_help_panel=SUITE,
+        ),
     ] = None,
     domain: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Another text for the transfer suite; may be repeated.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="For transfer: another text; repeatable.", rich_help_panel=SUITE),
     ] = None,
     draft: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Draft model. Default: the model's own first half.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="For speed: draft model.",
+            show_default="the model's own first half",
+            rich_help_panel=SUITE,
+        ),
     ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Tokens of needle and records prompts, such as 1K,2K,4K. Default: half the context and all of it."
+            metavar="TOKENS",
+            help="For needle and records: lengths of prompts, such as 1K,2K,4K.",
+            show_default="half the context and all of it",
+            rich_help_panel=SUITE,
         ),
     ] = None,
-    needle_fact: Annotated[str | None, typer.Option(help="How a needle is stated, with {name} and {code}.")] = None,
-    needle_question: Annotated[str | None, typer.Option(help="How it is asked for, with {name}.")] = None,
+    needle_fact: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="How a needle is stated, with {name} and {code}.", rich_help_panel=SUITE),
+    ] = None,
+    needle_question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="How it is asked for, with {name}.", rich_help_panel=SUITE)
+    ] = None,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Put prompts into the chat template. Default: if the model has one."),
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put prompts into the chat template.",
+            show_default="if the model has one",
+            rich_help_panel=SUITE,
+        ),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "--out", "-o", metavar="FILE", help="Also write the JSON here.")
+    weights: Annotated[
+        QuantizedWeights | None, typer.Option(help="Quantize the model's weights first.", rich_help_panel=MODEL)
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget the finished cells of an earlier run.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -134,28 +211,46 @@ def evaluate(
     Text is fed in chunks through the real cache of every method, and compared with the dense cache. With --output,
     finished cells are kept beside it: the same command goes on after an interruption.
 
-    Example: quantcache eval wiki11m -c calibration/ --text held_out.txt --quick
+    Examples:
+        quantcache eval wiki11m --text held_out.txt --quick
+        quantcache eval MODEL -c calibration/ --text held_out.txt --suite all \\
+          --qa questions.json -o result.json
+        quantcache eval --list-methods
     """
     with session(json, debug) as run:
+        if list_methods:
+            run.finish(*methods_known())
+            return
+        for name, value in (("argument 'MODEL'", model), ("option '--text'", text)):
+            if value is None:
+                raise WrongUsage(f"Missing {name}.")
+        assert model is not None
+        assert text is not None
         started = time.perf_counter()
-        names = tuple(_names("--methods", methods, "method"))
-        contexts = None if context is None else _numbers("--context", context, 2)
-        residuals = _numbers("--residual", residual, 0) if tail is None else _numbers("--tail", tail, 0)
+        suites = read_suites(suite, qa)
+        names = tuple(read_names("--methods", methods))
+        contexts = None if context is None else read_numbers("--context", context, 2)
+        residuals = read_numbers("--residual", residual, 0) if tail is None else read_numbers("--tail", tail, 0)
+        if tokens < 2:
+            raise typer.BadParameter("a prediction needs two tokens", param_hint="'--tokens'")
         if output is not None:
             check_output_file(output)
         content = read_text(text)
-        constants = None if calibration is None else load_calibration(calibration)
+        expect_model(model, revision)
 
         from quantcache.evaluation import evaluator, needs_statistics, text_statistics
-        from quantcache.evaluation.plan import SUITES, Material, Plan
+        from quantcache.evaluation.plan import Material, Plan
         from quantcache.evaluation.provenance import check_overlap
         from quantcache.evaluation.qa import load_questions
-        from quantcache.evaluation.weights import quantize_weights
+        from quantcache.evaluation.weights import quantize_weights, require_quantizer
 
-        _check_weights(weights)
+        if check_methods(names) and calibration is None:
+            calibration = own_calibration(model)
+        constants = None if calibration is None else load_calibration(calibration)
         if constants is not None:
             check_overlap(constants, content, str(text), used="")  # the whole text first, before a model is loaded
-        suites = _suites(suite, SUITES, qa)
+        if weights is not None:
+            require_quantizer(weights)
         asked = None if qa is None else load_questions(qa)
         domains = _domains(domain or ())
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -176,7 +271,7 @@ def evaluate(
             stride=stride,
             sizes=_sizes(quick, questions, trials),
             needle_form=_needle_form(needle_fact, needle_question),
-            lengths=None if lengths is None else _numbers("--lengths", lengths, 2),
+            lengths=None if lengths is None else read_numbers("--lengths", lengths, 2),
             chat=chat,
             text_name=text.stem,
         )
@@ -195,46 +290,7 @@ def evaluate(
         with progress_bar() as bar:
             watch = functools.partial(_watch, bar=bar)
             data = evaluator.evaluate(material, plan, called, output, restart=restart, started=started, on_start=watch)
-        run.finish(data, *tables(data))
-
-
-def _names(option: str, given: str, kind: str) -> list[str]:
-    """The parts of a comma-separated option, each once."""
-    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-    if not names:
-        raise ValueError(f"{option} names no {kind}")
-    return names
-
-
-def _numbers(option: str, given: str, least: int) -> tuple[int, ...]:
-    """The whole numbers of a comma-separated option; ``4K`` is 4096."""
-    try:
-        numbers = tuple(
-            1024 * int(part[:-1]) if part[-1] in "kK" else int(part) for part in _names(option, given, "number")
-        )
-    except ValueError:
-        raise ValueError(f"{option} must be whole numbers, comma-separated, got {given!r}") from None
-    if min(numbers) < least:
-        raise ValueError(f"{option} must be at least {least}, got {min(numbers)}")
-    return numbers
-
-
-def _suites(given: str, known: tuple[str, ...], qa: Path | None) -> tuple[str, ...]:
-    names = _names("--suite", given, "suite")
-    unknown = [name for name in names if name not in (*known, "all")]
-    if unknown:
-        raise ValueError(f"unknown suite {unknown[0]!r}: known are {', '.join(known)}, all")
-    if "qa" in names and qa is None:
-        raise ValueError("--suite qa needs --qa FILE")
-    return known if "all" in names else tuple(name for name in known if name in names)
-
-
-def _check_weights(name: str | None) -> None:
-    """Tell a wrong name before a model is loaded."""
-    from quantcache.evaluation.weights import weights_library
-
-    if name is not None:
-        weights_library(name)
+        run.finish(data, *for_people(data))
 
 
 def _sizes(quick: bool, questions: int | None, trials: int | None) -> Sizes:

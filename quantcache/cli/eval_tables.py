@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rich.table import Table
+from quantcache.cli.tables import Grid, Prose
+
+SIMULATED = " (simulated)"
+_STAR = "* simulated: no cache stores it packed; its values are rounded as its codes would round them."
+_COLUMNS = (
+    "bits: per encoded element, scales and gains included; with recent: of all elements, the first and the recent "
+    "tokens too. KL: divergence from the dense cache, nats per token. top-1: same most likely token. PPL: perplexity."
+)
 
 Row = Callable[[dict[str, Any]], list[str]]
 
 
-def tables(data: dict[str, Any]) -> list[Table | str]:
+def tables(data: dict[str, Any]) -> list[Grid | str]:
     """Tables of a result.
 
     Args:
@@ -19,7 +26,7 @@ def tables(data: dict[str, Any]) -> list[Table | str]:
     Returns:
         One or two for each suite, or a line that says why there is none.
     """
-    shown: list[Table | str] = []
+    shown: list[Grid | str] = []
     for suite, result in data["metrics"].items():
         for part in result if isinstance(result, list) else [result]:
             if "status" in part:
@@ -29,24 +36,44 @@ def tables(data: dict[str, Any]) -> list[Table | str]:
     return shown
 
 
-def _table(title: str, entries: dict[str, dict[str, Any]], columns: list[str], row: Row) -> Table:
+def for_people(data: dict[str, Any]) -> list[Grid | str]:
+    """The tables as a terminal shows them: a star for simulated methods, and below what columns mean.
+
+    Args:
+        data: The result, as ``--json`` prints it.
+
+    Returns:
+        Tables and lines, with blank lines between them.
+    """
+    found = tables(data)
+    grids = [each for each in found if isinstance(each, Grid)]
+    notes = [_COLUMNS] if "fidelity" in data["metrics"] else []
+    if any(label.endswith(SIMULATED) for grid in grids for label, *_ in grid.rows):
+        notes.append(_STAR)
+    for grid in grids:
+        grid.relabel(lambda label: f"{label.removesuffix(SIMULATED)}*" if label.endswith(SIMULATED) else label)
+    return [part for each in (*found, *map(Prose, notes)) for part in (each, "")][:-1]
+
+
+def _table(title: str, entries: dict[str, dict[str, Any]], columns: list[str], row: Row) -> Grid:
     """One row for each method; its status in place of figures where it failed."""
-    table = Table("method", *columns, title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Grid("method", *columns, title=title)
     for name, entry in entries.items():
-        label = f"{name} (simulated)" if entry.get("simulated") else name
+        label = f"{name}{SIMULATED}" if entry.get("simulated") else name
         cells = row(entry)
-        table.add_row(label, *(cells if any(cells) else [entry["status"]]))
+        if any(cells):
+            table.add_row(label, *cells)
+        else:
+            table.add_note(label, entry["status"])
     return table
 
 
-def _fidelity(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _fidelity(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     title = (
         f"{data['model']}: {data['tokens']:,} tokens in windows of {part['context']:,}, "
         f"residual {part['residual']}, sinks {data['sinks']}, {data['dtype']}"
     )
-    columns = ["bits/elt", "with sinks and recent", "KL mean", "KL p99", "top-1 agreement", "perplexity", "cache bytes"]
+    columns = ["bits", "with recent", "KL mean", "KL p99", "top-1", "PPL", "cache bytes"]
 
     def row(entry: dict[str, Any]) -> list[str]:
         if entry["status"] != "ok":
@@ -64,7 +91,7 @@ def _fidelity(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], columns, row)
 
 
-def _spread(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _spread(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     """The spread of the KL divergence, and each rival's over ours."""
     equal = part.get("tail") is not None
     title = "KL divergence by position" + (f", {part['tail']} recent tokens exact beside the chunk" if equal else "")
@@ -140,7 +167,7 @@ def _times(summary: dict[str, Any] | None) -> str:
     return "" if summary is None else f"{summary['median']:.2f} ({summary['p20']:.2f} to {summary['p80']:.2f})"
 
 
-def _counts(part: dict[str, Any], title: str, places: dict[str, str], by: str) -> Table:
+def _counts(part: dict[str, Any], title: str, places: dict[str, str], by: str) -> Grid:
     """Right answers of each method: all, and by place."""
 
     def row(entry: dict[str, Any]) -> list[str]:
@@ -151,13 +178,13 @@ def _counts(part: dict[str, Any], title: str, places: dict[str, str], by: str) -
     return _table(f"{title}{_unless_evidence(part)}", part["methods"], *_with_pairs(part, columns, row))
 
 
-def _needle(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _needle(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     settings = part["settings"]
     title = f"Needles found (95 % interval): depths {settings['depths']}, {settings['seeds']} seeds"
     return _counts(part, title, {str(length): f"{length} tokens" for length in settings["lengths"]}, "by_length")
 
 
-def _task(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _task(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     settings = part["settings"]
     title = (
         f"{settings['title']} (95 % interval): {settings['questions']} questions about {settings['exercises']} texts"
@@ -166,7 +193,7 @@ def _task(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _counts(part, title, {group: f"{group} {settings['unit']}" for group in groups}, "by_group")
 
 
-def _divergence(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _divergence(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     settings = part["settings"]
     title = (
         f"Continuations of {settings['new_tokens']:,} tokens, read {settings['step']} at a time: {settings['prompts']} "
@@ -189,7 +216,7 @@ def _divergence(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], columns, row)
 
 
-def _positions(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _positions(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     """The KL divergence along sampled continuations."""
     settings = part["settings"]
     count, bins = settings["new_tokens"], settings["bins"]
@@ -202,7 +229,7 @@ def _positions(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], [f"{end:,}" for end in ends], row)
 
 
-def _routing(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _routing(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     title = f"Routing: {part['settings']['windows']} windows of {part['settings']['context']:,}, mean over layers"
 
     def row(entry: dict[str, Any]) -> list[str]:
@@ -220,9 +247,9 @@ def _routing(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], ["keys flipped", "cosine", "relative error", "... worst layer"], row)
 
 
-def _transfer(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _transfer(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     columns = ("method", "calibrated on", "evaluated on", "KL mean", "over its own")
-    table = Table(*columns, title=f"Transfer: windows of {part['settings']['context']:,}")
+    table = Grid(*columns, title=f"Transfer: windows of {part['settings']['context']:,}", text=3)
     for entry in part["entries"]:
         place = (entry["method"], entry["calibrated_on"], entry["evaluated_on"])
         if entry["status"] != "ok":
@@ -233,7 +260,7 @@ def _transfer(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return table
 
 
-def _qa(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _qa(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     def row(entry: dict[str, Any]) -> list[str]:
         if entry["f1"] is None:
             return []
@@ -249,7 +276,7 @@ def _qa(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], *_with_pairs(part, columns, row, "exact"))
 
 
-def _memory(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _memory(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     lengths = [str(length) for length in part["settings"]["lengths"]]
 
     def row(entry: dict[str, Any]) -> list[str]:
@@ -264,7 +291,7 @@ def _memory(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table("Bytes held at some numbers of tokens", part["methods"], lengths, row)
 
 
-def _speed(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _speed(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     settings = part["settings"]
     columns = []
     for batch in settings["batches"]:
@@ -289,7 +316,7 @@ def _speed(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], columns, row)
 
 
-def _speculative(part: dict[str, Any], data: dict[str, Any]) -> Table:
+def _speculative(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     settings = part["settings"]
 
     def row(entry: dict[str, Any]) -> list[str]:
@@ -303,7 +330,7 @@ def _speculative(part: dict[str, Any], data: dict[str, Any]) -> Table:
     return _table(title, part["methods"], columns, row)
 
 
-_TABLES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Table], ...]] = {
+_TABLES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Grid], ...]] = {
     "fidelity": (_fidelity, _spread),
     "divergence": (_divergence, _positions),
     "needle": (_needle,),

@@ -8,23 +8,33 @@ from typing import Annotated, Any
 
 import typer
 
-from quantcache.cli.loading import find_model, load_calibration, quiet_unless_watched
-from quantcache.cli.metrics import MetricsOption, read_metrics
-from quantcache.cli.options import CalibrationOption, DebugFlag, JsonFlag, ModelArgument, RevisionOption
+from quantcache.cli.loading import find_model, load_calibration, own_calibration, quiet_unless_watched
+from quantcache.cli.metrics import read_metrics
+from quantcache.cli.options import (
+    CalibrationOption,
+    CardOption,
+    DebugFlag,
+    JsonFlag,
+    ModelArgument,
+    PrivateOption,
+    PushOption,
+    RevisionOption,
+)
 from quantcache.cli.session import progress_bar, session
+from quantcache.common.choices import Basis
 from quantcache.common.errors import HubError
 
 
 def export(
     model: ModelArgument,
-    calibration: CalibrationOption,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; new or empty.")],
+    calibration: CalibrationOption = None,
     basis: Annotated[
-        str, typer.Option(help="spectral (for SpectralCache) or flat (for quantizers with one step per token).")
+        Basis, typer.Option(help="spectral for SpectralCache; flat for quantizers with one step per token.")
     ] = "spectral",
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Hub repository to push to.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    metrics: MetricsOption = None,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
+    records: CardOption = None,
     verify: Annotated[bool, typer.Option(help="Load the model, then the export, and compare their logits.")] = True,
     revision: RevisionOption = None,
     json: JsonFlag = False,
@@ -34,18 +44,20 @@ def export(
 
     The result loads in plain transformers and computes what the model computes; SpectralCache does less work on it.
 
-    Example: quantcache export wiki11m -c calibration/ -o wiki11m-spectral
+    Examples:
+        quantcache export wiki11m -c calibration/ -o wiki11m-spectral
+        quantcache export wiki11m -c calibration/ -o wiki11m-flat --basis flat
     """
     with session(json, debug) as run:
-        rows = None if metrics is None else read_metrics(metrics)
-        source = find_model(model)
+        rows = None if records is None else read_metrics(records)
+        source = find_model(model, revision)
 
         from quantcache.artifact import hub
         from quantcache.export import export_checkpoint
 
         if push_to_hub is not None:
             hub.check_push(push_to_hub)
-        constants = load_calibration(calibration)
+        constants = load_calibration(calibration or own_calibration(model))
         started = time.perf_counter()
         with quiet_unless_watched(), progress_bar() as bar:
             task = bar.add_task("exporting", total=None)
@@ -53,7 +65,7 @@ def export(
                 source,
                 constants,
                 output,
-                basis=basis,  # type: ignore[arg-type]
+                basis=basis,
                 verify=verify,
                 revision=revision,
                 repo_id=push_to_hub,

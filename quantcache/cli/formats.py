@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from quantcache.cli.loading import find_model
-from quantcache.cli.options import DebugFlag, JsonFlag, RevisionOption, TrustOption
+from quantcache.cli.options import (
+    DebugFlag,
+    JsonFlag,
+    NamedOption,
+    RecordsOption,
+    RevisionOption,
+    TrustOption,
+    named_model,
+)
+from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
+from quantcache.cli.tables import Grid, Prose
+from quantcache.common.choices import SortColumn
 from quantcache.common.sources import CONFIG_HELP
 from quantcache.data import BUNDLED_MODEL
 
@@ -20,25 +30,20 @@ if TYPE_CHECKING:
     from quantcache.planning.table import Row
 
 NOT_MEASURED = "not measured"
-WIDTH = 80
-
-RecordsOption = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="PATH", help="Result of 'quantcache eval -o', or a folder of them; may be repeated."),
-]
 
 
 def formats(
-    model: Annotated[str, typer.Option(metavar="MODEL", help=CONFIG_HELP)] = BUNDLED_MODEL,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=CONFIG_HELP, show_default=BUNDLED_MODEL)] = None,
+    named: NamedOption = None,
     records: RecordsOption = None,
-    sort: Annotated[
-        str | None, typer.Option(metavar="COL", help="format, bits, bytes, kl, agreement or speed; the best first.")
-    ] = None,
+    sort: Annotated[SortColumn | None, typer.Option(help="The best first.", show_default="by family")] = None,
     filters: Annotated[
         list[str] | None,
         typer.Option("--filter", metavar="EXPR", help="'bits<=4.5', 'kl<0.01', 'spectral-*,quanto-*'; repeatable."),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Compare every format with every other.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare every format with every other.", show_default=False)
+    ] = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonFlag = False,
@@ -48,13 +53,17 @@ def formats(
 
     Figures are those of records only: the benchmarks that come with quantcache, and your own.
 
-    Example: quantcache formats --sort kl --filter 'bits<=5' --records my_eval.json
+    Examples:
+        quantcache formats --sort kl --filter 'bits<=5'
+        quantcache formats Qwen/Qwen3-0.6B --records my_eval.json
     """
     with session(json, debug) as run:
+        model = named_model(model, named) or BUNDLED_MODEL
+        expect_model(model, revision)
         from quantcache.planning import table
         from quantcache.planning.geometry import load_config, read_geometry
 
-        find_model(model)
+        find_model(model, revision)
         measurements = load_measurements(records)
         geometry = read_geometry(load_config(model, revision, trust_remote_code))
         found = table.sort(table.select(table.rows(geometry, model, measurements), filters or ()), sort)
@@ -65,7 +74,7 @@ def formats(
             "formats": [row.to_dict() for row in found],
             "measured_models": measurements.models(),
         }
-        shown: list[Table | str] = [_table(found, model), *_notes(found, model, measurements)]
+        shown: list[Grid | str] = [_table(found, model), *_notes(found, model, measurements)]
         if compare:
             data["compare"] = table.compare(found)
             shown += [part for name in data["compare"] for part in _matrix(name, data["compare"][name])]
@@ -90,26 +99,8 @@ def load_measurements(records: Sequence[Path] | None) -> Measurements:
     return bundled_measurements() + read_measurements(records or ())
 
 
-def compact_table(*columns: str, title: str | None = None) -> Table:
-    """A table that fits 80 columns: little padding, numbers to the right.
-
-    Args:
-        columns: Heads; the first column is text.
-        title: Line above the table.
-
-    Returns:
-        The table.
-    """
-    table = Table(*columns, title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-        column.no_wrap = True
-    table.columns[0].no_wrap = True
-    return table
-
-
-def _table(found: Sequence[Row], model: str) -> Table:
-    table = compact_table("format", "bits", "bytes/token", "KL", "agreement", "speed", title=f"KV formats on {model}")
+def _table(found: Sequence[Row], model: str) -> Grid:
+    table = Grid("format", "bits", "bytes/token", "KL", "agreement", "speed", title=f"KV formats on {model}")
     for row in found:
         fidelity, speed = row.fidelity, row.speed
         table.add_row(
@@ -134,7 +125,11 @@ def _notes(found: Sequence[Row], model: str, measurements: Measurements) -> list
     ]
     if any(row.simulated for row in found):
         notes.append("* no packed implementation: measured on simulated values, sizes as its codes would take")
-    notes += [f"{row.format}: {row.obstacle}" for row in found if row.obstacle and not row.simulated]
+    obstacles: dict[str, list[str]] = {}
+    for row in found:
+        if row.obstacle and not row.simulated:
+            obstacles.setdefault(row.obstacle, []).append(row.format)
+    notes += [f"{', '.join(names)}: {obstacle}" for obstacle, names in obstacles.items()]
     figures: dict[str, list[str]] = {}
     for row in found:
         if row.fidelity is not None:
@@ -151,30 +146,21 @@ def _notes(found: Sequence[Row], model: str, measurements: Measurements) -> list
     if not figures:
         known = ", ".join(measurements.models()) or "none"
         notes.append(f"No record of fidelity on {model}; there are records on: {known}.")
-    return ["", *notes]
+    return ["", *map(Prose, notes)]
 
 
-def _matrix(name: str, matrix: dict[str, dict[str, float | None]]) -> list[Table | str]:
-    """One measure of every format against every other, in tables of as many columns as fit."""
+def _matrix(name: str, matrix: dict[str, dict[str, float | None]]) -> list[Grid | str]:
+    """One measure of every format against every other."""
     titles = {
         "size": "Size: bits of the row over bits of the column",
         "kl": "KL of the row minus KL of the column",
         "speed": "Speed of the row over speed of the column",
     }
-    names = list(matrix)
     if all(value is None for row in matrix.values() for value in row.values()):
         return ["", f"{titles[name]}: {NOT_MEASURED}"]
     form = "+.4f" if name == "kl" else ".2f"
-    labels = {other: f"{number} {other}" for number, other in enumerate(names, 1)}
-    first = max(len(label) for label in labels.values())
-    step = max(1, (WIDTH - first) // (10 if name == "kl" else 7))
-    shown: list[Table | str] = []
-    for start in range(0, len(names), step):
-        part = names[start : start + step]
-        heads = [str(names.index(other) + 1) for other in part]
-        table = compact_table("", *heads, title=titles[name] if not start else None)
-        for row in names:
-            cells = [matrix[row][other] for other in part]
-            table.add_row(labels[row], *("-" if value is None else format(value, form) for value in cells))
-        shown += ["", table]
-    return shown
+    table = Grid("", *(str(number) for number in range(1, len(matrix) + 1)), title=titles[name])
+    for number, (row, cells) in enumerate(matrix.items(), 1):
+        values = [cells[other] for other in matrix]
+        table.add_row(f"{number} {row}", *("-" if value is None else format(value, form) for value in values))
+    return ["", table]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from quantcache.cli.loading import load_calibration, load_model
+from quantcache.cli.loading import load_calibration, load_model, own_calibration
 from quantcache.cli.options import (
     BackendOption,
     BitsOption,
@@ -24,9 +24,12 @@ from quantcache.cli.options import (
     QualityOption,
     ResidualOption,
     RevisionOption,
+    SeedOption,
     SinksOption,
     TrustOption,
+    check_rate,
 )
+from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
 from quantcache.cli.stats import LiveStats
 from quantcache.cli.terminal import report
@@ -37,25 +40,34 @@ from quantcache.common.plaintext import read_utf8
 
 def generate(
     model: ModelArgument,
-    calibration: CalibrationOption,
-    prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads it from stdin.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; '-' reads it from stdin.")
+    ],
+    calibration: CalibrationOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="T", help="Sampling temperature; 0 takes the most likely token.")
+    ] = 0.0,
+    seed: SeedOption = 0,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Put the prompt into the chat template.", show_default="if the model has one"
+        ),
+    ] = None,
+    stats: Annotated[
+        bool,
+        typer.Option(
+            "--stats",
+            help="Show speed, size of the cache and kernels: live on a terminal, then once.",
+            show_default=False,
+        ),
+    ] = False,
     bits: BitsOption = None,
     quality: QualityOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     sinks: SinksOption = SINK_LENGTH,
     residual: ResidualOption = RESIDUAL_LENGTH,
     backend: BackendOption = "auto",
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of sampling.")] = 0,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Put the prompt into the chat template. Default: if the model has one."),
-    ] = None,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Show speed, size of the cache and kernels: live on a terminal, then once.")
-    ] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -65,22 +77,24 @@ def generate(
 ) -> None:
     """Generate text from a compressed cache, and say what the cache took.
 
-    Example: quantcache generate wiki11m -c calibration/ --prompt "The city of Leiden"
+    Examples:
+        quantcache generate wiki11m --prompt "The city of Leiden"
+        quantcache generate Qwen/Qwen3-0.6B -c calibration/ --bits 3 -p - < text.txt
     """
     with session(json, debug) as run:
+        check_rate(bits, quality)
+        expect_model(model, revision)
         text = read_prompt(prompt)
         if not text.strip():
             raise ValueError("the prompt is empty")
-        constants = load_calibration(calibration, bits, quality)
+        constants = load_calibration(calibration or own_calibration(model), bits, quality)
 
         import torch
 
-        from quantcache.backends import known_name
         from quantcache.cache.spectral_cache import SpectralCache
         from quantcache.coding.packing import BLOCK
         from quantcache.common import compat
 
-        known_name(backend)  # loading the model may take minutes
         loaded, tokenizer = load_model(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -89,7 +103,7 @@ def generate(
             model=loaded,
             sink_length=sinks,
             residual_length=residual,
-            backend=backend,  # type: ignore[arg-type]
+            backend=backend,
         )
         chat = has_template(tokenizer, model, chat)
         inputs = encoded(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
@@ -110,10 +124,10 @@ def generate(
                 **sampling,
             )[0, prompt_tokens:]
         seconds = time.perf_counter() - started
-        memory, dtype = cache.memory(), str(loaded.dtype).removeprefix("torch.")
+        memory, runs_in = cache.memory(), str(loaded.dtype).removeprefix("torch.")
         data = {
             "model": model,
-            "dtype": dtype,
+            "dtype": runs_in,
             "chat": chat,
             "bits": constants.bits,
             "text": tokenizer.decode(output, skip_special_tokens=True),
@@ -126,12 +140,12 @@ def generate(
         if memory.encoded_elements:
             line += (
                 f"{memory.bits_per_element:.3f} bits per encoded element, {memory.bits_per_element_total:.3f} "
-                f"including sinks and recent tokens in {dtype}"
+                f"including sinks and recent tokens in {runs_in}"
             )
         else:
             recent = f"{residual} to {residual + BLOCK - 1}"
             line += (
-                f"nothing is packed yet: the first {sinks} and the last {recent} tokens stay as they are, in {dtype}"
+                f"nothing is packed yet: the first {sinks} and the last {recent} tokens stay as they are, in {runs_in}"
             )
         if watched is not None:
             data["stats"], line = watched.to_dict(), watched.line()

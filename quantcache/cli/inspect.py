@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from quantcache.cli.loading import load_calibration
-from quantcache.cli.options import CALIBRATION_HELP, BitsOption, DebugFlag, JsonFlag, QualityOption
+from quantcache.cli.options import CALIBRATION_HELP, BitsOption, DebugFlag, JsonFlag, QualityOption, check_rate
 from quantcache.cli.session import session
+from quantcache.cli.tables import Grid
 
 _UNSHOWN = ("text_sha256", "passages", "yardstick")
 
@@ -31,9 +31,12 @@ def inspect(
 ) -> None:
     """Show what a calibration holds, and what a cache would take with it.
 
-    Example: quantcache inspect calibration/ --bits 4
+    Examples:
+        quantcache inspect wiki11m
+        quantcache inspect calibration/ --bits 4 --cache saved.safetensors
     """
     with session(json, debug) as run:
+        check_rate(bits, quality)
         from quantcache.accounting.predicting import predict
         from quantcache.artifact.quality import quality_rates
         from quantcache.planning.geometry import window_layers
@@ -81,7 +84,7 @@ def inspect(
             from quantcache.cache.spectral_cache import SpectralCache
 
             data["cache"] = {"file": str(cache), **SpectralCache.load(cache, calibration).memory().to_dict()}
-        run.finish(data, _summary(data), _layer_table(layers))
+        run.finish(data, _summary(data), "", _layer_table(layers))
 
 
 def mean_width(side: Any) -> float | None:
@@ -111,8 +114,8 @@ def rate_line(rate: dict[str, Any]) -> str:
     return f"{rate['bits']:g} bits, {limit}: {rate['predicted_kl']:.2g} predicted"
 
 
-def _summary(data: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=None)
+def _summary(data: dict[str, Any]) -> Grid:
+    table = Grid("", "", fold=True)
     base, rate, recipe = data["base_model"], data["rate"], data["recipe"]
     revision = f" at {base['revision'][:12]}" if base.get("revision") else ""
     table.add_row("base model", f"{base.get('id') or 'unknown'}{revision} ({base.get('model_type')})")
@@ -139,10 +142,8 @@ def _summary(data: dict[str, Any]) -> Table:
     return table
 
 
-def _layer_table(layers: list[dict[str, Any]]) -> Table:
-    table = Table("layer", "key bits", "value bits", "KV heads", "head dim", "rotary", title="Mean code widths")
-    for column in table.columns:
-        column.justify = "right"
+def _layer_table(layers: list[dict[str, Any]]) -> Grid:
+    table = Grid("layer", "key bits", "value bits", "KV heads", "head dim", "rotary", title="Mean code widths", text=0)
     for layer in layers:
         dims = {layer["key_dim"], layer["value_dim"]}
         table.add_row(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcache.cli.reaching import expect_model, hub_problem, require_folder
 from quantcache.cli.terminal import report
 from quantcache.common.errors import HubError, QuantCacheError, UnsupportedModel
 from quantcache.common.plaintext import read_utf8
-from quantcache.common.sources import OURS, is_gguf, model_source, source_name
+from quantcache.common.sources import OURS, model_source, source_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,12 +79,42 @@ def _load_calibration(name: str) -> Calibration:
             f"cannot load calibration {name}: there is no such folder, quantcache comes with calibrations of {known} "
             "only, and one on the Hub is called OWNER/NAME"
         )
+    if not os.path.exists(name):
+        hub_problem()  # offline its client does not wait for retries
     try:
         return Calibration.from_pretrained(name)
     except (HubError, OSError, ValueError) as error:
         raise QuantCacheError(
             f"cannot load calibration {name}: there is no such folder, and from the Hub: {error}"
         ) from error
+
+
+def own_calibration(model: str) -> str:
+    """Where the calibration of a model is that is named without one.
+
+    Args:
+        model: Folder, GGUF file, Hub id, or a name that :mod:`quantcache.common.sources` knows.
+
+    Returns:
+        The model's own folder, or a name under which a calibration comes with quantcache.
+
+    Raises:
+        QuantCacheError: There is none. The message says how to make one.
+    """
+    from quantcache.artifact.calibration import SUBFOLDER
+    from quantcache.artifact.files import CONFIG_NAME
+    from quantcache.artifact.index import bundled_calibrations
+
+    folder = Path(model)
+    if any((place / CONFIG_NAME).is_file() for place in (folder, folder / SUBFOLDER)):
+        return model
+    known = bundled_calibrations()
+    if model in known and not folder.is_dir():
+        return model
+    raise QuantCacheError(
+        f"no calibration of {model} is in its folder or comes with quantcache (it has {', '.join(known)}): give "
+        f"-c ARTIFACT; 'quantcache calibrate {shlex.quote(model)} --text FILE -o calibration/' makes one"
+    )
 
 
 def load_model(
@@ -121,7 +153,7 @@ def load_model(
 
     del quantcache
     device, dtype = model_placement(device, dtype)
-    source = find_model(name)
+    source = find_model(name, revision)
     more: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet_unless_watched(), _naming(name):
         config = AutoConfig.from_pretrained(source, **more)
@@ -180,37 +212,24 @@ def model_placement(device: str | None, dtype: str | None) -> tuple[str, str]:
     return device, dtype
 
 
-def find_model(name: str) -> str | Path:
+def find_model(name: str, revision: str | None = None) -> str | Path:
     """Find a model's files before anything else is done; of a GGUF file, say that it is being converted.
 
     Args:
         name: What the user calls the model.
+        revision: Branch, tag or commit on the Hub.
 
     Returns:
         What ``from_pretrained`` takes.
 
     Raises:
-        QuantCacheError: The model is of a package that is not installed, or a GGUF file that cannot be converted.
+        QuantCacheError: The model is of a package that is not installed, a GGUF file that cannot be converted, or
+            nowhere to be found while the Hub cannot be asked.
         FileNotFoundError: The folder or file does not exist.
     """
-    if not is_gguf(name):
-        require_folder(name)
+    expect_model(name, revision)
     with quiet_unless_watched():
         return model_source(name, on_convert=lambda what: report("note", what))
-
-
-def require_folder(name: str) -> None:
-    """Refuse what can only be meant as a path and does not exist.
-
-    Args:
-        name: Folder or Hub id.
-
-    Raises:
-        FileNotFoundError: The folder does not exist.
-    """
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
-    if looks_like_path and not Path(name).exists():
-        raise FileNotFoundError(f"there is no folder {name}")
 
 
 @contextlib.contextmanager

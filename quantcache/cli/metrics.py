@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import MAX_RESULT_BYTES, read_json
-
-MetricsOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Result of 'quantcache eval -o', to show on the model card.")
-]
 
 _CARD_COLUMNS = ("bits_per_element", "bits_per_element_total", "kl_mean", "top1_agreement", "perplexity")
 

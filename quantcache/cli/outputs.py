@@ -6,9 +6,13 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from quantcache.common.errors import QuantCacheError
+from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.writing import destination
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _COMMON = {"README.md", "LICENSE"}
 
@@ -51,6 +55,42 @@ def output_folder(path: Path | None, own: tuple[str, ...] = ()) -> Iterator[None
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only if it is empty
         raise
+
+
+def holds_calibration(folder: Path, model: PreTrainedModel, name: str, overwrite: bool) -> bool:
+    """Whether a folder holds a calibration that a new one would replace; one of another model is refused.
+
+    Args:
+        folder: Where the new one is to go.
+        model: The model that it will be of.
+        name: What the user calls the model.
+        overwrite: Take whatever calibration is there.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        QuantCacheError: It is another model's, or cannot be read.
+    """
+    from quantcache.artifact.calibration import Calibration
+    from quantcache.artifact.files import CONFIG_NAME
+
+    if not (folder / CONFIG_NAME).exists():
+        return False
+    if overwrite:
+        return True
+    try:
+        there = Calibration.from_pretrained(folder)
+    except QuantCacheError as error:
+        found = f"cannot be read ({error})"
+    else:
+        try:
+            there.check_compatible(model, strict=True)
+            return True
+        except CalibrationMismatch as error:
+            theirs = there.metadata.base_model.get("id") or "another model"
+            found = f"is of {theirs} and does not belong to {name} ({error})"
+    raise QuantCacheError(f"the calibration in {folder} {found}: give another folder, or --overwrite")
 
 
 def check_output_file(path: Path) -> None:

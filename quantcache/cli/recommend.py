@@ -7,13 +7,25 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from quantcache.cli.formats import NOT_MEASURED, RecordsOption, compact_table, load_measurements
+from quantcache.cli.formats import NOT_MEASURED, load_measurements
 from quantcache.cli.inspect import rate_line
 from quantcache.cli.loading import find_model, load_calibration
-from quantcache.cli.options import DebugFlag, JsonFlag, RevisionOption, TrustOption
+from quantcache.cli.options import (
+    CALIBRATION_HELP,
+    DebugFlag,
+    JsonFlag,
+    RecordsOption,
+    RevisionOption,
+    TrustOption,
+    token_count,
+    wrong_usage,
+)
+from quantcache.cli.pages import WrongUsage
+from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
+from quantcache.cli.tables import Grid, Prose
+from quantcache.common.choices import Quality, WeightsFormatName
 from quantcache.common.defaults import PREFILL_CHUNK, QUALITIES
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sources import CONFIG_HELP
@@ -29,25 +41,36 @@ def recommend(
     ],
     memory: Annotated[str, typer.Option(metavar="SIZE", help="24GB (1000³ bytes) or 24GiB (1024³ bytes).")],
     context: Annotated[str, typer.Option(metavar="TOKENS", help="Cached tokens of each row; 128K is 131,072.")],
-    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
-    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL accepted, nats per token.")] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="ROWS", help="Rows of the batch.")] = 1,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, metavar="NATS", help="Largest mean KL accepted, nats per token.")
+    ] = None,
     quality: Annotated[
-        str | None,
-        typer.Option(metavar="WORD", help=f"In place of --max-kl: {', '.join(QUALITIES)}."),
+        Quality | None,
+        typer.Option(
+            help=f"In place of --max-kl: {', '.join(f'{limit:g} ({word})' for word, limit in QUALITIES.items())}."
+        ),
     ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Smallest top-1 agreement accepted, such as 0.98.")
+        float | None,
+        typer.Option(min=0, max=1, metavar="SHARE", help="Smallest top-1 agreement accepted, such as 0.98."),
     ] = None,
-    weights_format: Annotated[
-        str, typer.Option(help="bf16, int8, int4-g128, gptq, awq, gguf-q4_0, gguf-q5_1 or nf4.")
+    weights: Annotated[
+        WeightsFormatName, typer.Option("--weights", "--weights-format", help="What the model's weights are kept in.")
     ] = "bf16",
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", "-c", metavar="ARTIFACT", help="The model's calibration, to predict from."),
+        typer.Option(
+            "--calibration",
+            "-c",
+            metavar="ARTIFACT",
+            help=f"The model's calibration, to predict from: {CALIBRATION_HELP}.",
+        ),
     ] = None,
     records: RecordsOption = None,
     prefill_chunk: Annotated[
-        int, typer.Option(help="Prompt tokens that go through the model at once.")
+        int,
+        typer.Option(parser=token_count, metavar="TOKENS", help="Prompt tokens that go through the model at once."),
     ] = PREFILL_CHUNK,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -56,32 +79,37 @@ def recommend(
 ) -> None:
     """Say what fits into a memory, and which format to take.
 
-    Example: quantcache recommend Qwen/Qwen3-0.6B --memory 24GB --context 128K --batch 4 --max-kl 0.01
+    Examples:
+        quantcache recommend wiki11m --memory 88MB --context 32K
+        quantcache recommend Qwen/Qwen3-0.6B --memory 24GB --context 128K --batch 4
+        quantcache recommend Qwen/Qwen3-8B --memory 24GiB --context 64K \\
+          --weights int4-g128 --quality balanced
     """
     with session(json, debug) as run:
-        from quantcache.artifact.quality import check_quality
+        for name, value in (("--max-kl", max_kl), ("--min-agreement", min_agreement)):
+            if value is not None and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} is not a number", param_hint=f"'{name}'")
+        if quality is not None and max_kl is not None:
+            raise WrongUsage(f"give either --quality or --max-kl, got --quality {quality} and --max-kl {max_kl:g}")
+        expect_model(model, revision)
+
         from quantcache.planning import recommend as planning
         from quantcache.planning.demand import Demand
         from quantcache.planning.geometry import load_config
         from quantcache.planning.units import parse_bytes, parse_tokens
 
-        for name, value in (("--max-kl", max_kl), ("--min-agreement", min_agreement)):
-            if value is not None and math.isnan(value):
-                raise ValueError(f"{name} must be a number, got {value}")
-        check_quality(quality)
-        if quality is not None and max_kl is not None:
-            raise ValueError(f"give either --quality or --max-kl, got --quality {quality} and --max-kl {max_kl:g}")
+        with wrong_usage():
+            sizes = parse_bytes(memory, "--memory"), parse_tokens(context, "--context")
         demand = Demand(
-            memory=parse_bytes(memory, "--memory"),
-            context=parse_tokens(context, "--context"),
+            *sizes,
             batch=batch,
             max_kl=max_kl if quality is None else QUALITIES[quality],
             min_agreement=min_agreement,
-            weights=weights_format,
+            weights=weights,
             chunk=prefill_chunk,
         )
         demand.check()
-        find_model(model)
+        find_model(model, revision)
         measurements = load_measurements(records)
         found = planning.recommend(
             planning.model_sizes(load_config(model, revision, trust_remote_code)),
@@ -97,13 +125,13 @@ def recommend(
         run.finish(found.to_dict(), *_shown(found, memory))
 
 
-def _shown(found: Recommendation, unit: str) -> list[Table | str]:
+def _shown(found: Recommendation, unit: str) -> list[Grid | str]:
     from quantcache.planning.units import show_bytes
 
     demand = found.demand
     assert found.best is not None
     best = found.candidate(found.best)
-    summary = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    summary = Grid("", "", fold=True)
     summary.add_row("take", f"{best.format}: {found.reason}")
     summary.add_row("weights", f"{show_bytes(found.weights_bytes, unit)} in {demand.weights}")
     largest = show_bytes(best.cache_bytes_largest, unit)
@@ -118,7 +146,7 @@ def _shown(found: Recommendation, unit: str) -> list[Table | str]:
         f"{found.model}: {show_bytes(demand.memory, unit)}, context {demand.context:,}, batch {demand.batch}, "
         f"weights in {demand.weights}"
     )
-    table = compact_table("format", "cache", "total", "fits", "max context", "KL", "risk", title=title)
+    table = Grid("format", "cache", "total", "fits", "max context", "KL", "risk", title=title)
     for each in found.candidates:
         quality = each.quality
         table.add_row(
@@ -129,6 +157,7 @@ def _shown(found: Recommendation, unit: str) -> list[Table | str]:
             "no limit" if each.max_context is None else f"{each.max_context:,}",
             "-" if quality.kl is None else f"{quality.kl:.5f}",  # the last column says that nothing is known
             quality.risk,
+            style="bold" if each is best else "",
         )
     obstacles: dict[str, list[str]] = {}
     for each in found.candidates:
@@ -140,7 +169,7 @@ def _shown(found: Recommendation, unit: str) -> list[Table | str]:
     lines += [f"* {obstacle}: {'the others' if lines else 'all that are marked'}" for obstacle, _ in groups[-1:]]
     use = ["", *(f"$ {command}" for command in found.commands), *([""] if found.commands else []), found.python]
     bases = dict.fromkeys(f"risk {e.quality.risk}: {e.quality.basis}" for e in found.candidates)
-    return [summary, "", table, *lines, *bases, "", *found.notes, *use]
+    return [summary, "", table, "", *map(Prose, (*lines, *bases)), "", *map(Prose, found.notes), *use]
 
 
 def _fidelity(best: Candidate) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from quantcache.cli.pages import WrongUsage
+from quantcache.cli.tables import Prose
 from quantcache.cli.terminal import Shown, print_result, report, report_error, writing_stdout
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.interrupts import INTERRUPTED, Interrupted
@@ -51,6 +54,7 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
 
     Raises:
         typer.Exit: After an error, with status 1; after Ctrl-C, with status 130.
+        WrongUsage: The body refuses an option; so does typer.BadParameter.
     """
     run = Session()
     try:
@@ -64,7 +68,7 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
         if Interrupted.seen:
             report_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None
-        if debug or isinstance(error, typer.Exit):
+        if debug or isinstance(error, typer.Exit | typer.BadParameter | WrongUsage):
             raise
         report_error(describe(error))
         raise typer.Exit(1) from None
@@ -75,10 +79,12 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
         return
     # Rich assumes 80 columns where it cannot ask, and would fold tables that go to a file or a pipe.
     # A model's text must come out as it is: no markup, no folding.
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if known else 120, highlight=False, markup=False)
     with writing_stdout():
         for item in run.shown:
-            console.print(Shown(item), soft_wrap=isinstance(item, str))
+            folds = not isinstance(item, str) or (isinstance(item, Prose) and sys.stdout.isatty())
+            console.print(Shown(item), soft_wrap=not folds)
 
 
 def describe(error: Exception) -> str:

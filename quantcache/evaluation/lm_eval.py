@@ -21,12 +21,11 @@ from transformers import Cache, PreTrainedModel
 from quantcache import __version__
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.index import bundled_calibrations
-from quantcache.artifact.quality import Quality
-from quantcache.backends import BackendName
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SideBits
 from quantcache.common import compat
+from quantcache.common.choices import BackendName, Quality
 from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.registration import ATTENTION_NAME

@@ -13,13 +13,6 @@ from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.evaluation import memory, needle, qa
 from quantcache.evaluation.methods import RivalStatistics
 
-SUITES = (
-    *("fidelity", "divergence"),
-    *("needle", "records", "lookup", "tools"),
-    *("routing", "transfer", "qa", "memory", "speed"),
-)
-"""What can be measured. ``speed`` includes speculative decoding."""
-
 
 @dataclass(frozen=True)
 class Sizes:

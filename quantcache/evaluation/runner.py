@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache.common import compat
+from quantcache.common.choices import SUITES
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import divergence, exercises, memory, needle, qa, routing, speculative, speed, transfer
@@ -21,7 +22,7 @@ from quantcache.evaluation.feeding import check_lengths, has_template, opening
 from quantcache.evaluation.fidelity import check_stride, check_tail, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.paired import relative_kl
-from quantcache.evaluation.plan import SUITES, Material, Plan
+from quantcache.evaluation.plan import Material, Plan
 from quantcache.evaluation.tasks import measure_task
 
 GROUP = 4

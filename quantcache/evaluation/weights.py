@@ -39,6 +39,24 @@ def weights_library(name: str) -> tuple[str, Literal["int8", "int4"], str | None
     return found, kind, missing[found]  # type: ignore[return-value]
 
 
+def require_quantizer(name: str) -> tuple[str, Literal["int8", "int4"]]:
+    """Refuse weights that nothing can quantize here.
+
+    Args:
+        name: See :func:`weights_library`.
+
+    Returns:
+        The library and the kind.
+
+    Raises:
+        QuantCacheError: The name is unknown, or the library is not installed.
+    """
+    library, kind, missing = weights_library(name)
+    if missing:
+        raise QuantCacheError(f"weights {name!r}: {missing}")
+    return library, kind
+
+
 def quantize_weights(model: PreTrainedModel, name: str) -> str:
     """Quantize the weights of a model's linear layers; embeddings and the output head stay as they are.
 
@@ -55,9 +73,7 @@ def quantize_weights(model: PreTrainedModel, name: str) -> str:
     Raises:
         QuantCacheError: The name is unknown, or the library is not installed.
     """
-    library, kind, missing = weights_library(name)
-    if missing:
-        raise QuantCacheError(f"weights {name!r}: {missing}")
+    library, kind = require_quantizer(name)
     head = model.get_output_embeddings()
     kept = [path for path, module in model.named_modules() if module is head]
     if library == "quanto":

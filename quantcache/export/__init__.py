@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantcache.export.absorption import BASES, Basis
+from quantcache.common.choices import BASES, Basis
 from quantcache.export.exporter import export_checkpoint
 from quantcache.export.model import absorb
 from quantcache.export.report import ExportReport

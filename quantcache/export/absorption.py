@@ -14,7 +14,6 @@ Shapes: H key/value heads, G query heads on each, D dimension of a value.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +21,7 @@ from torch import Tensor
 from quantcache.coding import linalg
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import SideCalibration
-
-Basis = Literal["spectral", "flat"]
-BASES: tuple[Basis, ...] = ("spectral", "flat")
+from quantcache.common.choices import Basis
 
 
 @dataclass(frozen=True)

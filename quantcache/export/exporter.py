@@ -24,10 +24,10 @@ from quantcache.artifact.files import ARTIFACT_FILES
 from quantcache.artifact.identity import other_projection
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
+from quantcache.common.choices import Basis
 from quantcache.common.errors import CalibrationWarning, QuantCacheError
 from quantcache.common.sequences import text_tokens
 from quantcache.common.writing import partial_folder
-from quantcache.export.absorption import Basis
 from quantcache.export.card import card_header, render_export_card
 from quantcache.export.checkpoint import Checkpoint
 from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps

@@ -14,10 +14,9 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.identity import ReadWeight, with_projections
 from quantcache.coding.rope import Frame
 from quantcache.common import compat
+from quantcache.common.choices import BASES, Basis
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError, UnsupportedModel
 from quantcache.export.absorption import (
-    BASES,
-    Basis,
     ValueMap,
     absorbed_keys,
     absorbed_values,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.export.absorption import Basis
+from quantcache.common.choices import Basis
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def test_chat_demo(monkeypatch: pytest.MonkeyPatch, chatting: Path, run: Run) ->
     assert not second["right_dense"]
     assert not second["right_spectral"]
     assert "wrong, it is no such words" in _chat(found).plain
-    assert [column.header for column in _chat_table(found).columns] == ["", "dense cache", "spectral cache"]
+    table, caption = _chat_table(found)
+    assert table.heads == ("", "dense cache", "spectral cache")
+    assert f"{found['cached_tokens']:,} cached tokens" in caption
 
 
 def test_chat_demo_refuses(run: Run, chatting: Path) -> None:
@@ -91,10 +93,16 @@ def test_chat_demo_refuses(run: Run, chatting: Path) -> None:
     for arguments, message in (
         ((chatting, "-c", "wiki11m"), f"{chatting} has no chat template: the demo needs a model that chats"),
         (("owner/model",), "the index has no calibration of owner/model; it has wiki11m, smollm2-135m"),
-        (("wiki11m", "-c", "wiki11m"), "the demo calibrates wiki11m itself: leave --calibration out"),
     ):
-        status, _, err = run("demo", "--model", *arguments)
-        assert (status, err.splitlines()[-1]) == (1, f"error: {message}")
+        for option in ((), ("--model",)):
+            status, _, err = run("demo", *option, *arguments)
+            assert (status, err.splitlines()[-1]) == (1, f"error: {message}")
+    for arguments, message in (
+        (("wiki11m", "-c", "wiki11m"), "the demo calibrates wiki11m itself: leave --calibration out"),
+        (("a", "--model", "b"), "give the model once, got a and --model b"),
+    ):
+        status, _, err = run("demo", *arguments)
+        assert (status, err) == (2, f"error: {message} (see quantcache demo --help)\n")
 
 
 def test_chat_demo_needs_room(chatting: Path) -> None:

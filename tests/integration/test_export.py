@@ -516,14 +516,14 @@ def test_command_line(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| spectral-3 | 0.9877 |" in card
     assert "broken" not in card
-    for spoiled, message in (
-        (["--basis", "round"], "basis must be one of spectral, flat, got 'round'"),
-        (["--metrics", str(folder / "config.json")], "is not what quantcache eval writes"),
-        (["--push-to-hub", "a/b/c"], "not a valid Hub repository id"),
+    for spoiled, status, message in (
+        (["--basis", "round"], 2, "'--basis': 'round' is not one of 'spectral', 'flat'"),
+        (["--records", str(folder / "config.json")], 1, "is not what quantcache eval writes"),
+        (["--push-to-hub", "a/b/c"], 1, "not a valid Hub repository id"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main([*arguments[:5], str(tmp_path / "other"), *spoiled])
-        assert ended.value.code == 1
+        assert ended.value.code == status
         captured = capsys.readouterr()
         assert captured.out == ""
         assert message in captured.err

@@ -17,11 +17,12 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel,
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.common import compat
+from quantcache.common.choices import SUITES
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.evaluation import memory, needle, qa, routing, runner, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.methods import Method, parse_methods
-from quantcache.evaluation.plan import QUICK, SUITES, Material, Plan
+from quantcache.evaluation.plan import QUICK, Material, Plan
 from quantcache.evaluation.provenance import model_sha256
 from quantcache.evaluation.record import check
 from tests.builders import held_bytes, llama_config

@@ -375,12 +375,14 @@ def test_models_that_give_nan(
         monkeypatch.setattr(verb, "load_model", lambda *args, **kwargs: (broken, demo_tokenizer))
     text = ("--text", folder / "held_out.txt")
     for metric in ("fisher", "query", "identity"):
-        status, _, err = run("calibrate", "x", *text, "--metric", metric, "-o", tmp_path / "out", "--tokens", 512)
+        status, _, err = run("calibrate", "wiki11m", *text, "--metric", metric, "-o", tmp_path / "out", "--tokens", 512)
         assert status == 1
         assert "cannot be calibrated in float32: keys of layer 2 have NaN values" in err
-    status, _, err = run("analyze", "x", *text, "-o", tmp_path / "report", "--tokens", 1024)
+    status, _, err = run("analyze", "wiki11m", *text, "-o", tmp_path / "report", "--tokens", 1024)
     assert (status, err.count("\n")) == (1, 1)
-    status, _, err = run("eval", "x", *text, "--methods", "dense,turboquant-mse-3", "--context", 128, "--tokens", 256)
+    status, _, err = run(
+        "eval", "wiki11m", *text, "--methods", "dense,turboquant-mse-3", "--context", 128, "--tokens", 256
+    )
     assert status == 1
     assert "no method could be measured" in err
     assert "not finite" in err

@@ -138,7 +138,7 @@ def test_calibrating_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert made.recipe["text_sha256"] == [digest]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--bits", "4", "--seed", "1", "--text", str(tmp_path / "text.txt")])
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert "--recipe sets --bits, --seed, --text already" in capsys.readouterr().err
 
 

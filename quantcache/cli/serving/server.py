@@ -144,27 +144,3 @@ async def _as_openai(events: AsyncIterator[Any], done: bool) -> AsyncIterator[An
             yield event
     if done:
         yield "data: [DONE]\n\n"
-
-
-def template_keywords(given: str | None, reasoning: str) -> dict[str, Any]:
-    """Keywords of every chat template.
-
-    Args:
-        given: A JSON object.
-        reasoning: ``"on"``, ``"off"`` or ``"auto"``.
-
-    Returns:
-        The keywords.
-
-    Raises:
-        ValueError: The text is not a JSON object, or ``reasoning`` is something else.
-    """
-    try:
-        found = {} if given is None else json.loads(given)
-    except ValueError as error:
-        raise ValueError(f"--chat-template-kwargs must be a JSON object: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"--chat-template-kwargs must be a JSON object, got {given}")
-    if reasoning not in ("on", "off", "auto"):
-        raise ValueError(f"--reasoning must be on, off or auto, got {reasoning!r}")
-    return found if reasoning == "auto" else {**found, "enable_thinking": reasoning == "on"}

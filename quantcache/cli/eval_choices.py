@@ -1,0 +1,160 @@
+"""What ``quantcache eval`` may be asked to measure: its options read, and its methods listed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from quantcache.cli.options import wrong_usage
+from quantcache.cli.pages import WrongUsage
+from quantcache.cli.tables import Grid, Prose
+from quantcache.common.choices import SUITES, Suite
+
+if TYPE_CHECKING:
+    from quantcache.evaluation.methods import Scheme
+
+ALL = "all"
+
+
+def read_names(option: str, given: str) -> list[str]:
+    """The parts of a comma-separated option, each once.
+
+    Args:
+        option: The option's name, for the error.
+        given: What the user wrote.
+
+    Returns:
+        The parts.
+
+    Raises:
+        typer.BadParameter: There is none.
+    """
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    if not names:
+        raise typer.BadParameter("it names nothing", param_hint=f"'{option}'")
+    return names
+
+
+def read_numbers(option: str, given: str, least: int) -> tuple[int, ...]:
+    """The whole numbers of a comma-separated option; ``4K`` is 4096.
+
+    Args:
+        option: The option's name, for the error.
+        given: What the user wrote.
+        least: The smallest number that it may have.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        typer.BadParameter: A part is no whole number, or too small.
+    """
+    hint = f"'{option}'"
+    try:
+        numbers = tuple(1024 * int(part[:-1]) if part[-1] in "kK" else int(part) for part in read_names(option, given))
+    except ValueError:
+        message = f"{given!r} is not one or several whole numbers, comma-separated, such as 1024 or 1K,4K"
+        raise typer.BadParameter(message, param_hint=hint) from None
+    if min(numbers) < least:
+        raise typer.BadParameter(f"{min(numbers)} is less than {least}", param_hint=hint)
+    return numbers
+
+
+def read_suites(given: str, qa: Path | None) -> tuple[Suite, ...]:
+    """The suites of a comma-separated option, in their own order.
+
+    Args:
+        given: What the user wrote.
+        qa: The file that one of them needs.
+
+    Returns:
+        Their names.
+
+    Raises:
+        typer.BadParameter: A name is unknown.
+        WrongUsage: One needs a file that is not given.
+    """
+    names = read_names("--suite", given)
+    unknown = [name for name in names if name not in (*SUITES, ALL)]
+    if unknown:
+        message = f"{unknown[0]!r} is not one of {', '.join(SUITES)}, {ALL}"
+        raise typer.BadParameter(message, param_hint="'--suite'")
+    if "qa" in names and qa is None:
+        raise WrongUsage("--suite qa needs --qa FILE")
+    return SUITES if ALL in names else tuple(name for name in SUITES if name in names)
+
+
+def check_methods(names: Sequence[str]) -> bool:
+    """Refuse methods that there are not, before a model is loaded.
+
+    Args:
+        names: What ``--methods`` names.
+
+    Returns:
+        Whether one of them needs a calibration of the model.
+
+    Raises:
+        WrongUsage: A name is unknown, or its number out of range. Ranks are bounded by the model, and checked later.
+    """
+    from quantcache.evaluation.methods.registry import SCHEMES, split_name
+
+    found: list[Scheme] = []
+    for name in names:
+        if name == ALL:
+            found += SCHEMES.values()
+            continue
+        known = split_name(name)
+        if known is None:
+            patterns = ", ".join(each.pattern for each in SCHEMES.values())
+            raise WrongUsage(f"unknown method {name!r}: known are {patterns}, {ALL}; --list-methods explains them")
+        scheme, number = known
+        if scheme.parameter not in ("", "K"):
+            with wrong_usage():
+                scheme.check(number)
+        found.append(scheme)
+    return any(scheme.needs == "calibration" for scheme in found)
+
+
+def methods_known() -> tuple[dict[str, Any], Grid, Prose]:
+    """Every method that can be measured: as JSON, and for people."""
+    from quantcache.evaluation.methods.registry import SCHEMES
+
+    data = [
+        {
+            "method": scheme.pattern,
+            "numbers": scheme.numbers or (scheme.limits if scheme.parameter in ("B", "T") else None),
+            "any_number_between": scheme.numbers is None and scheme.parameter == "B",
+            "family": scheme.family,
+            "simulated": scheme.simulated,
+            "needs": scheme.needs or None,
+            "unsupported": scheme.unsupported(),
+            "description": scheme.description,
+            "source": scheme.source,
+        }
+        for scheme in SCHEMES.values()
+    ]
+    grid = Grid("method", "numbers", "what it does", text=3, fold=True)
+    for each in data:
+        name = f"{each['method']}{'*' if each['simulated'] else ''}"
+        lacking = f"; not here: {each['unsupported']}" if each["unsupported"] else ""
+        grid.add_row(name, _range(each), f"{each['description']}{lacking}")
+    note = (
+        "B: bits; K: a rank; T: tokens of a tile. * simulated: no cache stores it packed; its values are rounded as "
+        "its codes would round them. 'all' is every family at the numbers it is compared at."
+    )
+    return {"methods": data}, grid, Prose(f"\n{note}")
+
+
+def _range(method: dict[str, Any]) -> str:
+    """The numbers that a method takes, for people."""
+    numbers = method["numbers"]
+    if not numbers:
+        return "" if not method["method"].endswith("-K") else "1 to D"
+    first, last = numbers[0], numbers[-1]
+    if method["any_number_between"]:
+        return f"{first:g} to {last:g}"
+    whole = tuple(numbers) == tuple(range(first, last + 1))
+    return f"{first}" if first == last else f"{first}-{last}" if whole else ", ".join(map(str, numbers))
