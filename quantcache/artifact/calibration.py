@@ -108,8 +108,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         Raises:
             ValueError: A number of bits is outside ``[min_bits, 8]``.
         """
-        rate = replace(rate, bits=float(rate.bits))
         check_rates(rate)
+        rate = replace(rate, bits=float(rate.bits))
         layers = allocate_layers(self.layers, rate, self.metadata.codec, self.metadata.joint)
         return Calibration(layers, replace(self.metadata, rate=rate))
 

@@ -59,7 +59,7 @@ def check_quality(quality: str | None, bits: float | None = None) -> None:
         *others, last = QUALITIES
         raise ValueError(f"quality must be {', '.join(others)} or {last}, got {quality!r}")
     if quality is not None and bits is not None:
-        raise ValueError(f"give either quality or bits, got quality={quality!r} and bits={bits:g}")
+        raise ValueError(f"give either quality or bits, got quality={quality!r} and bits={bits!r}")
 
 
 def at_quality(

@@ -16,6 +16,7 @@ from quantcache.attention.probe import detect_ropes, evaluating, observed_values
 from quantcache.backends.padding import Grid
 from quantcache.cache.codecs import CodecFactory, calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, SpectralCache
+from quantcache.coding.allocation import check_rate
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.schema import CodecSettings, Metadata, Rate
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
@@ -31,8 +32,7 @@ def self_calibrating_cache(
     cls: type[SpectralCache], model: PreTrainedModel, bits: float = 3.0, **kwargs: Any
 ) -> SpectralCache:
     """See :meth:`quantcache.SpectralCache.self_calibrating`."""
-    if not 0 <= bits <= 8:
-        raise ValueError(f"bits must lie between 0 and 8, got {bits}")
+    check_rate(bits)
     if kwargs.pop("quality", None) is not None:
         raise ValueError("quality needs a calibration, which predicts it; a self-calibrating cache has none: give bits")
     settings = CodecSettings()

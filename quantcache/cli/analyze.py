@@ -24,6 +24,7 @@ from quantcache.cli.options import (
 from quantcache.cli.outputs import output_folder
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
+from quantcache.cli.tables import Prose
 
 FILES = ("report.json", "report.html", "report.png")
 """What a run writes."""
@@ -99,7 +100,7 @@ def analyze(
         seconds = time.perf_counter() - started
         files = ", ".join(str(path) for path in paths)
         data = {**report.to_dict(), "files": [str(path) for path in paths], "seconds": seconds}
-        run.finish(data, report.summary(), f"\n{files} ({seconds:.0f} s)")
+        run.finish(data, Prose(report.summary()), Prose(f"\n{files} ({seconds:.0f} s)"))
 
 
 def _text(path: Path | None, calibrated: bool) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from quantcache.cli.outputs import holds_calibration, output_folder
 from quantcache.cli.pages import WrongUsage
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
-from quantcache.cli.tables import Grid
+from quantcache.cli.tables import Grid, Prose
 from quantcache.common.choices import Metric
 from quantcache.common.errors import HubError
 from quantcache.common.sources import MODEL_HELP
@@ -181,7 +181,7 @@ def calibrate(
 
 def _result(
     calibration: Calibration, model: str, where: dict[str, str | None], replaces: bool, seconds: float
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], Prose]:
     """What is said of a calibration that has been made: as JSON, and in a line."""
     data = {
         "model": model,
@@ -199,7 +199,7 @@ def _result(
         f"({calibration.metadata.recipe['tokens']:,} tokens, {seconds:.0f} s)"
         f"{', in place of an older one' if replaces else ''}"
     )
-    return data, line
+    return data, Prose(line)
 
 
 def _recipe(name: str, context: typer.Context) -> Recipe:

@@ -21,6 +21,7 @@ from quantcache.cli.options import (
     RevisionOption,
 )
 from quantcache.cli.session import progress_bar, session
+from quantcache.cli.tables import Prose
 from quantcache.common.choices import Basis
 from quantcache.common.errors import HubError
 
@@ -99,4 +100,4 @@ def export(
             lines.append(f"logits {report.difference}")
         if report.left_out:
             lines.append(f"left out, since they are not rewritten: {', '.join(report.left_out)}")
-        run.finish(result, *lines)
+        run.finish(result, *map(Prose, lines))

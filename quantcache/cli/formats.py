@@ -17,6 +17,7 @@ from quantcache.cli.options import (
     RevisionOption,
     TrustOption,
     named_model,
+    wrong_usage,
 )
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
@@ -66,7 +67,10 @@ def formats(
         find_model(model, revision)
         measurements = load_measurements(records)
         geometry = read_geometry(load_config(model, revision, trust_remote_code))
-        found = table.sort(table.select(table.rows(geometry, model, measurements), filters or ()), sort)
+        found = table.rows(geometry, model, measurements)
+        with wrong_usage():
+            found = table.select(found, filters or ())
+        found = table.sort(found, sort)
         data: dict[str, Any] = {
             "model": model,
             "elements_per_token": geometry.elements,

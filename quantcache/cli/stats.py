@@ -57,7 +57,7 @@ class LiveStats:
         self._first, self._latest = self._first or now, now
         if self._live is not None and now - self._shown >= INTERVAL:
             self._shown = now
-            self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._live.update(Text(self.line()), refresh=True)
 
     def end(self) -> None:
         """Nothing is left to do."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -30,21 +30,25 @@ class Group:
     size: int
 
 
-def check_rate(bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH) -> None:
+def check_rate(bits: float, min_bits: int = 0, max_bits: int = MAX_WIDTH, name: str = "bits") -> None:
     """Refuse rates that no allocation can have.
 
     Args:
         bits: Mean code width in bits.
         min_bits: Smallest width that may be given.
         max_bits: Largest width that may be given.
+        name: What the error calls the bits.
 
     Raises:
-        ValueError: ``min_bits`` is negative, or ``bits`` outside ``[min_bits, max_bits]``.
+        ValueError: ``min_bits`` is negative, or ``bits`` no number or outside ``[min_bits, max_bits]``.
     """
-    if not isinstance(min_bits, Integral) or min_bits < 0:
+    if not isinstance(min_bits, Integral) or isinstance(min_bits, bool) or min_bits < 0:
         raise ValueError(f"min_bits must be a whole number from 0 up, got {min_bits!r}")
+    if not isinstance(bits, Real) or isinstance(bits, bool):
+        raise ValueError(f"{name} must be a number from {min_bits} to {max_bits}, got {bits!r}")
     if not min_bits <= bits <= max_bits:  # also refuses NaN
-        raise ValueError(f"bits must lie between min_bits ({min_bits}) and {max_bits}, got {bits}")
+        least = f"min_bits ({min_bits})" if min_bits else "0"
+        raise ValueError(f"{name} must lie between {least} and {max_bits}, got {bits}")
 
 
 def check_rates(rate: Rate) -> None:
@@ -62,7 +66,7 @@ def check_rates(rate: Rate) -> None:
             continue
         if own is None or isinstance(own, str):
             raise ValueError(f"{name} must be a number, 'dense' or 'joint', got {own!r}")
-        check_rate(own, rate.min_bits)
+        check_rate(own, rate.min_bits, name=name)
 
 
 def allocate(

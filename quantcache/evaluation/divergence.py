@@ -156,9 +156,11 @@ def measure_divergence(
     """
     cells = cells or Cells()
     check_lengths(model, [context + new_tokens], "prompt and continuation together,")
-    for name, number, least in (("bins", bins, 1), ("new_tokens", new_tokens, max(2, bins)), ("step", step, 1)):
+    for name, number, least in (("bins", bins, 1), ("new_tokens", new_tokens, 2), ("step", step, 1)):
         if number < least:
             raise QuantCacheError(f"{name} must be at least {least}, got {number}")
+    if new_tokens < bins:
+        raise QuantCacheError(f"{new_tokens} new tokens cannot be parted into {bins} bins")
     if not temperature > 0:
         raise QuantCacheError(f"the temperature must be above 0, got {temperature}")
     rows = _prompts(

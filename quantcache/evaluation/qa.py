@@ -237,9 +237,12 @@ def measure_qa(
         Scores of every method, and agreement with the dense cache.
 
     Raises:
-        QuantCacheError: The template lacks a place, or no question fits.
+        QuantCacheError: The template lacks a place, no question fits, or a number is out of range.
     """
     cells = cells or Cells()
+    for name, number, least in (("count", count, 1), ("new_tokens", new_tokens, 1), ("shots", shots, 0)):
+        if number < least:
+            raise QuantCacheError(f"{name} must be at least {least}, got {number}")
     for place in ("{context}", "{question}"):
         if place not in template:
             raise QuantCacheError(f"question template {template!r} lacks {place}")

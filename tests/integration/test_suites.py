@@ -423,6 +423,9 @@ def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer
     assert good.paired == failed.paired == {}
     with pytest.raises(QuantCacheError, match=r"lacks \{question\}"):
         qa.measure_qa(demo_model, demo_tokenizer, questions, methods, template="{context}")
+    for name, number, least in (("count", 0, 1), ("new_tokens", 0, 1), ("shots", -1, 0)):
+        with pytest.raises(QuantCacheError, match=f"{name} must be at least {least}, got {number}"):
+            qa.measure_qa(demo_model, demo_tokenizer, questions, methods, **{name: number})  # type: ignore[arg-type]
     chosen = qa._choose(demo_model, demo_tokenizer, questions, 3, 0, 7, qa.TEMPLATE, False, 2)
     for question, prompt in chosen:  # others are shown with their first answer, never one about the same paragraph
         shown = str(demo_tokenizer.decode(prompt))

@@ -17,7 +17,7 @@ import pytest
 from quantcache.analysis.charts import Chart, Series
 from quantcache.analysis.drawing import draw_svg
 from quantcache.analysis.report import Report, ReportError
-from quantcache.analysis.tables import cards, count, nats, number, percent, tables
+from quantcache.analysis.tables import _OVERVIEW, cards, count, nats, number, percent, provenance, tables
 from quantcache.common.errors import QuantCacheError
 from tests.reports import make_report
 
@@ -240,6 +240,19 @@ def test_outputs_agree_to_the_printed_digit(report: Report) -> None:
     for each, row in zip(data["divergences"], page.tables["divergence"][1:], strict=True):
         assert row[2:4] == [nats(each["predicted"]), nats(each["measured"])]
         assert re.search(rf"{re.escape(row[2])} +{re.escape(row[3])} ", summary)
+
+
+def test_the_summarys_tables_fit_a_terminal(report: Report) -> None:
+    """Heads fold where a table would not; the figures stay as they are."""
+    prose = ("Note: ", provenance(report))
+    lines = [line for line in report.summary().splitlines() if not line.startswith(prose)]
+    assert max(map(len, lines)) <= 80
+    place = lines.index("Targets")
+    heads = " ".join(lines[place + 1 : place + 3]).split()
+    assert sorted(heads) == sorted(" ".join(_OVERVIEW).split())
+    (overview,) = (table for table in tables(report) if table.name == "overview")
+    shown = [cell.text for cell, (name, _) in zip(overview.rows[0], overview.columns, strict=True) if name in _OVERVIEW]
+    assert lines[place + 3].split() == " ".join(shown).split()
 
 
 def test_page_asks_for_nothing(report: Report) -> None:
