@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from quantcache.cli.loading import find_model, load_calibration
+from quantcache.cli.loading import find_model, load_calibration, own_calibration
 from quantcache.cli.options import CalibrationOption, DebugFlag, JsonFlag, NamedOption, named_model
 from quantcache.cli.pages import WrongUsage
+from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
 from quantcache.cli.tables import Grid, Prose
 from quantcache.common.sources import MODEL_HELP
@@ -41,9 +42,8 @@ def demo(
             data = run_demo()
             run.finish(data, *_table(data), _texts(data))
             return
-        from quantcache.artifact.calibration import Calibration
-
-        constants = Calibration.for_model(model) if calibration is None else load_calibration(calibration)
+        expect_model(model)
+        constants = load_calibration(calibration or own_calibration(model))
         source = find_model(model)
 
         from quantcache.evaluation.chat_demo import run_chat_demo

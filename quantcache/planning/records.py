@@ -206,8 +206,8 @@ def read_measurements(paths: Iterable[Path]) -> Measurements:
         Their figures.
 
     Raises:
-        RecordError: A file is missing, damaged, or no record, or a file that was named has only figures that cannot be
-            compared with others.
+        RecordError: A file is missing, damaged, or no record, a folder has none, or a file that was named has only
+            figures that cannot be compared with others.
     """
     found = Measurements()
     for path in paths:
@@ -221,10 +221,12 @@ def read_measurements(paths: Iterable[Path]) -> Measurements:
                 raise RecordError(f"{path}: its figures cannot be compared with others: they are of {reasons[0]}")
             found += own
             continue
-        for file in sorted(path.rglob("*.json")):
-            content = read_strict_json(file)
-            if isinstance(content, dict) and content.get("suite") in SUITES:
-                found += measurements_of(content, file)
+        contents = [(file, read_strict_json(file)) for file in sorted(path.rglob("*.json"))]
+        records = [(each, file) for file, each in contents if isinstance(each, dict) and each.get("suite") in SUITES]
+        if not records:
+            raise RecordError(f"no records found in {path}")
+        for each, file in records:
+            found += measurements_of(each, file)
     return found
 
 

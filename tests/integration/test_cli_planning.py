@@ -196,6 +196,7 @@ def test_lines_and_commands_run(
         (("formats", "--filter", "price<3"), "unknown column 'price': known are bits, bytes, kl"),
         (("formats", "--records", "cut.json"), "cut.json cannot be read as JSON"),
         (("formats", "--records", "nowhere"), "no records found at nowhere"),
+        (("formats", "--records", "bare"), "no records found in bare"),
         (("formats", "--records", "bare/config.json"), "not a record: missing schema_version"),
         (("formats", "--model", "./nowhere"), "there is no folder ./nowhere"),
         (("formats", "--model", "broken"), "cannot load the config of broken"),
