@@ -262,7 +262,7 @@ def test_rates_near_zero_are_no_evidence(demo_model: PreTrainedModel, demo_token
     (shown,) = tables({"metrics": {"tools": result}})
     assert not isinstance(shown, str)
     assert str(shown.title).endswith("– where the dense cache scores below 20%: no evidence")
-    rows = list(zip(*(column.cells for column in shown.columns), strict=True))
+    rows = shown.rows
     assert rows[0] == ("dense", "0/2 (0% to 66%)", "0/2 (0% to 66%)", "")
     assert rows[1] == ("q8_0 (simulated)", "–", "–", "–")
     # The same with a model that can: figures are shown.
@@ -270,7 +270,7 @@ def test_rates_near_zero_are_no_evidence(demo_model: PreTrainedModel, demo_token
     (shown,) = tables({"metrics": {"tools": result}})
     assert not isinstance(shown, str)
     assert "evidence" not in str(shown.title)
-    assert [str(column._cells[1])[:3] for column in shown.columns[1:]] == ["0/2", "0/2", "0 /"]
+    assert [cell[:3] for cell in shown.rows[1][1:]] == ["0/2", "0/2", "0 /"]
 
 
 @pytest.mark.parametrize(

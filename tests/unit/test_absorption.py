@@ -11,8 +11,8 @@ from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import Frame, Rope
 from quantcache.coding.schema import CodecSettings, SideCalibration
+from quantcache.common.choices import BASES
 from quantcache.export.absorption import (
-    BASES,
     Basis,
     ValueMap,
     absorbed_keys,
