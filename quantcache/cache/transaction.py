@@ -88,7 +88,7 @@ def with_symbolic_length(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         layer: The layer, not yet changed.
-        state: New attributes, to which this adds.
+        state: New attributes, to which this adds; its ``state`` is the layer's.
 
     Returns:
         ``state``.

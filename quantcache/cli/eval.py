@@ -21,8 +21,8 @@ from quantcache.cli.options import (
     DtypeOption,
     JsonFlag,
     RevisionOption,
+    TokensOption,
     TrustOption,
-    token_count,
 )
 from quantcache.cli.outputs import check_output_file
 from quantcache.cli.pages import MODEL, WrongUsage
@@ -81,9 +81,7 @@ def evaluate(
             show_default="2K or the model's limit; with --tail 1K, 4K and 8K as far as model and text allow",
         ),
     ] = None,
-    tokens: Annotated[
-        int, typer.Option(parser=token_count, metavar="TOKENS", help="Tokens of text to use at most, such as 16K.")
-    ] = 16_384,
+    tokens: TokensOption = 16_384,
     residual: Annotated[
         str, typer.Option(metavar="TOKENS", help="Recent tokens that every method keeps; several for fidelity.")
     ] = str(RESIDUAL_LENGTH),
@@ -231,6 +229,7 @@ def evaluate(
         names = tuple(read_names("--methods", methods))
         contexts = None if context is None else read_numbers("--context", context, 2)
         residuals = read_numbers("--residual", residual, 0) if tail is None else read_numbers("--tail", tail, 0)
+        prompts = None if lengths is None else read_numbers("--lengths", lengths, 2)
         if tokens < 2:
             raise typer.BadParameter("a prediction needs two tokens", param_hint="'--tokens'")
         if output is not None:
@@ -271,7 +270,7 @@ def evaluate(
             stride=stride,
             sizes=_sizes(quick, questions, trials),
             needle_form=_needle_form(needle_fact, needle_question),
-            lengths=None if lengths is None else read_numbers("--lengths", lengths, 2),
+            lengths=prompts,
             chat=chat,
             text_name=text.stem,
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcache.cli.reaching import expect_model, hub_problem, require_folder
 from quantcache.cli.terminal import report
+from quantcache.common.choices import DTYPES
 from quantcache.common.errors import HubError, QuantCacheError, UnsupportedModel
 from quantcache.common.plaintext import read_utf8
 from quantcache.common.sources import OURS, model_source, source_name
@@ -207,7 +208,7 @@ def model_placement(device: str | None, dtype: str | None) -> tuple[str, str]:
         device = kind if kind == "cpu" else device
     if dtype is None:
         dtype = "float32" if device.startswith("cpu") else "auto"
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    if dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
     return device, dtype
 

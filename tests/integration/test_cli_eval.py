@@ -245,6 +245,10 @@ BAD_INPUT = {
         (*EVAL, "--suite", "records", "--lengths", "1K,x"),
         "'--lengths': '1K,x' is not one or several whole numbers",
     ),
+    "lengths before the model": (
+        ("eval", "./nowhere", "--text", "held_out.txt", "--lengths", "x"),
+        "'--lengths': 'x' is not one or several whole numbers",
+    ),
     "lengths beyond the model": ((*EVAL, "--suite", "needle", "--lengths", "4K"), "4096 exceeds the model's limit of"),
     "chat without template": ((*EVAL, "--suite", "needle", "--chat"), "has no chat template"),
     "nothing left": ((*EVAL, "--suite", "transfer", "--methods", "dense"), "transfer: skipped: no method needs"),
