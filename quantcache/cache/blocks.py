@@ -262,7 +262,7 @@ class BlockLayer(DynamicLayer):
             tails = {side: view.dense(side)[:, :, :keep].clone() for side in SIDES}
             if trail is not None:
                 trail = padding.plain(blocks.grid, trail.shape[0], 0, keep, trail.device)
-            blocks = NO_BLOCKS._replace(layout=self.state.blocks.layout)
+            blocks = NO_BLOCKS
         else:
             blocks = self._cut(blocks, keep)
             tails = {side: tail[:, :, :0].clone() for side, tail in tails.items()}

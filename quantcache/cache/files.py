@@ -342,8 +342,9 @@ def _read_spectral(
         block_table = reader.read(f"{prefix}.places", (blocks, 3), torch.int32)
         spans = _read_spans(reader, block_table, layer.sink_length)
         table, cut = BlockStore(blocks, {"block_table": block_table}), any(span.length < BLOCK for span in spans)
-        encoded = encoded._replace(spans=spans, table=table, cut=cut)
-        encoded = encoded._replace(codecs=codecs, stores=stores, sinks=sinks, leads=leads)
+        encoded = encoded._replace(
+            codecs=codecs, spans=spans, table=table, stores=stores, sinks=sinks, leads=leads, cut=cut
+        )
     layer._put(LayerState(encoded, tails, trail))
     if layer.get_seq_length() != entry["tokens"]:
         raise ArtifactError(
