@@ -43,7 +43,9 @@ from quantcache.common import compat
 from quantcache.common.sequences import leading_token, text_tokens
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
-from quantcache.evaluation import Method, measure_fidelity, parse_methods, summaries
+from quantcache.evaluation import summaries
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.provenance import model_sha256
 
 STRETCH = 64

@@ -34,7 +34,7 @@ from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import Rope
 from quantcache.common.sequences import text_tokens
-from quantcache.evaluation import measure_fidelity
+from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.export import absorb
 from quantcache.export.model import absorbed_calibration, changed_tensors, layer_maps

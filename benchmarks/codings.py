@@ -29,7 +29,8 @@ from quantcache.attention import spectral_attention
 from quantcache.cli.loading import load_model
 from quantcache.coding.schema import Coding
 from quantcache.common.sequences import text_tokens
-from quantcache.evaluation import measure_fidelity, needs_statistics, parse_methods, text_statistics
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import needs_statistics, parse_methods, text_statistics
 
 RIVALS = "fp8,quanto-4,kivi-2,kivi-3,kivi-4,quarot-3,quarot-4,turboquant-mse-3,turboquant-mse-4,oscar-3,oscar-4"
 CODINGS: tuple[Coding, ...] = get_args(Coding)

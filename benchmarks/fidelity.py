@@ -35,8 +35,8 @@ from quantcache.common import compat
 from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
-from quantcache.evaluation import FidelityResult, measure_fidelity, needs_statistics, parse_methods, text_statistics
-from quantcache.evaluation.methods import SCHEMES, RivalStatistics
+from quantcache.evaluation.fidelity import FidelityResult, measure_fidelity
+from quantcache.evaluation.methods import SCHEMES, RivalStatistics, needs_statistics, parse_methods, text_statistics
 from quantcache.evaluation.provenance import model_sha256, text_sha256
 from quantcache.evaluation.weights import KINDS, quantize_weights, weights_library
 

@@ -25,7 +25,8 @@ from quantcache.attention.probe import RecordingCache, recorded_queries, run
 from quantcache.cli.loading import load_model
 from quantcache.coding import linalg
 from quantcache.common.sequences import text_tokens
-from quantcache.evaluation import Method, measure_fidelity, parse_methods, text_statistics
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import Method, parse_methods, text_statistics
 from quantcache.evaluation.methods.base import Setting, SimulatedCodec, hadamard, simulated_cache
 from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec
 from quantcache.evaluation.methods.integer import QuarotCodec

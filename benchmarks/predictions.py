@@ -20,7 +20,8 @@ from quantcache.cli.loading import load_model
 from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.sequences import text_tokens
 from quantcache.common.sources import MODEL_HELP
-from quantcache.evaluation import measure_fidelity, parse_methods
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import parse_methods
 from quantcache.evaluation.provenance import text_sha256
 
 VALIDATION = "wikitext2_valid.txt"

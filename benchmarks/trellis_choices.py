@@ -39,7 +39,8 @@ from quantcache.coding.trellis import CODES, STATES, best_path, nearest_by_subse
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.sequences import text_tokens
 from quantcache.data import BUNDLED_MODEL
-from quantcache.evaluation import Method, measure_fidelity
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import Method
 
 TILES = (2, 4, 8)
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
     )
     from quantcache.export import absorb, export_checkpoint
-    from quantcache.planning import estimate_memory
+    from quantcache.planning.memory import estimate_memory
 
 _HOMES = {
     "ArtifactError": "common.errors",
@@ -66,7 +66,7 @@ _HOMES = {
     "disable": "cache",
     "enable": "cache",
     "enabled": "cache",
-    "estimate_memory": "planning",
+    "estimate_memory": "planning.memory",
     "export_checkpoint": "export",
     "register_attention": "attention",
 }

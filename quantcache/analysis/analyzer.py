@@ -31,7 +31,8 @@ from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import cut_windows, text_tokens
-from quantcache.evaluation import measure_fidelity, parse_methods
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import parse_methods
 from quantcache.evaluation.provenance import check_overlap
 
 MIN_SEQUENCE = 256

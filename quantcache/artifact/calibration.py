@@ -11,10 +11,10 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelHubMixin
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from quantcache.accounting.memory import bits_per_encoded_element
 from quantcache.artifact import cache_layout, hub
@@ -29,6 +29,9 @@ from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
 from quantcache.common.tensor_file import save_file
 from quantcache.common.writing import only_writer, partial_folder, put_together, steadily
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SUBFOLDER = "quantcache"
 """Where a model's own folder or repository carries its calibration."""

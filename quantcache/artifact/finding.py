@@ -7,14 +7,16 @@ import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from quantcache.artifact.calibration import SUBFOLDER, Calibration
 from quantcache.artifact.files import CONFIG_NAME
 from quantcache.artifact.index import bundled_index, find_entry, read_index
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, HubError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class NothingFound(ArtifactError):

@@ -11,17 +11,20 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.card import is_repo_id
 from quantcache.coding.schema import LayerCalibration, Metadata
 from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, CalibrationWarning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FINGERPRINT = "fingerprint"
 """Key of the samples in an artifact's ``base_model``."""

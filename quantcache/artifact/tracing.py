@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig
 
 from quantcache.artifact.cache_layout import declared, full_attention_layers, kv_geometry
 from quantcache.common import compat
 from quantcache.common.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Shape = tuple[tuple[int, int], tuple[int, int]]
 """(heads, dimension) of a layer's keys and of its values."""

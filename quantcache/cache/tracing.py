@@ -17,6 +17,8 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.passes import nothing_new
 from quantcache.common import compat
 
+compat.warn_of_unread_masks()  # once in a process: every cache reads them
+
 
 class TraceableCache(ConsistentCache):
     """A cache that hears of padding, and that a compiled graph can use without knowing it.

@@ -237,7 +237,8 @@ def evaluate(
         content = read_text(text)
         expect_model(model, revision)
 
-        from quantcache.evaluation import evaluator, needs_statistics, text_statistics
+        from quantcache.evaluation import evaluator
+        from quantcache.evaluation.methods import needs_statistics, text_statistics
         from quantcache.evaluation.plan import Material, Plan
         from quantcache.evaluation.provenance import check_overlap
         from quantcache.evaluation.qa import load_questions

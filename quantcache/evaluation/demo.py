@@ -24,8 +24,9 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common import compat
 from quantcache.common.sequences import text_tokens
-from quantcache.evaluation import measure_fidelity, parse_methods
 from quantcache.evaluation.feeding import feed
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import parse_methods
 
 NAME = "Marlow"
 """Whose secret code is planted."""

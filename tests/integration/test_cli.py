@@ -23,7 +23,7 @@ from quantcache.cli.session import describe
 from quantcache.cli.stats import LiveStats
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import to_json, write_json
-from quantcache.planning import estimate_memory
+from quantcache.planning.memory import estimate_memory
 from tests.families import FAMILIES
 from tests.helpers import Run
 

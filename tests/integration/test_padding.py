@@ -7,6 +7,8 @@ import functools
 import inspect
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -475,6 +477,15 @@ def test_masks_that_cannot_be_read_are_warned_of(
     reading.warn_of_unread_masks()
     (record,) = caplog.records
     assert re.match(r"transformers \d+\..* does not tell .* padding", record.message)
+
+
+def test_a_process_with_a_cache_is_warned() -> None:
+    code = (
+        "from transformers import masking_utils; del masking_utils._preprocess_mask_arguments; import quantcache.cache"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0
+    assert "does not tell caches what is padding" in ended.stderr
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "falcon-mqa", "llama"])

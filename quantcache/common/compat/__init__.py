@@ -5,6 +5,7 @@ from quantcache.common.compat.attention import can_change_attention as can_chang
 from quantcache.common.compat.attention import mask_arguments as mask_arguments
 from quantcache.common.compat.attention import rotary_positions as rotary_positions
 from quantcache.common.compat.attention import use_attention as use_attention
+from quantcache.common.compat.attention import warn_of_unread_masks as warn_of_unread_masks
 from quantcache.common.compat.generating import cache_argument as cache_argument
 from quantcache.common.compat.generating import cache_name as cache_name
 from quantcache.common.compat.generating import chunks_go_on as chunks_go_on

@@ -6,10 +6,14 @@ import inspect
 import logging
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,8 @@ def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) 
 
 def warn_of_unread_masks() -> None:
     """Log a warning if :func:`mask_arguments` has nothing to read, as when transformers renames it."""
+    from transformers import masking_utils
+
     prepares = getattr(masking_utils, PREPARES_MASKS, None)
     if prepares is None or not {*ASKED_OF_MASKS} <= inspect.signature(prepares).parameters.keys():
         logger.warning(
@@ -67,9 +73,6 @@ def warn_of_unread_masks() -> None:
             transformers.__version__,
             PREPARES_MASKS,
         )
-
-
-warn_of_unread_masks()
 
 
 def mask_arguments() -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
@@ -113,7 +116,7 @@ def rotary_positions(told: torch.Tensor | None = None) -> torch.Tensor | None:
     for _ in range(64):
         if frame is None:
             break
-        if isinstance(frame.f_locals.get("self"), PreTrainedModel):
+        if isinstance(frame.f_locals.get("self"), transformers.PreTrainedModel):
             positions = frame.f_locals.get("position_ids")
             if isinstance(positions, torch.Tensor) and (positions.ndim == 3 or told is None):
                 return positions[0] if positions.ndim == 3 else positions

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import GenerationMixin
+import transformers
 
 from quantcache.common.compat.wrappers import unwrapped
 
@@ -23,7 +23,7 @@ def cache_name(taker: Callable[..., Any]) -> str:
     Returns:
         ``"past_key_values"`` or ``"cache"``; what ``generate`` calls it where the signature names neither.
     """
-    for each in (taker, GenerationMixin.prepare_inputs_for_generation):
+    for each in (taker, transformers.GenerationMixin.prepare_inputs_for_generation):
         for name in _NAMES:
             if name in inspect.signature(each).parameters:
                 return name
@@ -54,7 +54,7 @@ def generate_argument(cache: Any) -> dict[str, Any]:
     Returns:
         The keyword argument.
     """
-    return {cache_name(GenerationMixin.prepare_inputs_for_generation): cache}
+    return {cache_name(transformers.GenerationMixin.prepare_inputs_for_generation): cache}
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
@@ -75,4 +75,4 @@ def chunks_go_on() -> bool:
     Returns:
         False for versions of transformers that read all of it, once more behind what is cached.
     """
-    return "prefill_ids" in inspect.unwrap(GenerationMixin._prefill).__code__.co_varnames
+    return "prefill_ids" in inspect.unwrap(transformers.GenerationMixin._prefill).__code__.co_varnames

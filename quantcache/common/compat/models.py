@@ -8,25 +8,19 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import PreTrainedConfig
 
 from quantcache.common.compat.wrappers import unwrapped
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sources import source_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def versions() -> dict[str, str]:
@@ -86,7 +80,11 @@ def require_forward(model: PreTrainedModel) -> None:
     """
     model = unwrapped(model)  # torch.compile's wrapper has none of its own either
     if type(model).forward is torch.nn.Module.forward:
-        parts = [f"model.{n}" for n, m in model.named_children() if isinstance(m, PreTrainedModel) and m.can_generate()]
+        parts = [
+            f"model.{n}"
+            for n, m in model.named_children()
+            if isinstance(m, transformers.PreTrainedModel) and m.can_generate()
+        ]
         kind, several = type(model).__name__, " or ".join(parts) or "the part that reads text"
         raise UnsupportedModel(f"{kind} has no forward pass of its own, only parts of it have: give {several}")
 
@@ -100,6 +98,8 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     Returns:
         True for what transformers trains as masked language models, unless the config makes a decoder of it.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return masked and not getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False)
 
@@ -113,6 +113,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
     Returns:
         ``AutoModelForCausalLM``, or ``AutoModelForImageTextToText`` for what only that knows.
     """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     own = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in own or type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM
@@ -138,9 +140,9 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if hasattr(transformers, "GgufConfig"):  # newer versions may keep the weights packed
         more["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
     with _quiet():
-        config = AutoConfig.from_pretrained(**source)
+        config = transformers.AutoConfig.from_pretrained(**source)
         require_decoder(config)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         loaded, found = auto_class(config).from_pretrained(
             **source, **more, dtype=torch.float32, output_loading_info=True
         )
@@ -148,11 +150,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         names = sorted(map(str, found.get(f"{problem}_keys") or ()))
         if names:
             raise QuantCacheError(f"{len(names)} weights are {problem}, such as {names[0]}")
-    for kind in (
-        "bos",
-        "eos",
-        "pad",
-    ):  # versions that go by the class of the tokenizer instead of the file get them wrong
+    for kind in ("bos", "eos", "pad"):  # versions that go by the tokenizer's class, not by the file, get them wrong
         wanted = getattr(config, f"{kind}_token_id", None)
         if isinstance(wanted, int) and getattr(tokenizer, f"{kind}_token_id") != wanted:
             setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(wanted))

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 ADAPTED = "base_layer"
 """What an adapter calls the module that it adds to."""
@@ -23,7 +23,7 @@ def unwrapped(model: Any) -> Any:
         The model, with the adapters that are in it.
     """
     model = uncompiled(model)
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+    if not isinstance(model, transformers.PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return uncompiled(model)
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +14,13 @@ from transformers import Cache, PreTrainedConfig
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.backends.padding import Grid
-from quantcache.cache.codecs import CodecFactory
-from quantcache.cache.spectral_cache import BlockCache
 from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
 from quantcache.coding.packing import BLOCK
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.methods.statistics import RivalStatistics
+
+if TYPE_CHECKING:
+    from quantcache.cache.codecs import CodecFactory
 
 Family = Literal["ours", "rival", "dense", "floor"]
 """``floor`` is the dense cache once more, read in other chunks: what rounding alone moves."""
@@ -209,8 +210,13 @@ def simulated_cache(
 
         return make, None
 
-    lengths = (setting.sink_length, setting.residual_length)
-    return lambda: BlockCache(setting.config, codecs_of, *lengths, blocks_at_once=tile // BLOCK)
+    def make_cache() -> Cache:
+        from quantcache.cache.spectral_cache import BlockCache  # methods are listed without what generation needs
+
+        lengths = (setting.sink_length, setting.residual_length)
+        return BlockCache(setting.config, codecs_of, *lengths, blocks_at_once=tile // BLOCK)
+
+    return make_cache
 
 
 def uniform(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:

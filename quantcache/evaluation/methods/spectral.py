@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from transformers import Cache
 
-from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import Rate
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
@@ -22,9 +21,15 @@ def _make(bits: float, setting: Setting) -> Callable[[], Cache]:
             f"method spectral-{bits:g} needs a calibration: give the model's (--calibration), or leave the method out"
         )
     allocated = setting.calibration.with_rate(Rate(bits))
-    return lambda: SpectralCache(
-        allocated, setting.config, sink_length=setting.sink_length, residual_length=setting.residual_length
-    )
+
+    def make_cache() -> Cache:
+        from quantcache.cache.spectral_cache import SpectralCache  # methods are listed without what generation needs
+
+        return SpectralCache(
+            allocated, setting.config, sink_length=setting.sink_length, residual_length=setting.residual_length
+        )
+
+    return make_cache
 
 
 SCHEMES = (

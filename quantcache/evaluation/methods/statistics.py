@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import data
 from quantcache.artifact import cache_layout
-from quantcache.attention.probe import RecordingCache, recorded_queries, run
 from quantcache.coding import linalg
 from quantcache.coding.spectral import Moments
 from quantcache.common import compat
@@ -23,6 +22,9 @@ from quantcache.common.ambient import float64_device
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import split_text, text_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STATISTICS_TOKENS = 8192
 """Tokens that rivals are fitted to, where nobody says otherwise."""
@@ -83,6 +85,8 @@ def collect_statistics(
         QuantCacheError: The text is too short.
         UnsupportedModel: The model's attention has no known interface.
     """
+    from quantcache.attention.probe import RecordingCache, recorded_queries, run  # for a loaded model only
+
     limit = compat.position_limit(model.config) or sequence_length
     sequences = split_text(model.config, tokens, min(sequence_length, limit))
     sequences = [sequence for sequence in sequences if sequence.shape[1] > 4 * SINK_LENGTH]
