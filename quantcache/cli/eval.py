@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantcache.cli.eval_choices import check_methods, methods_known, read_names, read_numbers, read_suites
+from quantcache.cli.eval_choices import check_methods, methods_known, read_names, read_suites, read_token_counts
 from quantcache.cli.eval_tables import for_people
 from quantcache.cli.loading import load_calibration, load_model, own_calibration, read_text
 from quantcache.cli.options import (
@@ -227,9 +227,10 @@ def evaluate(
         started = time.perf_counter()
         suites = read_suites(suite, qa)
         names = tuple(read_names("--methods", methods))
-        contexts = None if context is None else read_numbers("--context", context, 2)
-        residuals = read_numbers("--residual", residual, 0) if tail is None else read_numbers("--tail", tail, 0)
-        prompts = None if lengths is None else read_numbers("--lengths", lengths, 2)
+        contexts = None if context is None else read_token_counts("--context", context, least=2)
+        kept = ("--residual", residual) if tail is None else ("--tail", tail)
+        residuals = read_token_counts(*kept, least=0)
+        prompts = None if lengths is None else read_token_counts("--lengths", lengths, least=2)
         if tokens < 2:
             raise typer.BadParameter("a prediction needs two tokens", param_hint="'--tokens'")
         if output is not None:

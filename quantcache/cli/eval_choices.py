@@ -12,6 +12,8 @@ from quantcache.cli.options import wrong_usage
 from quantcache.cli.pages import WrongUsage
 from quantcache.cli.tables import Grid, Prose
 from quantcache.common.choices import SUITES, Suite
+from quantcache.common.errors import QuantCacheError
+from quantcache.common.units import parse_tokens
 
 if TYPE_CHECKING:
     from quantcache.evaluation.methods import Scheme
@@ -38,8 +40,8 @@ def read_names(option: str, given: str) -> list[str]:
     return names
 
 
-def read_numbers(option: str, given: str, least: int) -> tuple[int, ...]:
-    """The whole numbers of a comma-separated option; ``4K`` is 4096.
+def read_token_counts(option: str, given: str, least: int) -> tuple[int, ...]:
+    """The numbers of tokens of a comma-separated option.
 
     Args:
         option: The option's name, for the error.
@@ -52,15 +54,11 @@ def read_numbers(option: str, given: str, least: int) -> tuple[int, ...]:
     Raises:
         typer.BadParameter: A part is no whole number, or too small.
     """
-    hint = f"'{option}'"
     try:
-        numbers = tuple(1024 * int(part[:-1]) if part[-1] in "kK" else int(part) for part in read_names(option, given))
-    except ValueError:
-        message = f"{given!r} is not one or several whole numbers, comma-separated, such as 1024 or 1K,4K"
-        raise typer.BadParameter(message, param_hint=hint) from None
-    if min(numbers) < least:
-        raise typer.BadParameter(f"{min(numbers)} is less than {least}", param_hint=hint)
-    return numbers
+        return tuple(parse_tokens(part, least=least) for part in read_names(option, given))
+    except QuantCacheError:
+        wanted = f"whole numbers from {least} up, comma-separated, such as 1024 or 1K,4K"
+        raise typer.BadParameter(f"{given!r} is not one or several {wanted}", param_hint=f"'{option}'") from None
 
 
 def read_suites(given: str, qa: Path | None) -> tuple[Suite, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +14,14 @@ from quantcache.common.choices import BackendName, Dtype, Quality
 from quantcache.common.defaults import QUALITIES
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sources import MODEL_HELP
+from quantcache.common.units import parse_tokens
 
 
 def token_count(text: str | int) -> int:
     """Read a number of tokens.
 
     Args:
-        text: Such as ``8192`` or ``8K``, which is 8 · 1024.
+        text: As :func:`quantcache.common.units.parse_tokens` reads it; a default comes as a number.
 
     Returns:
         Tokens.
@@ -29,11 +29,10 @@ def token_count(text: str | int) -> int:
     Raises:
         typer.BadParameter: The text is not a whole number from 1 up.
     """
-    match = re.fullmatch(r"\s*(\d[\d_,]*)([kK]?)\s*", str(text))  # a default comes as a number
-    count = 0 if match is None else int(re.sub("[_,]", "", match[1])) * (1024 if match[2] else 1)
-    if count < 1:
-        raise typer.BadParameter(f"{text!r} is not a number of tokens from 1 up, such as 2048 or 2K")
-    return count
+    try:
+        return parse_tokens(str(text))
+    except QuantCacheError:
+        raise typer.BadParameter(f"{text!r} is not a number of tokens from 1 up, such as 2048 or 2K") from None
 
 
 def _seed(value: int | None) -> int | None:

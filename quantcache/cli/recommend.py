@@ -93,10 +93,10 @@ def recommend(
             raise WrongUsage(f"give either --quality or --max-kl, got --quality {quality} and --max-kl {max_kl:g}")
         expect_model(model, revision)
 
+        from quantcache.common.units import parse_bytes, parse_tokens
         from quantcache.planning import recommend as planning
         from quantcache.planning.demand import Demand
         from quantcache.planning.geometry import load_config
-        from quantcache.planning.units import parse_bytes, parse_tokens
 
         with wrong_usage():
             sizes = parse_bytes(memory, "--memory"), parse_tokens(context, "--context")
@@ -126,7 +126,7 @@ def recommend(
 
 
 def _shown(found: Recommendation, unit: str) -> list[Grid | str]:
-    from quantcache.planning.units import show_bytes
+    from quantcache.common.units import show_bytes
 
     demand = found.demand
     assert found.best is not None

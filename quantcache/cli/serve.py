@@ -274,7 +274,7 @@ def prefix_sizes(memory: str, folder: str | None, disk: str | None) -> tuple[int
     Raises:
         WrongUsage: A size cannot be read, or belongs to a folder that is not named.
     """
-    from quantcache.planning.units import parse_bytes
+    from quantcache.common.units import parse_bytes
 
     if folder is None and disk is not None:
         raise WrongUsage("--prefix-folder-bytes needs --prefix-folder")

@@ -14,6 +14,7 @@ from quantcache.artifact.quality import quality_rates
 from quantcache.common import compat
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import UnsupportedModel
+from quantcache.common.units import show_bytes
 from quantcache.planning import usage
 from quantcache.planning.demand import Candidate, Demand, Recommendation
 from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package, parse_format
@@ -26,7 +27,6 @@ from quantcache.planning.memory import (
 )
 from quantcache.planning.quality import Quality, expected_quality
 from quantcache.planning.records import Measurements
-from quantcache.planning.units import show_bytes
 from quantcache.planning.weights import WEIGHTS_FORMATS, Weight, list_weights, weights_bytes
 
 LONGEST = 1 << 32

@@ -238,8 +238,11 @@ BAD_INPUT = {
     ),
     "tail not a number": ((*EVAL, "--tail", "0,all"), "'--tail': '0,all' is not one or several whole numbers"),
     "tail too long": ((*EVAL, "--tail", "0,64"), "a window of 128 tokens reads no codes: sinks 4, tail 64 and"),
-    "residual negative": ((*EVAL, "--residual=-1"), "'--residual': -1 is less than 0"),
-    "context of one": ((*EVAL, "--context", "1"), "'--context': 1 is less than 2"),
+    "residual negative": (
+        (*EVAL, "--residual=-1"),
+        "'--residual': '-1' is not one or several whole numbers from 0 up",
+    ),
+    "context of one": ((*EVAL, "--context", "1"), "'--context': '1' is not one or several whole numbers from 2 up"),
     "needle template": ((*EVAL, "--suite", "needle", "--needle-fact", "no place"), "lacks {name}"),
     "lengths malformed": (
         (*EVAL, "--suite", "records", "--lengths", "1K,x"),

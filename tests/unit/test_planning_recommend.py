@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import predict_kl_at
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
+from quantcache.common.units import parse_bytes, parse_tokens, show_bytes
 from quantcache.planning import quality, table, usage
 from quantcache.planning.demand import Demand, Recommendation
 from quantcache.planning.digest import bundled_measurements
@@ -22,7 +23,6 @@ from quantcache.planning.geometry import Geometry, load_config, read_geometry
 from quantcache.planning.memory import estimate_activations, estimate_memory
 from quantcache.planning.recommend import ModelSizes, longest, model_sizes, recommend
 from quantcache.planning.records import Measurements, measurements_of
-from quantcache.planning.units import parse_bytes, parse_tokens, show_bytes
 from tests.builders import eval_record, llama_config
 
 BUNDLED = bundled_measurements()

@@ -40,18 +40,19 @@ def parse_bytes(text: str, what: str = "memory") -> int:
     return found
 
 
-def parse_tokens(text: str, what: str = "context") -> int:
+def parse_tokens(text: str, what: str = "context", least: int = 1) -> int:
     """Read a number of tokens.
 
     Args:
         text: Such as ``8192``, ``8K`` (8 · 1024) or ``1M`` (1024²).
         what: What errors call it.
+        least: The smallest number that it may be.
 
     Returns:
         Tokens.
 
     Raises:
-        QuantCacheError: The text is not a whole number from 1 up.
+        QuantCacheError: The text is not a whole number from ``least`` up.
     """
     match = _AMOUNT.fullmatch(text)
     unit = match[2].upper() if match else "?"
@@ -60,8 +61,8 @@ def parse_tokens(text: str, what: str = "context") -> int:
             f"{what} must be a number of tokens, with K for 1,024 or M for 1,048,576 if wanted, got {text!r}"
         )
     found = float(_digits(match[1])) * _COUNTS[unit]
-    if found < 1 or found != int(found):
-        raise QuantCacheError(f"{what} must be a whole number of tokens from 1 up, got {text!r}")
+    if found < least or found != int(found):
+        raise QuantCacheError(f"{what} must be a whole number of tokens from {least} up, got {text!r}")
     return int(found)
 
 
