@@ -50,7 +50,7 @@ def estimate_memory(
     size that codes would take.
 
     Args:
-        config: The model's config, or what :func:`quantcache.planning.load_config` takes.
+        config: The model's config, or what :func:`quantcache.planning.geometry.load_config` takes.
         format: Name of the format: ``dense``, ``spectral-3``, ``quanto-4`` and so on.
         tokens: T, for rows without left padding.
         batch: B, rows of the batch.
