@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,9 @@ class Cells:
         """A finished cell's figures."""
         return self.finished[suite, method, cell]
 
-    def measure(self, suite: str, method: str, cell: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def measure(
+        self, suite: str, method: str, cell: str, work: Callable[..., dict[str, Any]], *arguments: Any
+    ) -> dict[str, Any]:
         """A cell's figures: those kept, or else those measured now.
 
         Args:
@@ -172,12 +174,13 @@ class Cells:
             method: Name of the method.
             cell: Name of the cell.
             work: Measures it. What it raises becomes the cell's status.
+            arguments: What it is called with.
 
         Returns:
             The figures, with ``status``.
         """
         if self.missing(suite, [method], cell):
-            self.put(suite, method, cell, attempt(work))
+            self.put(suite, method, cell, attempt(work, *arguments))
         return self.get(suite, method, cell)
 
     def close(self) -> None:
@@ -196,22 +199,39 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:36]}..."
 
 
-def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """Measure something that may fail.
 
     Args:
         work: Does it.
+        arguments: What it is called with.
 
     Returns:
         Its figures with ``status`` ``"ok"``; or, where it raised, a ``status`` that says what went wrong.
     """
     try:
-        return {"status": "ok", **work()}
+        return {"status": "ok", **work(*arguments)}
     except Exception as error:  # whatever a rival's cache raises is a result about that cache
         status = describe_failure(error)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return {"status": status}
+
+
+def joint_status(results: Sequence[Mapping[str, Any]], what: str) -> str:
+    """The status of all cells of a method.
+
+    Args:
+        results: Their results.
+        what: What they are, in the plural.
+
+    Returns:
+        ``ok``; what went wrong with the first, where something did; and with how many, where some are ``ok``.
+    """
+    bad = [str(result["status"]) for result in results if result["status"] != "ok"]
+    if len(bad) in (0, len(results)):
+        return bad[0] if bad else "ok"
+    return f"{len(bad)} of {len(results)} {what}: {bad[0]}"
 
 
 def describe_failure(error: Exception) -> str:

@@ -14,7 +14,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -169,14 +168,14 @@ def measure_divergence(
     cells.plan(SUITE, len(rows) * len(KINDS) * (1 + len(methods)))
     by_name = {method.name: method for method in methods}
     places = [(kind, number) for kind in KINDS for number in range(len(rows))]
+
+    def write(kind: str, number: int) -> dict[str, Any]:
+        seed = number if kind == "sampled" else None
+        return {"tokens": continuation(model, rows[number], new_tokens, temperature, seed).tolist()}
+
     for kind, number in places:
-
-        def write(kind: str = kind, number: int = number) -> dict[str, Any]:
-            seed = number if kind == "sampled" else None
-            return {"tokens": continuation(model, rows[number], new_tokens, temperature, seed).tolist()}
-
         cell = f"{kind} {number}"
-        written = cells.measure(SUITE, "dense", f"{cell} text", write)
+        written = cells.measure(SUITE, "dense", f"{cell} text", write, kind, number)
         missing = cells.missing(SUITE, by_name, cell)
         for start in range(0, len(missing), GROUP):
             group = [by_name[name] for name in missing[start : start + GROUP]]
@@ -309,7 +308,7 @@ def _follow(
             results[name] = {"status": failed[name]}
             continue
         figures = (torch.cat(kl[name]), torch.cat(best[name]), torch.cat(expected), written, bins)
-        results[name] = attempt(partial(_figures, *figures))
+        results[name] = attempt(_figures, *figures)
     return results
 
 

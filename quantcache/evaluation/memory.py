@@ -127,13 +127,8 @@ def measure_memory(
     for method in methods:
         rungs = {}
         for length in sorted(lengths):
-
-            def work(method: Method = method, length: int = length) -> dict[str, Any]:
-                return _measure_rung(model, method, length, batch)
-
-            rungs[str(length)] = MemoryRung(
-                **{"tokens": length, **cells.measure(SUITE, method.name, f"{length}", work)}
-            )
+            found = cells.measure(SUITE, method.name, f"{length}", _measure_rung, model, method, length, batch)
+            rungs[str(length)] = MemoryRung(**{"tokens": length, **found})
         bad = next((rung.status for rung in rungs.values() if rung.status != "ok"), "ok")
         entries[method.name] = MemoryEntry(method.family, method.simulated, bad, rungs)
     settings = {

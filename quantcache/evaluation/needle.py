@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
-from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.cells import Cells, joint_status
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, feed, frame_of, greedy
 from quantcache.evaluation.methods import Method
 from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
@@ -144,18 +144,18 @@ def measure_needle(
     haystack = encode(tokenizer, text[: 64 * max(lengths) * seeds])
     if len(haystack) < max(lengths):
         raise QuantCacheError(f"the text has {len(haystack)} tokens, a needle prompt of {max(lengths)} needs as many")
+
+    def ask(method: Method, prompts: Tensor, codes: list[str]) -> dict[str, Any]:
+        answers = _answers(model, tokenizer, method, prompts, form, chunk)
+        hits = _hits(codes, answers)
+        return {"found": sum(hits), "n": len(hits), "answers": answers, "codes": codes}
+
     grid = [(length, depth) for length in sorted(lengths) for depth in depths]
     cells.plan(SUITE, len(grid) * len(methods))
     for length, depth in grid:
         prompts, codes = _prompts(tokenizer, haystack, form, length, depth, seeds)
         for method in methods:
-
-            def work(method: Method = method, prompts: Tensor = prompts, codes: list[str] = codes) -> dict[str, Any]:
-                answers = _answers(model, tokenizer, method, prompts, form, chunk)
-                hits = _hits(codes, answers)
-                return {"found": sum(hits), "n": len(hits), "answers": answers, "codes": codes}
-
-            cells.measure(SUITE, method.name, f"{length}@{depth:g}", work)
+            cells.measure(SUITE, method.name, f"{length}@{depth:g}", ask, method, prompts, codes)
     settings = {
         "lengths": sorted(lengths),
         "depths": list(depths),
@@ -239,9 +239,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, form: NeedleFormat) -> int
 
 def _entry(method: Method, grid: list[tuple[int, float]], cells: Cells) -> NeedleEntry:
     results = {(length, depth): cells.get(SUITE, method.name, f"{length}@{depth:g}") for length, depth in grid}
-    bad = [result["status"] for result in results.values() if result["status"] != "ok"]
     good = {place: result for place, result in results.items() if result["status"] == "ok"}
-    status = "ok" if not bad else bad[0] if not good else f"{len(bad)} of {len(grid)} cells: {bad[0]}"
 
     def share(places: list[tuple[int, float]]) -> summaries.Summary:
         return summaries.share(sum(good[p]["found"] for p in places), sum(good[p]["n"] for p in places))
@@ -250,7 +248,7 @@ def _entry(method: Method, grid: list[tuple[int, float]], cells: Cells) -> Needl
     return NeedleEntry(
         method.family,
         method.simulated,
-        status,
+        joint_status(list(results.values()), "cells"),
         share(list(good)) if good else None,
         {str(length): share([place for place in good if place[0] == length]) for length in lengths},
         {f"{length}@{depth:g}": share([(length, depth)]) for length, depth in good},

@@ -23,7 +23,7 @@ from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import MAX_RESULT_BYTES, parse_json
 from quantcache.evaluation import summaries
-from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.cells import Cells, joint_status
 from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
 from quantcache.evaluation.methods import Method
 from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
@@ -250,14 +250,14 @@ def measure_qa(
     asked = list(methods)
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))
+
+    def ask(method: Method, prompt: Tensor) -> dict[str, Any]:
+        return {"answer": _answer(model, tokenizer, method, prompt, new_tokens, chunk)}
+
     cells.plan(SUITE, len(chosen) * len(asked))
-    for number, (_, prompt) in enumerate(chosen):
+    for number, (question, prompt) in enumerate(chosen):
         for method in asked:
-
-            def work(method: Method = method, prompt: Tensor = prompt) -> dict[str, Any]:
-                return {"answer": _answer(model, tokenizer, method, prompt, new_tokens, chunk)}
-
-            cells.measure(SUITE, method.name, f"{number} {chosen[number][0].id}", work)
+            cells.measure(SUITE, method.name, f"{number} {question.id}", ask, method, prompt)
     reference = next(method.name for method in asked if method.family == "dense")
     settings = {
         "questions": len(chosen),
@@ -346,9 +346,8 @@ def _answer(
 def _entry(method: Method, reference: str, questions: list[Question], cells: Cells) -> QAEntry:
     names = [f"{number} {question.id}" for number, question in enumerate(questions)]
     results = [cells.get(SUITE, method.name, name) for name in names]
-    bad = [result["status"] for result in results if result["status"] != "ok"]
-    if bad:
-        status = bad[0] if len(bad) == len(results) else f"{len(bad)} of {len(results)} questions: {bad[0]}"
+    status = joint_status(results, "questions")
+    if status != "ok":
         return QAEntry(method.family, method.simulated, status)
     answers = [str(result["answer"]) for result in results]
     dense = [cells.get(SUITE, reference, name).get("answer") for name in names]
@@ -363,7 +362,7 @@ def _entry(method: Method, reference: str, questions: list[Question], cells: Cel
     return QAEntry(
         method.family,
         method.simulated,
-        "ok",
+        status,
         summaries.mean([max(f1(answer, wanted) for wanted in q.answers) for answer, q in pairs]),
         summaries.share(sum(any(exact(a, wanted) for wanted in q.answers) for a, q in pairs), len(pairs)),
         agreement_f1=agreement[0],

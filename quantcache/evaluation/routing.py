@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -159,13 +158,13 @@ def _measure_window(
     full = set(cache_layout.full_attention_layers(model.config))
     results: dict[str, dict[str, Any]] = {name: {"status": "ok"} for name in methods}
     caches: dict[str, Cache] = {}
+
+    def make(name: str, method: Method) -> dict[str, Any]:
+        caches[name] = method.make_cache()
+        return {}
+
     for name, method in methods.items():
-
-        def make(name: str = name, method: Method = method) -> dict[str, Any]:
-            caches[name] = method.make_cache()
-            return {}
-
-        results[name] = attempt(make)
+        results[name] = attempt(make, name, method)
     sums: dict[str, dict[int, Tensor]] = {name: {} for name in methods}
     seen: set[int] = set()
     started = False
@@ -205,8 +204,7 @@ def _measure_window(
             "cannot be observed"
         )
     return {
-        name: attempt(partial(_layers, sums[name])) if result["status"] == "ok" else result
-        for name, result in results.items()
+        name: attempt(_layers, sums[name]) if result["status"] == "ok" else result for name, result in results.items()
     }
 
 

@@ -165,11 +165,8 @@ def measure_speculative(
             continue
         results = []
         for number, row in enumerate(rows):
-
-            def work(method: Method = method, row: Tensor = row) -> dict[str, Any]:
-                return _decode(model, draft, method, row[None], new_tokens, proposals)
-
-            results.append(cells.measure(SUITE, method.name, f"prompt {number}", work))
+            given = (model, draft, method, row[None], new_tokens, proposals)
+            results.append(cells.measure(SUITE, method.name, f"prompt {number}", _decode, *given))
         entries[method.name] = _entry(method, results)
     settings = {"context": context, "prompts": len(rows), "new_tokens": new_tokens, "proposals": proposals, "batch": 1}
     return SpeculativeResult(settings, entries)

@@ -127,14 +127,11 @@ def measure_speed(
         found = {}
         for batch in batches:
             prompt = tokens.repeat(batch * context // len(tokens) + 1)[: batch * context].view(batch, context)
-
-            def work(method: Method = method, prompt: Tensor = prompt) -> dict[str, Any]:
-                return _time(model, method, reference, prompt, steps, warmup, prefills)
-
             if method.simulated:
                 found[str(batch)] = SpeedRung("skipped: simulated, so its times mean nothing")
             else:
-                found[str(batch)] = SpeedRung(**cells.measure(SUITE, method.name, f"batch {batch}", work))
+                given = (model, method, reference, prompt, steps, warmup, prefills)
+                found[str(batch)] = SpeedRung(**cells.measure(SUITE, method.name, f"batch {batch}", _time, *given))
         bad = next((rung.status for rung in found.values() if rung.status != "ok"), "ok")
         entries[method.name] = SpeedEntry(method.family, method.simulated, bad, found)
     settings = {

@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
-from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.cells import Cells, joint_status
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, decode_tokens, dense_method, end_tokens, feed
 from quantcache.evaluation.methods import Method
 from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
@@ -152,15 +152,15 @@ def measure_task(
     asked = list(methods)
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))
+
+    def ask(method: Method, exercise: Exercise) -> dict[str, Any]:
+        answers = _answers(model, tokenizer, method, exercise, task.new_tokens, chunk)
+        return {"answers": answers, "wanted": list(exercise.answers)}
+
     cells.plan(task.name, len(task.exercises) * len(asked))
     for number, exercise in enumerate(task.exercises):
         for method in asked:
-
-            def work(method: Method = method, exercise: Exercise = exercise) -> dict[str, Any]:
-                answers = _answers(model, tokenizer, method, exercise, task.new_tokens, chunk)
-                return {"answers": answers, "wanted": list(exercise.answers)}
-
-            cells.measure(task.name, method.name, _cell(number, exercise), work)
+            cells.measure(task.name, method.name, _cell(number, exercise), ask, method, exercise)
     right = {method.name: _right(task, method.name, cells) for method in asked}
     entries = {method.name: _entry(task, method, right[method.name], cells) for method in asked}
     reference = entries[next(method.name for method in asked if method.family == "dense")]
@@ -248,21 +248,17 @@ def _right(task: Task, method: str, cells: Cells) -> dict[str, bool]:
 
 def _entry(task: Task, method: Method, right: dict[str, bool], cells: Cells) -> TaskEntry:
     groups: dict[str, list[bool]] = {}
-    bad = []
+    results = []
     for number, exercise in enumerate(task.exercises):
-        result = cells.get(task.name, method.name, cell := _cell(number, exercise))
-        if result["status"] == "ok":
+        results.append(cells.get(task.name, method.name, cell := _cell(number, exercise)))
+        if results[-1]["status"] == "ok":
             own = [right[f"{cell} {at}"] for at in range(len(exercise.questions))]
             groups.setdefault(exercise.group, []).extend(own)
-        else:
-            bad.append(result["status"])
-    count = len(task.exercises)
-    status = "ok" if not bad else bad[0] if len(bad) == count else f"{len(bad)} of {count} exercises: {bad[0]}"
     whole = [hit for hits in groups.values() for hit in hits]
     return TaskEntry(
         method.family,
         method.simulated,
-        status,
+        joint_status(results, "exercises"),
         summaries.share(sum(whole), len(whole)) if whole else None,
         {group: summaries.share(sum(hits), len(hits)) for group, hits in groups.items()},
     )

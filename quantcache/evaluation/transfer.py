@@ -153,38 +153,31 @@ def measure_transfer(
     cells = cells or Cells()
     check_lengths(model, [context], "context")
     ids = {name: _windows(tokenizer, text, name, tokens, context) for name, text in texts.items()}
+
+    def work(parsed: list[Method], made: Calibration, text: str, used: str) -> dict[str, Any]:
+        check_overlap(made, texts[text], text, used)
+        how: dict[str, Any] = {"context": context, "chunk": chunk, "sink_length": sink_length}
+        (result,) = measure_fidelity(model, ids[text], parsed, **how).values()
+        data = result.to_dict()
+        return {key: data[key] for key in ("status", *FIGURES)}
+
     cells.plan(SUITE, len(sources) * len(texts) * len(methods))
     for source in sources:
         missing = {text: cells.missing(SUITE, methods, f"{source.name} -> {text}") for text in texts}
         if not any(missing.values()):
             continue
-        made: list[Calibration] = []
-
-        def make(source: Source = source, made: list[Calibration] = made) -> dict[str, Any]:
-            made.append(source.make())
-            return {}
-
-        failure = attempt(make)
+        made = attempt(lambda make: {"calibration": make()}, source.make)
         for text, names in missing.items():
             cell = f"{source.name} -> {text}"
-            if not made:
+            if made["status"] != "ok":
                 for name in names:
-                    cells.put(SUITE, name, cell, failure)
+                    cells.put(SUITE, name, cell, made)
                 continue
+            calibration = made["calibration"]
             used = str(tokenizer.decode(ids[text], skip_special_tokens=True))
             for name in names:
-                parsed = parse_methods([name], model.config, made[0], sink_length, residual_length)
-
-                def work(
-                    parsed: list[Method] = parsed, made: Calibration = made[0], text: str = text, used: str = used
-                ) -> dict[str, Any]:
-                    check_overlap(made, texts[text], text, used)
-                    how: dict[str, Any] = {"context": context, "chunk": chunk, "sink_length": sink_length}
-                    (result,) = measure_fidelity(model, ids[text], parsed, **how).values()
-                    data = result.to_dict()
-                    return {key: data[key] for key in ("status", *FIGURES)}
-
-                cells.measure(SUITE, name, cell, work)
+                parsed = parse_methods([name], model.config, calibration, sink_length, residual_length)
+                cells.measure(SUITE, name, cell, work, parsed, calibration, text, used)
     settings = {
         "context": context,
         "tokens": {name: len(found) for name, found in ids.items()},
