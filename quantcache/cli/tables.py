@@ -123,11 +123,13 @@ class Grid:
     def _part(self, columns: Sequence[int], room: int) -> Table:
         """Some of the columns as a table of rich's, their heads in as few lines as the room allows."""
         fixed = [place for place in columns if place != self._folds]
-        free = 0
+        # As long as the longest of them.
+        sentences = 0 if self._folds is None or self._folds not in columns else self._width(self._folds, 1)
+        least, free = min(sentences, FOLDED), 0
         for lines in range(1, HEAD_LINES + 1):
             widths = {place: self._width(place, lines) for place in fixed}
             free = room - sum(widths.values()) - GAP * (len(columns) - 1)
-            if free >= (0 if len(fixed) == len(columns) else FOLDED):
+            if free >= least:
                 break
         table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, show_header=any(self.heads))
         for place in columns:
@@ -135,7 +137,7 @@ class Grid:
             table.add_column(
                 self.heads[place],
                 justify="left" if left else "right",
-                width=max(FOLDED, min(free, self._width(place, 1))) if place == self._folds else widths[place],
+                width=max(least, min(free, sentences)) if place == self._folds else widths[place],
                 overflow="fold",
             )
         for number, cells in self._figures:

@@ -82,6 +82,13 @@ def test_sentences_fold_at_words() -> None:
     assert lines(grid, 90)[1].endswith("seed 0")
 
 
+@pytest.mark.parametrize("width", range(28, 60))
+def test_a_short_sentence_takes_no_room_from_figures(width: int) -> None:
+    grid = Grid("backend", "difference", "outcome", fold=True)
+    grid.add_row("cpu", "1.7e-03", "ok")
+    assert lines(grid, width) == ["backend  difference  outcome", "cpu         1.7e-03  ok"]
+
+
 def test_a_sentence_in_place_of_figures_stands_below(grid: Grid) -> None:
     grid.add_note("kivi-2*", "skipped: simulated, so its times mean nothing")
     assert lines(grid, 80)[1] == "method         with sinks and recent       KL", "as wide as without it"
