@@ -64,7 +64,8 @@ def calibrate(
 
     Args:
         model: A decoder-only model, on any device or placed by ``device_map``.
-        data: Texts (with ``tokenizer``), or batches of token ids ``[B, T]`` or ``[T]``; padding is left out.
+        data: Texts (with ``tokenizer``), or batches of token ids ``[B, T]`` or ``[T]``; padding is left out, and rows
+            longer than the model's limit are cut.
         tokenizer: Turns texts into tokens.
         bits: Mean code width in bits, 0 to 8; the per-token gains come on top (8 bits per head and token).
         key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.

@@ -66,7 +66,8 @@ def calibration_data(
         model: The model.
         data: Texts, or batches of token ids ``[B, T]`` or ``[T]``, which may be a stream without end.
         tokenizer: Its tokenizer, which texts need.
-        seq_len: Tokens of a text's sequences; :data:`LENGTH` if None, at most what the model was made for.
+        seq_len: Tokens of a text's sequences; :data:`LENGTH` if None, at most what the model was made for. Rows of
+            batches are cut only where they are longer than that.
         max_tokens: Tokens to calibrate on.
 
     Returns:
@@ -84,7 +85,8 @@ def calibration_data(
         data = [data]
     elif isinstance(data, Tensor) and data.ndim == 1:
         data = data[None]
-    texts, batches, digests = _sorted(model, _items(data), tokenizer, wanted)
+    texts, given, digests = _sorted(model, _items(data), tokenizer, wanted)
+    batches = [part for batch in given for part in _within(model, batch, limit)]
     behind: list[Tensor] = []
     passages = ""
     if texts:
@@ -98,7 +100,7 @@ def calibration_data(
         later = tokens[max_tokens:] if leading is None else torch.cat((leading, tokens[max_tokens:]))
         behind = split_text(model.config, later, length)
         passages = sketch(str(tokenizer.decode(tokens[:max_tokens], skip_special_tokens=True)))
-    sequences, held_out = _divide([batch[:, :limit] for batch in batches], max_tokens)
+    sequences, held_out = _divide(batches, max_tokens)
     if not sequences:
         longest = max((batch.shape[1] for batch in batches), default=0)
         raise QuantCacheError(
@@ -145,6 +147,13 @@ def _sorted(
     if short and any(row.shape[1] > SHORTEST for row in batches):
         warnings.warn(f"{short} sequences of at most {SHORTEST} tokens are left out", stacklevel=4)
     return texts, batches, digests
+
+
+def _within(model: PreTrainedModel, batch: Tensor, limit: int) -> list[Tensor]:
+    """A batch whose rows are as long as a model reads; of longer rows the pieces, as of a text."""
+    if batch.shape[1] <= limit:
+        return [batch]
+    return [part for row in batch for part in split_text(model.config, row, limit)]
 
 
 def _divide(batches: list[Tensor], max_tokens: int) -> tuple[list[Tensor], list[Tensor]]:

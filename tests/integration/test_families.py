@@ -29,12 +29,13 @@ from quantcache.attention.probe import detect_ropes
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
+from quantcache.calibration.data import calibration_data
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from tests.builders import scalar_calibration
-from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
+from tests.families import FAMILIES, MAX_POSITIONS, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import divergence, error, feed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -441,6 +442,17 @@ def test_numbers_of_tokens_that_make_no_sense(number: dict[str, Any]) -> None:
     """-1 left out the last token."""
     with pytest.raises(ValueError, match=f"{next(iter(number))} must be a whole number from 1 up"):
         calibrate(shared_model(FAMILIES[0]), random_tokens(1, 64), progress=False, **number)
+
+
+@pytest.mark.parametrize("shape", [(1, 2500), (2, 1250)], ids=str)
+def test_rows_beyond_the_models_limit_are_cut_and_all_used(shape: tuple[int, int]) -> None:
+    """All but the first 1,024 tokens of a row were left out, and nothing said so."""
+    model = shared_model(FAMILIES[0])
+    tokens = random_tokens(*shape)
+    tokens[:, 0] = model.config.bos_token_id
+    data = calibration_data(model, tokens, None, None, 32_768)
+    assert all(each.shape[1] <= MAX_POSITIONS and int(each[0, 0]) == int(tokens[0, 0]) for each in data.sequences)
+    assert torch.equal(torch.cat([each[0, 1:] for each in data.sequences]), tokens[:, 1:].flatten())
 
 
 def test_one_sequence_needs_no_list() -> None:
