@@ -30,7 +30,7 @@ from quantcache.common.sequences import text_tokens
 from quantcache.common.writing import partial_folder
 from quantcache.export.card import card_header, render_export_card
 from quantcache.export.checkpoint import Checkpoint
-from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps
+from quantcache.export.model import absorbed_calibration, changed_tensors, check, layer_maps, require_finite
 from quantcache.export.projections import find_projections
 from quantcache.export.report import ExportReport, LogitDifference
 
@@ -125,7 +125,7 @@ def export_checkpoint(
         for number, (index, found) in enumerate(projections.items()):
             tell(f"absorbing layer {index}", number, len(projections))
             for name, tensor in changed_tensors(found, maps[index], checkpoint.read):
-                _require_finite(name, tensor)
+                require_finite(name, tensor)
                 checkpoint.write(partial, name, tensor)
                 count += 1
         absorbed = absorbed_calibration(calibration, maps, projections, basis, Checkpoint(partial).find)
@@ -284,11 +284,6 @@ def _name_or_warn(base_model: dict[str, Any], folder: Path, calibration: Calibra
     if differs:
         message = f"the calibration was made for another model: the weights of {differs} differ"
         warnings.warn(f"{message}. Is this model an export, or trained further?", CalibrationWarning, stacklevel=3)
-
-
-def _require_finite(name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise QuantCacheError(f"{name} does not fit {tensor.dtype} after absorption, or had NaN or infinite values")
 
 
 def _copy_others(folder: Path, partial: Path, checkpoint: Checkpoint) -> list[str]:

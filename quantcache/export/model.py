@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.identity import ReadWeight, with_projections
+from quantcache.cache.enabling import is_enabled
 from quantcache.coding.rope import Frame
 from quantcache.common import compat
 from quantcache.common.choices import BASES, Basis
@@ -32,12 +33,12 @@ ABSORBED = "absorbed"
 """Key of a calibration's recipe that says which basis its model's weights have taken in."""
 
 
-def check(config: PreTrainedConfig, calibration: Calibration, basis: str) -> None:
+def check(model: PreTrainedModel | PreTrainedConfig, calibration: Calibration, basis: str) -> None:
     """Refuse what cannot be absorbed, before any weight is read.
 
     Args:
-        config: ``model.config``.
-        calibration: Calibration of that model.
+        model: The model, or where it is not loaded its config.
+        calibration: Calibration of that model. Of other weights a warning says so.
         basis: ``spectral`` or ``flat``.
 
     Raises:
@@ -47,8 +48,9 @@ def check(config: PreTrainedConfig, calibration: Calibration, basis: str) -> Non
     """
     if basis not in BASES:
         raise ValueError(f"basis must be one of {', '.join(BASES)}, got {basis!r}")
+    config = model if isinstance(model, PreTrainedConfig) else model.config
     compat.require_decoder(config)
-    calibration.check_compatible(config)
+    calibration.check_compatible(model)
     wanted = cache_layout.full_attention_layers(config)
     if list(calibration.layers) != wanted:
         raise CalibrationMismatch(
@@ -153,6 +155,20 @@ def changed_tensors(
     yield from write_both(projections.output, *map_output_projection(weight, bias, maps.values))
 
 
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a new weight that does not fit its dtype.
+
+    Args:
+        name: What the error calls it.
+        tensor: The weight.
+
+    Raises:
+        QuantCacheError: It has NaN or infinite values.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise QuantCacheError(f"{name} does not fit {tensor.dtype} after absorption, or had NaN or infinite values")
+
+
 def absorbed_calibration(
     calibration: Calibration,
     maps: dict[int, LayerMaps],
@@ -201,11 +217,18 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
         The calibration of the changed model.
 
     Raises:
-        CalibrationMismatch: The calibration is for another model.
+        CalibrationMismatch: The calibration is for another geometry. Of other weights a warning says so.
+        QuantCacheError: A calibration is enabled on the model, which would no longer fit, or new weights do not fit
+            their dtype.
         UnsupportedModel: The architecture is unknown, or its weights are quantized, offloaded or adapted.
     """
     model = compat.unwrapped(model)
-    check(model.config, calibration, basis)
+    if is_enabled(model):
+        raise QuantCacheError(
+            "a calibration is enabled on the model, and would not be that of its values any more: call "
+            "quantcache.disable(model) first, and enable the calibration that absorb() returns"
+        )
+    check(model, calibration, basis)
     parameters = dict(model.named_parameters())
     tensors = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in parameters.items()}
     try:
@@ -220,6 +243,9 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
         raise UnsupportedModel(f"{offloaded} is offloaded: load the whole model into memory before absorbing")
     maps = layer_maps(calibration, projections, basis, tensors)
     for index, found in projections.items():
-        for name, tensor in changed_tensors(found, maps[index], lambda name: parameters[name].detach().cpu()):
+        changed = list(changed_tensors(found, maps[index], lambda name: parameters[name].detach().cpu()))
+        for name, tensor in changed:  # all first: with half of its projections a layer would compute something else
+            require_finite(name, tensor)
+        for name, tensor in changed:
             parameters[name].copy_(tensor)
     return absorbed_calibration(calibration, maps, projections, basis, parameters.get)

@@ -19,8 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from quantcache import Calibration, SpectralCache, cli
-from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
+import quantcache
+from quantcache import Calibration, SpectralCache, calibrate, cli
+from quantcache.common.errors import (
+    ArtifactError,
+    CalibrationMismatch,
+    CalibrationWarning,
+    QuantCacheError,
+    UnsupportedModel,
+)
 from quantcache.common.writing import partial_folder
 from quantcache.data import demo_model_path
 from quantcache.export import absorb, export_checkpoint
@@ -424,6 +431,38 @@ def test_absorbing_twice_is_refused(folder: Path, calibration: Calibration, tmp_
     export_checkpoint(folder, calibration, tmp_path / "once", verify=False)
     refused(tmp_path / "once", calibration, QuantCacheError, "is an export already")
     refused(folder, Calibration.from_pretrained(tmp_path / "once"), QuantCacheError, "absorbed its basis already")
+
+
+def test_absorbing_under_an_enabled_calibration_is_refused() -> None:
+    """Every later request was coded in a basis that its values no longer had."""
+    model = LLAMA.make()
+    made = calibration_of(model)
+    before = model.model.layers[0].self_attn.v_proj.weight.clone()
+    with quantcache.enabled(model, made), pytest.raises(QuantCacheError, match=r"call quantcache\.disable\(model\)"):
+        absorb(model, made)
+    assert torch.equal(model.model.layers[0].self_attn.v_proj.weight, before)
+    quantcache.enable(model, absorb(model, made))
+    quantcache.disable(model)
+
+
+def test_a_calibration_of_other_weights_is_told() -> None:
+    """Also where the weights are other ones because they have absorbed a basis before."""
+    model = LLAMA.make()
+    made = calibrate(model, random_tokens(1, 64), metric="identity", predict=False, progress=False)
+    absorb(model, made)
+    with pytest.warns(CalibrationWarning, match=r"the weights of .*v_proj\.weight differ"):
+        absorb(model, made)
+
+
+def test_a_layer_is_absorbed_as_a_whole_or_not_at_all() -> None:
+    model = LLAMA.make()
+    made = calibration_of(model)
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.weight.data[5, 5] = float("inf")
+    before = attention.v_proj.weight.clone()
+    with pytest.raises(QuantCacheError, match=r"layers\.0.*o_proj.* had NaN or infinite values"):
+        absorb(model, made)
+    assert torch.equal(attention.v_proj.weight, before)
 
 
 def test_output_that_is_taken(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
