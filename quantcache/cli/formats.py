@@ -122,6 +122,8 @@ def _notes(found: Sequence[Row], model: str, measurements: Measurements) -> list
     """What the columns mean, and where the figures are from."""
     from quantcache.planning.quality import describe
 
+    if not found:
+        return ["", Prose("No format is what every --filter asks for.")]
     notes = [
         "bits: per encoded element, scales and gains included. bytes/token: that, over all layers that grow with the "
         "context, sinks and recent tokens not included. KL: mean divergence from the dense cache, nats per token. "

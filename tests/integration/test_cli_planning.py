@@ -87,6 +87,13 @@ def test_formats_with_own_records(run: Run) -> None:
     assert "No record of fidelity on bare; there are records on: wiki11m, smollm2-135m, gemma3-270m." in out
 
 
+def test_formats_of_which_the_filters_leave_none(run: Run) -> None:
+    """It said that there is no record of the model, and named the model among those with records."""
+    status, out, _ = run("formats", "wiki11m", "--filter", "bytes<=1")
+    assert status == 0
+    assert out.splitlines()[-1] == "No format is what every --filter asks for."
+
+
 def test_formats_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, _ = run("formats", "--compare", "--sort", "kl", "--filter", "spectral-*", "--json")
     assert status == 0
