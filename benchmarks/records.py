@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -178,7 +179,7 @@ def write_record(
         "created": created.isoformat(timespec="seconds"),
         "commit": git["commit"],
         "dirty": git["dirty"],
-        "command": " ".join(["python", name, *sys.argv[1:]]),
+        "command": shlex.join(["python", name, *sys.argv[1:]]),
         "environment": surroundings,
         "settings": settings | {"source_sha256": source_digest()},
         "metrics": metrics,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -154,7 +155,7 @@ def make_record(plan: Plan, results: dict[str, Any], inputs: dict[str, str | Non
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=git["commit"],
         dirty=git["dirty"] or git["commit"] is None,
-        command=" ".join(["quantcache", *sys.argv[1:]]),
+        command=shlex.join(["quantcache", *sys.argv[1:]]),
         environment=surroundings,
         settings=plan.to_dict(),
         metrics=results,

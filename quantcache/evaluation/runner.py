@@ -19,8 +19,8 @@ from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import divergence, exercises, memory, needle, qa, routing, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths, has_template, opening
-from quantcache.evaluation.fidelity import check_stride, check_tail, measure_fidelity
-from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.evaluation.fidelity import check_stride, check_tail, chunk_edges, measure_fidelity
+from quantcache.evaluation.methods import Method, parse_methods, reading_codes
 from quantcache.evaluation.paired import relative_kl
 from quantcache.evaluation.plan import Material, Plan
 from quantcache.evaluation.tasks import measure_task
@@ -132,7 +132,8 @@ def _fidelity(
     for context in plan.contexts:
         for residual, all_methods in methods.items():
             cell = f"context {context} residual {residual}"
-            by_name = {method.name: method for method in all_methods}
+            last, _ = chunk_edges(context, plan.chunk, plan.sinks, residual if plan.equal_tail else 0)[-1]
+            by_name = {method.name: method for method in reading_codes(all_methods, context, last)}
             missing = cells.missing("fidelity", by_name, cell)
             for start in range(0, len(missing), GROUP):
                 group = [by_name[name] for name in missing[start : start + GROUP]]
@@ -180,15 +181,16 @@ def _divergence(material: Material, plan: Plan, tokens: Tensor, methods: list[Me
     start, count = opening(material.tokenizer), plan.sizes.continued_tokens
     limit = compat.position_limit(material.model.config) or count + plan.contexts[-1]
     context = min(256, plan.contexts[-1], limit // 2)
+    count = min(count, limit - context)
     return divergence.measure_divergence(
         material.model,
         # The tokenizer has put its special tokens in front of the text; they stand in front of every prompt.
         tokens[len(start) :] if torch.equal(tokens[: len(start)], start) else tokens,
-        methods,
+        reading_codes(methods, context + count),
         opening=start,
         context=context,
         prompts=plan.sizes.prompts,
-        new_tokens=min(count, limit - context),
+        new_tokens=count,
         sink_length=plan.sinks,
         cells=cells,
     ).to_dict()
@@ -207,12 +209,13 @@ def _lengths(plan: Plan) -> list[int]:
 
 
 def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
+    lengths = _lengths(plan)
     return needle.measure_needle(
         material.model,
         material.tokenizer,
         material.text,
-        methods,
-        lengths=_lengths(plan),
+        reading_codes(methods, max(lengths)),
+        lengths=lengths,
         depths=plan.sizes.needle_depths,
         seeds=plan.sizes.needle_seeds,
         form=replace(plan.needle_form, chat=_chat(material, plan)),
@@ -225,7 +228,9 @@ def _task(name: str, material: Material, plan: Plan, methods: list[Method], cell
     most = math.inf if plan.lengths is not None or limit is None else limit - ANSWER_ROOM
     lengths = [int(min(length, most)) for length in _lengths(plan)]
     task = exercises.drawn(name, material.tokenizer, material.text, lengths, plan.sizes, form)
-    if name != "records":  # of given lengths none is left out silently
+    if name == "records":
+        methods = reading_codes(methods, max(lengths))
+    else:  # of given lengths none is left out silently
         task = task.within(limit)
     if not task.exercises:
         return {name: {"status": f"skipped: no exercise fits into the model's limit of {limit} positions"}}
@@ -237,7 +242,7 @@ def _routing(material: Material, plan: Plan, tokens: Tensor, methods: list[Metho
     return routing.measure_routing(
         material.model,
         tokens,
-        methods,
+        reading_codes(methods, context),
         context=context,
         windows=plan.sizes.routing_windows,
         chunk=min(plan.chunk, max(1, (context - plan.sinks) // 2)),

@@ -17,6 +17,7 @@ from quantcache.cli.eval_tables import tables
 from quantcache.common import compat
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.record import read_record
+from quantcache.planning.records import read_measurements
 from tests.helpers import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,7 +62,7 @@ def folder(
 @pytest.mark.slow
 def test_several_suites_make_one_record(run: Run, folder: Path) -> None:
     arguments = (*EVAL, "--quick", "--suite", "fidelity,routing,memory,qa", "--qa", "qa.jsonl")
-    arguments = (*arguments, "--methods", "dense,spectral-3", "--residual", "0,64", "--context", "128,192")
+    arguments = (*arguments, "--methods", "dense,spectral-3", "--residual", "0,64", "--context", "192,256")
     status, out, err = run(*arguments, "-o", "result.json", "--json")
     assert (status, err) == (0, "")
     found = json.loads(out)
@@ -70,7 +71,7 @@ def test_several_suites_make_one_record(run: Run, folder: Path) -> None:
     assert (record.suite, record.status) == ("eval", "ok")
     assert list(record.metrics) == ["fidelity", "routing", "qa", "memory"]
     places = [(part["context"], part["residual"]) for part in record.metrics["fidelity"]]
-    assert places == [(128, 0), (128, 64), (192, 0), (192, 64)]
+    assert places == [(192, 0), (192, 64), (256, 0), (256, 64)]
     assert found["methods"] == record.metrics["fidelity"][0]["methods"]
     assert record.inputs["text"] == found["text"]["sha256"]
     assert None not in (record.inputs["model"], record.inputs["calibration"], record.inputs["questions"])
@@ -157,8 +158,28 @@ def test_tasks_are_sized_and_go_on(run: Run, folder: Path, monkeypatch: pytest.M
         assert title in shown
 
 
+def test_a_window_that_is_too_short_for_codes_has_no_figures(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache was exact there, and its divergence of 0 stood beside those of methods that had been measured."""
+    monkeypatch.setattr("sys.argv", ["quantcache", "eval", "a model"])
+    assert run(*EVAL, "--methods", "dense,spectral-2,fp8", "-o", "one two.json", "--json")[0] == 0
+    record = read_record(folder / "one two.json")
+    assert record.command == "quantcache eval 'a model'"
+    (part,) = record.metrics["fidelity"]
+    assert part["methods"]["spectral-2"]["status"].startswith("unsupported: in 128 tokens it reads no codes")
+    assert record.status == "partial"
+    assert [part["methods"][name]["status"] for name in ("dense", "fp8")] == ["ok", "ok"]
+    assert [figure.method for figure in read_measurements([folder / "one two.json"]).fidelity] == ["dense", "fp8"]
+    status, _, err = run(
+        *EVAL, "--suite", "fidelity,needle,records,routing", "--lengths", "130", "--methods", "spectral-2"
+    )
+    assert status == 1
+    assert "in 128 tokens it reads no codes" in err
+
+
 def test_windows_that_slide(run: Run, folder: Path) -> None:
-    arguments = (*EVAL, "--methods", "dense,spectral-3", "--json")
+    arguments = (*EVAL, "--methods", "dense,spectral-3", "--residual", "0", "--json")
     found = {stride: json.loads(run(*arguments, "--stride", str(stride))[1]) for stride in (32, 100)}
     for stride, result in found.items():
         count = (256 - 128) // stride + 1

@@ -30,6 +30,7 @@ from quantcache.evaluation.methods import (
     collect_statistics,
     needs_statistics,
     parse_methods,
+    reading_codes,
     register,
 )
 from quantcache.evaluation.methods.base import SimulatedCodec, hadamard, simulated_cache, uniform
@@ -575,3 +576,22 @@ def test_simulated_codecs_have_the_bits_that_their_scheme_states(name: str, stat
         stated = scheme.bits(number, side, DIM)
         # Water-filled widths are whole numbers, whose mean may stay a little below the budget.
         assert stated - (1 / DIM if scheme.stem == "pca" else 0) <= codec.bits <= stated
+
+
+def test_a_method_is_measured_only_where_it_reads_codes() -> None:
+    """In a text that sinks and recent tokens fill, every cache is exact, and its figures were those of the method."""
+    names = ["dense", "floor", "spectral-2", "kivi-2", "kvarn-k4v4-128", "fp8"]
+    methods = parse_methods(names, CONFIG, Calibration.synthetic(CONFIG), 4, 64)
+    own = Method("own", "rival", False, DynamicCache)  # keeps whatever it likes
+    left = {
+        tokens: [method.name for method in reading_codes([*methods, own], tokens) if method.unsupported]
+        for tokens in (131, 132, 195, 196)
+    }
+    every, longer = ["spectral-2", "kivi-2", "kvarn-k4v4-128"], ["kvarn-k4v4-128"]
+    assert left == {131: every, 132: longer, 195: longer, 196: []}
+    (refused,) = reading_codes(methods[2:3], 200, cached=100)
+    assert refused.unsupported == (
+        "in 200 tokens it reads no codes: the first 4 and the last 64 stay as they are, others are encoded 64 at a time"
+    )
+    with pytest.raises(MethodUnavailable, match="in 200 tokens it reads no codes"):
+        refused.make_cache()

@@ -9,6 +9,7 @@ from quantcache.evaluation.methods.registry import (
     all_methods,
     needs_statistics,
     parse_methods,
+    reading_codes,
     register,
 )
 from quantcache.evaluation.methods.statistics import RivalStatistics, collect_statistics, text_statistics
@@ -25,6 +26,7 @@ __all__ = [
     "collect_statistics",
     "needs_statistics",
     "parse_methods",
+    "reading_codes",
     "register",
     "text_statistics",
 ]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from transformers import Cache, PreTrainedConfig
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
+from quantcache.coding.growth import num_blocks
+from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
@@ -131,6 +134,32 @@ def parse_methods(
     return methods
 
 
+def reading_codes(methods: Sequence[Method], tokens: int, cached: int | None = None) -> list[Method]:
+    """Methods for a text of some tokens; those that would read it without a code cannot be measured on it.
+
+    Such a cache is as exact as the dense one, and its figures would be taken for those of the method.
+
+    Args:
+        methods: The methods.
+        tokens: Tokens of the text.
+        cached: Tokens that a cache holds at most while something is still read; all by default.
+
+    Returns:
+        The methods in their order, each that reads no code with the reason in ``unsupported``.
+    """
+    found = []
+    for method in methods:
+        kept = (method.sink_length, method.residual_length, method.tile)
+        if method.family in ("ours", "rival") and None not in kept and not method.unsupported:
+            sinks, residual, tile = (int(each or 0) for each in kept)
+            if not num_blocks(tokens if cached is None else cached, sinks, residual, tile // BLOCK):
+                exact = f"the first {sinks} and the last {residual} stay as they are"
+                reason = f"in {tokens} tokens it reads no codes: {exact}, others are encoded {tile} at a time"
+                method = replace(method, unsupported=reason, make_cache=_refusing(reason))
+        found.append(method)
+    return found
+
+
 def find_scheme(name: str, config: PreTrainedConfig) -> tuple[Scheme, float]:
     """The family that a name asks for, and its number.
 
@@ -188,9 +217,13 @@ def _maker(scheme: Scheme, number: float, setting: Setting) -> tuple[Callable[[]
             return scheme.make(number, setting), None
         except MethodUnavailable as error:
             reason = str(error)
-    missing = reason
+    return _refusing(reason), reason
+
+
+def _refusing(reason: str) -> Callable[[], Cache]:
+    """A maker of no caches."""
 
     def refuse() -> Cache:
-        raise MethodUnavailable(missing)
+        raise MethodUnavailable(reason)
 
-    return refuse, missing
+    return refuse
