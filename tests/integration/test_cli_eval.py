@@ -172,7 +172,7 @@ def test_a_window_that_is_too_short_for_codes_has_no_figures(
     assert [part["methods"][name]["status"] for name in ("dense", "fp8")] == ["ok", "ok"]
     assert [figure.method for figure in read_measurements([folder / "one two.json"]).fidelity] == ["dense", "fp8"]
     status, _, err = run(
-        *EVAL, "--suite", "fidelity,needle,records,routing", "--lengths", "130", "--methods", "spectral-2"
+        *EVAL, "--suite", "fidelity,needle,records,routing,transfer", "--lengths", "130", "--methods", "spectral-2"
     )
     assert status == 1
     assert "in 128 tokens it reads no codes" in err
