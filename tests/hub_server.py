@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -36,10 +36,10 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        """Add files to a branch; gives the commit."""
+    def commit(self, files: dict[str, bytes], branch: str = "main", without: Collection[str] = ()) -> str:
+        """Add files to a branch, and take others away; gives the commit."""
         base = self.commits.get(self.refs.get(branch, self.refs.get("main", "")), {})
-        content = {**base, **files}
+        content = {**{name: data for name, data in base.items() if name not in without}, **files}
         digest = hashlib.sha1()
         for name, data in sorted(content.items()):
             digest.update(name.encode() + b"\0" + data)
@@ -266,14 +266,16 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo_or_refuse(name)
         if repo is None:
             return
-        files = {}
+        files, deleted = {}, set()
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server_state.objects[value["oid"]]
-        oid = repo.commit(files, revision)
+            elif line["key"] == "deletedFile":
+                deleted.add(value["path"])
+        oid = repo.commit(files, revision, deleted)
         url = f"{self.url(name)}/commit/{oid}"
         self.answer(200, {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
 

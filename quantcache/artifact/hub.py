@@ -6,7 +6,7 @@ Cache, tokens, offline mode and endpoint are huggingface_hub's own (``HF_HOME``,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -132,6 +133,7 @@ def push_folder(
     *,
     message: str,
     private: bool | None = None,
+    replacing: Sequence[str] = (),
 ) -> str:
     """Upload a folder in one commit, creating the repository where there is none.
 
@@ -140,6 +142,7 @@ def push_folder(
         repo_id: Hub repository, ``owner/name``.
         message: Title of the commit.
         private: Whether a new repository is private.
+        replacing: Patterns of files that the repository has no more afterwards, but for those of the folder.
 
     Returns:
         The commit's URL.
@@ -151,7 +154,9 @@ def push_folder(
     def push() -> str:
         api = HfApi(library_name=LIBRARY)
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
+        patterns = list(replacing) or None
+        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=patterns)
+        return str(commit.commit_url)
 
     return checked(push, repo_id, None, "the folder")
 
@@ -166,13 +171,16 @@ def check_push(repo_id: str) -> None:
         ArtifactError: The name is not a valid repository id.
         HubError: The Hub cannot be reached, nobody is logged in, or the repository is somebody else's.
     """
-    owner, slash, _ = require_repo_id(repo_id).partition("/")
+    try:
+        owner, slash, _ = require_repo_id(repo_id).partition("/")
+    except ArtifactError as error:
+        raise ArtifactError(f"cannot push to {repo_id}: repositories on the Hub are called OWNER/NAME") from error
 
     def who() -> set[str]:
         found = HfApi(library_name=LIBRARY).whoami()
         return {str(found["name"]), *(str(org["name"]) for org in found.get("orgs") or ())}
 
-    names = checked(who, repo_id, None, "a push")
+    names = checked(who, repo_id, None, "the upload")
     if slash and owner not in names:
         raise HubError(f"cannot push to {repo_id}: the token belongs to {', '.join(sorted(names))}, not to {owner}")
 
@@ -196,6 +204,8 @@ def checked(action: Callable[[], _Result], repo_id: str, revision: str | None, w
     where = f"{repo_id} at revision {revision}" if revision else repo_id
     try:
         return action()
+    except LocalTokenNotFoundError as error:
+        raise HubError(f"{what} of {where} needs a login: call 'hf auth login', or set HF_TOKEN") from error
     except GatedRepoError as error:
         raise HubError(f"{where} is gated: request access on its page, then log in or pass a token") from error
     except RevisionNotFoundError as error:

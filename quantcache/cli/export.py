@@ -55,6 +55,7 @@ def export(
 
         from quantcache.artifact import hub
         from quantcache.export import export_checkpoint
+        from quantcache.export.exporter import STALE
 
         if push_to_hub is not None:
             hub.check_push(push_to_hub)
@@ -76,7 +77,8 @@ def export(
         url = None
         if push_to_hub is not None:
             try:
-                url = hub.push_folder(output, push_to_hub, message=f"Export in {basis} basis", private=private or None)
+                message = f"Export in {basis} basis"
+                url = hub.push_folder(output, push_to_hub, message=message, private=private or None, replacing=STALE)
             except HubError as error:
                 raise HubError(f"{error}; the export is kept in {output}") from error
         result: dict[str, Any] = {

@@ -47,6 +47,10 @@ WEIGHT_PATTERNS = [
 
 DOWNLOAD_IGNORE = [p for p in WEIGHT_PATTERNS if p not in ("*.safetensors", "*.index.json")]
 
+STALE = (*WEIGHT_PATTERNS, *ARTIFACT_FILES)
+"""What a repository may have from before an export: weights in one file would be loaded rather than shards, and the
+calibration at its root, which is the original's, rather than that of the export."""
+
 VERIFY_TOKENS = 256
 
 Progress = Callable[[str, int, int], None]

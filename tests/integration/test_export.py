@@ -558,7 +558,7 @@ def test_command_line(
     for spoiled, status, message in (
         (["--basis", "round"], 2, "'--basis': 'round' is not one of 'spectral', 'flat'"),
         (["--records", str(folder / "config.json")], 1, "is not what quantcache eval writes"),
-        (["--push-to-hub", "a/b/c"], 1, "not a valid Hub repository id"),
+        (["--push-to-hub", "a/b/c"], 1, "cannot push to a/b/c: repositories on the Hub are called OWNER/NAME"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main([*arguments[:5], str(tmp_path / "other"), *spoiled])

@@ -361,7 +361,7 @@ def test_a_push_is_checked_before_the_work(hub: HubServer, client: Client) -> No
     assert client.value(f"{check}('somebody/new')") is None
     error = client.error(f"{check}('else/new')")
     assert error == "cannot push to else/new: the token belongs to some-org, somebody, not to else"
-    assert "not a valid Hub repository id" in client.error(f"{check}('a b')")
+    assert client.error(f"{check}('a b')") == "cannot push to a b: repositories on the Hub are called OWNER/NAME"
     assert not hub.repos  # nothing is made for a check
 
 
@@ -395,6 +395,24 @@ def test_export_round_trip(hub: HubServer, client: Client, tmp_path: Path) -> No
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (0, 1) for p in "vo"}
+
+
+def test_an_export_takes_the_place_of_what_a_repository_had(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """The original's calibration at the root was found before the export's own, and whole weights before its shards."""
+    model = FAMILIES[0].make(attention="sdpa")
+    model.save_pretrained(tmp_path / "model", max_shard_size="300KB")
+    Calibration.synthetic(model.config, bits=3).save_pretrained(tmp_path / "calibration")
+    client.value(f"__import__('os').environ.update(HF_TOKEN={TOKEN!r})")
+    assert client.value(f"Calibration.from_pretrained({str(tmp_path / 'calibration')!r}).push_to_hub({REPO!r})")
+    hub.repos[REPO].commit({"model.safetensors": b"older", "pytorch_model.bin": b"older", "notes.txt": b"kept"})
+    arguments = ["export", str(tmp_path / "model"), "-c", str(tmp_path / "calibration"), "-o", str(tmp_path / "out")]
+    assert client.value(f"main({[*arguments, '--no-verify', '--push-to-hub', REPO]!r})") == 0
+    files = hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]
+    assert files["notes.txt"] == b"kept"
+    assert {"model.safetensors", "pytorch_model.bin", CONFIG_NAME, TENSORS_NAME}.isdisjoint(files)
+    assert "model.safetensors.index.json" in files
+    loaded = f"Calibration.from_pretrained({REPO!r}, cache_dir={str(tmp_path / 'cache')!r})"
+    assert client.value(f"{loaded}.metadata.recipe['absorbed']['basis']") == "spectral"
 
 
 def test_exporting_what_cannot_be_had(hub: HubServer, client: Client, tmp_path: Path, calibration: Calibration) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalTokenNotFoundError
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -334,11 +335,18 @@ def test_a_push_that_fails_keeps_the_calibration(
     assert len(Calibration.from_pretrained(kept).layers) == 6
 
 
+def _nobody(api: Any) -> dict[str, Any]:
+    raise LocalTokenNotFoundError("Token is required to call the /whoami-v2 endpoint, but no token found.")
+
+
 def test_a_push_is_checked_first(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("calibrate", "wiki11m", "--text", folder / "text.txt", "-o", tmp_path / "out", "--push-to-hub")
     status, _, err = run(*arguments, "not a name")
     assert (status, err.count("\n")) == (1, 1)
-    assert "not a valid Hub repository id" in err
+    assert err == "error: cannot push to not a name: repositories on the Hub are called OWNER/NAME\n"
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", _nobody)
+    status, _, err = run(*arguments, "me/model")
+    assert "the upload of me/model needs a login: call 'hf auth login', or set HF_TOKEN" in err
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me", "orgs": [{"name": "us"}]})
     status, _, err = run(*arguments, "them/model")
     assert "cannot push to them/model: the token belongs to me, us, not to them" in err
