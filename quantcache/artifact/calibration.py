@@ -94,9 +94,15 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             A calibration that shares this one's transforms; this one itself where nothing is given.
 
         Raises:
-            ValueError: A number of bits is outside ``[min_bits, 8]``.
+            ValueError: A number of bits is outside ``[min_bits, 8]``, or ``bits`` alone is given and both sides have
+                bits of their own, which it would not change.
         """
         rate = self.metadata.rate.given(bits=bits, key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
+        if bits is not None and key_bits is None and value_bits is None and not rate.shared:
+            raise ValueError(
+                f"bits={bits!r} changes nothing: this calibration has key_bits={rate.key_bits!r} and "
+                f"value_bits={rate.value_bits!r}; give those, or 'joint' for a side that is to share the bits"
+            )
         return self if rate is self.metadata.rate else self.with_rate(rate)
 
     def with_rate(self, rate: Rate) -> Calibration:

@@ -90,7 +90,7 @@ def at_quality(
     """
     check_quality(quality, bits)
     rate = calibration.metadata.rate.given(key_bits=key_bits, value_bits=value_bits, min_bits=min_bits)
-    if not _leaves_a_choice(rate):
+    if not rate.shared:
         raise ValueError(
             f"quality={quality!r} leaves nothing to choose beside key_bits={rate.key_bits!r} and "
             f"value_bits={rate.value_bits!r}"
@@ -120,7 +120,7 @@ def quality_rates(calibration: Calibration) -> list[QualityRate]:
         One entry for each word, the best first.
     """
     search = _Search(calibration, calibration.metadata.rate)
-    chooses = search.measured is not None and _leaves_a_choice(calibration.metadata.rate)
+    chooses = search.measured is not None and calibration.metadata.rate.shared
     rates = []
     for quality, limit in QUALITIES.items():
         found = search.fewest(limit) if chooses else None
@@ -142,11 +142,6 @@ def quality_of(kl: float | None) -> str | None:
         The word; None where it is above all limits or not known.
     """
     return None if kl is None else next((name for name, limit in QUALITIES.items() if kl <= limit), None)
-
-
-def _leaves_a_choice(rate: Rate) -> bool:
-    """Whether a side shares the common budget, which is what a word decides."""
-    return "joint" in (rate.key_bits, rate.value_bits)
 
 
 class _Search:

@@ -121,7 +121,8 @@ def _summary(data: dict[str, Any]) -> Grid:
     table.add_row("base model", f"{base.get('id') or 'unknown'}{revision} ({base.get('model_type')})")
     table.add_row("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if key not in _UNSHOWN))
     sides = [f"{side}s {rate[f'{side}_bits']}" for side in ("key", "value") if rate[f"{side}_bits"] != "joint"]
-    table.add_row("bits", ", ".join([f"{rate['bits']:g} bits", *sides, f"at least {rate['min_bits']}"]))
+    common = [f"{rate['bits']:g} bits"] if len(sides) < 2 else []  # which nothing would have
+    table.add_row("bits", ", ".join([*common, *sides, f"at least {rate['min_bits']}"]))
     table.add_row("bits per element", f"{data['bits_per_element']:.3f} (codes {data['bits']:.3f}, the rest gains)")
     for each in data["qualities"]:
         table.add_row(each["quality"], rate_line(each))

@@ -153,6 +153,16 @@ class Rate:
         asked = {name: value for name, value in values.items() if value is not None}
         return replace(self, **asked) if asked else self
 
+    @property
+    def shared(self) -> bool:
+        """Whether a side shares the common bits."""
+        return "joint" in (self.key_bits, self.value_bits)
+
+    @property
+    def joint_sides(self) -> bool:
+        """Whether both sides share the common bits."""
+        return self.key_bits == self.value_bits == "joint"
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON of artifacts and saved caches, in which a dense side is null."""
         return {name: None if value == "dense" else value for name, value in asdict(self).items()}

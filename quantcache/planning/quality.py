@@ -58,7 +58,8 @@ def expected_quality(
 ) -> Quality:
     """What is known of a format on a model: measured on it, else predicted, else measured on others.
 
-    Only figures of a cache that keeps as many recent tokens as caches do by default count.
+    Only figures of a cache that keeps as many recent tokens as caches do by default count, and of ours none where the
+    calibration gives a side bits of its own.
 
     Args:
         form: How the cache is stored.
@@ -73,6 +74,8 @@ def expected_quality(
     if form.layout == "dense":
         return Quality(0.0, 1.0, "reference", "none", "what the others are compared with")
     names = list(names)
+    if form.layout == "spectral" and calibration is not None and not calibration.metadata.rate.joint_sides:
+        measurements = Measurements()  # which are of keys and values that share their bits
     predicted = predict_kl_at(calibration, form.bits) if form.layout == "spectral" and calibration is not None else None
     own = [figure for name in names if (figure := measurements.fidelity_of(form.name, name, RESIDUAL_LENGTH))]
     if own:

@@ -104,6 +104,9 @@ def recommend(
         if form.layout == "spectral" and form.bits < least:
             refused[form.name] = f"{form.name}: the calibration gives no coefficient less than {least} bits"
             continue
+        if form.layout == "spectral" and calibration is not None and not calibration.metadata.rate.shared:
+            refused[form.name] = f"{form.name}: the calibration gives keys and values bits of their own"
+            continue
         quality = expected_quality(form, names, demand.context, measurements, calibration)
         try:
             candidates.append(_candidate(form, config, geometry, weights, demand, quality, calibration))

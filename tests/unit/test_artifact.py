@@ -341,11 +341,24 @@ def test_rates_of_the_sides() -> None:
     assert_same(dense.with_bits(3.0, key_bits="joint", value_bits="joint"), calibration)
 
 
+def test_bits_that_no_side_shares_are_refused() -> None:
+    """They were taken, and changed nothing."""
+    apart = make().with_bits(key_bits="dense", value_bits=2)
+    message = "bits=4 changes nothing: this calibration has key_bits='dense' and value_bits=2; give those, or 'joint'"
+    for use in (apart.with_bits, lambda bits: SpectralCache(apart, bits=bits)):
+        with pytest.raises(ValueError, match=message):
+            use(4)
+    assert apart.with_bits(4, value_bits="joint").bits == 4
+    assert apart.with_bits(min_bits=1).bits == 2
+
+
 def test_what_is_not_given_stays(tmp_path: Path) -> None:
-    calibration = make().with_bits(3.0, key_bits=4, value_bits="dense", min_bits=1)
-    calibration.save_pretrained(tmp_path)
+    shared = make().with_bits(3.0, value_bits="dense", min_bits=1)
+    shared.save_pretrained(tmp_path)
+    assert shared.with_bits(2.0).metadata.rate == Rate(2.0, "joint", "dense", 1)
+    assert load_calibration(str(tmp_path), 2.0).metadata.rate == Rate(2.0, "joint", "dense", 1)
+    calibration = shared.with_bits(key_bits=4)
     for given, rate in (
-        ({"bits": 2.0}, Rate(2.0, 4, "dense", 1)),
         ({"key_bits": 2}, Rate(3.0, 2, "dense", 1)),
         ({"value_bits": "joint"}, Rate(3.0, 4, "joint", 1)),
         ({"min_bits": 2}, Rate(3.0, 4, "dense", 2)),
@@ -353,7 +366,6 @@ def test_what_is_not_given_stays(tmp_path: Path) -> None:
     ):
         assert calibration.with_bits(**given).metadata.rate == rate
         assert SpectralCache(calibration, **given).calibration.metadata.rate == rate
-    assert load_calibration(str(tmp_path), 2.0).metadata.rate == Rate(2.0, 4, "dense", 1)
     assert calibration.with_bits() is calibration is SpectralCache(calibration).calibration
     assert_same(calibration.with_rate(Rate(3)), make())
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig
 
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.prediction import predict_kl_at
+from quantcache.artifact.prediction import predict_kl, predict_kl_at
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.units import parse_bytes, parse_tokens, show_bytes
 from quantcache.planning import quality, table, usage
@@ -263,6 +263,18 @@ def test_sides_are_as_the_calibration_has_them() -> None:
     assert found > 2 * expected
     assert "spectral-2" not in {each.format for each in own.candidates}
     assert "Left out: spectral-2: the calibration gives no coefficient less than 3 bits." in own.notes
+
+
+def test_figures_of_shared_bits_are_not_those_of_sides_with_their_own() -> None:
+    """A calibration with 2-bit values got the KL that was measured at 4 bits on both sides."""
+    made = calibration_with_yardstick(sizes().config)
+    form = parse_format("spectral-4")
+    apart = quality.expected_quality(form, ["wiki11m"], 512, BUNDLED, made.with_bits(value_bits=2))
+    assert (apart.basis, apart.kl) == ("predicted from its calibration", apart.predicted_kl)
+    assert apart.kl == predict_kl(made.with_bits(4, value_bits=2))
+    own = plan(Demand(10**9, 1000), calibration=made.with_bits(key_bits="dense", value_bits=2))
+    assert not [each for each in own.candidates if each.format.startswith("spectral")]
+    assert "Left out: spectral-4: the calibration gives keys and values bits of their own." in own.notes
 
 
 def test_calibration_of_another_model_is_refused() -> None:
