@@ -35,6 +35,9 @@ from quantcache.common.errors import QuantCacheError, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
+SAMPLES = 4
+"""Tokens for each dimension of a head below which a warning says that they are few."""
+
 
 @torch.inference_mode(False)
 @standard_settings()
@@ -127,6 +130,7 @@ def calibrate(
         for parameter in frozen:
             parameter.requires_grad_(True)
 
+    _warn_of_few_tokens(given.num_tokens, statistics)
     outputs = output_metrics(model, {i: s.kv_shape for i, s in statistics.items()}) if metric == "query" else {}
     solved = {index: statistics[index].solve(outputs.get(index)) for index in layers}
     metadata = Metadata(
@@ -260,6 +264,19 @@ def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
         # Sampled on the CPU, so that a seed means the same on every device.
         labels = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(-1).to(logits.device)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _warn_of_few_tokens(tokens: int, statistics: dict[int, LayerStatistics]) -> None:
+    """Say so where the codes will fit the text rather than the model."""
+    dim = max(moments.sum.shape[-1] for layer in statistics.values() for moments in layer.moments.values())
+    if tokens < SAMPLES * dim:
+        logger.warning(
+            "%s tokens are few for heads of dimension %s, and what is lost at the same bits is several times as much: "
+            "calibrate on %s at least, better on many more",
+            f"{tokens:,}",
+            dim,
+            f"{SAMPLES * dim:,}",
+        )
 
 
 def _warn_of_half_precision(model: PreTrainedModel) -> None:

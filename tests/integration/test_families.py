@@ -455,6 +455,15 @@ def test_rows_beyond_the_models_limit_are_cut_and_all_used(shape: tuple[int, int
     assert torch.equal(torch.cat([each[0, 1:] for each in data.sequences]), tokens[:, 1:].flatten())
 
 
+@pytest.mark.parametrize("tokens", [255, 256])
+def test_a_calibration_on_few_tokens_is_told(tokens: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Codes then fit the text rather than the model, and nothing said so."""
+    model = shared_model(FAMILIES[0])
+    calibrate(model, random_tokens(1, tokens), metric="identity", predict=False, progress=False)
+    few = ["255 tokens are few for heads of dimension 64" in each.getMessage() for each in caplog.records]
+    assert few == [True] * (tokens < 256)
+
+
 def test_one_sequence_needs_no_list() -> None:
     tokens = random_tokens(1, 64)
     found, expected = (calibrate(shared_model(FAMILIES[0]), data, progress=False) for data in (tokens[0], [tokens[0]]))

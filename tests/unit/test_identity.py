@@ -223,7 +223,7 @@ def test_weights_that_cannot_be_read(calibration: Calibration, model: LlamaForCa
 def test_a_calibration_made_in_bfloat16(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
     calibration = calibrated(make().to(torch.bfloat16))
     slow = "the model is in bfloat16, which is slow on many CPUs: load it with dtype='float32'"
-    assert [each.getMessage() for each in caplog.records] == [slow]
+    assert slow in [each.getMessage() for each in caplog.records]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         calibration.check_compatible(make().to(dtype), strict=True)
     with pytest.raises(CalibrationMismatch):
