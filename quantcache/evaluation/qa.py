@@ -25,7 +25,7 @@ from quantcache.common.jsonfile import MAX_RESULT_BYTES, parse_json
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, joint_status
 from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
-from quantcache.evaluation.methods import Method
+from quantcache.evaluation.methods import Method, reading_codes
 from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
 
 SUITE = "qa"
@@ -247,7 +247,7 @@ def measure_qa(
         if place not in template:
             raise QuantCacheError(f"question template {template!r} lacks {place}")
     chosen = _choose(model, tokenizer, questions, count, seed, new_tokens, template, chat, shots)
-    asked = list(methods)
+    asked = reading_codes(methods, max(len(prompt) for _, prompt in chosen))
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))
 

@@ -228,9 +228,7 @@ def _task(name: str, material: Material, plan: Plan, methods: list[Method], cell
     most = math.inf if plan.lengths is not None or limit is None else limit - ANSWER_ROOM
     lengths = [int(min(length, most)) for length in _lengths(plan)]
     task = exercises.drawn(name, material.tokenizer, material.text, lengths, plan.sizes, form)
-    if name == "records":
-        methods = reading_codes(methods, max(lengths))
-    else:  # of given lengths none is left out silently
+    if name != "records":  # of given lengths none is left out silently
         task = task.within(limit)
     if not task.exercises:
         return {name: {"status": f"skipped: no exercise fits into the model's limit of {limit} positions"}}

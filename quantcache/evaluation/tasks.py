@@ -18,7 +18,7 @@ from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, joint_status
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, decode_tokens, dense_method, end_tokens, feed
-from quantcache.evaluation.methods import Method
+from quantcache.evaluation.methods import Method, reading_codes
 from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
 
 
@@ -139,7 +139,7 @@ def measure_task(
         cells: Where finished cells are kept.
 
     Returns:
-        Counts and intervals. A method that fails keeps its place, with the error as its status.
+        Counts and intervals. A method that fails, or reads no codes, keeps its place, with the reason as its status.
 
     Raises:
         QuantCacheError: There are no exercises, or one exceeds the model's limit.
@@ -149,7 +149,7 @@ def measure_task(
         raise QuantCacheError(f"{task.name}: there are no exercises")
     longest = max(each.longest for each in task.exercises) + task.new_tokens
     check_lengths(model, [longest], f"the longest exercise of {task.name}:")
-    asked = list(methods)
+    asked = reading_codes(methods, longest - task.new_tokens)
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))
 

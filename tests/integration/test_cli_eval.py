@@ -171,9 +171,8 @@ def test_a_window_that_is_too_short_for_codes_has_no_figures(
     assert record.status == "partial"
     assert [part["methods"][name]["status"] for name in ("dense", "fp8")] == ["ok", "ok"]
     assert [figure.method for figure in read_measurements([folder / "one two.json"]).fidelity] == ["dense", "fp8"]
-    status, _, err = run(
-        *EVAL, "--suite", "fidelity,needle,records,routing,transfer", "--lengths", "130", "--methods", "spectral-2"
-    )
+    suites = ("--suite", "fidelity,needle,records,routing,transfer,qa", "--lengths", "130", "--qa", "qa.jsonl")
+    status, _, err = run(*EVAL, *suites, "--methods", "spectral-2")
     assert status == 1
     assert "in 128 tokens it reads no codes" in err
 

@@ -599,7 +599,7 @@ def test_one_method_that_fails_leaves_the_others(
 @pytest.mark.slow
 def test_every_suite_gives_a_sound_record(tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     text = data.evaluation_text()
-    questions = [qa.Question("q", text[:300], "What is it?", ("nothing",))]
+    questions = [qa.Question("q", text[:600], "What is it?", ("nothing",))]
     material = Material(tiny, demo_tokenizer, text[:6000], Calibration.synthetic(tiny.config), questions)
     more: dict[str, Any] = {"continued_tokens": 16, "task_questions": 1, "tool_shots": (1,), "prompts": 1}
     sizes = replace(QUICK, ladder=(128,), steps=2, draft_tokens=4, speed_context=96, **more)
