@@ -47,9 +47,9 @@ WEIGHT_PATTERNS = [
 
 DOWNLOAD_IGNORE = [p for p in WEIGHT_PATTERNS if p not in ("*.safetensors", "*.index.json")]
 
-STALE = (*WEIGHT_PATTERNS, *ARTIFACT_FILES)
-"""What a repository may have from before an export: weights in one file would be loaded rather than shards, and the
-calibration at its root, which is the original's, rather than that of the export."""
+STALE = ("model*.safetensors", "pytorch_model*.bin", "*.index.json", *ARTIFACT_FILES)
+"""What a repository may have from before an export that would be loaded in its place: weights in one file rather than
+shards, and a calibration at its root, which is the original's."""
 
 VERIFY_TOKENS = 256
 

@@ -404,11 +404,13 @@ def test_an_export_takes_the_place_of_what_a_repository_had(hub: HubServer, clie
     Calibration.synthetic(model.config, bits=3).save_pretrained(tmp_path / "calibration")
     client.value(f"__import__('os').environ.update(HF_TOKEN={TOKEN!r})")
     assert client.value(f"Calibration.from_pretrained({str(tmp_path / 'calibration')!r}).push_to_hub({REPO!r})")
-    hub.repos[REPO].commit({"model.safetensors": b"older", "pytorch_model.bin": b"older", "notes.txt": b"kept"})
+    hub.repos[REPO].commit(
+        {"model.safetensors": b"older", "pytorch_model.bin": b"older", "notes.txt": b"kept", "other.gguf": b"kept"}
+    )
     arguments = ["export", str(tmp_path / "model"), "-c", str(tmp_path / "calibration"), "-o", str(tmp_path / "out")]
     assert client.value(f"main({[*arguments, '--no-verify', '--push-to-hub', REPO]!r})") == 0
     files = hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]
-    assert files["notes.txt"] == b"kept"
+    assert files["notes.txt"] == files["other.gguf"] == b"kept"
     assert {"model.safetensors", "pytorch_model.bin", CONFIG_NAME, TENSORS_NAME}.isdisjoint(files)
     assert "model.safetensors.index.json" in files
     loaded = f"Calibration.from_pretrained({REPO!r}, cache_dir={str(tmp_path / 'cache')!r})"
