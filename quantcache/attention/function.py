@@ -265,7 +265,7 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     cache, module = traced.cache_of(handle), SimpleNamespace(num_key_value_groups=groups)
-    view = cache.note_arrivals(layer, query.shape[2], (shown, positions) if known else None)
+    view = cache.note_arrivals(layer, query.shape[2], shown, positions, known)
     call = guards.fitting_call(query, mask, scaling, causal, softcap, s_aux)
     return _attended(module, query, cache.last_output(layer) if view is None else view, call).contiguous()
 

@@ -140,14 +140,16 @@ class TraceableCache(ConsistentCache):
     # ------------------------------------------------------------------ when its graph runs
 
     def note_arrivals(
-        self, layer_idx: int, count: int, announced: tuple[Tensor | None, Tensor | None] | None
+        self, layer_idx: int, count: int, shown: Tensor | None, positions: Tensor | None, known: bool
     ) -> CacheView | None:
         """Note what a graph knows of the tokens that it has brought: it says so when it attends.
 
         Args:
             layer_idx: Index of the layer.
             count: Tnew.
-            announced: 2D mask and positions; None if the mask was not made of them.
+            shown: The 2D mask that the graph's mask was made of, if any.
+            positions: Where the tokens stand, if the graph knows.
+            known: Whether its mask was made of a 2D mask or of none; no custom 4D mask.
 
         Returns:
             What may be read of the layer; None of one that is not spectral.
@@ -156,10 +158,12 @@ class TraceableCache(ConsistentCache):
         if not isinstance(layer, SpectralLayer):
             return None
         first, silent = layer.symbolic_length is not None, self.arrivals is None
-        if first and silent and layer.state.pending and announced is not None:
-            self.announced = announced
+        if first and silent and layer.state.pending:
             rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
-            layer.tell(self._arrivals(layer, rows, length, count), count)
+            counted = positions is not None and positions.shape in ((1, count), (rows, count))
+            if known or counted:
+                self.announced = (shown if known else None, positions)
+                layer.tell(self._arrivals(layer, rows, length, count), count)
         return layer.snapshot()
 
     def last_output(self, layer_idx: int) -> tuple[Tensor, Tensor]:

@@ -229,6 +229,26 @@ def test_padded_rows_are_coded_from_where_they_begin() -> None:
 
 @pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
+def test_tokens_under_a_custom_mask_are_coded_at_their_positions() -> None:
+    """Documents side by side: each begins at position 0, which no 2D mask says."""
+    model, tokens = model_of("llama", layers=1), random_tokens(1, 210, seed=5)
+    positions = torch.arange(210)[None] % 70
+    mask = torch.ones(3, 70, 70, dtype=torch.bool).tril()
+    side_by_side = torch.block_diag(*mask).bool()[None, None]
+    found = []
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        cache = cache_for(model)
+        with torch.no_grad():
+            run(tokens, attention_mask=side_by_side, position_ids=positions, past_key_values=cache)
+        layer = cache.spectral_layers[0]
+        layer.flush()
+        found.append(layer.fields("key"))
+    assert found[0]["shifts"].unique().tolist() == [0, 70, 140]
+    assert all(torch.equal(found[1][name], each) for name, each in found[0].items())
+
+
+@pytest.mark.slow
+@pytest.mark.support("torch.compile of the decode step")
 @pytest.mark.parametrize("trained", ["", "q_proj"])
 def test_gradients_pass(trained: str) -> None:
     model = copy.deepcopy(model_of("llama", layers=1))
