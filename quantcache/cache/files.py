@@ -46,6 +46,9 @@ DESCRIPTION = "quantcache"
 TOKENS = "tokens"
 """The tensor that names a prefix's tokens, in the files of a PrefixStore."""
 
+MAX_LENGTH = 1 << 30
+"""More tokens than any cache holds."""
+
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -185,7 +188,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ArtifactError(f"{path} has schema version {version}, this quantcache reads {SCHEMA_VERSION}")
     for name in ("sink_length", "residual_length"):
-        if type(description.get(name)) is not int or not 0 <= description[name] < 1 << 30:
+        if type(description.get(name)) is not int or not 0 <= description[name] < MAX_LENGTH:
             raise ArtifactError(f"{path}: {name} must be a number of tokens, got {description.get(name)!r}")
     return description
 
@@ -313,8 +316,9 @@ def _read_spectral(
     padded, displaced = entry.get("padded") is True, entry.get("displaced") is True
     left_padding = reader.read(f"{prefix}.starts", (rows,), torch.int64) if padded else None
     origins = reader.read(f"{prefix}.origins", (rows,), torch.int64) if displaced else None
-    if left_padding is not None and bool(((left_padding < 0) | (left_padding > entry["tokens"])).any()):
-        raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {entry['tokens']}")
+    # A crop may have left rows that begin behind all tokens.
+    if left_padding is not None and bool(((left_padding < 0) | (left_padding > MAX_LENGTH)).any()):
+        raise ArtifactError(f"{reader.path}: {prefix}.starts must lie between 0 and {MAX_LENGTH}")
     trail = reader.read(f"{prefix}.trail", (rows, 2, tail), torch.int32) if entry.get("trail") is True else None
     tails, sinks, leads, stores = {}, {}, {}, {side: BlockStore() for side in SIDES}
     for place, side in enumerate(SIDES):

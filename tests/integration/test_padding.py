@@ -377,6 +377,21 @@ def test_saved_copied_and_forked_caches_keep_what_they_know_of_padding(scene: An
                 assert mine is None or torch.equal(mine, its)
 
 
+@pytest.mark.parametrize("keep", [100, 50, 4, 2])
+def test_a_cache_cut_in_front_of_where_a_row_begins_can_be_saved(keep: int, tmp_path: Path) -> None:
+    tokens, more = random_tokens(2, 240, seed=3), random_tokens(2, 90, seed=4)
+    mask = torch.ones(2, keep + 90, dtype=torch.int64)
+    mask[0, :keep] = 0
+    cache = empty(residual_length=20)
+    padded = (torch.arange(240) >= torch.tensor([[120], [0]])).long()
+    logits_of("spectral", cache, [(tokens, {"attention_mask": padded})])
+    cache.crop(keep - 240)
+    cache.save(tmp_path / "cache")
+    loaded = SpectralCache.load(tmp_path / "cache", cache.calibration, config=model_of("sdpa").config)
+    found, expected = (logits_of("spectral", each, [(more, {"attention_mask": mask})])[0] for each in (loaded, cache))
+    assert torch.equal(found, expected)
+
+
 def test_saved_caches_of_schema_2_0_load(tmp_path: Path) -> None:
     tokens, last = random_tokens(2, 240, seed=3), random_tokens(2, 1, seed=4)
     mask = torch.ones(2, 241, dtype=torch.int64)
