@@ -88,6 +88,7 @@ class LazyKV(PackedTensor):
         batch, heads, count, dim = tail.shape
         shape = (batch, heads, view.encoded_end + count, dim)
         lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
+        torch._C._set_throw_on_mutable_data_ptr(lazy)  # to_dlpack() does not dispatch: it would give address 0
         lazy.view_, lazy.side_ = view, side
         if guarded:
             lazy.guarded_ = guarded

@@ -241,6 +241,15 @@ def test_metadata_decodes_nothing() -> None:
     assert keys.data_ptr() == keys.data_ptr() != 0
 
 
+@pytest.mark.support("keys and values to numpy, pickle, torch.save and safetensors", refused=True)
+def test_to_dlpack_is_refused() -> None:
+    """It asks for an address without dispatching; what it gave had address 0, and reading that ended the process."""
+    keys = filled(200).layers[0].keys
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(keys)
+    assert torch.equal(torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(keys.clone())), keys.clone())
+
+
 @pytest.mark.support("iteration over dense keys and values")
 @lengths
 def test_iteration_gives_copies(length: int) -> None:
