@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -32,6 +34,10 @@ _digests: WeakKeyDictionary[Calibration, str] = WeakKeyDictionary()
 
 _first_seen: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 """How many changes of a model's weights torch had counted when it was first asked for."""
+
+
+_PROCESS = uuid.uuid4().hex
+"""Tells processes apart, whose numbers of hooks have nothing to do with each other."""
 
 
 def row_of(tokens: Sequence[int] | Tensor) -> np.ndarray:
@@ -88,7 +94,8 @@ def prefix_digest(cache: SpectralCache, model: PreTrainedModel) -> str:
     """Digest of what must be the same for codes to mean the same: a prefix is served under no other.
 
     Weights are looked at anew every time, since a model may have been trained, or another adapter chosen, in between:
-    a sample of their values, and how often torch has seen them change since the first look.
+    a sample of their values, and how often torch has seen them change since the first look. So are hooks, by which
+    steering vectors are added and activations are edited: each counts as another model for as long as it is there.
 
     Args:
         cache: A cache as requests get it; what it holds does not count.
@@ -129,7 +136,23 @@ def prefix_digest(cache: SpectralCache, model: PreTrainedModel) -> str:
         "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         "lengths": [[layer.sink_length, layer.residual_length] for layer in cache.spectral_layers],
     }
+    if hooks := _hooks(model):
+        said["hooks"] = [_PROCESS, os.getpid(), hooks]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _hooks(model: PreTrainedModel) -> list[list[Any]]:
+    """The hooks that stand around a model's modules and may steer it, by numbers that torch gives no second hook."""
+    found = []
+    for name, module in model.named_modules():
+        hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+        own = [n for n, hook in hooks.items() if not str(getattr(hook, "__module__", "")).startswith(_OBSERVERS)]
+        found += [[name, *own]] if own else []
+    return found
+
+
+_OBSERVERS = ("transformers.", "accelerate.")
+"""Modules whose hooks are there whatever a request is about: they collect outputs, and fetch weights."""
 
 
 def _changes(model: PreTrainedModel) -> int:

@@ -70,15 +70,18 @@ def calibration(model: PreTrainedModel) -> Calibration:
 def read_tokens(model: PreTrainedModel) -> Iterator[list[int]]:
     """How many tokens every forward pass was given."""
     counts: list[int] = []
+    embeddings = model.get_input_embeddings()
 
-    def note(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        counts.append((args[0] if args else kwargs["input"]).shape[-1])
+    def forward(tokens: Tensor) -> Tensor:
+        counts.append(tokens.shape[-1])
+        embedded: Tensor = type(embeddings).forward(embeddings, tokens)
+        return embedded
 
-    handle = model.get_input_embeddings().register_forward_pre_hook(note, with_kwargs=True)
+    embeddings.forward = forward  # no hook: those tell models apart
     try:
         yield counts
     finally:
-        handle.remove()
+        del embeddings.forward
 
 
 def generate(model: PreTrainedModel, prompt: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
@@ -270,6 +273,10 @@ def _adapt(model: PreTrainedModel) -> None:
     model.model.layers[0].disable_adapters = True  # as PEFT's layers say that they are switched off
 
 
+def _steer(model: PreTrainedModel) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output + 1.0)
+
+
 def _stretch(model: PreTrainedModel) -> None:
     model.config.rope_parameters = YARN  # as for texts longer than the model was trained on
 
@@ -287,6 +294,7 @@ def _stretch(model: PreTrainedModel) -> None:
         {"change": _train},
         {"change": _train_one_token},
         {"change": _adapt},
+        {"change": _steer},
         {"change": _stretch},
         {"change": lambda model: setattr(model.config, "rms_norm_eps", 1e-3)},
         {"change": lambda model: model.to(torch.bfloat16)},
@@ -307,6 +315,25 @@ def test_what_was_made_otherwise_is_not_served(other: dict[str, Any]) -> None:
         generate(model, text)
     assert counts[0] == text.shape[1]
     assert store.statistics().hits == 0
+
+
+@storing
+def test_hooks_tell_models_apart(calibration: Calibration, tmp_path: Path) -> None:
+    """What was read under a steering vector is served under it, and nowhere else."""
+    model, prompt = LLAMA.make(), random_tokens(1, 200, seed=9)
+    steer = torch.randn(96, generator=torch.Generator().manual_seed(0))
+    store = PrefixStore(GIBI, folder=tmp_path)
+    found = []
+    for steered in (False, True, False):
+        if steered:
+            handle = model.model.layers[0].register_forward_hook(lambda module, args, output: output + steer)
+        for _ in range(2):
+            with quantcache.enabled(model, calibration, prefixes=store), read_tokens(model) as counts:
+                generate(model, prompt)
+            found.append(counts[0])
+        if steered:
+            handle.remove()
+    assert found == [200, 1, 200, 1, 1, 1]
 
 
 @storing
