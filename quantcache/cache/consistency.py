@@ -246,7 +246,12 @@ class ConsistentCache(DynamicCache):
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
         count = operator.index(tokens_to_remove)  # assisted decoding passes tensors
-        self._change(lambda: self._apply(lambda layer: layer.crop(count)))
+
+        def cut(layer: Any) -> None:
+            if not isinstance(layer, DynamicLayer) or layer.is_initialized:  # a window of transformers' own would fail
+                layer.crop(count)
+
+        self._change(lambda: self._apply(cut))
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Gather rows, in all layers or none.

@@ -544,6 +544,17 @@ def test_enable_on_a_draft_whose_tokens_are_rejected(name: str) -> None:
     assert found.tolist() == expected.tolist()
 
 
+@pytest.mark.support("assisted decoding with a draft model")
+def test_a_draft_of_the_first_layers_only() -> None:
+    """``assistant_early_exit``: layers beyond hold nothing that could be cropped."""
+    model, ids = BY_NAME["gemma2"].make(), random_tokens(1, 150)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **options)
+    with quantcache.enabled(model, scalar_calibration(model.config), key_bits="dense", value_bits="dense"):
+        found = model.generate(ids, assistant_early_exit=1, **options)
+    assert found.tolist() == expected.tolist()
+
+
 def test_enable_on_a_draft_of_windows_only() -> None:
     target, draft = model_of("llama"), WINDOWS.make(seed=1)
     ids = random_tokens(1, 100)
