@@ -203,8 +203,9 @@ def _attended_dense(
     """Attention on plain keys and values, by torch's fused attention where that knows the call."""
     if not (_fused_knows(call) and _fused_takes(query, key, value)):
         return dense_attention(query, key, value, *call, dropout=dropout)
+    mask = None if call.mask is None else guards.in_fitting_dtype(call.mask, query)
     output, _ = sdpa_attention_forward(
-        module, query, key, value, call.mask, dropout=dropout, scaling=call.scaling, is_causal=call.causal
+        module, query, key, value, mask, dropout=dropout, scaling=call.scaling, is_causal=call.causal
     )
     return output
 

@@ -237,10 +237,29 @@ def fitting_mask(mask: Tensor | None, query: Tensor, length: int) -> Tensor | No
         raise QuantCacheError(f"the attention mask is of {mask.dtype}, it must be boolean or floating point")
     if mask.device != query.device:
         raise QuantCacheError(f"the attention mask is on {mask.device}, the queries are on {query.device}")
-    mask = mask.float() if mask.dtype == torch.float64 else mask
+    mask = in_fitting_dtype(mask, query)
     if mask.shape == shape and shape[2:] == (count, length):
         return mask
     return mask.reshape(shape)[..., :length].expand(-1, -1, count, length)
+
+
+def in_fitting_dtype(mask: Tensor, query: Tensor) -> Tensor:
+    """A mask in a dtype that torch's fused attention reads rightly beside a query.
+
+    On the CPU torch 2.13 reads a float32 mask beside float64 queries as float64, and beyond its end.
+
+    Args:
+        mask: Boolean or additive; the minimum of its dtype means "never".
+        query: The query.
+
+    Returns:
+        The mask: boolean, or in the query's dtype or float32, where "never" is the minimum of that.
+    """
+    if mask.dtype in (torch.bool, query.dtype) or (mask.dtype == torch.float32 and query.dtype != torch.float64):
+        return mask
+    wanted = torch.float64 if query.dtype == torch.float64 else torch.float32
+    never = mask.isfinite() & (mask <= torch.finfo(mask.dtype).min / 2)
+    return mask.to(wanted).masked_fill(never, torch.finfo(wanted).min)
 
 
 def _fitting_sink_logits(s_aux: Tensor | None, query: Tensor) -> Tensor | None:

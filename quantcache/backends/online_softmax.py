@@ -151,6 +151,7 @@ class QueryRows:
             assert mask is not None
             # An additive mask of the dtype's minimum means "never", also for a row that has nothing else to look at.
             bias = mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+            bias = bias.float() if bias.dtype == torch.float64 else bias
         # Added, not filled in: NaN and infinity of a token that may not be seen do what they do in dense attention.
         scores = raw.unflatten(2, (self.groups, self.count)) + bias
         rows: Tensor = scores.flatten(2, 3)

@@ -98,6 +98,33 @@ def test_masks_broadcast_before_anything_is_encoded(name: str) -> None:
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.support("masks that broadcast over rows, heads, queries or keys")
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "all recent"])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_additive_masks_are_of_any_dtype(dtype: torch.dtype, softcap: float | None, packed: bool) -> None:
+    """torch's fused attention reads a float32 mask beside float64 queries as float64, and beyond its end."""
+    layer = SpectralLayer(lambda device, *_: codecs(CASE, device), None, 4, 0 if packed else 1000)
+    for part in (slice(0, TOKENS - QUERIES), slice(TOKENS - QUERIES, TOKENS)):
+        keys, values = layer.update(*(x[:, :, part].to(dtype) for x in vectors(CASE, TOKENS).values()))
+        if part.start == 0:
+            layer.flush()
+    assert bool(layer.spans) == packed
+    query, mask = 0.2 * torch.randn(ROWS, HEADS, QUERIES, 64).to(dtype), random_mask(ROWS, 1, QUERIES, TOKENS)
+    mask[..., 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    expected = spectral_attention_forward(module, query, keys, values, mask, softcap=softcap)[0]
+    for each in DTYPES:
+        for least in (torch.finfo(each).min, float("-inf")):
+            additive = torch.zeros(mask.shape, dtype=each).masked_fill(~mask, least)
+            found = spectral_attention_forward(module, query, keys, values, additive, softcap=softcap)[0]
+            torch.testing.assert_close(found, expected)
+
+
 REFUSED: dict[str, tuple[Callable[[], Tensor], str]] = {
     "too few queries": (lambda: random_mask(1, 1, 2, TOKENS), r"shape \[1, 1, 2, 172\], 3 queries"),
     "too many queries": (lambda: random_mask(1, 1, 5, TOKENS), r"shape \[1, 1, 5, 172\], 3 queries"),
