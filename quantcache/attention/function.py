@@ -187,9 +187,6 @@ def _attended(
     if view.num_blocks and not dropout and not (_fused_knows(call) and _decoded_whole(query, view)):
         output = backends.attend(query, view, call)
     else:  # nothing is encoded yet, or it is decoded
-        if call.mask is None and call.causal and 1 < query.shape[2] < view.length:
-            # Torch's own would count from the first token.
-            call = call._replace(mask=_causal_mask(query.shape[2], view.length, query.device))
         dense = view.dense("key", by_kernels=True), view.dense("value", by_kernels=True)
         output = _attended_dense(module, query, *dense, call, dropout)
     if view.flush is not None:
@@ -203,7 +200,11 @@ def _attended_dense(
     """Attention on plain keys and values, by torch's fused attention where that knows the call."""
     if not (_fused_knows(call) and _fused_takes(query, key, value)):
         return dense_attention(query, key, value, *call, dropout=dropout)
-    mask = None if call.mask is None else guards.in_fitting_dtype(call.mask, query)
+    mask, count, length = call.mask, query.shape[2], key.shape[2]
+    if mask is not None:
+        mask = guards.in_fitting_dtype(mask, query)
+    elif call.causal and 1 < count < length:  # torch's own causal mask counts from the first token
+        mask = _causal_mask(count, length, query.device)
     output, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=call.scaling, is_causal=call.causal
     )

@@ -98,6 +98,7 @@ def test_masks_broadcast_before_anything_is_encoded(name: str) -> None:
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
+PAST, NEW = slice(0, TOKENS - QUERIES), slice(TOKENS - QUERIES, TOKENS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,9 +109,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def test_additive_masks_are_of_any_dtype(dtype: torch.dtype, softcap: float | None, packed: bool) -> None:
     """torch's fused attention reads a float32 mask beside float64 queries as float64, and beyond its end."""
     layer = SpectralLayer(lambda device, *_: codecs(CASE, device), None, 4, 0 if packed else 1000)
-    for part in (slice(0, TOKENS - QUERIES), slice(TOKENS - QUERIES, TOKENS)):
+    for part in (PAST, NEW):
         keys, values = layer.update(*(x[:, :, part].to(dtype) for x in vectors(CASE, TOKENS).values()))
-        if part.start == 0:
+        if part is PAST:
             layer.flush()
     assert bool(layer.spans) == packed
     query, mask = 0.2 * torch.randn(ROWS, HEADS, QUERIES, 64).to(dtype), random_mask(ROWS, 1, QUERIES, TOKENS)
@@ -123,6 +124,29 @@ def test_additive_masks_are_of_any_dtype(dtype: torch.dtype, softcap: float | No
             additive = torch.zeros(mask.shape, dtype=each).masked_fill(~mask, least)
             found = spectral_attention_forward(module, query, keys, values, additive, softcap=softcap)[0]
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 1e6])
+@pytest.mark.parametrize("kind", ["plain", "all recent", "packed", "gradients"])
+def test_without_a_mask_the_last_query_sees_the_last_token(kind: str, softcap: float | None) -> None:
+    """Torch's own causal mask counts from the first token."""
+    layer = SpectralLayer(lambda device, *_: codecs(CASE, device), None, 4, 1000 if kind == "all recent" else 0)
+    past, new = ({side: x[:, :, part] for side, x in vectors(CASE, TOKENS).items()} for part in (PAST, NEW))
+    layer.update(**{f"{side}_states": x for side, x in past.items()})
+    layer.flush()
+    if kind == "gradients":
+        new["value"].requires_grad_()
+    keys, values = layer.update(*new.values())
+    dense = [x.detach().clone() for x in (keys, values)]
+    if kind == "plain":
+        keys, values = dense
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    query, mask = 0.2 * torch.randn(ROWS, HEADS, QUERIES, 64), torch.ones(QUERIES, TOKENS, dtype=torch.bool)
+    found = spectral_attention_forward(module, query, keys, values, None, softcap=softcap)[0]
+    dense = [x.repeat_interleave(2, 1) for x in dense]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *dense, attn_mask=mask.tril(TOKENS - QUERIES))
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-4, rtol=1e-4)
 
 
 REFUSED: dict[str, tuple[Callable[[], Tensor], str]] = {
