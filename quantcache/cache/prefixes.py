@@ -188,7 +188,7 @@ class PrefixStore:
         if length > len(ids):
             raise QuantCacheError(f"the cache holds {length} tokens, only {len(ids)} are named")
         kept = cache.fork()
-        kept.announced = kept.arrivals = None
+        kept.arrivals = None
         if not length or not fits_rotation(length, model) or not is_plain(kept):
             return False
         return self._insert(prefix_digest(cache, model), key_of(ids[:length]), kept, generation)

@@ -24,14 +24,14 @@ class TraceableCache(ConsistentCache):
     """A cache that hears of padding, and that a compiled graph can use without knowing it.
 
     Attributes:
-        announced: 2D mask and positions of the next pass, where transformers has told them.
+        announced: 2D mask and positions of the next pass, where transformers has told them, and T at its end.
         arrivals: T and Tnew of this pass, and what those say.
         handle: How graphs find the cache, see :func:`quantcache.attention.traced.handle_of`.
         stock_outputs: What layers of transformers' own have returned to a graph that has not read it yet.
         read_once: Whether each layer attends on its own keys: what has been read may then be encoded.
     """
 
-    announced: tuple[Tensor | None, Tensor | None] | None = None
+    announced: tuple[Tensor | None, Tensor | None, int] | None = None
     arrivals: tuple[int, int, Arrivals] | None = None
     handle: Tensor
     stock_outputs: dict[int, tuple[Tensor, Tensor]]
@@ -82,10 +82,10 @@ class TraceableCache(ConsistentCache):
             return _untraced_mask_sizes(self, query_length, layer_idx) if length is None else (length + query_length, 0)
         if query_length == 0 and (held := self.get_seq_length(layer_idx)):
             raise nothing_new(held, "none to read")  # the model would say that it cannot reshape a tensor
-        told = compat.mask_arguments()
+        told, sizes = compat.mask_arguments(), super().get_mask_sizes(query_length, layer_idx)
         if told is not None:
-            self.announced = told
-        return super().get_mask_sizes(query_length, layer_idx)
+            self.announced = (*told, sum(sizes))
+        return sizes
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens cached, T; see DynamicCache."""
@@ -98,8 +98,9 @@ class TraceableCache(ConsistentCache):
         self, layer: SpectralLayer, rows: int, length: int, count: int, in_graph: bool = True
     ) -> Arrivals | None:
         """What the present pass says of a layer's new tokens; None where it has said nothing."""
-        if self.announced is not None:
-            (mask, positions), self.announced = self.announced, None
+        announced, self.announced = self.announced, None
+        if announced is not None and announced[2] == length:  # else of a pass that has failed before its first update
+            mask, positions, _ = announced
             fits = mask is None or mask.shape[0] == rows
             if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, rows)):
                 positions = None  # several for every token
@@ -162,7 +163,7 @@ class TraceableCache(ConsistentCache):
             rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
             counted = positions is not None and positions.shape in ((1, count), (rows, count))
             if known or counted:
-                self.announced = (shown if known else None, positions)
+                self.announced = (shown if known else None, positions, length)
                 layer.tell(self._arrivals(layer, rows, length, count), count)
         return layer.snapshot()
 
@@ -182,6 +183,15 @@ class TraceableCache(ConsistentCache):
         return LazyKV(view, "key"), LazyKV(view, "value")
 
     # ------------------------------------------------------------------ copies
+
+    def _roll_back(self) -> None:
+        super()._roll_back()
+        self.announced = None  # by a pass that may have failed before its first update
+
+    def _of(self, layers: list[Any]) -> Self:
+        new = super()._of(layers)
+        new.announced = None
+        return new
 
     def _clear(self) -> None:
         super()._clear()

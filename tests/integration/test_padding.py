@@ -454,6 +454,31 @@ def test_a_custom_mask_is_never_padding() -> None:
         assert [layer.state.blocks.left_padding for layer in cache.spectral_layers] == [None, None]
 
 
+@pytest.mark.parametrize("put_in_order", ["rollback", "fork", "another length"])
+def test_the_mask_of_a_pass_that_failed_is_not_the_next_ones(put_in_order: str) -> None:
+    """It fails once its mask is made, before any layer has its tokens."""
+    model, cache, tokens = model_of("spectral"), empty(), random_tokens(2, 200, seed=3)
+    mask = (torch.arange(200) >= torch.tensor([[80], [0]])).long()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    handle = model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(tokens, attention_mask=mask, past_key_values=cache)
+    handle.remove()
+    count = 200
+    if put_in_order == "rollback":
+        cache.rollback()
+    elif put_in_order == "fork":
+        cache = cache.fork()
+    else:
+        count = 190
+    seen = torch.ones(1, 1, count, count, dtype=torch.bool).tril()
+    logits_of("spectral", cache, [(tokens[:, :count], {"attention_mask": seen})])
+    assert [layer.state.blocks.left_padding for layer in cache.spectral_layers] == [None, None]
+
+
 def test_where_positions_count_slots_frames_do_too() -> None:
     tokens, mask = random_tokens(2, 150, seed=1), torch.ones(2, 150, dtype=torch.int64)
     mask[0, :50] = 0
