@@ -79,6 +79,8 @@ class BlockCache(TraceableCache):
                 own = self.layers[index] = spectral_layer(layer, *arguments)
                 own.blocks_at_once = blocks_at_once
         self.be_traceable(read_once=not cache_layout.shares_keys(config))
+        rotation = cache_layout.declared(config.get_text_config(decoder=True), "rope_parameters")
+        self.sees_images = "mrope_section" in (rotation or {})
 
     @property
     def is_linear(self) -> list[bool]:

@@ -29,6 +29,7 @@ class TraceableCache(ConsistentCache):
         handle: How graphs find the cache, see :func:`quantcache.attention.traced.handle_of`.
         stock_outputs: What layers of transformers' own have returned to a graph that has not read it yet.
         read_once: Whether each layer attends on its own keys: what has been read may then be encoded.
+        sees_images: Whether the model turns keys by a place in an image, which differs from that in the text.
     """
 
     announced: tuple[Tensor | None, Tensor | None, int] | None = None
@@ -36,6 +37,7 @@ class TraceableCache(ConsistentCache):
     handle: Tensor
     stock_outputs: dict[int, tuple[Tensor, Tensor]]
     read_once: bool = True
+    sees_images: bool = False
 
     def be_traceable(self, read_once: bool) -> None:
         """Get ready to be traced, once the layers are there.
@@ -159,8 +161,9 @@ class TraceableCache(ConsistentCache):
         if not isinstance(layer, SpectralLayer):
             return None
         first, silent = layer.symbolic_length is not None, self.arrivals is None
-        if first and silent and layer.state.pending:
-            rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
+        rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
+        # Behind an image a graph knows places in the text only: what follows goes on as the token before it stands.
+        if first and silent and layer.state.pending and not (self.sees_images and length > count):
             counted = positions is not None and positions.shape in ((1, count), (rows, count))
             if known or counted:
                 self.announced = (shown if known else None, positions, length)

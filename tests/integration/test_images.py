@@ -121,3 +121,23 @@ def test_positions_are_those_that_turn_the_keys(kind: str) -> None:
         assert shifts[:, -1].tolist() == [IMAGE_TOKENS - IMAGE_SPAN, IMAGE_TOKENS - IMAGE_SPAN + 30]
         assert shifts[:, BEFORE - 2].tolist() == [0, 30]
         assert shifts[0, BEFORE : BEFORE + IMAGE_TOKENS].tolist() == list(range(IMAGE_TOKENS))
+
+
+def test_a_compiled_model_goes_on_behind_an_image() -> None:
+    """Its graph knows places in the text only; the answer was coded at those, far from where its keys are turned to."""
+    model: Any = model_of("qwen2_vl")
+    model.set_attn_implementation("spectral")
+    torch._dynamo.reset()
+    held = []
+    for run in (model, torch.compile(model, backend="eager")):
+        model.model.rope_deltas = None
+        cache = SpectralCache(calibration_of("qwen2_vl"), model.config, residual_length=9999)
+        with torch.no_grad():
+            model(**prompt("qwen2_vl", image=True), past_key_values=cache)
+            for part in words(1, 24, seed=4).split(12, 1):
+                run(input_ids=part, past_key_values=cache)
+        held.append([layer.state.trail for layer in cache.spectral_layers])
+    torch._dynamo.reset()
+    for plain, compiled in zip(*held, strict=True):
+        assert torch.equal(plain, compiled)
+        assert plain[0, 0, -1] == IMAGE_TOKENS - IMAGE_SPAN
