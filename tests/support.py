@@ -32,6 +32,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "pipeline and chat template",
         "TextIteratorStreamer",
         "flex attention",
+        "models that compute attention by themselves",
         "use_cache=False",
         "output_attentions",
         "return_dict_in_generate, output_scores and output_logits",

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from quantcache import backends
 from quantcache.attention import guards, traced
 from quantcache.attention.lazy import LazyKV
+from quantcache.attention.masks import spectral_mask as spectral_mask
 from quantcache.attention.traced import TracedKV
 from quantcache.backends import AttentionCall
 from quantcache.backends.base import CODE_QUERIES
@@ -58,42 +58,6 @@ def _flex_attention_forward(
     """transformers' flex attention; torch compiles it at once, and no lazy tensor can be in a graph."""
     key, value = (each.materialize() if isinstance(each, LazyKV) else each for each in (key, value))
     return flex_attention_forward(module, query, key, value, *args, **kwargs)
-
-
-def spectral_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' mask for scaled dot-product attention, which a traced model's attention can take apart again.
-
-    Args:
-        args: As of ``sdpa_mask``.
-        kwargs: As of ``sdpa_mask``, such as ``attention_mask``: the 2D mask, ``[B, T]``.
-
-    Returns:
-        ``[B, 1, Tq, T]`` bool, or None where attention needs none.
-    """
-    # None is causal, whatever a module says of itself: a model that looks ahead gets a mask that says so.
-    kwargs["allow_is_bidirectional_skip"] = False
-    if not torch.compiler.is_dynamo_compiling():
-        return sdpa_mask(*args, **kwargs)
-    if _sees_all(**kwargs):
-        return None
-    mask: Any = sdpa_mask(*args, **kwargs)
-    if mask is not None:
-        mask.shown_ = kwargs.get("attention_mask")
-    return mask
-
-
-def _sees_all(
-    q_length: int | None = None,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> bool:
-    """Whether a single query has nothing hidden from it. transformers makes a mask then too, while a model is traced.
-
-    Not only would that be read for nothing: torch 2.11 compiles a graph of its own for a mask of a single token.
-    """
-    return q_length == 1 and attention_mask is None and allow_is_causal_skip and local_size is None
 
 
 def spectral_attention_forward(

@@ -132,7 +132,7 @@ def load_model(
 
     Args:
         name: Folder, GGUF file, Hub id, or a name that :mod:`quantcache.common.sources` knows.
-        attention: Attention implementation; transformers' choice if None.
+        attention: Attention implementation; transformers' choice if None, and for a model that computes its own.
         device: Where to; ``"auto"`` spreads the model over devices; cuda if there is one by default.
         dtype: The model's dtype; float32 on a CPU and the checkpoint's elsewhere by default.
         revision: Branch, tag or commit on the Hub.
@@ -166,7 +166,7 @@ def load_model(
                 source,
                 config=config,
                 dtype=dtype,
-                attn_implementation=None if encoder else attention,
+                attn_implementation=None if encoder else compat.attention_to_load(config, attention),
                 device_map=device,
                 **more,
             )

@@ -593,3 +593,18 @@ def test_the_command_line_loads_models_that_also_take_images(kind: str, tmp_path
     assert list(calibration.layers) == [0, 1]
     assert len(SpectralCache(calibration).spectral_layers) == 2
     estimate_memory(config, "spectral-3", 4096)
+
+
+@pytest.mark.support("models that compute attention by themselves")
+@pytest.mark.parametrize("name", ["falcon-mqa", "gptj", "bloom"])
+def test_the_command_line_loads_models_that_compute_attention_by_themselves(name: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from quantcache.cli.loading import load_model
+
+    model = BY_NAME[name].make()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(demo_model_path()).save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path), device="cpu")
+    tokens = random_tokens(1, 30)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)

@@ -15,15 +15,24 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.integrations import flex_attention as flex
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantcache.attention.lazy import LazyKV
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from tests.builders import llama_config, scalar_calibration
-from tests.families import FAMILIES, random_tokens, shared_model
+from tests.families import FAMILIES, VOCABULARY, random_tokens, shared_model
+from tests.helpers import error, feed
 
 CONFIG = llama_config(layers=1)
 LLAMA = FAMILIES[0]
@@ -282,3 +291,53 @@ def test_flex_attention_reads_dense_tensors(length: int, heads: int, monkeypatch
     reference = F.scaled_dot_product_attention(query, *dense, scale=0.1, enable_gqa=True)
     torch.testing.assert_close(found.transpose(1, 2), reference)
     assert attend(torch.nn.Linear(1, 1), query, *dense, None, scaling=0.1)[0].equal(found)
+
+
+# ---------------------------------------------------------------------- models that read them as they like
+
+ON_THEIR_OWN: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 64, "n_head": 4, "n_layer": 2},
+    "codegen": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 256, "n_ctx": 256, "rotary_dim": 8},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
+    "xglm": {"d_model": 64, "attention_heads": 4, "num_layers": 2, "ffn_dim": 64},
+}
+
+
+def on_its_own(kind: str, attention: str) -> PreTrainedModel:
+    """A model that computes attention by itself, with weights that do not depend on what it is told of attention."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, initializer_range=0.12, **ON_THEIR_OWN[kind])
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+@pytest.mark.support("models that compute attention by themselves")
+@pytest.mark.parametrize("kind", ON_THEIR_OWN)
+def test_models_that_compute_attention_by_themselves(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokens, steps = random_tokens(2, 170, seed=4), (150, 1, 19)
+    theirs, ours = on_its_own(kind, "eager"), on_its_own(kind, "spectral")
+    for make in (DynamicCache, lambda config: SpectralCache(scalar_calibration(config), config, residual_length=0)):
+        for padding in ((), (0, 20)):
+            expected = feed(theirs, make(config=theirs.config), tokens, steps, padding)
+            assert torch.equal(feed(ours, make(config=ours.config), tokens, steps, padding), expected)
+    assert "compute attention by themselves" in caplog.text
+
+
+def test_models_whose_code_cannot_be_read_are_given_our_mask() -> None:
+    """As in a notebook: transformers takes none of them for one whose attention can be replaced."""
+    config = type("NotebookConfig", (LlamaConfig,), {})
+    own = {"config_class": config, "__module__": "a notebook", "_can_set_attn_implementation_cached_value": None}
+    model = type("NotebookForCausalLM", (LlamaForCausalLM,), own)
+    assert not model._can_set_attn_implementation()
+    assert not compat.attends_by_itself(config)
+    assert compat.attends_by_itself(on_its_own("bloom", "eager").config_class)
+
+
+@pytest.mark.slow
+@pytest.mark.support("models that compute attention by themselves")
+def test_models_that_compute_attention_by_themselves_compiled() -> None:
+    tokens, model = random_tokens(2, 40, seed=4), on_its_own("bloom", "spectral")
+    expected = feed(on_its_own("bloom", "eager"), DynamicCache(config=model.config), tokens, (40,))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(tokens, past_key_values=DynamicCache(config=model.config))
+    assert error(compiled.logits.double(), expected) < 1e-5

@@ -1,5 +1,6 @@
 """Everything that depends on the version or the inner workings of transformers, by topic."""
 
+from quantcache.common.compat.attention import attends_by_itself as attends_by_itself
 from quantcache.common.compat.attention import attention_implementations as attention_implementations
 from quantcache.common.compat.attention import can_change_attention as can_change_attention
 from quantcache.common.compat.attention import mask_arguments as mask_arguments
@@ -23,6 +24,7 @@ from quantcache.common.compat.layers import restore_stock_layer as restore_stock
 from quantcache.common.compat.layers import stock_layer_shapes as stock_layer_shapes
 from quantcache.common.compat.layers import stock_layer_state as stock_layer_state
 from quantcache.common.compat.layers import tokens_to_remove as tokens_to_remove
+from quantcache.common.compat.models import attention_to_load as attention_to_load
 from quantcache.common.compat.models import auto_class as auto_class
 from quantcache.common.compat.models import input_device as input_device
 from quantcache.common.compat.models import is_encoder as is_encoder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,51 @@ def can_change_attention(model: PreTrainedModel) -> bool:
         False for models with an attention of their own.
     """
     return bool(model._can_set_attn_implementation())
+
+
+def attends_by_itself(kind: type[PreTrainedConfig]) -> bool:
+    """Whether models of a kind compute attention by themselves, whatever implementation they are loaded with.
+
+    transformers refuses them ``sdpa`` where they do not know it, and takes every name that others have registered.
+    What makes their masks knows the config only.
+
+    Args:
+        kind: The class of their config.
+
+    Returns:
+        True if none of the loaded classes of such models looks its attention up; False if there are none.
+    """
+    if kind not in _BY_THEMSELVES:
+        classes = [each for each in _models() if getattr(each, "config_class", None) is kind]
+        if not classes:
+            return False
+        _BY_THEMSELVES[kind] = not any(map(_may_call_ours, classes))
+    return _BY_THEMSELVES[kind]
+
+
+_BY_THEMSELVES: dict[type, bool] = {}
+
+
+def _may_call_ours(kind: type[PreTrainedModel]) -> bool:
+    """Whether a class may look its attention up among those that are registered: who cannot be read may.
+
+    transformers' own answer knows one way to look it up, and models with code of their own may have an older one.
+    """
+    if kind._can_set_attn_implementation():
+        return True
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[kind.__module__])
+    except (KeyError, OSError, TypeError):
+        return True
+
+
+def _models() -> Iterator[type[PreTrainedModel]]:
+    """All classes of models that are loaded."""
+    pending: list[type[PreTrainedModel]] = [transformers.PreTrainedModel]
+    while pending:
+        found = pending.pop()
+        pending += found.__subclasses__()
+        yield found
 
 
 def use_attention(model: PreTrainedModel, implementation: str | dict[str, str]) -> None:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from quantcache.common.compat.attention import attends_by_itself
 from quantcache.common.compat.wrappers import unwrapped
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.sources import source_name
@@ -120,6 +121,22 @@ def auto_class(config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM
     images = "AutoModelForImageTextToText" in own or type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def attention_to_load(config: PreTrainedConfig, wanted: str | None) -> str | None:
+    """The attention implementation to load a model with.
+
+    Args:
+        config: The model's config.
+        wanted: The name of one.
+
+    Returns:
+        None, transformers' choice, for models that compute attention by themselves: some know no names but their own.
+    """
+    mapping = auto_class(config)._model_mapping
+    if type(config) in mapping:
+        mapping[type(config)]  # imports its code
+    return None if attends_by_itself(type(config)) else wanted
 
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
