@@ -31,6 +31,9 @@ def spectral_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     # None is causal, whatever a module says of itself: a model that looks ahead gets a mask that says so.
     kwargs["allow_is_bidirectional_skip"] = False
     if not torch.compiler.is_dynamo_compiling():
+        if kwargs.get("q_length") not in (1, kwargs.get("kv_length")):
+            # Without a mask the queries are the last of all tokens, which those of a static cache's prompt are not.
+            kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(*args, **kwargs)
     if _sees_all(**kwargs):
         return None

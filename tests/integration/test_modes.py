@@ -19,6 +19,7 @@ from quantcache.common.errors import QuantCacheError
 from tests.builders import scalar_calibration, storages, tensors_in
 from tests.families import FAMILIES, VOCABULARY, Family, random_tokens, shared_model
 from tests.helpers import error, feed
+from tests.integration.test_geometry import LAYOUTS
 from tests.reference import reference_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,6 +167,42 @@ def test_two_caches_are_refused() -> None:
     for options in (static, {"generation_config": GenerationConfig(**static)}):
         with pytest.raises(ValueError, match="cache_implementation"):
             generate(shared_model(LLAMA), quantized(LLAMA), **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("length", [30, 122])
+def test_static_caches(name: str, length: int) -> None:
+    """A prompt's keys are followed by those that are yet to come."""
+    family = next(each for each in FAMILIES if each.name == name)
+    options = {
+        "inputs": PROMPT[:, :length],
+        "max_new_tokens": 4,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    options |= {"do_sample": False, "return_dict_in_generate": True}
+    options |= {"attention_mask": torch.ones(2, length, dtype=torch.int64)}
+    expected = family.make(attention="eager").generate(**options)
+    for implementation in ("static", "dynamic"):
+        cached = {"cache_implementation": implementation, "disable_compile": True}
+        found = family.make(attention="spectral").generate(**options, **cached)
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            assert error(ours, theirs) < 100 * ROUNDING * float(theirs.std()), implementation
+
+
+@pytest.mark.parametrize("length", [30, 150])
+def test_the_last_queries_of_a_prompt_come_alone(length: int) -> None:
+    """Behind the last layer that caches anything Gemma 4 computes only what it is asked for."""
+    family = next(family for family in LAYOUTS if family.name == "gemma4-sharing")
+    tokens = random_tokens(2, length, seed=3)
+    with torch.no_grad():
+        expected = family.make(attention="eager")(tokens).logits[:, -5:]
+        model = family.make(attention="spectral")
+        calibration = scalar_calibration(model.config)
+        dense = SpectralCache(calibration, model.config, residual_length=0, key_bits="dense", value_bits="dense")
+        for cache in (None, DynamicCache(config=model.config), dense):
+            found = model(tokens, past_key_values=cache, use_cache=cache is not None, logits_to_keep=5).logits
+            assert error(found, expected) < 100 * ROUNDING * float(expected.std())
 
 
 @pytest.mark.support("iteration over dense keys and values")
