@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import logging
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 
+_entered: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("quantcache_enabled", default=())
+"""Marks of the ``enabled`` contexts that are open around the code that runs: tasks of one thread have their own."""
+
 _HOOK = "_quantcache_generate"
 """Attribute of a model under which its stand-in is found again, whoever has wrapped ``generate`` since."""
 
@@ -42,12 +46,14 @@ class _Setting:
         calibration: What it is compressed with, at its bits; None where caches fit themselves to a prompt.
         reuse: Where the caches of earlier calls are, if they are kept.
         thread: The thread that entered the context; None for ``enable``, which is everybody's.
+        mark: What stands for it in :data:`_entered`, which may outlive it: nothing that keeps a model alive.
     """
 
     make: Callable[[], SpectralCache] | None
     calibration: Calibration | None = None
     reuse: Reuse | None = None
     thread: int | None = field(default_factory=threading.get_ident)
+    mark: object = field(default_factory=object)
 
 
 class _Generate:
@@ -112,10 +118,11 @@ class _Generate:
         return {**state, _HOOK: _Trace(self)}  # the last: they are copied in their order
 
     def current(self) -> _Setting | None:
-        """The setting in force: the innermost context of this thread, else the newest of all."""
-        me = threading.get_ident()
+        """The setting in force: the innermost context of this task, else of this thread, else the newest of all."""
+        me, marks = threading.get_ident(), _entered.get()
         settings = self.settings
-        own = [setting for setting in settings if setting.thread == me]
+        own = [setting for setting in settings if setting.mark in marks]
+        own = own or [setting for setting in settings if setting.thread == me]
         return next(reversed(own or settings), None)
 
     def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -253,8 +260,9 @@ def enabled(
 ) -> Iterator[PreTrainedModel]:
     """Let every ``generate()`` of a model use a fresh SpectralCache, inside the context.
 
-    See :func:`enable` for what wins over it. Contexts nest. A thread that has entered a context of its own generates
-    with that one; other threads, such as one that a streamer needs, with the newest.
+    See :func:`enable` for what wins over it. Contexts nest. A thread or asyncio task that has entered a context of its
+    own generates with that one, in ``asyncio.to_thread`` too; other threads, such as one that a streamer needs, with
+    the newest.
 
     Args:
         model: Model to change, in place, until the context ends.
@@ -278,9 +286,12 @@ def enabled(
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [*hook.settings, setting]
+    _entered.set((*_entered.get(), setting.mark))
     try:
         yield model
     finally:
+        # Not by a token: the context may be left elsewhere than it was entered.
+        _entered.set(tuple(mark for mark in _entered.get() if mark is not setting.mark))
         with _lock:
             _remove(hook, [setting])
 

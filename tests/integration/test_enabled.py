@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import io
 import logging
@@ -447,6 +448,29 @@ def test_a_context_in_each_thread(model: PreTrainedModel, calibration: Calibrati
 
     with ThreadPoolExecutor(len(rates)) as pool:
         found = list(pool.map(request, rates))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.support("enabled(): concurrent requests on one model")
+@pytest.mark.parametrize("where", ["in the task", "in a thread"])
+def test_a_context_in_each_task(where: str, model: PreTrainedModel, calibration: Calibration) -> None:
+    """Tasks take turns in one thread: the context that was entered last is not each one's own."""
+    rates = (1.0, 4.0, 2.0)
+    expected = [explicit(LLAMA.make(), calibration, bits=bits) for bits in rates]
+
+    async def request(bits: float, meet: asyncio.Barrier) -> Tensor:
+        with quantcache.enabled(model, calibration, residual_length=0, bits=bits):
+            await meet.wait()
+            found = generate(model)[0] if where == "in the task" else (await asyncio.to_thread(generate, model))[0]
+            await meet.wait()
+        return found
+
+    async def serve() -> list[Tensor]:
+        meet = asyncio.Barrier(len(rates))
+        return await asyncio.gather(*(request(bits, meet) for bits in rates))
+
+    found = asyncio.run(serve())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert "generate" not in vars(model)
 
