@@ -20,6 +20,7 @@ from quantcache.coding.blocks import SideCodec, block_slots
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import matmul
+from quantcache.common.errors import QuantCacheError
 from quantcache_kernels.interface import AttentionCall
 
 TILE_BLOCKS = 8
@@ -156,6 +157,10 @@ def _attend_decoded(parts: list[tuple[QueryRows, OnlineSoftmax]], view: CacheVie
         block_table = view.block_table[first:last]
         keys = backend.decode(view.key.codec, view.key.store.slice(first, last), block_table, view.frames)
         values = backend.decode(view.value.codec, view.value.store.slice(first, last), block_table, view.frames)
+        for tail, decoded in ((view.key.tail, keys), (view.value.tail, values)):
+            expected = (*tail.shape[:2], (last - first) * BLOCK, tail.shape[3])
+            if decoded.shape != expected:  # torch would spread one row or head over all
+                raise QuantCacheError(f"a codec decoded to {list(decoded.shape)}, expected {list(expected)}")
         for rows, softmax in parts:
             scores = _tile_scores(rows, view, block_table, matmul(rows.query, keys.transpose(-1, -2)))
             softmax.accumulate(matmul(softmax.add(scores), values))

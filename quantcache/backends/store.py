@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantcache.coding.growth import GROWTH, grown
+from quantcache.common.errors import QuantCacheError
 
 
 class Loan:
@@ -56,11 +57,25 @@ class BlockStore:
 
         Returns:
             The new store.
+
+        Raises:
+            QuantCacheError: They are not of the names, shapes and dtypes of the blocks before them.
         """
-        count = self.count + next(iter(fields.values())).shape[0]
+        added = next(iter(fields.values())).shape[0]
+        count = self.count + added
         if not self.buffers:
             # Copies: a view would keep the whole prompt it was cut from alive.
             return BlockStore(count, {k: v.clone(memory_format=torch.contiguous_format) for k, v in fields.items()})
+        # torch would spread a smaller field over the room and cast another dtype; a missing one would be what lay there
+        for name in {**self.buffers, **fields}:
+            held, new = self.buffers.get(name), fields.get(name)
+            expected = None if held is None else ((added, *held.shape[1:]), held.dtype)
+            found = None if new is None else (tuple(new.shape), new.dtype)
+            if found != expected:
+                raise QuantCacheError(
+                    f"blocks must have the fields of those before them: {name} is {_described(found)}, expected "
+                    f"{_described(expected)}"
+                )
         buffers, loan = self.buffers, self.loan
         if count > self.capacity:
             buffers, loan = self._copied(grown(self.count, count)), Loan()
@@ -162,6 +177,10 @@ class BlockStore:
         buffers = {name: moved(buffer, device) for name, buffer in self.buffers.items()}
         same = all(buffer is self.buffers[name] for name, buffer in buffers.items())
         return BlockStore(self.count, buffers, self.loan if same else None)
+
+
+def _described(kind: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if kind is None else f"{kind[1]} of shape {list(kind[0])}"
 
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:

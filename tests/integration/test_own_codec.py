@@ -134,3 +134,29 @@ def test_a_shape_that_does_not_fit_is_refused_at_once(model: LlamaForCausalLM, c
     with pytest.raises(QuantCacheError, match="made for 32 dimensions, got"):
         logits(model, cache, torch.arange(10)[None])
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("attention", ["spectral", "sdpa"])
+@pytest.mark.parametrize("dim", [0, 1], ids=["one row", "one head"])
+def test_what_decodes_to_another_shape_is_an_error(dim: int, attention: str, model: LlamaForCausalLM) -> None:
+    """Torch would spread it over all rows and heads."""
+
+    class Narrow:
+        bits = None
+
+        def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
+            return {"whole": split_blocks(x)}
+
+        def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
+            return join_blocks(fields["whole"]).narrow(dim, 0, 1)
+
+        def tensors(self) -> list[Tensor]:
+            return []
+
+    def make(device: torch.device, tails: dict[str, Tensor], grid: object) -> dict[str, SideCodec]:
+        return {"key": Narrow(), "value": Narrow()}
+
+    model.set_attn_implementation(attention)
+    cache = BlockCache(model.config, lambda layer: (make, None), residual_length=16)
+    with pytest.raises((QuantCacheError, RuntimeError), match=r"expected|same slice shapes"):
+        logits(model, cache, torch.arange(460).view(2, 230) % 31)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantcache.backends.store import BlockStore
 from quantcache.coding.growth import GROWTH, capacity
+from quantcache.common.errors import QuantCacheError
 
 LIMIT = 2000
 MAX_SLACK = 0.12
@@ -212,3 +213,20 @@ def test_stores_of_inference_mode_go_on_outside() -> None:
         store = store.appended(block(index))
     assert_holds(store, 67)
     assert not any(buffer.is_inference() for buffer in store.buffers.values())
+
+
+@pytest.mark.parametrize("count", [1, 8])  # with and without room
+@pytest.mark.parametrize("wrong", ["missing", "unknown", "rows", "blocks", "dtype"])
+def test_blocks_have_the_fields_of_those_before_them(wrong: str, count: int) -> None:
+    """Torch spreads and casts what it is given, and the room of a field that is missing may hold anything."""
+    store, fields = grown(count), block(count, 2)
+    if wrong == "missing":
+        del fields["gains"]
+    elif wrong == "unknown":
+        fields["more"] = fields["gains"]
+    else:
+        gains = fields["gains"]
+        fields["gains"] = {"rows": gains[:, :1], "blocks": gains[:1], "dtype": gains.float()}[wrong]
+    with pytest.raises(QuantCacheError, match=r"fields of those before them: (gains|more) is"):
+        store.appended(fields)
+    assert_holds(store.appended(block(count)), count + 1)
