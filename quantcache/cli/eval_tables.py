@@ -253,7 +253,7 @@ def _transfer(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     for entry in part["entries"]:
         place = (entry["method"], entry["calibrated_on"], entry["evaluated_on"])
         if entry["status"] != "ok":
-            table.add_note("{} calibrated on {}, evaluated on {}".format(*place), entry["status"])
+            table.add_note(*place, entry["status"])
             continue
         ratio = "" if entry["ratio"] is None else f"{entry['ratio']:.2f}"
         table.add_row(*place, f"{entry['figures']['kl_mean']:.5f}", ratio)

@@ -43,7 +43,7 @@ class Grid:
         self.heads, self.title = heads, title
         self.rows: list[tuple[str, ...]] = []
         self._styles: dict[int, str] = {}
-        self._notes: set[int] = set()
+        self._notes: dict[int, int] = {}  # where the sentence of a row is
         self._text, self._folds = text, len(heads) - 1 if fold else None
 
     def add_row(self, *cells: str, style: str = "") -> None:
@@ -57,15 +57,14 @@ class Grid:
             self._styles[len(self.rows)] = style
         self.rows.append((*cells, *[""] * (len(self.heads) - len(cells))))
 
-    def add_note(self, label: str, text: str) -> None:
+    def add_note(self, *cells: str) -> None:
         """Add a row that has a sentence in place of its figures; a terminal shows it below the table.
 
         Args:
-            label: The first cell.
-            text: The sentence.
+            cells: Its first cells, then the sentence.
         """
-        self._notes.add(len(self.rows))
-        self.add_row(label, text)
+        self._notes[len(self.rows)] = len(cells) - 1
+        self.add_row(*cells)
 
     def relabel(self, change: Callable[[str], str]) -> None:
         """Change the first cell of every row.
@@ -91,8 +90,10 @@ class Grid:
             for line in console.render_lines(table, options, pad=False):
                 yield from _without_trail(line)
                 yield Segment.line()
-        for number in sorted(self._notes):
-            yield Text(f"{self.rows[number][0]}: {self.rows[number][1]}")
+        for number, place in self._notes.items():
+            cells = self.rows[number]
+            labels = [cells[0], *(f"{self.heads[i]} {cells[i]}" for i in range(1, place))]
+            yield Text(f"{', '.join(labels)}: {cells[place]}")
 
     def _width(self, place: int, lines: int) -> int:
         """What a column takes whose head has so many lines."""

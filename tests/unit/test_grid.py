@@ -96,6 +96,14 @@ def test_a_sentence_in_place_of_figures_stands_below(grid: Grid) -> None:
     assert grid.rows[-1] == ("kivi-2*", "skipped: simulated, so its times mean nothing", "")
 
 
+def test_a_sentence_behind_several_columns_of_text_names_them() -> None:
+    grid = Grid("method", "calibrated on", "KL", text=2)
+    grid.add_row("spectral-2", "novel", "0.01")
+    grid.add_note("spectral-2", "code", "unsupported: the same text")
+    assert lines(grid, 80)[-1] == "spectral-2, calibrated on code: unsupported: the same text"
+    assert grid.rows[-1] == ("spectral-2", "code", "unsupported: the same text")
+
+
 def test_wide_characters_count_twice() -> None:
     grid = Grid("", "n")
     grid.add_row("日本", "1")
