@@ -104,6 +104,7 @@ def main() -> None:
     settings: dict[str, Any] = {
         **conditions(options, model),
         "windows": len(parts[0].tokens) // options.context,
+        "quick": options.quick,
         "residuals": options.residuals,
         "batch": BATCH,
         "parts": {

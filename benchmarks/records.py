@@ -29,7 +29,8 @@ SCRATCH = ROOT / "benchmarks" / "scratch"
 class Run:
     """A run that an interruption does not lose: its finished cells, and a folder for files that go with them.
 
-    They are kept apart by settings and by the source code: another choice or another version starts afresh.
+    They are kept apart by settings, source code and what it runs on: another choice, another version of ours or of a
+    library, another processor or number of threads starts afresh.
 
     Args:
         suite: Name of the benchmark.
@@ -42,9 +43,11 @@ class Run:
     """
 
     def __init__(self, suite: str, settings: dict[str, Any]):
-        digest = hashlib.sha256((to_json(settings) + source_digest()).encode())
+        surroundings = environment()
+        machine = {name: surroundings[name] for name in ("versions", "cpu", "gpus")}
+        digest = hashlib.sha256((to_json(settings) + to_json(machine) + source_digest()).encode())
         self.suite = suite
-        self.git: dict[str, Any] | None = environment()["git"]
+        self.git: dict[str, Any] | None = surroundings["git"]
         self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cells = Cells(self.folder / "cells.jsonl", {"run": self.folder.name})

@@ -61,6 +61,7 @@ def main() -> None:
         "model": Path(options.model).name,
         "model_sha256": model_sha256(model),
         "dtype": "float32",
+        "quick": options.quick,
         **{name: value for name, value in plan.to_dict().items() if name != "needle_form"},
         "evaluation": {"source": source, "text_sha256": text_sha256(text)},
         "domains": {name: text_sha256(content) for name, content in domains.items()},

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks import claim_tables, fidelity, fidelity_tables, figures, gpu_tables, records, tables
+from benchmarks import claim_tables, fidelity, fidelity_tables, figures, gpu_tables, records, suites, tables
 from quantcache import Calibration
 from quantcache.artifact.prediction import predict_kl
+from quantcache.common.env import environment
 from quantcache.data import calibrations_path, demo_model_path
 from quantcache.evaluation.record import RecordError
 from quantcache.evaluation.summaries import quantiles
@@ -501,6 +502,43 @@ def test_a_commit_in_the_middle_of_a_run_makes_no_result(
     monkeypatch.setattr(records, "SCRATCH", tmp_path / "scratch")
     path = records.write_record("suite", {}, {}, {"commit": started * 40, "dirty": False})
     assert path.parent.parent == tmp_path / folder
+
+
+@pytest.mark.parametrize(
+    ("bench", "more"),
+    [(fidelity, ["--residuals", "0"]), (suites, ["--suites", "memory"])],
+    ids=["fidelity", "suites"],
+)
+def test_a_quick_run_makes_no_table(
+    bench: ModuleType, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record did not say so, and a look at whether everything runs became the newest figures of the README."""
+    Calibration.for_model("wiki11m").save_pretrained(tmp_path / "calibration")
+    asked = ["--quick", "--methods", "dense", "--calibration", str(tmp_path / "calibration")]
+    monkeypatch.setattr("sys.argv", ["bench.py", *asked, "--calibration-tokens", "600", *more])
+    monkeypatch.setattr(bench, "SHARED", tmp_path)
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(sys.modules[bench.Run.__module__], "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(sys.modules[bench.Run.__module__], "RESULTS", tmp_path / "benchmarks" / "results")
+    clean = {**environment(), "git": {"commit": "f" * 40, "dirty": False}}
+    monkeypatch.setattr(sys.modules[bench.Run.__module__], "environment", lambda: dict(clean))
+    bench.main()
+    (written,) = (tmp_path / "benchmarks" / "results").rglob("*.json")
+    assert json.loads(written.read_text("utf-8"))["metrics"]
+    assert tables.records_of(tmp_path, written.name.partition("__")[0]) == []
+
+
+def test_cells_of_another_machine_or_thread_count_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that went on with other libraries or threads mixed their times under one description."""
+    monkeypatch.setattr(records, "SCRATCH", tmp_path)
+    surroundings = environment()
+    folders = []
+    for change in ({}, {"cpu": {**surroundings["cpu"], "threads": 99}}, {"versions": {"torch": "9"}}, {"git": None}):
+        found = {**surroundings, **change}
+        monkeypatch.setattr(records, "environment", lambda found=found: found)
+        folders.append(records.Run("suite", {"a": 1}).folder)
+    assert len(set(folders[:3])) == 3
+    assert folders[3] == folders[0]
 
 
 def test_cells_outlive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
