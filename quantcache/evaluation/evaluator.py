@@ -76,6 +76,7 @@ def evaluate(
     for residual in plan.residuals:
         runner.make_methods(material, plan, residual)  # a wrong name is told before anything is hashed
     ids = runner.used_tokens(material, plan)
+    git = environment()["git"]
     gates: dict[str, Any] = {}
     if material.calibration is not None:
         used = str(material.tokenizer.decode(ids, skip_special_tokens=True))
@@ -112,7 +113,7 @@ def evaluate(
         "seconds": time.perf_counter() - started,
         **({"methods": results["fidelity"][0]["methods"]} if "fidelity" in results else {}),
     }
-    record = make_record(plan, results, inputs, gates)
+    record = make_record(plan, results, inputs, gates, git)
     data = {**data, **record.to_dict()} if output is None else write_record(output, record, data)
     cells.close()
     return data
@@ -130,12 +131,20 @@ def fingerprint(plan: Plan, inputs: dict[str, str | None], model: PreTrainedMode
         Everything that matters, ready for JSON.
     """
     settings = {key: value for key, value in plan.to_dict().items() if key not in ("methods", "suites")}
+    # What is there for some methods or suites only; both are of texts that come with the package.
+    inputs = {name: digest for name, digest in inputs.items() if name not in ("statistics", "length text")}
     machine = {key: value for key, value in environment().items() if key in ("versions", "cpu", "gpus")}
     where = {"device": str(model.device), "dtype": str(model.dtype), **machine}
     return {**{f"{name} hash": digest for name, digest in inputs.items()}, **settings, **where}
 
 
-def make_record(plan: Plan, results: dict[str, Any], inputs: dict[str, str | None], gates: dict[str, Any]) -> Record:
+def make_record(
+    plan: Plan,
+    results: dict[str, Any],
+    inputs: dict[str, str | None],
+    gates: dict[str, Any],
+    started: dict[str, Any] | None,
+) -> Record:
     """The record of a run that has just ended.
 
     Args:
@@ -143,18 +152,20 @@ def make_record(plan: Plan, results: dict[str, Any], inputs: dict[str, str | Non
         results: What :func:`quantcache.evaluation.runner.run` returned.
         inputs: Hashes of what it was measured on.
         gates: What the checks before it found.
+        started: The state of git when it began: where it has changed since, no one commit says what was run.
 
     Returns:
         The record.
     """
     surroundings = environment()
-    git = surroundings.pop("git") or {"commit": None, "dirty": True}
+    now = surroundings.pop("git")
+    git = now or {"commit": None, "dirty": True}
     return Record(
         suite="eval",
         status="partial" if runner.failures(results) else "ok",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=git["commit"],
-        dirty=git["dirty"] or git["commit"] is None,
+        dirty=git["dirty"] or git["commit"] is None or now != started,
         command=shlex.join(["quantcache", *sys.argv[1:]]),
         environment=surroundings,
         settings=plan.to_dict(),

@@ -172,6 +172,7 @@ def inputs(material: Material) -> dict[str, str | None]:
         Hashes by name; None for what there is not.
     """
     questions = None if material.questions is None else repr(list(material.questions))
+    fitted = material.statistics
     found = {
         "model": model_sha256(material.model),
         "tokenizer": tokenizer_sha256(material.tokenizer),
@@ -179,6 +180,8 @@ def inputs(material: Material) -> dict[str, str | None]:
         "text": text_sha256(material.text),
         "questions": None if questions is None else text_sha256(questions),
         "draft": None if material.draft is None else model_sha256(material.draft),
+        "statistics": None if fitted is None else text_sha256(repr((fitted.tokens, *fitted.text_sha256))),
+        "length text": None if material.length_text is None else text_sha256(material.length_text),
         "code": code_sha256(),
     }
     return {**found, **{f"domain {name}": text_sha256(text) for name, text in material.domains.items()}}

@@ -37,8 +37,9 @@ class SpeculativeEntry:
         status: ``ok``, or what went wrong.
         acceptance: Share of the draft's tokens that the target took, with a 95 % Wilson interval.
         tokens_per_call: New tokens for each forward pass of the target.
-        ratio: Time of a token in assisted over plain greedy decoding with the same cache, the prompt's reading apart;
-            quantiles are over prompts, below 1 is faster.
+        ratio: Time of a token in assisted over plain greedy decoding with the same cache, the target's first call and
+            the tokens that it gives apart; quantiles are over prompts, below 1 is faster. None where nothing came after
+            that call.
         same_text: Prompts whose text was that of plain greedy decoding with the same cache.
     """
 
@@ -177,18 +178,34 @@ class _Calls:
 
     Args:
         model: Target model.
+
+    Attributes:
+        first: What the first call read: the prompt, and what the draft had proposed behind it.
     """
 
     def __init__(self, model: nn.Module):
         self.widths: list[int] = []
+        self.first: Tensor | None = None
         self.first_end = 0.0
         self.hook = model.register_forward_hook(self._seen, with_kwargs=True)
 
     def _seen(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self.widths.append(kwargs["input_ids"].shape[1])
         if len(self.widths) == 1:
+            self.first = kwargs["input_ids"][0]
             wait(kwargs["input_ids"].device)
             self.first_end = time.perf_counter()
+
+    def later(self, output: Tensor, prompt: int) -> int:
+        """How many tokens came after the first call, which gives one more than it accepts.
+
+        Args:
+            output: New tokens, ``[T]``.
+            prompt: Tokens of the prompt.
+        """
+        proposed = output[:0] if self.first is None else self.first[prompt:][: len(output)]
+        taken = int((proposed == output[: len(proposed)]).cumprod(0).sum())
+        return max(0, len(output) - taken - 1)
 
 
 @torch.inference_mode()
@@ -196,8 +213,8 @@ def _decode(model: Any, draft: Any, method: Method, prompt: Tensor, new_tokens: 
     """Figures of one prompt ``[1, T]``."""
     prompt = prompt.to(compat.input_device(model))
 
-    def run(**more: Any) -> tuple[Tensor, list[int], float]:
-        """New tokens, tokens of every call, and seconds for each new token behind the first call's."""
+    def run(**more: Any) -> tuple[Tensor, list[int], float | None]:
+        """New tokens, tokens of every call, and seconds for each new token behind the first call's, if there is one."""
         # Assisted generation hands the whole prompt to the target, so the cache must be empty.
         calls = _Calls(model)
         try:
@@ -213,8 +230,8 @@ def _decode(model: Any, draft: Any, method: Method, prompt: Tensor, new_tokens: 
         finally:
             calls.hook.remove()
         wait(prompt.device)
-        seconds = time.perf_counter() - calls.first_end
-        return output, calls.widths, seconds / max(1, len(output) - 1)
+        seconds, later = time.perf_counter() - calls.first_end, calls.later(output, prompt.shape[1])
+        return output, calls.widths, seconds / later if later else None
 
     config = draft.generation_config
     draft.generation_config = copy.deepcopy(config)
@@ -235,7 +252,7 @@ def _decode(model: Any, draft: Any, method: Method, prompt: Tensor, new_tokens: 
         "accepted": min(max(0, len(assisted) - len(widths)), proposed),
         "calls": len(widths),
         "tokens": len(assisted),
-        "ratio": assisted_time / plain_time,
+        "ratio": None if plain_time is None or assisted_time is None else assisted_time / plain_time,
         "same_text": bool(torch.equal(assisted, plain)),
     }
 
@@ -245,12 +262,13 @@ def _entry(method: Method, results: list[dict[str, Any]]) -> SpeculativeEntry:
     if bad:
         return SpeculativeEntry(method.family, method.simulated, bad[0])
     proposed = sum(result["proposed"] for result in results)
+    ratios = [result["ratio"] for result in results if result["ratio"] is not None]
     return SpeculativeEntry(
         method.family,
         method.simulated,
         "ok",
         summaries.share(sum(result["accepted"] for result in results), proposed) if proposed else None,
         sum(result["tokens"] for result in results) / sum(result["calls"] for result in results),
-        summaries.quantiles([result["ratio"] for result in results]),
+        summaries.quantiles(ratios) if ratios else None,
         summaries.share(sum(result["same_text"] for result in results), len(results)),
     )

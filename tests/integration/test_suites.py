@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +20,14 @@ from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.common import compat
 from quantcache.common.choices import SUITES
+from quantcache.common.env import environment
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
-from quantcache.evaluation import memory, needle, qa, routing, runner, speculative, speed, transfer
+from quantcache.evaluation import evaluator, memory, needle, qa, routing, runner, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells
-from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.evaluation.evaluator import Names, evaluate
+from quantcache.evaluation.methods import Method, parse_methods, text_statistics
 from quantcache.evaluation.plan import QUICK, Material, Plan
-from quantcache.evaluation.provenance import model_sha256
+from quantcache.evaluation.provenance import inputs, model_sha256
 from quantcache.evaluation.record import check
 from tests.builders import held_bytes, llama_config
 
@@ -512,6 +516,32 @@ def test_a_draft_that_is_the_target_is_always_accepted(tiny: PreTrainedModel, to
         speculative.measure_speculative(tiny, tokens, methods, tiny, context=64)
 
 
+@pytest.mark.parametrize(("new_tokens", "ratio"), [(13, 2 / 7), (12, 1 / 6), (6, None)])
+def test_assisted_tokens_are_timed_behind_the_first_call(
+    tiny: PreTrainedModel,
+    tokens: torch.Tensor,
+    new_tokens: int,
+    ratio: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tokens that the first call accepts were counted, its time was not: assisted decoding looked faster."""
+    clock = [0]
+    monkeypatch.setattr(speculative, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    twin = speculative._shallow(tiny)  # whose passes take no time; the target takes all it proposes
+
+    def tick(*_: object) -> None:
+        clock[0] += 1
+
+    hook = tiny.register_forward_hook(tick)
+    try:
+        how: dict[str, Any] = {"context": 64, "prompts": 1, "new_tokens": new_tokens, "proposals": 5}
+        found = speculative.measure_speculative(tiny, tokens, [dense(tiny)], twin, **how).methods["dense"]
+    finally:
+        hook.remove()
+    assert found.status == "ok"
+    assert (found.ratio and found.ratio["median"]) == (ratio and pytest.approx(ratio))
+
+
 def test_an_early_exit_draft_is_the_model_cut_short(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
     draft = speculative.early_exit_draft(tiny, 2)
     config = llama_config(head_dim=32, layers=2, kv_heads=2, max_position_embeddings=1024)
@@ -647,6 +677,35 @@ def test_a_models_hash_follows_its_weights(tiny: PreTrainedModel) -> None:
         changed = model_sha256(tiny)
         weight[0] -= 1e-3
     assert changed != before
+
+
+def test_a_commit_during_an_evaluation_makes_it_dirty(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record named the commit that was there when it ended, of which it had run nothing."""
+    text = data.evaluation_text()[:3000]
+    material, names = Material(tiny, demo_tokenizer, text), Names("tiny", Path("text.txt"))
+    plan = Plan(("memory",), ("dense",), (128,), 256, sizes=replace(QUICK, ladder=(128,)))
+    for during, dirty in (("a", False), ("ab", True)):
+        states = [{"commit": each * 40, "dirty": False} for each in during]
+        seen = iter((states[0], *[states[-1]] * 9))
+        monkeypatch.setattr(evaluator, "environment", partial(lambda rest: {**environment(), "git": next(rest)}, seen))
+        found = evaluate(material, plan, names)
+        assert (found["commit"], found["dirty"]) == (during[-1] * 40, dirty)
+
+
+def test_a_record_says_what_rivals_are_fitted_to(
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text, other = data.evaluation_text()[:3000], data.calibration_text()
+    found = []
+    for start in (0, 4000):
+        statistics = text_statistics(tiny, demo_tokenizer, other[start : start + 3000], 256)
+        found.append(inputs(Material(tiny, demo_tokenizer, text, statistics=statistics, length_text=other[start:])))
+    for name in ("statistics", "length text"):
+        assert None not in (found[0][name], found[1][name])
+        assert found[0][name] != found[1][name]
+    assert inputs(Material(tiny, demo_tokenizer, text))["statistics"] is None
 
 
 @pytest.mark.slow
