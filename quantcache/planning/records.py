@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.jsonfile import as_type
 from quantcache.common.sources import PACKAGED
 from quantcache.evaluation.record import Record, RecordError, check, read_strict_json
@@ -238,8 +239,8 @@ def measurements_of(content: Any, path: Path) -> Measurements:
         path: Its file, for messages and for saying where figures are from.
 
     Returns:
-        Its figures; those of methods that could not be measured, of quantized weights, of overlapping windows and of an
-        equal exact tail are left out.
+        Its figures; those of methods that could not be measured, of quantized weights, of overlapping windows, of an
+        equal exact tail, and of other sinks or chunks than the default ones are left out.
 
     Raises:
         RecordError: The data are not a record, or its figures are not as its suite writes them.
@@ -262,7 +263,7 @@ def measurements_of(content: Any, path: Path) -> Measurements:
                 parts = [
                     (part["context"], part["methods"])
                     for part in record.metrics.get("fidelity", [])
-                    if _special(part, content.get("weights")) is None
+                    if _special(part, content) is None
                 ]
         fidelity = [
             _fidelity(name, entry, model, dtype, context, origin)
@@ -283,10 +284,14 @@ def _hardware(environment: dict[str, Any]) -> str:
     return str(gpus[0]["name"]) if gpus else f"{cpu['name']} ({cpu['cores']} cores)"
 
 
-def _special(part: dict[str, Any], weights: str | None) -> str | None:
-    """What makes figures of a part incomparable with those of others; None if nothing does."""
-    if weights is not None:
-        return f"weights in {weights}"
+def _special(part: dict[str, Any], run: dict[str, Any]) -> str | None:
+    """What makes figures of a part incomparable with those of others, it or its run; None if nothing does."""
+    if run.get("weights") is not None:
+        return f"weights in {run['weights']}"
+    if run.get("sinks", SINK_LENGTH) != SINK_LENGTH:
+        return f"caches with {run['sinks']} sinks"
+    if run.get("chunk", CHUNK) != CHUNK:  # whose own tokens are exact: longer ones read fewer codes
+        return f"text in chunks of {run['chunk']} tokens"
     if part.get("stride") is not None:
         return f"windows that overlap (stride {part['stride']})"
     return None if part.get("tail") is None else f"an equal exact tail ({part['tail']} tokens)"
@@ -294,9 +299,8 @@ def _special(part: dict[str, Any], weights: str | None) -> str | None:
 
 def _reasons_left_out(content: dict[str, Any]) -> list[str]:
     """What makes figures of an ``eval`` record incomparable, part by part."""
-    weights = content.get("weights")
     parts = content["metrics"].get("fidelity", [{}])
-    return [reason for part in parts if (reason := _special(part, weights)) is not None]
+    return [reason for part in parts if (reason := _special(part, content)) is not None]
 
 
 def _benchmark_parts(record: Record) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -304,7 +308,8 @@ def _benchmark_parts(record: Record) -> Iterable[tuple[int, dict[str, Any]]]:
     described = record.settings.get("parts", {})
     for name, entries in record.metrics.items():
         part = described.get(name, {"context": record.settings["context"], "residual": 0})
-        plain = _special(part, part.get("weights")) is None and part["residual"] is not None
+        run = {**record.settings, "weights": part.get("weights")}
+        plain = _special(part, run) is None and part["residual"] is not None
         if plain and name.startswith(("residual_", "context_")):
             yield part["context"], entries
 
