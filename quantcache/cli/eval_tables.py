@@ -171,7 +171,8 @@ def _counts(part: dict[str, Any], title: str, places: dict[str, str], by: str) -
     """Right answers of each method: all, and by place."""
 
     def row(entry: dict[str, Any]) -> list[str]:
-        figures = {"all": entry["found"], **{place: entry[by].get(place) for place in places}}
+        whole = entry["found"] if entry["status"] == "ok" else None  # else it is of other questions than the others'
+        figures = {"all": whole, **{place: entry[by].get(place) for place in places}}
         return [_evidence(part, place, entry, _share(figure)) for place, figure in figures.items()]
 
     columns = ["all", *places.values()]

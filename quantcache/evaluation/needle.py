@@ -18,7 +18,7 @@ from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, joint_status
 from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, encode, feed, frame_of, greedy
-from quantcache.evaluation.methods import Method
+from quantcache.evaluation.methods import Method, reading_codes
 from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
 
 SUITE = "needle"
@@ -129,7 +129,8 @@ def measure_needle(
         cells: Where finished cells are kept.
 
     Returns:
-        Counts and intervals. A method that fails keeps its place, with the error as its status.
+        Counts and intervals. A method that fails, or reads no codes at a length, keeps its place, with the reason as
+        its status; only what it could do is counted.
 
     Raises:
         QuantCacheError: The text is too short for a length, a length exceeds the model's limit, or a depth or a
@@ -154,7 +155,7 @@ def measure_needle(
     cells.plan(SUITE, len(grid) * len(methods))
     for length, depth in grid:
         prompts, codes = _prompts(tokenizer, haystack, form, length, depth, seeds)
-        for method in methods:
+        for method in reading_codes(methods, length):
             cells.measure(SUITE, method.name, f"{length}@{depth:g}", ask, method, prompts, codes)
     settings = {
         "lengths": sorted(lengths),

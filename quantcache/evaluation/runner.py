@@ -214,7 +214,7 @@ def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells)
         material.model,
         material.tokenizer,
         material.text,
-        reading_codes(methods, max(lengths)),
+        methods,
         lengths=lengths,
         depths=plan.sizes.needle_depths,
         seeds=plan.sizes.needle_seeds,

@@ -139,7 +139,8 @@ def measure_task(
         cells: Where finished cells are kept.
 
     Returns:
-        Counts and intervals. A method that fails, or reads no codes, keeps its place, with the reason as its status.
+        Counts and intervals. A method that fails, or reads no codes in an exercise, keeps its place, with the reason
+        as its status; only what it could do is counted.
 
     Raises:
         QuantCacheError: There are no exercises, or one exceeds the model's limit.
@@ -149,7 +150,7 @@ def measure_task(
         raise QuantCacheError(f"{task.name}: there are no exercises")
     longest = max(each.longest for each in task.exercises) + task.new_tokens
     check_lengths(model, [longest], f"the longest exercise of {task.name}:")
-    asked = reading_codes(methods, longest - task.new_tokens)
+    asked = list(methods)
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))
 
@@ -159,7 +160,7 @@ def measure_task(
 
     cells.plan(task.name, len(task.exercises) * len(asked))
     for number, exercise in enumerate(task.exercises):
-        for method in asked:
+        for method in reading_codes(asked, exercise.longest):
             cells.measure(task.name, method.name, _cell(number, exercise), ask, method, exercise)
     right = {method.name: _right(task, method.name, cells) for method in asked}
     entries = {method.name: _entry(task, method, right[method.name], cells) for method in asked}

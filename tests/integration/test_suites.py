@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel,
 
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
+from quantcache.cli.eval_tables import tables
 from quantcache.common import compat
 from quantcache.common.choices import SUITES
 from quantcache.common.env import environment
@@ -117,6 +118,26 @@ def test_needles_are_found_in_a_cache_that_keeps_them(
     assert entry["paired"] == result["methods"]["broken"]["paired"] == {}
     assert (result["methods"]["broken"]["status"], result["methods"]["broken"]["found"]) == ("out of memory", None)
     json.dumps(result, allow_nan=False)
+
+
+def test_lengths_at_which_a_method_reads_no_codes_are_not_counted(
+    demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The longest prompt decided for all: a cache of 0 bits found every needle in prompts that it kept as they were."""
+    material = Material(demo_model, demo_tokenizer, data.evaluation_text()[:20_000], Calibration.for_model("wiki11m"))
+    sizes = replace(QUICK, needle_seeds=1, lookup_pairs=(16, 32))
+    plan = Plan(("needle", "records", "lookup"), ("dense", "spectral-0"), (512,), 512, (256,), sizes=sizes)
+    results = runner.run(material, replace(plan, lengths=(192, 480)))
+    for suite, short, long in (("needle", "192", "480"), ("records", "192", "480"), ("lookup", "16", "32")):
+        dense, ours = (results[suite]["methods"][name] for name in ("dense", "spectral-0"))
+        by = "by_length" if suite == "needle" else "by_group"
+        assert set(dense[by]) == {short, long}
+        assert set(ours[by]) == {long}
+        assert ours["status"].startswith("1 of 2")
+        assert "it reads no codes: the first 4 and the last 256 stay as they are" in ours["status"]
+        assert ours["paired"]["dense"]["n"] == ours["found"]["n"] == ours[by][long]["n"]
+    shown = [dict((row[0], row[1:]) for row in grid.rows) for grid in tables({"metrics": results})]
+    assert all(rows["spectral-0"][0] == "" != rows["spectral-0"][2] for rows in shown)
 
 
 def test_an_answer_may_be_a_sentence(demo_tokenizer: PreTrainedTokenizerBase) -> None:
