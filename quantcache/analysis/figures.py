@@ -87,11 +87,11 @@ def _figures(
         )  # fmt: skip
     # Of fewer samples than dimensions, no more directions can be known.
     values = sp.eigenvalues(covariance)[: max(1, min(mean.size, samples - 1))]
-    variance = float(values.mean())
+    known, variance = float(values.mean()), float(covariance.trace()) / mean.size
     fit = sp.fit_decay(values)
     spread = (np.geomspace(1, values.size, POINTS), np.linspace(1, values.size, POINTS))
     points = np.unique(np.concatenate(spread).round().astype(int))
-    scale = variance if variance > 0 else 1.0
+    scale = known if known > 0 else 1.0
     return Target(
         layer,
         name,

@@ -34,9 +34,10 @@ class Target:
         projections: Weights that read it; empty for the cache.
         dim: D.
         samples: Vectors seen.
-        variance: Mean eigenvalue of the covariance.
+        variance: Mean eigenvalue of the covariance, over all D dimensions.
         points: Numbers of the components in ``spectrum``, from 1.
-        spectrum: Their eigenvalues over the mean eigenvalue.
+        spectrum: Their eigenvalues over the mean eigenvalue, here and below that of the directions which can be known:
+            of fewer samples than dimensions, one less than samples.
         gamma: γ of λ_i ≈ exp(c − β i^γ); None, like all that follow, where there is no spectrum.
         beta: β.
         fit_error: Root mean square error of the fit in log λ.

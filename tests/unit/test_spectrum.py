@@ -6,8 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from quantcache.analysis import spectrum as sp
+from quantcache.analysis.figures import cache_figures
+from quantcache.coding.spectral import Moments
 
 
 def stretched(gamma: float, beta: float, dim: int) -> np.ndarray:
@@ -34,6 +37,17 @@ def test_decay_is_recovered_from_samples(gamma: float) -> None:
     x = generator.standard_normal((40_000, dim)) * np.sqrt(stretched(gamma, beta, dim)) @ basis.T
     fit = sp.fit_decay(sp.eigenvalues(x.T @ x / len(x)))
     assert fit.gamma == pytest.approx(gamma, rel=0.05)
+
+
+@pytest.mark.parametrize("samples", [33, 65, 1000])
+def test_the_variance_of_few_samples_is_that_of_their_dimensions(samples: int) -> None:
+    """It was the mean over the directions that so few samples can have: four times as much for a quarter of them."""
+    rows = torch.randn(1, samples, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = Moments(1, 128)
+    moments.add(rows)
+    (target,) = cache_figures(0, "value", moments)
+    assert target.variance == pytest.approx(float(np.var(rows[0].numpy(), axis=0).mean()))
+    assert target.reliable == (samples >= 4 * 128)
 
 
 def test_components_and_effective_rank_are_exact() -> None:
