@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantcache.common.env import environment
+from quantcache.common.env import environment, git_state
 from quantcache.common.jsonfile import to_json, write_json
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import record as record_schema
@@ -24,6 +24,9 @@ from quantcache.evaluation.cells import Cells
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / "benchmarks" / "scratch"
+
+STARTED = git_state(ROOT)
+"""The state of git when the benchmark began, which imports this first."""
 
 
 class Run:
@@ -162,14 +165,15 @@ def write_record(
         suite: Name of the benchmark.
         settings: Everything that was chosen.
         metrics: Everything that was measured.
-        started: The state of git when the run started (:attr:`Run.git`): where it has changed since, no one commit
-            says what was run.
+        started: The state of git when the run started (:attr:`Run.git`), that of :data:`STARTED` if None: where it has
+            changed since, no one commit says what was run.
 
     Returns:
         The file, complete.
     """
     surroundings = environment()
     git = surroundings.pop("git") or {"commit": None, "dirty": True}
+    started = STARTED if started is None else started
     if started is not None and started != git:
         git = {"commit": git["commit"], "dirty": True}
     created = datetime.now(UTC)

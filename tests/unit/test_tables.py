@@ -502,6 +502,10 @@ def test_a_commit_in_the_middle_of_a_run_makes_no_result(
     monkeypatch.setattr(records, "SCRATCH", tmp_path / "scratch")
     path = records.write_record("suite", {}, {}, {"commit": started * 40, "dirty": False})
     assert path.parent.parent == tmp_path / folder
+    # Benchmarks without cells go by what was there when they began to import.
+    monkeypatch.setattr(records, "STARTED", {"commit": started * 40, "dirty": False})
+    path = records.write_record("suite", {}, {})
+    assert path.parent.parent == tmp_path / folder
 
 
 @pytest.mark.parametrize(
@@ -587,6 +591,7 @@ def test_only_a_clean_commit_makes_a_result(
 ) -> None:
     surroundings = {"gpus": [], "cpu": {"name": "Abacus (TM) 9", "cores": 2}, "git": git}
     monkeypatch.setattr(records, "environment", lambda: dict(surroundings))
+    monkeypatch.setattr(records, "STARTED", git)
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(records, "SCRATCH", tmp_path / "scratch")
     monkeypatch.setattr("sys.argv", ["/somewhere/else/bench.py", "--steps", "3"])
