@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from quantcache.artifact.calibration import Calibration
@@ -68,7 +67,7 @@ def predict_kl_at(calibration: Calibration, bits: float) -> float | None:
     Raises:
         ValueError: ``bits`` is out of range.
     """
-    return predict_kl(calibration.with_rate(replace(calibration.metadata.rate, bits=bits)))
+    return predict_kl(calibration.with_rate(calibration.metadata.rate.given(bits=bits)))
 
 
 def _points(yardstick: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:

@@ -161,11 +161,11 @@ class TraceableCache(ConsistentCache):
         if not isinstance(layer, SpectralLayer):
             return None
         first, silent = layer.symbolic_length is not None, self.arrivals is None
-        rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
-        # Behind an image a graph knows places in the text only: what follows goes on as the token before it stands.
-        if first and silent and layer.state.pending and not (self.sees_images and length > count):
+        if first and silent and layer.state.pending:
+            rows, length = layer.tails["key"].shape[0], layer.get_seq_length()
             counted = positions is not None and positions.shape in ((1, count), (rows, count))
-            if known or counted:
+            # Behind an image a graph knows places in the text only: what follows goes on as the token before it stands.
+            if (known or counted) and not (self.sees_images and length > count):
                 self.announced = (shown if known else None, positions, length)
                 layer.tell(self._arrivals(layer, rows, length, count), count)
         return layer.snapshot()

@@ -209,13 +209,12 @@ def _lengths(plan: Plan) -> list[int]:
 
 
 def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
-    lengths = _lengths(plan)
     return needle.measure_needle(
         material.model,
         material.tokenizer,
         material.text,
         methods,
-        lengths=lengths,
+        lengths=_lengths(plan),
         depths=plan.sizes.needle_depths,
         seeds=plan.sizes.needle_seeds,
         form=replace(plan.needle_form, chat=_chat(material, plan)),

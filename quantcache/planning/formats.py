@@ -143,7 +143,7 @@ def coded_layers(
         )
     stock = [layer for layer in geometry.layers if not layer.blocks]
     if calibration is not None:
-        calibration = calibration.with_rate(replace(calibration.metadata.rate, bits=form.bits))
+        calibration = calibration.with_rate(calibration.metadata.rate.given(bits=form.bits))
         sizes = calibrated_sizes(calibration)
         return (*stock, *(in_tiles(sizes, calibration) if tiles else sizes))
     group = CodecSettings().group_size
