@@ -115,7 +115,7 @@ def main() -> None:
     out = Console(width=None if sys.stdout.isatty() else 120)
     for ablation, found in metrics.items():
         out.print(table(ablation, found))
-    path = write_record(suite, settings, metrics, run.git)
+    path = write_record(suite, settings, metrics)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 

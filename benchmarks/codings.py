@@ -70,7 +70,7 @@ def main() -> None:
     show(fidelity, times, claims)
     settings = {**{n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}, "text": source}
     metrics = {"fidelity": fidelity, "milliseconds": times, "claims": claims}
-    print(write_record("codings", settings | {"calibration": calibration.metadata.recipe}, metrics, run.git))
+    print(write_record("codings", settings | {"calibration": calibration.metadata.recipe}, metrics))
     run.discard()
 
 

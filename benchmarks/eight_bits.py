@@ -281,7 +281,7 @@ def main() -> None:
     show(found)
     settings = {**{n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}, "text": source}
     settings |= {"bound": BOUND, "calibration": calibration.metadata.recipe}
-    print(write_record(suite, settings, found, run.git))
+    print(write_record(suite, settings, found))
     run.discard()
 
 

@@ -150,7 +150,7 @@ def main() -> None:
             metrics[part.name] = measure_part(part, model, calibration, statistics, run, bar)
             out.print(table(part.name, metrics[part.name]))
     settings["predicted_kl"] = predicted(calibration, metrics)
-    path = write_record(suite, settings, metrics, run.git)
+    path = write_record(suite, settings, metrics)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 

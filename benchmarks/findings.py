@@ -92,7 +92,7 @@ def main() -> None:
         window = tokens[: min(len(tokens), 1024)]
         metrics["ratio"] = kept.cell("ratio", lambda: damage_ratios(model, window))
         metrics["routing"] = kept.cell("routing", lambda: routing_flips(model, window, statistics))
-    path = write_record("findings", settings, metrics, kept.git)
+    path = write_record("findings", settings, metrics)
     kept.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 

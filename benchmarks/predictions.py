@@ -50,7 +50,7 @@ def main() -> None:
     results = {name: result.to_dict() for name, result in found.items()}
     settings["predicted_kl"] = predicted(calibration, {suite: results})
     Console(width=None if sys.stdout.isatty() else 120).print(table(suite, results))
-    path = write_record(suite, settings, results, run.git)
+    path = write_record(suite, settings, results)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 

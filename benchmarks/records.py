@@ -40,7 +40,6 @@ class Run:
         settings: Everything that decides what a cell holds.
 
     Attributes:
-        git: Commit and state of the checkout when the run started, for :func:`write_record`.
         folder: Where everything is.
         cells: Its finished cells.
     """
@@ -50,7 +49,6 @@ class Run:
         machine = {name: surroundings[name] for name in ("versions", "cpu", "gpus")}
         digest = hashlib.sha256((to_json(settings) + to_json(machine) + source_digest()).encode())
         self.suite = suite
-        self.git: dict[str, Any] | None = surroundings["git"]
         self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cells = Cells(self.folder / "cells.jsonl", {"run": self.folder.name})
@@ -165,8 +163,8 @@ def write_record(
         suite: Name of the benchmark.
         settings: Everything that was chosen.
         metrics: Everything that was measured.
-        started: The state of git when the run started (:attr:`Run.git`), that of :data:`STARTED` if None: where it has
-            changed since, no one commit says what was run.
+        started: The state of git when the run started, that of :data:`STARTED` if None: where it has changed since, no
+            one commit says what was run.
 
     Returns:
         The file, complete.

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from records import ROOT, write_record
 
-from quantcache.common.env import environment
 from quantcache_kernels.cpu.library import LIBRARY_VARIABLE
 
 sys.path.insert(0, str(ROOT))
@@ -35,7 +34,7 @@ def main() -> int:
     if library is None or not hasattr(ctypes.CDLL(None), "__asan_init"):
         print("this wants a build with sanitizers, whose run-time library is loaded first: run make asan")
         return 2
-    started, git = time.monotonic(), environment()["git"]
+    started = time.monotonic()
     found = drive(arguments.seed, seconds=arguments.seconds)
     settings = {
         "seconds": arguments.seconds,
@@ -44,7 +43,7 @@ def main() -> int:
         "sanitizers": os.environ.get("QUANTCACHE_SANITIZE", "address,undefined"),
         "threads": torch.get_num_threads(),
     }
-    path = write_record("sanitize", settings, {"seconds": round(time.monotonic() - started, 1), **found}, git)
+    path = write_record("sanitize", settings, {"seconds": round(time.monotonic() - started, 1), **found})
     print(path)
     return 0
 

@@ -92,7 +92,7 @@ def main() -> None:
     out = Console(width=None if sys.stdout.isatty() else 160)
     for shown in tables({"metrics": metrics, "model": settings["model"], "sinks": SINKS, "dtype": "float32"}):
         out.print(shown)
-    path = write_record(suite, settings, metrics, run.git)
+    path = write_record(suite, settings, metrics)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 

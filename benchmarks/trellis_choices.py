@@ -212,7 +212,7 @@ def main() -> None:
             Console().print(table(part, metrics[part], options.bits))
     settings = {n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()} | {"text": source}
     settings |= {"calibration": calibration.metadata.recipe, "encoders": {n: asdict(e) for n, e in encoders.items()}}
-    print(write_record(suite_of("trellis-choices", options.model), settings, metrics, run.git))
+    print(write_record(suite_of("trellis-choices", options.model), settings, metrics))
     run.discard()
 
 

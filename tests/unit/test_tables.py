@@ -526,6 +526,7 @@ def test_a_quick_run_makes_no_table(
     monkeypatch.setattr(sys.modules[bench.Run.__module__], "RESULTS", tmp_path / "benchmarks" / "results")
     clean = {**environment(), "git": {"commit": "f" * 40, "dirty": False}}
     monkeypatch.setattr(sys.modules[bench.Run.__module__], "environment", lambda: dict(clean))
+    monkeypatch.setattr(sys.modules[bench.Run.__module__], "STARTED", clean["git"])
     bench.main()
     (written,) = (tmp_path / "benchmarks" / "results").rglob("*.json")
     assert json.loads(written.read_text("utf-8"))["metrics"]
