@@ -8,7 +8,7 @@ from typing import Any
 from quantcache.artifact.calibration import Calibration
 from quantcache.coding.distortion import expected_cost
 
-UNAVAILABLE = "not available: the calibration was made without a measured yardstick; calibrate again"
+UNAVAILABLE = "not available: the calibration was made without a sound yardstick; calibrate again"
 """What to say where :func:`predict_kl` gives None."""
 
 
@@ -25,7 +25,7 @@ def predict_kl(calibration: Calibration) -> float | None:
 
     Returns:
         Nats per token; None if the calibration was made without these runs (before they existed, without a text, or on
-        sequences that are too short).
+        sequences that are too short), or if they diverged no less at the lower cost.
     """
     points = _points(calibration.metadata.recipe.get("yardstick"))
     if points is None:
@@ -71,7 +71,10 @@ def predict_kl_at(calibration: Calibration, bits: float) -> float | None:
 
 
 def _points(yardstick: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """The cheapest and the dearest measured (cost, KL), None if a recipe holds no two sound ones."""
+    """The cheapest and the dearest measured (cost, KL), None if a recipe holds no two sound ones.
+
+    Of sound ones the dearer has the larger divergence: else fewer bits would be predicted to lose less.
+    """
     entries = yardstick.get("points") if isinstance(yardstick, dict) else None
     if not isinstance(entries, list):
         return None
@@ -82,4 +85,6 @@ def _points(yardstick: Any) -> tuple[tuple[float, float], tuple[float, float]] |
             return None
         found.append((cost, kl))
     found.sort()
-    return (found[0], found[-1]) if len(found) > 1 and found[0][0] < found[-1][0] else None
+    if len(found) < 2 or found[0][0] >= found[-1][0] or found[0][1] >= found[-1][1]:
+        return None
+    return found[0], found[-1]

@@ -98,7 +98,7 @@ def at_quality(
     search = _Search(calibration, rate)
     if search.measured is None:
         raise QuantCacheError(
-            f"quality={quality!r} needs a prediction, and this calibration was made without a measured yardstick: "
+            f"quality={quality!r} needs a prediction, and this calibration was made without a sound yardstick: "
             "calibrate again, or give bits"
         )
     found = search.fewest(QUALITIES[quality])

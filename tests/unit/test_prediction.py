@@ -96,6 +96,8 @@ def test_prediction_goes_through_the_measured_points() -> None:
         {"points": [POINTS[0], {**POINTS[1], "kl": "0.1"}]},
         {"points": [POINTS[0], {**POINTS[1], "kl": 0.0}]},
         {"points": [POINTS[0], {**POINTS[1], "cost": float("inf")}]},
+        {"points": [POINTS[0], {**POINTS[1], "kl": 0.009}]},  # fewer bits would lose less
+        {"points": [POINTS[0], {**POINTS[1], "kl": POINTS[0]["kl"]}]},
     ],
 )
 def test_no_sound_yardstick_no_prediction(yardstick: object) -> None:
