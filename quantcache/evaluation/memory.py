@@ -197,9 +197,9 @@ def _predict(cache: Cache, length: int, batch: int, element_bytes: int) -> int |
             element_bytes=element_bytes,
         ).total
     if type(cache) is DynamicCache and all(compat.is_full_attention(layer) for layer in cache.layers):
-        first: Any = cache.layers[0]
-        per_token: int = first.keys[:, :, 0].numel() + first.values[:, :, 0].numel()
-        return len(cache.layers) * length * per_token * element_bytes
+        layers: Any = cache.layers  # which may differ in heads and dimensions
+        per_token: int = sum(side[:, :, 0].numel() for layer in layers for side in (layer.keys, layer.values))
+        return length * per_token * element_bytes
     return None
 
 

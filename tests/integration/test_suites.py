@@ -17,6 +17,7 @@ from suite_tables import SUITE_TABLES
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import data
+from quantcache.accounting.measuring import measure
 from quantcache.artifact.calibration import Calibration
 from quantcache.cli.eval_tables import tables
 from quantcache.common import compat
@@ -484,6 +485,13 @@ def test_memory_is_what_the_caches_hold(tiny: PreTrainedModel) -> None:
     assert (rung.predicted_bytes, rung.peak_bytes) == (None, None)
     with pytest.raises(QuantCacheError, match="at least 1"):
         memory.measure_memory(tiny, methods, lengths=[0])
+
+
+def test_a_dense_cache_is_predicted_by_the_heads_of_every_layer() -> None:
+    cache = DynamicCache()
+    for index, (heads, key_dim, value_dim) in enumerate(((2, 32, 32), (1, 64, 16), (4, 32, 32))):
+        cache.update(torch.zeros(3, heads, 50, key_dim), torch.zeros(3, heads, 50, value_dim), index)
+    assert memory._predict(cache, 50, 3, 4) == measure(cache).total == 3 * 50 * (128 + 80 + 256) * 4
 
 
 def test_peak_memory_sees_what_is_allocated() -> None:
