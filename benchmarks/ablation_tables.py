@@ -7,6 +7,8 @@ from typing import Any
 
 from fidelity_tables import Parts, Record, markdown, origin, text_name, windows
 
+from quantcache.evaluation import summaries
+
 TITLES = {
     "metric": "Metric of the transform (budgets apart: one for each side of each layer)",
     "value-metric": "Metric of the values (keys: Fisher; budgets apart)",
@@ -59,7 +61,10 @@ def _caption(path: Path, record: Record, names: list[str], page: Path) -> str:
         f"in {settings['dtype']}, {windows(settings)}{text} fed {settings['chunk']} at a time, no residual; "
         f"{settings['calibration']['tokens']:,} calibration tokens. {codes}. "
     )
-    entries = [e for name in names for found in record["metrics"][name].values() for e in found.values() if "over" in e]
+    found = [entry for name in names for row in record["metrics"][name].values() for entry in row.values()]
+    if any(entry.get("kl_stretches") for entry in found):
+        caption += f"Standard errors are over stretches of {settings['stretch']} tokens. "
+    entries = [entry for entry in found if "over" in entry]
     if entries:
         caption += (
             "Ratios are of the mean KL to that of the row without one, with a standard error over "
@@ -98,7 +103,10 @@ def _cell(entry: dict[str, Any] | None) -> str:
         return ""
     if entry["status"] != "ok":
         return str(entry["status"])
-    return f"{entry['kl_mean']:.5f} ± {entry['kl_stderr']:.5f} ({entry['bits_per_element']:.3f})"
+    stretches = entry.get("kl_stretches") or []
+    stderr = summaries.mean(stretches)["stderr"] if stretches else None
+    error = "" if stderr is None else f" ± {stderr:.5f}"
+    return f"{entry['kl_mean']:.5f}{error} ({entry['bits_per_element']:.3f})"
 
 
 def frames_table(path: Path, record: Record, page: Path) -> str:

@@ -122,7 +122,7 @@ class Divergence:
         bits_per_element: With gains.
         predicted: By the rate-distortion model; None where the calibration has no yardstick.
         measured: Through the real cache on held-out text; None if it was not.
-        stderr: Standard error of ``measured``.
+        stderr: Standard error of ``measured``, over stretches of 64 tokens.
     """
 
     bits: float

@@ -25,8 +25,13 @@ from quantcache.common import compat
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import cut_windows
+from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import describe_failure
 from quantcache.evaluation.methods import Method, parse_methods
+
+STRETCH = 64
+"""Neighbouring positions that count as one for a standard error: what is hard about a text is so for all of them, and
+over positions by themselves the error of a KL divergence looks half as large as it is."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class FidelityResult:
         bits_per_element_total: Everything but shared constants over all cached elements, likewise.
         cache_bytes: Bytes of the cache at the end of a window.
         kl_mean: Mean KL divergence from the dense predictions, nats per token.
-        kl_stderr: Standard error of that mean over tokens.
+        kl_stderr: Standard error of that mean over stretches of :data:`STRETCH` positions; None for a single one.
         kl_median: Median over positions.
         kl_p99: 99th percentile.
         kl_p999: Percentile 99.9.
@@ -49,7 +54,7 @@ class FidelityResult:
         kl_windows: Mean of every window, to be paired with another method's.
         window_tokens: Positions measured in every window.
         perplexity: exp of the mean negative log-likelihood of the text.
-        perplexity_stderr: Standard error of the perplexity over tokens.
+        perplexity_stderr: Standard error of the perplexity, likewise.
         top1_agreement: Share of positions with the same most likely token.
         tokens: Positions measured.
         sink_length: First tokens that the method keeps; None where its cache decides for itself.
@@ -94,6 +99,7 @@ class _Tally:
         self.agree: list[Tensor] = []
         self.sizes: tuple[float, float, int] | None = None
         self.windows: list[int] = []
+        self.predicted: list[int] = []
 
     def add(self, dense: Tensor, own: Tensor, targets: Tensor) -> None:
         """Add the log-probabilities ``[T, vocabulary]`` of one chunk, and the next tokens ``[T or T - 1]``."""
@@ -107,6 +113,7 @@ class _Tally:
         total = memory.bits_per_element_total
         self.sizes = (memory.bits_per_element or total, total, memory.total)
         self.windows.append(sum(map(len, self.kl)) - sum(self.windows))
+        self.predicted.append(sum(map(len, self.nll)) - sum(self.predicted))
 
     def result(self, method: Method, exact_tail: int | None) -> FidelityResult:
         """The method's figures."""
@@ -116,7 +123,7 @@ class _Tally:
         if lost:
             status = f"failed: at {lost} of {len(kl)} positions the KL divergence is not finite"
             return FidelityResult(method.family, method.simulated, status)
-        perplexity = float(nll.mean().exp())
+        perplexity, nll_stderr = float(nll.mean().exp()), _stderr(nll, self.predicted)
         ordered = kl.sort().values
         return FidelityResult(
             family=method.family,
@@ -126,7 +133,7 @@ class _Tally:
             bits_per_element_total=self.sizes[1],
             cache_bytes=self.sizes[2],
             kl_mean=float(kl.mean()),
-            kl_stderr=float(kl.std()) / math.sqrt(len(kl)),
+            kl_stderr=_stderr(kl, self.windows),
             kl_median=_quantile(ordered, 0.5),
             kl_p99=_quantile(ordered, 0.99),
             kl_p999=_quantile(ordered, 0.999),
@@ -134,7 +141,7 @@ class _Tally:
             kl_windows=[float(part.mean()) for part in kl.split(self.windows) if len(part)],
             window_tokens=[count for count in self.windows if count],
             perplexity=perplexity,
-            perplexity_stderr=perplexity * float(nll.std()) / math.sqrt(len(nll)),
+            perplexity_stderr=None if nll_stderr is None else perplexity * nll_stderr,
             top1_agreement=float(agree.double().mean()),
             tokens=len(kl),
             sink_length=method.sink_length,
@@ -163,6 +170,12 @@ def _quantile(ordered: Tensor, share: float) -> float:
     place = share * (len(ordered) - 1)
     low, high = float(ordered[int(place)]), float(ordered[math.ceil(place)])
     return low + (high - low) * (place - int(place))
+
+
+def _stderr(values: Tensor, windows: list[int]) -> float | None:
+    """Standard error of a mean over stretches of some windows, of so many values each."""
+    parts = [part for window in values.split(windows) for part in window.split(STRETCH) if len(part)]
+    return summaries.ratio([float(part.sum()) for part in parts], [len(part) for part in parts])["stderr"]
 
 
 def chunk_edges(context: int, chunk: int, sink_length: int, tail: int = 0) -> list[tuple[int, int]]:

@@ -55,7 +55,7 @@ class Fidelity:
         residual: Recent tokens kept as they are; None where the method decides for itself.
         tokens: Positions measured.
         kl_mean: Mean KL divergence from the dense cache's predictions, nats per token.
-        kl_stderr: Its standard error over tokens; None if not recorded.
+        kl_stderr: Its standard error; None if not recorded. Records of earlier versions took tokens for independent.
         top1_agreement: Share of positions with the same most likely token.
         perplexity: Perplexity of the text with this cache.
         bits_per_element: Codes and scales over encoded elements.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import quantcache
 from quantcache import Calibration
 from quantcache.cli.eval_tables import tables
 from quantcache.common.errors import QuantCacheError
-from quantcache.evaluation import runner
+from quantcache.evaluation import fidelity, runner
 from quantcache.evaluation.fidelity import FidelityResult, check_tail, chunk_edges, exact_tail, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.paired import against, kl_ratio, relative_kl
@@ -102,6 +103,23 @@ def test_the_spread_is_that_of_all_positions(model: PreTrainedModel, tokens: Ten
     assert found.exact_tail is None
     np.testing.assert_allclose(seen["kivi-2"].numpy(), kl, rtol=1e-3, atol=1e-6)  # every position, in order
     assert seen["dense"].tolist() == [0.0] * 600
+
+
+def test_errors_are_over_stretches_of_neighbouring_positions() -> None:
+    """What is hard for one position is hard for the next: so many positions are not so many samples."""
+    tally, alone = fidelity._Tally(), []
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        level = torch.rand(16, generator=draw, dtype=torch.float64).repeat_interleave(64)
+        tally.kl.append(level), tally.nll.append(2 * level), tally.agree.append(level > 0)
+        tally.windows.append(1024), tally.predicted.append(1024)
+        alone.append(level[::64])
+    tally.sizes = (3.0, 3.0, 1)
+    found, stretches = tally.result(made("kivi-2")[0], None), torch.cat(alone)
+    assert found.kl_stderr == pytest.approx(float(stretches.std()) / math.sqrt(32))
+    assert found.perplexity_stderr == pytest.approx(found.perplexity * 2 * found.kl_stderr)
+    assert fidelity._stderr(stretches[:5], [3, 2]) is not None
+    assert fidelity._stderr(stretches[:5], [5]) is None
 
 
 def test_divergences_are_those_of_methods_that_ran(model: PreTrainedModel, tokens: Tensor) -> None:
