@@ -265,9 +265,10 @@ def _qa(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     def row(entry: dict[str, Any]) -> list[str]:
         if entry["f1"] is None:
             return []
+        own = entry if entry["status"] == "ok" else {"f1": None, "exact": None}  # else it is of other questions
         return [
-            _evidence(part, "f1", entry, _mean(entry["f1"], ".3f")),
-            _evidence(part, "exact", entry, _share(entry["exact"])),
+            _evidence(part, "f1", entry, _mean(own["f1"], ".3f")),
+            _evidence(part, "exact", entry, _share(own["exact"])),
             _mean(entry["agreement_f1"], ".3f"),
             _share(entry["agreement_exact"]),
         ]

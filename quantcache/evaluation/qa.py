@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from quantcache.evaluation.methods import Method, reading_codes
 from quantcache.evaluation.paired import MIN_DENSE_RATE, against, is_evidence
 
 SUITE = "qa"
+
+Value = TypeVar("Value")
 
 TEMPLATE = "{context}\nQuestion: {question}\nAnswer:"
 
@@ -58,9 +60,9 @@ class QAEntry:
         family: ``ours``, ``rival`` or ``dense``.
         simulated: Whether the cache held fake-quantized values instead of codes.
         status: ``ok``, or what went wrong.
-        f1: Mean F1 over questions, 0 to 1.
-        exact: Share of answers that match exactly once articles, capitals and punctuation are gone.
-        agreement_f1: Mean F1 with the dense cache's answers.
+        f1: Mean F1 over the questions that it answered, 0 to 1; its error takes those about one paragraph for alike.
+        exact: Share of answers that match exactly once articles, capitals and punctuation are gone, likewise.
+        agreement_f1: Mean F1 with the dense cache's answers, where that answered too.
         agreement_exact: Share of answers that are the dense cache's.
         paired: McNemar's test of its exact answers against the dense cache's, and against ours.
     """
@@ -234,7 +236,8 @@ def measure_qa(
         cells: Where finished cells are kept.
 
     Returns:
-        Scores of every method, and agreement with the dense cache.
+        Scores of every method, and agreement with the dense cache. A method that fails, or reads no codes in a prompt,
+        keeps its place, with the reason as its status; only what it could answer is counted.
 
     Raises:
         QuantCacheError: The template lacks a place, no question fits, or a number is out of range.
@@ -247,7 +250,7 @@ def measure_qa(
         if place not in template:
             raise QuantCacheError(f"question template {template!r} lacks {place}")
     chosen = _choose(model, tokenizer, questions, count, seed, new_tokens, template, chat, shots)
-    asked = reading_codes(methods, max(len(prompt) for _, prompt in chosen))
+    asked = list(methods)
     if not any(method.family == "dense" for method in methods):
         asked.insert(0, dense_method(model))
 
@@ -256,7 +259,7 @@ def measure_qa(
 
     cells.plan(SUITE, len(chosen) * len(asked))
     for number, (question, prompt) in enumerate(chosen):
-        for method in asked:
+        for method in reading_codes(asked, len(prompt)):
             cells.measure(SUITE, method.name, f"{number} {question.id}", ask, method, prompt)
     reference = next(method.name for method in asked if method.family == "dense")
     settings = {
@@ -346,25 +349,33 @@ def _answer(
 def _entry(method: Method, reference: str, questions: list[Question], cells: Cells) -> QAEntry:
     names = [f"{number} {question.id}" for number, question in enumerate(questions)]
     results = [cells.get(SUITE, method.name, name) for name in names]
+    answered = [
+        (question, str(mine["answer"]), cells.get(SUITE, reference, name).get("answer"))
+        for question, mine, name in zip(questions, results, names, strict=True)
+        if mine["status"] == "ok"
+    ]
     status = joint_status(results, "questions")
-    if status != "ok":
+    if not answered:
         return QAEntry(method.family, method.simulated, status)
-    answers = [str(result["answer"]) for result in results]
-    dense = [cells.get(SUITE, reference, name).get("answer") for name in names]
-    pairs = list(zip(answers, questions, strict=True))
-    agreement: list[summaries.Summary | None] = [None, None]
-    if all(isinstance(answer, str) for answer in dense):
-        both = [(mine, str(other)) for mine, other in zip(answers, dense, strict=True)]
-        agreement = [
-            summaries.mean([f1(mine, other) for mine, other in both]),
-            summaries.share(sum(exact(mine, other) for mine, other in both), len(both)),
-        ]
+    scores = [(q.context, max(f1(mine, wanted) for wanted in q.answers)) for q, mine, _ in answered]
+    right = [(q.context, any(exact(mine, wanted) for wanted in q.answers)) for q, mine, _ in answered]
+    both = [(q.context, mine, dense) for q, mine, dense in answered if isinstance(dense, str)]
+    alike = [(context, f1(mine, dense)) for context, mine, dense in both]
+    same = [(context, exact(mine, dense)) for context, mine, dense in both]
     return QAEntry(
         method.family,
         method.simulated,
         status,
-        summaries.mean([max(f1(answer, wanted) for wanted in q.answers) for answer, q in pairs]),
-        summaries.share(sum(any(exact(a, wanted) for wanted in q.answers) for a, q in pairs), len(pairs)),
-        agreement_f1=agreement[0],
-        agreement_exact=agreement[1],
+        summaries.clustered_mean(_by_paragraph(scores)),
+        summaries.clustered_share(_by_paragraph(right)),
+        agreement_f1=summaries.clustered_mean(_by_paragraph(alike)) if alike else None,
+        agreement_exact=summaries.clustered_share(_by_paragraph(same)) if same else None,
     )
+
+
+def _by_paragraph(found: Sequence[tuple[str, Value]]) -> list[list[Value]]:
+    """What was found of questions, with the paragraph of each."""
+    grouped: dict[str, list[Value]] = {}
+    for context, value in found:
+        grouped.setdefault(context, []).append(value)
+    return list(grouped.values())

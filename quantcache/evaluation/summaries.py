@@ -81,16 +81,95 @@ def share(successes: int, trials: int) -> Summary:
     """
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"trials must be at least 1 and successes from 0 to trials, got {successes} of {trials}")
-    p, square = successes / trials, Z95 * Z95
+    low, high = _wilson(successes / trials, trials)
+    return {"share": successes / trials, "low": low, "high": high, "successes": successes, "n": trials}
+
+
+def _wilson(p: float, trials: float) -> tuple[float, float]:
+    """The score interval of a share."""
+    square = Z95 * Z95
     center = (p + square / (2 * trials)) / (1 + square / trials)
     half = Z95 / (1 + square / trials) * math.sqrt(p * (1 - p) / trials + square / (4 * trials * trials))
-    return {
-        "share": p,
-        "low": 0.0 if successes == 0 else center - half,
-        "high": 1.0 if successes == trials else center + half,
-        "successes": successes,
-        "n": trials,
-    }
+    return 0.0 if p == 0 else center - half, 1.0 if p == 1 else center + half
+
+
+def clustered_share(clusters: Sequence[Sequence[bool]]) -> Summary:
+    """Describe a number of successes of trials that come in clusters, such as questions about one text.
+
+    Trials of a cluster are alike, so that they say less than as many by themselves. The interval is that of
+    :func:`share` for so many independent trials as say as much: p (1 - p) over the variance between clusters, times the
+    square of the normal quantile over Student's, and at most all. One cluster, or clusters of which all are right or
+    none, tell nothing of how alike trials are; there every trial counts, as it does where each is a cluster of its own.
+
+    Source: E. L. Korn and B. I. Graubard, "Confidence Intervals for Proportions with Small Expected Number of Positive
+    Counts Estimated from Survey Data" (1998), with Wilson's interval in place of the exact one.
+
+    Args:
+        clusters: Whether each trial went well, cluster by cluster; empty ones say nothing.
+
+    Returns:
+        As :func:`share`.
+
+    Raises:
+        ValueError: There are no trials.
+    """
+    known = [list(cluster) for cluster in clusters if cluster]
+    successes, trials = sum(map(sum, known)), sum(map(len, known))
+    whole, p = share(successes, trials), successes / max(trials, 1)
+    stderr = ratio([sum(cluster) for cluster in known], [len(cluster) for cluster in known])["stderr"]
+    if not stderr or len(known) == trials:
+        return whole
+    worth = p * (1 - p) / stderr**2 * (Z95 / t95(len(known) - 1)) ** 2
+    low, high = _wilson(p, min(trials, worth))
+    return {**whole, "low": low, "high": high}
+
+
+def clustered_mean(clusters: Sequence[Sequence[float]]) -> Summary:
+    """Describe an average of what comes in clusters, such as scores of questions about one text.
+
+    Args:
+        clusters: The measurements, cluster by cluster; empty ones say nothing.
+
+    Returns:
+        As :func:`mean`; ``stderr`` is over clusters, or over measurements where there is only one of them.
+
+    Raises:
+        ValueError: There are no measurements.
+    """
+    known = [list(cluster) for cluster in clusters if cluster]
+    whole = mean([value for cluster in known for value in cluster])
+    if len(known) < 2:
+        return whole
+    sums = ratio([math.fsum(cluster) for cluster in known], [len(cluster) for cluster in known])
+    return {**whole, "stderr": sums["stderr"]}
+
+
+def t95(freedom: int) -> float:
+    """Quantile of Student's distribution that gives a 95 % interval.
+
+    Source: M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4.
+
+    Args:
+        freedom: Degrees of freedom, at least 1.
+
+    Returns:
+        The quantile, by bisection.
+    """
+
+    def inside(t: float) -> float:
+        angle = math.atan(t / math.sqrt(freedom))
+        sine, cosine, odd = math.sin(angle), math.cos(angle), freedom % 2
+        term, total = cosine if odd else 1.0, 0.0
+        for power in range(1 + odd, freedom, 2):
+            total += term
+            term *= power / (power + 1) * cosine * cosine
+        return (angle + sine * total) * 2 / math.pi if odd else sine * total
+
+    low, high = Z95, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Summary:

@@ -87,7 +87,8 @@ class TaskEntry:
         family: ``ours``, ``rival`` or ``dense``.
         simulated: Whether the cache held fake-quantized values instead of codes.
         status: ``ok``, or what went wrong.
-        found: Right answers, with a 95 % Wilson interval.
+        found: Right answers, with a 95 % interval that takes questions about one text for alike, see
+            :func:`quantcache.evaluation.summaries.clustered_share`.
         by_group: The same for each group.
         paired: McNemar's test against the dense cache, and against ours, on the same questions.
     """
@@ -248,18 +249,18 @@ def _right(task: Task, method: str, cells: Cells) -> dict[str, bool]:
 
 
 def _entry(task: Task, method: Method, right: dict[str, bool], cells: Cells) -> TaskEntry:
-    groups: dict[str, list[bool]] = {}
+    groups: dict[str, list[list[bool]]] = {}
     results = []
     for number, exercise in enumerate(task.exercises):
         results.append(cells.get(task.name, method.name, cell := _cell(number, exercise)))
         if results[-1]["status"] == "ok":
             own = [right[f"{cell} {at}"] for at in range(len(exercise.questions))]
-            groups.setdefault(exercise.group, []).extend(own)
-    whole = [hit for hits in groups.values() for hit in hits]
+            groups.setdefault(exercise.group, []).append(own)
+    whole = [hits for texts in groups.values() for hits in texts]
     return TaskEntry(
         method.family,
         method.simulated,
         joint_status(results, "exercises"),
-        summaries.share(sum(whole), len(whole)) if whole else None,
-        {group: summaries.share(sum(hits), len(hits)) for group, hits in groups.items()},
+        summaries.clustered_share(whole) if whole else None,
+        {group: summaries.clustered_share(texts) for group, texts in groups.items()},
     )

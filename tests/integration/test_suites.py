@@ -463,6 +463,29 @@ def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer
         qa.measure_qa(demo_model, demo_tokenizer, long, methods)
 
 
+def test_questions_in_whose_prompts_a_method_reads_no_codes_are_not_counted(
+    demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The longest prompt decided for all: short ones were answered from a cache that kept them as they were."""
+    hay = data.evaluation_text()
+    questions = [qa.Question(str(n), hay[9000:][:n], "Where?", ("nowhere",)) for n in (100, 150, 3000, 4000)]
+    names = ["dense", "spectral-0"]
+    methods = parse_methods(names, demo_model.config, Calibration.for_model("wiki11m"))
+    result = qa.measure_qa(demo_model, demo_tokenizer, questions, methods, new_tokens=4)
+    dense, ours = (result.methods[name] for name in names)
+    assert dense.f1 is not None
+    assert (dense.status, dense.f1["n"]) == ("ok", 4)
+    assert ours.status.startswith("2 of 4 questions: unsupported: in ")
+    assert "it reads no codes: the first 4 and the last 64 stay as they are" in ours.status
+    for summary in (ours.f1, ours.exact, ours.agreement_f1, ours.agreement_exact, ours.paired["dense"]):
+        assert summary is not None
+        assert summary["n"] == 2
+    (grid,) = tables({"metrics": {"qa": result.to_dict()}})
+    shown = {row[0]: row[1:] for row in grid.rows}
+    assert shown["spectral-0"][:2] == ("", "")  # they would be of other questions than the dense cache's
+    assert shown["spectral-0"][3].startswith(f"{ours.agreement_exact['successes'] if ours.agreement_exact else 0}/2")
+
+
 # ---------------------------------------------------------------- memory
 
 

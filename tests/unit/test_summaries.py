@@ -91,6 +91,50 @@ def test_a_ratios_error_is_the_bootstraps() -> None:
     assert float(found["stderr"] or 0) < alone / 2
 
 
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 239])
+def test_students_quantile_is_scipys(freedom: int) -> None:
+    assert summaries.t95(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+
+
+@pytest.mark.parametrize(("texts", "alike"), [(4, 0.3), (6, 0.1), (12, 0.3)])
+def test_intervals_of_questions_about_few_texts_hold_what_they_say(texts: int, alike: float) -> None:
+    """Questions about one text are right or wrong together: intervals for independent ones miss far too often."""
+    random, share, each, runs = np.random.default_rng(texts), 0.7, 8, 1500
+    rates = random.beta(share * (1 - alike) / alike, (1 - share) * (1 - alike) / alike, size=(runs, texts, 1))
+    hits = random.random((runs, texts, each)) < rates
+    found = [summaries.clustered_share(run.tolist()) for run in hits]
+    holds = np.mean([float(f["low"] or 0) <= share <= float(f["high"] or 0) for f in found])
+    plain = [summaries.share(int(run.sum()), run.size) for run in hits]
+    assert np.mean([float(f["low"] or 0) <= share <= float(f["high"] or 0) for f in plain]) < 0.88
+    assert 0.925 < holds < 0.985
+    assert [(f["successes"], f["n"], f["share"]) for f in found] == [
+        (p["successes"], p["n"], p["share"]) for p in plain
+    ]
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=8), min_size=1, max_size=8).filter(any))
+def test_clusters_never_say_more_than_trials_by_themselves(clusters: list[list[bool]]) -> None:
+    trials = [hit for cluster in clusters for hit in cluster]
+    found, plain = summaries.clustered_share(clusters), summaries.share(sum(trials), len(trials))
+    assert 0 <= float(found["low"] or 0) <= float(plain["low"] or 0) + 1e-12
+    assert 1 >= float(found["high"] or 0) >= float(plain["high"] or 0) - 1e-12
+    assert summaries.clustered_share([trials]) == summaries.clustered_share([[hit] for hit in trials]) == plain
+    scores = [[float(hit) for hit in cluster] for cluster in clusters]
+    assert summaries.clustered_mean(scores)["mean"] == pytest.approx(found["share"])
+
+
+def test_errors_of_clustered_means_are_over_clusters() -> None:
+    clusters = [[0.2] * 5, [0.4] * 5, [0.9] * 5]
+    found, own = summaries.clustered_mean(clusters), summaries.mean([0.2, 0.4, 0.9])
+    assert (found["mean"], found["stderr"], found["n"]) == (pytest.approx(0.5), pytest.approx(own["stderr"]), 15)
+    singles = [[0.2], [], [0.4], [0.9]]
+    assert summaries.clustered_mean(singles)["stderr"] == pytest.approx(own["stderr"])
+    assert summaries.clustered_mean([[0.2, 0.4, 0.9]]) == own
+    for describe in (summaries.clustered_mean, summaries.clustered_share):
+        with pytest.raises(ValueError, match=r"samples|trials"):
+            describe([[]])
+
+
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
 @settings(deadline=None)
 def test_mcnemar_is_scipys_binomial_test(pairs: list[tuple[bool, bool]]) -> None:
