@@ -35,7 +35,7 @@ from quantcache.evaluation.feeding import (
     most_likely,
 )
 from quantcache.evaluation.fidelity import kl_divergence, log_probabilities, recorded
-from quantcache.evaluation.methods import Method
+from quantcache.evaluation.methods import Method, reading_codes
 
 SUITE = "divergence"
 
@@ -147,7 +147,7 @@ def measure_divergence(
         cells: Where finished cells are kept.
 
     Returns:
-        Curves of every method. A method that fails keeps its place, with the error as its status.
+        Curves of every method. A method that fails, or reads no codes, keeps its place, with the reason as its status.
 
     Raises:
         QuantCacheError: The text is shorter than a prompt, prompt and continuation exceed the model's limit, or a
@@ -166,6 +166,7 @@ def measure_divergence(
         tokens, torch.tensor([], dtype=torch.long, device="cpu") if opening is None else opening, context, prompts
     )
     cells.plan(SUITE, len(rows) * len(KINDS) * (1 + len(methods)))
+    methods = reading_codes(methods, context + new_tokens, cached=edges(context, new_tokens, step, sink_length)[-1][0])
     by_name = {method.name: method for method in methods}
     places = [(kind, number) for kind in KINDS for number in range(len(rows))]
 

@@ -27,7 +27,7 @@ from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import cut_windows
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import describe_failure
-from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.evaluation.methods import Method, parse_methods, reading_codes
 
 STRETCH = 64
 """Neighbouring positions that count as one for a standard error: what is hard about a text is so for all of them, and
@@ -277,7 +277,8 @@ def measure_fidelity(
             positions, ``[N]``, in the order of the text.
 
     Returns:
-        One result for each method. A method that fails or cannot be run keeps its place, with the reason as its status.
+        One result for each method. A method that fails, cannot be run, or reads no codes in a window keeps its place,
+        with the reason as its status.
 
     Raises:
         QuantCacheError: The text is shorter than one window, the stride is out of range, or no token of a window reads
@@ -290,6 +291,7 @@ def measure_fidelity(
     if tail is not None:
         check_tail(tail, context, chunk, sink_length)
     edges = chunk_edges(context, chunk, sink_length, tail or 0)
+    methods = reading_codes(methods, context, cached=edges[-1][0])
     run = _Run(model, methods, edges, on_progress)
     for number, window in enumerate(cut_windows(model.config, tokens, context, stride).to(compat.input_device(model))):
         first = 0 if not number or stride is None else context - stride - 1

@@ -30,7 +30,7 @@ from quantcache.common.sequences import cut_windows
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths, pieces
-from quantcache.evaluation.methods import Method
+from quantcache.evaluation.methods import Method, reading_codes
 
 SUITE = "routing"
 
@@ -122,7 +122,8 @@ def measure_routing(
         cells: Where finished cells are kept.
 
     Returns:
-        Figures of every method and layer. A method that fails keeps its place, with the error as its status.
+        Figures of every method and layer. A method that fails, or reads no codes, keeps its place, with the reason as
+        its status.
 
     Raises:
         QuantCacheError: The text is shorter than one window, or a window not longer than its first chunk and the sinks.
@@ -138,6 +139,8 @@ def measure_routing(
             f"routing needs windows of more than the first chunk and sinks: {context} tokens, of which they take "
             f"{chunk + sink_length}"
         )
+    last = pieces(rows[:1], chunk, sink_length)[-1].shape[1]
+    methods = reading_codes(methods, context, cached=context - last)
     by_name = {method.name: method for method in methods}
     cells.plan(SUITE, len(rows) * len(methods))
     for number, row in enumerate(rows):

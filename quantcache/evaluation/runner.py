@@ -19,8 +19,8 @@ from quantcache.common.sequences import text_tokens
 from quantcache.evaluation import divergence, exercises, memory, needle, qa, routing, speculative, speed, transfer
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths, has_template, opening
-from quantcache.evaluation.fidelity import check_stride, check_tail, chunk_edges, measure_fidelity
-from quantcache.evaluation.methods import Method, parse_methods, reading_codes
+from quantcache.evaluation.fidelity import check_stride, check_tail, measure_fidelity
+from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.paired import relative_kl
 from quantcache.evaluation.plan import Material, Plan
 from quantcache.evaluation.tasks import measure_task
@@ -132,8 +132,7 @@ def _fidelity(
     for context in plan.contexts:
         for residual, all_methods in methods.items():
             cell = f"context {context} residual {residual}"
-            last, _ = chunk_edges(context, plan.chunk, plan.sinks, residual if plan.equal_tail else 0)[-1]
-            by_name = {method.name: method for method in reading_codes(all_methods, context, last)}
+            by_name = {method.name: method for method in all_methods}
             missing = cells.missing("fidelity", by_name, cell)
             for start in range(0, len(missing), GROUP):
                 group = [by_name[name] for name in missing[start : start + GROUP]]
@@ -186,7 +185,7 @@ def _divergence(material: Material, plan: Plan, tokens: Tensor, methods: list[Me
         material.model,
         # The tokenizer has put its special tokens in front of the text; they stand in front of every prompt.
         tokens[len(start) :] if torch.equal(tokens[: len(start)], start) else tokens,
-        reading_codes(methods, context + count),
+        methods,
         opening=start,
         context=context,
         prompts=plan.sizes.prompts,
@@ -239,7 +238,7 @@ def _routing(material: Material, plan: Plan, tokens: Tensor, methods: list[Metho
     return routing.measure_routing(
         material.model,
         tokens,
-        reading_codes(methods, context),
+        methods,
         context=context,
         windows=plan.sizes.routing_windows,
         chunk=min(plan.chunk, max(1, (context - plan.sinks) // 2)),

@@ -20,8 +20,8 @@ from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.cells import Cells, attempt
 from quantcache.evaluation.feeding import check_lengths
-from quantcache.evaluation.fidelity import chunk_edges, measure_fidelity
-from quantcache.evaluation.methods import Method, parse_methods, reading_codes
+from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.provenance import check_overlap
 
 SUITE = "transfer"
@@ -177,7 +177,6 @@ def measure_transfer(
             used = str(tokenizer.decode(ids[text], skip_special_tokens=True))
             for name in names:
                 parsed = parse_methods([name], model.config, calibration, sink_length, residual_length)
-                parsed = reading_codes(parsed, context, chunk_edges(context, chunk, sink_length)[-1][0])
                 cells.measure(SUITE, name, cell, work, parsed, calibration, text, used)
     settings = {
         "context": context,

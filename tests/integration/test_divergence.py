@@ -204,3 +204,14 @@ def test_every_prompt_has_the_opening(tiny: PreTrainedModel, tokens: torch.Tenso
     assert rows.shape == (3, 50)
     assert rows[:, :2].tolist() == [[1, 2]] * 3
     assert [int((tokens.unfold(0, 48, 1) == row[2:]).all(1).nonzero()[0]) for row in rows] == [0, 100, 200]
+
+
+def test_a_text_that_is_read_without_codes_has_no_figures(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
+    asked = parse_methods(["dense", "spectral-0"], tiny.config, scalar_calibration(tiny.config), 4, 64)
+    how = {"context": 100, "prompts": 1, "bins": 2}
+    short = divergence.measure_divergence(tiny, tokens, asked, new_tokens=33, **how).methods
+    assert short["dense"].status == "ok"
+    assert short["spectral-0"].status.startswith("unsupported: in 133 tokens it reads no codes")
+    longer = divergence.measure_divergence(tiny, tokens, asked, new_tokens=40, **how).methods["spectral-0"]
+    assert longer.curves is not None
+    assert longer.curves["greedy"].mean["mean"] > 0

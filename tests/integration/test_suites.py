@@ -291,6 +291,22 @@ def test_routing_orders_rates_and_keeps_failures(tiny: PreTrainedModel, tokens: 
         routing.measure_routing(tiny, tokens, methods, context=1000)
 
 
+def test_routing_of_windows_that_are_read_without_codes_has_no_figures(
+    tiny: PreTrainedModel, tokens: torch.Tensor
+) -> None:
+    """Chunks end at 68 and 132, and blocks are due from 132 tokens on: the last queries of 132 saw none."""
+    methods = parse_methods(["dense", "spectral-0"], tiny.config, Calibration.synthetic(tiny.config))
+    for context in (132, 133):
+        found = routing.measure_routing(tiny, tokens, methods, context=context, windows=1).methods
+        assert found["dense"].status == "ok"
+        assert (found["spectral-0"].flips is None) == (context == 132)
+    assert (
+        routing.measure_routing(tiny, tokens, methods, context=132, windows=1)
+        .methods["spectral-0"]
+        .status.startswith("unsupported: in 132 tokens it reads no codes")
+    )
+
+
 def test_routing_that_is_not_finite_is_a_failure(tiny: PreTrainedModel, tokens: torch.Tensor) -> None:
     """One such method ended the whole run, and every one that went on from its state."""
     methods = [damaged(tiny, lambda past: past * torch.nan), dense(tiny)]

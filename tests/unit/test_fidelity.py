@@ -133,6 +133,18 @@ def test_divergences_are_those_of_methods_that_ran(model: PreTrainedModel, token
     assert float(seen["kivi-2"].mean()) == pytest.approx(found["kivi-2"].kl_mean)
 
 
+@pytest.mark.parametrize(("context", "exact"), [(132, True), (133, False)])
+def test_a_window_in_which_nothing_is_read_from_codes_has_no_figures(
+    model: PreTrainedModel, tokens: Tensor, context: int, exact: bool
+) -> None:
+    """Chunks end at 68 and 132: of 132 tokens all are read before any is coded, and every method was perfect."""
+    methods = [*made("dense"), *made("kivi-2", residual=64)]
+    found = measure_fidelity(model, tokens[:context], methods, context=context)
+    assert found["dense"].kl_mean == 0
+    assert found["kivi-2"].status.startswith(f"unsupported: in {context} tokens it reads no codes") == exact
+    assert (found["kivi-2"].kl_mean is None) == exact
+
+
 @pytest.mark.parametrize("tail", [0, 64, 100, 256])
 def test_an_equal_tail_is_equal_for_every_counted_chunk(model: PreTrainedModel, tokens: Tensor, tail: int) -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
