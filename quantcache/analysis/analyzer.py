@@ -22,7 +22,7 @@ from quantcache.analysis.report import RATES, Divergence, Grade, HeadBits, Repor
 from quantcache.analysis.targets import INPUTS
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.prediction import UNAVAILABLE, predict_kl
+from quantcache.artifact.prediction import UNAVAILABLE, measured_on_seen_text, predict_kl
 from quantcache.artifact.quality import quality_rates
 from quantcache.attention.probe import detect_ropes, evaluating
 from quantcache.calibration.calibrator import calibrate, public_name
@@ -112,7 +112,8 @@ def analyze(
                 notes += failed
     if getattr(tokenizer, "chat_template", None):
         notes.append("The text was read as plain text, without the model's chat template.")
-    notes += _notes(model, encoder, layers, targets, gathered, divergences)
+    seen = calibration is not None and measured_on_seen_text(calibration)
+    notes += _notes(model, encoder, layers, targets, gathered, divergences, seen)
     text_config = model.config.get_text_config(decoder=True)
     return Report(
         model=public_name(model),
@@ -235,8 +236,9 @@ def _notes(
     targets: list[Target],
     gathered: Gathered,
     divergences: list[Divergence],
+    seen: bool,
 ) -> list[str]:
-    """What a reader must know."""
+    """What a reader must know; ``seen``: predictions rest on text that the calibration was made of."""
     notes = []
     if encoder:
         notes.append(
@@ -270,6 +272,11 @@ def _notes(
         notes.append("Inputs of experts are taken over all experts together.")
     if divergences and divergences[0].predicted is None:
         notes.append(f"Predicted divergence: {UNAVAILABLE}.")
+    elif divergences and seen:
+        notes.append(
+            "Predicted divergences, and the bits that words of quality stand for, rest on runs on text that the "
+            "calibration has seen, and are too low: 'quantcache calibrate' goes on behind it, where the text is longer."
+        )
     for each in divergences:
         if each.predicted and each.measured and not 0.5 <= each.predicted / each.measured <= 2:
             notes.append(

@@ -54,6 +54,19 @@ def largest_measured(calibration: Calibration) -> float | None:
     return None if points is None else points[1][1]
 
 
+def measured_on_seen_text(calibration: Calibration) -> bool:
+    """Whether predictions are tied to text that the calibration was made of, and are too low.
+
+    Args:
+        calibration: A calibration, at any rate.
+
+    Returns:
+        False also where nothing was measured.
+    """
+    yardstick: Any = calibration.metadata.recipe.get("yardstick")
+    return _points(yardstick) is not None and not yardstick.get("held_out", False)
+
+
 def predict_kl_at(calibration: Calibration, bits: float) -> float | None:
     """:func:`predict_kl` at another rate.
 

@@ -249,6 +249,7 @@ def test_command(run: Run, tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBa
         assert each.measured is not None
         told = any(note.startswith(f"At {each.bits:g} bits the prediction is") for note in report.notes)
         assert 0.5 <= each.predicted / each.measured <= 2 or told
+    assert any("rest on runs on text that the calibration has seen, and are too low" in note for note in report.notes)
     bits = [rate.bits for rate in report.qualities]
     assert [rate.quality for rate in report.qualities] == ["near-lossless", "balanced", "small"]
     assert bits == sorted(bits, reverse=True)

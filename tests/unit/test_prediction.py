@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
-from quantcache.artifact.prediction import predict_kl, predict_kl_at
+from quantcache.artifact.prediction import measured_on_seen_text, predict_kl, predict_kl_at
 from quantcache.attention import probe
 from quantcache.calibration import calibrator, yardstick
 from quantcache.calibration.calibrator import calibrate
@@ -102,6 +102,20 @@ def test_prediction_goes_through_the_measured_points() -> None:
 )
 def test_no_sound_yardstick_no_prediction(yardstick: object) -> None:
     assert predict_kl(with_yardstick(Calibration.synthetic(llama_config()), yardstick)) is None
+
+
+def test_a_prediction_on_text_that_was_seen_says_so() -> None:
+    calibration = Calibration.synthetic(llama_config())
+    told = [
+        measured_on_seen_text(with_yardstick(calibration, yardstick))
+        for yardstick in (
+            {"points": POINTS},
+            *({"points": POINTS, "held_out": each} for each in (False, True)),
+            None,
+            {},
+        )
+    ]
+    assert told == [True, True, False, False, False]
 
 
 def test_calibrations_without_one_have_no_prediction() -> None:
