@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from quantcache.analysis.report import Report, Target
 from quantcache.analysis.tables import LABELS, mean
 
@@ -56,19 +58,25 @@ def _groups(report: Report) -> dict[str, list[Target]]:
 
 
 def _spectra(report: Report) -> Chart:
-    """Geometric mean of the spectra of every name, component by component."""
+    """Geometric mean of the spectra of every name, share by share of their components: layers may differ in size."""
     series = []
     for name, targets in _groups(report).items():
-        by_target = [dict(zip(t.points, t.spectrum, strict=True)) for t in targets]
-        found = []
-        for point in sorted(set.intersection(*map(set, by_target))):
-            values = [spectrum[point] for spectrum in by_target]
-            if min(values) > 0:
-                found.append((point / targets[0].dim, math.exp(sum(map(math.log, values)) / len(values))))
-        if len(found) > 1:
-            series.append(Series(name, LABELS.get(name, name), tuple(x for x, _ in found), tuple(y for _, y in found)))
+        curves = [curve for target in targets if len((curve := _curve(target))[0]) > 1]
+        if not curves:
+            continue
+        first, last = max(shares[0] for shares, _ in curves), min(shares[-1] for shares, _ in curves)
+        shares = [share for share in curves[0][0] if first <= share <= last]
+        if len(shares) > 1:
+            logs = np.mean([np.interp(shares, *curve) for curve in curves], axis=0)
+            series.append(Series(name, LABELS.get(name, name), tuple(shares), tuple(np.exp(logs).tolist())))
     axes = ("component, share of all", "eigenvalue over mean")
     return Chart("spectra", "Spectra", *axes, tuple(series), percent_x=True, log_y=True, dots=False)
+
+
+def _curve(target: Target) -> tuple[list[float], list[float]]:
+    """Shares of a target's components, and the logarithms of their eigenvalues, as far as these are above zero."""
+    known = [(point, value) for point, value in zip(target.points, target.spectrum, strict=True) if value > 0]
+    return [point / target.dim for point, _ in known], [math.log(value) for _, value in known]
 
 
 def _over_depth(report: Report, figure: str) -> tuple[Series, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -14,9 +15,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from quantcache.analysis.charts import Chart, Series
+from quantcache.analysis.charts import Chart, Series, charts
 from quantcache.analysis.drawing import draw_svg
-from quantcache.analysis.report import Report, ReportError
+from quantcache.analysis.report import Report, ReportError, Target
 from quantcache.analysis.tables import _OVERVIEW, cards, count, nats, number, percent, provenance, tables
 from quantcache.common.errors import QuantCacheError
 from tests.reports import make_report
@@ -60,6 +61,25 @@ class Page(html.parser.HTMLParser):
                 self.values.append(text)
             elif self._table is not None:
                 self._table[-1].append(text)
+
+
+def test_spectra_of_layers_of_several_sizes_are_meant_by_share(report: Report) -> None:
+    """DeepSeek's first layers are wider than its experts: component 32 of 32 stood for component 32 of 128."""
+
+    def falling(dim: int) -> Target:
+        points = tuple(range(1, dim + 1))
+        return replace(target, dim=dim, points=points, spectrum=tuple(math.exp(-8 * i / dim) for i in points))
+
+    target = next(each for each in report.targets if each.name == "down")
+    sizes = (128, 32, 64)
+    mixed = replace(report, targets=tuple(falling(dim) for dim in sizes))
+    (series,) = next(chart for chart in charts(mixed) if chart.name == "spectra").series
+    assert (series.x[0], series.x[-1]) == (1 / 32, 1.0)
+    assert series.y == pytest.approx([math.exp(-8 * share) for share in series.x])
+    alike = replace(report, targets=(falling(64),) * 2)
+    (series,) = next(chart for chart in charts(alike) if chart.name == "spectra").series
+    assert series.x == tuple(point / 64 for point in range(1, 65))
+    assert series.y == pytest.approx(falling(64).spectrum)
 
 
 def test_json_comes_back(report: Report, tmp_path: Path) -> None:
