@@ -155,7 +155,7 @@ def measure_needle(
     cells.plan(SUITE, len(grid) * len(methods))
     for length, depth in grid:
         prompts, codes = _prompts(tokenizer, haystack, form, length, depth, seeds)
-        for method in reading_codes(methods, length):
+        for method in reading_codes(methods, length, cached=length - _asking(tokenizer, form)):
             cells.measure(SUITE, method.name, f"{length}@{depth:g}", ask, method, prompts, codes)
     settings = {
         "lengths": sorted(lengths),
@@ -217,12 +217,16 @@ def _answers(
     chunk: int,
 ) -> list[str]:
     """What the model says to every prompt ``[B, T]``."""
-    question = len(encode(tokenizer, form.question.format(name=NAMES[0]))) + len(frame_of(tokenizer, form.chat)[1])
     cache = method.make_cache()
-    held = prompts.shape[1] - question
+    held = prompts.shape[1] - _asking(tokenizer, form)
     feed(model, cache, prompts[:, :held], chunk)
     found = greedy(model, cache, prompts[:, held:], answer_tokens(tokenizer, form))
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in found]
+
+
+def _asking(tokenizer: PreTrainedTokenizerBase, form: NeedleFormat) -> int:
+    """Tokens of a prompt that come once everything before them has gone into the cache."""
+    return len(encode(tokenizer, form.question.format(name=NAMES[0]))) + len(frame_of(tokenizer, form.chat)[1])
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, form: NeedleFormat) -> int:

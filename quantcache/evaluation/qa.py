@@ -259,7 +259,7 @@ def measure_qa(
 
     cells.plan(SUITE, len(chosen) * len(asked))
     for number, (question, prompt) in enumerate(chosen):
-        for method in reading_codes(asked, len(prompt)):
+        for method in reading_codes(asked, len(prompt), cached=len(prompt) - 1):
             cells.measure(SUITE, method.name, f"{number} {question.id}", ask, method, prompt)
     reference = next(method.name for method in asked if method.family == "dense")
     settings = {

@@ -161,7 +161,7 @@ def measure_task(
 
     cells.plan(task.name, len(task.exercises) * len(asked))
     for number, exercise in enumerate(task.exercises):
-        for method in reading_codes(asked, exercise.longest):
+        for method in reading_codes(asked, exercise.longest, cached=len(exercise.text)):
             cells.measure(task.name, method.name, _cell(number, exercise), ask, method, exercise)
     right = {method.name: _right(task, method.name, cells) for method in asked}
     entries = {method.name: _entry(task, method, right[method.name], cells) for method in asked}

@@ -141,6 +141,17 @@ def test_lengths_at_which_a_method_reads_no_codes_are_not_counted(
     assert all(rows["spectral-0"][0] == "" != rows["spectral-0"][2] for rows in shown)
 
 
+def test_a_question_must_find_codes(demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Blocks that fall due behind the question are read by the rest of the answer only."""
+    material = Material(demo_model, demo_tokenizer, data.evaluation_text()[:20_000], Calibration.for_model("wiki11m"))
+    sizes = replace(QUICK, needle_seeds=1, task_seeds=1)
+    plan = Plan(("needle", "records"), ("dense", "spectral-0"), (512,), 512, (256,), sizes=sizes, lengths=(330,))
+    for result in runner.run(material, plan).values():  # of 324 tokens the first block is coded
+        assert result["methods"]["dense"]["status"] == "ok"
+        assert result["methods"]["spectral-0"]["status"].startswith("unsupported: in 3")
+        assert result["methods"]["spectral-0"]["found"] is None
+
+
 def test_an_answer_may_be_a_sentence(demo_tokenizer: PreTrainedTokenizerBase) -> None:
     room = needle.answer_tokens(demo_tokenizer, needle.NeedleFormat())
     for name in needle.NAMES:
