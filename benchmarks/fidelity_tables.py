@@ -222,9 +222,10 @@ def fidelity_table(parts: Parts, page: Path) -> str:
         "spectral-B is quantcache at B bits on average; quanto, hqq and fp8 are transformers' own quantized caches. Of "
         "every other method the smallest setting is shown that has at least as many bits as spectral-3, "
         "[simulated](docs/fidelity.md#the-methods) where it says so. The last column: mean KL over that of spectral-3. "
-        "Bits include scales; "
-        f"dense is {settings['dtype']} here. Every token but the first {settings['sinks']} is read from codes: nothing "
-        "recent is kept exact. KL: how far predictions move from those with the dense cache, in nats per token "
+        f"Bits include scales; dense is {settings['dtype']} here. Text is read {settings['chunk']} tokens at a time, "
+        "which see each other as they are; all before them are read from codes, but for the first "
+        f"{settings['sinks']}, which transformers' own code too. KL: how far predictions move from those with the "
+        "dense cache, in nats per token "
         f"(0: not at all). {settings['model']}, {windows(settings, 'residual_0')} of {text_name(settings)}; calibrated "
         f"on {settings['calibration']['tokens']:,} tokens of other text. {origins(parts, ['residual_0'], page)}"
     )
