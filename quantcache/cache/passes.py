@@ -8,6 +8,9 @@ the stack while it uses the cache. So :func:`watch` finds the outermost call of 
 lays a mark among the arguments of torch's ``Module.__call__``. The mark goes when that call returns, while its caller
 is still where it called. When the call fails, its frame is kept with the traceback, and the mark goes later, when the
 caller is somewhere else. Nothing is left on the model, and nothing outlives the call but the answer.
+
+A frame that has become part of a cycle, as when an error is kept in a variable, goes whenever the garbage collector
+comes, and nothing can be seen of it by then. So it is looked at before.
 """
 
 from __future__ import annotations
@@ -78,10 +81,18 @@ class ForwardPass:
                 running = not (search and _is_left_behind(self._mark))
             if running:
                 return Outcome.RUNNING
-            frame = _frame_left_behind(self._mark)
-            if frame is not None:
-                self.returned = _has_returned(frame)
+            self.look()
         return Outcome.RETURNED if self.returned else Outcome.FAILED
+
+    def look(self) -> None:
+        """Find out how the call ended by the frame that it has left behind, if it has left one."""
+        frame = _frame_left_behind(self._mark)
+        if frame is not None:
+            self.returned, self.ended = _has_returned(frame), True
+
+
+_watched: set[ForwardPass] = set()
+"""Passes whose marks are still there."""
 
 
 class _Mark:
@@ -101,8 +112,11 @@ class _Mark:
         self.caller = (id(caller), caller.f_lasti)  # not the frame: it would be kept, and all its variables
 
     def __del__(self) -> None:
+        _watched.discard(self.forward_pass)
+        if self.forward_pass.ended:
+            return  # its frame was looked at before it was collected
         now = sys._getframe().f_back  # there is none when the interpreter ends
-        # What dies in a cycle was kept by somebody who looked at frames, and says nothing about the call.
+        # What dies in a cycle, and nobody could look at, says nothing about the call.
         cyclic = sys.getrefcount(self) > _LAST_REFERENCES
         if cyclic or (now is not None and (id(now), now.f_lasti) == self.caller):
             self.forward_pass.returned = True
@@ -155,6 +169,7 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
     forward_pass = ForwardPass(start, id(found))
     mark = _Mark(forward_pass, found.f_back)
     forward_pass._mark = weakref.ref(mark)
+    _watched.add(forward_pass)
     found.f_locals["kwargs"][f"quantcache pass {id(cache)}"] = mark
     return forward_pass
 
@@ -218,6 +233,30 @@ def _gives(value: Any, cache: Any) -> bool:
             )
         return value.self_attention_cache is cache
     return value is cache
+
+
+def _before_collection(phase: str, info: dict[str, int]) -> None:
+    """Look at the frames that calls have left behind while they are still there.
+
+    Args:
+        phase: ``"start"`` or ``"stop"``.
+        info: Which generation is collected. Other threads' calls are looked for in a full collection only, for it
+            takes about as long as that; those of this thread are known to be over.
+    """
+    for each in tuple(_watched) if phase == "start" else ():
+        if each.thread == threading.get_ident():
+            over = not _is_on_stack(each.call)
+        else:
+            over = info["generation"] == _FULL and _is_left_behind(each._mark)
+        if over:
+            _watched.discard(each)
+            each.look()
+
+
+_FULL = 2
+"""The generation of a full collection."""
+
+gc.callbacks.append(_before_collection)
 
 
 def _is_on_stack(call: int) -> bool:

@@ -236,6 +236,30 @@ def test_frames_kept_in_cycles_and_collected_later() -> None:
         gc.collect()
 
 
+@pytest.mark.support("a forward pass that fails after its last layer")
+@pytest.mark.parametrize("place", ["here", "in another thread"])
+def test_an_error_kept_in_a_cycle_and_collected(place: str) -> None:
+    """As where it lies in a variable; ``gc.collect()`` is what people do once memory has run out."""
+    model, cache = LLAMA.make(), filled()
+    handle = model.lm_head.register_forward_pre_hook(fail(torch.OutOfMemoryError))
+
+    def attempt() -> None:
+        try:
+            go_on(cache, model=model)
+        except torch.OutOfMemoryError as error:
+            kept = error  # a variable of a frame that the error knows
+            assert kept is not None
+
+    with ThreadPoolExecutor(1) as pool:
+        attempt() if place == "here" else pool.submit(attempt).result(20)
+        gc.collect()
+        handle.remove()
+        with pytest.raises(QuantCacheError, match="a forward pass was interrupted"):
+            go_on(cache, model=model)
+        assert cache.rollback() == 132
+        assert torch.equal(go_on(cache), go_on(filled()))
+
+
 @pytest.mark.support("a forward pass that fails after its last layer", refused=True)
 def test_a_pass_that_failed_in_a_thread_whose_error_is_kept() -> None:
     model, cache = LLAMA.make(), filled()
