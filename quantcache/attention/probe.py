@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         Nothing.
     """
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, mode in modes.items():
@@ -109,9 +110,18 @@ def recorded_queries(
         )
 
 
+_replacement: ContextVar[Callable[..., Any] | None] = ContextVar("replacement", default=None)
+"""What a model calls in place of attention, each thread its own: transformers' table of names is everybody's."""
+
+
+def _replaced(*args: Any, **kwargs: Any) -> Any:
+    """Call what replaces attention in this thread; plain attention where another one has replaced the model's."""
+    return (_replacement.get() or spectral_attention_forward)(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def replaced_attention(model: PreTrainedModel, attention: Callable[..., Any]) -> Iterator[None]:
-    """Have a model call another attention function, inside the context.
+    """Have a model call another attention function in this thread, inside the context.
 
     Args:
         model: The model; its attention implementation is restored afterwards.
@@ -121,13 +131,15 @@ def replaced_attention(model: PreTrainedModel, attention: Callable[..., Any]) ->
         Nothing.
     """
     name = "quantcache_recording"
-    AttentionInterface.register(name, attention)
+    AttentionInterface.register(name, _replaced)
     AttentionMaskInterface.register(name, sdpa_mask)
-    previous = compat.attention_implementations(model.config)
-    model.set_attn_implementation(name)
+    outer, previous = _replacement.get(), compat.attention_implementations(model.config)
     try:
+        _replacement.set(attention)
+        model.set_attn_implementation(name)
         yield
     finally:
+        _replacement.set(outer)
         model.set_attn_implementation(previous)
 
 

@@ -114,9 +114,9 @@ def calibrate(
     given = calibration_data(model, data, tokenizer, seq_len, max_tokens)
     generator = torch.Generator().manual_seed(seed)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
     try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         statistics: dict[int, LayerStatistics] = {}
         console = Console(stderr=True)
         bar = Progress(console=console, disable=not (progress and console.is_terminal), transient=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
+import itertools
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,11 +18,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quantcache.artifact.calibration import Calibration
+from quantcache.attention.probe import recorded_queries
 from quantcache.backends import Backend
 from quantcache.backends.padding import Arrivals
 from quantcache.backends.store import BlockStore
 from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.calibration.calibrator import calibrate
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError
 from tests.builders import held_bytes, scalar_calibration
@@ -436,6 +441,25 @@ def test_sliding_windows_cannot_be_rolled_back() -> None:
         cache.rollback()
 
 
+@pytest.mark.parametrize(("kind", "name"), [(PreTrainedModel, "eval"), (torch.nn.Parameter, "requires_grad_")])
+def test_an_interrupted_calibration_leaves_the_model_as_it_was(
+    kind: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, real, calls = LLAMA.make().train(), getattr(kind, name), itertools.count(1)
+
+    def interrupted(*args: Any) -> Any:
+        result = real(*args)
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(kind, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, random_tokens(1, 64), progress=False)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 # ---------------------------------------------------------------------- threads
 
 
@@ -453,6 +477,29 @@ def test_two_threads_with_a_cache_each(family: Family) -> None:
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(work, prompts))
     assert all(torch.equal(tokens, work(prompt)) for tokens, prompt in zip(found, prompts, strict=True))
+
+
+def test_two_threads_that_look_at_a_model_each() -> None:
+    """transformers' table of attention functions is one for all: a calibration had the queries of another model."""
+    models, tokens = (LLAMA.make(), LLAMA.make()), random_tokens(1, 9, seed=1)
+    seen: tuple[list[int], list[int]] = [], []
+    with torch.no_grad(), recorded_queries(models[0], lambda index, query: seen[0].append(query.shape[2])):
+
+        def look() -> weakref.ref[Any]:
+            def note(index: int, query: Tensor) -> None:
+                seen[1].append(query.shape[2])
+
+            with torch.no_grad(), recorded_queries(models[1], note):
+                models[1](input_ids=tokens)
+            models[0](input_ids=tokens)  # somebody else's request
+            return weakref.ref(note)
+
+        with ThreadPoolExecutor(1) as pool:
+            noted = pool.submit(look).result(20)
+        models[0](input_ids=tokens[:, :5])
+    assert seen[0] == [5] * models[0].config.num_hidden_layers
+    gc.collect()
+    assert noted() is None, "what it has gathered would stay in memory"
 
 
 @pytest.mark.support("two threads, one cache", refused=True)
