@@ -23,12 +23,12 @@ from quantcache.attention.probe import attend_on_codes
 from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.requests import Listener, Reuse
 from quantcache.cache.spectral_cache import SpectralCache
-from quantcache.common import compat
+from quantcache.common import compat, processes
 from quantcache.common.errors import NothingToCompress, QuantCacheError, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
-_lock = threading.Lock()
+_lock = processes.lock()
 
 _entered: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("quantcache_enabled", default=())
 """Marks of the ``enabled`` contexts that are open around the code that runs: tasks of one thread have their own."""

@@ -39,6 +39,7 @@ class PrefixFolder:
     def __init__(self, path: Path, max_bytes: int):
         self.path, self.max_bytes = path.absolute(), max_bytes  # whatever the working directory is later
         self._sound: set[Path] = set()  # files that were written here, or whose checksums have been compared
+        self._seen: dict[Path, tuple[str, bytes]] = {}  # what lay in the folder when it was last looked at
         self.path.mkdir(parents=True, exist_ok=True)
         self._make_room(0)  # it may have had more bytes before
 
@@ -66,7 +67,19 @@ class PrefixFolder:
             except (ArtifactError, ValueError):
                 continue
             if path == self.file_of(identity, key):
+                self._seen[path] = identity, key
                 yield identity, key
+
+    def gone(self) -> list[tuple[str, bytes]]:
+        """Identity and tokens of prefixes that have left the folder, to make room or by another process's doing.
+
+        Returns:
+            Those of which this has not been said before.
+        """
+        seen = [*self._seen]  # before the folder is looked at: another thread may be adding a file
+        there = {path for path, _ in self._files()}
+        self._sound.difference_update(left := [path for path in seen if path not in there])
+        return [place for path in left if (place := self._seen.pop(path, None)) is not None]
 
     def sizes(self) -> list[int]:
         """Bytes of every file."""
@@ -110,6 +123,7 @@ class PrefixFolder:
                     path.unlink(missing_ok=True)
                     return False
         self._sound.add(path)
+        self._seen[path] = identity, key
         return True
 
     def read(self, identity: str, key: bytes, empty: SpectralCache) -> SpectralCache:
@@ -139,6 +153,7 @@ class PrefixFolder:
 
         cache = steadily([path], fill)
         self._sound.add(path)
+        self._seen[path] = identity, key
         self.touch(path)
         return cache
 
@@ -156,6 +171,7 @@ class PrefixFolder:
         with contextlib.suppress(FileNotFoundError), only_writer(self.path):
             for path, _ in self._files():
                 path.unlink(missing_ok=True)
+        self.gone()  # whoever clears the folder knows of nothing in it any more
 
     def _files(self) -> list[tuple[Path, int]]:
         """All prefixes with their sizes, the least recently used first."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import logging
-import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from quantcache.cache.prefix_keys import (
 )
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.packing import BLOCK
+from quantcache.common import processes
 from quantcache.common.errors import ArtifactError, QuantCacheError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,13 @@ FOLDER_FACTOR = 8
 
 FAILURES = (QuantCacheError, OSError, RuntimeError, MemoryError)
 """What may go wrong with a stored prefix: the prompt is then read from its start."""
+
+
+_Place = tuple[str, bytes]
+"""Identity and tokens of a prefix."""
+
+_Leaving = tuple[_Place, tuple[SpectralCache, int]]
+"""A prefix on its way out of memory, with its cache and that one's bytes."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +108,17 @@ class PrefixStore:
         most = FOLDER_FACTOR * max_bytes if folder_bytes is None else folder_bytes
         self.max_bytes = max_bytes
         self.folder = None if folder is None else PrefixFolder(Path(folder), most)
-        self._lock = threading.Lock()
+        self._lock = processes.lock()
         self._known: dict[str, list[bytes]] = defaultdict(list)  # sorted keys of each identity, in memory or not
-        self._held: OrderedDict[tuple[str, bytes], tuple[SpectralCache, int]] = OrderedDict()  # last used last
-        self._leaving: dict[tuple[str, bytes], SpectralCache] = {}  # on their way to the folder
-        self._bytes = 0
+        self._held: OrderedDict[_Place, tuple[SpectralCache, int]] = OrderedDict()  # last used last
+        self._leaving: dict[_Place, SpectralCache] = {}  # on their way to the folder
         self._generation = 0  # how often all was forgotten: what began before must not come back
         self._counts = dict.fromkeys(("requests", "hits", "prompt_tokens", "reused_tokens", "evicted", "failures"), 0)
         for name, key in self.folder.scan() if self.folder else ():
             self._learn(name, key)
 
     def __repr__(self) -> str:
-        return f"PrefixStore({len(self._held)} caches, {self._bytes:,} of {self.max_bytes:,} bytes)"
+        return f"PrefixStore({len(self._held)} caches, {self._bytes():,} of {self.max_bytes:,} bytes)"
 
     # ------------------------------------------------------------------ use
 
@@ -229,7 +235,6 @@ class PrefixStore:
             self._known.clear()
             self._held.clear()
             self._leaving.clear()
-            self._bytes = 0
         if self.folder is not None:
             self.folder.clear()
 
@@ -241,7 +246,7 @@ class PrefixStore:
         """
         files = self.folder.sizes() if self.folder else []
         with self._lock:
-            sizes: dict[str, Any] = {"caches": len(self._held), "bytes": self._bytes}
+            sizes: dict[str, Any] = {"caches": len(self._held), "bytes": self._bytes()}
             return PrefixStatistics(**self._counts, **sizes, files=len(files), file_bytes=sum(files))
 
     # ------------------------------------------------------------------ finding
@@ -276,54 +281,72 @@ class PrefixStore:
         size = measure(cache, saturation=False).total + len(key)
         if size > self.max_bytes:
             return self._write([((name, key), (cache, size))], generation)
-        with self._lock:
-            if generation != self._generation:
-                return False
-            if can_be_cut(cache):
-                if self._is_covered(name, key):
-                    return True
-                for shorter in self._beginnings(name, key):
-                    self._drop(name, shorter)  # what it serves, this one serves too
-            self._drop(name, key)
-            self._learn(name, key)
-            self._held[name, key] = cache, size
-            self._bytes += size
-            leaving = []
-            while self._bytes > self.max_bytes:
-                place, (old, taken) = self._held.popitem(last=False)
-                self._bytes -= taken
-                self._counts["evicted"] += 1
-                if self.folder is None:
-                    self._unlearn(*place)
-                else:
-                    self._leaving[place] = old
-                    leaving.append((place, (old, taken)))
-        self._write(leaving, generation)
+        leaving: list[_Leaving] = []
+        written: dict[_Place, bool] = {}
+        try:
+            with self._lock:
+                if generation != self._generation:
+                    return False
+                if can_be_cut(cache):
+                    if self._is_covered(name, key):
+                        return True
+                    for shorter in self._beginnings(name, key):
+                        self._drop(name, shorter)  # what it serves, this one serves too
+                self._drop(name, key)
+                self._learn(name, key)
+                self._held[name, key] = cache, size
+                while self._bytes() > self.max_bytes:
+                    place, oldest = next(iter(self._held.items()))
+                    if self.folder is None:
+                        self._drop(*place)
+                    else:
+                        written[place], self._leaving[place] = False, oldest[0]
+                        leaving.append((place, oldest))
+                        del self._held[place]
+                    self._counts["evicted"] += 1
+            self._to_folder(leaving, written, generation)
+        finally:  # Ctrl-C must not leave caches beyond the limit in memory
+            self._settle(written, generation)
         return True
 
-    def _write(self, leaving: list[tuple[tuple[str, bytes], tuple[SpectralCache, int]]], generation: int) -> bool:
+    def _write(self, leaving: list[_Leaving], generation: int) -> bool:
         """Write caches to the folder, and forget those that are neither there nor in memory."""
+        written = {place: False for place, _ in leaving}
+        try:
+            self._to_folder(leaving, written, generation)
+        finally:
+            self._settle(written, generation)
+        return generation == self._generation and all(written.values())
+
+    def _to_folder(self, leaving: list[_Leaving], written: dict[_Place, bool], generation: int) -> None:
+        """Write caches to the folder, note which are there, and forget what has made room for them."""
+        if self.folder is None or not leaving:
+            return
 
         def wanted() -> bool:
             return generation == self._generation
 
-        written = dict.fromkeys((place for place, _ in leaving), False)
-        try:
-            for place, (cache, size) in leaving:
-                try:
-                    if self.folder is not None and wanted():
-                        written[place] = self.folder.write(*place, cache, size, wanted)
-                except FAILURES as error:
-                    self._failed("be written", error)
-        finally:  # Ctrl-C must not leave caches beyond the limit in memory
-            with self._lock:
-                for place, there in written.items() if wanted() else ():
-                    self._leaving.pop(place, None)
-                    if there:
-                        self._learn(*place)
-                    elif place not in self._held:
-                        self._unlearn(*place)
-        return wanted() and all(written.values())
+        for place, (cache, size) in leaving:
+            try:
+                if wanted():
+                    written[place] = self.folder.write(*place, cache, size, wanted)
+            except FAILURES as error:
+                self._failed("be written", error)
+        gone = self.folder.gone()
+        with self._lock:
+            for place in gone:
+                if place not in self._held and place not in self._leaving:
+                    self._unlearn(*place)
+
+    def _settle(self, written: dict[_Place, bool], generation: int) -> None:
+        """End the stay in memory of caches that were to be written."""
+        with self._lock:
+            for place, there in written.items() if generation == self._generation else ():
+                self._leaving.pop(place, None)
+                if there and self.folder is not None and self.folder.file_of(*place).exists():
+                    self._learn(*place)  # unless what was written next has taken its room
+                elif place not in self._held:
+                    self._unlearn(*place)
 
     def _is_covered(self, name: str, key: bytes) -> bool:
         """Whether a longer prefix in memory begins with this one; it then counts as used."""
@@ -344,10 +367,12 @@ class PrefixStore:
                 found.append(keys[index])
         return found
 
+    def _bytes(self) -> int:
+        """Bytes in memory; counted anew, since a sum that is kept would be wrong after Ctrl-C in between."""
+        return sum(size for _, size in self._held.values())
+
     def _drop(self, name: str, key: bytes) -> None:
-        held = self._held.pop((name, key), None)
-        if held is not None:
-            self._bytes -= held[1]
+        if self._held.pop((name, key), None) is not None:
             self._unlearn(name, key)
 
     def _learn(self, name: str, key: bytes) -> None:
@@ -361,6 +386,8 @@ class PrefixStore:
         place = bisect.bisect_left(keys, key)
         if place < len(keys) and keys[place] == key:
             del keys[place]
+            if not keys:
+                del self._known[name]
 
     def _forget(self, name: str, key: bytes, error: BaseException) -> None:
         """Drop a prefix that cannot be used; a damaged file too."""

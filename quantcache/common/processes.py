@@ -2,6 +2,7 @@
 
 A forked child has only the thread that called ``fork()``, while OpenMP still counts on the others. Anything that torch
 divides among threads then hangs, as do this library's kernels, which share those threads. One thread is right.
+Nor is there a thread that could open a lock which it had.
 """
 
 from __future__ import annotations
@@ -9,11 +10,24 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from weakref import WeakSet
 
 import torch
 
 _had_threads = False
 _threads_lost = False
+_locks: WeakSet[threading.Lock] = WeakSet()
+
+
+def lock() -> threading.Lock:
+    """A lock that is open in a forked child, whoever had it in the parent.
+
+    Returns:
+        The lock.
+    """
+    new = threading.Lock()
+    _locks.add(new)
+    return new
 
 
 def _before_fork() -> None:
@@ -27,6 +41,8 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     global _threads_lost
     _threads_lost = _threads_lost or _had_threads
+    for each in [*_locks]:
+        each._at_fork_reinit()  # type: ignore[attr-defined]
 
 
 if hasattr(os, "register_at_fork"):

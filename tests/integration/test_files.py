@@ -27,7 +27,9 @@ from safetensors.torch import load_file, save_file
 from quantcache.artifact import calibration as artifact
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.files import CONFIG_NAME, TENSORS_NAME
+from quantcache.cache import enabling
 from quantcache.cache import files as cache_files
+from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import SIDES
 from quantcache.common import processes, writing
@@ -381,6 +383,41 @@ def test_a_forked_child_goes_on_with_one_thread(inherited: bool) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.support("a process made by fork()")
+@pytest.mark.parametrize("used", ["a store", "enable()"])
+def test_a_forked_child_does_not_wait_for_its_parents_threads(used: str) -> None:
+    """A thread of the parent may have been in the middle of something; the child does not have it."""
+    model, store = shared_model(MODEL), PrefixStore(1 << 30)
+    lock = store._lock if used == "a store" else enabling._lock
+    taken, done = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        with lock:
+            taken.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    assert taken.wait(20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            store.statistics() if used == "a store" else enabling.disable(model)
+        finally:
+            os._exit(0)
+    end = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+        time.sleep(0.02)
+    done.set()
+    thread.join()
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended[0], "the child hangs"
 
 
 @pytest.mark.support("a process made by fork()")

@@ -796,11 +796,41 @@ def test_a_folder_stays_within_its_bytes(model: PreTrainedModel, calibration: Ca
             assert store.fork([*texts[0][0].tolist(), 5], empty, model) is not None
     assert store.statistics().files == 3
     assert store.statistics().file_bytes <= 3 * each + each // 2
+    assert _known(store) == 3, "of what has left the folder nothing stays in memory"
+    at_once = PrefixStore(5 * cache.memory().total, tmp_path / "at once", each + each // 2)
+    for text, cache in zip(texts, caches, strict=True):
+        at_once.add(text[0].tolist(), cache, model)
+    at_once.max_bytes = 2 * cache.memory().total
+    at_once.add(random_tokens(1, 200, seed=120)[0].tolist(), caches[0], model)  # several leave, one has room
+    assert _known(at_once) == at_once.statistics().caches + at_once.statistics().files == 2
     restarted = PrefixStore(0, tmp_path, 3 * each + each // 2)
     kept = [restarted.fork([*text[0].tolist(), 5], empty, model) is not None for text in texts]
     assert kept == [True, False, False, True, True]
     assert PrefixStore(0, tmp_path, each + each // 2).statistics().files == 1
     assert PrefixStore(0, tmp_path / "none", each // 2).add(texts[0][0].tolist(), caches[0], model) is False
+
+
+def _known(store: PrefixStore) -> int:
+    return sum(map(len, store._known.values()))
+
+
+@on_disk
+def test_what_another_process_has_removed_is_forgotten(
+    model: PreTrainedModel, calibration: Calibration, tmp_path: Path
+) -> None:
+    texts = [random_tokens(1, 200, seed=110 + i) for i in range(3)]
+    caches = [filled(model, calibration, text) for text in texts]
+    PrefixStore(0, tmp_path, GIBI).add(texts[0][0].tolist(), caches[0], model)
+    store = PrefixStore(0, tmp_path, GIBI)
+    store.add(texts[1][0].tolist(), caches[1], model)
+    assert _known(store) == 2
+    for file in prefix_files(tmp_path):
+        file.unlink()
+    store.add(texts[2][0].tolist(), caches[2], model)
+    assert _known(store) == 1
+    store.clear()
+    assert not store._known
+    assert not store.folder.gone()
 
 
 def _only(store: PrefixStore, text: Tensor) -> tuple[str, bytes]:

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -233,6 +234,47 @@ def test_caches_leave_memory_when_writing_them_is_interrupted(tmp_path: Path, mo
     assert not store._leaving
     empty = SpectralCache(calibration(), shared_model(LLAMA).config, residual_length=0)
     assert store.fork([*text, 5], empty, shared_model(LLAMA)) is None
+
+
+class _Interrupted(OrderedDict):  # type: ignore[type-arg]
+    """What a store holds, and Ctrl-C right behind a change of it."""
+
+    at = ""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        if self.at == "a new one":
+            raise KeyboardInterrupt
+
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(key)
+        if self.at == "an old one":
+            raise KeyboardInterrupt
+
+    def pop(self, *args: Any) -> Any:
+        found = super().pop(*args)
+        if self.at == "an old one" and found is not None:
+            raise KeyboardInterrupt
+        return found
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("at", ["a new one", "an old one"])
+def test_a_store_counts_right_after_interrupts(at: str, folder: bool, tmp_path: Path) -> None:
+    model, text = shared_model(LLAMA), random_tokens(1, 150, seed=1)[0].tolist()
+    store = PrefixStore(1 << 30, tmp_path if folder else None)
+    store.add(text, filled(), model)
+    each = store.statistics().bytes
+    store.max_bytes, store._held = each + 1, _Interrupted(store._held)
+    store._held.at = at
+    with pytest.raises(KeyboardInterrupt):
+        store.add([7] * 150, filled(), model)
+    store._held.at = ""
+    assert store.statistics().bytes == each * store.statistics().caches
+    assert not store._leaving
+    store._held = OrderedDict(store._held)
+    assert store.add([8] * 150, filled(), model)
+    assert (store.statistics().caches, store.statistics().bytes) == (1, each)
 
 
 # ---------------------------------------------------------------------- several processes
