@@ -65,6 +65,8 @@ def _weight_of(projection: nn.Module) -> Tensor | None:
         units = torch.eye(features, device=device, dtype=dtype)[None]
         projection.eval()
         rows = projection(units)[0] - projection(torch.zeros_like(units[:, :1]))[0]
+    except torch.OutOfMemoryError:
+        raise  # not the layer's fault
     except Exception:  # any library's layers may come here, and the metric is only a refinement
         return None
     finally:

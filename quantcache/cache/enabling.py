@@ -283,17 +283,20 @@ def enabled(
             prefixes cannot be kept.
     """
     setting = _setting(model, calibration, hub, options, prefixes, 4)  # contextlib is between
-    with _lock:
-        hook = _hook(model, attention and setting.make is not None)
-        hook.settings = [*hook.settings, setting]
-    _entered.set((*_entered.get(), setting.mark))
+    hook: _Generate | None = None
     try:
+        with _lock:
+            hook = _hook(model, attention and setting.make is not None)
+            hook.settings = [*hook.settings, setting]
+        _entered.set((*_entered.get(), setting.mark))
         yield model
     finally:
         # Not by a token: the context may be left elsewhere than it was entered.
         _entered.set(tuple(mark for mark in _entered.get() if mark is not setting.mark))
         with _lock:
-            _remove(hook, [setting])
+            hook = hook or _find(model)  # Ctrl-C may have come before there was one
+            if hook is not None:
+                _remove(hook, [setting])
 
 
 def _setting(

@@ -30,7 +30,9 @@ from transformers import (
 import quantcache
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
+from quantcache.cache import enabling as contexts
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError, UnsupportedModel
 from tests.builders import PeftWrapper, llama_config, scalar_calibration
 from tests.families import FAMILIES, random_tokens
@@ -431,6 +433,28 @@ def test_requests_in_threads(model: PreTrainedModel, calibration: Calibration) -
             found = list(pool.map(lambda prompt: generate(model, prompt), prompts))
     assert all(torch.equal(tokens, wanted) for (tokens, _), wanted in zip(found, expected, strict=True))
     assert len({id(cache) for _, cache in found}) == len(prompts)
+
+
+def test_an_interrupted_context_leaves_nothing_enabled(
+    model: PreTrainedModel, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Entered:
+        calls = 0
+
+        def get(self) -> tuple[object, ...]:
+            return ()
+
+        def set(self, marks: object) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                raise KeyboardInterrupt
+
+    before = compat.attention_implementations(model.config)
+    monkeypatch.setattr(contexts, "_entered", Entered())
+    with pytest.raises(KeyboardInterrupt), quantcache.enabled(model, calibration):
+        pass
+    assert not contexts.is_enabled(model)
+    assert compat.attention_implementations(model.config) == before
 
 
 @pytest.mark.support("enabled(): concurrent requests on one model")

@@ -592,6 +592,23 @@ def test_models_without_a_calibration_where_they_are_allowed(chatty: str) -> Non
         assert complete(client, str(demo_model_path()), STORY) == answer(STORY, dense=True)
 
 
+def test_models_are_unloaded_though_writing_prefixes_is_interrupted(
+    chatty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: PrefixStore) -> int:
+        raise KeyboardInterrupt
+
+    idle = {**CPU, "model_timeout": 300}
+    compression = Compression({chatty: calibration()}, COARSE, PrefixStore(1 << 20, tmp_path), allow_dense=True)
+    monkeypatch.setattr(PrefixStore, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt), application(compression, ServerOptions(idle)):
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert timers
+    for timer in timers:
+        timer.join(10)
+    assert not any(map(threading.Timer.is_alive, timers)), "they would keep the process alive"
+
+
 @refusing
 def test_a_calibration_of_another_model(chatty: str) -> None:
     before = threading.active_count()

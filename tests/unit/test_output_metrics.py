@@ -162,6 +162,17 @@ def test_a_projection_that_cannot_be_seen_is_warned_of() -> None:
             assert not output_metrics(model, {0: (HEADS, DIM)})
 
 
+def test_memory_that_has_run_out_is_no_missing_projection() -> None:
+    class Large(_Int8):
+        def forward(self, x: Tensor) -> Tensor:
+            """Ask for too much."""
+            raise torch.OutOfMemoryError("simulated")
+
+    model: Any = _Attention(Large(torch.randn(HIDDEN, HEADS * DIM)))
+    with pytest.raises(torch.OutOfMemoryError):
+        output_metrics(model, {0: (HEADS, DIM)})
+
+
 def test_latent_attention_has_no_metric_even_where_sizes_would_fit() -> None:
     module: Any = _Attention(_linear(torch.randn(HIDDEN, HEADS * DIM)))
     module.kv_b_proj = nn.Linear(4, 4)

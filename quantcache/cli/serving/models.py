@@ -176,9 +176,11 @@ class CompressedModels(ModelManager):
 
     def shutdown(self) -> None:
         """Unload all models, and write the prefixes in memory to their folder."""
-        if self.compression.prefixes is not None and self.compression.prefixes.folder is not None:
-            self.compression.prefixes.save()
-        super().shutdown()
+        try:
+            if self.compression.prefixes is not None and self.compression.prefixes.folder is not None:
+                self.compression.prefixes.save()
+        finally:  # a second Ctrl-C: a model that is loaded keeps the process alive until it has been idle long enough
+            super().shutdown()
 
 
 class CompressedGeneration(GenerationState):
