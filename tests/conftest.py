@@ -30,7 +30,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the processes share the cores; threads that wait for each other would take them
+    # The processes share the cores, as do those that tests start: threads that wait for each other would take them.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # torch lists the functions that obey torch.device when it first needs the list, and keeps it. If a test has another
 # function in torch.empty's place just then, torch.device("meta") has no effect on torch.empty ever after.
