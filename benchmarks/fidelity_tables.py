@@ -223,9 +223,9 @@ def fidelity_table(parts: Parts, page: Path) -> str:
         "every other method the smallest setting is shown that has at least as many bits as spectral-3, "
         "[simulated](docs/fidelity.md#the-methods) where it says so. The last column: mean KL over that of spectral-3. "
         f"Bits include scales; dense is {settings['dtype']} here. Text is read {settings['chunk']} tokens at a time, "
-        "which see each other as they are; all before them are read from codes, but for the first "
-        f"{settings['sinks']}, which transformers' own code too. KL: how far predictions move from those with the "
-        "dense cache, in nats per token "
+        "which see each other as they are. All before them are read from codes; the first "
+        f"{settings['sinks']} are kept as they are, except by transformers' own caches. KL: how far predictions move "
+        "from those with the dense cache, in nats per token "
         f"(0: not at all). {settings['model']}, {windows(settings, 'residual_0')} of {text_name(settings)}; calibrated "
         f"on {settings['calibration']['tokens']:,} tokens of other text. {origins(parts, ['residual_0'], page)}"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from scipy.special import stdtrit
+
 Summary = dict[str, float | int | None]
 
 Z95 = 1.959963984540054
@@ -119,7 +121,7 @@ def clustered_share(clusters: Sequence[Sequence[bool]]) -> Summary:
     stderr = ratio([sum(cluster) for cluster in known], [len(cluster) for cluster in known])["stderr"]
     if not stderr or len(known) == trials:
         return whole
-    worth = p * (1 - p) / stderr**2 * (Z95 / t95(len(known) - 1)) ** 2
+    worth = p * (1 - p) / stderr**2 * (Z95 / float(stdtrit(len(known) - 1, 0.975))) ** 2
     low, high = _wilson(p, min(trials, worth))
     return {**whole, "low": low, "high": high}
 
@@ -142,34 +144,6 @@ def clustered_mean(clusters: Sequence[Sequence[float]]) -> Summary:
         return whole
     sums = ratio([math.fsum(cluster) for cluster in known], [len(cluster) for cluster in known])
     return {**whole, "stderr": sums["stderr"]}
-
-
-def t95(freedom: int) -> float:
-    """Quantile of Student's distribution that gives a 95 % interval.
-
-    Source: M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4.
-
-    Args:
-        freedom: Degrees of freedom, at least 1.
-
-    Returns:
-        The quantile, by bisection.
-    """
-
-    def inside(t: float) -> float:
-        angle = math.atan(t / math.sqrt(freedom))
-        sine, cosine, odd = math.sin(angle), math.cos(angle), freedom % 2
-        term, total = cosine if odd else 1.0, 0.0
-        for power in range(1 + odd, freedom, 2):
-            total += term
-            term *= power / (power + 1) * cosine * cosine
-        return (angle + sine * total) * 2 / math.pi if odd else sine * total
-
-    low, high = Z95, 13.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return high
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Summary:

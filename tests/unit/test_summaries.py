@@ -91,11 +91,6 @@ def test_a_ratios_error_is_the_bootstraps() -> None:
     assert float(found["stderr"] or 0) < alone / 2
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 239])
-def test_students_quantile_is_scipys(freedom: int) -> None:
-    assert summaries.t95(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
-
-
 @pytest.mark.parametrize(("texts", "alike"), [(4, 0.3), (6, 0.1), (12, 0.3)])
 def test_intervals_of_questions_about_few_texts_hold_what_they_say(texts: int, alike: float) -> None:
     """Questions about one text are right or wrong together: intervals for independent ones miss far too often."""
