@@ -229,3 +229,51 @@ class PeftWrapper(torch.nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         """The model's."""
         return self.base_model.model(*args, **kwargs)
+
+
+class PackedWeight(torch.Tensor):
+    """A float weight that is kept as int8 and unpacked wherever it is used, as quanto's and torchao's are."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> PackedWeight:
+        """Of the weight's shape and dtype, and without memory of its own."""
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, scale: Tensor):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def of(cls, weight: Tensor) -> PackedWeight:
+        """The weight, rounded."""
+        scale = weight.detach().abs().max() / 127
+        return cls((weight.detach() / scale).round().to(torch.int8), scale)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """What it is made of."""
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What a function makes of the unpacked weight; there are no views of it, as with torchao."""
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        if function is torch.ops.aten.view.default:
+            raise NotImplementedError("a packed weight has no views")
+        args = [each.codes * each.scale if isinstance(each, cls) else each for each in args]
+        return function(*args, **(kwargs or {}))
+
+
+def packed_projections(model: PreTrainedModel) -> PreTrainedModel:
+    """A model whose attention's projections are packed in place, each by itself.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The same.
+    """
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            projection = getattr(layer.self_attn, name)
+            projection.weight = torch.nn.Parameter(PackedWeight.of(projection.weight), requires_grad=False)
+    return model

@@ -220,8 +220,14 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
         CalibrationMismatch: The calibration is for another geometry. Of other weights a warning says so.
         QuantCacheError: A calibration is enabled on the model, which would no longer fit, or new weights do not fit
             their dtype.
-        UnsupportedModel: The architecture is unknown, or its weights are quantized, offloaded or adapted.
+        UnsupportedModel: The architecture is unknown, or its weights are quantized, split, offloaded or adapted.
     """
+    if compat.adds_tokens(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__} puts learned tokens before every text: values that were learned (PEFT's prefix "
+            "tuning) would stay in the basis of before. Where embeddings were (prompt tuning), absorb into "
+            "model.get_base_model()"
+        )
     model = compat.unwrapped(model)
     if is_enabled(model):
         raise QuantCacheError(
@@ -241,6 +247,10 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
     offloaded = next((name for name in names if parameters[name].is_meta), None)
     if offloaded is not None:
         raise UnsupportedModel(f"{offloaded} is offloaded: load the whole model into memory before absorbing")
+    packed = next((name for name in names if compat.is_packed(parameters[name])), None)
+    if packed is not None:  # it may take what is copied into it, and stay what it was
+        kind = type(parameters[packed]).__name__
+        raise UnsupportedModel(f"{packed} is quantized or split (a {kind}): absorption needs whole float weights")
     maps = layer_maps(calibration, projections, basis, tensors)
     for index, found in projections.items():
         changed = list(changed_tensors(found, maps[index], lambda name: parameters[name].detach().cpu()))

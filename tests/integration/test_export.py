@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from quantcache.common.writing import partial_folder
 from quantcache.data import demo_model_path
 from quantcache.export import absorb, export_checkpoint
 from quantcache.export.checkpoint import Checkpoint
+from tests.builders import PeftWrapper, packed_projections
 from tests.families import FAMILIES, OTHERS, Family, random_tokens
 from tests.helpers import divergence, feed
 
@@ -425,6 +427,24 @@ def test_adapters_are_to_be_merged_first(calibration: Calibration) -> None:
         layer.self_attn.o_proj = projection
     with pytest.raises(UnsupportedModel, match=r"o_proj\.weight: merge its adapters first"):
         absorb(adapted, calibration)
+
+
+def test_packed_weights_are_refused(calibration: Calibration) -> None:
+    """quanto's are float by name, and stay what they were when one copies into them: all values were coded wrongly."""
+    model = packed_projections(LLAMA.make())
+    with pytest.raises(UnsupportedModel, match=r"q_proj\.weight is quantized or split \(a PackedWeight\)"):
+        absorb(model, calibration)
+
+
+def test_values_that_were_learned_are_refused(calibration: Calibration) -> None:
+    """PEFT's prefix tuning hands the model keys and values that no projection made."""
+    model = LLAMA.make()
+    wrapped = PeftWrapper(model)
+    wrapped.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
+    before = model.model.layers[0].self_attn.v_proj.weight.clone()
+    with pytest.raises(UnsupportedModel, match="would stay in the basis of before"):
+        absorb(wrapped, calibration)
+    assert torch.equal(model.model.layers[0].self_attn.v_proj.weight, before)
 
 
 def test_absorbing_twice_is_refused(folder: Path, calibration: Calibration, tmp_path: Path) -> None:

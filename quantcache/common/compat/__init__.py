@@ -48,6 +48,7 @@ from quantcache.common.compat.wrappers import ADAPTED as ADAPTED
 from quantcache.common.compat.wrappers import adapters_at_work as adapters_at_work
 from quantcache.common.compat.wrappers import adapters_by_row as adapters_by_row
 from quantcache.common.compat.wrappers import adds_tokens as adds_tokens
+from quantcache.common.compat.wrappers import is_packed as is_packed
 from quantcache.common.compat.wrappers import uncompiled as uncompiled
 from quantcache.common.compat.wrappers import unwrapped as unwrapped
 from quantcache.common.compat.wrappers import weights as weights

@@ -122,6 +122,18 @@ def weights(model: Any) -> tuple[dict[str, Tensor], Callable[[str], Tensor | Non
     return found, read
 
 
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a weight is a tensor around others: quantized (quanto, torchao) or split over processes (DTensor).
+
+    Args:
+        tensor: The weight, which may have the shape and the dtype of what it stands for.
+
+    Returns:
+        True if so.
+    """
+    return hasattr(tensor, "__tensor_flatten__")
+
+
 def _is_lora(module: Any) -> bool:
     """Whether a module adds products of two small matrices to a weight, and nothing else."""
     plain = all(hasattr(module, name) for name in (ADAPTED, "lora_A", "get_delta_weight"))
