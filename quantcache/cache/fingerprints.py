@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ _SETTINGS = (
     *("attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier"),
 )
 """What a config can say otherwise of the same weights, and change what they cache."""
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Where something lies in the memory of one process, as Python writes it."""
 
 
 def calibration_digest(calibration: Calibration) -> str:
@@ -73,7 +79,7 @@ def model_digest(model: PreTrainedModel) -> str:
 def _sampled(model: torch.nn.Module) -> str:
     """The digest, under the names that a module's weights have in it."""
     digest = hashlib.sha256()
-    samples, weights = [], [*model.named_parameters(), *_packed(model)]
+    samples, weights = [], [*_plain(model.named_parameters()), *_packed(model)]
     for name, parameter in weights:
         if parameter.is_meta:
             raise QuantCacheError(
@@ -89,9 +95,25 @@ def _sampled(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _plain(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name; of one that is made of others (quanto, torchao) those, and in their names how they are read."""
+    for name, tensor in named:
+        if not compat.is_packed(tensor):
+            yield name, tensor
+            continue
+        parts, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        kind = _ADDRESS.sub("", f"{type(tensor).__name__}{context}")
+        yield from _plain((f"{name}.{kind}.{part}", getattr(tensor, part)) for part in parts)
+
+
 def _packed(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """Weights that are no parameters: GPTQ and AWQ pack them into buffers of integers, by name."""
-    return [
+    """Weights that are no parameters, by name: buffers of integers (GPTQ, AWQ), and what torch's modules give."""
+    given = [
+        (f"{place}.weight", module.weight())
+        for place, module in model.named_modules()
+        if callable(getattr(type(module), "weight", None))
+    ]
+    return [(name, weight.int_repr() if weight.is_quantized else weight) for name, weight in given] + [
         (f"{place}.{name}", buffer)
         for place, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)

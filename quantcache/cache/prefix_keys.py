@@ -136,6 +136,8 @@ def prefix_digest(cache: SpectralCache, model: PreTrainedModel) -> str:
         "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         "lengths": [[layer.sink_length, layer.residual_length] for layer in cache.spectral_layers],
     }
+    if any(module.training for module in model.modules()):
+        said["training"] = True  # dropout is in what it caches
     if hooks := _hooks(model):
         said["hooks"] = [_PROCESS, os.getpid(), hooks]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -34,7 +34,7 @@ from quantcache.coding.growth import num_blocks
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.writing import PREFIX
-from tests.builders import scalar_calibration
+from tests.builders import packed_projections, scalar_calibration
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import error, feed
 
@@ -297,6 +297,7 @@ def _stretch(model: PreTrainedModel) -> None:
         {"change": _steer},
         {"change": _stretch},
         {"change": lambda model: setattr(model.config, "rms_norm_eps", 1e-3)},
+        {"change": lambda model: model.train()},
         {"change": lambda model: model.to(torch.bfloat16)},
         {"autocast": True},
     ],
@@ -348,6 +349,46 @@ def test_weights_packed_into_buffers_tell_models_apart() -> None:
         projection.register_buffer("qweight", torch.full((4, 8), value, dtype=torch.int32))
         found.add(model_digest(model))
     assert len(found) == 3
+
+
+class _Dynamic(torch.nn.Module):
+    """A projection as torch's dynamic quantization leaves it: no parameters, and a method that gives the weight."""
+
+    def __init__(self, projection: torch.nn.Linear):
+        super().__init__()
+        scales, zeros = torch.full((projection.out_features,), 0.01), torch.zeros(projection.out_features)
+        self.packed = torch.quantize_per_channel(projection.weight.detach(), scales, zeros, 0, torch.qint8)
+
+    def weight(self) -> torch.Tensor:
+        """The weight."""
+        return self.packed
+
+
+@storing
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_weights_that_torch_has_packed_tell_models_apart() -> None:
+    """Of two models with the same embeddings and norms one was taken for the other."""
+    found = set()
+    for seed in (1, 2):
+        model = LLAMA.make()
+        plain, projection = model_digest(model), model.model.layers[0].self_attn.k_proj
+        torch.nn.init.normal_(projection.weight, generator=torch.Generator().manual_seed(seed))
+        model.model.layers[0].self_attn.k_proj = _Dynamic(projection)
+        found |= {plain, model_digest(model)}
+    assert len(found) == 3
+
+
+@storing
+def test_weights_that_are_made_of_others_tell_models_apart() -> None:
+    """As torchao packs them, without views: no digest could be made."""
+    found = set()
+    for seed in (1, 2):
+        model = LLAMA.make()
+        torch.nn.init.normal_(
+            model.model.layers[0].self_attn.k_proj.weight, generator=torch.Generator().manual_seed(seed)
+        )
+        found.add(model_digest(packed_projections(model)))
+    assert len(found | {model_digest(LLAMA.make())}) == 3
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
