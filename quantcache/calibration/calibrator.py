@@ -91,7 +91,7 @@ def calibrate(
     Raises:
         UnsupportedModel: The model's cache cannot be compressed, its attention has no known interface, or it reads
             tokens of its own before every text.
-        QuantCacheError: The data are empty or too short.
+        QuantCacheError: The data are empty or too short, or the model is quantized such that no gradient can be had.
         TypeError: The model is only named, and not loaded.
         ValueError: ``metric``, a number of bits or tokens, or a token id is out of range; a batch is not of token ids.
     """
@@ -213,7 +213,13 @@ def _gather(
         with torch.enable_grad():
             logits = run(model, sequence, cache).logits
             require_finite(logits, "logits")
-            sampled_loss(logits, generator).backward()
+            if logits.requires_grad:
+                sampled_loss(logits, generator).backward()
+        if all(leaf.grad is None for leaf in leaves.values()):
+            raise QuantCacheError(
+                f"no gradient reaches the keys and values of {type(model).__name__}: its layers may be quantized, and "
+                "have no backward pass. Use metric='query'"
+            )
         for (index, side), leaf in leaves.items():
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # none: the loss does not see it
             require_finite(gradient[:, :, SINK_LENGTH:], f"gradients at {side}s of layer {index}")

@@ -183,6 +183,18 @@ def test_gradients_that_overflow_are_refused() -> None:
         calibrate(model, random_tokens(1, 64), progress=False)
 
 
+@pytest.mark.parametrize("place", ["self_attn.o_proj", "lm_head"])
+def test_gradients_that_do_not_arrive_are_missed(place: str) -> None:
+    """Quantized layers may have no backward pass: every error then cost nothing, and bits were shared out by noise."""
+    model = FAMILIES[0].make()
+    for name, module in model.named_modules():
+        if name.endswith(place):
+            module.register_forward_hook(lambda module, given, output: output.detach())
+    with pytest.raises(QuantCacheError, match="no gradient reaches the keys and values of LlamaForCausalLM"):
+        calibrate(model, random_tokens(1, 64), progress=False)
+    calibrate(model, random_tokens(1, 64), metric="query", progress=False, predict=False)
+
+
 @pytest.mark.parametrize("metric", ["fisher", "query"])
 @by_name
 def test_calibration_is_deterministic_and_leaves_the_model_alone(family: Family, metric: str) -> None:
