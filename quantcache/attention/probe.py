@@ -306,7 +306,7 @@ def _candidates(model: PreTrainedModel) -> list[Rope]:
     """Every rotation that the frequencies found in the model allow."""
     found: list[tuple[float, ...]] = []
     for name, tensor in [*model.named_buffers(), *_plain_tensors(model)]:
-        if name.endswith("inv_freq") and tensor.ndim == 1 and tensor.numel():
+        if name.endswith("inv_freq") and tensor.ndim == 1 and tensor.numel() and tensor.device.type != "meta":
             frequencies = tuple(tensor.cpu().double().tolist())
             if frequencies not in found:
                 found.append(frequencies)

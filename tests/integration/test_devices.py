@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 import quantcache
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
+from quantcache.calibration.calibrator import calibrate
 from quantcache.coding.schema import SIDES
-from quantcache.common.errors import CalibrationMismatch
+from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from tests.builders import scalar_calibration
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import error, feed
@@ -54,7 +55,7 @@ def expected_logits(calibration: Calibration) -> torch.Tensor:
 def test_offloaded_weights(calibration: Calibration, where: str, tmp_path: Path) -> None:
     model = LLAMA.make()
     if where == "cpu":
-        model = accelerate.cpu_offload(model, execution_device="cpu")
+        model = accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
     else:
         model = accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     assert next(model.parameters()).is_meta
@@ -63,6 +64,20 @@ def test_offloaded_weights(calibration: Calibration, where: str, tmp_path: Path)
     with quantcache.enabled(model, calibration, residual_length=0):
         found = model.generate(TOKENS[:, :130], max_new_tokens=10, do_sample=False, pad_token_id=2)
     assert found.shape == (2, 140)
+    own, expected = (calibrate(each, TOKENS, progress=False, predict=False) for each in (model, shared_model(LLAMA)))
+    assert torch.equal(own.layers[1].value.analysis, expected.layers[1].value.analysis)
+    model.set_attn_implementation("sdpa")
+    with quantcache.enabled(model, calibration):  # which looks whether the model can attend on codes
+        assert model.config._attn_implementation == "spectral"
+
+
+def test_a_model_that_is_nowhere(calibration: Calibration) -> None:
+    """As it is built to be filled later."""
+    with torch.device("meta"):
+        model = type(shared_model(LLAMA))(shared_model(LLAMA).config)
+    for use in (lambda: calibrate(model, TOKENS, progress=False), lambda: SpectralCache.self_calibrating(model)):
+        with pytest.raises(QuantCacheError, match="has no weights in memory: it is on torch's device 'meta'"):
+            use()
 
 
 @pytest.mark.support("layers on several devices")

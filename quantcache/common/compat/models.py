@@ -212,10 +212,19 @@ def input_device(model: PreTrainedModel) -> torch.device:
         model: The model.
 
     Returns:
-        The device of its input embeddings.
+        The device of its input embeddings; of those that accelerate fetches for every pass, where they are fetched to.
+
+    Raises:
+        QuantCacheError: They are on torch's device "meta", and nothing fetches them.
     """
-    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    return weight.device
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    if device.type != "meta":
+        return device
+    fetched = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    if fetched is None:
+        raise QuantCacheError(f"{type(model).__name__} has no weights in memory: it is on torch's device 'meta'")
+    return torch.device(fetched)
 
 
 def model_id(model: PreTrainedModel) -> str:
