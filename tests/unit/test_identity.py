@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -166,6 +167,39 @@ def test_adapters_in_a_wrapper(calibration: Calibration, model: LlamaForCausalLM
     for layer in adapted.model.layers:
         layer.self_attn.v_proj.disable_adapters = True
     calibration.check_compatible(wrapped, strict=True)
+
+
+class Saved(torch.nn.Module):
+    """A projection that an adapter has trained whole, as PEFT's ``modules_to_save`` keeps it."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.original_module, self.active_adapters, self.disable_adapters = base, ["default"], False
+        self.modules_to_save = torch.nn.ModuleDict({"default": copy.deepcopy(base)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the module at work."""
+        found: torch.Tensor = (self.original_module if self.disable_adapters else self.modules_to_save["default"])(x)
+        return found
+
+
+def test_modules_that_an_adapter_has_trained_whole(calibration: Calibration, model: LlamaForCausalLM) -> None:
+    """Their names are others, so that nothing was compared."""
+    adapted, merged = make(), make()
+    for layer, other in zip(adapted.model.layers, merged.model.layers, strict=True):
+        layer.self_attn.v_proj = Saved(layer.self_attn.v_proj)
+        with torch.no_grad():
+            layer.self_attn.v_proj.modules_to_save["default"].weight.mul_(1.5)
+            other.self_attn.v_proj.weight.mul_(1.5)
+    own = calibrated(adapted)
+    for given in (adapted, PeftWrapper(adapted), merged):
+        own.check_compatible(given, strict=True)
+    for found, given in ((calibration, adapted), (own, model)):
+        with pytest.raises(CalibrationMismatch, match=r"the weights of .*v_proj.weight differ"):
+            found.check_compatible(given, strict=True)
+    for layer in adapted.model.layers:
+        layer.self_attn.v_proj.disable_adapters = True
+    calibration.check_compatible(adapted, strict=True)
 
 
 def test_an_adapter_that_has_been_merged(calibration: Calibration) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 ADAPTED = "base_layer"
 """What an adapter calls the module that it adds to."""
 
+COPIED = "original_module"
+"""What PEFT calls a module that has been copied for every adapter that trains it whole."""
+
 
 def unwrapped(model: Any) -> Any:
     """The model itself, whose parts have the names that they have in its checkpoint.
@@ -91,7 +94,8 @@ def adapters_by_row(model: Any) -> bool:
 def weights(model: Any) -> tuple[dict[str, Tensor], Callable[[str], Tensor | None]]:
     """A model's weights under the names that they have without adapters, and with what its LoRA adapters add to them.
 
-    So a model is the same with its adapters merged or not. Adapters of other kinds are left as they are.
+    So a model is the same with its adapters merged or not. Of modules that adapters have trained whole, those at work
+    count. Adapters of other kinds are left as they are.
 
     Args:
         model: A model, or a wrapper of torch.compile or PEFT around one.
@@ -101,16 +105,18 @@ def weights(model: Any) -> tuple[dict[str, Tensor], Callable[[str], Tensor | Non
     """
     model = unwrapped(model)
     adapters = {name: module for name, module in model.named_modules() if _is_lora(module)}
+    copied = {name: module for name, module in model.named_modules() if hasattr(module, COPIED)}
     own = dict(model.named_parameters())
     found = {}
     for name, parameter in own.items():
         parts = name.split(".")
-        owner = next((s for i in range(len(parts)) if (s := ".".join(parts[:i])) in adapters), None)
-        inner = f"{owner}.{ADAPTED}."
+        owner = next((s for i in range(len(parts)) if (s := ".".join(parts[:i])) in adapters | copied), None)
+        inner = f"{owner}.{COPIED if owner in copied else ADAPTED}."
         if owner is None:
             found[name] = parameter
         elif name.startswith(inner):
-            found[f"{owner}.{name.removeprefix(inner)}"] = parameter
+            last = name.removeprefix(inner)
+            found[f"{owner}.{last}"] = _at_work(copied[owner], last, parameter) if owner in copied else parameter
 
     def read(name: str) -> Tensor | None:
         adapter, _, last = name.rpartition(".")
@@ -138,6 +144,13 @@ def _is_lora(module: Any) -> bool:
     """Whether a module adds products of two small matrices to a weight, and nothing else."""
     plain = all(hasattr(module, name) for name in (ADAPTED, "lora_A", "get_delta_weight"))
     return plain and not getattr(module, "lora_variant", None)
+
+
+def _at_work(module: Any, name: str, original: Tensor) -> Tensor:
+    """The parameter in use of a module that PEFT has copied for adapters to train whole (``modules_to_save``)."""
+    copies: Any = getattr(module, "modules_to_save", {})
+    chosen = [] if module.disable_adapters else [each for each in module.active_adapters if each in copies]
+    return copies[chosen[0]].get_parameter(name) if chosen else original
 
 
 @torch.no_grad()
