@@ -577,12 +577,13 @@ def test_learned_tokens_before_every_prompt(calibration: Calibration) -> None:
 
 
 @storing
-def test_adapters_that_a_call_names(calibration: Calibration) -> None:
-    """PEFT's ``generate(adapter_names=...)``: what another adapter had read was served, for weights do not tell."""
+@pytest.mark.parametrize("given", ["adapter_names", "alora_offsets"])
+def test_adapters_that_a_call_names(calibration: Calibration, given: str) -> None:
+    """PEFT's ``generate(adapter_names=...)`` and activated LoRA: weights do not tell what has read a prompt."""
     model, store, prompt = LLAMA.make(), PrefixStore(GIBI), random_tokens(1, 150, seed=9)
     with quantcache.enabled(model, calibration, prefixes=store), read_tokens(model) as counts:
         generate(model, prompt)
-        naming = functools.partial(lambda module, args, kwargs, adapter_names: None, adapter_names=["__base__"])
+        naming = functools.partial(lambda module, args, kwargs, **_: None, **{given: ["__base__"]})
         handle = model.model.layers[0].register_forward_pre_hook(naming, with_kwargs=True)
         generate(model, prompt)
         handle.remove()

@@ -79,7 +79,9 @@ def adapters_at_work(model: Any) -> list[str]:
 
 
 def adapters_by_row(model: Any) -> bool:
-    """Whether the call that is generating has named adapters of its own (``adapter_names=`` of PEFT's generate).
+    """Whether the call that is generating uses adapters in a way of its own: in some rows, or from some token on.
+
+    PEFT's generate has ``adapter_names=`` for the one, and offsets for the other (activated LoRA).
 
     Args:
         model: A model, or PEFT's wrapper around one.
@@ -88,7 +90,7 @@ def adapters_by_row(model: Any) -> bool:
         True if so: PEFT keeps them in hooks on its adapters for as long as the call runs.
     """
     hooks = (hook for module in unwrapped(model).modules() for hook in module._forward_pre_hooks.values())
-    return any("adapter_names" in getattr(hook, "keywords", {}) for hook in hooks)
+    return any(not {"adapter_names", "alora_offsets"}.isdisjoint(getattr(hook, "keywords", {})) for hook in hooks)
 
 
 def weights(model: Any) -> tuple[dict[str, Tensor], Callable[[str], Tensor | None]]:
