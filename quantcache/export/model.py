@@ -32,6 +32,9 @@ from quantcache.export.projections import Projection, Projections, TensorInfo, f
 ABSORBED = "absorbed"
 """Key of a calibration's recipe that says which basis its model's weights have taken in."""
 
+ROUNDINGS = 4
+"""Steps of rounding, of all outputs' norm, by which a projection may differ from the product with its weight."""
+
 
 def check(model: PreTrainedModel | PreTrainedConfig, calibration: Calibration, basis: str) -> None:
     """Refuse what cannot be absorbed, before any weight is read.
@@ -155,6 +158,24 @@ def changed_tensors(
     yield from write_both(projections.output, *map_output_projection(weight, bias, maps.values))
 
 
+def _require_plain(
+    model: PreTrainedModel, projection: Projection, parameters: Mapping[str, Tensor], transposed: bool
+) -> None:
+    """Refuse a projection that computes something else than its weights say: another basis would change its outputs."""
+    name = projection.weight.rpartition(".")[0]
+    weight, bias = parameters[projection.weight], parameters.get(projection.bias or "")
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = 1, 2, weight.shape[0 if transposed else 1]
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(weight)
+    expected = torch.nn.functional.linear(x, weight.T if transposed else weight, bias).double()
+    difference = model.get_submodule(name)(x).double() - expected
+    rounding = ROUNDINGS * torch.finfo(weight.dtype).eps * expected.norm()
+    if bool(rounding.isfinite()) and not bool(difference.norm() <= rounding):
+        raise UnsupportedModel(
+            f"{name} computes something else than its weights say: hooks change it, or it quantizes as it runs"
+        )
+
+
 def require_finite(name: str, tensor: Tensor) -> None:
     """Refuse a new weight that does not fit its dtype.
 
@@ -220,7 +241,8 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
         CalibrationMismatch: The calibration is for another geometry. Of other weights a warning says so.
         QuantCacheError: A calibration is enabled on the model, which would no longer fit, or new weights do not fit
             their dtype.
-        UnsupportedModel: The architecture is unknown, or its weights are quantized, split, offloaded or adapted.
+        UnsupportedModel: The architecture is unknown, its weights are quantized, split, offloaded or adapted, or its
+            projections compute something else than they say.
     """
     if compat.adds_tokens(model):
         raise UnsupportedModel(
@@ -252,6 +274,10 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
         kind = type(parameters[packed]).__name__
         raise UnsupportedModel(f"{packed} is quantized or split (a {kind}): absorption needs whole float weights")
     maps = layer_maps(calibration, projections, basis, tensors)
+    for index, found in projections.items():
+        others = () if maps[index].keys is None else (found.query, found.key)
+        for projection in (found.value, found.output, *others):
+            _require_plain(model, projection, parameters, found.transposed)
     for index, found in projections.items():
         changed = list(changed_tensors(found, maps[index], lambda name: parameters[name].detach().cpu()))
         for name, tensor in changed:  # all first: with half of its projections a layer would compute something else

@@ -436,6 +436,24 @@ def test_packed_weights_are_refused(calibration: Calibration) -> None:
         absorb(model, calibration)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["v_proj", "o_proj"])
+def test_projections_that_are_steered_are_refused(calibration: Calibration, place: str, dtype: torch.dtype) -> None:
+    """A vector that a hook adds is of the basis of before."""
+    model = LLAMA.make().to(dtype)
+    projection, names = getattr(model.model.layers[1].self_attn, place), ("v_proj", "o_proj")
+    before = [getattr(model.model.layers[0].self_attn, name).weight.clone() for name in names]
+    if place == "v_proj":
+        handle = projection.register_forward_hook(lambda module, args, output: output + 0.5)
+    else:
+        handle = projection.register_forward_pre_hook(lambda module, args: (args[0] + 0.5,))
+    with pytest.raises(UnsupportedModel, match=rf"layers\.1\.self_attn\.{place} computes something else than"):
+        absorb(model, calibration)
+    assert all(map(torch.equal, before, [getattr(model.model.layers[0].self_attn, name).weight for name in names]))
+    handle.remove()
+    absorb(model, calibration)
+
+
 def test_values_that_were_learned_are_refused(calibration: Calibration) -> None:
     """PEFT's prefix tuning hands the model keys and values that no projection made."""
     model = LLAMA.make()
