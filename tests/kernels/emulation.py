@@ -84,6 +84,7 @@ def on_the_cpu() -> Iterator[None]:
     Yields:
         Nothing.
     """
+    assert "cpu" not in codes.LOADERS, "an earlier test has left the emulation in place"
     codes.LOADERS["cpu"] = emulated
     conversion.LOADERS["cpu"] = emulated_conversion
     encoding.LOADERS["cpu"] = emulated_encoder

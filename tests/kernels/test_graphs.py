@@ -320,8 +320,8 @@ def test_no_step_between_two_blocks_waits(
     for row, pad in enumerate(padding or ()):
         mask[row, :pad] = 0
     positions = mask.cumsum(-1) - 1
-    monkeypatch.setitem(codes.LOADERS, "cpu", emulation.Launches())
-    with torch.no_grad(), decode_graphs(model()):
+    with torch.no_grad(), decode_graphs(model()), monkeypatch.context() as patch:  # undone before the emulation is
+        patch.setitem(codes.LOADERS, "cpu", emulation.Launches())
         forward, step = model().forward, DecodeGraph(model(), cache)
         for here in range(length, length + 4):
             given = {"input_ids": ids[:, here : here + 1]}
