@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -26,12 +27,13 @@ struct Block {
         u64* barrier;
     };
     struct Fiber {
-        ucontext_t context;
-        bool done, at_barrier;
+        ucontext_t start;
+        jmp_buf place;  // where it waits
+        bool begun, done, at_barrier;
         u32 operands[8];
         std::vector<std::vector<Copy>> groups;  // on their way; the last one is open
     };
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     std::vector<Fiber> fibers;
     std::vector<u8> shared;
     std::vector<Copy> bulk;  // on their way
@@ -52,9 +54,20 @@ static char* stack_(size_t fiber) {  // kept from block to block: making thousan
 
 static void fiber_main_() {
     emulated_->body();
-    Block::Fiber& fiber = emulated_->fibers[emulated_->running];
-    fiber.done = true;
-    swapcontext(&fiber.context, &emulated_->scheduler);
+    emulated_->fibers[emulated_->running].done = true;
+    _longjmp(emulated_->scheduler, 1);
+}
+
+// Fibers change by jumps: swapcontext() asks the system for the mask of signals every time, which took two thirds of all.
+// In functions of their own, for what they return to must not have kept in registers what has changed since.
+__attribute__((noinline)) static void run_(Block::Fiber& fiber) {
+    if (_setjmp(emulated_->scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.start);
+}
+__attribute__((noinline)) static void wait_(Block::Fiber& fiber) {
+    if (!_setjmp(fiber.place)) _longjmp(emulated_->scheduler, 1);
 }
 
 DEVICE u32 thread_index() { return emulated_->running; }
@@ -66,10 +79,7 @@ DEVICE u8* shared_memory() {
 }
 
 // Wait until every lane of the warp is here. All of a warp's operations run through it, so a lane that strays stops the block.
-DEVICE void meet_() {
-    Block::Fiber& fiber = emulated_->fibers[emulated_->running];
-    swapcontext(&fiber.context, &emulated_->scheduler);
-}
+DEVICE void meet_() { wait_(emulated_->fibers[emulated_->running]); }
 DEVICE Block::Fiber& own_() { return emulated_->fibers[emulated_->running]; }
 DEVICE Block::Fiber& lane_(u32 lane) { return emulated_->fibers[(emulated_->running & ~31u) + lane]; }
 
@@ -83,13 +93,13 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
     emulated_ = &block;
     for (u32 i = 0; i < threads; ++i) {
         Block::Fiber& fiber = block.fibers[i];
-        fiber.done = false;
+        fiber.begun = fiber.done = false;
         fiber.groups.resize(1);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = stack_(i);
-        fiber.context.uc_stack.ss_size = STACK_BYTES_;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main_, 0);
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = stack_(i);
+        fiber.start.uc_stack.ss_size = STACK_BYTES_;
+        fiber.start.uc_link = nullptr;
+        makecontext(&fiber.start, fiber_main_, 0);
     }
     for (u32 done = 0; done < threads;) {  // from one meeting of the block to the next
         for (u32 turn = 0; turn < threads; turn += 32) {
@@ -102,7 +112,7 @@ static bool run_block_(u32 threads, u32 x, u32 y, size_t shared_bytes, std::func
                     Block::Fiber& fiber = block.fibers[i];
                     fiber.at_barrier = false;
                     block.running = i;
-                    swapcontext(&block.scheduler, &fiber.context);
+                    run_(fiber);
                     gone += fiber.done, waiting += fiber.at_barrier;
                 }
                 // Some lanes left, or wait for the block, while others wait for them: a GPU would hang.
