@@ -29,6 +29,7 @@ from quantcache.common.choices import Quality, WeightsFormatName
 from quantcache.common.defaults import PREFILL_CHUNK, QUALITIES
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sources import CONFIG_HELP
+from quantcache.common.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from quantcache.planning.demand import Candidate, Recommendation
@@ -91,15 +92,14 @@ def recommend(
                 raise typer.BadParameter(f"{value} is not a number", param_hint=f"'{name}'")
         if quality is not None and max_kl is not None:
             raise WrongUsage(f"give either --quality or --max-kl, got --quality {quality} and --max-kl {max_kl:g}")
+        with wrong_usage():
+            sizes = parse_bytes(memory, "--memory"), parse_tokens(context, "--context")
         expect_model(model, revision)
 
-        from quantcache.common.units import parse_bytes, parse_tokens
         from quantcache.planning import recommend as planning
         from quantcache.planning.demand import Demand
         from quantcache.planning.geometry import load_config
 
-        with wrong_usage():
-            sizes = parse_bytes(memory, "--memory"), parse_tokens(context, "--context")
         demand = Demand(
             *sizes,
             batch=batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import runpy
@@ -194,6 +195,14 @@ def test_lines_and_commands_run(
         status, out, _ = run(*arguments, "--max-new-tokens", "8")
         assert status == 0
         assert out.strip()
+
+
+def test_amounts_are_read_before_the_model_is_looked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for torch to be told of a missing unit."""
+    module = importlib.import_module("quantcache.cli.recommend")
+    monkeypatch.setattr(module, "expect_model", lambda *args: pytest.fail("it was looked for"))
+    for memory, context in (("24", "32K"), ("24GB", "32Q")):
+        assert run(*RECOMMEND[:2], "--memory", memory, "--context", context)[0] == 2
 
 
 @pytest.mark.parametrize(
