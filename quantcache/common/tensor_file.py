@@ -110,7 +110,8 @@ class TensorFile:
         size = os.fstat(self._file.fileno()).st_size
         (length,) = struct.unpack("<Q", self._bytes(0, 8).numpy().tobytes())
         if not 2 <= length <= min(most, size - 8):
-            raise self._unreadable(f"its header claims {length:,} bytes of {size:,}, at most {most:,} are read")
+            claim = f"its header claims {length:,} bytes of {size:,}, at most {most:,} are read"
+            raise self._unreadable(f"it is damaged, or not a safetensors file: {claim}")
         try:
             header = parse_json(self._bytes(8, length).numpy().tobytes(), most)
             metadata = header.pop("__metadata__", {})
