@@ -182,7 +182,9 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         theirs = cache_layout.cache_config(model if isinstance(model, PreTrainedConfig) else model.config)
         for name, ours in self.metadata.cache_config.items():
             if name in theirs and theirs[name] != ours:
-                raise CalibrationMismatch(f"calibration has {name} {ours!r}, the model has {theirs[name]!r}")
+                made_for = self.metadata.base_model.get("id")
+                whose = f": it was made for {made_for}" if made_for else ""
+                raise CalibrationMismatch(f"calibration has {name} {ours!r}, the model has {theirs[name]!r}{whose}")
         check_identity(self.layers, self.metadata, model, strict)
 
     @classmethod

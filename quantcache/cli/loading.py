@@ -204,6 +204,8 @@ def model_placement(device: str | None, dtype: str | None) -> tuple[str, str]:
             torch.zeros(1, dtype=torch.float32, device=device).item()
         except Exception as error:  # torch has a class of its own for every way a device can be missing
             message = (str(error).splitlines() or [type(error).__name__])[0]
+            if message.startswith("Expected one of"):  # torch names every kind of device that it was ever built for
+                message = "give cpu, cuda, cuda:N or auto"
             raise ValueError(f"device {device!r} cannot be used: {message}") from error
         device = kind if kind == "cpu" else device
     if dtype is None:

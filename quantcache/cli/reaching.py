@@ -52,12 +52,15 @@ def expect_model(name: str, revision: str | None = None) -> None:
 
     Raises:
         FileNotFoundError: The name can only be meant as a path, and does not exist.
-        QuantCacheError: The Hub cannot be asked, and its cache does not have the model.
+        QuantCacheError: The folder holds no model; or the Hub cannot be asked, and its cache does not have the model.
     """
     if is_gguf(name):
         return  # whoever reads it says what is wrong
     require_folder(name)
-    if name == BUNDLED_MODEL or name in PACKAGED or Path(name).exists():
+    if name == BUNDLED_MODEL or name in PACKAGED:
+        return
+    if Path(name).exists():
+        _require_config(Path(name))
         return
     problem = hub_problem()
     if problem is None:
@@ -77,6 +80,19 @@ def expect_model(name: str, revision: str | None = None) -> None:
     meant = get_close_matches(name, (BUNDLED_MODEL, *PACKAGED), 1)
     hint = f"; did you mean {meant[0]}?" if meant else ""
     raise QuantCacheError(f"cannot load {name}: there is no such folder or file; {OURS.rstrip('.')}; {missing}{hint}")
+
+
+def _require_config(folder: Path) -> None:
+    """Refuse a folder that transformers would ask for a ``model_type``, and say what it holds instead."""
+    from quantcache.artifact.files import CONFIG_NAME as CALIBRATION
+
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return
+    if (folder / CALIBRATION).exists():
+        raise QuantCacheError(f"{folder} is a calibration, not a model: give the model that it was made for")
+    if (folder / "adapter_config.json").exists():
+        raise QuantCacheError(f"{folder} is an adapter, not a model: merge it into its base model, and give that")
+    raise QuantCacheError(f"{folder} is not a model's folder: missing config.json")
 
 
 def require_folder(name: str) -> None:

@@ -280,8 +280,13 @@ BAD_INPUT = {
         (*CALIBRATE, "--dtype", "int3"),
         "'--dtype': 'int3' is not one of 'auto', 'float32'",
     ),
-    "device": ((*CALIBRATE, "--device", "abacus"), "abacus"),
+    "device": ((*CALIBRATE, "--device", "abacus"), "device 'abacus' cannot be used: give cpu, cuda, cuda:N or auto"),
     "missing model": (("calibrate", "./no-model", "-o", "unused", "--text", "one.txt"), "no folder ./no-model"),
+    "a calibration for a model": (
+        ("calibrate", "calibration", "-o", "unused", "--text", "one.txt"),
+        "calibration is a calibration, not a model",
+    ),
+    "a folder without a model": (("formats", "."), ". is not a model's folder: missing config.json"),
     "unknown model": (("calibrate", "no/model", "-o", "unused", "--text", "one.txt"), "cannot load no/model"),
     "misspelt model": (("calibrate", "wiki12m", "-o", "unused", "--text", "one.txt"), "'wiki11m' is the bundled one"),
     "encoder-decoder": (("calibrate", "./t5", "-o", "unused", "--text", "one.txt"), "encoder-decoder"),
@@ -320,7 +325,10 @@ BAD_INPUT = {
     "empty prompt": (("generate", "wiki11m", "-c", "calibration", "--prompt", ""), "prompt is empty"),
     "backend": ((*GENERATE, "--backend", "abacus"), "'--backend': 'abacus' is not one of 'auto', 'cpu'"),
     "generate at 11 bits": ((*GENERATE, "--bits", "11"), "--bits"),
-    "other model to generate": (("generate", "./other", "-c", "calibration", "--prompt", "a"), "the model has"),
+    "other model to generate": (
+        ("generate", "./other", "-c", "calibration", "--prompt", "a"),
+        "the model has 1: it was made for wiki11m",
+    ),
     "unknown verb": (("frobnicate",), "frobnicate"),
     "unknown option": ((*EVAL, "--frobnicate"), "--frobnicate"),
 }
