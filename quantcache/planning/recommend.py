@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
@@ -120,10 +121,12 @@ def recommend(
     commands, python = [], ""
     if best is not None:
         form = parse_format(best.format)
-        commands = usage.commands(form, model, calibration_name)
+        path = Path(model)
+        named = str(path.parent) if path.name == "config.json" and path.is_file() else model  # what loads weights
+        commands = usage.commands(form, named, calibration_name)
         python = usage.python_lines(
             form,
-            model,
+            named,
             calibration_name,
             batch=demand.batch,
             chunk=demand.chunk,

@@ -148,7 +148,8 @@ def test_recommend_from_a_config_alone(run: Run, model: str) -> None:
     lines = out.splitlines()
     assert any(line.startswith("take ") and "spectral-3" in line for line in lines)
     assert any(line.startswith("risk") and "high: measured on other models" in line for line in lines)
-    assert f"$ quantcache calibrate {model} --text YOUR_TEXT.txt -o calibration/" in lines
+    assert "$ quantcache calibrate bare --text YOUR_TEXT.txt -o calibration/" in lines, "weights load from a folder"
+    assert "name = 'bare'" in lines
 
 
 def test_recommend_with_a_calibration(run: Run) -> None:
