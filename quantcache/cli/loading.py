@@ -143,7 +143,7 @@ def load_model(
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        QuantCacheError: The model is not a decoder-only language model.
+        QuantCacheError: The model is not a decoder-only language model, or a file that is none.
         OSError: The model cannot be found.
         ValueError: An argument makes no sense.
     """
@@ -155,6 +155,8 @@ def load_model(
     del quantcache
     device, dtype = model_placement(device, dtype)
     source = find_model(name, revision)
+    if Path(source).is_file():  # transformers would read a config.json, and then miss the tokenizer
+        raise QuantCacheError(f"{name} is a file: a model is a folder, a .gguf file or a Hub id")
     more: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet_unless_watched(), _naming(name):
         config = AutoConfig.from_pretrained(source, **more)

@@ -286,6 +286,10 @@ BAD_INPUT = {
         ("calibrate", "calibration", "-o", "unused", "--text", "one.txt"),
         "calibration is a calibration, not a model",
     ),
+    "a file for a model": (
+        ("calibrate", "other/config.json", "-o", "unused", "--text", "one.txt"),
+        "other/config.json is a file: a model is a folder, a .gguf file or a Hub id",
+    ),
     "a folder without a model": (("formats", "."), ". is not a model's folder: missing config.json"),
     "unknown model": (("calibrate", "no/model", "-o", "unused", "--text", "one.txt"), "cannot load no/model"),
     "misspelt model": (("calibrate", "wiki12m", "-o", "unused", "--text", "one.txt"), "'wiki11m' is the bundled one"),
