@@ -151,7 +151,12 @@ def _share(summary: dict[str, Any] | None) -> str:
     """A share with its counts and interval."""
     if summary is None:
         return ""
-    return f"{summary['successes']}/{summary['n']} ({summary['low']:.0%} to {summary['high']:.0%})"
+    return f"{_count(summary)} ({summary['low']:.0%} to {summary['high']:.0%})"
+
+
+def _count(summary: dict[str, Any] | None) -> str:
+    """A share's counts."""
+    return "" if summary is None else f"{summary['successes']}/{summary['n']}"
 
 
 def _mean(summary: dict[str, Any] | None, form: str = ".4f") -> str:
@@ -167,13 +172,15 @@ def _times(summary: dict[str, Any] | None) -> str:
     return "" if summary is None else f"{summary['median']:.2f} ({summary['p20']:.2f} to {summary['p80']:.2f})"
 
 
-def _counts(part: dict[str, Any], title: str, places: dict[str, str], by: str) -> Grid:
-    """Right answers of each method: all, and by place."""
+def _counts(
+    part: dict[str, Any], title: str, places: dict[str, str], by: str, show: Callable[[dict[str, Any] | None], str]
+) -> Grid:
+    """Right answers of each method: all, and by place as ``show`` writes them."""
 
     def row(entry: dict[str, Any]) -> list[str]:
         whole = entry["found"] if entry["status"] == "ok" else None  # else it is of other questions than the others'
-        figures = {"all": whole, **{place: entry[by].get(place) for place in places}}
-        return [_evidence(part, place, entry, _share(figure)) for place, figure in figures.items()]
+        shown = {"all": _share(whole), **{place: show(entry[by].get(place)) for place in places}}
+        return [_evidence(part, place, entry, text) for place, text in shown.items()]
 
     columns = ["all", *places.values()]
     return _table(f"{title}{_unless_evidence(part)}", part["methods"], *_with_pairs(part, columns, row))
@@ -182,16 +189,20 @@ def _counts(part: dict[str, Any], title: str, places: dict[str, str], by: str) -
 def _needle(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     settings = part["settings"]
     title = f"Needles found (95 % interval): depths {settings['depths']}, {settings['seeds']} seeds"
-    return _counts(part, title, {str(length): f"{length} tokens" for length in settings["lengths"]}, "by_length")
+    return _counts(
+        part, title, {str(length): f"{length} tokens" for length in settings["lengths"]}, "by_length", _share
+    )
 
 
 def _task(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     settings = part["settings"]
     title = (
-        f"{settings['title']} (95 % interval): {settings['questions']} questions about {settings['exercises']} texts"
+        f"{settings['title']} (95 % interval by text): {settings['questions']} questions about "
+        f"{settings['exercises']} texts"
     )
+    # A group's few texts would give it an interval of nearly all.
     groups = [group for group in part["evidence"] if group != "all"]
-    return _counts(part, title, {group: f"{group} {settings['unit']}" for group in groups}, "by_group")
+    return _counts(part, title, {group: f"{group} {settings['unit']}" for group in groups}, "by_group", _count)
 
 
 def _divergence(part: dict[str, Any], data: dict[str, Any]) -> Grid:
