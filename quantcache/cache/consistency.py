@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
@@ -85,6 +86,16 @@ class ConsistentCache(DynamicCache):
             if self.updating == me:  # nothing here that a signal handler could come between
                 del self.updating
 
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a layer's new convolution state; see DynamicCache."""
+        self._begin_with_states(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a layer's new recurrent state; see DynamicCache."""
+        self._begin_with_states(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens cached, T; see DynamicCache."""
         processes.use_living_threads()  # what a model asks for before it computes anything
@@ -139,6 +150,16 @@ class ConsistentCache(DynamicCache):
         if reason is not None:
             self._break(reason)
         self.forward_pass = watch(self, start)
+
+    def _begin_with_states(self, index: int) -> None:
+        """Begin a forward pass at states that change before any layer counts its tokens: they would not tell."""
+        if torch.compiler.is_dynamo_compiling() or index > (first := first_layer(self)):
+            return
+        if self.broken is not None:
+            raise QuantCacheError(self.broken)
+        last = self.forward_pass
+        if last is None or last.thread != threading.get_ident() or last.outcome() is not Outcome.RUNNING:
+            self._begin_pass(self.get_seq_length(first))
 
     # ------------------------------------------------------------------ operations on all layers
 

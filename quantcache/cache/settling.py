@@ -19,8 +19,9 @@ def follows_text(cache: ConsistentCache, index: int, layer: Any) -> bool:
 
 
 def first_layer(cache: ConsistentCache) -> int:
-    """The layer that every forward pass comes to first, of those that count their tokens."""
-    return next(i for i, each in enumerate(cache.layers) if follows_text(cache, i, each))
+    """The layer that every forward pass comes to first, of those that count their tokens; behind all if none does."""
+    followers = (i for i, each in enumerate(cache.layers) if follows_text(cache, i, each))
+    return next(followers, len(cache.layers))
 
 
 def lengths(cache: ConsistentCache, layers: list[Any]) -> set[int]:

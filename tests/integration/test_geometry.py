@@ -279,6 +279,38 @@ def test_rows_of_a_mixed_cache_are_gathered_whole(name: str) -> None:
         assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("held", [0, 60])
+@pytest.mark.parametrize("name", ["nemotron-h", "falcon-h1", "zamba2"])
+def test_states_that_a_failed_pass_has_changed_are_not_gone_on_from(name: str, held: int) -> None:
+    """Recurrent layers before the first attention had read tokens that no layer counts, and the next call went on."""
+    model, cache = model_of(name), fitting(name)
+    ids, token = random_tokens(1, 80), torch.tensor([[7]])
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with torch.no_grad():
+        if held:
+            model(ids[:, :held], past_key_values=cache)
+        mixer = next(module for place, module in model.named_modules() if place.endswith(".out_proj"))
+        hook = mixer.register_forward_hook(fail)
+        with pytest.raises(MemoryError):
+            model(ids[:, held:], past_key_values=cache)
+        hook.remove()
+        assert cache.get_seq_length() == held
+        for use in (lambda: model(token, past_key_values=cache), cache.fork, lambda: copy.deepcopy(cache)):
+            with pytest.raises(QuantCacheError, match=f"interrupted after {held} tokens"):
+                use()
+        if held:
+            with pytest.raises(QuantCacheError, match="cannot go back"):
+                cache.rollback()
+            cache.reset()
+        else:
+            assert cache.rollback() == 0
+        fresh = DynamicCache(config=model.config)
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids, past_key_values=fresh).logits)
+
+
 @pytest.mark.parametrize("name", ["falcon-h1", "glm-5"])
 def test_a_mixed_layer_takes_rows_as_any_layer_does(name: str) -> None:
     """Asked by itself, without the cache that looks at rows first."""
