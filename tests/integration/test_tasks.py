@@ -263,7 +263,7 @@ def test_rates_near_zero_are_no_evidence(demo_model: PreTrainedModel, demo_token
     assert not isinstance(shown, str)
     assert str(shown.title).endswith("– where the dense cache scores below 20%: no evidence")
     rows = shown.rows
-    assert rows[0] == ("dense", "0/2 (0% to 66%)", "0/2 (0% to 66%)", "")
+    assert rows[0] == ("dense", "0/2 (0% to 66%)", "0/2", "")
     assert rows[1] == ("q8_0 (simulated)", "–", "–", "–")
     # The same with a model that can: figures are shown.
     result["evidence"] = {"all": True, "1": True}
