@@ -197,8 +197,7 @@ def _needle(part: dict[str, Any], data: dict[str, Any]) -> Grid:
 def _task(part: dict[str, Any], data: dict[str, Any]) -> Grid:
     settings = part["settings"]
     title = (
-        f"{settings['title']} (95 % interval by text): {settings['questions']} questions about "
-        f"{settings['exercises']} texts"
+        f"{settings['title']} (95 % interval): {settings['questions']} questions about {settings['exercises']} texts"
     )
     # A group's few texts would give it an interval of nearly all.
     groups = [group for group in part["evidence"] if group != "all"]
