@@ -111,18 +111,25 @@ class Adapter(torch.nn.Module):
         return added
 
 
+def require_told_apart(
+    calibration: Calibration, model: LlamaForCausalLM, own: Calibration, adapted: LlamaForCausalLM, weight: str
+) -> None:
+    """A model and one with adapters refuse each other's calibration, by name; without its adapters it is the same."""
+    for found, given in ((calibration, adapted), (own, model)):
+        with pytest.raises(CalibrationMismatch, match=rf"the weights of .*{weight} differ"):
+            found.check_compatible(given, strict=True)
+    for layer in adapted.model.layers:
+        layer.self_attn.v_proj.disable_adapters = True
+    calibration.check_compatible(adapted, strict=True)
+
+
 def test_adapters_on_one_side_alone(calibration: Calibration, model: LlamaForCausalLM) -> None:
     adapted = make()
     for layer in adapted.model.layers:
         layer.self_attn.v_proj = Adapter(layer.self_attn.v_proj)
     own = quantcache.calibrate(adapted, torch.arange(3, 30)[None], progress=False)
     own.check_compatible(adapted, strict=True)
-    for found, given in ((calibration, adapted), (own, model)):
-        with pytest.raises(CalibrationMismatch, match=r"the weights of .*v_proj.*weight differ"):
-            found.check_compatible(given, strict=True)
-    for layer in adapted.model.layers:
-        layer.self_attn.v_proj.disable_adapters = True
-    calibration.check_compatible(adapted, strict=True)
+    require_told_apart(calibration, model, own, adapted, r"v_proj.*weight")
 
 
 class Lora(Adapter):
@@ -194,12 +201,7 @@ def test_modules_that_an_adapter_has_trained_whole(calibration: Calibration, mod
     own = calibrated(adapted)
     for given in (adapted, PeftWrapper(adapted), merged):
         own.check_compatible(given, strict=True)
-    for found, given in ((calibration, adapted), (own, model)):
-        with pytest.raises(CalibrationMismatch, match=r"the weights of .*v_proj.weight differ"):
-            found.check_compatible(given, strict=True)
-    for layer in adapted.model.layers:
-        layer.self_attn.v_proj.disable_adapters = True
-    calibration.check_compatible(adapted, strict=True)
+    require_told_apart(calibration, model, own, adapted, r"v_proj.weight")
 
 
 def test_an_adapter_that_has_been_merged(calibration: Calibration) -> None:
