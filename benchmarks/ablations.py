@@ -44,12 +44,9 @@ from quantcache.common.sequences import leading_token, text_tokens
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import summaries
-from quantcache.evaluation.fidelity import measure_fidelity
+from quantcache.evaluation.fidelity import STRETCH, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.provenance import model_sha256
-
-STRETCH = 64
-"""Tokens whose mean KL divergence is one of the pairs that two variants are compared by."""
 
 GROUP = 8
 """Caches that are measured together: they share the dense cache's predictions."""

@@ -235,6 +235,10 @@ def _gives(value: Any, cache: Any) -> bool:
     return value is cache
 
 
+_FULL = 2
+"""The generation of a full collection."""
+
+
 def _before_collection(phase: str, info: dict[str, int]) -> None:
     """Look at the frames that calls have left behind while they are still there.
 
@@ -252,9 +256,6 @@ def _before_collection(phase: str, info: dict[str, int]) -> None:
             _watched.discard(each)
             each.look()
 
-
-_FULL = 2
-"""The generation of a full collection."""
 
 gc.callbacks.append(_before_collection)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.files import to_files
 from quantcache.calibration.passages import shared
+from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation.plan import Material
 
@@ -54,8 +55,8 @@ def model_sha256(model: PreTrainedModel) -> str:
 
 
 def _add_tensor(found: Any, name: str, tensor: Tensor) -> None:
-    if hasattr(tensor, "__tensor_flatten__"):  # quantized weights: the tensors they consist of
-        for inner in tensor.__tensor_flatten__()[0]:
+    if compat.is_packed(tensor):  # the tensors they consist of
+        for inner in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             _add_tensor(found, f"{name}.{inner}", getattr(tensor, inner))
         return
     found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

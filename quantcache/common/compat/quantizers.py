@@ -9,6 +9,8 @@ import torch
 from transformers import Cache, PreTrainedConfig, QuantizedCache, cache_utils
 from transformers.utils import is_hqq_available, is_optimum_quanto_available, is_torchao_available
 
+from quantcache.common.compat.wrappers import is_packed
+
 HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
 """Whether transformers' QuantizedCache has an fp8 back end (5.23 has, 5.17 has not)."""
 
@@ -78,8 +80,8 @@ def quantized_parts(layer: Any) -> list[tuple[torch.Size, list[torch.Tensor], li
 
 def _leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The plain tensors inside a tensor subclass."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    if not is_packed(tensor):
         yield tensor
         return
-    for name in tensor.__tensor_flatten__()[0]:
+    for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
         yield from _leaves(getattr(tensor, name))

@@ -108,11 +108,11 @@ def weights(model: Any) -> tuple[dict[str, Tensor], Callable[[str], Tensor | Non
     model = unwrapped(model)
     adapters = {name: module for name, module in model.named_modules() if _is_lora(module)}
     copied = {name: module for name, module in model.named_modules() if hasattr(module, COPIED)}
-    own = dict(model.named_parameters())
+    owners, own = adapters | copied, dict(model.named_parameters())
     found = {}
     for name, parameter in own.items():
         parts = name.split(".")
-        owner = next((s for i in range(len(parts)) if (s := ".".join(parts[:i])) in adapters | copied), None)
+        owner = next((s for i in range(len(parts)) if (s := ".".join(parts[:i])) in owners), None)
         inner = f"{owner}.{COPIED if owner in copied else ADAPTED}."
         if owner is None:
             found[name] = parameter
