@@ -398,7 +398,8 @@ class PrefixStore:
         if isinstance(error, ArtifactError) and file is not None:
             if not file.exists():
                 return  # the folder was full, or is another process's too
-            file.unlink(missing_ok=True)
+            if not isinstance(error.__cause__, OSError):  # no handles left, a share that is away: the file may be sound
+                file.unlink(missing_ok=True)
         self._failed("be used", error)
 
     def _failed(self, what: str, error: BaseException) -> None:

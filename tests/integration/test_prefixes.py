@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import random
+import resource
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -784,6 +785,33 @@ def test_damaged_files_are_read_again(damage: Any, restart: bool, tmp_path: Path
     assert store.fork(prompt, empty, model) is None
     assert store.add(tokens[0].tolist(), filled(model, calibration, tokens), model)
     assert same(store.fork(prompt, empty, model) or empty, filled(model, calibration, tokens))
+
+
+def test_a_file_that_cannot_be_opened_just_now_stays(tmp_path: Path) -> None:
+    """As where all handles of the process are taken: nobody has seen what is in it."""
+    model, tokens = shared_model(LLAMA), random_tokens(1, 200, seed=90)
+    calibration = calibration_of(model)
+    prompt, empty = [*tokens[0].tolist(), 5], SpectralCache(calibration, model.config)
+    store = PrefixStore(0, tmp_path, GIBI)
+    store.add(tokens[0].tolist(), filled(model, calibration, tokens), model)
+    with no_handles_left():
+        assert store.fork(prompt, empty, model) is None
+    assert store.statistics().failures == store.statistics().files == 1
+    again = PrefixStore(0, tmp_path, GIBI)
+    assert same(again.fork(prompt, empty, model), filled(model, calibration, tokens))
+
+
+@contextmanager
+def no_handles_left() -> Iterator[None]:
+    """Let this process open no further file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @on_disk
