@@ -98,7 +98,8 @@ def describe(error: Exception) -> str:
     """
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        copied = f" to {error.filename2}" if error.filename2 else ""  # and which of both it is about is not known
+        return f"{error.filename}{copied}: {error.strerror}"
     if isinstance(error, QuantCacheError | OSError | ValueError | ImportError) and message:
         return message
     name = type(error).__name__

@@ -41,6 +41,9 @@ def partial_folder(parent: Path, prefix: str = PREFIX) -> Iterator[Path]:
 
     Yields:
         The folder, whose files are to be renamed into place.
+
+    Raises:
+        OSError: It cannot be made or written to; the error names a file or folder.
     """
     own = f"{prefix}{platform.node()}-"
     for stale in parent.glob(f"{glob.escape(prefix)}*"):
@@ -52,6 +55,10 @@ def partial_folder(parent: Path, prefix: str = PREFIX) -> Iterator[Path]:
     try:
         with only_writer(partial):
             yield partial
+    except OSError as error:
+        if error.strerror and error.filename is None:
+            error.filename = str(parent)  # a write that fails, as on a full disk, does not say where
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -389,6 +389,7 @@ def test_unexpected_errors_name_their_type() -> None:
     assert describe(QuantCacheError("two\nlines")) == "two lines"
     assert describe(KeyError("x")).startswith("KeyError: 'x'")
     assert describe(OSError()).startswith("OSError")
+    assert describe(OSError(28, "no space left", "w", None, "out/w")) == "w to out/w: no space left"
 
 
 def test_json_has_no_infinities() -> None:

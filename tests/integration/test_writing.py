@@ -173,12 +173,14 @@ FULL = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+from quantcache.common.jsonfile import write_json
 from tests.integration.test_writing import WRITERS, calibration
 
 folder = Path(sys.argv[2])
 writers = {"calibration": lambda path: calibration(2.0).save_pretrained(path), **WRITERS}
+writers["result"] = lambda path: write_json(path, ["long"] * 10_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-for name in ("calibration", "cache"):
+for name in ("calibration", "cache", "result"):
     try:
         writers[name](folder / name)
     except OSError as error:
@@ -189,7 +191,8 @@ for name in ("calibration", "cache"):
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_files_and_one_error(tmp_path: Path) -> None:
     calibration().save_pretrained(tmp_path / "calibration")
-    (tmp_path / "cache").write_bytes(b"old")
+    for name in ("cache", "result"):
+        (tmp_path / name).write_bytes(b"old")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     found = subprocess.run(
@@ -197,7 +200,7 @@ def test_a_full_disk_leaves_the_old_files_and_one_error(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr[-2000:]
     lines = found.stdout.decode().splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all("File too large" in line and str(tmp_path) in line for line in lines)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
