@@ -81,6 +81,7 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
     # A model's text must come out as it is: no markup, no folding.
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if known else 120, highlight=False, markup=False)
+    console.width = console.width or 120  # COLUMNS=0 says that nobody knows; rich would print nothing
     with writing_stdout():
         for item in run.shown:
             folds = not isinstance(item, str) or (isinstance(item, Prose) and sys.stdout.isatty())

@@ -95,6 +95,13 @@ def test_formats_of_which_the_filters_leave_none(run: Run) -> None:
     assert out.splitlines()[-1] == "No format is what every --filter asks for."
 
 
+def test_no_columns_are_an_unknown_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run("formats")
+    monkeypatch.setenv("COLUMNS", "0")
+    assert run("formats") == expected
+    assert expected[1]
+
+
 def test_formats_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, _ = run("formats", "--compare", "--sort", "kl", "--filter", "spectral-*", "--json")
     assert status == 0
