@@ -146,6 +146,14 @@ def chat(client: Any, model: str, *messages: str, tokens: int = 8) -> str:
 # ---------------------------------------------------------------------- endpoints
 
 
+def test_a_model_keeps_to_one_thread() -> None:
+    """Every request asks for who generates."""
+    state = CompressedGeneration()
+    first, before = state.get_manager("a@main"), threading.active_count()
+    assert all(state.get_manager("a@main") is first for _ in range(3))
+    assert threading.active_count() == before
+
+
 @pytest.mark.slow
 @serving
 def test_every_request_is_compressed(client: Any, chatty: str) -> None:

@@ -201,7 +201,9 @@ class CompressedGeneration(GenerationState):
         """
         if use_cb:
             raise QuantCacheError(CONTINUOUS_BATCHING)
-        return self._generate_managers.setdefault(model_id, _Manager())
+        if model_id not in self._generate_managers:  # each starts a thread that never ends
+            self._generate_managers[model_id] = _Manager()
+        return self._generate_managers[model_id]
 
 
 class _Manager(GenerateManager):
