@@ -18,7 +18,8 @@ from quantcache.common.errors import CalibrationMismatch
 CodecFactory = Callable[[torch.device, dict[str, Tensor], Grid], dict[str, SideCodec]]
 """Makes a layer's codecs when the first block is due, given device, tails (all that is cached) and where rows lie.
 
-With tails of no tokens it is asked for the same codecs on another device.
+With tails of no tokens it is asked for the same codecs on another device. It gives none where it needs more tokens:
+they stay in the tail, and it is asked again with the next.
 """
 
 ShapeCheck = Callable[[Tensor, Tensor], None]

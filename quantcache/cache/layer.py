@@ -189,6 +189,9 @@ class SpectralLayer(BlockLayer):
             blocks: How many.
         """
         due = self._due(lead, lead + blocks * BLOCK)
+        if due is None:
+            self.state = self.state._replace(pending=False)
+            return
         is_finite = self._require_finite(due)
         state, held = self.state, self.state.blocks
         tails, sinks, leads, stores = {}, {}, {}, {}
@@ -225,14 +228,16 @@ class SpectralLayer(BlockLayer):
         trail = None if state.trail is None else state.trail[:, :, due.count :].clone()
         self._put(LayerState(encoded_now, tails, trail, gains=gains if asynchronous else None))
 
-    def _due(self, lead: int, count: int) -> _Due:
-        """Settle where the rows lie, who encodes, and where the new blocks go."""
+    def _due(self, lead: int, count: int) -> _Due | None:
+        """Settle where the rows lie, who encodes, and where the new blocks go; None where the codecs have to wait."""
         state, held = self.state, self.state.blocks
         grid = held.grid if state.trail is None else padding.settled(state.trail, held.grid, held.end)
         codecs = held.codecs
         if not codecs:
             displaced = None if state.trail is None else padding.filled(state.trail, grid)
             codecs = self.make_codecs(self.device, state.tails, grid._replace(shifts=displaced))
+            if not codecs:
+                return None
         backend = self._served(codecs)[0]
         self._relay(backend)
         framed = isinstance(codecs["key"], SpectralCodec) and not codecs["key"].frame.is_identity

@@ -18,11 +18,15 @@ from quantcache.cache.codecs import CodecFactory, calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.coding.allocation import check_rate
 from quantcache.coding.blocks import SideCodec
+from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import CodecSettings, Metadata, Rate
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
+
+LEAST_TOKENS = BLOCK - SINK_LENGTH
+"""Tokens of a fit, the first of every row left out: those of the shortest text that is encoded, unless it is padded."""
 
 FIT_SHRINKAGE = 0.1
 """Isotropic share of a covariance known from as many tokens as it has dimensions; it falls with more tokens."""
@@ -57,8 +61,10 @@ def self_calibrating_cache(
                     position = first - (origin if grid.shifts is None else grid.shifts[row, first:])
                     for side, tail in tails.items():
                         statistics.add(side, tail[row : row + 1, :, first:], position)
+            count = statistics.moments["key"].count
+            if count < LEAST_TOKENS:
+                return {}
             metric = outputs.get(index)
-            count = max(statistics.moments["key"].count, 1)
             share = max(COVARIANCE_SHRINKAGE, FIT_SHRINKAGE * tails["key"].shape[-1] / count)
             layer = statistics.solve(metric, share)
             fitted = Calibration({index: layer}, Metadata(codec=settings, joint=False)).with_rate(Rate(bits))

@@ -39,6 +39,17 @@ def test_padding_does_not_enter_the_fit() -> None:
             assert torch.allclose(ours.codecs[side].mean, theirs.codecs[side].mean, atol=1e-3)
 
 
+@pytest.mark.parametrize("text", [2, 5])
+def test_padding_alone_is_nothing_to_fit_to(text: int) -> None:
+    """Where a short prompt is padded to a fixed length: blocks wait for text, or its few tokens would stand for all."""
+    model = shared_model(next(f for f in FAMILIES if f.name == "llama"))
+    tokens, steps = random_tokens(1, 200 + text + 100, seed=4), (200 + text, *(1,) * 100)
+    exact, cache = (SpectralCache.self_calibrating(model, residual_length=n) for n in (10_000, 0))
+    dense, found = (feed(model, each, tokens, steps, padding=(200,))[:, 200 + text :] for each in (exact, cache))
+    assert [len(layer.spans) for layer in cache.spectral_layers] == [4, 4]
+    assert divergence(dense, found) < 0.05
+
+
 @pytest.mark.parametrize("forget", [lambda cache: cache.reset(), lambda cache: cache.crop(-148)], ids=["reset", "crop"])
 def test_the_next_prompt_has_a_fit_of_its_own(forget: Callable[[SpectralCache], None]) -> None:
     """Once nothing is encoded any more; it was coded as the first prompt had been."""
