@@ -118,7 +118,8 @@ class DecodeGraph:
 
     A call is a forward pass of one new token for every row. The cache is the same as after a pass of the model itself:
     it may be used, copied, cut and saved in between. Needs the CUDA kernels (a GPU of compute capability 8.0 or more,
-    bfloat16) and a cache of spectral layers alone.
+    bfloat16) and a cache of spectral layers alone. After choosing another adapter, adding hooks or replacing weights
+    make a new one: it repeats what the model did when it was captured.
 
     Args:
         model: The model, with ``attn_implementation="spectral"``.
@@ -157,7 +158,8 @@ class DecodeGraph:
 def decode_graphs(model: Any) -> Iterator[Any]:
     """Let a model take its decoding steps on compressed caches from CUDA graphs, in ``generate`` too.
 
-    Steps that a graph cannot hold run as always; why not is logged once.
+    Steps that a graph cannot hold run as always; why not is logged once. Enter again after choosing another adapter,
+    adding hooks or replacing weights: graphs repeat what the model did when they were captured.
 
     Args:
         model: The model, with ``attn_implementation="spectral"``; the CUDA kernels serve its caches.
