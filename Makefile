@@ -163,9 +163,18 @@ SMOLLM2 = $(REAL) --model smollm2-135m --calibration calibrations/smollm2-135m -
 bench-real: $(STAMP) ## The same on two trained models of quantcache[real] (2.5 hours); options in ARGS="..."
 	@$(MAKE) --no-print-directory -k -j $(JOBS) $(REAL_RUNS:%=bench-real-%)
 
-.PHONY: $(REAL_RUNS:%=bench-real-%)
+.PHONY: bench-real-qwen $(REAL_RUNS:%=bench-real-%)
 bench-real-gemma3: $(STAMP)
 	$(REAL) --model gemma3-270m --calibration-tokens 16384 --windows 2 --contexts 4096 $(ARGS)
+
+QWEN_METHODS := dense,spectral-2,spectral-2.5,spectral-3,spectral-4,fp8,quanto-4,hqq-4,kivi-2,kivi-3,kivi-4,quarot-3,$\
+turboquant-mse-3,oscar-3,q4_0,q8_0,int4-token-head,kvarn-k3v3-64
+
+# Not among bench-real's: it is ten times as large, takes 12 GB of memory and gains from every thread.
+bench-real-qwen: ONE_THREAD :=
+bench-real-qwen: $(STAMP) ## Some of the same on Qwen2.5-Coder-1.5B of quantcache[qwen]; options in ARGS="..."
+	$(REAL) --model qwen2.5-coder-1.5b --calibration calibrations/qwen2.5-coder-1.5b --windows 2 \
+	  --methods $(QWEN_METHODS) --parts residual_64 residual_0 $(ARGS)
 
 # As many tokens as sixteen windows of the others have are two of these.
 bench-real-8192: $(STAMP)

@@ -52,6 +52,7 @@ KL_BITS = (kl_bits, "bits per element, codes and scales", "mean KL to dense, nat
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Lines], str, str, bool]] = {
     "kl-bits": ("fidelity-smollm2-135m", *KL_BITS),
     "kl-bits-gemma3-270m": ("fidelity-gemma3-270m", *KL_BITS),
+    "kl-bits-qwen2.5-coder-1.5b": ("fidelity-qwen2.5-coder-1.5b", *KL_BITS),
     "kl-bits-wiki11m": ("fidelity", *KL_BITS),
     "decode-latency": ("decode-latency", latency, "cached tokens", "milliseconds per decoding step", True),
     "memory-ladder": ("decode-latency", memory, "cached tokens", "bytes of the cache", True),

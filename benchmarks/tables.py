@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("docs") / "figures"
 DIGEST = Path("quantcache") / "data" / "measurements.json"
 DIGEST_SUITES = ("fidelity", *(f"fidelity-{model}" for model in PACKAGED), "cpu-decode")
-MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- table:(?P<name>[a-z0-9.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PAGES = (
     "README.md",
     "docs/fidelity.md",

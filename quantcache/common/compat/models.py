@@ -234,8 +234,8 @@ def model_id(model: PreTrainedModel) -> str:
         model: The model.
 
     Returns:
-        Its Hub id, or the name of its folder; ``wiki11m`` and the names of ``quantcache[real]`` for those models,
-        wherever they are installed.
+        Its Hub id, or the name of its folder; ``wiki11m`` and the names of packaged models for those, wherever they are
+        installed.
     """
     name = str(getattr(model.config, "_name_or_path", "") or "")
     if os.path.isdir(name):
