@@ -203,7 +203,8 @@ def enable(
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
         prefixes: Where caches of earlier calls are kept: a call that begins like one of them reads only the rest.
         hub: Without ``calibration``, also look on the Hub, and refuse to go on if there is none.
-        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``quality`` or ``strict``.
+        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``quality`` or ``strict``. Caches that fit
+            themselves to a prompt take of the bits only ``bits``.
 
     Returns:
         The calibration in use, at its bits; None if caches fit themselves to a prompt or nothing is compressed. One
@@ -211,9 +212,13 @@ def enable(
 
     Raises:
         ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
-        CalibrationMismatch: The calibration is for another geometry.
+        CalibrationMismatch: The calibration is for another geometry, or with ``strict`` for another model.
+        QuantCacheError: The calibration predicts nothing that ``quality`` could go by; or prefixes are to be kept, and
+            caches fit themselves to a prompt, or the model's weights are not in memory.
+        TypeError: The model is only named and not loaded, or an option is unknown or of the wrong kind.
         UnsupportedModel: The model is an encoder-decoder or does not generate, only parts of it read text, or its
             prefixes cannot be kept.
+        ValueError: An option is out of range.
     """
     setting = _setting(model, calibration, hub, options, prefixes, 3, thread=None)
     with _lock:
@@ -271,16 +276,21 @@ def enabled(
         attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
         prefixes: Where caches of earlier calls are kept: a call that begins like one of them reads only the rest.
         hub: Without ``calibration``, also look on the Hub, and refuse to go on if there is none.
-        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``quality`` or ``strict``.
+        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``quality`` or ``strict``. Caches that fit
+            themselves to a prompt take of the bits only ``bits``.
 
     Yields:
         The model.
 
     Raises:
         ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
-        CalibrationMismatch: The calibration is for another geometry.
+        CalibrationMismatch: The calibration is for another geometry, or with ``strict`` for another model.
+        QuantCacheError: The calibration predicts nothing that ``quality`` could go by; or prefixes are to be kept, and
+            caches fit themselves to a prompt, or the model's weights are not in memory.
+        TypeError: The model is only named and not loaded, or an option is unknown or of the wrong kind.
         UnsupportedModel: The model is an encoder-decoder or does not generate, only parts of it read text, or its
             prefixes cannot be kept.
+        ValueError: An option is out of range.
     """
     setting = _setting(model, calibration, hub, options, prefixes, 4)  # contextlib is between
     hook: _Generate | None = None
@@ -360,7 +370,9 @@ def _empty_cache(
 ) -> SpectralCache:
     """A cache as every call gets it."""
     if calibration is None:
-        return SpectralCache.self_calibrating(model, **options)
+        # None stands for what the calibration says, and strict is of another model's: here there is neither.
+        given = {name: value for name, value in options.items() if value is not None and name != "strict"}
+        return SpectralCache.self_calibrating(model, **given)
     if isinstance(calibration, Calibration):
         return SpectralCache(calibration, model=model, **options)
     return SpectralCache.from_pretrained(calibration, model=model, **options)

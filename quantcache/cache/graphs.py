@@ -127,9 +127,12 @@ class DecodeGraph:
 
     Raises:
         GraphCaptureError: The model's attention is another one.
+        TypeError: The cache is another one, such as transformers' own.
     """
 
     def __init__(self, model: Any, cache: BlockCache):
+        if not isinstance(cache, BlockCache):
+            raise TypeError(f"DecodeGraph needs a SpectralCache, got {type(cache).__name__}")
         self._steps, self.cache = _Steps(model), cache
 
     def __call__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import CodecSettings, Metadata, Rate
 from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
+from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
@@ -36,9 +38,12 @@ def self_calibrating_cache(
     cls: type[SpectralCache], model: PreTrainedModel, bits: float = 3.0, **kwargs: Any
 ) -> SpectralCache:
     """See :meth:`quantcache.SpectralCache.self_calibrating`."""
+    if isinstance(model, str | Path):  # anything that attends as a model does may be given, in whatever wrapper
+        compat.require_loaded(model, "self_calibrating")
     check_rate(bits)
-    if kwargs.pop("quality", None) is not None:
-        raise ValueError("quality needs a calibration, which predicts it; a self-calibrating cache has none: give bits")
+    for name in ("quality", "key_bits", "value_bits", "min_bits"):
+        if kwargs.pop(name, None) is not None:
+            raise ValueError(f"{name} needs a calibration, and a self-calibrating cache has none: give bits")
     settings = CodecSettings()
     layers = cache_layout.compressible_layers(model.config)
     with evaluating(model), standard_settings():

@@ -62,11 +62,10 @@ class BlockCache(TraceableCache):
         backend: BackendName = "auto",
         blocks_at_once: int = 1,
     ):
-        if blocks_at_once < 1:
-            raise ValueError(f"blocks_at_once must be at least 1, got {blocks_at_once}")
-        for name, length in (("sink_length", sink_length), ("residual_length", residual_length)):
-            if not isinstance(length, Integral) or length < 0:
-                raise ValueError(f"{name} must be a whole number from 0 up, got {length!r}")
+        lengths = (("sink_length", sink_length, 0), ("residual_length", residual_length, 0))
+        for name, number, least in (*lengths, ("blocks_at_once", blocks_at_once, 1)):
+            if not isinstance(number, Integral) or number < least:
+                raise ValueError(f"{name} must be a whole number from {least} up, got {number!r}")
         backends.known_name(backend)
         processes.use_living_threads()
         register_attention()
@@ -140,12 +139,15 @@ class SpectralCache(BlockCache):
         backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"torch"``.
 
     Raises:
-        CalibrationMismatch: The calibration is for another geometry than ``config``, or a calibrated layer would stay
-            as it is.
+        ArtifactError: Neither ``config`` nor ``model`` is given, and the calibration does not say enough of the layers.
+        CalibrationMismatch: The calibration is for another geometry than ``config``, or with ``strict`` for another
+            model; or a calibrated layer would stay as it is.
         QuantCacheError: ``quality`` is given, and the calibration predicts nothing or no such rate; or ``config`` and
             ``model`` are of different caches.
-        UnsupportedModel: ``config`` is an encoder-decoder's.
-        ValueError: A length or a number of bits is out of range, or both ``bits`` and ``quality`` are given.
+        TypeError: The calibration, the config or the model is something else.
+        UnsupportedModel: ``config`` is an encoder-decoder's, or no layer of it can be compressed.
+        ValueError: A length, a number of bits or the backend is out of range, both ``bits`` and ``quality`` are given,
+            or either of them although both sides have bits of their own.
     """
 
     def __init__(
@@ -221,8 +223,10 @@ class SpectralCache(BlockCache):
             An empty cache.
 
         Raises:
-            ArtifactError: The artifact is missing or malformed.
+            ArtifactError: The artifact is missing or malformed, or the download failed.
             CalibrationMismatch: The calibration is for another geometry, or with ``strict`` for another model.
+            TypeError: An argument is unknown, or of the wrong kind.
+            ValueError: An argument of :class:`SpectralCache` is out of range.
         """
         calibration = Calibration.from_pretrained(
             pretrained_model_name_or_path,
@@ -299,7 +303,9 @@ class SpectralCache(BlockCache):
             model: The model that filled the cache: its weights are then checked when the file is loaded.
 
         Raises:
-            QuantCacheError: The cache holds something that cannot be written.
+            OSError: The disk is full, or the folder cannot be written to.
+            QuantCacheError: The cache holds something that cannot be written, a forward pass was interrupted, another
+                thread is using the cache, or the model's weights are not in memory.
         """
         if self.calibration is None:
             raise QuantCacheError("a self-calibrating cache has no calibration to be read with and cannot be saved")
@@ -334,6 +340,8 @@ class SpectralCache(BlockCache):
         Raises:
             ArtifactError: The file is missing, damaged or malformed.
             CalibrationMismatch: The file was written with another calibration or model.
+            QuantCacheError: The model's weights are not in memory, or ``config`` is of another cache than the model.
+            TypeError: The calibration is something else, such as its folder.
         """
         if not isinstance(calibration, Calibration):
             kind = type(calibration).__name__
@@ -379,6 +387,12 @@ class SpectralCache(BlockCache):
 
         Returns:
             An empty cache.
+
+        Raises:
+            QuantCacheError: The model's weights are not in memory.
+            TypeError: The model is only named and not loaded.
+            UnsupportedModel: The model's cache cannot be compressed, or its attention has no known interface.
+            ValueError: A number is out of range, or something is given that needs a calibration, such as ``quality``.
         """
         from quantcache.cache.self_calibration import self_calibrating_cache
 

@@ -230,6 +230,16 @@ def test_without_one_caches_fit_themselves_and_say_so(model: PreTrainedModel, ca
     assert "every cache fits itself to its prompt" in caplog.text
 
 
+def test_options_where_caches_fit_themselves(model: PreTrainedModel) -> None:
+    """They are those of a SpectralCache, whether there is a calibration or not; a TypeError named an inner class."""
+    for options in ({"strict": True}, {"bits": None}, {"key_bits": None}):
+        with quantcache.enabled(model, residual_length=0, **options):
+            assert generate(model, max_new_tokens=1)[1].calibration is None
+    for option in ({"key_bits": 4}, {"value_bits": "dense"}, {"min_bits": 1}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} needs a calibration, .*: give bits"):
+            quantcache.enable(model, **option)
+
+
 @pytest.mark.support("enable(hub=True) without a calibration anywhere", refused=True)
 def test_where_one_is_needed_and_none_is_found(model: PreTrainedModel) -> None:
     model.config._name_or_path = "some-org/some-model"

@@ -69,3 +69,12 @@ def test_the_next_prompt_has_a_fit_of_its_own(forget: Callable[[SpectralCache], 
 def test_rate_out_of_range(bits: float) -> None:
     with pytest.raises(ValueError, match="bits must lie between 0 and 8"):
         SpectralCache.self_calibrating(shared_model(FAMILIES[0]), bits)
+
+
+def test_what_it_does_not_take() -> None:
+    with pytest.raises(
+        ValueError, match="quality needs a calibration, and a self-calibrating cache has none: give bits"
+    ):
+        SpectralCache.self_calibrating(shared_model(FAMILIES[0]), quality="small")
+    with pytest.raises(TypeError, match="self_calibrating needs a loaded model, got 'wiki11m'"):
+        SpectralCache.self_calibrating("wiki11m")

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from transformers import DynamicCache
 
 from quantcache import DecodeGraph, SpectralCache, decode_graphs
 from quantcache.backends import triton
@@ -254,6 +255,8 @@ def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: 
         GraphCaptureError, match="attention by the torch backend depends on lengths that the host knows"
     ):
         DecodeGraph(model(), padded)(ids)
+    with pytest.raises(TypeError, match="DecodeGraph needs a SpectralCache, got DynamicCache"):
+        DecodeGraph(model(), DynamicCache())
     config = model().config
     with monkeypatch.context() as patch:
         patch.setattr(config, "_attn_implementation", "sdpa")

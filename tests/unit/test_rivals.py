@@ -255,8 +255,9 @@ def test_crop_and_reorder_keep_the_codes(name: str) -> None:
 
 
 def test_blocks_at_once_are_checked() -> None:
-    with pytest.raises(ValueError, match="blocks_at_once must be at least 1, got 0"):
-        BlockCache(CONFIG, lambda index: (lambda *_: {}, None), blocks_at_once=0)
+    for number in (0, 1.5):
+        with pytest.raises(ValueError, match=f"blocks_at_once must be a whole number from 1 up, got {number}"):
+            BlockCache(CONFIG, lambda index: (lambda *_: {}, None), blocks_at_once=number)
 
 
 @pytest.mark.parametrize("name", ["kvarn-k3v3-64", "kvarn-k3v3-128", "int4-token-head", "q4_0", "q8_0"])
