@@ -152,6 +152,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
         Raises:
             CalibrationMismatch: The heads cannot be shared out evenly.
+            ValueError: There is no such place among so many.
         """
         if not 0 <= rank < size:
             raise ValueError(f"rank must lie between 0 and {size - 1}, got {rank}")
@@ -177,7 +178,8 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
             strict: Refuse whatever would be warned of.
 
         Raises:
-            CalibrationMismatch: Number of layers, key/value heads, head dimension or layer types differ.
+            CalibrationMismatch: Number of layers, key/value heads, head dimension or layer types differ; with
+                ``strict`` also weights, rotation or name.
         """
         theirs = cache_layout.cache_config(model if isinstance(model, PreTrainedConfig) else model.config)
         for name, ours in self.metadata.cache_config.items():
@@ -231,6 +233,10 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
         Returns:
             The commit's URL when pushed, else None.
+
+        Raises:
+            HubError: It was to be pushed, and the Hub refuses or cannot be reached; the folder is written.
+            OSError: The folder cannot be written to.
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)

@@ -137,7 +137,8 @@ class PrefixStore:
 
         Raises:
             QuantCacheError: The cache has no calibration, or the model's weights are not in memory.
-            ValueError: The tokens are of several rows.
+            UnsupportedModel: The model puts tokens of its own before every prompt.
+            ValueError: The tokens are of several rows, or no token ids.
         """
         ids = row_of(tokens)
         name, key = prefix_digest(empty, model), key_of(ids)
@@ -185,9 +186,10 @@ class PrefixStore:
             Whether it is kept.
 
         Raises:
-            QuantCacheError: A forward pass was interrupted, the cache has no calibration, or it holds more tokens than
-                are named.
-            ValueError: The tokens are of several rows.
+            QuantCacheError: A forward pass was interrupted, the cache has no calibration or holds more tokens than are
+                named, or the model's weights are not in memory.
+            UnsupportedModel: The model puts tokens of its own before every prompt.
+            ValueError: The tokens are of several rows, or no token ids.
         """
         ids = row_of(tokens)
         length, generation = cache.get_seq_length(), self._generation

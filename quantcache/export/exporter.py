@@ -82,7 +82,7 @@ def export_checkpoint(
     Args:
         model: Folder or Hub id of a model with safetensors weights.
         calibration: Calibration of the model as it is.
-        output: Folder to write; it must not exist, or be empty.
+        output: Folder to write; it must not exist, or be empty. The folder around it must exist.
         basis: ``spectral`` for SpectralCache, ``flat`` for quantizers with one step per token.
         verify: Load the model and then the export, and compare their logits.
         revision: Hub branch, tag or commit.
@@ -98,9 +98,11 @@ def export_checkpoint(
 
     Raises:
         UnsupportedModel: The architecture is unknown, or the weights are quantized.
-        CalibrationMismatch: The calibration is for another model.
+        CalibrationMismatch: The calibration is for another geometry. Of another model a warning says so.
         HubError: The model cannot be downloaded.
-        QuantCacheError: The weights are malformed, or ``output`` is taken.
+        QuantCacheError: The weights or the config are malformed, the model is an export or an adapter, the calibration
+            is an export's, or ``output`` is taken or cannot be made.
+        ValueError: The basis is unknown.
     """
     tell = on_progress or (lambda what, done, total: None)
     output = Path(output)

@@ -239,10 +239,11 @@ def absorb(model: PreTrainedModel, calibration: Calibration, basis: Basis = "spe
 
     Raises:
         CalibrationMismatch: The calibration is for another geometry. Of other weights a warning says so.
-        QuantCacheError: A calibration is enabled on the model, which would no longer fit, or new weights do not fit
-            their dtype.
+        QuantCacheError: A calibration is enabled on the model, which would no longer fit, the one given is of a model
+            that has absorbed its basis already, or new weights do not fit their dtype.
         UnsupportedModel: The architecture is unknown, its weights are quantized, split, offloaded or adapted, or its
             projections compute something else than they say.
+        ValueError: The basis is unknown.
     """
     if compat.adds_tokens(model):
         raise UnsupportedModel(

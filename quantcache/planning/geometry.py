@@ -57,6 +57,7 @@ def load_config(name: str | Path, revision: str | None = None, trust_remote_code
         The config.
 
     Raises:
+        FileNotFoundError: The GGUF file does not exist.
         QuantCacheError: The config is missing, cannot be read, or is an encoder-decoder's.
     """
     source = model_source(name)

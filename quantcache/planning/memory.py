@@ -66,7 +66,10 @@ def estimate_memory(
         The sizes by kind, ``constants`` zero.
 
     Raises:
-        QuantCacheError: The format is unknown, a number is out of range, or the model's cache cannot be estimated.
+        CalibrationMismatch: The calibration is for another geometry.
+        FileNotFoundError: The config is to come from a GGUF file that does not exist.
+        QuantCacheError: The format is unknown, a number is out of range, the config cannot be loaded, or the model's
+            cache cannot be estimated.
     """
     if not isinstance(config, PreTrainedConfig):
         config = load_config(config)
