@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="cached tokens")
     parser.add_argument("--bits", type=float, default=3.0, help="mean code width")
-    parser.add_argument("--backend", default="auto", help="auto, native, triton or torch")
+    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or torch")
     parser.add_argument("--steps", type=int, default=64, help="timed steps of each cache; 64 include one encoding")
     parser.add_argument("--warmup", type=int, default=8, help="steps that are discarded")
     parser.add_argument("--device", default="cpu")

@@ -24,9 +24,10 @@ def demo(
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Compress the cache of the bundled model and show what it costs. Needs no network.
+    """Calibrate the bundled model, compress its cache and show what that costs. Needs no network.
 
-    Any other model must chat: it reads an article, and answers questions about it from a dense and a packed cache.
+    Any other model must chat and have a calibration: it reads an article, and answers questions about it from a dense
+    and a packed cache.
 
     Examples:
         quantcache demo
