@@ -113,7 +113,7 @@ def test_without_records(checkout: Path) -> None:
 
 
 def test_newest_record_wins_and_dirty_ones_do_not_count(checkout: Path) -> None:
-    for suite in ("fidelity", "fidelity-smollm2-135m"):
+    for suite in ("fidelity", f"fidelity-{tables.YARDSTICK}"):
         add(checkout, "b", record("2026-01-02T00:00:00+00:00", 0.002, suite=suite))
         add(checkout, "a", record("2026-01-03T00:00:00+00:00", 0.001, suite=suite))
         add(checkout, "c", record("2026-01-04T00:00:00+00:00", 0.009, dirty=True, suite=suite))
@@ -126,7 +126,7 @@ def test_newest_record_wins_and_dirty_ones_do_not_count(checkout: Path) -> None:
         "| turboquant-mse-3 (simulated) | 3.125 | 0.00400 | 0.0800 | 98.0% | 30.12 | 1.3x |",
         "| fp8 | 8.000 | 0.00600 | 0.1200 | 98.0% | 30.12 | 2x |",
     ]
-    assert "benchmarks/results/abacus/fidelity-smollm2-135m__a.json" in text
+    assert f"benchmarks/results/abacus/fidelity-{tables.YARDSTICK}__a.json" in text
     assert "0.009" not in text
     (checkout / "README.md").write_text(PAGE.replace("table:fidelity", "table:fidelity-all"), "utf-8")
     assert tables.main([], checkout) == 0
