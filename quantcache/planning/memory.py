@@ -35,7 +35,7 @@ def estimate_memory(
     batch: int = 1,
     *,
     calibration: Calibration | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     sink_length: int = SINK_LENGTH,
     residual_length: int = RESIDUAL_LENGTH,
     prefill: int | None = None,
@@ -55,7 +55,7 @@ def estimate_memory(
         tokens: T, for rows without left padding.
         batch: B, rows of the batch.
         calibration: The model's calibration, for ours; its allocation then says what codes take.
-        dtype: The model's dtype, in which sinks, recent tokens and layers that are not compressed stay.
+        dtype: The model's dtype or its name, in which sinks, recent tokens and layers that are not compressed stay.
         sink_length: First tokens kept as they are.
         residual_length: Recent tokens kept as they are.
         prefill: How many of the tokens arrive in the first update, the others one by one; all if None.
@@ -81,13 +81,16 @@ def estimate_memory(
             raise QuantCacheError(f"{name} must be a whole number from {least} up, got {value!r}")
     if prefill is not None and not 1 <= prefill <= tokens:
         raise QuantCacheError(f"prefill must lie between 1 and tokens ({tokens}), got {prefill}")
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype):
+        raise QuantCacheError(f"dtype must be torch's or its name, such as 'bfloat16', got {dtype!r}")
     return cache_memory(
         parse_format(format),
         read_geometry(config),
         tokens,
         batch,
         calibration=calibration,
-        element_bytes=dtype.itemsize,
+        element_bytes=named.itemsize,
         sink_length=sink_length,
         residual_length=residual_length,
         prefill=prefill,

@@ -213,6 +213,10 @@ def test_estimate_memory_is_public() -> None:
     assert quantcache.estimate_memory is estimate_memory
     with pytest.raises(QuantCacheError, match="prefill must lie between 1 and tokens"):
         quantcache.estimate_memory("wiki11m", "dense", 10, prefill=11)
+    with pytest.raises(QuantCacheError, match="dtype must be torch's or its name, such as 'bfloat16', got 'float31'"):
+        quantcache.estimate_memory("wiki11m", "dense", 10, dtype="float31")
+    single = quantcache.estimate_memory("wiki11m", "dense", 10, dtype=torch.float32)
+    assert quantcache.estimate_memory("wiki11m", "dense", 10, dtype="float32") == single
     by_name = quantcache.estimate_memory("wiki11m", "dense", 100)
     assert by_name == quantcache.estimate_memory("wiki11m", "bf16", 100)
     assert by_name.total == 100 * 6 * 2 * 2 * 64 * 2
