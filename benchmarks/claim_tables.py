@@ -108,6 +108,11 @@ def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
+def _ratio(ratio: float) -> str:
+    """Two digits behind the point, and no 0.00 for what is not nothing."""
+    return f"{ratio:.2f}" if ratio >= 0.005 else "< 0.01"
+
+
 def _title(parts: Parts, name: str) -> str:
     kept = residual(parts, name)
     kind = f"residual {kept}" if kept else "no residual"
@@ -118,11 +123,11 @@ def _verdict(ratios: dict[str, dict[str, tuple[str, float] | None]], results: Re
     """Comparisons of one part, how many meet the claim, the largest ratio, and that over fp8."""
     found = [pair[1] for row in ratios.values() for pair in row.values() if pair]
     met = sum(ratio <= CLAIM_RATIO for ratio in found)
-    row = [str(len(found)), str(met) if met == len(found) else f"**{met}**", f"{max(found):.2f}" if found else ""]
+    row = [str(len(found)), str(met) if met == len(found) else f"**{met}**", _ratio(max(found)) if found else ""]
     ours, fp8 = (results.get(name, {"status": ""}) for name in ("spectral-3", "fp8"))
     if ours["status"] == fp8["status"] == "ok":
         ratio = ours["kl_mean"] / fp8["kl_mean"]
-        row.append(f"{ratio:.2f}, {'met' if ratio <= 1 else '**not met**'}")
+        row.append(f"{_ratio(ratio)}, {'met' if ratio <= 1 else '**not met**'}")
     return row
 
 
@@ -137,7 +142,7 @@ def _rivals(ratios: dict[str, dict[str, tuple[str, float] | None]]) -> str:
             pair = ratios[ours][family] if ours in ratios else None
             bold = "**" if pair and pair[1] > CLAIM_RATIO else ""
             row.append(
-                "not measured" if ours not in ratios else f"{bold}{pair[0]}: {pair[1]:.2f}{bold}" if pair else ""
+                "not measured" if ours not in ratios else f"{bold}{pair[0]}: {_ratio(pair[1])}{bold}" if pair else ""
             )
         rows.append(row)
     return markdown(["rival", *columns], rows)

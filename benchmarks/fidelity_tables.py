@@ -216,8 +216,8 @@ def fidelity_table(parts: Parts, page: Path) -> str:
     rows = []
     for name in [*(n for n in chosen if n not in rivals), *sorted(rivals, key=lambda n: chosen[n]["kl_mean"])]:
         entry = chosen[name]
-        times = f"{entry['kl_mean'] / own:.2g}x" if entry["kl_mean"] else ""
-        rows.append([shown(name, entry), *(number(entry, *cell) for cell in cells), times])
+        times = entry["kl_mean"] / own
+        rows.append([shown(name, entry), *(number(entry, *cell) for cell in cells), _times(times)])
     caption = (
         "spectral-B is quantcache at B bits on average; quanto, hqq and fp8 are transformers' own quantized caches. Of "
         "every other method the smallest setting is shown that has at least as many bits as spectral-3, "
@@ -230,6 +230,11 @@ def fidelity_table(parts: Parts, page: Path) -> str:
         f"on {settings['calibration']['tokens']:,} tokens of other text. {origins(parts, ['residual_0'], page)}"
     )
     return markdown(header, rows) + f"\n\n{caption}"
+
+
+def _times(ratio: float) -> str:
+    """Two digits, or all before the point; nothing for 0."""
+    return f"{ratio:{'.2g' if ratio < 100 else ',.0f'}}x" if ratio else ""
 
 
 def all_table(parts: Parts, page: Path) -> str:

@@ -85,7 +85,10 @@ def test_formats_with_own_records(run: Run) -> None:
     assert rival.count("not measured") == 3
     status, out, _ = run("formats", "--model", "bare")
     assert out.count("not measured") == 3 * len(FORMAT_NAMES)
-    assert "No record of fidelity on bare; there are records on: wiki11m, smollm2-135m, gemma3-270m." in out
+    assert (
+        "No record of fidelity on bare; there are records on: wiki11m, smollm2-135m, gemma3-270m, qwen2.5-coder-1.5b."
+        in out
+    )
 
 
 def test_formats_of_which_the_filters_leave_none(run: Run) -> None:

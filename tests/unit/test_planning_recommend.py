@@ -208,9 +208,9 @@ def test_basis_and_risk() -> None:
     assert (own.kl, own.agreement, own.basis, own.risk) == (0.02, 0.9, "measured on this model", "low")
     assert quality.expected_quality(form, ["my/model"], 513, BUNDLED + mine).risk == "medium"
     other = quality.expected_quality(form, ["another"], 512, BUNDLED + mine)
-    assert (other.kl, other.agreement) == (0.02, 0.9)  # the worst of the three models
+    assert (other.kl, other.agreement) == (0.02, 0.9)  # the worst of all
     assert (other.basis, other.risk) == ("measured on other models", "high")
-    assert other.source.startswith("worst of 4: my/model in bfloat16, windows of 512")
+    assert other.source.startswith("worst of 5: my/model in bfloat16, windows of 512")
     nothing = quality.expected_quality(form, ["another"], 512, Measurements())
     assert (nothing.kl, nothing.basis, nothing.risk) == (None, "nothing known", "unknown")
     record["metrics"]["fidelity"][0]["methods"]["spectral-3"]["residual_length"] = 256
@@ -227,7 +227,7 @@ def test_basis_and_risk() -> None:
 def test_figures_of_fewer_models_are_named() -> None:
     """One that was measured on the easiest model alone looked better than one that was on all."""
     found = recommend(sizes(), Demand(memory=1 << 40, context=512), BUNDLED, model="another")
-    (note,) = (note for note in found.notes if note.startswith("KL is the worst of 3 other models; of fewer"))
+    (note,) = (note for note in found.notes if note.startswith("KL is the worst of 4 other models; of fewer"))
     names = note.rpartition(" for ")[2].rstrip(".").split(", ")
     assert {"hqq-2", "kvarn-k4v4-128", "fp8"} <= set(names)
     assert not {"spectral-3", "kivi-4", "dense"} & set(names)

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import tables
 from quantcache import data
+from quantcache.common.sources import PACKAGED
 from quantcache.evaluation.record import RecordError, read_strict_json
 from quantcache.planning import digest, records
 from quantcache.planning.digest import bundled_measurements
@@ -72,7 +73,7 @@ def test_own_records(path: Path) -> None:
 def test_folder_of_all_committed_records() -> None:
     """Suites without such figures are passed over in a folder, and refused when named."""
     found = read_measurements([RESULTS])
-    assert set(found.models()) == {"wiki11m", "smollm2-135m", "gemma3-270m"}
+    assert set(found.models()) == {"wiki11m", *PACKAGED}
     (path,) = RESULTS.rglob("findings__*.json")
     with pytest.raises(RecordError, match=r"findings.*\.json: records of suite 'findings' are not used here"):
         read_measurements([path])
