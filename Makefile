@@ -117,7 +117,7 @@ asan: $(STAMP) ## Run the CPU kernels' tests and random calls (SANITIZE_SECONDS=
 	$(SANITIZED) -m pytest -q tests/kernels -k "not triton" $(ARGS)
 	OMP_NUM_THREADS=2 $(SANITIZED) benchmarks/sanitize.py --seconds $(SANITIZE_SECONDS)
 
-bench-cpu: $(STAMP) ## Time the CPU kernels beside the dense cache (20 minutes); options in ARGS="..."
+bench-cpu: $(STAMP) ## Time the CPU kernels beside the dense cache (15 minutes); options in ARGS="..."
 	$(BIN)/python benchmarks/cpu_decode.py $(ARGS)
 
 # A lent GPU machine may have torch but no network and no git: these run on what is there, uninstalled.
@@ -142,7 +142,7 @@ bench-decode: $(STAMP) ## Time decoding; options in ARGS="..."
 bench-prefixes: $(STAMP) ## Measure conversations that take turns, with SmolLM2 (hours); options in ARGS="..."
 	$(BIN)/python benchmarks/prefixes.py $(ARGS)
 
-bench-fidelity: $(STAMP) ## Measure every method on the bundled model (minutes); options in ARGS="..."
+bench-fidelity: $(STAMP) ## Measure every method on the bundled model (an hour); options in ARGS="..."
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
 # Six runs, as many at a time as there are cores, each with one thread: models as small as these gain little from a second.
@@ -172,7 +172,7 @@ turboquant-mse-3,oscar-3,q4_0,q8_0,int4-token-head,kvarn-k3v3-64
 
 # Not among bench-real's: it is ten times as large, takes 12 GB of memory and gains from every thread.
 bench-real-qwen: ONE_THREAD :=
-bench-real-qwen: $(STAMP) ## Some of the same on Qwen2.5-Coder-1.5B of quantcache[qwen]; options in ARGS="..."
+bench-real-qwen: $(STAMP) ## Some of the same on Qwen2.5-Coder-1.5B of quantcache[qwen] (an hour); options in ARGS="..."
 	$(REAL) --model qwen2.5-coder-1.5b --calibration calibrations/qwen2.5-coder-1.5b --windows 2 \
 	  --methods $(QWEN_METHODS) --parts residual_64 residual_0 $(ARGS)
 

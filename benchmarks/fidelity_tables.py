@@ -216,8 +216,8 @@ def fidelity_table(parts: Parts, page: Path) -> str:
     rows = []
     for name in [*(n for n in chosen if n not in rivals), *sorted(rivals, key=lambda n: chosen[n]["kl_mean"])]:
         entry = chosen[name]
-        times = entry["kl_mean"] / own
-        rows.append([shown(name, entry), *(number(entry, *cell) for cell in cells), _times(times)])
+        figures = (number(entry, *cell) for cell in cells)
+        rows.append([shown(name, entry), *figures, _times(entry["kl_mean"] / own)])
     caption = (
         "spectral-B is quantcache at B bits on average; quanto, hqq and fp8 are transformers' own quantized caches. Of "
         "every other method the smallest setting is shown that has at least as many bits as spectral-3, "

@@ -48,6 +48,7 @@ SUITES = (
 )
 TASKS = ("divergence", "needle", "records", "lookup", "tools", "qa")
 REAL_MODEL = "smollm2-135m"
+"""The trained model that suites and prefixes are measured on."""
 
 SUITE_TABLES: dict[str, tuple[str, Callable[[Parts, Path], str]]] = {
     **{f"suite-{name}": ("suites", partial(suite_table, name)) for name in SUITES},
