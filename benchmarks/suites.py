@@ -21,8 +21,9 @@ from rich.console import Console
 from quantcache import Calibration, data
 from quantcache.cli.eval_tables import tables
 from quantcache.cli.loading import load_model
-from quantcache.cli.session import progress_bar, show_cells
+from quantcache.cli.session import show_cells
 from quantcache.common.choices import SUITES
+from quantcache.common.progress import progress_bar
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import runner

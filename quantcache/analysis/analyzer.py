@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +27,7 @@ from quantcache.coding.schema import Rate
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.progress import progress_bar
 from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import parse_methods
@@ -70,7 +68,7 @@ def analyze(
         seq_len: Tokens of a sequence; by default 2,048 or the model's limit.
         calibration: The model's calibration, made on another text; made here from the text if None.
         verify: Also measure the divergences that are predicted.
-        progress: Show progress bars on stderr.
+        progress: Show progress bars on stderr; where that is no terminal, a line for each minute.
 
     Returns:
         The report.
@@ -86,7 +84,7 @@ def analyze(
     targets: list[Target] = []
     with evaluating(model):
         ropes = detect_ropes(model, layers) if layers else {}
-        with _bar(progress) as bar:
+        with progress_bar(progress) as bar:
             task = bar.add_task("looking at activations", total=None)
             gathered = gather(
                 model,
@@ -104,7 +102,7 @@ def analyze(
         source = _source(calibration) if layers else None
         if layers:
             calibration = calibration or calibrate(model, sequences[:-1], progress=progress)
-            with _bar(progress) as bar:
+            with progress_bar(progress) as bar:
                 samples, block_table = collect_samples(model, sequences[-1], layers)
                 task = bar.add_task("encoding samples", total=len(RATES) * len(samples))
                 grades = grade(calibration, samples, block_table, RATES, lambda: bar.advance(task))
@@ -296,11 +294,3 @@ def _sinks(gathered: Gathered, tokenizer: PreTrainedTokenizerBase) -> tuple[Sink
         for (position, token), sink in gathered.sinks.items()
     ]
     return tuple(sorted(found, key=lambda sink: (-sink.share, sink.position)))
-
-
-@contextlib.contextmanager
-def _bar(progress: bool) -> Iterator[Progress]:
-    """A progress bar on stderr, where that is a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
-        yield bar

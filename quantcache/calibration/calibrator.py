@@ -9,8 +9,6 @@ from numbers import Integral
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +30,7 @@ from quantcache.common.ambient import standard_settings
 from quantcache.common.choices import Metric
 from quantcache.common.defaults import SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
+from quantcache.common.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ def calibrate(
         codec: Codec choices; the defaults if None.
         predict: Let short runs through the compressed cache scale what the calibration predicts of its cost, which
             ``quality`` needs. With few tokens they take longer than the rest.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr; where that is no terminal, a line for each minute.
 
     Returns:
         The calibration.
@@ -118,9 +117,7 @@ def calibrate(
         for parameter in frozen:
             parameter.requires_grad_(False)
         statistics: dict[int, LayerStatistics] = {}
-        console = Console(stderr=True)
-        bar = Progress(console=console, disable=not (progress and console.is_terminal), transient=True)
-        with evaluating(model), bar:
+        with evaluating(model), progress_bar(progress) as bar:
             ropes = detect_ropes(model, layers)
             task = bar.add_task("calibrating", total=given.num_tokens)
             for sequence in given.sequences:
@@ -159,9 +156,14 @@ def calibrate(
         environment=compat.versions(),
     )
     calibration = Calibration(solved, metadata)
-    yardstick = measure_yardstick(model, given.sequences, given.held_out, calibration) if predict else None
-    if yardstick is not None:
-        metadata.recipe["yardstick"] = yardstick
+    if predict:
+        with progress_bar(progress) as bar:
+            task = bar.add_task("measuring what it costs", total=None)
+            yardstick = measure_yardstick(
+                model, given.sequences, given.held_out, calibration, lambda tokens: bar.advance(task, tokens)
+            )
+        if yardstick is not None:
+            metadata.recipe["yardstick"] = yardstick
     return calibration.with_rate(rate)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,11 @@ YARDSTICK_SEQUENCES = 2
 
 
 def measure_yardstick(
-    model: PreTrainedModel, sequences: Sequence[Tensor], held_out: Sequence[Tensor], calibration: Calibration
+    model: PreTrainedModel,
+    sequences: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    calibration: Calibration,
+    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any] | None:
     """Measure the divergence between the dense cache and the compressed one, fed block by block, at 2 and 4 bits.
 
@@ -47,6 +51,7 @@ def measure_yardstick(
         sequences: What it was made of, batches of token ids ``[B, T]``; the first rows of some of them are used.
         held_out: The same of text that it has not seen; may be empty.
         calibration: The model's calibration, at any bits.
+        on_progress: Called with the tokens of every finished chunk.
 
     Returns:
         ``tokens``, ``held_out`` (whether the calibration has not seen them), and ``points`` with ``bits``, ``cost``
@@ -70,6 +75,7 @@ def measure_yardstick(
                 dense, *own = (run(model, chunk, cache).logits.float().log_softmax(-1) for cache in caches)
                 for place, found in enumerate(own):
                     totals[place] += float((dense.exp() * (dense - found)).sum(-1).cpu().double().sum())
+                on_progress(chunk.shape[1])
     points = [
         {"bits": bits, "cost": expected_cost(each.layers, each.metadata.codec.coding), "kl": total / max(count, 1)}
         for bits, each, total in zip(YARDSTICK_BITS, measured, totals, strict=True)

@@ -27,10 +27,11 @@ from quantcache.cli.options import (
 from quantcache.cli.outputs import check_output_file
 from quantcache.cli.pages import MODEL, WrongUsage
 from quantcache.cli.reaching import expect_model
-from quantcache.cli.session import progress_bar, session, show_cells
+from quantcache.cli.session import session, show_cells
 from quantcache.cli.terminal import report
 from quantcache.common.choices import SUITES, QuantizedWeights
 from quantcache.common.defaults import CHUNK, RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common.progress import progress_bar
 from quantcache.common.sources import MODEL_HELP
 
 if TYPE_CHECKING:

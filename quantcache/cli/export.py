@@ -20,10 +20,11 @@ from quantcache.cli.options import (
     PushOption,
     RevisionOption,
 )
-from quantcache.cli.session import progress_bar, session
+from quantcache.cli.session import session
 from quantcache.cli.tables import Prose
 from quantcache.common.choices import Basis
 from quantcache.common.errors import HubError
+from quantcache.common.progress import progress_bar
 
 
 def export(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from quantcache.cli.pages import WrongUsage
 from quantcache.cli.tables import Prose
@@ -21,6 +20,8 @@ from quantcache.common.interrupts import INTERRUPTED, Interrupted
 from quantcache.common.jsonfile import to_json
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from quantcache.evaluation.cells import Cells, Key
 
 
@@ -128,14 +129,3 @@ def show_cells(cells: Cells, bar: Progress) -> None:
             bar.update(tasks[key[0]], advance=1, description=f"{key[0]} {key[1]}")
 
     cells.on_plan, cells.on_done = plan, done
-
-
-def progress_bar() -> Progress:
-    """A progress bar on stderr that leaves nothing behind, and shows nothing where stderr is not a terminal.
-
-    Returns:
-        The bar, to be used as a context manager.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 
@@ -23,6 +21,7 @@ from quantcache.attention.function import register_attention
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common import compat
+from quantcache.common.progress import progress_bar
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.feeding import feed
 from quantcache.evaluation.fidelity import measure_fidelity
@@ -91,8 +90,7 @@ def run_demo(settings: DemoSettings | None = None, progress: bool = True) -> dic
     code = "".join(random.Random(settings.seed).choices("0123456789", k=5))
     context, question = _plant(tokenizer, tokens[len(measured) :][: settings.recall_context], code)
 
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not progress or not console.is_terminal, transient=True) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task("measuring", total=len(measured) + 2 * (len(context) + 2 * settings.new_tokens))
         advance = functools.partial(bar.advance, task)
         methods = parse_methods(["dense", f"spectral-{settings.bits}"], model.config, calibration)
