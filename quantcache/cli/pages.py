@@ -157,4 +157,9 @@ def refusal(error: Any) -> str:
     context = getattr(error, "ctx", None)
     page = "quantcache" if context is None else context.command_path
     message = str(error.format_message()).replace(": Value error, ", ": ").rstrip(".")
+    flaws = getattr(
+        error.__cause__, "errors", None
+    )  # pydantic's, by which typer reads numbers; it leaves out what was given
+    if flaws is not None:
+        message = message.replace(": Input should be ", f": {flaws()[0]['input']!r} should be ", 1)
     return f"{message} (see {page} --help)"
