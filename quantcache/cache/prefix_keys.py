@@ -50,9 +50,11 @@ def row_of(tokens: Sequence[int] | Tensor) -> np.ndarray:
         The ids, ``[T]``.
 
     Raises:
-        ValueError: There are several rows.
+        ValueError: There are several rows, or numbers that are not whole.
     """
     numbers = np.asarray(tokens.cpu() if isinstance(tokens, Tensor) else tokens)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise ValueError(f"token ids must be whole numbers, got {numbers.dtype}")
     if numbers.ndim == 2 and len(numbers) == 1:
         numbers = numbers[0]
     if numbers.ndim != 1:

@@ -525,6 +525,9 @@ def test_tokens_as_a_tokenizer_gives_them(model: PreTrainedModel, calibration: C
     for use in (lambda: store.add(BATCH[:2], cache, model), lambda: store.fork(BATCH[:2], empty, model)):
         with pytest.raises(ValueError, match=r"one row of token ids, \[T\] or \[1, T\], got shape \[2, "):
             use()
+    for halves in ([0.5, 1.5], BATCH[0].float()):  # were cut to whole numbers, and found what others had read
+        with pytest.raises(ValueError, match="token ids must be whole numbers, got float"):
+            store.fork(halves, empty, model)  # type: ignore[arg-type]
 
 
 @pytest.mark.support("prefixes without a calibration, or of a model that remembers requests", refused=True)
