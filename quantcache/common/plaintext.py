@@ -63,13 +63,13 @@ def read_utf8(content: bytes, name: str | Path) -> str:
         name: What the error calls it.
 
     Returns:
-        The text.
+        The text, without the mark that some editors put before it.
 
     Raises:
         QuantCacheError: The text is not UTF-8.
     """
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         wrong = content[error.start : error.start + 1].hex()
         raise QuantCacheError(f"{name} is not UTF-8 text: {error.reason} 0x{wrong} at byte {error.start}") from error

@@ -23,6 +23,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.card import render_card
 from quantcache.artifact.files import CONFIG_NAME
 from quantcache.cli import main
+from quantcache.cli.loading import read_text
 from quantcache.cli.terminal import Shown, print_result
 from quantcache.common.errors import HubError
 from quantcache.common.jsonfile import to_json
@@ -254,6 +255,11 @@ def test_text_that_is_not_utf8(run: Run, folder: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(sys, "stdin", stdin)
         status, _, err = run(*arguments, "-")
     assert (status, err) == (1, "error: stdin is not UTF-8 text: invalid continuation byte 0xe9 at byte 7\n")
+
+
+def test_the_mark_before_a_text_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The city", "utf-8-sig")
+    assert read_text(tmp_path / "text.txt") == "The city"
 
 
 @pytest.mark.parametrize(
