@@ -10,6 +10,7 @@ from fidelity_tables import NO_RECORD, Parts, markdown, origin
 
 from quantcache.cli.eval_tables import tables
 from quantcache.cli.tables import Grid
+from quantcache.common.sources import PACKAGED
 
 
 def suite_table(suite: str, parts: Parts, page: Path) -> str:
@@ -47,11 +48,11 @@ SUITES = (
     *("routing", "transfer", "qa", "memory", "speed", "speculative"),
 )
 TASKS = ("divergence", "needle", "records", "lookup", "tools", "qa")
-REAL_MODEL = "smollm2-135m"
-"""The trained model that suites and prefixes are measured on."""
 
 SUITE_TABLES: dict[str, tuple[str, Callable[[Parts, Path], str]]] = {
     **{f"suite-{name}": ("suites", partial(suite_table, name)) for name in SUITES},
-    **{f"suite-{name}-{REAL_MODEL}": (f"suites-{REAL_MODEL}", partial(suite_table, name)) for name in TASKS},
+    **{
+        f"suite-{name}-{model}": (f"suites-{model}", partial(suite_table, name)) for model in PACKAGED for name in TASKS
+    },
 }
 """Suite of the records, and what makes Markdown of parts and page, by the name of the table."""

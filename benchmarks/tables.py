@@ -33,7 +33,7 @@ from fidelity_tables import (
 )
 from gpu_tables import attention_rank, gpu_attention_table, gpu_models_table, models_rank
 from prefix_tables import prefixes_table
-from suite_tables import REAL_MODEL, SUITE_TABLES
+from suite_tables import SUITE_TABLES
 
 from quantcache.common.jsonfile import to_json, write_json
 from quantcache.common.sources import PACKAGED
@@ -92,7 +92,7 @@ TABLES: dict[str, tuple[str, Render]] = {
     "cpu-models": ("cpu-decode", cpu_models_table),
     "gpu-attention": ("gpu-decode", gpu_attention_table),
     "gpu-models": ("gpu-decode", gpu_models_table),
-    "prefixes": (f"prefixes-{REAL_MODEL}", prefixes_table),
+    "prefixes": ("prefixes-smollm2-135m", prefixes_table),
     **{f"predictions-{model}": (f"predictions-{model}", predictions_table) for model in PACKAGED},
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""
