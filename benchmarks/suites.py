@@ -42,7 +42,7 @@ QUESTIONS = "xquad_en.json"
 def main() -> None:
     """Measure, print the tables and write a record."""
     options = parse_arguments()
-    model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
+    model, tokenizer = load_model(options.model, device="cpu", dtype=options.dtype)
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
     text, source = read("wiki_eval.txt", data.evaluation_text)
     plan = Plan(
@@ -61,7 +61,7 @@ def main() -> None:
     settings: dict[str, Any] = {
         "model": Path(options.model).name,
         "model_sha256": model_sha256(model),
-        "dtype": "float32",
+        "dtype": options.dtype,
         "quick": options.quick,
         **{name: value for name, value in plan.to_dict().items() if name != "needle_form"},
         "evaluation": {"source": source, "text_sha256": text_sha256(text)},
@@ -91,7 +91,7 @@ def main() -> None:
         show_cells(run.cells, bar)
         metrics = runner.run(material, plan, run.cells)
     out = Console(width=None if sys.stdout.isatty() else 160)
-    for shown in tables({"metrics": metrics, "model": settings["model"], "sinks": SINKS, "dtype": "float32"}):
+    for shown in tables({"metrics": metrics, "model": settings["model"], "sinks": SINKS, "dtype": options.dtype}):
         out.print(shown)
     path = write_record(suite, settings, metrics)
     run.discard()
@@ -112,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=BUNDLED_MODEL, help=f"{MODEL_HELP} The record's suite is named after it.")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of model and caches")
     parser.add_argument("--suites", nargs="+", default=list(MEASURED), choices=MEASURED)
     parser.add_argument("--methods", default=METHODS, help="comma-separated")
     parser.add_argument(
