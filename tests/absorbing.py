@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests import warm
 from tests.families import FAMILIES, MAX_POSITIONS, OTHERS, Family
 
 _SMALL = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.12}
@@ -93,7 +93,7 @@ def run_without_quantcache(folders: Sequence[tuple[str, Path]]) -> list[dict[str
     arguments = [f"{attention}:{folder}" for attention, folder in folders]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False
+        [*warm.python(), "-c", _SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [load_file(f"{folder}.outputs") for _, folder in folders]

@@ -24,6 +24,7 @@ from quantcache.cli.stats import LiveStats
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import to_json, write_json
 from quantcache.planning.memory import estimate_memory
+from tests import warm
 from tests.families import FAMILIES
 from tests.helpers import Run
 
@@ -103,7 +104,7 @@ def calibrated(folder: Path) -> dict:
     """The JSON of ``calibrate``, run as a process of its own, so that nothing can hide what reaches stdout."""
     result = subprocess.run(
         [
-            *(sys.executable, "-m", "quantcache", "calibrate", "wiki11m", "--text", "one.txt", "two.txt"),
+            *(*warm.python(), "-m", "quantcache", "calibrate", "wiki11m", "--text", "one.txt", "two.txt"),
             *("--tokens", "1024", "--seq-len", "512", "-o", "calibration", "--json"),
         ],
         cwd=folder,

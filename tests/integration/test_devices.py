@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
@@ -20,6 +20,7 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
+from tests import warm
 from tests.builders import scalar_calibration
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import error, feed
@@ -191,19 +192,34 @@ def test_a_shard_serves_a_process_that_says_which_it_is(calibration: Calibration
         SpectralCache(calibration).spectral_layers[0].update(keys[:, :1], values[:, :1])
 
 
-def torchrun(script: Path, *arguments: object) -> None:
-    """Run a script as two processes on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, *arguments]
+def as_two_ranks(*arguments: object) -> None:
+    """Run ``two_ranks.py`` as two processes on this machine, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
     }
-    result = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    command = [*warm.python(), "-m", "tests.integration.two_ranks", *map(str, arguments)]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "".join(error[-3000:] for error in errors)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +228,7 @@ def ranks(calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("ranks")
     shared_model(LLAMA).save_pretrained(folder / "model")
     calibration.save_pretrained(folder / "calibration")
-    torchrun(Path(__file__).parent / "two_ranks.py", folder / "model", folder / "calibration", folder)
+    as_two_ranks(folder / "model", folder / "calibration", folder)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 
 

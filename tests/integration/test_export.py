@@ -33,6 +33,7 @@ from quantcache.common.writing import partial_folder
 from quantcache.data import demo_model_path
 from quantcache.export import absorb, export_checkpoint
 from quantcache.export.checkpoint import Checkpoint
+from tests import warm
 from tests.builders import PeftWrapper, packed_projections
 from tests.families import FAMILIES, OTHERS, Family, random_tokens
 from tests.helpers import divergence, feed
@@ -262,7 +263,7 @@ def run_python(code: str, *arguments: str) -> str:
     """Run code in a process of its own; gives what it prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+        [*warm.python(), "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -545,7 +546,7 @@ def test_a_terminated_export_leaves_nothing(folder: Path, calibration: Calibrati
     arguments = ["export", str(folder), "-c", str(tmp_path / "calibration"), "-o", str(tmp_path / "out"), "--no-verify"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     code = f"{stop}; from quantcache.cli import main; main({arguments!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*warm.python(), "-c", code], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out-partial-*/*.safetensors")):
         assert process.poll() is None

@@ -8,7 +8,6 @@ import inspect
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +28,7 @@ from quantcache.coding.schema import SIDES
 from quantcache.common.compat import attention as reading
 from quantcache.common.tensor_file import checksum
 from quantcache.data import calibrations_path, text_path
+from tests import warm
 from tests.builders import scalar_calibration
 from tests.families import FAMILIES, OTHERS, Family, random_tokens, shared_model
 from tests.helpers import error
@@ -523,7 +523,7 @@ def test_a_process_with_a_cache_is_warned() -> None:
     code = (
         "from transformers import masking_utils; del masking_utils._preprocess_mask_arguments; import quantcache.cache"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([*warm.python(), "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0
     assert "does not tell caches what is padding" in ended.stderr
 

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -32,6 +31,7 @@ from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.data import demo_model_path
+from tests import warm
 from tests.builders import llama_config, scalar_calibration
 from tests.helpers import Run
 
@@ -680,7 +680,7 @@ def test_what_is_missing_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_command_from_start_to_stop(stop: signal.Signals, chatty: str, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels")))}
-    command = [sys.executable, "-m", "quantcache", "serve", chatty, "-c", "wiki11m", "--port", "0", "--json"]
+    command = [*warm.python(), "-m", "quantcache", "serve", chatty, "-c", "wiki11m", "--port", "0", "--json"]
     folder, log = tmp_path / "prefixes", tmp_path / "log"
     with log.open("w") as errors:
         process = subprocess.Popen(

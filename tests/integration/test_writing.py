@@ -32,6 +32,7 @@ from quantcache.common.errors import ArtifactError, QuantCacheError
 from quantcache.common.jsonfile import write_json
 from quantcache.evaluation.cells import Cells
 from quantcache.export import export_checkpoint
+from tests import warm
 from tests.families import FAMILIES, random_tokens, shared_model
 from tests.helpers import Run, feed
 
@@ -196,7 +197,7 @@ def test_a_full_disk_leaves_the_old_files_and_one_error(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     found = subprocess.run(
-        [sys.executable, "-c", FULL, str(ROOT), str(tmp_path)], env=environment, capture_output=True, check=False
+        [*warm.python(), "-c", FULL, str(ROOT), str(tmp_path)], env=environment, capture_output=True, check=False
     )
     assert found.returncode == 0, found.stderr[-2000:]
     lines = found.stdout.decode().splitlines()
@@ -213,7 +214,7 @@ def test_a_terminated_calibration_leaves_nothing(tmp_path: Path) -> None:
     arguments = ["calibrate", "wiki11m", "--text", str(text), "--tokens", "256", "--seq-len", "128", "-o", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     code = f"{stop}; from quantcache.cli import main; main({arguments!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*warm.python(), "-c", code], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 3 * SECONDS
     while not list(out.glob(f"{writing.PREFIX}*/{CONFIG_NAME}")):
         assert process.poll() is None

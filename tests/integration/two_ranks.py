@@ -1,4 +1,4 @@
-"""One of two ranks: ``torchrun two_ranks.py MODEL CALIBRATION OUTPUT``.
+"""One of two ranks, as ``torchrun two_ranks.py MODEL CALIBRATION OUTPUT`` starts them.
 
 Feeds tokens through compressed caches of a model that transformers has split over the ranks, then shares out rows of
 tokens over ranks that each have the whole model, and writes what came of it.

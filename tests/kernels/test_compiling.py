@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -21,7 +22,7 @@ def run(*arguments: str) -> list[dict[str, Any]]:
     """Lines of JSON of ``tests.kernels.compiling`` in a process without Triton's interpreter."""
     paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels", "benchmarks"))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiling", *arguments],
+        [*warm.python(), "-m", "tests.kernels.compiling", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ pytest.importorskip("triton")
 
 from quantcache.coding.schema import SIDES
 from quantcache.evaluation.record import Record
+from tests import warm
 from tests.kernels import emulation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -35,7 +35,7 @@ with on_the_cpu():
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
 def test_gpu_benchmark_measures_and_writes_its_record(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", EMULATED, "--tiny", "--parts", "parity,copy,attention,models,encode"]
+    command = [*warm.python(), "-c", EMULATED, "--tiny", "--parts", "parity,copy,attention,models,encode"]
     command += ["--rungs", "1", "--minutes", "30"]
     paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels", "benchmarks"))
     given = {**os.environ, "PYTHONPATH": paths, "OUT": str(tmp_path), "TRITON_INTERPRET": "0"}
