@@ -26,8 +26,9 @@ def quick_interpreter() -> Iterator[None]:
 
     It puts its own functions into ``triton.language`` before a kernel runs, and again before every function that a
     kernel calls, where they are already; and it makes a table of all dtypes whenever it looks one up. It computes
-    whether any sum, difference or product of integers overflows, and does not look at what comes out. And for the
-    result of every operation it makes the type, the shape and its sizes anew.
+    whether any sum, difference or product of integers overflows, and does not look at what comes out. For the result
+    of every operation it makes the type, the shape and its sizes anew. And before every operation it finds out which
+    type both sides have to become and which shape, where they have them already or one is the number that it was.
     """
     try:
         from triton.runtime import interpreter
@@ -68,6 +69,7 @@ def quick_interpreter() -> Iterator[None]:
             monkeypatch.setattr(builder, "options", dataclasses.replace(options, sanitize_overflow=False))
         if all(hasattr(language, name) for name in ("core", "semantic")):
             reuse_types(language, monkeypatch)
+            reuse_operands(language, monkeypatch)
         yield
 
 
@@ -83,6 +85,7 @@ def reuse_types(language: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     types = dict[tuple[int, ...], tuple[object, dict[str, Any]]]()
     shapes = dict[tuple[int, ...], Any]()
     tensors = dict[int, tuple[object, dict[str, Any]]]()
+    common = dict[tuple[int, int], tuple[object, object, list[int], Any]]()  # what has an id is kept here as well
 
     def quick_type(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple([each.value if isinstance(each, core.constexpr) else each for each in shape])
@@ -102,12 +105,78 @@ def reuse_types(language: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         vars(self).update(tensors[id(shape)][1], handle=handle, type=type, dtype=type.scalar)
 
     def quick_broadcast(self: Any, one: Any, other: Any) -> tuple[Any, Any]:
-        same = one.type.is_block() and other.type.is_block() and one.type.shape is other.type.shape
-        return (one, other) if same else broadcast(self, one, other)
+        blocks = one.type.is_block(), other.type.is_block()
+        if blocks == (True, True):
+            key = id(one.shape), id(other.shape)
+            if one.shape is other.shape:
+                return one, other
+            if key not in common:
+                made = broadcast(self, one, other)
+                if len(one.shape) == len(other.shape):
+                    common[key] = one.shape, other.shape, [int(size) for size in made[0].shape], made[0].shape
+                return made
+            sizes, shape = common[key][2:]
+            return widened(self, one, sizes, shape), widened(self, other, sizes, shape)
+        if blocks == (True, False):
+            return one, splat(self, other, one.shape)
+        return (splat(self, one, other.shape), other) if blocks[1] else (one, other)
+
+    def widened(self: Any, each: Any, sizes: list[int], shape: Any) -> Any:
+        if each.shape is shape:
+            return each
+        return self.tensor(self.builder.create_broadcast(each.handle, sizes), core.block_type(each.dtype, shape))
+
+    def splat(self: Any, each: Any, shape: Any) -> Any:
+        type_ = core.block_type(each.dtype, shape)
+        return self.tensor(self.builder.create_splat(type_, each.handle), type_)
 
     monkeypatch.setattr(core.block_type, "__init__", quick_type)
     monkeypatch.setattr(core.tensor, "__init__", quick_tensor)
     monkeypatch.setattr(semantic, "broadcast_impl_value", quick_broadcast)
+
+
+def reuse_operands(language: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let both sides of an operation be as they are where nothing has to become of them, and keep what numbers become.
+
+    Args:
+        language: ``triton.language``, whose shapes :func:`reuse_types` shares.
+        monkeypatch: Undoes it.
+    """
+    core, semantic = language.core, language.semantic.TritonSemantic
+    tensor, constexpr = core.tensor, core.constexpr
+    check, unwrap = semantic.binary_op_type_checking_impl, core._unwrap_if_constexpr
+    integers = {id(language.int32), id(language.int64)}
+    plain = {id(language.float32), *integers}  # these become no other type beside their like
+    numbers = dict[tuple[object, ...], tuple[object, Any]]()
+
+    def quick_check(self: Any, one: Any, other: Any, *more: Any, **named: Any) -> tuple[Any, Any]:
+        kinds = type(one), type(other)
+        if kinds == (tensor, tensor):
+            as_it_is = one.dtype is other.dtype and id(one.dtype) in plain
+            if not as_it_is and more == (True, True):  # a pointer and an offset may be added in either order
+                as_it_is = id(other.dtype) in integers and one.dtype.is_ptr()
+            return self.broadcast_impl_value(one, other) if as_it_is else check(self, one, other, *more, **named)
+        at = kinds.index(tensor) if tensor in kinds else 0
+        beside, number = (other, one) if at else (one, other)
+        if type(beside) is not tensor or type(number) not in (int, float) or id(beside.dtype) not in plain:
+            return check(self, one, other, *more, **named)
+        if not number and type(number) is float:  # 0.0 and -0.0 are equal
+            return check(self, one, other, *more, **named)
+        key = (at, number, type(number), id(beside.dtype), id(beside.shape), more, *named.items())
+        if key not in numbers:
+            checked = check(self, one, other, *more, **named)
+            if checked[at] is not beside:  # it has to become another type
+                return checked
+            numbers[key] = beside.shape, checked[1 - at]  # what has the id is kept, or another might get it
+        kept = numbers[key][1]
+        return (kept, beside) if at else (beside, kept)
+
+    def quick_unwrap(each: Any) -> Any:
+        kind = type(each)
+        return each if kind is tensor or kind is int else each.value if kind is constexpr else unwrap(each)
+
+    monkeypatch.setattr(semantic, "binary_op_type_checking_impl", quick_check)
+    monkeypatch.setattr(core, "_unwrap_if_constexpr", quick_unwrap)
 
 
 def digest() -> str:
