@@ -201,13 +201,14 @@ def nothing_new(start: int, given: str) -> QuantCacheError:
     return QuantCacheError(
         f"the cache holds {start} tokens already, and is given {given}: generate() goes on from a cache with the text "
         "that it holds and at least one token more. For another prompt take a new cache, or reset() this one. For "
-        "the same prompt once more crop(-1) leaves a token to read. With prefill_chunk_size, some versions of "
-        "transformers give a cache all of the prompt again"
+        "the same prompt once more crop(-1) leaves a token to read. With prefill_chunk_size, assistant_model or "
+        "prompt_lookup_num_tokens, versions of transformers give a cache all of the prompt again: leave those out, or "
+        "take a new cache"
     )
 
 
 def _lie_before(mask: Any, positions: Any, start: int, count: int) -> bool:
-    """Whether several tokens are given to a cache that stand before the end of what it holds.
+    """Whether several tokens are given to a cache, some of which stand before the end of what it holds.
 
     Args:
         mask: What the model is told of padding, ``[B, T]``; ``generate`` leaves it out where there is none.
@@ -219,7 +220,8 @@ def _lie_before(mask: Any, positions: Any, start: int, count: int) -> bool:
         return mask.ndim == 2 and mask.shape[1] < start + count
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != count:
         return False
-    return bool((positions[:, -1] < start).all())
+    # From 0 on: the whole text once more, as assisted decoding begins, with new tokens at its end.
+    return bool(((positions[:, -1] < start) | (positions[:, 0] == 0)).all())
 
 
 def _gives(value: Any, cache: Any) -> bool:

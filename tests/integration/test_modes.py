@@ -109,6 +109,28 @@ def test_a_prompt_that_is_cached_already(given: str) -> None:
     assert fork.get_seq_length() == PROMPT.shape[1] + 2 == found.shape[1] - 1
 
 
+@pytest.mark.support("multi-turn chat on one cache", refused=True)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("new", [1, 60, 200])
+def test_assisted_decoding_that_begins_the_text_again(new: int, masked: bool) -> None:
+    """In a later turn: transformers read all of the text behind itself, and a short answer was a wrong one unsaid."""
+    model, cache = LLAMA.make(), quantized(LLAMA)
+    first = model.generate(PROMPT[:1], past_key_values=cache, max_new_tokens=4, do_sample=False)
+    turn, held = torch.cat((first, random_tokens(1, new, seed=12)), dim=1), cache.get_seq_length()
+    asked = {"max_new_tokens": 1, "do_sample": False} | ({"attention_mask": torch.ones_like(turn)} if masked else {})
+    expected = model.generate(turn, past_key_values=cache.fork(), **asked)
+    refusal, found = "", None
+    try:
+        found = model.generate(turn, past_key_values=cache.fork(), prompt_lookup_num_tokens=3, **asked)
+    except QuantCacheError as error:
+        refusal = str(error)
+    if found is not None:  # a version of transformers that reads what is new
+        assert torch.equal(found, expected)
+    else:
+        assert f"holds {held} tokens already" in refusal
+        assert "prompt_lookup_num_tokens" in refusal
+
+
 @pytest.mark.support("return_dict_in_generate, output_scores and output_logits")
 @by_model
 def test_scores_and_logits(family: Family) -> None:
