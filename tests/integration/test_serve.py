@@ -550,6 +550,9 @@ def test_what_asks_for_nothing_else_is_let_through(client: Any, chatty: str) -> 
         logit_bias={"5": -1},
     )  # fmt: skip
     assert found.choices[0].message.content == answer(rendered(STORY))
+    empty: dict[str, Any] = {"stop": [], "logit_bias": {}}  # as some clients say that they want none
+    found = client.chat.completions.create(model=chatty, messages=told(STORY), max_tokens=8, temperature=0, **empty)
+    assert found.choices[0].message.content == answer(rendered(STORY))
     parts = [{"role": "user", "content": [{"type": "text", "text": STORY}]}]
     found = client.chat.completions.create(model=chatty, messages=parts, max_completion_tokens=8, temperature=0)
     assert found.choices[0].message.content == answer(rendered(STORY))
@@ -567,6 +570,19 @@ def test_a_temperature_asks_for_sampling(client: Any, chatty: str) -> None:
     warm = [said(temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     assert warm[0] == warm[1]
     assert len({*warm, likeliest}) == 3
+
+
+@serving
+def test_a_seed_gives_the_same_answer_among_other_requests(client: Any, chatty: str) -> None:
+    """It was set while another answer was being generated: both came out otherwise than alone."""
+
+    def said(seed: int) -> str:
+        found = client.completions.create(model=chatty, prompt=STORY, max_tokens=24, temperature=2.0, seed=seed)
+        return str(found.choices[0].text)
+
+    alone = [said(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(said, range(4))) == alone
 
 
 @refusing

@@ -37,6 +37,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Values with which a field that transformers' server does not look at asks for nothing else."""
 
+NOTHING: dict[str, Any] = {"logit_bias": {}, "stop": []}
+"""Values with which a request asks for nothing, and which ``generate`` refuses."""
+
 WITHOUT_TOOLS = ("tool_choice", "parallel_tool_calls", "function_call", "max_tool_calls")
 """Fields that say nothing where there are no tools."""
 
@@ -76,12 +79,16 @@ def check_request(body: dict[str, Any], unused: Collection[str]) -> None:
     """Refuse a request for something that its answer would not have, and remember the others until they are answered.
 
     Args:
-        body: The request.
+        body: The request. What asks for nothing is taken out of it, and so is the seed: transformers' server would sow
+            it at once, in the middle of another request's answer.
         unused: Fields that transformers' server knows and does not look at.
 
     Raises:
         HTTPException: Status 400, with the field and its value.
     """
+    for name, value in NOTHING.items():
+        if body.get(name) == value:
+            del body[name]
     given = {name: value for name, value in body.items() if value is not None}
     try:
         json.dumps(given, ensure_ascii=False).encode()
@@ -122,6 +129,7 @@ def check_request(body: dict[str, Any], unused: Collection[str]) -> None:
     for name in ("messages", "input"):
         if name in given and not (name == "input" and isinstance(given[name], str)):
             _check_messages(name, given[name])
+    body.pop("seed", None)
     _asked.set(given)
 
 
@@ -150,6 +158,11 @@ def asks_for_sampling() -> bool:
     if temperature is not None:
         return bool(temperature >= COLDEST)
     return bool(given.get("top_p", 1) < 1)
+
+
+def asked_seed() -> int | None:
+    """The seed of the present request's answer; None if it has none."""
+    return (_asked.get() or {}).get("seed")
 
 
 def _check_messages(name: str, messages: Any) -> None:

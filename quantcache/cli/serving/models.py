@@ -20,7 +20,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, spl
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.enabling import enable, is_enabled
 from quantcache.cache.prefixes import PrefixStore
-from quantcache.cli.serving.asked import asks_for_sampling
+from quantcache.cli.serving.asked import asked_seed, asks_for_sampling
 from quantcache.cli.serving.stops import Shortened, shortened
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
@@ -218,6 +218,7 @@ class _Manager(GenerateManager):
             raise HTTPException(
                 400, f"num_beams={gen_config.num_beams}: the answer of a beam search cannot be streamed"
             )
+        self._sow()
         queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, *args, **kw)
         return Shortened(queue, gen_config), streamer
 
@@ -230,10 +231,17 @@ class _Manager(GenerateManager):
         watching = asyncio.create_task(gone.watch(_connection.get()))
         try:
             inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([gone])}
+            self._sow()
             text, *more = await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kw)
             return shortened(text, gen_config), *more
         finally:
             watching.cancel()
+
+    def _sow(self) -> None:
+        """Set the request's seed on the thread that generates, right before what is submitted to it next."""
+        seed = asked_seed()
+        if seed is not None:
+            self.submit(torch.manual_seed, seed)
 
 
 _connection: ContextVar[Callable[[], Awaitable[Any]] | None] = ContextVar("connection", default=None)
