@@ -83,7 +83,7 @@ def _sampled(model: torch.nn.Module) -> str:
     for name, parameter in weights:
         if parameter.is_meta:
             raise QuantCacheError(
-                f"{name} is offloaded, so the model cannot be identified by its weights: leave model out"
+                f"{name} is offloaded, so the model cannot be identified by its weights: leave out model=, or prefixes="
             )
         flat = parameter.detach().flatten()
         samples.append(flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].float())

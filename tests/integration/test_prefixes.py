@@ -542,6 +542,10 @@ def test_what_cannot_have_prefixes(model: PreTrainedModel, calibration: Calibrat
     prompted.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
     with pytest.raises(UnsupportedModel, match="puts tokens of its own before every prompt"):
         quantcache.enable(prompted, calibration, prefixes=PrefixStore(GIBI))
+    offloaded = LLAMA.make()
+    offloaded.lm_head.weight = torch.nn.Parameter(offloaded.lm_head.weight.to("meta"))
+    with pytest.raises(QuantCacheError, match=r"lm_head.weight is offloaded, .*: leave out model=, or prefixes="):
+        quantcache.enable(offloaded, calibration, prefixes=PrefixStore(GIBI))
     with pytest.raises(TypeError, match="prefixes must be a PrefixStore, got str"):
         quantcache.enable(model, calibration, prefixes="prefixes/")
     with pytest.raises(QuantCacheError, match="this PrefixStore has no folder"):
