@@ -134,7 +134,9 @@ class Period:
     def __init__(self, model: Any, cache: BlockCache, masked: bool):
         layers = stageable(cache)
         device, batch = layers[0].device, layers[0].tails["key"].shape[0]
-        self.counts = torch.zeros(len(layers), dtype=torch.int32, device=device)  # which the stages set
+        with torch.inference_mode(False):  # what is made in that mode may not be written to once it is over
+            self.counts = torch.zeros(len(layers), dtype=torch.int32, device=device)  # which the stages set
+            self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.int64, device=device) for _ in range(2))
         shared: dict[str, Any] = {}
         counts = self.counts.split(1)
         self.layers = [Staged.of(layer, count, masked, shared) for layer, count in zip(layers, counts, strict=True)]
@@ -142,8 +144,8 @@ class Period:
             staged.layer._put(staged.layer.state._replace(buffer=staged.buffer, refused=False))
         length = max(staged.view.length for staged in self.layers)
         self.model, self.masked = model, masked
-        self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.int64, device=device) for _ in range(2))
-        self.mask = torch.ones(batch if masked else 1, 1, 1, length, dtype=torch.bool, device=device)
+        with torch.inference_mode(False):
+            self.mask = torch.ones(batch if masked else 1, 1, 1, length, dtype=torch.bool, device=device)
         self.cache = StagedCache(self.layers)
         self.looked = True  # the mask, for what is padding now
         self.steps = 0

@@ -229,6 +229,19 @@ def test_a_graph_serves_rows_that_have_changed_places(emulated: list[Again]) -> 
     same_tokens(cache, plain)
 
 
+def test_steps_may_be_taken_in_inference_mode_and_then_without(emulated: list[Again]) -> None:
+    length = 4 + BLOCK + 20
+    cache, ids = filled(length), tokens(length + 5)[:, length:]
+    plain, step = copy.deepcopy(cache), DecodeGraph(model(), cache)
+    for i in range(5):
+        with torch.no_grad():
+            expected = model()(ids[:, i : i + 1], past_key_values=plain, use_cache=True).logits
+        with torch.inference_mode(i < 2):
+            found = step(ids[:, i : i + 1], attention_mask=torch.ones(2, length + i + 1, dtype=torch.long))
+        assert torch.equal(found, expected), i
+    assert len(emulated) == 1
+
+
 def test_what_cannot_be_captured_is_refused(emulated: list[Again], monkeypatch: pytest.MonkeyPatch) -> None:
     length = 4 + BLOCK + 20
     cache, ids = filled(length), tokens(1)
