@@ -9,6 +9,7 @@ says where everything is then. A new graph is captured when there are twice as m
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -222,6 +223,10 @@ class Period:
         commit([staged.layer for staged in self.layers], states)
 
 
+_one_capture = threading.Lock()
+"""Held while a step is captured: CUDA refuses a second capture beside one, and both would fail."""
+
+
 @functools.cache
 def _capturing(device: torch.device) -> torch.cuda.Stream:
     """The stream of a device's captures: they share memory only on one, and torch's own is of the device used first."""
@@ -244,9 +249,10 @@ def recorded(step: Callable[[], Tensor], earlier: Graph | None, device: torch.de
     """
     pool = None if earlier is None else earlier.pool()
     try:
-        with torch.cuda.device(device):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=_capturing(device)):
+        with _one_capture, torch.cuda.device(device):
+            graph, stream = torch.cuda.CUDAGraph(), _capturing(device)
+            # By default CUDA forbids all threads what this one may not do, such as allocating memory: they would fail.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = step()
     except QuantCacheError:
         raise

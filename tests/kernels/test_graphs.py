@@ -9,8 +9,10 @@ import copy
 import gc
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -363,7 +365,7 @@ def test_a_step_is_captured_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -
         current[0] = before
 
     @contextmanager
-    def graph(graph: Any, pool: Any = None, stream: Any = None) -> Iterator[None]:
+    def graph(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         captured.append((stream.index, current[0], pool))
         yield
 
@@ -381,4 +383,36 @@ def test_a_step_is_captured_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -
     assert current == [0]
     assert captured == [(1, 1, None), (1, 1, "pool"), (0, 0, None)]
     assert len(streams) == 2, "captures share memory on one stream only"
+    stages._capturing.cache_clear()
+
+
+def test_threads_capture_one_after_the_other_and_may_allocate_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """During a capture CUDA fails in every thread what it forbids: another capture, and by default allocations."""
+    modes: list[str] = []
+    under_way = threading.Semaphore(1)
+
+    @contextmanager
+    def graph(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert under_way.acquire(blocking=False), "a thread captures beside another"
+        modes.append(capture_error_mode)
+        yield
+        under_way.release()
+
+    fakes = {"device": nullcontext, "graph": graph, "Stream": lambda device: device, "CUDAGraph": SimpleNamespace}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    stages._capturing.cache_clear()
+    begun = threading.Barrier(3)
+
+    def capture(number: int) -> Tensor:
+        def step() -> Tensor:
+            time.sleep(0.05)
+            return torch.tensor(number)
+
+        begun.wait()
+        return stages.recorded(step, None, torch.device("cuda", 0))[1]
+
+    with ThreadPoolExecutor(3) as threads:
+        assert [found.item() for found in threads.map(capture, range(3))] == [0, 1, 2]
+    assert modes == ["thread_local"] * 3
     stages._capturing.cache_clear()
