@@ -149,8 +149,11 @@ def _decoding_trial(codec: SpectralCodec, fields: Fields, block_table: Tensor, l
 
 
 def _too_large(query: Tensor, view: CacheView, mask: Tensor | None) -> str | None:
-    """Of a row of the batch, queries or a mask whose last element the kernels cannot reach."""
+    """Of a row of the batch, queries, recent tokens or a mask whose last element the kernels cannot reach."""
     heads, count = query.shape[1] // view.key.tail.shape[1], query.shape[2]
+    for tail in (view.key.tail, view.value.tail):
+        if tail.shape[2] * tail.stride(2) + tail.shape[3] * tail.stride(3) >= REACH:
+            return f"{tail.shape[2]} recent tokens lie too far apart"
     if heads * query.stride(1) + count * query.stride(2) >= REACH:
         return f"{count} queries lie too far apart"
     if mask is not None and count * mask.shape[3] >= REACH:

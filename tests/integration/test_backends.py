@@ -190,6 +190,7 @@ def test_names_of_backends_are_checked() -> None:
 def test_what_lies_beyond_the_reach_of_triton_is_left_to_plain_torch() -> None:
     """Products of 32 bits would wrap, and a query read the mask of another, or no memory of its own."""
     view, heads = filled().layers[0].snapshot(), CONFIG.num_attention_heads
+    tail = view.value.tail
 
     def reason(count: int, length: int, between: int) -> str | None:
         query = torch.empty_strided((1, heads, count, 64), (0, 64, between, 1), device="meta")
@@ -198,3 +199,7 @@ def test_what_lies_beyond_the_reach_of_triton_is_left_to_plain_torch() -> None:
 
     assert reason(1 << 15, 1 << 16, 128) == "the mask of 32768 queries and 65536 tokens has too many elements"
     assert reason(1 << 17, 1 << 10, 1 << 14) == "131072 queries lie too far apart"
+    # 8192 of them in a batch of 256 rows: a token of all rows and heads lies together.
+    strides = tail.shape[1] * 64, 64, 256 * 16 * 64, 1
+    view.value.tail = torch.empty_strided((*tail.shape[:2], 8192, 64), strides, device="meta")
+    assert reason(1, view.length, 64) == "8192 recent tokens lie too far apart"
