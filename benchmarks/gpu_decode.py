@@ -108,8 +108,9 @@ def main() -> None:
         "sweep": lambda: sweep(run, options),
         "check": lambda: run.keep("check", check_kernels()),
         "models": lambda: [model_part(run, name, options) for name in options.models if run.has_time(name, 20)],
+        "kernels": lambda: run.keep("kernels", kernels(run)),
     }
-    for name in options.parts:
+    for name in (*options.parts, "kernels"):
         try:
             metrics[name] = parts[name]()
         except Exception:  # one part's failure must not cost the others
@@ -119,16 +120,14 @@ def main() -> None:
             RuntimeError
         ):  # what was measured goes into the record even if the GPU is out of order
             run.free()
-    with contextlib.suppress(RuntimeError):
-        metrics["kernels"] = run.keep("kernels", kernels(run))
     metrics["not_measured"] = run.skipped
-    if isinstance(metrics.get("attention"), list):
-        Console(width=None if sys.stdout.isatty() else 200).print(table(metrics["attention"]))
     unquoted = {"commit": None} if options.tiny else None  # never among the results
     path = write_record("gpu-decode", vars(options), metrics, unquoted)
     if out := os.environ.get("OUT"):
         shutil.copy(path, out)
     print(f"record: {path}", file=sys.stderr)
+    if isinstance(metrics.get("attention"), list):
+        Console(width=None if sys.stdout.isatty() else 200).print(table(metrics["attention"]))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -77,6 +77,23 @@ def test_gpu_benchmark_measures_and_writes_its_record(tmp_path: Path) -> None:
     assert record.metrics["not_measured"] == []
 
 
+def test_whatever_fails_at_the_end_the_record_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own structures, which the list of kernels is read from, change with its versions."""
+    import gpu_decode
+
+    def changed(run: object) -> None:
+        raise KeyError("caches")
+
+    monkeypatch.setattr(gpu_decode, "kernels", changed)
+    monkeypatch.setattr(sys, "argv", ["gpu_decode.py", "--tiny", "--parts", "copy"])
+    monkeypatch.setenv("OUT", str(tmp_path))
+    gpu_decode.main()
+    (path,) = tmp_path.glob("gpu-decode__*.json")
+    metrics = Record.from_dict(json.loads(path.read_text())).metrics
+    assert metrics["copy"]["bytes"] == 2 * 4 * 4096
+    assert "KeyError: 'caches'" in metrics["kernels"]["status"]["traceback"]
+
+
 @torch.inference_mode()
 def test_kernels_that_cannot_run_are_said_to_be_unavailable(tmp_path: Path) -> None:
     from gpu_run import Run
