@@ -110,11 +110,11 @@ SANITIZE_SECONDS ?= 180
 SANITIZED = QUANTCACHE_CPU_LIBRARY=$$(echo $(CURDIR)/build/asan/quantcache_kernels/cpu/_native*.so) \
   LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 $(BIN)/python
-asan: $(STAMP) ## Run the CPU kernels' tests and random calls (SANITIZE_SECONDS=180, recorded) on a build with sanitizers
+asan: $(STAMP) ## Run tests of CPU and emulated CUDA kernels and random calls (SANITIZE_SECONDS=180, recorded) with sanitizers
 	@rm -rf build/asan && mkdir -p build/asan
 	QUANTCACHE_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext --force \
 	  --build-lib build/asan --build-temp build/asan/objects
-	$(SANITIZED) -m pytest -q tests/kernels -k "not triton" $(ARGS)
+	QUANTCACHE_SANITIZE=address,undefined $(SANITIZED) -m pytest -q tests/kernels -k "not triton" $(ARGS)
 	OMP_NUM_THREADS=2 $(SANITIZED) benchmarks/sanitize.py --seconds $(SANITIZE_SECONDS)
 
 bench-cpu: $(STAMP) ## Time the CPU kernels beside the dense cache (15 minutes); options in ARGS="..."

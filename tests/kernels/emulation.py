@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +26,13 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulated"
 
 # Checked functions take the jumps from one lane's stack to another's for errors.
-FLAGS = ("-O1", "-U_FORTIFY_SOURCE", "-std=c++17", "-shared", "-fPIC")
+FLAGS: tuple[str, ...] = ("-O1", "-U_FORTIFY_SOURCE", "-std=c++17", "-shared", "-fPIC")
+
+if os.environ.get("QUANTCACHE_SANITIZE") and COMPILER is not None:
+    # Every access of a kernel must lie in a tensor and be aligned; what a GPU does otherwise cannot be caught there. Of
+    # the lanes' stacks the sanitizer knows nothing.
+    FLAGS += ("-g", "-fsanitize=address,alignment", "-fno-sanitize-recover=all")
+    FLAGS += ("-mllvm", "-asan-stack=0") if "clang" in COMPILER else ("--param", "asan-stack=0")
 
 
 @functools.cache
