@@ -189,13 +189,13 @@ class _Forward:
     """
 
     def __init__(self, model: Any):
-        self.model, self.original = model, model.forward
+        self.model, self.original, self.has_failed = model, model.forward, False
         self.steps: weakref.WeakKeyDictionary[BlockCache, _Steps | None] = weakref.WeakKeyDictionary()
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward pass."""
-        if args or not self.is_step(kwargs):
+        if args or self.has_failed or not self.is_step(kwargs):
             return self.original(*args, **kwargs)
         cache = compat.given_cache(kwargs)
         try:
@@ -210,6 +210,8 @@ class _Forward:
                 return CausalLMOutputWithPast(logits=logits, **{_CACHE: cache})
         except GraphCaptureError as error:
             self.steps[cache] = None
+            # Others of the model's caches would fail as well, and torch keeps the memory of every capture that has.
+            self.has_failed = error.__cause__ is not None
             log_once(logger, logging.WARNING, f"decoding without CUDA graphs: {error}")
         return self.original(**kwargs)
 

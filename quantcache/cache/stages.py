@@ -226,6 +226,9 @@ class Period:
 _one_capture = threading.Lock()
 """Held while a step is captured: CUDA refuses a second capture beside one, and both would fail."""
 
+_failed: list[Graph] = []
+"""Graphs whose capture has failed: torch's allocator may go on asking them what belongs to them."""
+
 
 @functools.cache
 def _capturing(device: torch.device) -> torch.cuda.Stream:
@@ -250,10 +253,16 @@ def recorded(step: Callable[[], Tensor], earlier: Graph | None, device: torch.de
     pool = None if earlier is None else earlier.pool()
     try:
         with _one_capture, torch.cuda.device(device):
-            graph, stream = torch.cuda.CUDAGraph(), _capturing(device)
-            # By default CUDA forbids all threads what this one may not do, such as allocating memory: they would fail.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                result = step()
+            graph, stream, before = torch.cuda.CUDAGraph(), _capturing(device), torch.cuda.current_stream(device)
+            try:
+                # By default CUDA forbids all threads what this one may not do, such as allocating memory.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    result = step()
+            except BaseException as error:
+                torch.cuda.set_stream(before)  # torch does not where CUDA has ended the capture
+                if isinstance(error, RuntimeError):
+                    _failed.append(graph)
+                raise
     except QuantCacheError:
         raise
     except RuntimeError as error:

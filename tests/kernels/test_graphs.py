@@ -373,7 +373,8 @@ def test_a_step_is_captured_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -
         streams.append(device)
         return device
 
-    for name, fake in {"device": device, "graph": graph, "Stream": stream, "CUDAGraph": SimpleNamespace}.items():
+    fakes = {"device": device, "graph": graph, "Stream": stream, "CUDAGraph": SimpleNamespace}
+    for name, fake in {**fakes, "current_stream": lambda device: None}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     stages._capturing.cache_clear()
     earlier = SimpleNamespace(pool=lambda: "pool")
@@ -399,7 +400,7 @@ def test_threads_capture_one_after_the_other_and_may_allocate_meanwhile(monkeypa
         under_way.release()
 
     fakes = {"device": nullcontext, "graph": graph, "Stream": lambda device: device, "CUDAGraph": SimpleNamespace}
-    for name, fake in fakes.items():
+    for name, fake in {**fakes, "current_stream": lambda device: None}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     stages._capturing.cache_clear()
     begun = threading.Barrier(3)
@@ -416,3 +417,60 @@ def test_threads_capture_one_after_the_other_and_may_allocate_meanwhile(monkeypa
         assert [found.item() for found in threads.map(capture, range(3))] == [0, 1, 2]
     assert modes == ["thread_local"] * 3
     stages._capturing.cache_clear()
+
+
+def test_a_capture_that_cuda_ends_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.graph raises what the end of such a capture does before it gives back the stream."""
+    current = ["of before"]
+
+    class Capture:
+        def __init__(self, graph: Any, stream: str, **given: Any):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            current[0] = self.stream
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def waits() -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    fakes: dict[str, Any] = {
+        "device": nullcontext,
+        "graph": Capture,
+        "Stream": lambda device: "of captures",
+        "CUDAGraph": SimpleNamespace,
+        "current_stream": lambda device: current[0],
+        "set_stream": lambda stream: current.__setitem__(0, stream),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(stages, "_failed", [])
+    stages._capturing.cache_clear()
+    with pytest.raises(GraphCaptureError, match="the step cannot be captured: RuntimeError: operation failed due to"):
+        stages.recorded(waits, None, torch.device("cuda", 0))
+    assert current == ["of before"]
+    assert len(stages._failed) == 1, "torch's allocator still asks it"
+    stages._capturing.cache_clear()
+
+
+def test_a_model_that_cannot_be_captured_is_not_captured_again(
+    emulated: list[Again], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[torch.device] = []
+
+    def recorded(step: Callable[[], Tensor], earlier: Any, device: torch.device) -> Any:
+        attempts.append(device)
+        raise GraphCaptureError("the step cannot be captured") from RuntimeError("it waits")
+
+    monkeypatch.setattr(stages, "recorded", recorded)
+    length = 4 + BLOCK + 20
+    ids = tokens(length + 3)[:, length:]
+    with torch.no_grad(), decode_graphs(model()):
+        for _ in range(2):
+            cache = filled(length)
+            for i in range(3):
+                model()(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            assert cache.get_seq_length() == length + 3
+    assert len(attempts) == 1, "torch keeps the memory of every capture that has failed"
