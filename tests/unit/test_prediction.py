@@ -172,7 +172,9 @@ def test_the_yardstick_is_text_that_the_calibration_has_not_seen(given: list[int
 def test_the_yardstick_of_a_text_begins_behind_what_the_calibration_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, list[Tensor]] = {}
 
-    def measured(model: object, sequences: list[Tensor], held_out: list[Tensor], calibration: object) -> None:
+    def measured(
+        model: object, sequences: list[Tensor], held_out: list[Tensor], calibration: object, on_progress: object
+    ) -> None:
         given.update(sequences=sequences, held_out=held_out)
 
     monkeypatch.setattr(calibrator, "measure_yardstick", measured)
