@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,24 @@ RIVALS = {
 }
 
 
+LEVELS = ("avx512", "avx2")
+"""Instruction sets whose newest records are shown."""
+
+
+def has_level(level: str) -> Callable[[dict[str, Any]], int]:
+    """Tell the records of one instruction set.
+
+    Args:
+        level: Name of the instruction set.
+
+    Returns:
+        What is 1 for its records and 0 for others.
+    """
+    return lambda record: int(record["settings"].get("level") == level)
+
+
 def cpu_attention_table(path: Path, record: dict[str, Any], page: Path) -> str:
-    """How many times faster one layer's decoding step is.
+    """How many times faster one layer's decoding step is, with the most threads of the record.
 
     Args:
         path: The record's file, relative to the checkout.
@@ -29,25 +46,25 @@ def cpu_attention_table(path: Path, record: dict[str, Any], page: Path) -> str:
     Returns:
         Markdown.
     """
-    suites = record["metrics"]["attention"]
-    rungs = [rung for suite in suites.values() for rungs in suite["geometries"].values() for rung in rungs.values()]
+    threads = max(record["settings"]["threads"])
+    ladders = record["metrics"]["attention"][f"threads_{threads}"]["geometries"]
+    rungs = [rung for ladder in ladders.values() for rung in ladder.values()]
     rivals = [rival for rival in RIVALS if any(rival in rung["times_faster"] for rung in rungs)]
     names = [RIVALS[rival] for rival in rivals]
-    header = ["geometry", "threads", "cached tokens", "spectral, ms", *names, "of read bandwidth"]
+    header = ["geometry", "cached tokens", "spectral, ms", *names, "of read bandwidth"]
     rows = []
-    for threads, suite in suites.items():
-        for name, ladder in suite["geometries"].items():
-            for tokens, rung in ladder.items():
-                times = rung["milliseconds"]["spectral"]
-                own = f"{times['median']:.3f} ({times['p20']:.3f} to {times['p80']:.3f})"
-                faster = [rung["times_faster"].get(rival) for rival in rivals]
-                cells = ["" if ratio is None else f"{ratio:.2f}×" for ratio in faster]
-                share = f"{rung['share_of_read_bandwidth']:.1%}"
-                rows.append([name, threads.removeprefix("threads_"), f"{int(tokens):,}", own, *cells, share])
+    for name, ladder in ladders.items():
+        for tokens, rung in ladder.items():
+            times = rung["milliseconds"]["spectral"]
+            own = f"{times['median']:.3f} ({times['p20']:.3f} to {times['p80']:.3f})"
+            faster = [rung["times_faster"].get(rival) for rival in rivals]
+            cells = ["" if ratio is None else f"{ratio:.2f}×" for ratio in faster]
+            rows.append([name, f"{int(tokens):,}", own, *cells, f"{rung['share_of_read_bandwidth']:.1%}"])
     caption = (
         f"One layer, one new token: update and attention at {record['settings']['bits']:g} bits, median with 20th and "
         "80th percentile, and how many times faster that is than the others, which took turns with it. The share of "
-        f"the measured read bandwidth counts packed bytes only. {record['settings']['level'].upper()}. "
+        f"the measured read bandwidth counts packed bytes only. {record['settings']['level'].upper()}, {threads} "
+        "threads; the record has one thread too. "
     )
     return f"{markdown(header, rows)}\n\n{caption}{origin(path, record, page)}"
 

@@ -21,7 +21,7 @@ import figures
 from ablation_tables import ablation_table, findings_table, frames_table
 from absorb_tables import absorb_table
 from claim_tables import claim_table, predictions_table
-from cpu_tables import cpu_attention_table, cpu_models_table
+from cpu_tables import LEVELS, cpu_attention_table, cpu_models_table, has_level
 from fidelity_tables import (
     NO_RECORD,
     Parts,
@@ -88,8 +88,8 @@ TABLES: dict[str, tuple[str, Render]] = {
     "findings": ("findings", findings_table),
     "frames": ("frames", frames_table),
     "absorb": ("absorb", absorb_table),
-    "cpu-attention": ("cpu-decode", cpu_attention_table),
-    "cpu-models": ("cpu-decode", cpu_models_table),
+    **{f"cpu-attention-{level}": ("cpu-decode", cpu_attention_table) for level in LEVELS},
+    **{f"cpu-models-{level}": ("cpu-decode", cpu_models_table) for level in LEVELS},
     "gpu-attention": ("gpu-decode", gpu_attention_table),
     "gpu-models": ("gpu-decode", gpu_models_table),
     "prefixes": ("prefixes-smollm2-135m", prefixes_table),
@@ -97,7 +97,11 @@ TABLES: dict[str, tuple[str, Render]] = {
 }
 """Suite of the record, and what makes Markdown of record file, record and page."""
 
-RANKS: dict[str, Callable[[dict[str, Any]], int]] = {"gpu-attention": attention_rank, "gpu-models": models_rank}
+RANKS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "gpu-attention": attention_rank,
+    "gpu-models": models_rank,
+    **{f"cpu-{table}-{level}": has_level(level) for table in ("attention", "models") for level in LEVELS},
+}
 """For tables that not every record of their suite will do for: the newest of the highest rank is shown, none of 0."""
 
 

@@ -658,6 +658,23 @@ def test_gpu_tables_are_of_the_newest_record_that_has_what_they_show(checkout: P
     assert "gpu-decode__a.json" in found
 
 
+def test_every_instruction_set_has_its_own_tables_of_cpus(checkout: Path) -> None:
+    for day, level in ((1, "avx512"), (2, "avx2"), (3, "plain")):
+        times = {"median": float(day), "p20": float(day), "p80": float(day), "n": 9}
+        rung = {"milliseconds": {"spectral": times}, "times_faster": {}, "share_of_read_bandwidth": 0.5}
+        one, two = ({"geometries": {name: {"256": rung}}} for name in ("alone", "together"))
+        made = record(f"2026-01-0{day}T00:00:00+00:00", 0.0, suite="cpu-decode")
+        made["settings"] = {"bits": 3.0, "threads": [1, 2], "level": level}
+        made["metrics"] = {"attention": {"threads_1": one, "threads_2": two}, "models": {}}
+        add(checkout, level, made)
+    markers = "\n\n".join(f"<!-- table:cpu-attention-{level} -->\n<!-- /table -->" for level in ("avx512", "avx2"))
+    first, second = tables.render(markers, checkout, Path("README.md")).split("table:cpu-attention-avx2")
+    assert "| together | 256 | 1.000 (1.000 to 1.000) | 50.0% |" in first
+    assert "AVX512, 2 threads" in first
+    assert "| together | 256 | 2.000 (2.000 to 2.000) | 50.0% |" in second
+    assert "alone" not in first + second
+
+
 def test_gpu_tables_make_do_with_records_of_triton() -> None:
     ranks = [
         (gpu_tables.attention_rank(record), gpu_tables.models_rank(record))
