@@ -138,11 +138,14 @@ def main() -> None:
     run = Run(suite, {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
-    statistics = text_statistics(model, tokenizer, calibration_text, options.calibration_tokens)
+    statistics = None
+    if any(needs_statistics(part.methods.split(",")) for part in parts):
+        statistics = text_statistics(model, tokenizer, calibration_text, options.calibration_tokens)
     recipe = calibration.metadata.recipe
     settings["calibration"] = {**recipe, "source": calibration_source, "seconds": seconds}
     settings["codec"] = asdict(calibration.metadata.codec)
-    settings["statistics"] = {"tokens": statistics.tokens, "text_sha256": statistics.text_sha256}
+    if statistics is not None:
+        settings["statistics"] = {"tokens": statistics.tokens, "text_sha256": statistics.text_sha256}
     metrics: dict[str, dict] = {}
     out = Console(width=None if sys.stdout.isatty() else 120)
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -260,7 +263,7 @@ def measure_part(
     part: Part,
     model: PreTrainedModel,
     calibration: Calibration,
-    statistics: RivalStatistics,
+    statistics: RivalStatistics | None,
     run: Run,
     bar: Progress,
 ) -> dict[str, Any]:
