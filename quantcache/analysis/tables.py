@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from quantcache.analysis.report import Divergence, Report, Target
+from quantcache.common.grid import Grid
 
 LABELS = {
     "key": "keys",
@@ -25,10 +25,7 @@ LABELS = {
 MISSING = "–"
 
 WIDTH = 80
-"""Columns of a terminal that tables in plain text keep to, if their figures allow it."""
-
-GAP = 2
-"""Spaces between two of their columns."""
+"""Columns of a terminal that tables in plain text keep to."""
 
 
 def number(value: float | None, places: int = 2) -> str:
@@ -355,38 +352,10 @@ def summary(report: Report) -> str:
             places = list(range(len(table.columns)))
         else:
             continue
-        lines += ["", table.title, *_aligned(table, places)]
+        grid = Grid(*(table.columns[place][0] for place in places), title=table.title)
+        for row in table.rows:
+            grid.add_row(*(row[place].text for place in places))
+        lines += ["", *grid.lines(WIDTH)]
     if report.notes:
         lines += ["", *(f"Note: {note}" for note in report.notes)]
     return "\n".join(lines)
-
-
-def _aligned(table: Table, places: list[int]) -> list[str]:
-    """A table's columns, the first one flush left; where they are wider than a terminal, heads fold at spaces."""
-    rows = [[row[place].text for place in places] for row in table.rows]
-    names = [table.columns[place][0] for place in places]
-    cells = [max((len(row[column]) for row in rows), default=0) for column in range(len(places))]
-    for lines in (1, 2, 3):
-        widths = [max(wide, _head_width(name, lines)) for name, wide in zip(names, cells, strict=True)]
-        if sum(widths) + GAP * (len(widths) - 1) <= WIDTH:
-            break
-    heads = [textwrap.wrap(name, width, break_on_hyphens=False) for name, width in zip(names, widths, strict=True)]
-    tall = max(map(len, heads))
-    above = [[""] * (tall - len(head)) + head for head in heads]
-    rows = [*map(list, zip(*above, strict=True)), *rows]
-    return [
-        (" " * GAP)
-        .join(
-            f"{text:<{width}}" if not column else f"{text:>{width}}"
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        .rstrip()
-        for row in rows
-    ]
-
-
-def _head_width(name: str, lines: int) -> int:
-    """What a head takes in so many lines."""
-    least = max(map(len, name.split()))
-    fitting = (w for w in range(least, len(name)) if len(textwrap.wrap(name, w, break_on_hyphens=False)) <= lines)
-    return next(fitting, len(name))
