@@ -42,7 +42,8 @@ from quantcache.common.ambient import matmul
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.data import BUNDLED_MODEL
-from quantcache.evaluation.fidelity import chunk_edges, kl_divergence, log_probabilities
+from quantcache.evaluation.feeding import chunk_edges
+from quantcache.evaluation.fidelity import kl_divergence, log_probabilities
 from quantcache_kernels.interface import AttentionCall
 
 BOUND = 1.03
