@@ -8,7 +8,6 @@ measured by itself. quanto is measured where optimum-quanto is installed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.methods.base import Setting, simulated_cache, uniform
 from quantcache.evaluation.methods.integer import QuarotCodec
+from quantcache.evaluation.provenance import text_sha256
 from quantcache.export import absorb
 from quantcache.export.model import absorbed_calibration, changed_tensors, layer_maps
 from quantcache.export.projections import TensorInfo, find_projections
@@ -187,7 +187,7 @@ def main() -> None:
         "sinks": SINKS,
         "residual": RESIDUAL,
         "calibration": calibration.metadata.recipe,
-        "evaluation": {"source": source, "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "evaluation": {"source": source, "text_sha256": text_sha256(text)},
     }
     metrics = {"models": models, "rounding": rounding(calibration, tokens[None, : options.context])}
     path = write_record("absorb", settings, metrics)

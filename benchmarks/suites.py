@@ -8,7 +8,6 @@ cell.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def main() -> None:
     )
     decides = {"calibration": given, "calibration_tokens": options.calibration_tokens, "metric": options.metric}
     suite = suite_of("suites", options.model)
-    run = Run(suite, {**settings, **decides, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
+    run = Run(suite, {**settings, **decides, "text": text_sha256(calibration_text)})
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     settings["calibration"] = {**calibration.metadata.recipe, "source": calibration_source, "seconds": seconds}
