@@ -46,7 +46,7 @@ from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import summaries
 from quantcache.evaluation.fidelity import STRETCH, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
-from quantcache.evaluation.provenance import model_sha256
+from quantcache.evaluation.provenance import model_sha256, text_sha256
 
 GROUP = 8
 """Caches that are measured together: they share the dense cache's predictions."""
@@ -86,12 +86,12 @@ def main() -> None:
             "tokens": options.calibration_tokens,
             "seq_len": min(SEQUENCE, limit),
             "seed": 0,
-            "text_sha256": hashlib.sha256(calibration_text.encode()).hexdigest(),
+            "text_sha256": text_sha256(calibration_text),
         },
         "evaluation": {
             "source": evaluation_source,
             "tokens": options.windows * context,
-            "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
+            "text_sha256": text_sha256(evaluation_text),
         },
     }
     suite = suite_of("ablations", options.model)

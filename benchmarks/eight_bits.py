@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +41,9 @@ from quantcache.common.ambient import matmul
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
 from quantcache.common.sequences import cut_windows, text_tokens
 from quantcache.data import BUNDLED_MODEL
-from quantcache.evaluation.fidelity import chunk_edges, kl_divergence, log_probabilities
+from quantcache.evaluation.feeding import chunk_edges
+from quantcache.evaluation.fidelity import kl_divergence, log_probabilities
+from quantcache.evaluation.summaries import ratio
 from quantcache_kernels.interface import AttentionCall
 
 BOUND = 1.03
@@ -237,21 +238,17 @@ def measured(model: Any, calibration: Calibration, tokens: Tensor, context: int)
                             parts[name].append(kl_divergence(dense, own))
             for name, each in parts.items():
                 kept[name].append(torch.cat(each))
-    float32 = torch.stack([each.mean() for each in kept["float32"]])
+    windows = {name: [float(window.mean()) for window in each] for name, each in kept.items()}
     found = {}
     for name, each in kept.items():
-        kl, windows = torch.cat(each), torch.stack([window.mean() for window in each])
-        ratio = windows.mean() / float32.mean()
-        stderr = None
-        if len(windows) > 1:
-            stderr = float((windows - ratio * float32).std() / float32.mean() / math.sqrt(len(windows)))
+        kl, over = torch.cat(each), ratio(windows[name], windows["float32"])
         found[name] = {
             "tokens": len(kl),
             "kl_mean": float(kl.mean()),
             "kl_p99": float(kl.quantile(0.99)),
-            "kl_windows": windows.tolist(),
-            "over_float32": float(ratio),
-            "over_float32_stderr": stderr,
+            "kl_windows": windows[name],
+            "over_float32": over["ratio"],
+            "over_float32_stderr": over["stderr"],
         }
     return found
 

@@ -12,7 +12,6 @@ with the package otherwise; the record says which.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.fidelity import FidelityResult, measure_fidelity
 from quantcache.evaluation.methods import SCHEMES, RivalStatistics, needs_statistics, parse_methods, text_statistics
-from quantcache.evaluation.provenance import model_sha256, text_sha256
+from quantcache.evaluation.provenance import calibration_sha256, check_overlap, model_sha256, text_sha256
 from quantcache.evaluation.weights import KINDS, quantize_weights, weights_library
 
 BITS = 3.0
@@ -124,18 +123,15 @@ def main() -> None:
         "evaluation": {
             "source": evaluation_source,
             "tokens": len(parts[0].tokens),
-            "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
+            "text_sha256": text_sha256(evaluation_text),
         },
     }
     asked = {name: value for name, value in vars(options).items() if name != "calibration"}
     if options.calibration is not None:
         given = Calibration.from_pretrained(options.calibration)
-        if settings["evaluation"]["text_sha256"] in given.metadata.recipe.get("text_sha256", ()):
-            sys.exit(f"error: {options.calibration} was calibrated on the evaluation text")
-        asked["calibration"] = hashlib.sha256(
-            (options.calibration / "calibration.safetensors").read_bytes()
-        ).hexdigest()
-    run = Run(suite, {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
+        check_overlap(given, evaluation_text, "the evaluation text")
+        asked["calibration"] = calibration_sha256(given)
+    run = Run(suite, {**settings, "options": asked, "text": text_sha256(calibration_text)})
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     statistics = None

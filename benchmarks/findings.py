@@ -8,7 +8,6 @@ arXiv 2604.11501 and 2604.20682 for all but the basis at 2 bits, which is OSCAR'
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +30,7 @@ from quantcache.evaluation.methods.base import Setting, SimulatedCodec, hadamard
 from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec
 from quantcache.evaluation.methods.integer import QuarotCodec
 from quantcache.evaluation.methods.statistics import RivalStatistics, eigenbasis
+from quantcache.evaluation.provenance import text_sha256
 from quantcache.evaluation.summaries import quantiles
 
 BASES = ("none", "random", "Hadamard", "PCA of the vectors", "queries' and outputs' moments")
@@ -66,7 +66,7 @@ def main() -> None:
         "evaluation": {
             "source": evaluation_source,
             "tokens": len(tokens),
-            "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
+            "text_sha256": text_sha256(evaluation_text),
         },
     }
     kept = Run("findings", settings)

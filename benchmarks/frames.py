@@ -16,7 +16,6 @@ from cpu_decode import GEOMETRIES, spectral_layer, take_turns, transformers_step
 from records import ROOT, write_record
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from quantcache import Calibration
 from quantcache.coding.rope import FAST_WAVELENGTH
@@ -57,17 +56,13 @@ def parse_arguments() -> argparse.Namespace:
 @torch.inference_mode()
 def rung(name: str, length: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Milliseconds of one layer's step by wavelength, in turns, and how many times the default's that is."""
-    geometry, generator = GEOMETRIES[name], torch.Generator().manual_seed(length)
-
-    def states(heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(1, heads, tokens, geometry.dim, generator=generator).to(dtype)
-
-    steps = {}
+    torch.manual_seed(length)
+    geometry, steps = GEOMETRIES[name], {}
     for wavelength in WAVELENGTHS:
         codec = CodecSettings(fast_wavelength=wavelength, coding="trellis")
         calibration = Calibration.synthetic(geometry.config(), options.bits, codec=codec)
-        layer = spectral_layer(geometry, length, torch.float32, calibration, states)
-        steps[f"{wavelength:g}"] = transformers_step(layer, geometry, torch.float32, states)
+        layer = spectral_layer(geometry, length, torch.float32, calibration)
+        steps[f"{wavelength:g}"] = transformers_step(layer, geometry, torch.float32)
     found = {key: quantiles(samples) for key, samples in take_turns(steps, options.seconds).items()}
     own = found[f"{FAST_WAVELENGTH:g}"]["median"]
     return {key: {**entry, "times": entry["median"] / own} for key, entry in found.items()}

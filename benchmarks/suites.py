@@ -8,9 +8,7 @@ cell.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from quantcache.common.progress import progress_bar
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import runner
-from quantcache.evaluation.plan import QUICK, Material, Plan, Sizes
+from quantcache.evaluation.plan import Material, Plan, chosen_sizes
 from quantcache.evaluation.provenance import calibration_sha256, check_material, model_sha256, text_sha256
 from quantcache.evaluation.qa import load_questions
 
@@ -52,7 +50,7 @@ def main() -> None:
         tokens=options.windows * options.context,
         residuals=(options.residual,),
         sinks=SINKS,
-        sizes=sizes_of(options),
+        sizes=chosen_sizes(options.quick, options.questions, options.trials),
         lengths=None if options.lengths is None else tuple(options.lengths),
         text_name="wikipedia",
     )
@@ -73,7 +71,7 @@ def main() -> None:
     )
     decides = {"calibration": given, "calibration_tokens": options.calibration_tokens, "metric": options.metric}
     suite = suite_of("suites", options.model)
-    run = Run(suite, {**settings, **decides, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
+    run = Run(suite, {**settings, **decides, "text": text_sha256(calibration_text)})
     print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     settings["calibration"] = {**calibration.metadata.recipe, "source": calibration_source, "seconds": seconds}
@@ -96,16 +94,6 @@ def main() -> None:
     path = write_record(suite, settings, metrics)
     run.discard()
     print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
-
-
-def sizes_of(options: argparse.Namespace) -> Sizes:
-    """How much each suite does."""
-    sizes = QUICK if options.quick else Sizes()
-    if options.questions is not None:
-        sizes = replace(sizes, questions=options.questions)
-    if options.trials is not None:
-        sizes = replace(sizes, needle_seeds=options.trials, task_seeds=options.trials, prompts=options.trials)
-    return sizes
 
 
 def parse_arguments() -> argparse.Namespace:

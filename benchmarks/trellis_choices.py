@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import trellis_codebooks
-from ablation_codecs import ReconstructingCodec, codec_cache, root_mean_square, side_codecs
+from ablation_codecs import ReconstructingCodec, block_coefficients, codec_cache, root_mean_square, side_codecs
 from fidelity import calibrated, read
 from records import Run, suite_of, write_record
 from rich.console import Console
@@ -32,8 +32,7 @@ from quantcache.attention.probe import run as run_model
 from quantcache.cli.loading import load_model
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.gains import dequantize_gain, quantize_gain
-from quantcache.coding.packing import BLOCK, MAX_WIDTH
-from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.schema import SIDES
 from quantcache.coding.trellis import CODES, STATES, best_path, nearest_by_subset, subsets_of_path, union_levels
 from quantcache.common.defaults import SINK_LENGTH
@@ -311,14 +310,8 @@ class Bench:
 
         def record(index: int, keys: Tensor, values: Tensor) -> None:
             for side, x in zip(SIDES, (keys, values), strict=True):
-                if (index, side) not in codecs:
-                    continue
-                blocks = []
-                for first in range(SINK_LENGTH, x.shape[2] - BLOCK + 1, BLOCK):
-                    anchor = SINK_LENGTH + (first - SINK_LENGTH) // ANCHOR_LENGTH * ANCHOR_LENGTH
-                    place = torch.tensor([[first, BLOCK, anchor]], dtype=torch.int32)
-                    blocks.append(codecs[index, side].coefficients(x[:, :, first : first + BLOCK], place, None))
-                self.recorded[index, side] = torch.cat(blocks)
+                if (index, side) in codecs:
+                    self.recorded[index, side] = torch.cat([*block_coefficients(codecs[index, side], x)])
 
         with torch.no_grad():
             run_model(self.model, self.tokens[None, : self.options.context], RecordingCache(self.model.config, record))

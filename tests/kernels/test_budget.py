@@ -14,7 +14,6 @@ pytest.importorskip("triton")  # its package brings the disassembler
 
 from gpu_run import CONFIGS
 from realistic import realistic_calibration
-from sass import UnitCost, operations, resources, unit_cost
 
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
@@ -23,6 +22,7 @@ from quantcache.coding.schema import SIDES, Coding
 from quantcache_kernels.cuda import compiler, driver
 from quantcache_kernels.cuda.blocks import BlockLayout
 from quantcache_kernels.cuda.room import MAX_WARPS
+from tests.kernels.sass import UnitCost, operations, resources, unit_cost
 
 pytestmark = pytest.mark.triton
 
