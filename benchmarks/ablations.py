@@ -24,8 +24,9 @@ import torch
 from ablation_codecs import AnchorCodec, GainCodec, codec_cache, fitted_books, with_books
 from ablation_statistics import FRAMES, SEQUENCE, AblationStatistics, Needs, gather
 from ablation_variants import CALIBRATION_TOKENS, CHECKPOINTS, Variant, ablations, allocate
-from fidelity import CHUNK, read
-from records import ROOT, Run, suite_of, write_record
+from fidelity import CHUNK
+from inputs import read
+from records import Run, suite_of, write_record
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -96,7 +97,6 @@ def main() -> None:
     }
     suite = suite_of("ablations", options.model)
     run = Run(suite, settings)
-    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         most = max(variant.tokens or options.calibration_tokens for variant in variants)
         calibration_tokens = text_tokens(tokenizer, calibration_text, most + 1)  # BOS may be left out
@@ -112,9 +112,8 @@ def main() -> None:
     out = Console(width=None if sys.stdout.isatty() else 120)
     for ablation, found in metrics.items():
         out.print(table(ablation, found))
-    path = write_record(suite, settings, metrics)
+    write_record(suite, settings, metrics)
     run.discard()
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from fidelity import read
-from records import ROOT, write_record
+from inputs import read
+from records import write_record
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -190,8 +189,7 @@ def main() -> None:
         "evaluation": {"source": source, "text_sha256": text_sha256(text)},
     }
     metrics = {"models": models, "rounding": rounding(calibration, tokens[None, : options.context])}
-    path = write_record("absorb", settings, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    write_record("absorb", settings, metrics)
 
 
 if __name__ == "__main__":

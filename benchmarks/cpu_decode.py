@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import ROOT, write_record
+from records import write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -135,8 +135,7 @@ def main() -> None:
     for table in tables(metrics):
         console.print(table)
     settings = {k: v for k, v in vars(options).items() if k != "child"}
-    path = write_record("cpu-decode", {**settings, "level": level_name()}, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    write_record("cpu-decode", {**settings, "level": level_name()}, metrics)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ import sys
 
 import torch
 from cpu_decode import GEOMETRIES, spectral_layer, take_turns, transformers_step
-from records import ROOT, write_record
+from records import write_record
 from rich.console import Console
 from rich.table import Table
 
@@ -38,8 +38,7 @@ def main() -> None:
             cells = (f"{each['median']:.3f} ({each['times']:.2f})" for each in found.values())
             table.add_row(name, f"{int(length):,}", *cells)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    path = write_record("frames", {**vars(options), "default": FAST_WAVELENGTH}, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    write_record("frames", {**vars(options), "default": FAST_WAVELENGTH}, metrics)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -52,6 +52,7 @@ class Run:
         self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cells = Cells(self.folder / "cells.jsonl", {"run": self.folder.name})
+        print(f"finished cells: {self.folder}", file=sys.stderr)
 
     def cell(self, name: str, measure: Callable[[], Any]) -> Any:
         """A cell: measured now, or what was measured before the interruption.
@@ -143,7 +144,7 @@ def suite_of(suite: str, model: str) -> str:
 def write_record(
     suite: str, settings: dict[str, Any], metrics: dict[str, Any], started: dict[str, Any] | None = None
 ) -> Path:
-    """Write a record: into ``results/`` if a commit says what was run, else into the git-ignored ``scratch/``.
+    """Write a record into ``results/`` if a commit says what was run, else into the git-ignored ``scratch/``.
 
     The settings of every record hold the digest of the sources: :func:`adopt` takes in a record from a machine that has
     the files but not the repository.
@@ -156,7 +157,7 @@ def write_record(
             one commit says what was run.
 
     Returns:
-        The file, complete.
+        The file, complete; stderr names it.
     """
     surroundings = environment()
     git = surroundings.pop("git") or {"commit": None, "dirty": True}
@@ -185,6 +186,7 @@ def write_record(
     path = folder / f"{suite}__{commit}__{created:%Y%m%dT%H%M%SZ}.json"
     record_schema.check(json.loads(to_json(record)), path.name)
     write_json(path, record)
+    print(f"record: {path}", file=sys.stderr)
     return path
 
 

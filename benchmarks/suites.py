@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fidelity import SHARED, SINKS, calibrated, read
-from records import ROOT, Run, suite_of, write_record
+from fidelity import SINKS
+from inputs import SHARED, calibrated, read
+from records import Run, suite_of, write_record
 from rich.console import Console
 
 from quantcache import Calibration, data
@@ -72,7 +73,6 @@ def main() -> None:
     decides = {"calibration": given, "calibration_tokens": options.calibration_tokens, "metric": options.metric}
     suite = suite_of("suites", options.model)
     run = Run(suite, {**settings, **decides, "text": text_sha256(calibration_text)})
-    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     settings["calibration"] = {**calibration.metadata.recipe, "source": calibration_source, "seconds": seconds}
     material = Material(
@@ -91,9 +91,8 @@ def main() -> None:
     out = Console(width=None if sys.stdout.isatty() else 160)
     for shown in tables({"metrics": metrics, "model": settings["model"], "sinks": SINKS, "dtype": options.dtype}):
         out.print(shown)
-    path = write_record(suite, settings, metrics)
+    write_record(suite, settings, metrics)
     run.discard()
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:
