@@ -24,9 +24,6 @@ from quantcache.evaluation.methods.installed import FP8_BITS, GROUP
 from quantcache.planning.formats import Format, coded_layers, parse_format, require_full_attention
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
 
-QUANTIZED_RESIDUAL = 128
-"""Recent tokens that transformers' quantized caches keep at most (its default)."""
-
 
 def estimate_memory(
     config: PreTrainedConfig | str | Path,
@@ -185,7 +182,7 @@ def largest_cache(
         return states + cache_memory(form, geometry, tokens, batch).total
     if form.layout == "quantized":
         require_full_attention(form, geometry)
-        recent = min(tokens, QUANTIZED_RESIDUAL - 1) if form.bits else 0
+        recent = min(tokens, RESIDUAL_LENGTH - 1) if form.bits else 0
         group = GROUP if form.bits else None
         bits = int(form.bits or FP8_BITS)
         return predict_quantized(geometry.layers, tokens, bits=bits, group=group, batch=batch, recent=recent).total
