@@ -243,6 +243,8 @@ def _naming(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        for weights in Path(model).glob("*.safetensors"):
+            weights.open("rb").close()  # what cannot be opened is called missing
         # A name without a slash may be one of ours, misspelt.
         ours = "" if "/" in model or os.path.exists(model) else f"\n{OURS}"
         raise OSError(f"cannot load {model}: {error}{ours}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,21 @@ def test_offline_and_no_hub_id(run: Run) -> None:
         status, _, err = run("generate", name, *PROMPT)
         assert (status, err.count("\n")) == (1, 1)
         assert err.endswith(f"; {reason}\n")
+
+
+@pytest.mark.parametrize("reason", ["Is a directory", "Permission denied"])
+def test_weights_that_cannot_be_opened(run: Run, tmp_path: Path, reason: str) -> None:
+    """safetensors calls them missing."""
+    folder, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    shutil.copytree(data.demo_model_path(), folder)
+    if reason == "Is a directory":
+        weights.unlink()
+        weights.mkdir()
+    else:
+        weights.chmod(0)
+        if os.access(weights, os.R_OK):
+            pytest.skip("this user may read everything")
+    assert run("generate", folder, "-c", "wiki11m", *PROMPT) == (1, "", f"error: {weights}: {reason}\n")
 
 
 # --------------------------------------------------------------------- lists
