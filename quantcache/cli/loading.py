@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcache.cli.pages import WrongUsage
 from quantcache.cli.reaching import expect_model, hub_problem, require_folder
 from quantcache.cli.terminal import report
 from quantcache.common.choices import DTYPES
@@ -215,6 +216,32 @@ def model_placement(device: str | None, dtype: str | None) -> tuple[str, str]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
     return device, dtype
+
+
+def require_backend(name: str, device: str | None) -> None:
+    """Refuse a backend that cannot run where the model will be, before anything is read.
+
+    Args:
+        name: What ``--backend`` says.
+        device: What ``--device`` says.
+
+    Raises:
+        ValueError: The device cannot be used.
+        WrongUsage: The backend cannot.
+    """
+    if name == "auto":
+        return
+    import torch
+
+    from quantcache import backends
+
+    place = model_placement(device, None)[0]
+    if place == "auto":
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        backends.require_usable(name, torch.device(place))
+    except QuantCacheError as error:
+        raise WrongUsage(f"{error}: leave --backend out, or give another --device") from error
 
 
 def find_model(name: str, revision: str | None = None) -> str | Path:
