@@ -40,6 +40,9 @@ DENSE_BYTES = 1 << 30
 UNSUPPORTED = ("position_bias", "block_indices", "sinks")
 """Arguments of few models that are refused: they change scores in a way that no backend knows."""
 
+CAUSAL_MASK_BYTES = 1 << 27
+"""Largest causal mask that torch's fused attention is given; more queries attend in parts."""
+
 
 def register_attention() -> None:
     """Register ``"spectral"`` with transformers as an attention and as a mask; safe to repeat.
@@ -146,8 +149,22 @@ def _attended_dense(
     mask, count, length = call.mask, query.shape[2], key.shape[2]
     if mask is not None:
         mask = guards.in_fitting_dtype(mask, query)
-    elif call.causal and 1 < count < length:  # torch's own causal mask counts from the first token
-        mask = _causal_mask(count, length, query.device)
+    if mask is not None or not call.causal or not 1 < count < length:
+        return _fused(module, query, key, value, mask, call, dropout)
+    outputs, most = [], max(1, CAUSAL_MASK_BYTES // length)
+    for first in range(0, count, most):  # torch's own causal mask counts from the first token
+        last = min(first + most, count)
+        seen = length - count + last
+        mask = _causal_mask(last - first, seen, query.device)
+        part = query[:, :, first:last], key[:, :, :seen], value[:, :, :seen]
+        outputs.append(_fused(module, *part, mask, call, dropout))
+    return torch.cat(outputs, dim=1)
+
+
+def _fused(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: AttentionCall, dropout: float
+) -> Tensor:
+    """torch's fused attention, as transformers calls it."""
     output, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=call.scaling, is_causal=call.causal
     )

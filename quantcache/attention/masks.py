@@ -31,6 +31,8 @@ def spectral_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     # None is causal, whatever a module says of itself: a model that looks ahead gets a mask that says so.
     kwargs["allow_is_bidirectional_skip"] = False
     if not torch.compiler.is_dynamo_compiling():
+        if _goes_on(**kwargs):
+            return None
         if kwargs.get("q_length") not in (1, kwargs.get("kv_length")):
             # Without a mask the queries are the last of all tokens, which those of a static cache's prompt are not.
             kwargs["allow_is_causal_skip"] = False
@@ -55,6 +57,26 @@ def _attends_by_itself(kind: type) -> bool:
             "with attn_implementation='eager'",
         )
     return found
+
+
+def _goes_on(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> bool:
+    """Whether each of the last of all tokens sees what precedes it, and no token is hidden.
+
+    transformers makes a mask then too where there are tokens before these, of as many elements as both have in product.
+    """
+    if not allow_is_causal_skip or local_size is not None or not isinstance(q_offset, int):
+        return False
+    behind = kv_offset == 0 and 0 < q_offset == kv_length - q_length
+    return behind and (attention_mask is None or (attention_mask.shape[1] == kv_length and bool(attention_mask.all())))
 
 
 def _sees_all(

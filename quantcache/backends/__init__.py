@@ -44,6 +44,7 @@ __all__ = [
     "choose",
     "find",
     "known_name",
+    "require_usable",
 ]
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,21 @@ def find(name: str) -> Backend:
     return BACKENDS[known_name(name)]
 
 
+def require_usable(name: str, device: torch.device) -> None:
+    """Refuse a backend that was asked for by name and cannot run.
+
+    Args:
+        name: What the user asked for.
+        device: Where keys and values are.
+
+    Raises:
+        QuantCacheError: It cannot run on that device.
+    """
+    reason = None if name == "auto" else find(name).unavailable(device)
+    if reason is not None:
+        raise QuantCacheError(f'backend="{known_name(name)}" cannot be used here: {reason}')
+
+
 def choose(
     name: str, device: torch.device, dtypes: Mapping[str, torch.dtype], codecs: Mapping[str, SideCodec]
 ) -> tuple[Backend, BackendReport]:
@@ -116,13 +132,12 @@ def choose(
         QuantCacheError: A backend was asked for by name and cannot run here.
     """
     name = known_name(name)
+    require_usable(name, device)
     report = BackendReport(REFERENCE.name)
     asked_for = (BACKENDS[name], *NEXT_BEST.get(name, ())) if name != "auto" else FASTEST_FIRST.get(device.type, ())
     partly: list[tuple[Backend, dict[str, str]]] = []
     for backend in asked_for:
         reason = backend.unavailable(device)
-        if reason is not None and backend.name == name:
-            raise QuantCacheError(f'backend="{name}" cannot be used here: {reason}')
         if reason is not None:
             report.passed_over[backend.name] = reason
             continue

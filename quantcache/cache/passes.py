@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 
+from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 
 _CALL: CodeType = torch.nn.Module._wrapped_call_impl.__code__
@@ -151,6 +152,7 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
         QuantCacheError: ``generate`` gives it the whole text once more, or a part.
     """
     found: FrameType | None = None
+    beyond: int | None = None
     of_model = generating = False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -161,11 +163,12 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
                 if is_model or not of_model:  # the outermost model; else, such as under torch.compile, any module
                     found, of_model = frame, is_model
         generating |= frame.f_code is _GENERATE
+        beyond = compat.tokens_beyond_cache(frame) if beyond is None else beyond
         frame = frame.f_back
     if found is None or found.f_back is None:
         return None
     if generating:
-        _require_new_tokens(found.f_locals["kwargs"], start)
+        _require_new_tokens(found.f_locals["kwargs"], start, beyond)
     forward_pass = ForwardPass(start, id(found))
     mark = _Mark(forward_pass, found.f_back)
     forward_pass._mark = weakref.ref(mark)
@@ -174,8 +177,16 @@ def watch(cache: Any, start: int) -> ForwardPass | None:
     return forward_pass
 
 
-def _require_new_tokens(kwargs: dict[str, Any], start: int) -> None:
-    """Refuse the second step of a generation that takes its cache for none: it begins with all that is cached."""
+def _require_new_tokens(kwargs: dict[str, Any], start: int, beyond: int | None) -> None:
+    """Refuse a prompt that ends where its cache does or before, and a step that begins with all that is cached.
+
+    Args:
+        kwargs: What the model is given.
+        start: Tokens that are cached.
+        beyond: As of :func:`quantcache.common.compat.tokens_beyond_cache`.
+    """
+    if start and beyond is not None and beyond <= 0:
+        raise nothing_new(start, f"a prompt of {start + beyond}")
     ids = kwargs.get("input_ids")
     if start and kwargs.get("use_cache") is False and isinstance(ids, torch.Tensor) and ids.shape[1] == start + 1:
         raise QuantCacheError(
@@ -186,6 +197,22 @@ def _require_new_tokens(kwargs: dict[str, Any], start: int) -> None:
     count = new.shape[1] if isinstance(new, torch.Tensor) else 0
     if start and count > 1 and _lie_before(kwargs.get("attention_mask"), kwargs.get("position_ids"), start, count):
         raise nothing_new(start, f"{count} for places that are taken")
+
+
+def nothing_to_read(start: int) -> QuantCacheError:
+    """What to raise where a model is called with a cache and no tokens at all.
+
+    Args:
+        start: Tokens that are cached.
+
+    Returns:
+        The error.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    beyond: int | None = None
+    while frame is not None and beyond is None:
+        beyond, frame = compat.tokens_beyond_cache(frame), frame.f_back
+    return nothing_new(start, "none to read" if beyond is None else f"a prompt of {start + beyond}")
 
 
 def nothing_new(start: int, given: str) -> QuantCacheError:

@@ -7,6 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -50,6 +51,7 @@ class BlockCache(TraceableCache):
         blocks_at_once: Blocks of 64 tokens that are encoded together, for codecs with longer tiles.
 
     Raises:
+        QuantCacheError: The backend cannot run on any device of this machine.
         ValueError: A length, the backend or the number of blocks is out of range.
     """
 
@@ -70,6 +72,8 @@ class BlockCache(TraceableCache):
             if not isinstance(number, Integral) or number < least:
                 raise ValueError(f"{name} must be a whole number from {least} up, got {number!r}")
         backends.known_name(backend)
+        if not torch.accelerator.is_available():  # else nobody knows yet where the model will be
+            backends.require_usable(backend, torch.device("cpu"))
         processes.use_living_threads()
         register_attention()
         with default_device():  # a sliding-window layer of transformers states none
@@ -146,7 +150,7 @@ class SpectralCache(BlockCache):
         CalibrationMismatch: The calibration is for another geometry than ``config``, or with ``strict`` for another
             model; or a calibrated layer would stay as it is.
         QuantCacheError: ``quality`` is given, and the calibration predicts nothing or no such rate; or ``config`` and
-            ``model`` are of different caches.
+            ``model`` are of different caches; or the backend cannot run on any device of this machine.
         TypeError: The calibration, the config or the model is something else.
         UnsupportedModel: ``config`` is an encoder-decoder's, or no layer of it can be compressed.
         ValueError: A length, a number of bits or the backend is out of range, both ``bits`` and ``quality`` are given,

@@ -14,7 +14,7 @@ from quantcache.backends import CacheView
 from quantcache.backends.padding import Arrivals
 from quantcache.cache.consistency import ConsistentCache
 from quantcache.cache.layer import SpectralLayer
-from quantcache.cache.passes import nothing_new
+from quantcache.cache.passes import nothing_to_read
 from quantcache.common import compat
 
 compat.warn_of_unread_masks()  # once in a process: every cache reads them
@@ -83,7 +83,7 @@ class TraceableCache(ConsistentCache):
             length = self._traced_length(layer_idx)
             return _untraced_mask_sizes(self, query_length, layer_idx) if length is None else (length + query_length, 0)
         if query_length == 0 and (held := self.get_seq_length(layer_idx)):
-            raise nothing_new(held, "none to read")  # the model would say that it cannot reshape a tensor
+            raise nothing_to_read(held)  # the model would say that it cannot reshape a tensor
         told, sizes = compat.mask_arguments(), super().get_mask_sizes(query_length, layer_idx)
         if told is not None:
             self.announced = (*told, sum(sizes))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from quantcache.cli.loading import load_calibration, load_model, own_calibration
+from quantcache.cli.loading import load_calibration, load_model, own_calibration, require_backend
 from quantcache.cli.options import (
     BackendOption,
     BitsOption,
@@ -83,6 +83,7 @@ def generate(
     """
     with session(json, debug) as run:
         check_rate(bits, quality)
+        require_backend(backend, device)
         expect_model(model, revision)
         text = read_prompt(prompt)
         if not text.strip():

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcache.cli.pages import WrongUsage
 from quantcache.cli.reaching import expect_model, hub_problem, require_folder
 from quantcache.cli.terminal import report
 from quantcache.common.choices import DTYPES
@@ -218,6 +219,32 @@ def model_placement(device: str | None, dtype: str | None) -> tuple[str, str]:
     return device, dtype
 
 
+def require_backend(name: str, device: str | None) -> None:
+    """Refuse a backend that cannot run where the model will be, before anything is read.
+
+    Args:
+        name: What ``--backend`` says.
+        device: What ``--device`` says.
+
+    Raises:
+        ValueError: The device cannot be used.
+        WrongUsage: The backend cannot.
+    """
+    if name == "auto":
+        return
+    import torch
+
+    from quantcache import backends
+
+    place = model_placement(device, None)[0]
+    if place == "auto":
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        backends.require_usable(name, torch.device(place))
+    except QuantCacheError as error:
+        raise WrongUsage(f"{error}: leave --backend out, or give another --device") from error
+
+
 def find_model(name: str, revision: str | None = None) -> str | Path:
     """Find a model's files before anything else is done; of a GGUF file, say that it is being converted.
 
@@ -244,6 +271,8 @@ def _naming(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        for weights in Path(model).glob("*.safetensors"):
+            weights.open("rb").close()  # what cannot be opened is called missing
         # A name without a slash may be one of ours, misspelt.
         ours = "" if "/" in model or os.path.exists(model) else f"\n{OURS}"
         raise OSError(f"cannot load {model}: {error}{ours}") from error

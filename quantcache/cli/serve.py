@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantcache.cli.loading import find_model, load_calibration, model_placement, own_calibration, quiet_unless_watched
+from quantcache.cli.loading import (
+    find_model,
+    load_calibration,
+    model_placement,
+    own_calibration,
+    quiet_unless_watched,
+    require_backend,
+)
 from quantcache.cli.options import (
     BackendOption,
     BitsOption,
@@ -134,6 +141,7 @@ def serve(
     """
     with session(json, debug) as run:
         check_rate(bits, quality)
+        require_backend(backend, device)
         memory, disk = prefix_sizes(prefix_bytes, prefix_folder, prefix_folder_bytes)
         keywords = template_keywords(chat_template_kwargs, reasoning)
         given = named_calibrations(model, calibration, also or [])

@@ -24,9 +24,6 @@ from quantcache.evaluation.methods.installed import FP8_BITS, GROUP
 from quantcache.planning.formats import Format, coded_layers, parse_format, require_full_attention
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
 
-QUANTIZED_RESIDUAL = 128
-"""Recent tokens that transformers' quantized caches keep at most (its default)."""
-
 
 def estimate_memory(
     config: PreTrainedConfig | str | Path,
@@ -191,7 +188,7 @@ def largest_cache(
     if form.layout == "dense":
         return states + cache_memory(form, geometry, tokens, batch).total
     if form.layout == "quantized":
-        return _quantized(form, geometry, tokens, batch, min(tokens, QUANTIZED_RESIDUAL - 1)).total
+        return _quantized(form, geometry, tokens, batch, min(tokens, RESIDUAL_LENGTH - 1)).total
     once = form.blocks_at_once
     blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH, once)
     full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + once) - 1 if blocks else tokens

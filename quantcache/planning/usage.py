@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 from quantcache.artifact.index import bundled_calibrations
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.sources import PACKAGED, is_gguf
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.methods.installed import OPTIONS
@@ -100,7 +102,9 @@ def python_lines(
             cache = f"cache = SpectralCache.from_pretrained({source}, config=model.config, bits={form.bits:g})"
     elif form.layout == "quantized":
         names.append("QuantizedCache")
-        options = {"nbits": int(form.bits), **OPTIONS[form.scheme.stem]} if form.bits else {}
+        options: dict[str, Any] = {}
+        if form.bits:  # figures and sizes are of so many recent tokens; transformers' default is another
+            options = {"nbits": int(form.bits), "residual_length": RESIDUAL_LENGTH, **OPTIONS[form.scheme.stem]}
         arguments = [repr(form.scheme.stem), "model.config", *(f"{name}={value}" for name, value in options.items())]
         cache = f"cache = QuantizedCache({', '.join(arguments)})"
     if loading:

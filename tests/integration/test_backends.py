@@ -187,6 +187,15 @@ def test_names_of_backends_are_checked() -> None:
         backends.choose("triton", torch.device("meta"), {}, {})
 
 
+def test_a_backend_that_no_device_here_has_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the first block: by then a prompt has been read."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(QuantCacheError, match=r'backend="cuda" cannot be used here: .* do not run on cpu devices'):
+        cache(backend="cuda")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not cache(backend="cuda").backend_report(), "the model may be there yet"
+
+
 def test_what_lies_beyond_the_reach_of_triton_is_left_to_plain_torch() -> None:
     """Products of 32 bits would wrap, and a query read the mask of another, or no memory of its own."""
     view, heads = filled().layers[0].snapshot(), CONFIG.num_attention_heads

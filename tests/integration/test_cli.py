@@ -329,6 +329,14 @@ BAD_INPUT = {
     "calibration text": (("eval", "wiki11m", "-c", "calibration", "--text", "both.txt"), "was calibrated on"),
     "empty prompt": (("generate", "wiki11m", "-c", "calibration", "--prompt", ""), "prompt is empty"),
     "backend": ((*GENERATE, "--backend", "abacus"), "'--backend': 'abacus' is not one of 'auto', 'cpu'"),
+    "backend without a GPU": (
+        ("generate", "./no-model", "-p", "a", "--backend", "cuda", "--device", "cpu"),
+        'backend="cuda" cannot be used here: the CUDA kernels do not run on cpu devices: leave --backend out',
+    ),
+    "server's backend": (
+        ("serve", "./no-model", "--backend", "cuda", "--device", "cpu"),
+        'backend="cuda" cannot be used here: the CUDA kernels do not run on cpu devices',
+    ),
     "generate at 11 bits": ((*GENERATE, "--bits", "11"), "'--bits': '11' "),
     "no new tokens": ((*GENERATE, "--max-new-tokens", "0"), "'--max-new-tokens': '0' "),
     "other model to generate": (

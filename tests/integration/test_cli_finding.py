@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,21 @@ def test_what_is_in_the_hubs_cache_is_noted_once(
     reaching.expect_model("owner/cached")
     assert loading.find_model("owner/cached") == "owner/cached"
     assert capsys.readouterr().err == "note: nobody answers: owner/cached is taken from the Hub's cache\n"
+
+
+@pytest.mark.parametrize("reason", ["Is a directory", "Permission denied"])
+def test_weights_that_cannot_be_opened(run: Run, tmp_path: Path, reason: str) -> None:
+    """safetensors calls them missing."""
+    folder, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    shutil.copytree(data.demo_model_path(), folder)
+    if reason == "Is a directory":
+        weights.unlink()
+        weights.mkdir()
+    else:
+        weights.chmod(0)
+        if os.access(weights, os.R_OK):
+            pytest.skip("this user may read everything")
+    assert run("generate", folder, "-c", "wiki11m", *PROMPT) == (1, "", f"error: {weights}: {reason}\n")
 
 
 # --------------------------------------------------------------------- lists

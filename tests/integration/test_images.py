@@ -14,6 +14,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.attention.function import register_attention
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
+from quantcache.common.errors import QuantCacheError
 from tests.families import MAX_POSITIONS, VOCABULARY, random_tokens
 from tests.helpers import divergence
 
@@ -141,3 +142,14 @@ def test_a_compiled_model_goes_on_behind_an_image() -> None:
     for plain, compiled in zip(*held, strict=True):
         assert torch.equal(plain, compiled)
         assert plain[0, 0, -1] == IMAGE_TOKENS - IMAGE_SPAN
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_is_cached_already(kind: str) -> None:
+    """Positions in an image do not tell it, as those in a text do."""
+    cache, tokens = SpectralCache(calibration_of(kind), model_of(kind).config), words(1, 99, seed=3)
+    with torch.no_grad():
+        model_of(kind)(input_ids=tokens, past_key_values=cache)
+    for length in (99, 51, 50):
+        with pytest.raises(QuantCacheError, match=rf"holds 99 tokens already, .* a prompt of {length}:"):
+            model_of(kind).generate(input_ids=tokens[:, :length], past_key_values=cache.fork(), max_new_tokens=2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from quantcache import SpectralCache
 from quantcache.attention import function
@@ -87,6 +88,64 @@ def test_queries_without_a_mask_see_what_precedes_them_before_anything_is_encode
     own = function.dense_attention(filled.query, view.dense("key"), view.dense("value"), None)
     theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
     assert theirs <= 2 * allowed + 1e-6 * float(expected.norm()), (theirs, allowed)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 39, 40])
+def test_masks_that_hide_the_future_stay_small(rows: int, decoding: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many queries on a long past would need one of as many elements as both have in product."""
+    filled = fill(LONG)
+    view = filled.layer.snapshot()
+    expected = truth.attention(filled.query, view, None)
+    own = truth.attention(filled.query, view, None, dtype=LONG.dtype)
+    fused, sizes = function.sdpa_attention_forward, []
+
+    def watched(
+        module: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
+    ) -> Any:
+        sizes.append(mask.numel())
+        return fused(module, query, key, value, mask, **more)
+
+    monkeypatch.setattr(function, "sdpa_attention_forward", watched)
+    monkeypatch.setattr(function, "CAUSAL_MASK_BYTES", rows * view.length)
+    found = attend(LONG, view, filled.query, None)
+    assert len(sizes) == -(-40 // rows)
+    assert max(sizes) <= rows * view.length
+    theirs, allowed = (float((x.double() - expected).norm()) for x in (found, own))
+    assert theirs <= 2 * allowed + 1e-6 * float(expected.norm()), (theirs, allowed)
+
+
+@pytest.mark.parametrize("kind", [SpectralCache, DynamicCache])
+def test_a_turn_on_a_past_needs_no_mask(kind: type[DynamicCache], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is hidden but the future; its logits are those that a mask gives."""
+    model = FAMILIES[0].make().eval()
+    model.set_attn_implementation("spectral")
+    calibration, tokens = scalar_calibration(model.config, 4.0), random_tokens(2, 400)
+    seen: list[torch.Tensor | None] = []
+    checked = function.guards.fitting_call
+
+    def watched(query: torch.Tensor, mask: torch.Tensor | None, *more: Any) -> AttentionCall:
+        seen.append(mask)
+        return checked(query, mask, *more)
+
+    monkeypatch.setattr(function.guards, "fitting_call", watched)
+
+    def read(*hidden: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+        cache = SpectralCache(calibration, model.config) if kind is SpectralCache else kind(config=model.config)
+        seen.clear()
+        for part in tokens.split((300, 100), dim=1):
+            shown = torch.ones(2, cache.get_seq_length() + part.shape[1], dtype=torch.int64)
+            shown[0, list(hidden)] = 0
+            last = mask if mask is not None and cache.get_seq_length() else shown
+            logits = model(input_ids=part, attention_mask=last, past_key_values=cache).logits
+        return logits
+
+    plain = read()
+    assert all(each is None for each in seen)
+    causal = torch.ones(100, 400, dtype=torch.bool).tril(300).expand(2, 1, 100, 400)
+    assert torch.equal(read(mask=causal), plain)
+    padded = read(0, 1, 2)
+    assert [None if each is None else each.shape[2] for each in seen] == [300, 300, 100, 100]
+    assert not torch.equal(padded[0], plain[0])
 
 
 def test_few_queries_wide_dtypes_and_long_caches_are_served_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

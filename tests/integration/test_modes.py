@@ -95,18 +95,29 @@ def test_a_prompt_that_is_cached_already(given: str) -> None:
     mask = torch.ones_like(PROMPT)
     mask[:1, : 0 if given != "mask" else 9] = 0  # one that is all ones is left out
     embedded = {"inputs_embeds": model.get_input_embeddings()(PROMPT).detach()} if given == "embeddings" else {}
-    for prompt in (PROMPT, PROMPT[:, :-40]):
-        asked = {name: each[:, : prompt.shape[1]] for name, each in (embedded | {"attention_mask": mask}).items()}
-        with pytest.raises(QuantCacheError, match=rf"holds {PROMPT.shape[1]} tokens already, .* places that are taken"):
-            model.generate(None if embedded else prompt, past_key_values=cache.fork(), max_new_tokens=2, **asked)
-    with pytest.raises(QuantCacheError, match=r"is given none to read: .*For another prompt take a new cache"):
-        model.generate(
-            PROMPT[:, :9], past_key_values=cache.fork(), max_new_tokens=2
-        )  # less than half of what is cached
+    held = PROMPT.shape[1]
+    # transformers reads 2 p - n tokens of p where n are cached: all, many, two, one, none.
+    for length in (held, held - 40, held // 2 + 1, (held + 1) // 2, 9):
+        asked = {name: each[:, :length] for name, each in (embedded | {"attention_mask": mask}).items()}
+        ids = None if embedded else PROMPT[:, :length]
+        with pytest.raises(QuantCacheError, match=rf"holds {held} tokens already, .* a prompt of {length}: .*a new"):
+            model.generate(ids, past_key_values=cache.fork(), max_new_tokens=2, **asked)
     fork = cache.fork()
     fork.crop(-1)
     found = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), past_key_values=fork, max_new_tokens=3)
     assert fork.get_seq_length() == PROMPT.shape[1] + 2 == found.shape[1] - 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 51])
+def test_a_prompt_of_which_one_token_would_be_read(length: int) -> None:
+    """Of p tokens behind n = 2 p - 1 transformers gives the cache one, as in every step of an answer."""
+    model, cache, held = LLAMA.make(), quantized(LLAMA), 2 * length - 1
+    model(PROMPT[:1, :held], past_key_values=cache)
+    with pytest.raises(QuantCacheError, match=rf"holds {held} tokens already, .* a prompt of {length}:"):
+        model.generate(PROMPT[:1, :length], past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == held
+    model.generate(PROMPT[:1, : 2 * length], past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == 2 * length + 1
 
 
 @pytest.mark.support("multi-turn chat on one cache", refused=True)

@@ -278,8 +278,8 @@ def variants_while_decoding(steps: int) -> dict[str, int]:
     from realistic import realistic_calibration
 
     config = llama_config(layers=4, hidden_size=512, num_attention_heads=4, num_key_value_heads=1)
-    cache = SpectralCache(realistic_calibration(config), config, backend="triton")
     with stopped_launches(90, lambda *variant: False) as found:
+        cache = SpectralCache(realistic_calibration(config), config, backend="triton")
         for count in (100, *[1] * steps, 820, *[1] * steps):
             for layer in cache.spectral_layers:
                 layer.update(*(torch.zeros(1, 1, count, 128, dtype=torch.bfloat16) for _ in range(2)))

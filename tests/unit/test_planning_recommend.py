@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import predict_kl, predict_kl_at
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
 from quantcache.common.units import parse_bytes, parse_tokens, show_bytes
 from quantcache.planning import quality, table, usage
@@ -20,7 +21,7 @@ from quantcache.planning.demand import Demand, Recommendation
 from quantcache.planning.digest import bundled_measurements
 from quantcache.planning.formats import list_formats, parse_format
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
-from quantcache.planning.memory import estimate_activations, estimate_memory
+from quantcache.planning.memory import estimate_activations, estimate_memory, largest_cache
 from quantcache.planning.recommend import ModelSizes, longest, model_sizes, recommend
 from quantcache.planning.records import Measurements, measurements_of
 from tests.builders import eval_record, llama_config
@@ -293,6 +294,18 @@ def test_lines_are_python(form: Any, weights: str, name: str) -> None:
     compile(lines, "lines", "exec")
     assert ("quantization_config" in lines) == (weights in ("int8", "int4-g128", "nf4"))
     assert ("past_key_values=cache" in lines) == (form.name != "dense")
+
+
+@pytest.mark.parametrize("name", ["quanto-4", "hqq-2", "fp8"])
+def test_lines_make_the_cache_that_was_measured(name: str) -> None:
+    """transformers' own keep up to 128 recent tokens where nothing else is said; figures count at 64 only."""
+    assert BUNDLED.fidelity_of(name, "wiki11m", RESIDUAL_LENGTH)
+    form = parse_format(name)
+    lines = usage.python_lines(form, "wiki11m", None, batch=1, chunk=64)
+    assert (f"residual_length={RESIDUAL_LENGTH}" in lines) == (form.bits > 0)
+    most, more = (largest_cache(form, sizes().geometry, RESIDUAL_LENGTH - each, 1) for each in (1, 0))
+    dense = 2 * sum(side.elements for layer in sizes().geometry.layers for side in (layer.key, layer.value))
+    assert more - most < dense, "the token that makes it too many is coded"
 
 
 def test_commands_quote_their_arguments() -> None:

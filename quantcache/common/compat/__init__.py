@@ -12,6 +12,7 @@ from quantcache.common.compat.generating import cache_name as cache_name
 from quantcache.common.compat.generating import chunks_go_on as chunks_go_on
 from quantcache.common.compat.generating import generate_argument as generate_argument
 from quantcache.common.compat.generating import given_cache as given_cache
+from quantcache.common.compat.generating import tokens_beyond_cache as tokens_beyond_cache
 from quantcache.common.compat.layers import is_full_attention as is_full_attention
 from quantcache.common.compat.layers import is_placeholder as is_placeholder
 from quantcache.common.compat.layers import is_recurrent as is_recurrent

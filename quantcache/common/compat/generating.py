@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import CodeType, FrameType
 from typing import Any
 
 import transformers
@@ -69,10 +70,33 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
 
 
+def _reads_prompts() -> CodeType:
+    """What reads a prompt; looked up where it is needed, for it takes long to import."""
+    return inspect.unwrap(transformers.GenerationMixin._prefill).__code__
+
+
+def tokens_beyond_cache(frame: FrameType) -> int | None:
+    """How many tokens a prompt has more than its cache holds, where ``generate`` has compared the two.
+
+    It slices the prompt by that number: where there are none more it takes all of it, where there are fewer a piece.
+
+    Args:
+        frame: A frame of the call stack.
+
+    Returns:
+        The number; None if the frame is another function's, or nothing is sliced.
+    """
+    if frame.f_code.co_name != "_prefill" or frame.f_code is not _reads_prompts():
+        return None
+    found, config = frame.f_locals.get("next_sequence_length"), frame.f_locals.get("generation_config")
+    chunked = getattr(config, "prefill_chunk_size", None) is not None
+    return found if isinstance(found, int) and not (chunked and found == 0) else None  # a chunk's 0 stands for None
+
+
 def chunks_go_on() -> bool:
     """Whether a prompt that is read in chunks goes on behind what its cache holds.
 
     Returns:
         False for versions of transformers that read all of it, once more behind what is cached.
     """
-    return "prefill_ids" in inspect.unwrap(transformers.GenerationMixin._prefill).__code__.co_varnames
+    return "prefill_ids" in _reads_prompts().co_varnames
