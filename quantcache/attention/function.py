@@ -230,7 +230,8 @@ def _attend(
     view = cache.note_arrivals(layer, query.shape[2], shown, positions, known)
     call = guards.fitting_call(query, mask, scaling, causal, softcap, s_aux)
     if view is None:
-        return _attended_dense(module, query, *cache.last_output(layer), call, 0.0).contiguous()
+        key, value = cache.last_output(layer)
+        return _attended_dense(module, query, key, value, call, 0.0).contiguous()
     return _attended(module, query, view, call, 0.0).contiguous()
 
 
