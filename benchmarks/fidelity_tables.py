@@ -6,6 +6,7 @@ side only what was measured alike, and names every record that it shows.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,7 @@ def contexts_table(parts: Parts, page: Path) -> str:
         entry = metrics["residual_64"][name]
         row = [shown(name, entry), number(entry, "bits_per_element", ".3f")]
         row += [number(metrics[key][name], "kl_mean", ".5f") for key in keys]
+        row = [row[0], *("" if cell == before and ":" in cell else cell for before, cell in itertools.pairwise(row))]
         if wikitext:
             found = wikitext.get(name)
             row.append(number(found, "kl_mean", ".5f"))
