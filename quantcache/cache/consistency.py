@@ -22,7 +22,7 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.passes import ForwardPass, Outcome, watch
 from quantcache.cache.rows import chosen_rows, held_rows, repeated_rows
 from quantcache.cache.settling import busy, first_layer, follows_text, lengths, unsettled, unusable
-from quantcache.cache.transaction import commit, compact_copy, is_unchanged, state_copy
+from quantcache.cache.transaction import commit, detached_copy, is_unchanged, state_copy
 from quantcache.common import processes
 from quantcache.common.errors import QuantCacheError
 
@@ -392,7 +392,7 @@ class ConsistentCache(DynamicCache):
         Raises:
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
-        return self._taken(lambda layer: layer.fork() if isinstance(layer, SpectralLayer) else compact_copy(layer))
+        return self._taken(lambda layer: layer.fork() if isinstance(layer, SpectralLayer) else detached_copy(layer))
 
     def __copy__(self) -> Self:
         """Another cache of the same layers."""
@@ -402,7 +402,7 @@ class ConsistentCache(DynamicCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy what is stored; the calibration and its constants are shared."""
-        new = self._taken(copy.deepcopy)
+        new = self._taken(detached_copy)
         memo[id(self)] = new
         memo.update((id(old), copied) for old, copied in zip(self.layers, new.layers, strict=True))
         return new

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from quantcache.attention.traced import symbolic_length
@@ -44,30 +43,13 @@ def state_copy(thing: _Object) -> _Object:
     return new
 
 
-def compact_copy(layer: Any) -> Any:
-    """A copy of a layer of transformers' own that does not keep the memory of tokens that have left its window.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        The copy.
-    """
-    new = shallow_copy(layer)
-    for name in ("keys", "values"):
-        held = getattr(layer, name, None)
-        if isinstance(held, Tensor):
-            setattr(new, name, held.clone(memory_format=torch.contiguous_format))
-    rest = {n: copy.deepcopy(v) for n, v in vars(new).items() if n not in ("keys", "values")}
-    vars(new).update(rest)
-    return new
-
-
 def detached_copy(thing: _Object) -> _Object:
     """A deep copy without the graph that autograd may have of it: such tensors cannot be copied otherwise.
 
+    Of a tensor that is a view the copy has its own elements only: a window does not keep the prompt it was cut from.
+
     Args:
-        thing: A layer of transformers' own, or something that one holds.
+        thing: A layer, or something that one holds.
 
     Returns:
         The copy.
