@@ -32,7 +32,7 @@ from quantcache.backends.view import SideView
 from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
 from quantcache.cache.state import NO_BLOCKS, NOTHING, Blocks, LayerState
-from quantcache.cache.transaction import put, shallow_copy, with_symbolic_length
+from quantcache.cache.transaction import commit, shallow_copy, with_symbolic_length
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
@@ -94,7 +94,7 @@ class BlockLayer(DynamicLayer):
         if state.blocks is not self.state.blocks:
             attributes["_past"] = None  # it would keep the old ones alive
         if attributes or self.symbolic_length is not None:
-            put(self, with_symbolic_length(self, {"state": state, **attributes}))
+            commit([self], [with_symbolic_length(self, {"state": state, **attributes})])
         else:
             self.state = state
 

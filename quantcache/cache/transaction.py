@@ -80,19 +80,6 @@ def with_symbolic_length(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def put(thing: Any, state: dict[str, Any]) -> None:
-    """What :func:`commit` does, for one object.
-
-    Args:
-        thing: Object to change.
-        state: New attributes.
-    """
-    target = vars(thing)
-    replaced = dict(target)
-    target.update(state)
-    del replaced
-
-
 def commit(things: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
     """Put new attributes in place: one call into C, which no signal handler and no other thread can come between.
 
