@@ -19,7 +19,7 @@ def shallow_copy(thing: _Object) -> _Object:
     """Another object with the attributes that this one has at one moment.
 
     Args:
-        thing: A layer, which replaces its attributes and does not write to them.
+        thing: A cache or a layer, which replaces its attributes and does not write to them.
 
     Returns:
         The copy.
