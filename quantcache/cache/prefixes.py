@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import logging
+import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ FAILURES = (QuantCacheError, OSError, RuntimeError, MemoryError)
 _Place = tuple[str, bytes]
 """Identity and tokens of a prefix."""
 
-_Leaving = tuple[_Place, tuple[SpectralCache, int]]
-"""A prefix on its way out of memory, with its cache and that one's bytes."""
+_Held = tuple[SpectralCache, int]
+"""A prefix's cache, and its bytes."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class PrefixStore:
         self.folder = None if folder is None else PrefixFolder(Path(folder), most)
         self._lock = processes.lock()
         self._known: dict[str, list[bytes]] = defaultdict(list)  # sorted keys of each identity, in memory or not
-        self._held: OrderedDict[_Place, tuple[SpectralCache, int]] = OrderedDict()  # last used last
+        self._held: OrderedDict[_Place, _Held] = OrderedDict()  # last used last
         self._leaving: dict[_Place, SpectralCache] = {}  # on their way to the folder
         self._generation = 0  # how often all was forgotten: what began before must not come back
         self._counts = dict.fromkeys(("requests", "hits", "prompt_tokens", "reused_tokens", "evicted", "failures"), 0)
@@ -213,10 +214,10 @@ class PrefixStore:
         if self.folder is None:
             raise QuantCacheError("this PrefixStore has no folder to write to: give it one with folder=")
         with self._lock:
-            held, generation = list(self._held.items()), self._generation
+            held, generation = dict(self._held), self._generation
         self._write(held, generation)
         # Where not all have room, the last to be written took the place of the first.
-        there = sum(self.folder.file_of(*place).exists() for place, _ in held)
+        there = sum(self._in_folder(*place) for place in held)
         if there < len(held) and generation == self._generation:
             logger.warning(
                 "%d of %d prefixes in memory are not in %s, which may take %d bytes",
@@ -282,9 +283,9 @@ class PrefixStore:
         """Put a cache in memory, and in the folder what has to leave; nothing if all was forgotten meanwhile."""
         size = measure(cache, saturation=False).total + len(key)
         if size > self.max_bytes:
-            return self._write([((name, key), (cache, size))], generation)
-        leaving: list[_Leaving] = []
-        written: dict[_Place, bool] = {}
+            self._write({(name, key): (cache, size)}, generation)
+            return generation == self._generation and self._in_folder(name, key)
+        leaving: dict[_Place, _Held] = {}
         try:
             with self._lock:
                 if generation != self._generation:
@@ -302,36 +303,33 @@ class PrefixStore:
                     if self.folder is None:
                         self._drop(*place)
                     else:
-                        written[place], self._leaving[place] = False, oldest[0]
-                        leaving.append((place, oldest))
+                        leaving[place], self._leaving[place] = oldest, oldest[0]
                         del self._held[place]
                     self._counts["evicted"] += 1
-            self._to_folder(leaving, written, generation)
+            self._to_folder(leaving, generation)
         finally:  # Ctrl-C must not leave caches beyond the limit in memory
-            self._settle(written, generation)
+            self._settle(leaving, generation)
         return True
 
-    def _write(self, leaving: list[_Leaving], generation: int) -> bool:
+    def _write(self, leaving: dict[_Place, _Held], generation: int) -> None:
         """Write caches to the folder, and forget those that are neither there nor in memory."""
-        written = {place: False for place, _ in leaving}
         try:
-            self._to_folder(leaving, written, generation)
+            self._to_folder(leaving, generation)
         finally:
-            self._settle(written, generation)
-        return generation == self._generation and all(written.values())
+            self._settle(leaving, generation)
 
-    def _to_folder(self, leaving: list[_Leaving], written: dict[_Place, bool], generation: int) -> None:
-        """Write caches to the folder, note which are there, and forget what has made room for them."""
+    def _to_folder(self, leaving: dict[_Place, _Held], generation: int) -> None:
+        """Write caches to the folder, and forget what has made room for them."""
         if self.folder is None or not leaving:
             return
 
         def wanted() -> bool:
             return generation == self._generation
 
-        for place, (cache, size) in leaving:
+        for place, (cache, size) in leaving.items():
             try:
                 if wanted():
-                    written[place] = self.folder.write(*place, cache, size, wanted)
+                    self.folder.write(*place, cache, size, wanted)
             except FAILURES as error:
                 self._failed("be written", error)
         gone = self.folder.gone()
@@ -340,15 +338,21 @@ class PrefixStore:
                 if place not in self._held and place not in self._leaving:
                     self._unlearn(*place)
 
-    def _settle(self, written: dict[_Place, bool], generation: int) -> None:
+    def _settle(self, leaving: Iterable[_Place], generation: int) -> None:
         """End the stay in memory of caches that were to be written."""
         with self._lock:
-            for place, there in written.items() if generation == self._generation else ():
+            for place in leaving if generation == self._generation else ():
                 self._leaving.pop(place, None)
-                if there and self.folder is not None and self.folder.file_of(*place).exists():
-                    self._learn(*place)  # unless what was written next has taken its room
+                if self._in_folder(*place):
+                    self._learn(*place)
                 elif place not in self._held:
                     self._unlearn(*place)
+
+    def _in_folder(self, name: str, key: bytes) -> bool:
+        """Whether a prefix is in the folder; what was written later may have taken its room."""
+        return self.folder is not None and os.path.exists(
+            self.folder.file_of(name, key)
+        )  # False for a share that is away
 
     def _is_covered(self, name: str, key: bytes) -> bool:
         """Whether a longer prefix in memory begins with this one; it then counts as used."""
@@ -396,8 +400,8 @@ class PrefixStore:
         with self._lock:
             self._drop(name, key)
             self._unlearn(name, key)
-        file = None if self.folder is None else self.folder.file_of(name, key)
-        if isinstance(error, ArtifactError) and file is not None:
+        if isinstance(error, ArtifactError) and self.folder is not None:
+            file = self.folder.file_of(name, key)
             if not file.exists():
                 return  # the folder was full, or is another process's too
             if not isinstance(error.__cause__, OSError):  # no handles left, a share that is away: the file may be sound
