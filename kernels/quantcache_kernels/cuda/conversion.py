@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cuda.blocks import PATH_BIT, TILE, BlockLayout
-from quantcache_kernels.cuda.driver import load_conversion
+from quantcache_kernels.cuda.driver import load
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
 from quantcache_kernels.cuda.structures import ConversionArguments, pointer
 from quantcache_kernels.interface import SideConstants
@@ -22,7 +22,7 @@ CODE_PITCH = 66
 
 
 def _on_cuda(device: torch.device) -> Mapping[str, Launched]:
-    return load_conversion(device.index or 0)
+    return load(device.index or 0, "conversion.h")
 
 
 LOADERS: dict[str, Callable[[torch.device], Mapping[str, Launched]]] = {"cuda": _on_cuda}
