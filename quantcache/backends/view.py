@@ -12,9 +12,8 @@ from torch import Tensor
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore
-from quantcache.coding.blocks import SideCodec, block_slots
+from quantcache.coding.blocks import SideCodec, block_slots, holds_tokens
 from quantcache.coding.codec import SpectralCodec
-from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import without_autocast
 from quantcache.common.errors import GraphCaptureError
 
@@ -234,7 +233,7 @@ class CacheView:
             decoded = decoded.to(out.dtype)
             slots = block_slots(block_table)
             if self.cut:
-                inside = (slots < (block_table[:, 0] + block_table[:, 1]).repeat_interleave(BLOCK)).nonzero().flatten()
+                inside = holds_tokens(block_table).nonzero().flatten()
                 slots, decoded = slots[inside], decoded[:, :, inside]
             out.index_copy_(2, slots, decoded)
         if side.lead is not None:
