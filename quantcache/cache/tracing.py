@@ -107,7 +107,7 @@ class TraceableCache(ConsistentCache):
             if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, rows)):
                 positions = None  # several for every token
             self.arrivals = (length, count, Arrivals.of(mask, positions, length, count)) if fits else None
-        elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
+        elif layer.symbolic_length is not None:  # the first of them
             positions = None if in_graph else compat.rotary_positions()  # all that is known beside a 4D mask
             fits = positions is not None and positions.shape in ((1, count), (rows, count))
             self.arrivals = (length, count, Arrivals.of(None, positions, length, count)) if fits else None
