@@ -119,11 +119,11 @@ def lay_out_conversion(
     tiles = layout.tile_words.flatten()
     places = torch.stack((tiles.cumsum(0) - tiles, layout.kinds.flatten()), dim=-1)
     return Conversion(
-        torch.stack((first, kinds), dim=-1).int().to(device),
-        places.int().view(layout.heads, layout.tiles, 2).to(device),
-        made.to(torch.uint8).to(device),
-        constants.words,
-        layout.words,
-        layout.is_trellis,
-        holds_values,
+        slots=torch.stack((first, kinds), dim=-1).int().to(device),
+        places=places.int().view(layout.heads, layout.tiles, 2).to(device),
+        maps=made.to(torch.uint8).to(device),
+        portable_words=constants.words,
+        tile_words=layout.words,
+        is_trellis=layout.is_trellis,
+        holds_values=holds_values,
     )
