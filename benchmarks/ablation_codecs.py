@@ -5,7 +5,7 @@ Gains and anchors are those of either coding, as the codec's settings say; fitte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -16,17 +16,16 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from quantcache import Calibration
 from quantcache.attention.probe import RecordingCache, run
-from quantcache.cache.codecs import CodecFactory
-from quantcache.cache.spectral_cache import BlockCache
 from quantcache.coding.blocks import SideCodec, block_positions, join_blocks, split_blocks
 from quantcache.coding.codebook import lloyd_max
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.gains import GAIN_CENTER, GAIN_STEPS
 from quantcache.coding.packing import BLOCK
-from quantcache.coding.rope import ANCHOR_LENGTH, Rope
+from quantcache.coding.rope import Rope, anchor_of
 from quantcache.coding.schema import SIDES
 from quantcache.coding.trellis import best_path, nearest_by_subset, subsets_of_path
 from quantcache.common.defaults import SINK_LENGTH
+from quantcache.evaluation.methods.base import Setting, simulated_cache
 
 Gain = Literal["none", "plain", "corrected", "searched"]
 
@@ -210,11 +209,8 @@ def codec_cache(
         Makes an empty cache.
     """
     codecs = {key: change(codec) for key, codec in side_codecs(calibration).items()}
-
-    def codecs_of(index: int) -> tuple[CodecFactory, None]:
-        return lambda device, tails, left_padding: {side: codecs[index, side] for side in SIDES}, None
-
-    return lambda: BlockCache(config, codecs_of, sink_length, residual_length)
+    setting = Setting(config, calibration, None, sink_length, residual_length)
+    return simulated_cache(setting, lambda index, side, x, device: codecs[index, side])
 
 
 def side_codecs(calibration: Calibration) -> dict[tuple[int, str], SpectralCodec]:
@@ -226,6 +222,13 @@ def side_codecs(calibration: Calibration) -> dict[tuple[int, str], SpectralCodec
         for index, layer in calibration.layers.items()
         for side in SIDES
     }
+
+
+def block_coefficients(codec: SpectralCodec, x: Tensor) -> Iterator[Tensor]:
+    """Coefficients ``[1, H, D, 64]`` of every whole block of one sequence's keys or values ``[1, H, T, D]``."""
+    for first in range(SINK_LENGTH, x.shape[2] - BLOCK + 1, BLOCK):
+        place = torch.tensor([[first, BLOCK, anchor_of(torch.tensor(first), SINK_LENGTH)]], dtype=torch.int32)
+        yield codec.coefficients(x[:, :, first : first + BLOCK], place, None)
 
 
 def fitted_books(model: PreTrainedModel, calibration: Calibration, tokens: Tensor) -> dict[int, Tensor]:
@@ -245,15 +248,10 @@ def fitted_books(model: PreTrainedModel, calibration: Calibration, tokens: Tenso
     def record(index: int, keys: Tensor, values: Tensor) -> None:
         if index not in calibration.layers:
             return
-        for side, x in (("key", keys), ("value", values)):
+        for side, x in zip(SIDES, (keys, values), strict=True):
             codec = codecs[index, side]
-            for first in range(SINK_LENGTH, x.shape[2] - BLOCK + 1, BLOCK):
-                anchor = SINK_LENGTH + (first - SINK_LENGTH) // ANCHOR_LENGTH * ANCHOR_LENGTH
-                place = torch.tensor([[first, BLOCK, anchor]], dtype=torch.int32)
-                y = codec.coefficients(x[:, :, first : first + BLOCK], place, None)
-                count = codec.coded.sum(-1).clamp_min(1)[:, None]
-                rms = (torch.where(codec.coded[..., None], y * y, 0.0).sum(-2, keepdim=True) / count[..., None]).sqrt()
-                flat = (y / rms.clamp_min(1e-30)).flatten(1, 2)
+            for y in block_coefficients(codec, x):
+                flat = (y / root_mean_square(codec, y).clamp_min(1e-30).unsqueeze(-2)).flatten(1, 2)
                 for c in codec.classes:
                     samples.setdefault(c.width, []).append(flat[:, c.columns].flatten()[::4])
 

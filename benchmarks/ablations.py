@@ -24,8 +24,9 @@ import torch
 from ablation_codecs import AnchorCodec, GainCodec, codec_cache, fitted_books, with_books
 from ablation_statistics import FRAMES, SEQUENCE, AblationStatistics, Needs, gather
 from ablation_variants import CALIBRATION_TOKENS, CHECKPOINTS, Variant, ablations, allocate
-from fidelity import CHUNK, read
-from records import ROOT, Run, suite_of, write_record
+from fidelity import CHUNK
+from inputs import read
+from records import Run, suite_of, write_record
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -46,7 +47,7 @@ from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import summaries
 from quantcache.evaluation.fidelity import STRETCH, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
-from quantcache.evaluation.provenance import model_sha256
+from quantcache.evaluation.provenance import model_sha256, text_sha256
 
 GROUP = 8
 """Caches that are measured together: they share the dense cache's predictions."""
@@ -86,17 +87,16 @@ def main() -> None:
             "tokens": options.calibration_tokens,
             "seq_len": min(SEQUENCE, limit),
             "seed": 0,
-            "text_sha256": hashlib.sha256(calibration_text.encode()).hexdigest(),
+            "text_sha256": text_sha256(calibration_text),
         },
         "evaluation": {
             "source": evaluation_source,
             "tokens": options.windows * context,
-            "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
+            "text_sha256": text_sha256(evaluation_text),
         },
     }
     suite = suite_of("ablations", options.model)
     run = Run(suite, settings)
-    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         most = max(variant.tokens or options.calibration_tokens for variant in variants)
         calibration_tokens = text_tokens(tokenizer, calibration_text, most + 1)  # BOS may be left out
@@ -112,9 +112,8 @@ def main() -> None:
     out = Console(width=None if sys.stdout.isatty() else 120)
     for ablation, found in metrics.items():
         out.print(table(ablation, found))
-    path = write_record(suite, settings, metrics)
+    write_record(suite, settings, metrics)
     run.discard()
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:

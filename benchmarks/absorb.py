@@ -8,16 +8,14 @@ measured by itself. quanto is measured where optimum-quanto is installed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from fidelity import read
-from records import ROOT, write_record
+from inputs import read
+from records import write_record
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -26,16 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedM
 
 from quantcache import Calibration, SpectralCache, data, register_attention
 from quantcache.attention.probe import RecordingCache
-from quantcache.backends.padding import Grid
-from quantcache.cache.codecs import CodecFactory
-from quantcache.cache.spectral_cache import BlockCache
-from quantcache.coding.blocks import SideCodec, join_blocks, split_blocks
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.rope import Rope
 from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
+from quantcache.evaluation.methods.base import Setting, simulated_cache, uniform
+from quantcache.evaluation.methods.integer import QuarotCodec
+from quantcache.evaluation.provenance import text_sha256
 from quantcache.export import absorb
 from quantcache.export.model import absorbed_calibration, changed_tensors, layer_maps
 from quantcache.export.projections import TensorInfo, find_projections
@@ -43,54 +40,15 @@ from quantcache.export.projections import TensorInfo, find_projections
 SINKS, RESIDUAL, CHUNK = 4, 64, 64
 
 
-def quantize(x: Tensor, bits: int) -> Tensor:
-    """Plain min-max quantization of every token of every head by itself, simulated: scale and zero in float16."""
-    low, high = x.float().aminmax(dim=-1, keepdim=True)
-    low, step = low.half().float(), ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-8)
-    codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
-    return (codes * step + low).to(x.dtype)
-
-
-class PerTokenCodec:
-    """Blocks of :func:`quantize`.
-
-    Args:
-        dim: D.
-        bits: Width of every code.
-    """
-
-    def __init__(self, dim: int, bits: int):
-        self.width = bits
-        self.bits: float | None = bits + 32 / dim
-
-    def encode(self, x: Tensor, block_table: Tensor, left_padding: Tensor | None) -> dict[str, Tensor]:
-        """Quantize and dequantize n blocks ``[B, H, n * 64, D]``."""
-        return {"simulated": split_blocks(quantize(x, self.width))}
-
-    def decode(self, fields: dict[str, Tensor], block_table: Tensor, left_padding: Tensor | None) -> Tensor:
-        """Return n blocks ``[n, B, H, 64, D]`` as ``[B, H, n * 64, D]``."""
-        return join_blocks(fields["simulated"])
-
-    def tensors(self) -> list[Tensor]:
-        """No constants."""
-        return []
-
-
 def every_token(model: PreTrainedModel, bits: int) -> Callable[[], Cache]:
     """Makes caches that quantize every token as it arrives."""
-    return lambda: RecordingCache(model.config, lambda index, *pair: (quantize(pair[0], bits), quantize(pair[1], bits)))
+    return lambda: RecordingCache(model.config, lambda index, *pair: (uniform(pair[0], bits), uniform(pair[1], bits)))
 
 
 def older_tokens(model: PreTrainedModel, bits: int) -> Callable[[], Cache]:
     """Makes caches that keep sinks and recent tokens, as SpectralCache does."""
-
-    def make(device: torch.device, tails: dict[str, Tensor], grid: Grid) -> dict[str, SideCodec]:
-        return {side: PerTokenCodec(tail.shape[-1], bits) for side, tail in tails.items()}
-
-    def codecs_of(index: int) -> tuple[CodecFactory, None]:
-        return make, None
-
-    return lambda: BlockCache(model.config, codecs_of, SINKS, RESIDUAL)
+    setting = Setting(model.config, None, None, SINKS, RESIDUAL)
+    return simulated_cache(setting, lambda index, side, x, device: QuarotCodec(torch.eye(x.shape[-1]), bits, clip=1.0))
 
 
 def methods_of(model: PreTrainedModel, calibration: Calibration) -> list[Method]:
@@ -228,11 +186,10 @@ def main() -> None:
         "sinks": SINKS,
         "residual": RESIDUAL,
         "calibration": calibration.metadata.recipe,
-        "evaluation": {"source": source, "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "evaluation": {"source": source, "text_sha256": text_sha256(text)},
     }
     metrics = {"models": models, "rounding": rounding(calibration, tokens[None, : options.context])}
-    path = write_record("absorb", settings, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    write_record("absorb", settings, metrics)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fidelity_tables import origin
+from fidelity_tables import markdown, origin
 
 
 def absorb_table(path: Path, record: dict[str, Any], page: Path) -> str:
@@ -21,10 +21,7 @@ def absorb_table(path: Path, record: dict[str, Any], page: Path) -> str:
     """
     settings, models = record["settings"], record["metrics"]["models"]
     original = models["original"]["methods"]
-    lines = [
-        "| cache | " + " | ".join(models) + " | change with flat, window by window |",
-        "|---|" + "---|" * (len(models) + 1),
-    ]
+    rows = []
     for method, entry in original.items():
         if method == "dense" or entry["status"] != "ok":
             continue
@@ -33,23 +30,23 @@ def absorb_table(path: Path, record: dict[str, Any], page: Path) -> str:
         flat = models["flat"]["methods"][method]["kl_by_window"]
         changes = [after / before - 1 for before, after in zip(windows[0], flat, strict=True)]
         cells.append(f"{min(changes):+.1%} to {max(changes):+.1%}")
-        lines.append(f"| {method}{' (simulated)' if entry['simulated'] else ''} | " + " | ".join(cells) + " |")
+        rows.append([f"{method}{' (simulated)' if entry['simulated'] else ''}", *cells])
     work = [model["flops_per_layer"] for model in models.values()]
     for what, name in (("encode_values", "to encode a token's values"), ("decode", "of a decoding step")):
-        lines.append(f"| operations {name} | " + " | ".join(f"{counts[what]:,.0f}" for counts in work) + " | |")
+        rows.append([f"operations {name}", *(f"{counts[what]:,.0f}" for counts in work)])
     bits = record["metrics"]["rounding"]
     rounded = "; ".join(
         f"{name}: {entry['kl_mean']:.1e} nats, logits by at most {entry['max_abs'] / entry['scale']:.1e} of the largest"
         for name, entry in bits.items()
     )
-    lines += [
-        "",
+    caption = (
         f"Mean KL to the dense cache of the same model, nats per token. {settings['model']} in {settings['dtype']}, "
         f"{settings['windows']} windows of {settings['context']:,} tokens fed {settings['chunk']} at a time; spectral "
         f"caches keep {settings['sinks']} sinks and {settings['residual']} recent tokens. Operations are those of "
         f"matrix products in plain torch, for each layer; of a decoding step those of the whole model, at "
-        f"{settings['context']:,} cached tokens. What rounding the "
-        f"absorbed weights costs, against the original weights, all else in float32: {rounded}. "
-        f"{origin(path, record, page)}",
-    ]
-    return "\n".join(lines)
+        f"{settings['context']:,} cached tokens. What rounding the absorbed weights costs, against the original "
+        f"weights, all else in float32: {rounded}. "
+        f"{origin(path, record, page)}"
+    )
+    header = ["cache", *models, "change with flat, window by window"]
+    return markdown(header, rows) + f"\n\n{caption}"

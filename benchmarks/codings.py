@@ -8,17 +8,15 @@ The times are of one layer of the model's geometry; the two codings take turns.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from fidelity import calibrated, read
+from inputs import study, study_parser
 from records import Run, write_record
 from rich.console import Console
 from rich.table import Table
@@ -26,9 +24,7 @@ from torch import Tensor
 
 from quantcache import Calibration, SpectralCache, data
 from quantcache.attention import spectral_attention
-from quantcache.cli.loading import load_model
 from quantcache.coding.schema import Coding
-from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import needs_statistics, parse_methods, text_statistics
 
@@ -38,29 +34,20 @@ CODINGS: tuple[Coding, ...] = get_args(Coding)
 
 def main() -> None:
     """Measure, print and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="wiki11m", help="wiki11m, a folder or a Hub id")
-    parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
+    parser = study_parser(__doc__, windows=4)
     parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     parser.add_argument("--rivals", default=RIVALS)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096, help="of the layer that is timed")
     options = parser.parse_args()
-    run = Run("codings", {name: str(value) for name, value in vars(options).items()})
-    model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
-    calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
-    text, source = read("wikitext2_test.txt", data.evaluation_text)
-    tokens = text_tokens(tokenizer, text, options.windows * options.context)
+    given = study("codings", options)
+    run, model, calibration, tokens = given.run, given.model, given.calibration, given.tokens
     fidelity = {}
     for coding in CODINGS:
         names = [f"spectral-{bits:g}" for bits in options.bits]
         methods = parse_methods(names, model.config, calibration.with_coding(coding), residual_length=0)
         renamed = [replace(method, name=f"{method.name} {coding}") for method in methods]
         fidelity |= measured(run, coding, model, tokens, renamed, options.context)
-    seen = cache(lambda: text_statistics(model, tokenizer, data.calibration_text(), options.calibration_tokens))
+    seen = cache(lambda: text_statistics(model, given.tokenizer, data.calibration_text(), options.calibration_tokens))
     for name in filter(None, options.rivals.split(",")):
         known = seen() if needs_statistics([name]) else None
         methods = parse_methods([name], model.config, None, residual_length=0, statistics=known)
@@ -68,9 +55,8 @@ def main() -> None:
     times = run.cell("times", lambda: timed(calibration, model, options.tokens))
     claims = claimed(fidelity, options.bits)
     show(fidelity, times, claims)
-    settings = {**{n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}, "text": source}
     metrics = {"fidelity": fidelity, "milliseconds": times, "claims": claims}
-    print(write_record("codings", settings | {"calibration": calibration.metadata.recipe}, metrics))
+    write_record("codings", given.settings, metrics)
     run.discard()
 
 

@@ -19,11 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import ROOT, write_record
+from records import write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 from transformers.cache_utils import DynamicLayer, QuantizedCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -31,8 +39,10 @@ import quantcache
 from quantcache import Calibration, SpectralCache, accounting
 from quantcache.attention.function import spectral_attention_forward
 from quantcache.cache.layer import SpectralLayer
+from quantcache.data import demo_model_path
 from quantcache.evaluation.summaries import quantiles
 from quantcache_kernels import cpu
+from quantcache_kernels.cpu.library import find
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,10 @@ class Geometry:
             rope_parameters={"rope_type": "default", "rope_theta": self.theta},
         )
 
+    def states(self, heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
+        """Random queries, keys or values, ``[1, heads, tokens, D]``."""
+        return torch.randn(1, heads, tokens, self.dim).to(dtype)
+
 
 GEOMETRIES = {
     "llama-8b": Geometry(32, 8, 128, 5e5),
@@ -90,10 +104,6 @@ def qwen_config(positions: int) -> Qwen2Config:
 
 def wiki_config(positions: int) -> PreTrainedConfig:
     """The architecture of wiki11m."""
-    from transformers import AutoConfig
-
-    from quantcache.data import demo_model_path
-
     config = AutoConfig.from_pretrained(demo_model_path())
     config.max_position_embeddings = positions
     return config
@@ -125,8 +135,7 @@ def main() -> None:
     for table in tables(metrics):
         console.print(table)
     settings = {k: v for k, v in vars(options).items() if k != "child"}
-    path = write_record("cpu-decode", {**settings, "level": level_name()}, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    write_record("cpu-decode", {**settings, "level": level_name()}, metrics)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -148,8 +157,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def level_name() -> str:
     """The instruction set in use."""
-    from quantcache_kernels.cpu.library import find
-
     library = find()[0]
     assert library is not None
     return next(name for name, level in library.levels.items() if level == library.level)
@@ -186,24 +193,20 @@ def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> dict[str, float]:
 @torch.inference_mode()
 def attention_rung(geometry: Geometry, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """One decoding step of one layer over ``length`` cached tokens, each cache in its turn."""
-    generator = torch.Generator().manual_seed(length)
-
-    def states(heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(1, heads, tokens, geometry.dim, generator=generator).to(dtype)
-
+    torch.manual_seed(length)
     calibration = synthetic(geometry.config(), options)
-    layer = spectral_layer(geometry, length, torch.float32, calibration, states)
-    steps: dict[str, Callable[[], object]] = {"spectral": transformers_step(layer, geometry, torch.float32, states)}
-    half = spectral_layer(geometry, length, torch.bfloat16, calibration, states)
-    steps["spectral_bfloat16"] = transformers_step(half, geometry, torch.bfloat16, states)
+    layer = spectral_layer(geometry, length, torch.float32, calibration)
+    steps: dict[str, Callable[[], object]] = {"spectral": transformers_step(layer, geometry, torch.float32)}
+    half = spectral_layer(geometry, length, torch.bfloat16, calibration)
+    steps["spectral_bfloat16"] = transformers_step(half, geometry, torch.bfloat16)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        steps[f"dense_{name}"] = dense_step(geometry, length, dtype, states)
-        steps[f"sdpa_{name}"] = sdpa_step(geometry, length, dtype, states)
+        steps[f"dense_{name}"] = dense_step(geometry, length, dtype)
+        steps[f"sdpa_{name}"] = sdpa_step(geometry, length, dtype)
     problems = {}
     if length == 4096 and "quantized" not in options.skip:
         for backend in ("quanto", "hqq"):
             try:
-                steps[f"{backend}_4"] = quantized_step(backend, geometry, length, states)
+                steps[f"{backend}_4"] = quantized_step(backend, geometry, length)
             except (ImportError, RuntimeError, ValueError) as error:
                 problems[f"{backend}_4"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     samples = take_turns(steps, options.seconds)
@@ -241,38 +244,33 @@ def take_turns(steps: dict[str, Callable[[], object]], seconds: float) -> dict[s
     return samples
 
 
-States = Callable[[int, int, torch.dtype], Tensor]
-
-
 def synthetic(config: PreTrainedConfig, options: argparse.Namespace) -> Calibration:
     """Constants of a model's shapes for the codes that are asked for."""
     return Calibration.synthetic(config, bits=options.bits).with_coding(options.coding)
 
 
-def spectral_layer(
-    geometry: Geometry, length: int, dtype: torch.dtype, calibration: Calibration, states: States
-) -> SpectralLayer:
+def spectral_layer(geometry: Geometry, length: int, dtype: torch.dtype, calibration: Calibration) -> SpectralLayer:
     """A layer with ``length`` tokens, encoded by the kernels."""
     cache = SpectralCache(calibration, geometry.config(), backend="cpu")
     layer = cache.spectral_layers[0]
     for first in range(0, length, 4096):
         count = min(4096, length - first)
-        layer.update(*(states(geometry.heads, count, dtype) for _ in range(2)))
+        layer.update(*(geometry.states(geometry.heads, count, dtype) for _ in range(2)))
         layer.flush()
     return layer
 
 
-def dense_step(geometry: Geometry, length: int, dtype: torch.dtype, states: States) -> Callable[[], object]:
+def dense_step(geometry: Geometry, length: int, dtype: torch.dtype) -> Callable[[], object]:
     """One step of DynamicCache as transformers runs it: concatenate, then scaled dot-product attention."""
     layer = DynamicLayer()
-    layer.update(*(states(geometry.heads, length, dtype) for _ in range(2)))
-    return transformers_step(layer, geometry, dtype, states)
+    layer.update(*(geometry.states(geometry.heads, length, dtype) for _ in range(2)))
+    return transformers_step(layer, geometry, dtype)
 
 
-def transformers_step(layer: Any, geometry: Geometry, dtype: torch.dtype, states: States) -> Callable[[], object]:
+def transformers_step(layer: Any, geometry: Geometry, dtype: torch.dtype) -> Callable[[], object]:
     """One step of a cache layer as generation makes it: update, attend, and now and then encode a block."""
-    query = states(geometry.query_heads, 1, dtype)
-    key, value = (states(geometry.heads, 1, dtype) for _ in range(2))
+    query = geometry.states(geometry.query_heads, 1, dtype)
+    key, value = (geometry.states(geometry.heads, 1, dtype) for _ in range(2))
     module = torch.nn.Module()
     module.num_key_value_groups = geometry.query_heads // geometry.heads
     module.is_causal = True
@@ -280,19 +278,19 @@ def transformers_step(layer: Any, geometry: Geometry, dtype: torch.dtype, states
     return lambda: attend(module, query, *layer.update(key, value), None)
 
 
-def sdpa_step(geometry: Geometry, length: int, dtype: torch.dtype, states: States) -> Callable[[], object]:
+def sdpa_step(geometry: Geometry, length: int, dtype: torch.dtype) -> Callable[[], object]:
     """Attention alone, over keys and values that already lie side by side."""
-    query = states(geometry.query_heads, 1, dtype)
-    key, value = (states(geometry.heads, length, dtype) for _ in range(2))
+    query = geometry.states(geometry.query_heads, 1, dtype)
+    key, value = (geometry.states(geometry.heads, length, dtype) for _ in range(2))
     return lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
 
-def quantized_step(backend: str, geometry: Geometry, length: int, states: States) -> Callable[[], object]:
+def quantized_step(backend: str, geometry: Geometry, length: int) -> Callable[[], object]:
     """One step of transformers' QuantizedCache with 4 bits and its own defaults."""
     cache = QuantizedCache(backend, geometry.config(), nbits=4)
     layer = cache.layers[0]
-    layer.update(*(states(geometry.heads, length, torch.float32) for _ in range(2)))
-    return transformers_step(layer, geometry, torch.float32, states)
+    layer.update(*(geometry.states(geometry.heads, length, torch.float32) for _ in range(2)))
+    return transformers_step(layer, geometry, torch.float32)
 
 
 # ------------------------------------------------------------------------- encoding
@@ -303,24 +301,20 @@ def encoding_share(options: argparse.Namespace, tokens: int = 4096) -> dict[str,
     """What encoding adds to the prefill of a model of Qwen2.5-0.5B's geometry."""
     config = qwen_config(tokens + 1024)
     geometry = Geometry(config.num_attention_heads, config.num_key_value_heads, 64, 1e6)
-    generator = torch.Generator().manual_seed(0)
-
-    def states(heads: int, count: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(1, heads, count, geometry.dim, generator=generator).to(dtype)
-
+    torch.manual_seed(0)
     samples = []
     for _ in range(9):
         cache = SpectralCache(synthetic(geometry.config(), options), backend="cpu")
         layer = cache.spectral_layers[0]
-        layer.update(*(states(geometry.heads, 68, torch.float32) for _ in range(2)))
+        layer.update(*(geometry.states(geometry.heads, 68, torch.float32) for _ in range(2)))
         layer.flush()
-        new = [states(geometry.heads, tokens - 68, torch.float32) for _ in range(2)]
+        new = [geometry.states(geometry.heads, tokens - 68, torch.float32) for _ in range(2)]
         started = time.perf_counter()
         layer.update(*new)
         layer.flush()
         samples.append(1e3 * config.num_hidden_layers * (time.perf_counter() - started))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    ids = torch.randint(0, config.vocab_size, (1, tokens), generator=generator)
+    ids = torch.randint(0, config.vocab_size, (1, tokens))
     model(input_ids=ids[:, :64], use_cache=True, logits_to_keep=1)
     started = time.perf_counter()
     model(input_ids=ids, use_cache=True, logits_to_keep=1)

@@ -9,19 +9,20 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import torch
-from records import ROOT, write_record
+from records import write_record
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 import quantcache
-from quantcache import Calibration, SpectralCache
+from quantcache import Calibration, SpectralCache, accounting
 from quantcache.coding.schema import CodecSettings, Coding
 from quantcache.data import demo_model_path
 from quantcache.evaluation.summaries import quantiles
@@ -50,14 +51,14 @@ def main() -> None:
             fill(model, cache, length)
         samples = time_steps(model, filled, options.warmup, options.steps)
         for name, cache in filled.items():
-            metrics[name][str(length)] = {"milliseconds": quantiles(samples[name]), "cache_bytes": held(cache)}
+            size = accounting.measure(cache).total
+            metrics[name][str(length)] = {"milliseconds": quantiles(samples[name]), "cache_bytes": size}
     for per_length in metrics.values():
         times = {int(length): entry["milliseconds"]["median"] for length, entry in per_length.items()}
         per_length["exponent"] = exponent(times)
     Console(width=None if sys.stdout.isatty() else 120).print(table(metrics, sorted(options.lengths)))
     settings = {**vars(options), "coding": CODING, "geometry": "wiki11m", "prefill_chunk": PREFILL_CHUNK, "batch": 1}
-    path = write_record("decode-latency", settings, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    write_record("decode-latency", settings, metrics)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -136,13 +137,6 @@ def time_steps(model: PreTrainedModel, filled: dict[str, Cache], warmup: int, st
     return samples
 
 
-def held(cache: Cache) -> int:
-    """Bytes that a cache holds."""
-    from quantcache.accounting.measuring import measure
-
-    return measure(cache).total
-
-
 def exponent(times: dict[int, float]) -> float | None:
     """Slope of a straight line through log time against log length.
 
@@ -155,9 +149,7 @@ def exponent(times: dict[int, float]) -> float | None:
     if len(times) < 2:
         return None
     x, y = [math.log(length) for length in times], [math.log(value) for value in times.values()]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return above / sum((a - mean_x) ** 2 for a in x)
+    return statistics.linear_regression(x, y).slope
 
 
 def table(metrics: dict[str, dict], lengths: list[int]) -> Table:

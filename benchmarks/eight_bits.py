@@ -10,29 +10,25 @@ of keys are read in float32.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import calibrated, read
-from records import Run, suite_of, write_record
+from inputs import study, study_parser
+from records import suite_of, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
-from quantcache import Calibration, SpectralCache, backends, data
+from quantcache import Calibration, SpectralCache, backends
 from quantcache.backends import reference
 from quantcache.backends.cpu import CpuBackend
 from quantcache.backends.online_softmax import OnlineSoftmax, QueryRows
 from quantcache.backends.view import CacheView
-from quantcache.cli.loading import load_model
 from quantcache.coding import trellis
 from quantcache.coding.codebook import gaussian_codebook
 from quantcache.coding.codec import SpectralCodec
@@ -40,9 +36,10 @@ from quantcache.coding.gains import GAIN_CENTER, dequantize_gain
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import matmul
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
-from quantcache.common.sequences import cut_windows, text_tokens
-from quantcache.data import BUNDLED_MODEL
-from quantcache.evaluation.fidelity import chunk_edges, kl_divergence, log_probabilities
+from quantcache.common.sequences import cut_windows
+from quantcache.evaluation.feeding import chunk_edges
+from quantcache.evaluation.fidelity import kl_divergence, log_probabilities
+from quantcache.evaluation.summaries import ratio
 from quantcache_kernels.interface import AttentionCall
 
 BOUND = 1.03
@@ -237,52 +234,38 @@ def measured(model: Any, calibration: Calibration, tokens: Tensor, context: int)
                             parts[name].append(kl_divergence(dense, own))
             for name, each in parts.items():
                 kept[name].append(torch.cat(each))
-    float32 = torch.stack([each.mean() for each in kept["float32"]])
+    windows = {name: [float(window.mean()) for window in each] for name, each in kept.items()}
     found = {}
     for name, each in kept.items():
-        kl, windows = torch.cat(each), torch.stack([window.mean() for window in each])
-        ratio = windows.mean() / float32.mean()
-        stderr = None
-        if len(windows) > 1:
-            stderr = float((windows - ratio * float32).std() / float32.mean() / math.sqrt(len(windows)))
+        kl, over = torch.cat(each), ratio(windows[name], windows["float32"])
         found[name] = {
             "tokens": len(kl),
             "kl_mean": float(kl.mean()),
             "kl_p99": float(kl.quantile(0.99)),
-            "kl_windows": windows.tolist(),
-            "over_float32": float(ratio),
-            "over_float32_stderr": stderr,
+            "kl_windows": windows[name],
+            "over_float32": over["ratio"],
+            "over_float32_stderr": over["stderr"],
         }
     return found
 
 
 def main() -> None:
     """Measure, print and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=BUNDLED_MODEL, help="wiki11m, a folder or a Hub id")
-    parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
+    parser = study_parser(__doc__, windows=1)
     parser.add_argument("--bits", type=float, default=3.0)
     parser.add_argument("--codings", nargs="+", default=["scalar", "trellis"])
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=1)
     options = parser.parse_args()
     suite = suite_of("eight-bits", options.model)
-    run = Run(suite, {name: str(value) for name, value in vars(options).items()})
-    model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
-    calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
-    text, source = read("wikitext2_test.txt", data.evaluation_text)
-    tokens = text_tokens(tokenizer, text, options.windows * options.context)
+    given = study(suite, options)
     found = {}
     for coding in options.codings:
-        given = calibration.with_bits(options.bits).with_coding(coding)
-        found[coding] = run.cell(coding, lambda given=given: measured(model, given, tokens, options.context))
+        own = given.calibration.with_bits(options.bits).with_coding(coding)
+        found[coding] = given.run.cell(
+            coding, lambda own=own: measured(given.model, own, given.tokens, options.context)
+        )
     show(found)
-    settings = {**{n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}, "text": source}
-    settings |= {"bound": BOUND, "calibration": calibration.metadata.recipe}
-    print(write_record(suite, settings, found))
-    run.discard()
+    write_record(suite, {**given.settings, "bound": BOUND}, found)
+    given.run.discard()
 
 
 def show(found: dict[str, Any]) -> None:

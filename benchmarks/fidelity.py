@@ -12,22 +12,20 @@ with the package otherwise; the record says which.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from records import ROOT, Run, suite_of, write_record
+from inputs import BITS, SHARED, WIKITEXT, calibrated, read
+from records import Run, suite_of, write_record
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantcache import Calibration, calibrate, data
+from quantcache import Calibration, data
 from quantcache.artifact.prediction import predict_kl
 from quantcache.cli.loading import load_model
 from quantcache.coding.schema import Rate
@@ -37,10 +35,9 @@ from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.fidelity import FidelityResult, measure_fidelity
 from quantcache.evaluation.methods import SCHEMES, RivalStatistics, needs_statistics, parse_methods, text_statistics
-from quantcache.evaluation.provenance import model_sha256, text_sha256
+from quantcache.evaluation.provenance import calibration_sha256, check_overlap, model_sha256, text_sha256
 from quantcache.evaluation.weights import KINDS, quantize_weights, weights_library
 
-BITS = 3.0
 SINKS = 4
 CHUNK = 64
 BATCH = 4
@@ -54,11 +51,9 @@ CHOICE = (
 OURS = "dense,spectral-2,spectral-3,spectral-4"
 """Methods measured on models with quantized weights."""
 
-WIKITEXT, WIKITEXT_WINDOW = "wikitext2_test.txt", 1024
+WIKITEXT_WINDOW = 1024
 HELD_OUT = "wiki_eval.txt"
 """Text of the calibration's kind that it has not seen."""
-
-SHARED = ROOT.parent / "shared" / "data"
 
 
 @dataclass(frozen=True)
@@ -124,19 +119,15 @@ def main() -> None:
         "evaluation": {
             "source": evaluation_source,
             "tokens": len(parts[0].tokens),
-            "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
+            "text_sha256": text_sha256(evaluation_text),
         },
     }
     asked = {name: value for name, value in vars(options).items() if name != "calibration"}
     if options.calibration is not None:
         given = Calibration.from_pretrained(options.calibration)
-        if settings["evaluation"]["text_sha256"] in given.metadata.recipe.get("text_sha256", ()):
-            sys.exit(f"error: {options.calibration} was calibrated on the evaluation text")
-        asked["calibration"] = hashlib.sha256(
-            (options.calibration / "calibration.safetensors").read_bytes()
-        ).hexdigest()
-    run = Run(suite, {**settings, "options": asked, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
-    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
+        check_overlap(given, evaluation_text, "the evaluation text")
+        asked["calibration"] = calibration_sha256(given)
+    run = Run(suite, {**settings, "options": asked, "text": text_sha256(calibration_text)})
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     statistics = None
     if any(needs_statistics(part.methods.split(",")) for part in parts):
@@ -153,9 +144,8 @@ def main() -> None:
             metrics[part.name] = measure_part(part, model, calibration, statistics, run, bar)
             out.print(table(part.name, metrics[part.name]))
     settings["predicted_kl"] = predicted(calibration, metrics)
-    path = write_record(suite, settings, metrics)
+    write_record(suite, settings, metrics)
     run.discard()
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
 def conditions(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
@@ -237,28 +227,6 @@ def make_parts(
     return parts
 
 
-def calibrated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    run: Run,
-    options: argparse.Namespace,
-) -> tuple[Calibration, float | None]:
-    """The calibration, from a file or an interrupted run if there is one, and the seconds it took."""
-    if options.calibration is not None:
-        return Calibration.from_pretrained(options.calibration), None
-    folder = run.folder / "calibration"
-
-    def make() -> float:
-        started = time.perf_counter()
-        made = calibrate(model, text, tokenizer, BITS, max_tokens=options.calibration_tokens, metric=options.metric)
-        made.save_pretrained(folder)
-        return time.perf_counter() - started
-
-    seconds = run.cell("calibration-seconds", make)
-    return Calibration.from_pretrained(folder), seconds
-
-
 def measure_part(
     part: Part,
     model: PreTrainedModel,
@@ -321,22 +289,6 @@ def predicted(calibration: Calibration, metrics: dict[str, dict[str, Any]]) -> d
     ours = {name for part in metrics.values() for name, entry in part.items() if entry["family"] == "ours"}
     rates = {name: Rate(float(name.rpartition("-")[2])) for name in sorted(ours)}
     return {name: predict_kl(calibration.with_rate(rate)) for name, rate in rates.items()}
-
-
-def read(name: str, bundled: Callable[[], str]) -> tuple[str, str]:
-    """A text beside the checkout, or the bundled one.
-
-    Args:
-        name: File name of the former.
-        bundled: Gives the latter.
-
-    Returns:
-        The text, and where it comes from.
-    """
-    path = SHARED / name
-    if path.is_file():
-        return path.read_text(encoding="utf-8"), f"../shared/data/{name}"
-    return bundled(), "bundled"
 
 
 def table(title: str, results: dict[str, dict]) -> Table:

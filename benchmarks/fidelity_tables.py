@@ -9,18 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quantcache.common.env import machine
+
 NO_RECORD = "No record yet."
 
 Record = dict[str, Any]
 Results = dict[str, dict[str, Any]]
 Parts = dict[str, tuple[Path, Record]]
 """By part of a suite, the file (relative to the checkout) and content of the newest record that holds it."""
-
-
-def machine(record: Record) -> str:
-    """What a record was measured on."""
-    cpu, gpus = record["environment"]["cpu"], record["environment"]["gpus"]
-    return gpus[0]["name"] if gpus else f"{cpu['name']} ({cpu['cores']} cores)"
 
 
 def origin(path: Path, record: Record, page: Path) -> str:
@@ -35,7 +31,7 @@ def origin(path: Path, record: Record, page: Path) -> str:
         Markdown.
     """
     link = Path(*[".."] * (len(page.parts) - 1), path).as_posix()
-    return f"{machine(record)}, commit {record['commit'][:10]}, [record]({link})."
+    return f"{machine(record['environment'])}, commit {record['commit'][:10]}, [record]({link})."
 
 
 def origins(parts: Parts, names: list[str], page: Path) -> str:
@@ -176,18 +172,17 @@ def fidelity_rows(default: Results, others: dict[str, Results]) -> str:
     return markdown(header, rows)
 
 
-def short(results: Results, bits: float = 3.0) -> Results:
-    """Ours, and each rival's smallest setting with at least as many bits as ours.
+def short(results: Results) -> Results:
+    """Ours, and each rival's smallest setting with at least as many bits as ours of 3.
 
     Args:
         results: All methods.
-        bits: Our bits, without gains.
 
     Returns:
         The choice, in the order of the record; what could not be run stays.
     """
-    ours = results.get(f"spectral-{bits:g}")
-    floor = ours["bits_per_element"] if ours and ours["status"] == "ok" else bits
+    ours = results.get("spectral-3")
+    floor = ours["bits_per_element"] if ours and ours["status"] == "ok" else 3.0
     chosen: Results = {}
     for name, entry in results.items():
         if entry.get("family") == "floor":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fidelity_tables import stem
+
+from quantcache.common.writing import write_file
 
 VERSION = 1
 """Of the drawing: raise it when a figure is drawn differently from the same data."""
@@ -113,7 +113,4 @@ def draw(path: Path, name: str, lines: Lines) -> None:
         )
         pyplot.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        file.write(buffer.getvalue())
-    Path(file.name).chmod(0o644)
-    os.replace(file.name, path)
+    write_file(path, buffer.getvalue())

@@ -8,14 +8,13 @@ arXiv 2604.11501 and 2604.20682 for all but the basis at 2 bits, which is OSCAR'
 from __future__ import annotations
 
 import argparse
-import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fidelity import CHUNK, SINKS, read
-from records import ROOT, Run, write_record
+from fidelity import CHUNK, SINKS
+from inputs import read
+from records import Run, write_record
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,6 +30,7 @@ from quantcache.evaluation.methods.base import Setting, SimulatedCodec, hadamard
 from quantcache.evaluation.methods.calibrated import PcaCodec, RankCodec
 from quantcache.evaluation.methods.integer import QuarotCodec
 from quantcache.evaluation.methods.statistics import RivalStatistics, eigenbasis
+from quantcache.evaluation.provenance import text_sha256
 from quantcache.evaluation.summaries import quantiles
 
 BASES = ("none", "random", "Hadamard", "PCA of the vectors", "queries' and outputs' moments")
@@ -66,7 +66,7 @@ def main() -> None:
         "evaluation": {
             "source": evaluation_source,
             "tokens": len(tokens),
-            "text_sha256": hashlib.sha256(evaluation_text.encode()).hexdigest(),
+            "text_sha256": text_sha256(evaluation_text),
         },
     }
     kept = Run("findings", settings)
@@ -92,9 +92,8 @@ def main() -> None:
         window = tokens[: min(len(tokens), 1024)]
         metrics["ratio"] = kept.cell("ratio", lambda: damage_ratios(model, window))
         metrics["routing"] = kept.cell("routing", lambda: routing_flips(model, window, statistics))
-    path = write_record("findings", settings, metrics)
+    write_record("findings", settings, metrics)
     kept.discard()
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
 def flat_cache(setting: Setting, basis: str, bits: int) -> Callable[[], Any]:

@@ -13,10 +13,9 @@ import sys
 
 import torch
 from cpu_decode import GEOMETRIES, spectral_layer, take_turns, transformers_step
-from records import ROOT, write_record
+from records import write_record
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from quantcache import Calibration
 from quantcache.coding.rope import FAST_WAVELENGTH
@@ -39,8 +38,7 @@ def main() -> None:
             cells = (f"{each['median']:.3f} ({each['times']:.2f})" for each in found.values())
             table.add_row(name, f"{int(length):,}", *cells)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    path = write_record("frames", {**vars(options), "default": FAST_WAVELENGTH}, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    write_record("frames", {**vars(options), "default": FAST_WAVELENGTH}, metrics)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,17 +55,13 @@ def parse_arguments() -> argparse.Namespace:
 @torch.inference_mode()
 def rung(name: str, length: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Milliseconds of one layer's step by wavelength, in turns, and how many times the default's that is."""
-    geometry, generator = GEOMETRIES[name], torch.Generator().manual_seed(length)
-
-    def states(heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(1, heads, tokens, geometry.dim, generator=generator).to(dtype)
-
-    steps = {}
+    torch.manual_seed(length)
+    geometry, steps = GEOMETRIES[name], {}
     for wavelength in WAVELENGTHS:
         codec = CodecSettings(fast_wavelength=wavelength, coding="trellis")
         calibration = Calibration.synthetic(geometry.config(), options.bits, codec=codec)
-        layer = spectral_layer(geometry, length, torch.float32, calibration, states)
-        steps[f"{wavelength:g}"] = transformers_step(layer, geometry, torch.float32, states)
+        layer = spectral_layer(geometry, length, torch.float32, calibration)
+        steps[f"{wavelength:g}"] = transformers_step(layer, geometry, torch.float32)
     found = {key: quantiles(samples) for key, samples in take_turns(steps, options.seconds).items()}
     own = found[f"{FAST_WAVELENGTH:g}"]["median"]
     return {key: {**entry, "times": entry["median"] / own} for key, entry in found.items()}

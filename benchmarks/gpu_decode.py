@@ -125,7 +125,6 @@ def main() -> None:
     path = write_record("gpu-decode", vars(options), metrics, unquoted)
     if out := os.environ.get("OUT"):
         shutil.copy(path, out)
-    print(f"record: {path}", file=sys.stderr)
     if isinstance(metrics.get("attention"), list):
         Console(width=None if sys.stdout.isatty() else 200).print(table(metrics["attention"]))
 

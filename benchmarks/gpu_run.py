@@ -29,7 +29,9 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
 from quantcache.common.jsonfile import to_json
 from quantcache.evaluation.summaries import quantiles
-from quantcache_kernels.cuda.driver import LOCAL, REGISTERS, load_codes, load_encoder, unavailable
+from quantcache_kernels.cuda import codes as cuda_codes
+from quantcache_kernels.cuda import encoding as cuda_encoding
+from quantcache_kernels.cuda.driver import LOCAL, REGISTERS, unavailable
 
 
 def llama_config(layers: int = 32, **more: Any) -> LlamaConfig:
@@ -281,8 +283,8 @@ def kernels(run: Run) -> list[dict[str, Any]]:
                 found.append({"kernel": name, **{a: getattr(variant, a, None) for a in attributes}})
     if unavailable(run.device) is None:
         for coding, on_trellis in (("scalar", False), ("trellis", True)):
-            index = run.device.index or 0
-            loaded = load_codes(index, on_trellis, on_trellis) | load_encoder(index, on_trellis)
+            attention = cuda_codes.LOADERS["cuda"](run.device, on_trellis, on_trellis)
+            loaded = {**attention, **cuda_encoding.LOADERS["cuda"](run.device, on_trellis)}
             for name, compiled in loaded.items():
                 registers, local = compiled.attribute(REGISTERS), compiled.attribute(LOCAL)
                 found.append({"kernel": name, "coding": coding, "n_regs": registers, "local_bytes": local})

@@ -165,7 +165,7 @@ def main() -> None:
         for case, found in cases.items():
             print(f"{threads:<10} {case:<24} {found['base_ms']:9.3f} {found['this_ms']:9.3f}  {found['ratio']:.3f}")
     settings = {"base": commit, "rounds": options.rounds, "bits": 3.0, "coding": "scalar", "cases": CASES}
-    print(write_record("paired", settings, figures))
+    write_record("paired", settings, figures)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import argparse
 import sys
 from typing import Any
 
-from fidelity import CHUNK, SHARED, SINKS, WIKITEXT, calibrated, conditions, predicted, table
-from records import ROOT, Run, suite_of, write_record
+from fidelity import CHUNK, SINKS, conditions, predicted, table
+from inputs import SHARED, WIKITEXT, calibrated
+from records import Run, suite_of, write_record
 from rich.console import Console
 
 from quantcache.cli.loading import load_model
@@ -40,7 +41,6 @@ def main() -> None:
         "evaluation": {"source": f"../shared/data/{WIKITEXT}", "text_sha256": text_sha256(text)},
     }
     run = Run(suite, {**settings, "options": vars(options), "text": text_sha256(calibration_text)})
-    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     recipe = calibration.metadata.recipe
     settings["calibration"] = {**recipe, "source": f"../shared/data/{VALIDATION}", "seconds": seconds}
@@ -50,9 +50,8 @@ def main() -> None:
     results = {name: result.to_dict() for name, result in found.items()}
     settings["predicted_kl"] = predicted(calibration, {suite: results})
     Console(width=None if sys.stdout.isatty() else 120).print(table(suite, results))
-    path = write_record(suite, settings, results)
+    write_record(suite, settings, results)
     run.discard()
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:

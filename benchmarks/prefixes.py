@@ -16,8 +16,8 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from fidelity import SHARED, read
-from records import ROOT, suite_of, write_record
+from inputs import SHARED, read
+from records import suite_of, write_record
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -142,8 +142,7 @@ def main() -> None:
         "text": {"source": source, "sha256": text_sha256(text), "shared": SHARED.is_dir()},
         "threads": torch.get_num_threads(),
     }
-    path = write_record(suite_of("prefixes", options.model), settings, metrics)
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
+    write_record(suite_of("prefixes", options.model), settings, metrics)
 
 
 def parse_arguments() -> argparse.Namespace:

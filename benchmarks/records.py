@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantcache.common.env import environment, git_state
+from quantcache.common.env import environment, git_state, machine
 from quantcache.common.jsonfile import to_json, write_json
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import record as record_schema
@@ -46,12 +46,13 @@ class Run:
 
     def __init__(self, suite: str, settings: dict[str, Any]):
         surroundings = environment()
-        machine = {name: surroundings[name] for name in ("versions", "cpu", "gpus")}
-        digest = hashlib.sha256((to_json(settings) + to_json(machine) + source_digest()).encode())
+        runs_on = {name: surroundings[name] for name in ("versions", "cpu", "gpus")}
+        digest = hashlib.sha256((to_json(settings) + to_json(runs_on) + source_digest()).encode())
         self.suite = suite
         self.folder = SCRATCH / "cells" / f"{suite}__{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cells = Cells(self.folder / "cells.jsonl", {"run": self.folder.name})
+        print(f"finished cells: {self.folder}", file=sys.stderr)
 
     def cell(self, name: str, measure: Callable[[], Any]) -> Any:
         """A cell: measured now, or what was measured before the interruption.
@@ -122,20 +123,9 @@ def adopt(path: Path, commit: str) -> Path:
     return target
 
 
-def machine_name(record: dict[str, Any]) -> str:
-    """Folder name of a machine.
-
-    Args:
-        record: An environment record.
-
-    Returns:
-        Its GPU, or its CPU with the number of cores, in lower case with hyphens.
-    """
-    if record["gpus"]:
-        name = record["gpus"][0]["name"]
-    else:
-        name = f"{record['cpu']['name'] or 'cpu'} {record['cpu']['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def machine_name(surroundings: dict[str, Any]) -> str:
+    """Folder name of the machine of an environment record: lower case with hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", machine(surroundings).lower()).strip("-")
 
 
 def suite_of(suite: str, model: str) -> str:
@@ -154,7 +144,7 @@ def suite_of(suite: str, model: str) -> str:
 def write_record(
     suite: str, settings: dict[str, Any], metrics: dict[str, Any], started: dict[str, Any] | None = None
 ) -> Path:
-    """Write a record: into ``results/`` if a commit says what was run, else into the git-ignored ``scratch/``.
+    """Write a record into ``results/`` if a commit says what was run, else into the git-ignored ``scratch/``.
 
     The settings of every record hold the digest of the sources: :func:`adopt` takes in a record from a machine that has
     the files but not the repository.
@@ -167,7 +157,7 @@ def write_record(
             one commit says what was run.
 
     Returns:
-        The file, complete.
+        The file, complete; stderr names it.
     """
     surroundings = environment()
     git = surroundings.pop("git") or {"commit": None, "dirty": True}
@@ -196,6 +186,7 @@ def write_record(
     path = folder / f"{suite}__{commit}__{created:%Y%m%dT%H%M%SZ}.json"
     record_schema.check(json.loads(to_json(record)), path.name)
     write_json(path, record)
+    print(f"record: {path}", file=sys.stderr)
     return path
 
 

@@ -43,8 +43,7 @@ def main() -> int:
         "sanitizers": os.environ.get("QUANTCACHE_SANITIZE", "address,undefined"),
         "threads": torch.get_num_threads(),
     }
-    path = write_record("sanitize", settings, {"seconds": round(time.monotonic() - started, 1), **found})
-    print(path)
+    write_record("sanitize", settings, {"seconds": round(time.monotonic() - started, 1), **found})
     return 0
 
 

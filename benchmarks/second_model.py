@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fidelity import read
+from inputs import read
 from records import SCRATCH
 from rich.console import Console
 from rich.progress import Progress

@@ -38,10 +38,8 @@ def main() -> int:
         lines = report.read_text("utf-8").splitlines() if report.exists() else []
     if status == 0:
         figures = {entry.pop("name"): entry for entry in map(json.loads, lines)}
-        path = write_record(
-            "soak", {"arguments": arguments}, {"seconds": round(time.monotonic() - started, 1), **figures}
-        )
-        print(path)
+        metrics = {"seconds": round(time.monotonic() - started, 1), **figures}
+        write_record("soak", {"arguments": arguments}, metrics)
     return status
 
 

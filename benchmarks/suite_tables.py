@@ -9,7 +9,7 @@ from pathlib import Path
 from fidelity_tables import NO_RECORD, Parts, markdown, origin
 
 from quantcache.cli.eval_tables import tables
-from quantcache.cli.tables import Grid
+from quantcache.common.grid import Grid
 from quantcache.common.sources import PACKAGED
 
 

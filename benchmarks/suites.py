@@ -8,14 +8,13 @@ cell.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fidelity import SHARED, SINKS, calibrated, read
-from records import ROOT, Run, suite_of, write_record
+from fidelity import SINKS
+from inputs import SHARED, calibrated, read
+from records import Run, suite_of, write_record
 from rich.console import Console
 
 from quantcache import Calibration, data
@@ -27,7 +26,7 @@ from quantcache.common.progress import progress_bar
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation import runner
-from quantcache.evaluation.plan import QUICK, Material, Plan, Sizes
+from quantcache.evaluation.plan import Material, Plan, chosen_sizes
 from quantcache.evaluation.provenance import calibration_sha256, check_material, model_sha256, text_sha256
 from quantcache.evaluation.qa import load_questions
 
@@ -52,7 +51,7 @@ def main() -> None:
         tokens=options.windows * options.context,
         residuals=(options.residual,),
         sinks=SINKS,
-        sizes=sizes_of(options),
+        sizes=chosen_sizes(options.quick, options.questions, options.trials),
         lengths=None if options.lengths is None else tuple(options.lengths),
         text_name="wikipedia",
     )
@@ -73,8 +72,7 @@ def main() -> None:
     )
     decides = {"calibration": given, "calibration_tokens": options.calibration_tokens, "metric": options.metric}
     suite = suite_of("suites", options.model)
-    run = Run(suite, {**settings, **decides, "text": hashlib.sha256(calibration_text.encode()).hexdigest()})
-    print(f"finished cells: {run.folder.relative_to(ROOT)}", file=sys.stderr)
+    run = Run(suite, {**settings, **decides, "text": text_sha256(calibration_text)})
     calibration, seconds = calibrated(model, tokenizer, calibration_text, run, options)
     settings["calibration"] = {**calibration.metadata.recipe, "source": calibration_source, "seconds": seconds}
     material = Material(
@@ -93,19 +91,8 @@ def main() -> None:
     out = Console(width=None if sys.stdout.isatty() else 160)
     for shown in tables({"metrics": metrics, "model": settings["model"], "sinks": SINKS, "dtype": options.dtype}):
         out.print(shown)
-    path = write_record(suite, settings, metrics)
+    write_record(suite, settings, metrics)
     run.discard()
-    print(f"record: {path.relative_to(ROOT)}", file=sys.stderr)
-
-
-def sizes_of(options: argparse.Namespace) -> Sizes:
-    """How much each suite does."""
-    sizes = QUICK if options.quick else Sizes()
-    if options.questions is not None:
-        sizes = replace(sizes, questions=options.questions)
-    if options.trials is not None:
-        sizes = replace(sizes, needle_seeds=options.trials, task_seeds=options.trials, prompts=options.trials)
-    return sizes
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,32 +13,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import trellis_codebooks
-from ablation_codecs import ReconstructingCodec, codec_cache, root_mean_square, side_codecs
-from fidelity import calibrated, read
+from ablation_codecs import ReconstructingCodec, block_coefficients, codec_cache, root_mean_square, side_codecs
+from inputs import study, study_parser
 from records import Run, suite_of, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache import Calibration, SpectralCache, data
+from quantcache import Calibration, SpectralCache
 from quantcache.attention.probe import RecordingCache
 from quantcache.attention.probe import run as run_model
-from quantcache.cli.loading import load_model
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.gains import dequantize_gain, quantize_gain
-from quantcache.coding.packing import BLOCK, MAX_WIDTH
-from quantcache.coding.rope import ANCHOR_LENGTH
+from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.schema import SIDES
 from quantcache.coding.trellis import CODES, STATES, best_path, nearest_by_subset, subsets_of_path, union_levels
 from quantcache.common.defaults import SINK_LENGTH
-from quantcache.common.sequences import text_tokens
-from quantcache.data import BUNDLED_MODEL
 from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import Method
 
@@ -171,28 +166,18 @@ def best_of(steps: Tensor, gains: Tensor, saved: Tensor) -> tuple[Tensor, Tensor
 
 def main() -> None:
     """Measure, print and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=BUNDLED_MODEL, help="wiki11m, a folder or a Hub id")
-    parser.add_argument("--calibration", type=Path, help="an artifact to use instead of calibrating")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--metric", default="fisher", help="fisher, query or identity")
+    parser = study_parser(__doc__, windows=2)
     parser.add_argument(
         "--parts", nargs="+", choices=["tiles", "states", "encoder"], default=["tiles", "states", "encoder"]
     )
     parser.add_argument("--encoders", type=int, nargs="+", help="numbers of the encoders to measure; all by default")
     parser.add_argument("--errors-only", action="store_true", help="no divergences")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0])
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=4096, help="that codebooks of other states are trained on")
     parser.add_argument("--iterations", type=int, default=20, help="of that training")
     options = parser.parse_args()
-    run = Run("trellis-choices", {name: str(value) for name, value in vars(options).items()})
-    model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
-    calibration, _ = calibrated(model, tokenizer, data.calibration_text(), run, options)
-    text, source = read("wikitext2_test.txt", data.evaluation_text)
-    tokens = text_tokens(tokenizer, text, options.windows * options.context)
-    bench = Bench(run, model, calibration.with_coding("trellis"), tokens, options)
+    given = study("trellis-choices", options)
+    bench = Bench(given.run, given.model, given.calibration.with_coding("trellis"), given.tokens, options)
     every = list(ENCODERS.items())
     encoders = dict(every if options.encoders is None else [every[i] for i in options.encoders])
     metrics: dict[str, Any] = {}
@@ -201,7 +186,7 @@ def main() -> None:
     if "encoder" in options.parts:
         metrics["encoder"] = {name: bench.simulated(encoder, OURS) for name, encoder in encoders.items()}
     if "states" in options.parts:
-        books = {states: trained(run, states, options) for states in CODES}
+        books = {states: trained(given.run, states, options) for states in CODES}
         metrics["distortion"] = {str(s): {str(w): e for w, (_, e) in found.items()} for s, found in books.items()}
         metrics["states"] = {
             str(states): bench.simulated(Encoder(states=states), {w: tuple(b) for w, (b, _) in found.items()})
@@ -210,10 +195,9 @@ def main() -> None:
     for part in ("tiles", "states", "encoder"):
         if part in metrics:
             Console().print(table(part, metrics[part], options.bits))
-    settings = {n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()} | {"text": source}
-    settings |= {"calibration": calibration.metadata.recipe, "encoders": {n: asdict(e) for n, e in encoders.items()}}
-    print(write_record(suite_of("trellis-choices", options.model), settings, metrics))
-    run.discard()
+    settings = {**given.settings, "encoders": {n: asdict(e) for n, e in encoders.items()}}
+    write_record(suite_of("trellis-choices", options.model), settings, metrics)
+    given.run.discard()
 
 
 OURS: Books = {width: union_levels(width) for width in range(1, MAX_WIDTH + 1)}
@@ -311,14 +295,8 @@ class Bench:
 
         def record(index: int, keys: Tensor, values: Tensor) -> None:
             for side, x in zip(SIDES, (keys, values), strict=True):
-                if (index, side) not in codecs:
-                    continue
-                blocks = []
-                for first in range(SINK_LENGTH, x.shape[2] - BLOCK + 1, BLOCK):
-                    anchor = SINK_LENGTH + (first - SINK_LENGTH) // ANCHOR_LENGTH * ANCHOR_LENGTH
-                    place = torch.tensor([[first, BLOCK, anchor]], dtype=torch.int32)
-                    blocks.append(codecs[index, side].coefficients(x[:, :, first : first + BLOCK], place, None))
-                self.recorded[index, side] = torch.cat(blocks)
+                if (index, side) in codecs:
+                    self.recorded[index, side] = torch.cat([*block_coefficients(codecs[index, side], x)])
 
         with torch.no_grad():
             run_model(self.model, self.tokens[None, : self.options.context], RecordingCache(self.model.config, record))

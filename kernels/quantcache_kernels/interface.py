@@ -18,6 +18,9 @@ BLOCK = 64
 MAX_WIDTH = 8
 """Largest code width in bits."""
 
+FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (4, 4))
+"""Bit fields of each width 0 to 8, most significant first."""
+
 ANCHOR_LENGTH = 128
 """Tokens that share an anchor: offsets from it are smaller."""
 

@@ -76,9 +76,9 @@ def predict_layers(
         sink_length: First tokens kept aside.
         residual_length: Recent tokens kept.
         element_bytes: Bytes per element of the model's dtype.
-        room: Blocks that the stores have room for (see :func:`quantcache.accounting.memory.capacity`); as many as they
+        room: Blocks that the stores have room for (see :func:`quantcache.coding.growth.capacity`); as many as they
             hold if None.
-        tail_room: Tokens that the tails have room for (see :func:`quantcache.accounting.memory.tail_capacity`).
+        tail_room: Tokens that the tails have room for (see :func:`quantcache.coding.growth.tail_capacity`).
         blocks_at_once: Blocks that are encoded together.
 
     Returns:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
 
 Floats = NDArray[np.float64]
 
@@ -71,7 +72,7 @@ def fit_decay(spectrum: Floats) -> DecayFit:
 
     Source: the form λ_i ∝ exp(−β i^γ) of covariance spectra, as in the eigenvalue decay of kernel operators (Williams
     and Seeger, "The effect of the input density distribution on kernel-based classifiers", 2000). For a given γ it is
-    linear in β and c; γ is found on a grid, then by golden-section search around the best.
+    linear in β and c; γ is found on a grid, then by a bounded search around the best.
 
     Args:
         spectrum: Eigenvalues, descending, ``[D]``, D at least 1.
@@ -92,14 +93,9 @@ def fit_decay(spectrum: Floats) -> DecayFit:
 
     best = min(_EXPONENTS, key=lambda gamma: solve(gamma)[1])
     step = _EXPONENTS[1] - _EXPONENTS[0]
-    low, high, ratio = max(best - step, _EXPONENTS[0]), best + step, (math.sqrt(5) - 1) / 2
-    for _ in range(60):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        if solve(left)[1] < solve(right)[1]:
-            high = right
-        else:
-            low = left
-    gamma = float((low + high) / 2)
+    bounds = max(best - step, _EXPONENTS[0]), best + step
+    found = minimize_scalar(lambda gamma: solve(gamma)[1], bounds=bounds, options={"xatol": 1e-10})
+    gamma = float(found.x)
     beta, error = solve(gamma)
     return DecayFit(gamma, beta, error)
 

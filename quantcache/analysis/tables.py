@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from quantcache.analysis.report import Report, Target
+from quantcache.analysis.report import Divergence, Report, Target
+from quantcache.common.grid import Grid
 
 LABELS = {
     "key": "keys",
@@ -23,10 +25,7 @@ LABELS = {
 MISSING = "–"
 
 WIDTH = 80
-"""Columns of a terminal that tables in plain text keep to, if their figures allow it."""
-
-GAP = 2
-"""Spaces between two of their columns."""
+"""Columns of a terminal that tables in plain text keep to."""
 
 
 def number(value: float | None, places: int = 2) -> str:
@@ -143,121 +142,112 @@ def tables(report: Report) -> list[Table]:
     return [table for table in found if table.rows]
 
 
+Column = tuple[str, str, Callable[[Any], Cell]]
+"""Head of a column, what it means, and its cell for what a row is about."""
+
+
+def _table(name: str, title: str, caption: str, columns: Sequence[Column], items: Iterable[Any]) -> Table:
+    rows = tuple(tuple(cell(item) for _, _, cell in columns) for item in items)
+    return Table(name, title, caption, tuple((head, meaning) for head, meaning, _ in columns), rows)
+
+
+def _cell(get: Callable[[Any], Any], show: Callable[[Any], str] = number) -> Callable[[Any], Cell]:
+    """Cells of a figure, sorted by it."""
+
+    def make(item: Any) -> Cell:
+        value = get(item)
+        return Cell(show(value), value)
+
+    return make
+
+
+_whole, _fine = partial(number, places=0), partial(number, places=3)
+
+
 def _divergences(report: Report) -> Table:
-    columns = (
-        ("bits", "Mean code width"),
-        ("bits per element", "With the gains"),
-        ("predicted KL", "Nats per token, by the Fisher rate-distortion model and two short runs"),
-        ("measured KL", "Nats per token, through the real cache on held-out text"),
-        ("± error", "Standard error of the measured one, over stretches of 64 tokens"),
-        ("predicted / measured", "1 is right"),
-    )
-    rows = []
-    for each in report.divergences:
-        ratio = each.predicted / each.measured if each.predicted is not None and each.measured else None
-        rows.append(
-            (
-                Cell(number(each.bits, 0), each.bits),
-                Cell(number(each.bits_per_element, 3), each.bits_per_element),
-                Cell(nats(each.predicted), each.predicted),
-                Cell(nats(each.measured), each.measured),
-                Cell(nats(each.stderr), each.stderr),
-                Cell(number(ratio), ratio),
-            )
-        )
+    def ratio(each: Divergence) -> float | None:
+        return each.predicted / each.measured if each.predicted is not None and each.measured else None
+
+    predicted = "Nats per token, by the Fisher rate-distortion model and two short runs"
+    stderr = "Standard error of the measured one, over stretches of 64 tokens"
+    columns: list[Column] = [
+        ("bits", "Mean code width", _cell(lambda d: d.bits, _whole)),
+        ("bits per element", "With the gains", _cell(lambda d: d.bits_per_element, _fine)),
+        ("predicted KL", predicted, _cell(lambda d: d.predicted, nats)),
+        ("measured KL", "Nats per token, through the real cache on held-out text", _cell(lambda d: d.measured, nats)),
+        ("± error", stderr, _cell(lambda d: d.stderr, nats)),
+        ("predicted / measured", "1 is right", _cell(ratio)),
+    ]
     caption = "How far the compressed cache moves the model's predictions from those with the dense one."
-    return Table("divergence", "Divergence", caption, columns, tuple(rows))
+    return _table("divergence", "Divergence", caption, columns, report.divergences)
 
 
 def _qualities(report: Report) -> Table:
-    columns = (
-        ("quality", "Word that stands for a rate"),
-        ("KL allowed", "Largest mean divergence, nats per token"),
-        ("bits", "Fewest bits at which no more is predicted, in quarters"),
-        ("bits per element", "With the gains"),
-        ("predicted KL", "At these bits, nats per token"),
-    )
-    rows = [
-        (
-            Cell(each.quality, each.quality),
-            Cell(nats(each.max_kl), each.max_kl),
-            Cell(number(each.bits), each.bits),
-            Cell(number(each.bits_per_element, 3), each.bits_per_element),
-            Cell(nats(each.predicted_kl), each.predicted_kl),
-        )
-        for each in report.qualities
+    columns: list[Column] = [
+        ("quality", "Word that stands for a rate", _cell(lambda q: q.quality, str)),
+        ("KL allowed", "Largest mean divergence, nats per token", _cell(lambda q: q.max_kl, nats)),
+        ("bits", "Fewest bits at which no more is predicted, in quarters", _cell(lambda q: q.bits)),
+        ("bits per element", "With the gains", _cell(lambda q: q.bits_per_element, _fine)),
+        ("predicted KL", "At these bits, nats per token", _cell(lambda q: q.predicted_kl, nats)),
     ]
     caption = "What quality= of a cache and --quality mean for this calibration."
-    return Table("quality", "Quality", caption, columns, tuple(rows))
+    return _table("quality", "Quality", caption, columns, report.qualities)
 
 
 def _grades(report: Report) -> Table:
-    columns = (
-        ("side", "Keys, values, or both under their common budget"),
-        ("bits", "Mean code width"),
-        ("possible gain", "Bits by which the Shannon bound is below codebooks of one width"),
-        ("realised gain", "Bits by which quantcache's codes are"),
-        ("grade", "Realised over possible"),
-    )
     names = {"all": "both", "key": "keys", "value": "values"}
-    rows = [
+    possible = "Bits by which the Shannon bound is below codebooks of one width"
+    columns: list[Column] = [
         (
-            Cell(names.get(g.side, g.side), g.side),
-            Cell(number(g.bits, 0), g.bits),
-            Cell(number(g.possible), g.possible),
-            Cell(number(g.realised), g.realised),
-            Cell(percent(g.share), g.share),
-        )
-        for g in report.grades
+            "side",
+            "Keys, values, or both under their common budget",
+            _cell(lambda g: g.side, lambda side: names.get(side, side)),
+        ),
+        ("bits", "Mean code width", _cell(lambda g: g.bits, _whole)),
+        ("possible gain", possible, _cell(lambda g: g.possible)),
+        ("realised gain", "Bits by which quantcache's codes are", _cell(lambda g: g.realised)),
+        ("grade", "Realised over possible", _cell(lambda g: g.share, percent)),
     ]
     caption = (
         "What the transforms, widths and codebooks make of the theoretical gain, measured by encoding held-out keys "
         "and values. On any source trellis codes lose about a third of a bit, scalar codes half a bit."
     )
-    return Table("grade", "Grade", caption, columns, tuple(rows))
+    return _table("grade", "Grade", caption, columns, report.grades)
 
 
-_FIGURES: tuple[tuple[str, str, Callable[[Target], float | None], Callable[[float | None], str]], ...] = (
-    ("γ", "Decay of the spectrum, λ ≈ exp(c − β i^γ); smaller is a heavier tail", lambda t: t.gamma, number),
-    ("β", "Rate of that decay", lambda t: t.beta, number),
-    ("fit error", "Root mean square error of the fit in log λ", lambda t: t.fit_error, number),
-    ("knee", "Component at which log λ is farthest below its chord", lambda t: t.knee, count),
-    ("k95", "Components that hold 95 % of the variance", lambda t: t.k95, count),
-    ("effective rank", "Participation ratio (Σλ)²/Σλ²", lambda t: t.participation, lambda v: number(v, 1)),
-    ("coding gain", "½ log2 of arithmetic over geometric mean of λ, in bits", lambda t: t.coding_gain, number),
-    *(
-        (f"floor {bits} b", f"Shannon floor at {bits} bits over the variance", lambda t, i=i: _at(t.floors, i), nats)
-        for i, bits in enumerate((2, 3, 4))
-    ),
-    *(
-        (
-            f"bits {share} %",
-            f"Bits for a Shannon floor of {share} % of the variance",
-            lambda t, i=i: _at(t.budgets, i),
-            number,
-        )
-        for i, share in enumerate((10, 3, 1))
-    ),
-    ("mean's share", "Share of the energy that is the mean's", lambda t: t.mean_share, percent),
-    ("outliers", "Channels of more than 36 times the median channel's energy", lambda t: len(t.outliers), count),
-)
+def _mean(get: Callable[[Target], float | None], show: Callable[[float | None], str]) -> Callable[[Any], Cell]:
+    """Cells of a figure's mean over some targets."""
+    return _cell(lambda targets: mean([get(target) for target in targets]), show)
 
 
-def _at(values: tuple[float, ...], place: int) -> float | None:
+def _at(figure: str, place: int, target: Target) -> float | None:
+    values: tuple[float, ...] = getattr(target, figure)
     return values[place] if place < len(values) else None
 
 
-_FIGURE_COLUMNS = tuple((name, meaning) for name, meaning, _, _ in _FIGURES)
-
+_FIGURES: tuple[Column, ...] = (
+    ("γ", "Decay of the spectrum, λ ≈ exp(c − β i^γ); smaller is a heavier tail", _mean(lambda t: t.gamma, number)),
+    ("β", "Rate of that decay", _mean(lambda t: t.beta, number)),
+    ("fit error", "Root mean square error of the fit in log λ", _mean(lambda t: t.fit_error, number)),
+    ("knee", "Component at which log λ is farthest below its chord", _mean(lambda t: t.knee, count)),
+    ("k95", "Components that hold 95 % of the variance", _mean(lambda t: t.k95, count)),
+    ("effective rank", "Participation ratio (Σλ)²/Σλ²", _mean(lambda t: t.participation, partial(number, places=1))),
+    ("coding gain", "½ log2 of arithmetic over geometric mean of λ, in bits", _mean(lambda t: t.coding_gain, number)),
+    *(
+        (f"floor {bits} b", f"Shannon floor at {bits} bits over the variance", _mean(partial(_at, "floors", i), nats))
+        for i, bits in enumerate((2, 3, 4))
+    ),
+    *(
+        (f"bits {s} %", f"Bits for a Shannon floor of {s} % of the variance", _mean(partial(_at, "budgets", i), number))
+        for i, s in enumerate((10, 3, 1))
+    ),
+    ("mean's share", "Share of the energy that is the mean's", _mean(lambda t: t.mean_share, percent)),
+    ("outliers", "Channels of more than 36 times the median channel's energy", _mean(lambda t: len(t.outliers), count)),
+)
+"""Columns of rows that are about one target, or several of which the mean is shown."""
 
 _FINE = ("fit error", "floor 2 b", "floor 3 b", "floor 4 b")
 """Figures that the overview leaves out."""
-
-
-def _figures(targets: Sequence[Target], leave: Sequence[str] = ()) -> tuple[Cell, ...]:
-    """Cells of one target, or of the mean of several."""
-    values = [(mean([get(t) for t in targets]), show) for name, _, get, show in _FIGURES if name not in leave]
-    return tuple(Cell(show(value), value) for value, show in values)
 
 
 def _name(targets: Sequence[Target]) -> Cell:
@@ -265,99 +255,74 @@ def _name(targets: Sequence[Target]) -> Cell:
     return Cell(label if all(t.reliable or t.gamma is None for t in targets) else f"{label} ~", label)
 
 
+_LAYER: Column = ("layer", "Layer index", _cell(lambda own: own[0].layer, str))
+_TARGET: Column = ("target", "What was looked at", _name)
+
+
+def _grouped(targets: Iterable[Target], key: Callable[[Target], object]) -> Iterable[list[Target]]:
+    groups: dict[object, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(key(target), []).append(target)
+    return groups.values()
+
+
 def _overview(report: Report) -> Table:
-    columns = (
-        ("target", "What was looked at"),
-        ("rows", "Heads or inputs averaged"),
-        ("size", "Dimensions"),
-        *(column for column in _FIGURE_COLUMNS if column[0] not in _FINE),
-    )
-    rows = []
-    for name in dict.fromkeys(target.name for target in report.targets):
-        own = [target for target in report.targets if target.name == name]
-        dim = mean([target.dim for target in own])
-        rows.append((_name(own), Cell(count(len(own)), len(own)), Cell(count(dim), dim), *_figures(own, _FINE)))
+    columns: list[Column] = [
+        _TARGET,
+        ("rows", "Heads or inputs averaged", _cell(len, count)),
+        ("size", "Dimensions", _mean(lambda t: t.dim, count)),
+        *(column for column in _FIGURES if column[0] not in _FINE),
+    ]
     caption = "Means over layers and heads. Keys are before rotation; keys as cached carry it."
-    return Table("overview", "Targets", caption, columns, tuple(rows))
+    return _table("overview", "Targets", caption, columns, _grouped(report.targets, lambda t: t.name))
 
 
 def _by_layer(report: Report) -> Table:
-    columns = (("layer", "Layer index"), ("target", "What was looked at"), *_FIGURE_COLUMNS)
-    groups: dict[tuple[int, str], list[Target]] = {}
-    for target in sorted(report.targets, key=lambda t: t.layer):
-        groups.setdefault((target.layer, target.name), []).append(target)
-    rows = tuple((Cell(str(layer), layer), _name(own), *_figures(own)) for (layer, _), own in groups.items())
-    return Table("layers", "By layer", "Means over heads.", columns, rows)
+    groups = _grouped(sorted(report.targets, key=lambda t: t.layer), lambda t: (t.layer, t.name))
+    return _table("layers", "By layer", "Means over heads.", (_LAYER, _TARGET, *_FIGURES), groups)
 
 
 def _every_head(report: Report) -> Table:
-    columns = (
-        ("layer", "Layer index"),
-        ("target", "What was looked at"),
-        ("head", "Key/value head"),
-        ("size", "Dimensions"),
-        ("samples", "Vectors seen"),
-        *_FIGURE_COLUMNS,
-        ("read by", "Weights that read this input"),
-    )
-    rows = tuple(
+    columns: list[Column] = [
+        _LAYER,
+        _TARGET,
+        ("head", "Key/value head", _cell(lambda own: own[0].head, lambda head: MISSING if head is None else str(head))),
+        ("size", "Dimensions", _cell(lambda own: own[0].dim, count)),
+        ("samples", "Vectors seen", _cell(lambda own: own[0].samples, count)),
+        *_FIGURES,
         (
-            Cell(str(t.layer), t.layer),
-            _name([t]),
-            Cell(MISSING if t.head is None else str(t.head), t.head),
-            Cell(count(t.dim), t.dim),
-            Cell(count(t.samples), t.samples),
-            *_figures([t]),
-            Cell(", ".join(t.projections) or "cache", ", ".join(t.projections)),
-        )
-        for t in report.targets
-    )
-    return Table("heads", "Every head and input", "All figures, nothing averaged.", columns, rows)
+            "read by",
+            "Weights that read this input",
+            _cell(lambda own: ", ".join(own[0].projections), lambda names: names or "cache"),
+        ),
+    ]
+    each = [[target] for target in report.targets]
+    return _table("heads", "Every head and input", "All figures, nothing averaged.", columns, each)
 
 
 def _depth(report: Report) -> Table:
-    columns = (
-        ("target", "What was looked at"),
-        ("layers", "Layers fitted"),
-        ("γ at layer 0", "Of the fitted line"),
-        ("slope", "Change of γ per layer"),
-        ("R²", "Share of γ's variance that the line explains"),
-    )
-    rows = tuple(
-        (
-            Cell(LABELS.get(law.name, law.name), LABELS.get(law.name, law.name)),
-            Cell(count(law.layers), law.layers),
-            Cell(number(law.intercept), law.intercept),
-            Cell(f"{law.slope:+.3f}", law.slope),
-            Cell(number(law.r_squared), law.r_squared),
-        )
-        for law in report.depth
-    )
-    return Table("depth", "Depth law", "A line through γ, averaged over heads, by layer.", columns, rows)
+    columns: list[Column] = [
+        ("target", "What was looked at", _cell(lambda law: LABELS.get(law.name, law.name), str)),
+        ("layers", "Layers fitted", _cell(lambda law: law.layers, count)),
+        ("γ at layer 0", "Of the fitted line", _cell(lambda law: law.intercept)),
+        ("slope", "Change of γ per layer", _cell(lambda law: law.slope, "{:+.3f}".format)),
+        ("R²", "Share of γ's variance that the line explains", _cell(lambda law: law.r_squared)),
+    ]
+    return _table("depth", "Depth law", "A line through γ, averaged over heads, by layer.", columns, report.depth)
 
 
 def _sinks(report: Report) -> Table:
-    columns = (
-        ("position", "Place in the sequence"),
-        ("token", "Its text"),
-        ("attention", "Largest share of a layer's attention"),
-        ("layers", "Layers in which it is a sink"),
-        ("sequences", "Sequences in which it is one"),
-    )
-    rows = tuple(
-        (
-            Cell(count(sink.position), sink.position),
-            Cell(repr(sink.token), sink.token),
-            Cell(percent(sink.share), sink.share),
-            Cell(count(sink.layers), sink.layers),
-            Cell(count(sink.sequences), sink.sequences),
-        )
-        for sink in report.sinks or ()
-    )
+    columns: list[Column] = [
+        ("position", "Place in the sequence", _cell(lambda sink: sink.position, count)),
+        ("token", "Its text", _cell(lambda sink: sink.token, repr)),
+        ("attention", "Largest share of a layer's attention", _cell(lambda sink: sink.share, percent)),
+        ("layers", "Layers in which it is a sink", _cell(lambda sink: sink.layers, count)),
+        ("sequences", "Sequences in which it is one", _cell(lambda sink: sink.sequences, count)),
+    ]
     caption = (
         "Tokens that draw at least a tenth of a layer's attention, from far behind. The cache keeps the first 4 exact."
     )
-    return Table("sinks", "Sink tokens", caption, columns, rows)
+    return _table("sinks", "Sink tokens", caption, columns, report.sinks or ())
 
 
 SHORT = ("divergence", "quality", "grade", "sinks")
@@ -387,38 +352,10 @@ def summary(report: Report) -> str:
             places = list(range(len(table.columns)))
         else:
             continue
-        lines += ["", table.title, *_aligned(table, places)]
+        grid = Grid(*(table.columns[place][0] for place in places), title=table.title)
+        for row in table.rows:
+            grid.add_row(*(row[place].text for place in places))
+        lines += ["", *grid.lines(WIDTH)]
     if report.notes:
         lines += ["", *(f"Note: {note}" for note in report.notes)]
     return "\n".join(lines)
-
-
-def _aligned(table: Table, places: list[int]) -> list[str]:
-    """A table's columns, the first one flush left; where they are wider than a terminal, heads fold at spaces."""
-    rows = [[row[place].text for place in places] for row in table.rows]
-    names = [table.columns[place][0] for place in places]
-    cells = [max((len(row[column]) for row in rows), default=0) for column in range(len(places))]
-    for lines in (1, 2, 3):
-        widths = [max(wide, _head_width(name, lines)) for name, wide in zip(names, cells, strict=True)]
-        if sum(widths) + GAP * (len(widths) - 1) <= WIDTH:
-            break
-    heads = [textwrap.wrap(name, width, break_on_hyphens=False) for name, width in zip(names, widths, strict=True)]
-    tall = max(map(len, heads))
-    above = [[""] * (tall - len(head)) + head for head in heads]
-    rows = [*map(list, zip(*above, strict=True)), *rows]
-    return [
-        (" " * GAP)
-        .join(
-            f"{text:<{width}}" if not column else f"{text:>{width}}"
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        .rstrip()
-        for row in rows
-    ]
-
-
-def _head_width(name: str, lines: int) -> int:
-    """What a head takes in so many lines."""
-    least = max(map(len, name.split()))
-    fitting = (w for w in range(least, len(name)) if len(textwrap.wrap(name, w, break_on_hyphens=False)) <= lines)
-    return next(fitting, len(name))

@@ -37,11 +37,11 @@ DECODING_DEVICES = {"cuda"}
 DENSE_BYTES = 1 << 30
 """Largest such copy; of longer caches tiles are decoded."""
 
+UNSUPPORTED = ("position_bias", "block_indices", "sinks")
+"""Arguments of few models that are refused: they change scores in a way that no backend knows."""
+
 CAUSAL_MASK_BYTES = 1 << 27
 """Largest causal mask that torch's fused attention is given; more queries attend in parts."""
-
-NOT_TRACED = ("indices", "position_bias", "block_indices", "sinks")
-"""Arguments of few models that the operator of a compiled graph does not take."""
 
 
 def register_attention() -> None:
@@ -75,9 +75,6 @@ def spectral_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    block_indices: Tensor | None = None,
-    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
@@ -94,10 +91,8 @@ def spectral_attention_forward(
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         s_aux: One attention-sink logit for each query head, ``[Hq]``: joins the softmax, carries no value.
         indices: Slots that an indexer lets each query see, ``[B, Tq, N]``.
-        position_bias: Refused.
-        block_indices: Refused.
-        sinks: Refused.
-        kwargs: What else the model passes: position_ids, sliding_window and the like are not needed.
+        kwargs: What else the model passes: position_ids, sliding_window and the like are not needed, and those of
+            :data:`UNSUPPORTED` refused.
 
     Returns:
         ``[B, Tq, Hq, Dv]``, and None for the attention weights.
@@ -115,18 +110,11 @@ def spectral_attention_forward(
             "softcap": softcap,
             "s_aux": s_aux,
             "indices": indices,
-            "position_bias": position_bias,
-            "block_indices": block_indices,
-            "sinks": sinks,
         }
         return _traced(module, query, key, value, options | kwargs), None
-    if position_bias is not None:
-        raise UnsupportedModel(
-            f"{type(module).__name__} adds a position bias, which spectral attention does not support"
-        )
-    if block_indices is not None or sinks is not None:
-        name = "sinks" if block_indices is None else "block_indices"
-        raise UnsupportedModel(f"{type(module).__name__} passes {name}, which spectral attention does not support")
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(f"{type(module).__name__} passes {name}, which spectral attention does not support")
     # Decoders that know eager attention only may not say that they are causal: what comes from a cache is.
     cached = isinstance(key, LazyKV)
     causal = is_causal if is_causal is not None else cached or getattr(module, "is_causal", True)
@@ -135,20 +123,11 @@ def spectral_attention_forward(
     call = guards.fitting_call(query, attention_mask, scaling, causal, softcap, s_aux)
     if isinstance(key, LazyKV) and isinstance(value, LazyKV) and key.view_ is value.view_:
         return _attended(module, query, key.view_, call, dropout), None
-    return _attended(module, query, (key, value), call, dropout), None
+    return _attended_dense(module, query, key, value, call, dropout), None  # a sliding window's, or without a cache
 
 
-def _attended(
-    module: Any,
-    query: Tensor,
-    cached: CacheView | tuple[Tensor, Tensor],
-    call: AttentionCall,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Attention on a view, whose layer may then encode; on keys and values where there is none."""
-    if not isinstance(cached, CacheView):  # the layer is not ours (sliding window, no cache)
-        return _attended_dense(module, query, *cached, call, dropout)
-    view = cached
+def _attended(module: Any, query: Tensor, view: CacheView, call: AttentionCall, dropout: float) -> Tensor:
+    """Attention on a view, whose layer may then encode."""
     guards.require_query(query, view.key.tail)
     call = guards.fitting_tensors(call, query, view.length)
     if view.num_blocks and not dropout and not (_fused_knows(call) and _decoded_whole(query, view)):
@@ -206,7 +185,7 @@ def _traced(module: Any, query: Tensor, key: Any, value: Any, options: dict[str,
     served = isinstance(key, TracedKV) and isinstance(value, TracedKV) and traced.takes(query, s_aux)
     served = served and key.dense_ is value.dense_ and not key.dense_
     served = served and not options["dropout"] and not isinstance(scaling, Tensor)
-    if not served or any(options[name] is not None for name in NOT_TRACED):
+    if not served or any(options.get(name) is not None for name in ("indices", *UNSUPPORTED)):
         return _untraced(module, query, key, value, options)
     output: Tensor = torch.ops.quantcache.attend(
         key.cache_.handle,
@@ -250,7 +229,10 @@ def _attend(
     cache, module = traced.cache_of(handle), SimpleNamespace(num_key_value_groups=groups)
     view = cache.note_arrivals(layer, query.shape[2], shown, positions, known)
     call = guards.fitting_call(query, mask, scaling, causal, softcap, s_aux)
-    return _attended(module, query, cache.last_output(layer) if view is None else view, call).contiguous()
+    if view is None:
+        key, value = cache.last_output(layer)
+        return _attended_dense(module, query, key, value, call, 0.0).contiguous()
+    return _attended(module, query, view, call, 0.0).contiguous()
 
 
 def _selected(indices: Tensor, mask: Tensor | None, tokens: int, causal: bool) -> Tensor:

@@ -69,13 +69,13 @@ def _goes_on(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> bool:
-    """Whether each of the last of all tokens sees what precedes it, and no token is hidden.
+    """Whether each of several last tokens sees what precedes it, and no token is hidden.
 
     transformers makes a mask then too where there are tokens before these, of as many elements as both have in product.
     """
     if not allow_is_causal_skip or local_size is not None or not isinstance(q_offset, int):
         return False
-    behind = kv_offset == 0 and 0 < q_offset == kv_length - q_length
+    behind = q_length > 1 and kv_offset == 0 and 0 < q_offset == kv_length - q_length
     return behind and (attention_mask is None or (attention_mask.shape[1] == kv_length and bool(attention_mask.all())))
 
 

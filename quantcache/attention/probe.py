@@ -173,11 +173,7 @@ def attends(model: PreTrainedModel) -> bool:
     """
     try:
         with evaluating(model):
-            run(
-                model,
-                torch.tensor([[_some_token(model)]], dtype=torch.int64, device="cpu"),
-                DynamicCache(config=model.config),
-            )
+            run(model, _some_token(model), DynamicCache(config=model.config))
     except UnsupportedModel:
         return False
     return True
@@ -221,11 +217,7 @@ def observed_values(model: PreTrainedModel, layers: list[int]) -> dict[int, tupl
     def record(index: int, key: Tensor, value: Tensor) -> None:
         found[index] = (value.shape[1], value.shape[3])
 
-    run(
-        model,
-        torch.tensor([[_some_token(model)]], dtype=torch.int64, device="cpu"),
-        RecordingCache(model.config, record),
-    )
+    run(model, _some_token(model), RecordingCache(model.config, record))
     return {index: found[index] for index in layers if index in found}
 
 
@@ -277,7 +269,7 @@ def _probes(model: PreTrainedModel) -> Iterator[tuple[Tensor, dict[int, Tensor]]
     seen = False
     for positions, position_ids in [*([(some, some[:, None])] if told else []), (every, None)]:
         keys.clear()
-        token_ids = torch.full_like(every[None] if position_ids is None else position_ids, token)
+        token_ids = token.repeat(1, len(every)) if position_ids is None else token.repeat(len(position_ids), 1)
         try:
             run(model, token_ids, RecordingCache(model.config, record), position_ids=position_ids)
         except ValueError as error:  # its own words say what cache it wants
@@ -292,14 +284,15 @@ def _probes(model: PreTrainedModel) -> Iterator[tuple[Tensor, dict[int, Tensor]]
         )
 
 
-def _some_token(model: PreTrainedModel) -> int:
-    """A token that is not a special token, if the vocabulary has one."""
+def _some_token(model: PreTrainedModel) -> Tensor:
+    """A token that is not a special one, ``[1, 1]``."""
     text_config = model.config.get_text_config(decoder=True)
     special: set[Any] = set()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(text_config, name, None)
         special.update(value if isinstance(value, list | tuple) else [value])
-    return next(i for i in range(text_config.vocab_size // 2, text_config.vocab_size) if i not in special)
+    token = next(i for i in range(text_config.vocab_size // 2, text_config.vocab_size) if i not in special)
+    return torch.tensor([[token]], dtype=torch.int64, device="cpu")
 
 
 def _candidates(model: PreTrainedModel) -> list[Rope]:

@@ -18,7 +18,7 @@ from quantcache.backends.cpu import CpuBackend
 from quantcache.backends.cuda import CudaBackend
 from quantcache.backends.reference import REFERENCE
 from quantcache.backends.triton import TritonBackend
-from quantcache.backends.view import CacheView, Shared
+from quantcache.backends.view import CacheView
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.common.ambient import without_autocast
@@ -39,7 +39,6 @@ __all__ = [
     "CacheView",
     "Choice",
     "Fields",
-    "Shared",
     "Stage",
     "attend",
     "choose",

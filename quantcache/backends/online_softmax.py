@@ -26,7 +26,7 @@ class OnlineSoftmax:
         shape = (*query.shape[:3], 1)
         self.peak = query.new_full(shape, float("-inf"))
         self.total = query.new_zeros(shape)
-        self.sums = {"": query.new_zeros((*query.shape[:3], value_dim))}
+        self.sums = {"values": query.new_zeros((*query.shape[:3], value_dim))}
 
     def add(self, scores: Tensor) -> Tensor:
         """Take in the scores of some keys.
@@ -46,7 +46,7 @@ class OnlineSoftmax:
         self.peak = peak
         return weights
 
-    def accumulate(self, values: Tensor, name: str = "") -> None:
+    def accumulate(self, values: Tensor, name: str = "values") -> None:
         """Add weighted values.
 
         Args:
@@ -57,7 +57,7 @@ class OnlineSoftmax:
 
     def result(self) -> Tensor:
         """The attention output, ``[B, H, R, Dv]``; zero for rows that saw no key."""
-        return self.sums[""] / torch.where(self.total > 0, self.total, 1.0)
+        return self.sums["values"] / torch.where(self.total > 0, self.total, 1.0)
 
 
 def _bias(never: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantcache.backends.base import CODE_QUERIES, Backend
 from quantcache.backends.online_softmax import OnlineSoftmax, QueryRows
 from quantcache.backends.view import CacheView
-from quantcache.coding.blocks import SideCodec, block_slots
+from quantcache.coding.blocks import SideCodec, block_slots, holds_tokens
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import matmul
@@ -143,7 +143,7 @@ def _tile_scores(rows: QueryRows, view: CacheView, block_table: Tensor, raw: Ten
         behind = slots - view.left_padding[:, None]
         valid = (behind < 0) | (behind >= view.sinks[0].shape[2])
     if view.cut:
-        inside = (slots < (block_table[:, 0] + block_table[:, 1]).repeat_interleave(BLOCK))[None]
+        inside = holds_tokens(block_table)[None]
         valid = inside if valid is None else valid & inside
     return rows.scores_at(raw, slots[None], valid)
 

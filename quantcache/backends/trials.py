@@ -150,9 +150,7 @@ def attends_rightly(
 
 
 @torch.no_grad()
-def attention_trial(
-    backend: Backend, query: Tensor, view: CacheView, call: AttentionCall, blocks: int = TRIAL_BLOCKS
-) -> Trial:
+def attention_trial(backend: Backend, query: Tensor, view: CacheView, call: AttentionCall, blocks: int) -> Trial:
     """Attention on some blocks, for :func:`passes`; arguments as for ``Backend.attend``."""
     small = view.first_blocks(blocks)
     if call.mask is not None:

@@ -12,9 +12,8 @@ from torch import Tensor
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore
-from quantcache.coding.blocks import SideCodec, block_slots
+from quantcache.coding.blocks import SideCodec, block_slots, holds_tokens
 from quantcache.coding.codec import SpectralCodec
-from quantcache.coding.packing import BLOCK
 from quantcache.common.ambient import without_autocast
 from quantcache.common.errors import GraphCaptureError
 
@@ -46,35 +45,9 @@ class SideView:
     sinks: Tensor | None
     lead: Tensor | None = None
 
-
-@dataclass(slots=True)
-class Shared:
-    """What all views of a layer have in common until its blocks change.
-
-    Attributes:
-        made_of: The layer's blocks, the name of its backend, and which kernels have failed until then.
-        key: Codec, store, sinks and lead of the keys.
-        value: The same of the values.
-        rest: From ``block_table`` to ``prepared``, what a :class:`CacheView` has beside its sides.
-    """
-
-    made_of: Sequence[Any]
-    key: tuple[SideCodec | None, BlockStore, Tensor | None, Tensor | None]
-    value: tuple[SideCodec | None, BlockStore, Tensor | None, Tensor | None]
-    rest: tuple[Any, ...]
-
-    def view(self, tails: dict[str, Tensor], flush: Callable[[], None]) -> CacheView:
-        """What may be read now.
-
-        Args:
-            tails: The tails, by side.
-            flush: See :class:`CacheView`.
-
-        Returns:
-            The view.
-        """
-        key, value = SideView(tails["key"], *self.key), SideView(tails["value"], *self.value)
-        return CacheView(key, value, flush, *self.rest)
+    def with_tail(self, tail: Tensor) -> SideView:
+        """The same blocks in front of other recent tokens."""
+        return SideView(tail, self.codec, self.store, self.sinks, self.lead)
 
 
 @dataclass(slots=True)
@@ -95,7 +68,7 @@ class CacheView:
         spans: ``block_table`` as Python knows them.
         backend: Who attends on the blocks, and in whose layout they are; None before the first block.
         report: Where the backend says which calls it left to plain torch.
-        prepared: What backends have made of the blocks and sinks, by name; all views of these share it.
+        prepared: What backends have made of the blocks and sinks, by name; :meth:`with_tails` hands it on.
         touched: Sides that were asked for as tensors.
         stage: Who attends in place of the backend while a step is captured: tails are then all the room that there is,
             and only the device knows how much of it is taken.
@@ -115,6 +88,13 @@ class CacheView:
     prepared: dict[str, Any] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
     stage: Stage | None = None
+
+    def with_tails(self, tails: dict[str, Tensor], flush: Callable[[], None]) -> CacheView:
+        """A view of the same blocks in front of other recent tokens, ``[B, H, t, D]`` by side; ``flush`` as above."""
+        key, value = self.key.with_tail(tails["key"]), self.value.with_tail(tails["value"])
+        # Every step makes one for each layer: dataclasses.replace would take several times as long.
+        where = self.block_table, self.encoded_end, self.cut, self.left_padding, self.origins, self.spans
+        return CacheView(key, value, flush, *where, self.backend, self.report, self.prepared)
 
     def side(self, name: str) -> SideView:
         """The view of ``"key"`` or ``"value"``."""
@@ -253,7 +233,7 @@ class CacheView:
             decoded = decoded.to(out.dtype)
             slots = block_slots(block_table)
             if self.cut:
-                inside = (slots < (block_table[:, 0] + block_table[:, 1]).repeat_interleave(BLOCK)).nonzero().flatten()
+                inside = holds_tokens(block_table).nonzero().flatten()
                 slots, decoded = slots[inside], decoded[:, :, inside]
             out.index_copy_(2, slots, decoded)
         if side.lead is not None:

@@ -23,16 +23,16 @@ from quantcache.backends import (
     CacheView,
     Choice,
     Fields,
-    Shared,
     padding,
     trials,
 )
 from quantcache.backends.spans import Span, block_table_of
 from quantcache.backends.store import BlockStore
+from quantcache.backends.view import SideView
 from quantcache.cache.codecs import CodecFactory, ShapeCheck
 from quantcache.cache.rows import chosen_rows, repeated_rows
 from quantcache.cache.state import NO_BLOCKS, NOTHING, Blocks, LayerState
-from quantcache.cache.transaction import put, shallow_copy, with_symbolic_length
+from quantcache.cache.transaction import commit, shallow_copy, with_symbolic_length
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
@@ -61,7 +61,7 @@ class BlockLayer(DynamicLayer):
 
     state = NOTHING
     symbolic_length: Tensor | None = None  # T as a graph reads it; of the cache's first layer only
-    _shared: Shared | None = None  # what views of these blocks have in common
+    _past: tuple[tuple[Any, ...], CacheView] | None = None  # a view of these blocks without a tail; what it is made of
 
     def __init__(
         self,
@@ -92,9 +92,9 @@ class BlockLayer(DynamicLayer):
     def _put(self, state: LayerState, **attributes: Any) -> None:
         """Put a new state in place, with other attributes that change with it."""
         if state.blocks is not self.state.blocks:
-            attributes["_shared"] = None  # it would keep the old ones alive
+            attributes["_past"] = None  # it would keep the old ones alive
         if attributes or self.symbolic_length is not None:
-            put(self, with_symbolic_length(self, {"state": state, **attributes}))
+            commit([self], [with_symbolic_length(self, {"state": state, **attributes})])
         else:
             self.state = state
 
@@ -163,29 +163,40 @@ class BlockLayer(DynamicLayer):
         Returns:
             A view that stays valid until the next update.
         """
-        state, shared = self.state, self._shared
+        state, past = self.state, self._past
         made_of = state.blocks, self.backend, trials.rejections()
-        if shared is None or not all(map(operator.is_, shared.made_of, made_of)):
+        if past is None or not all(map(operator.is_, past[0], made_of)):
             if state.blocks.spans:
                 self._relay(self._served()[0])
             state = self.state
-            self._shared = shared = self._shared_by_views(state.blocks)
-        return shared.view(state.tails, self.flush)
+            self._past = past = (state.blocks, *made_of[1:]), self._view_without_tail(state.blocks)
+        return past[1].with_tails(state.tails, self.flush)
 
-    def _shared_by_views(self, blocks: Blocks) -> Shared:
-        """What views have in common until blocks change."""
+    def _view_without_tail(self, blocks: Blocks) -> CacheView:
+        """What may be read of blocks and sinks."""
+        empty = {side: tail[:, :, :0].clone() for side, tail in self.tails.items()}  # a view would keep all of a tail
         key, value = (
-            (blocks.codecs.get(side), blocks.stores[side], blocks.sinks.get(side), blocks.leads.get(side))
-            for side in SIDES
+            SideView(empty[s], blocks.codecs.get(s), blocks.stores[s], blocks.sinks.get(s), blocks.leads.get(s))
+            for s in SIDES
         )
         if blocks.spans:
             table = blocks.table.buffers["block_table"][: blocks.table.count]
             backend, report = blocks.layout, self._served(blocks.codecs)[1]
         else:
             table, backend, report = torch.zeros(0, 3, dtype=torch.int32, device=self.device), None, None
-        grid, prepared = (blocks.left_padding, blocks.origins), dict[str, Any]()
-        rest = table, blocks.end, blocks.cut, *grid, blocks.spans, backend, report, prepared
-        return Shared((blocks, self.backend, trials.rejections()), key, value, rest)
+        return CacheView(
+            key,
+            value,
+            flush=None,
+            block_table=table,
+            encoded_end=blocks.end,
+            cut=blocks.cut,
+            left_padding=blocks.left_padding,
+            origins=blocks.origins,
+            spans=blocks.spans,
+            backend=backend,
+            report=report,
+        )
 
     # ------------------------------------------------------------------ backend
 

@@ -22,7 +22,7 @@ from quantcache.cache.layer import SpectralLayer
 from quantcache.cache.passes import ForwardPass, Outcome, watch
 from quantcache.cache.rows import chosen_rows, held_rows, repeated_rows
 from quantcache.cache.settling import busy, first_layer, follows_text, lengths, unsettled, unusable
-from quantcache.cache.transaction import commit, compact_copy, is_unchanged, state_copy
+from quantcache.cache.transaction import commit, detached_copy, is_unchanged, shallow_copy, state_copy
 from quantcache.common import processes
 from quantcache.common.errors import QuantCacheError
 
@@ -69,8 +69,8 @@ class ConsistentCache(DynamicCache):
         try:
             if not self._is_ours(me):
                 self._break("two threads use it at once")
-            layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-            if layer is None and self.layer_class_to_replicate is None:
+            layer = self._layer_at(layer_idx)
+            if layer is None:
                 raise QuantCacheError(
                     f"the model caches keys and values of layer {layer_idx}, the cache has {len(self.layers)} layers: "
                     "it was made for another model"
@@ -101,6 +101,10 @@ class ConsistentCache(DynamicCache):
         processes.use_living_threads()  # what a model asks for before it computes anything
         return super().get_seq_length(layer_idx)
 
+    def _layer_at(self, index: int) -> Any:
+        """A layer; None where a model of more layers asks for one."""
+        return self.layers[index] if index < len(self.layers) else None
+
     # ------------------------------------------------------------------ what is refused
 
     def _break(self, reason: str) -> NoReturn:
@@ -118,11 +122,15 @@ class ConsistentCache(DynamicCache):
         self.updating = me  # that thread has ended
         return True
 
-    def _require_settled(self, layers: list[Any]) -> None:
-        """Refuse what needs to know which tokens there are."""
-        other = busy(self)
+    def _require_idle(self, search: bool = False) -> None:
+        """Refuse what another thread that uses the cache must not meet; ``search`` as of :func:`busy`."""
+        other = busy(self, search)
         if other is not None:
             raise QuantCacheError(f"{other}: wait until it has returned")
+
+    def _require_settled(self, layers: list[Any]) -> None:
+        """Refuse what needs to know which tokens there are."""
+        self._require_idle()
         reason = unsettled(self, layers)
         if self.broken is not None or reason is not None:
             raise QuantCacheError(self.broken or unusable(str(reason)))
@@ -204,9 +212,7 @@ class ConsistentCache(DynamicCache):
         return max(lengths(self, self.layers), default=0)
 
     def _roll_back(self) -> None:
-        other = busy(self, search=True)
-        if other is not None:
-            raise QuantCacheError(f"{other}: wait until it has returned")
+        self._require_idle(search=True)
         layers: list[Any] = [layer for i, layer in enumerate(self.layers) if follows_text(self, i, layer)]
         held = [layer.get_seq_length() for layer in layers]
         keep = min(held)
@@ -240,9 +246,7 @@ class ConsistentCache(DynamicCache):
         """
 
         def clear() -> None:
-            other = busy(self, search=True)
-            if other is not None:
-                raise QuantCacheError(f"{other}: wait until it has returned")
+            self._require_idle(search=True)
             self._clear()
 
         self._change(clear)
@@ -392,17 +396,15 @@ class ConsistentCache(DynamicCache):
         Raises:
             QuantCacheError: A forward pass was interrupted, or another thread is using the cache.
         """
-        return self._taken(lambda layer: layer.fork() if isinstance(layer, SpectralLayer) else compact_copy(layer))
+        return self._taken(lambda layer: layer.fork() if isinstance(layer, SpectralLayer) else detached_copy(layer))
 
     def __copy__(self) -> Self:
         """Another cache of the same layers."""
-        new = object.__new__(type(self))
-        vars(new).update(vars(self))
-        return new
+        return shallow_copy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy what is stored; the calibration and its constants are shared."""
-        new = self._taken(copy.deepcopy)
+        new = self._taken(detached_copy)
         memo[id(self)] = new
         memo.update((id(old), copied) for old, copied in zip(self.layers, new.layers, strict=True))
         return new

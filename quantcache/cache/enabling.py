@@ -42,17 +42,17 @@ class _Setting:
     """One ``enabled`` context, or ``enable``.
 
     Attributes:
+        thread: The thread that entered the context; None for ``enable``, which is everybody's.
         make: Gives an empty cache; None where the model's own is left to it.
         calibration: What it is compressed with, at its bits; None where caches fit themselves to a prompt.
         reuse: Where the caches of earlier calls are, if they are kept.
-        thread: The thread that entered the context; None for ``enable``, which is everybody's.
         mark: What stands for it in :data:`_entered`, which may outlive it: nothing that keeps a model alive.
     """
 
-    make: Callable[[], SpectralCache] | None
+    thread: int | None
+    make: Callable[[], SpectralCache] | None = None
     calibration: Calibration | None = None
     reuse: Reuse | None = None
-    thread: int | None = field(default_factory=threading.get_ident)
     mark: object = field(default_factory=object)
 
 
@@ -74,14 +74,14 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate."""
         setting = self.current()
-        if setting is None or setting.make is None or not self.wants_cache(args, kwargs):
+        if setting is None or setting.make is None or not _wants_cache(asked := self.asked(args, kwargs)):
             return self.original(*args, **kwargs)
         if setting.reuse is not None:
-            prompt = setting.reuse.prompt(self.asked(args, kwargs))
+            prompt = setting.reuse.prompt(asked)
             if prompt is not None:
                 return self.go_on(prompt, setting.reuse, setting.make, args, kwargs)
         cache = setting.make()
-        if self.drafts(args, kwargs):
+        if any(options.get("is_assistant") for options in asked):
             cache.activate_past_recording()  # as transformers does: rejected tokens must go, from windows too
         return self.original(*args, **{**kwargs, **compat.generate_argument(cache)})
 
@@ -134,20 +134,6 @@ class _Generate:
         config = given.get("generation_config")
         return [given, {} if config is None else vars(config), vars(self.model.generation_config)]
 
-    def drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call proposes tokens to another model, which may reject them."""
-        return any(options.get("is_assistant") for options in self.asked(args, kwargs))
-
-    def wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call leaves it to us which cache is used."""
-        asked = self.asked(args, kwargs)
-        given = asked[0]
-        if compat.given_cache(given) is not None:
-            return False
-        if any(_other_cache(options) for options in asked):
-            return False
-        return next((o["use_cache"] for o in asked if o.get("use_cache") is not None), True) is not False
-
 
 class _Trace:
     """What a copy of a model has in place of the stand-in.
@@ -173,6 +159,13 @@ class _Trace:
                 "a model whose generate() is enabled cannot be pickled: call quantcache.disable(model) first"
             )
         return type(None), ()  # a copy of a model on which nothing is enabled any more
+
+
+def _wants_cache(asked: list[dict[str, Any]]) -> bool:
+    """Whether a call of which :meth:`_Generate.asked` is known leaves it to us which cache is used."""
+    if compat.given_cache(asked[0]) is not None or any(map(_other_cache, asked)):
+        return False
+    return next((o["use_cache"] for o in asked if o.get("use_cache") is not None), True) is not False
 
 
 def _other_cache(options: dict[str, Any]) -> bool:
@@ -220,7 +213,7 @@ def enable(
             prefixes cannot be kept.
         ValueError: An option is out of range.
     """
-    setting = _setting(model, calibration, hub, options, prefixes, 3, thread=None)
+    setting = _setting(None, model, calibration, hub, options, prefixes, 3)
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [setting, *(each for each in hook.settings if each.thread is not None)]
@@ -265,34 +258,14 @@ def enabled(
 ) -> Iterator[PreTrainedModel]:
     """Let every ``generate()`` of a model use a fresh SpectralCache, inside the context.
 
-    See :func:`enable` for what wins over it. Contexts nest. A thread or asyncio task that has entered a context of its
-    own generates with that one, in ``asyncio.to_thread`` too; other threads, such as one that a streamer needs, with
-    the newest.
-
-    Args:
-        model: Model to change, in place, until the context ends.
-        calibration: Its calibration, or a folder or Hub repository. None takes the one that comes with quantcache for
-            a model of this id, or lies in the model's folder; where there is none, caches fit themselves to a prompt.
-        attention: Also let a model that uses ``sdpa`` attend on codes, as ``attn_implementation="spectral"`` does.
-        prefixes: Where caches of earlier calls are kept: a call that begins like one of them reads only the rest.
-        hub: Without ``calibration``, also look on the Hub, and refuse to go on if there is none.
-        options: Arguments of :class:`SpectralCache`, such as ``bits``, ``quality`` or ``strict``. Caches that fit
-            themselves to a prompt take of the bits only ``bits``.
+    Arguments, errors and what wins over it are those of :func:`enable`. Contexts nest. A thread or asyncio task that
+    has entered a context of its own generates with that one, in ``asyncio.to_thread`` too; other threads, such as one
+    that a streamer needs, with the newest.
 
     Yields:
         The model.
-
-    Raises:
-        ArtifactError: None was found although ``hub`` or ``quality`` asks for one, or it is damaged.
-        CalibrationMismatch: The calibration is for another geometry, or with ``strict`` for another model.
-        QuantCacheError: The calibration predicts nothing that ``quality`` could go by; or prefixes are to be kept, and
-            caches fit themselves to a prompt, or the model's weights are not in memory.
-        TypeError: The model is only named and not loaded, or an option is unknown or of the wrong kind.
-        UnsupportedModel: The model is an encoder-decoder or does not generate, only parts of it read text, or its
-            prefixes cannot be kept.
-        ValueError: An option is out of range.
     """
-    setting = _setting(model, calibration, hub, options, prefixes, 4)  # contextlib is between
+    setting = _setting(threading.get_ident(), model, calibration, hub, options, prefixes, 4)  # contextlib is between
     hook: _Generate | None = None
     try:
         with _lock:
@@ -310,13 +283,13 @@ def enabled(
 
 
 def _setting(
+    thread: int | None,
     model: PreTrainedModel,
     calibration: Calibration | str | Path | None,
     hub: bool,
     options: dict[str, Any],
     prefixes: PrefixStore | None,
     frames: int,
-    **thread: Any,
 ) -> _Setting:
     """A setting whose caches share one allocation; bad options are refused here, not in the first request.
 
@@ -332,12 +305,12 @@ def _setting(
         cache_layout.compressible_layers(model.config)
     except NothingToCompress as reason:
         warnings.warn(f"nothing is enabled: {reason}", stacklevel=frames)
-        return _Setting(None, **thread)
+        return _Setting(thread)
     compat.require_forward(model)
     _warn_of_own_settings(model, frames + 1)
     empty = _empty_cache(model, _found(model, hub, options) if calibration is None else calibration, options)
     reuse = None if prefixes is None else Reuse(prefixes, empty, model)
-    return _Setting(empty.fork, empty.calibration, reuse, **thread)
+    return _Setting(thread, empty.fork, empty.calibration, reuse)
 
 
 def _warn_of_own_settings(model: PreTrainedModel, frames: int) -> None:

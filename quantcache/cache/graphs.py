@@ -23,12 +23,17 @@ from quantcache.common.logs import log_once
 
 logger = logging.getLogger(__name__)
 
-_READ = ("input_ids", "attention_mask", "position_ids")
 _CACHE = compat.cache_name(CausalLMOutputWithPast)
+"""What a model's output calls the cache."""
+
+_READ = ("input_ids", "attention_mask", "position_ids")
+"""Arguments of a forward pass that a graph's step is given."""
+
 _KNOWN = ("cache", "past_key_values", "cache_position")
+"""Those that follow from the cache."""
+
 _NOTHING_ELSE = {"use_cache": (None, True), "return_dict": (None, True), "logits_to_keep": (None, 0, 1)}
-"""Arguments of a forward pass that a graph's step is given, what its output calls the cache, arguments that follow from
-the cache, and those that ask for nothing else with these values."""
+"""Those that ask for nothing else with these values."""
 
 
 class _Steps:

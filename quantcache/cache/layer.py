@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcache.attention import alignment, guards
 from quantcache.attention.lazy import LazyKV
 from quantcache.backends import Backend, Fields, padding
 from quantcache.backends.padding import Arrivals, Grid
 from quantcache.backends.spans import Span, block_table_of, next_spans
 from quantcache.backends.store import BlockStore
+from quantcache.cache import alignment, guards
 from quantcache.cache.blocks import BlockLayer
 from quantcache.cache.state import Blocks, LayerState
 from quantcache.cache.tails import appended

@@ -85,10 +85,8 @@ class PrefixFolder:
         """Bytes of every file."""
         return [size for _, size in self._files()]
 
-    def write(
-        self, identity: str, key: bytes, cache: SpectralCache, size: int, wanted: Callable[[], bool] = lambda: True
-    ) -> bool:
-        """Keep a prefix, in place of those that were used longest ago.
+    def write(self, identity: str, key: bytes, cache: SpectralCache, size: int, wanted: Callable[[], bool]) -> None:
+        """Keep a prefix that fits and is wanted, in place of those that were used longest ago.
 
         Args:
             identity: What identifies model and calibration.
@@ -97,9 +95,6 @@ class PrefixFolder:
             size: About how many bytes it takes.
             wanted: Says whether it is still to be kept once it is written; no longer before a :meth:`clear`.
 
-        Returns:
-            Whether it fits and is wanted.
-
         Raises:
             OSError: The disk is full, or the folder cannot be written to.
             QuantCacheError: The cache has a layer that cannot be written.
@@ -107,24 +102,23 @@ class PrefixFolder:
         path = self.file_of(identity, key)
         if path in self._sound and path.exists():
             self.touch(path)
-            return True
+            return
         self.path.mkdir(parents=True, exist_ok=True)  # somebody may have cleared it away
         if size > self.max_bytes or not self._make_room(size):
-            return False
+            return
         tokens = torch.from_numpy(np.frombuffer(key, ">u4").astype(np.int64))
         assert cache.calibration is not None
         with partial_folder(self.path) as partial:
             write_cache(partial / path.name, cache, cache.calibration, None, prefix=(tokens, identity))
             with only_writer(self.path):  # others may have written meanwhile
                 if not wanted() or not self._remove_oldest((partial / path.name).stat().st_size):
-                    return False
+                    return
                 os.replace(partial / path.name, path)
                 if not wanted():  # where the file system has no locks, clear() did not wait for this
                     path.unlink(missing_ok=True)
-                    return False
+                    return
         self._sound.add(path)
         self._seen[path] = identity, key
-        return True
 
     def read(self, identity: str, key: bytes, empty: SpectralCache) -> SpectralCache:
         """Read a prefix.

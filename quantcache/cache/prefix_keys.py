@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
@@ -233,3 +234,63 @@ def is_plain(cache: SpectralCache) -> bool:
         and len(layer.spans) == num_blocks(layer.get_seq_length(), layer.sink_length, layer.residual_length)
         for layer in layers
     )
+
+
+class KnownPrefixes(dict[str, list[bytes]]):
+    """The keys of stored prefixes by identity, in their order: those that begin alike are neighbours."""
+
+    def add(self, name: str, key: bytes) -> None:
+        """Take in a key, once."""
+        keys = self.setdefault(name, [])
+        place = bisect.bisect_left(keys, key)
+        if place == len(keys) or keys[place] != key:
+            keys.insert(place, key)
+
+    def remove(self, name: str, key: bytes) -> None:
+        """Forget a key, if it is known."""
+        keys = self.get(name, [])
+        place = bisect.bisect_left(keys, key)
+        if place < len(keys) and keys[place] == key:
+            del keys[place]
+            if not keys:
+                del self[name]
+
+    def longer(self, name: str, key: bytes) -> bytes | None:
+        """A known key that begins with this one, or is it; None if there is none."""
+        keys = self.get(name, [])
+        place = bisect.bisect_left(keys, key)
+        return keys[place] if place < len(keys) and keys[place].startswith(key) else None
+
+    def shorter(self, name: str, key: bytes) -> list[bytes]:
+        """Known keys that this one begins with."""
+        keys, found = self.get(name, []), []
+        for index in range(bisect.bisect_left(keys, key) - 1, -1, -1):
+            if not keys[index] or key[:4] != keys[index][:4]:
+                break
+            if key.startswith(keys[index]):
+                found.append(keys[index])
+        return found
+
+    def best(self, name: str, key: bytes, empty: SpectralCache) -> tuple[bytes | None, int]:
+        """The prefix that spares a prompt most tokens.
+
+        Args:
+            name: Identity under which the prompt is read.
+            key: Its tokens.
+            empty: A cache with the layers and lengths of the prefixes'.
+
+        Returns:
+            The prefix's key, and how many of its tokens are kept; None and 0 if none is of use.
+        """
+        keys, best, most = self.get(name, []), None, 0
+        place, prompt = bisect.bisect_right(keys, key), key[:-4]  # the last token is read in any case
+        for walk in (range(place - 1, -1, -1), range(place, len(keys))):
+            for index in walk:
+                shared = shared_tokens(keys[index], prompt)
+                if shared <= most:
+                    break  # those further away share no more
+                keep = kept_tokens(empty, tokens_in(keys[index]), shared)
+                # A few tokens that all prompts begin with are not worth a look into the store.
+                if keep > most and (keep >= BLOCK or keep == tokens_in(keys[index])):
+                    best, most = keys[index], keep
+        return best, most

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 import logging
-from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,16 @@ from transformers import PreTrainedModel
 from quantcache.accounting.measuring import measure
 from quantcache.cache.prefix_folder import PrefixFolder
 from quantcache.cache.prefix_keys import (
+    KnownPrefixes,
     can_be_cut,
     fits_rotation,
     is_plain,
-    kept_tokens,
     key_of,
     prefix_digest,
     row_of,
-    shared_tokens,
     tokens_in,
 )
 from quantcache.cache.spectral_cache import SpectralCache
-from quantcache.coding.packing import BLOCK
 from quantcache.common import processes
 from quantcache.common.errors import ArtifactError, QuantCacheError
 
@@ -43,8 +41,8 @@ FAILURES = (QuantCacheError, OSError, RuntimeError, MemoryError)
 _Place = tuple[str, bytes]
 """Identity and tokens of a prefix."""
 
-_Leaving = tuple[_Place, tuple[SpectralCache, int]]
-"""A prefix on its way out of memory, with its cache and that one's bytes."""
+_Held = tuple[SpectralCache, int]
+"""A prefix's cache, and its bytes."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +107,13 @@ class PrefixStore:
         self.max_bytes = max_bytes
         self.folder = None if folder is None else PrefixFolder(Path(folder), most)
         self._lock = processes.lock()
-        self._known: dict[str, list[bytes]] = defaultdict(list)  # sorted keys of each identity, in memory or not
-        self._held: OrderedDict[_Place, tuple[SpectralCache, int]] = OrderedDict()  # last used last
+        self._known = KnownPrefixes()  # in memory or not
+        self._held: OrderedDict[_Place, _Held] = OrderedDict()  # last used last
         self._leaving: dict[_Place, SpectralCache] = {}  # on their way to the folder
         self._generation = 0  # how often all was forgotten: what began before must not come back
         self._counts = dict.fromkeys(("requests", "hits", "prompt_tokens", "reused_tokens", "evicted", "failures"), 0)
         for name, key in self.folder.scan() if self.folder else ():
-            self._learn(name, key)
+            self._known.add(name, key)
 
     def __repr__(self) -> str:
         return f"PrefixStore({len(self._held)} caches, {self._bytes():,} of {self.max_bytes:,} bytes)"
@@ -149,7 +147,7 @@ class PrefixStore:
             return None
         while True:
             with self._lock:
-                found, keep = self._best(name, key, empty)
+                found, keep = self._known.best(name, key, empty)
                 if found is None:
                     return None
                 generation, held = self._generation, self._leaving.get((name, found))
@@ -213,10 +211,10 @@ class PrefixStore:
         if self.folder is None:
             raise QuantCacheError("this PrefixStore has no folder to write to: give it one with folder=")
         with self._lock:
-            held, generation = list(self._held.items()), self._generation
+            held, generation = dict(self._held), self._generation
         self._write(held, generation)
         # Where not all have room, the last to be written took the place of the first.
-        there = sum(self.folder.file_of(*place).exists() for place, _ in held)
+        there = sum(self._in_folder(*place) for place in held)
         if there < len(held) and generation == self._generation:
             logger.warning(
                 "%d of %d prefixes in memory are not in %s, which may take %d bytes",
@@ -253,21 +251,6 @@ class PrefixStore:
 
     # ------------------------------------------------------------------ finding
 
-    def _best(self, name: str, key: bytes, empty: SpectralCache) -> tuple[bytes | None, int]:
-        """The stored prefix that spares a prompt most tokens, and how many of them it keeps."""
-        keys, best, most = self._known.get(name, []), None, 0
-        place, prompt = bisect.bisect_right(keys, key), key[:-4]  # the last token is read in any case
-        for walk in (range(place - 1, -1, -1), range(place, len(keys))):
-            for index in walk:
-                shared = shared_tokens(keys[index], prompt)
-                if shared <= most:
-                    break  # those further away share no more
-                keep = kept_tokens(empty, tokens_in(keys[index]), shared)
-                # A few tokens that all prompts begin with are not worth a look into the store.
-                if keep > most and (keep >= BLOCK or keep == tokens_in(keys[index])):
-                    best, most = keys[index], keep
-        return best, most
-
     def _read(self, name: str, key: bytes, empty: SpectralCache, generation: int) -> SpectralCache:
         """Bring a prefix back from the folder."""
         if self.folder is None:
@@ -282,9 +265,9 @@ class PrefixStore:
         """Put a cache in memory, and in the folder what has to leave; nothing if all was forgotten meanwhile."""
         size = measure(cache, saturation=False).total + len(key)
         if size > self.max_bytes:
-            return self._write([((name, key), (cache, size))], generation)
-        leaving: list[_Leaving] = []
-        written: dict[_Place, bool] = {}
+            self._write({(name, key): (cache, size)}, generation)
+            return generation == self._generation and self._in_folder(name, key)
+        leaving: dict[_Place, _Held] = {}
         try:
             with self._lock:
                 if generation != self._generation:
@@ -292,82 +275,75 @@ class PrefixStore:
                 if can_be_cut(cache):
                     if self._is_covered(name, key):
                         return True
-                    for shorter in self._beginnings(name, key):
-                        self._drop(name, shorter)  # what it serves, this one serves too
+                    for shorter in self._known.shorter(name, key):
+                        if (name, shorter) in self._held:
+                            self._drop(name, shorter)  # what it serves, this one serves too
                 self._drop(name, key)
-                self._learn(name, key)
+                self._known.add(name, key)
                 self._held[name, key] = cache, size
                 while self._bytes() > self.max_bytes:
                     place, oldest = next(iter(self._held.items()))
                     if self.folder is None:
                         self._drop(*place)
                     else:
-                        written[place], self._leaving[place] = False, oldest[0]
-                        leaving.append((place, oldest))
+                        leaving[place], self._leaving[place] = oldest, oldest[0]
                         del self._held[place]
                     self._counts["evicted"] += 1
-            self._to_folder(leaving, written, generation)
+            self._to_folder(leaving, generation)
         finally:  # Ctrl-C must not leave caches beyond the limit in memory
-            self._settle(written, generation)
+            self._settle(leaving, generation)
         return True
 
-    def _write(self, leaving: list[_Leaving], generation: int) -> bool:
+    def _write(self, leaving: dict[_Place, _Held], generation: int) -> None:
         """Write caches to the folder, and forget those that are neither there nor in memory."""
-        written = {place: False for place, _ in leaving}
         try:
-            self._to_folder(leaving, written, generation)
+            self._to_folder(leaving, generation)
         finally:
-            self._settle(written, generation)
-        return generation == self._generation and all(written.values())
+            self._settle(leaving, generation)
 
-    def _to_folder(self, leaving: list[_Leaving], written: dict[_Place, bool], generation: int) -> None:
-        """Write caches to the folder, note which are there, and forget what has made room for them."""
+    def _to_folder(self, leaving: dict[_Place, _Held], generation: int) -> None:
+        """Write caches to the folder, and forget what has made room for them."""
         if self.folder is None or not leaving:
             return
 
         def wanted() -> bool:
             return generation == self._generation
 
-        for place, (cache, size) in leaving:
+        for place, (cache, size) in leaving.items():
             try:
                 if wanted():
-                    written[place] = self.folder.write(*place, cache, size, wanted)
+                    self.folder.write(*place, cache, size, wanted)
             except FAILURES as error:
                 self._failed("be written", error)
         gone = self.folder.gone()
         with self._lock:
             for place in gone:
                 if place not in self._held and place not in self._leaving:
-                    self._unlearn(*place)
+                    self._known.remove(*place)
 
-    def _settle(self, written: dict[_Place, bool], generation: int) -> None:
+    def _settle(self, leaving: Iterable[_Place], generation: int) -> None:
         """End the stay in memory of caches that were to be written."""
         with self._lock:
-            for place, there in written.items() if generation == self._generation else ():
+            for place in leaving if generation == self._generation else ():
                 self._leaving.pop(place, None)
-                if there and self.folder is not None and self.folder.file_of(*place).exists():
-                    self._learn(*place)  # unless what was written next has taken its room
+                if self._in_folder(*place):
+                    self._known.add(*place)
                 elif place not in self._held:
-                    self._unlearn(*place)
+                    self._known.remove(*place)
+
+    def _in_folder(self, name: str, key: bytes) -> bool:
+        """Whether a prefix is in the folder; what was written later may have taken its room."""
+        return self.folder is not None and os.path.exists(
+            self.folder.file_of(name, key)
+        )  # False for a share that is away
 
     def _is_covered(self, name: str, key: bytes) -> bool:
         """Whether a longer prefix in memory begins with this one; it then counts as used."""
-        keys = self._known.get(name, [])
-        place = bisect.bisect_left(keys, key)
-        if place == len(keys) or not keys[place].startswith(key) or (name, keys[place]) not in self._held:
+        longer = self._known.longer(name, key)
+        if longer is None or (name, longer) not in self._held:
             return False
-        self._held.move_to_end((name, keys[place]))
+        self._held.move_to_end((name, longer))
         return True
-
-    def _beginnings(self, name: str, key: bytes) -> list[bytes]:
-        """Prefixes in memory that a longer one begins with."""
-        keys, found = self._known.get(name, []), []
-        for index in range(bisect.bisect_left(keys, key) - 1, -1, -1):
-            if not keys[index] or key[:4] != keys[index][:4]:
-                break
-            if key.startswith(keys[index]) and (name, keys[index]) in self._held:
-                found.append(keys[index])
-        return found
 
     def _bytes(self) -> int:
         """Bytes in memory; counted anew, since a sum that is kept would be wrong after Ctrl-C in between."""
@@ -375,29 +351,15 @@ class PrefixStore:
 
     def _drop(self, name: str, key: bytes) -> None:
         if self._held.pop((name, key), None) is not None:
-            self._unlearn(name, key)
-
-    def _learn(self, name: str, key: bytes) -> None:
-        keys = self._known[name]
-        place = bisect.bisect_left(keys, key)
-        if place == len(keys) or keys[place] != key:
-            keys.insert(place, key)
-
-    def _unlearn(self, name: str, key: bytes) -> None:
-        keys = self._known.get(name, [])
-        place = bisect.bisect_left(keys, key)
-        if place < len(keys) and keys[place] == key:
-            del keys[place]
-            if not keys:
-                del self._known[name]
+            self._known.remove(name, key)
 
     def _forget(self, name: str, key: bytes, error: BaseException) -> None:
         """Drop a prefix that cannot be used; a damaged file too."""
         with self._lock:
             self._drop(name, key)
-            self._unlearn(name, key)
-        file = None if self.folder is None else self.folder.file_of(name, key)
-        if isinstance(error, ArtifactError) and file is not None:
+            self._known.remove(name, key)
+        if isinstance(error, ArtifactError) and self.folder is not None:
+            file = self.folder.file_of(name, key)
             if not file.exists():
                 return  # the folder was full, or is another process's too
             if not isinstance(error.__cause__, OSError):  # no handles left, a share that is away: the file may be sound

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from quantcache.artifact import cache_layout
 from quantcache.artifact.calibration import Calibration
-from quantcache.attention import guards
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import detect_ropes, evaluating, observed_values
 from quantcache.backends.padding import Grid
+from quantcache.cache import guards
 from quantcache.cache.codecs import CodecFactory, calibrated_codecs
 from quantcache.cache.spectral_cache import BlockCache, SpectralCache
 from quantcache.coding.allocation import check_rate

@@ -64,8 +64,11 @@ class BlockCache(TraceableCache):
         backend: BackendName = "auto",
         blocks_at_once: int = 1,
     ):
-        lengths = (("sink_length", sink_length, 0), ("residual_length", residual_length, 0))
-        for name, number, least in (*lengths, ("blocks_at_once", blocks_at_once, 1)):
+        for name, number, least in (
+            ("sink_length", sink_length, 0),
+            ("residual_length", residual_length, 0),
+            ("blocks_at_once", blocks_at_once, 1),
+        ):
             if not isinstance(number, Integral) or number < least:
                 raise ValueError(f"{name} must be a whole number from {least} up, got {number!r}")
         backends.known_name(backend)
@@ -172,13 +175,8 @@ class SpectralCache(BlockCache):
     ):
         if not isinstance(calibration, Calibration):
             raise TypeError(f"SpectralCache needs a Calibration, got {type(calibration).__name__}")
-        asked, config = config, config if model is None else getattr(model, "config", None)
         if config is not None or model is not None:
-            if not isinstance(config, PreTrainedConfig):
-                given = f"model={type(model).__name__}" if model is not None else f"config={type(config).__name__}"
-                raise TypeError(f"SpectralCache needs a model's config, or model=, got {given}")
-            if asked is not None and asked is not config:
-                _require_same_layers(asked, config)
+            config = _config_of(model, config)
             cache_layout.compressible_layers(config)
             calibration.check_compatible(config if model is None else model, strict=strict)
         sides: Any = {"key_bits": key_bits, "value_bits": value_bits, "min_bits": min_bits}
@@ -351,31 +349,24 @@ class SpectralCache(BlockCache):
             kind = type(calibration).__name__
             raise TypeError(f"SpectralCache.load needs a Calibration, got {kind}: use Calibration.from_pretrained()")
         path = Path(path)
-        return steadily([path], lambda: cls._read(path, calibration, model, config, backend))
 
-    @classmethod
-    def _read(
-        cls,
-        path: Path,
-        calibration: Calibration,
-        model: PreTrainedModel | None,
-        config: PreTrainedConfig | None,
-        backend: BackendName,
-    ) -> SpectralCache:
-        description = cache_files.read_description(path)
-        cache = cls(
-            cache_files.calibration_at(description, calibration, path),
-            config,
-            sink_length=description["sink_length"],
-            residual_length=description["residual_length"],
-            backend=backend,
-            model=model,
-        )
-        assert cache.calibration is not None
-        if model is not None:
-            check_model(description, model, path)
-        cache_files.read_cache(path, description, cache, cache.calibration)
-        return cache
+        def read() -> SpectralCache:
+            description = cache_files.read_description(path)
+            saved = cache_files.calibration_at(description, calibration, path)
+            cache = cls(
+                saved,
+                config,
+                sink_length=description["sink_length"],
+                residual_length=description["residual_length"],
+                backend=backend,
+                model=model,
+            )
+            if model is not None:
+                check_model(description, model, path)
+            cache_files.read_cache(path, description, cache, saved)
+            return cache
+
+        return steadily([path], read)
 
     @classmethod
     def self_calibrating(cls, model: Any, bits: float = 3.0, **kwargs: Any) -> SpectralCache:
@@ -403,13 +394,19 @@ class SpectralCache(BlockCache):
         return self_calibrating_cache(cls, model, bits, **kwargs)
 
 
-def _require_same_layers(asked: Any, config: PreTrainedConfig) -> None:
-    """Refuse a config beside a model whose own config, which counts, is of another cache."""
-    if not isinstance(asked, PreTrainedConfig):
-        raise TypeError(f"SpectralCache needs a model's config, or model=, got config={type(asked).__name__}")
-    theirs, ours = cache_layout.cache_config(asked), cache_layout.cache_config(config)
+def _config_of(model: PreTrainedModel | None, config: PreTrainedConfig | None) -> PreTrainedConfig:
+    """The config that counts: a model's own, beside which another one must be of the same cache."""
+    if config is not None and not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"SpectralCache needs a model's config, or model=, got config={type(config).__name__}")
+    own = config if model is None else getattr(model, "config", None)
+    if not isinstance(own, PreTrainedConfig):
+        raise TypeError(f"SpectralCache needs a model's config, or model=, got model={type(model).__name__}")
+    if config is None:
+        return own
+    theirs, ours = cache_layout.cache_config(config), cache_layout.cache_config(own)
     for name in sorted({*theirs, *ours}):
         if theirs.get(name) != ours.get(name):
             raise QuantCacheError(
                 f"config= and model= disagree: {name} is {theirs.get(name)!r} and {ours.get(name)!r}; give model= alone"
             )
+    return own

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantcache.attention import guards
 from quantcache.backends import REFERENCE, Backend
 from quantcache.backends.padding import Grid
 from quantcache.backends.spans import Span
 from quantcache.backends.store import BlockStore, moved
+from quantcache.cache import guards
 from quantcache.cache.tails import TailBuffer
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.schema import SIDES

@@ -68,7 +68,7 @@ class TraceableCache(ConsistentCache):
         self, in_graph: bool, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """:meth:`update`, and for a graph, which says what it knows of the tokens when it attends."""
-        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        layer = self._layer_at(layer_idx)
         if isinstance(layer, SpectralLayer):
             rows, count = key_states.shape[0], key_states.shape[2]
             kwargs["arrivals"] = self._arrivals(layer, rows, layer.get_seq_length() + count, count, in_graph)
@@ -107,7 +107,7 @@ class TraceableCache(ConsistentCache):
             if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, rows)):
                 positions = None  # several for every token
             self.arrivals = (length, count, Arrivals.of(mask, positions, length, count)) if fits else None
-        elif layer is next(each for each in self.layers if isinstance(each, SpectralLayer)):
+        elif layer.symbolic_length is not None:  # the first of them
             positions = None if in_graph else compat.rotary_positions()  # all that is known beside a 4D mask
             fits = positions is not None and positions.shape in ((1, count), (rows, count))
             self.arrivals = (length, count, Arrivals.of(None, positions, length, count)) if fits else None
@@ -121,7 +121,7 @@ class TraceableCache(ConsistentCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """:meth:`update` as an operator, where that serves; else it is called as it is, which breaks the graph."""
-        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        layer = self._layer_at(layer_idx)
         packed = isinstance(layer, SpectralLayer)
         served = (packed or compat.is_window(layer)) and traced.takes(key_states, value_states)
         # What a model says beside (``kwargs=``, since transformers 5.24) is for paged caches.
@@ -136,7 +136,7 @@ class TraceableCache(ConsistentCache):
 
     def _traced_length(self, layer_idx: int) -> int | None:
         """T as a symbol; None of layers that have no carrier of it."""
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        layer = self._layer_at(layer_idx)
         carrier = layer.symbolic_length if isinstance(layer, SpectralLayer) else None
         return None if carrier is None else traced.length_of(carrier)
 

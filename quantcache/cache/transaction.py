@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from quantcache.attention.traced import symbolic_length
@@ -20,7 +19,7 @@ def shallow_copy(thing: _Object) -> _Object:
     """Another object with the attributes that this one has at one moment.
 
     Args:
-        thing: A layer, which replaces its attributes and does not write to them.
+        thing: A cache or a layer, which replaces its attributes and does not write to them.
 
     Returns:
         The copy.
@@ -44,30 +43,13 @@ def state_copy(thing: _Object) -> _Object:
     return new
 
 
-def compact_copy(layer: Any) -> Any:
-    """A copy of a layer of transformers' own that does not keep the memory of tokens that have left its window.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        The copy.
-    """
-    new = shallow_copy(layer)
-    for name in ("keys", "values"):
-        held = getattr(layer, name, None)
-        if isinstance(held, Tensor):
-            setattr(new, name, held.clone(memory_format=torch.contiguous_format))
-    rest = {n: copy.deepcopy(v) for n, v in vars(new).items() if n not in ("keys", "values")}
-    vars(new).update(rest)
-    return new
-
-
 def detached_copy(thing: _Object) -> _Object:
     """A deep copy without the graph that autograd may have of it: such tensors cannot be copied otherwise.
 
+    Of a tensor that is a view the copy has its own elements only: a window does not keep the prompt it was cut from.
+
     Args:
-        thing: A layer of transformers' own, or something that one holds.
+        thing: A layer, or something that one holds.
 
     Returns:
         The copy.
@@ -96,19 +78,6 @@ def with_symbolic_length(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
     if layer.symbolic_length is not None:
         state["symbolic_length"] = symbolic_length(state["state"].length)
     return state
-
-
-def put(thing: Any, state: dict[str, Any]) -> None:
-    """What :func:`commit` does, for one object.
-
-    Args:
-        thing: Object to change.
-        state: New attributes.
-    """
-    target = vars(thing)
-    replaced = dict(target)
-    target.update(state)
-    del replaced
 
 
 def commit(things: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from quantcache.cli.options import (
 from quantcache.cli.outputs import output_folder
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
-from quantcache.cli.tables import Prose
+from quantcache.common.grid import Prose
 
 FILES = ("report.json", "report.html", "report.png")
 """What a run writes."""

@@ -30,9 +30,9 @@ from quantcache.cli.outputs import holds_calibration, output_folder
 from quantcache.cli.pages import WrongUsage
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
-from quantcache.cli.tables import Grid, Prose
 from quantcache.common.choices import Metric
 from quantcache.common.errors import HubError
+from quantcache.common.grid import Grid, Prose
 from quantcache.common.sources import MODEL_HELP
 
 if TYPE_CHECKING:

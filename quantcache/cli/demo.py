@@ -12,7 +12,7 @@ from quantcache.cli.options import CalibrationOption, DebugFlag, JsonFlag, Named
 from quantcache.cli.pages import WrongUsage
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
-from quantcache.cli.tables import Grid, Prose
+from quantcache.common.grid import Grid, Prose
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
 

@@ -8,7 +8,7 @@ import typer
 
 from quantcache.cli.options import DebugFlag, JsonFlag
 from quantcache.cli.session import session
-from quantcache.cli.tables import Grid
+from quantcache.common.grid import Grid
 
 
 def env(

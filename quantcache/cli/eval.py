@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
     from quantcache.evaluation.cells import Cells
     from quantcache.evaluation.needle import NeedleFormat
-    from quantcache.evaluation.plan import Sizes
 
 METHODS = "dense,spectral-2,spectral-3,spectral-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4"
 CONTEXT = 2048
@@ -239,9 +237,10 @@ def evaluate(
         content = read_text(text)
         expect_model(model, revision)
 
+        from quantcache.data import calibration_text
         from quantcache.evaluation import evaluator
         from quantcache.evaluation.methods import needs_statistics, text_statistics
-        from quantcache.evaluation.plan import Material, Plan
+        from quantcache.evaluation.plan import Material, Plan, chosen_sizes
         from quantcache.evaluation.provenance import check_overlap
         from quantcache.evaluation.qa import load_questions
         from quantcache.evaluation.weights import quantize_weights, require_quantizer
@@ -271,7 +270,7 @@ def evaluate(
             sinks=sinks,
             chunk=chunk or (CHUNK if tail is None else TAIL_CHUNK),
             stride=stride,
-            sizes=_sizes(quick, questions, trials),
+            sizes=chosen_sizes(quick, questions, trials),
             needle_form=_needle_form(needle_fact, needle_question),
             lengths=prompts,
             chat=chat,
@@ -284,7 +283,7 @@ def evaluate(
             calibration=constants,
             questions=asked,
             domains=domains,
-            length_text=_length_text() if "transfer" in suites else None,
+            length_text=calibration_text() if "transfer" in suites else None,
             draft=None if draft is None else load_model(draft, **loading)[0],
             statistics=text_statistics(loaded, tokenizer) if needs_statistics(names) else None,
         )
@@ -293,25 +292,6 @@ def evaluate(
             watch = functools.partial(_watch, bar=bar)
             data = evaluator.evaluate(material, plan, called, output, restart=restart, started=started, on_start=watch)
         run.finish(data, *for_people(data))
-
-
-def _sizes(quick: bool, questions: int | None, trials: int | None) -> Sizes:
-    """How much each suite does."""
-    from quantcache.evaluation.plan import QUICK, Sizes
-
-    sizes = QUICK if quick else Sizes()
-    if questions is not None:
-        sizes = replace(sizes, questions=questions)
-    if trials is not None:
-        sizes = replace(sizes, needle_seeds=trials, task_seeds=trials, prompts=trials)
-    return sizes
-
-
-def _length_text() -> str:
-    """What length transfer is calibrated on: the text that comes with the package."""
-    from quantcache.data import calibration_text
-
-    return calibration_text()
 
 
 def _domains(paths: Sequence[Path]) -> dict[str, str]:

@@ -10,9 +10,9 @@ import typer
 
 from quantcache.cli.options import wrong_usage
 from quantcache.cli.pages import WrongUsage
-from quantcache.cli.tables import Grid, Prose
 from quantcache.common.choices import SUITES, Suite
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.grid import Grid, Prose
 from quantcache.common.units import parse_tokens
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from quantcache.cli.tables import Grid, Prose
+from quantcache.common.grid import Grid, Prose
 
 SIMULATED = " (simulated)"
 _STAR = "* simulated: no cache stores it packed; its values are rounded as its codes would round them."

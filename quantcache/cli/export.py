@@ -21,9 +21,9 @@ from quantcache.cli.options import (
     RevisionOption,
 )
 from quantcache.cli.session import session
-from quantcache.cli.tables import Prose
 from quantcache.common.choices import Basis
 from quantcache.common.errors import HubError
+from quantcache.common.grid import Prose
 from quantcache.common.progress import progress_bar
 
 

@@ -21,8 +21,8 @@ from quantcache.cli.options import (
 )
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
-from quantcache.cli.tables import Grid, Prose
 from quantcache.common.choices import SortColumn
+from quantcache.common.grid import Grid, Prose
 from quantcache.common.sources import CONFIG_HELP
 from quantcache.data import BUNDLED_MODEL
 

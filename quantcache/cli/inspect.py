@@ -11,7 +11,7 @@ import typer
 from quantcache.cli.loading import load_calibration
 from quantcache.cli.options import CALIBRATION_HELP, BitsOption, DebugFlag, JsonFlag, QualityOption, check_rate
 from quantcache.cli.session import session
-from quantcache.cli.tables import Grid
+from quantcache.common.grid import Grid
 
 _UNSHOWN = ("text_sha256", "passages", "yardstick")
 

@@ -16,6 +16,7 @@ from quantcache.cli.terminal import report
 from quantcache.common.choices import DTYPES
 from quantcache.common.errors import HubError, QuantCacheError, UnsupportedModel
 from quantcache.common.plaintext import read_utf8
+from quantcache.common.progress import without_loading_bars
 from quantcache.common.sources import OURS, model_source, source_name
 
 if TYPE_CHECKING:
@@ -277,20 +278,6 @@ def _naming(model: str) -> Iterator[None]:
         raise OSError(f"cannot load {model}: {error}{ours}") from error
 
 
-@contextlib.contextmanager
-def quiet_unless_watched() -> Iterator[None]:
-    """Without a terminal on stderr, spare its reader transformers' progress bars.
-
-    Yields:
-        Nothing.
-    """
-    from transformers.utils import logging
-
-    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            logging.enable_progress_bar()
+def quiet_unless_watched() -> contextlib.AbstractContextManager[None]:
+    """A context that spares the reader transformers' progress bars where stderr is no terminal."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else without_loading_bars()

@@ -35,7 +35,7 @@ def token_count(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r} is not a number of tokens from 1 up, such as 2048 or 2K") from None
 
 
-def _seed(value: int | None) -> int | None:
+def check_seed(value: int | None) -> int | None:
     """Refuse what torch takes for no seed; the help would show the bound in 19 digits."""
     if value is not None and not 0 <= value < 1 << 63:
         raise typer.BadParameter(f"{value} is not from 0 to 2^63 - 1")
@@ -104,7 +104,7 @@ BackendOption = Annotated[
     BackendName,
     typer.Option(metavar="<auto|cpu|triton|cuda|torch>", help="What encodes and attends.", rich_help_panel=CACHE),
 ]
-SeedOption = Annotated[int, typer.Option(callback=_seed, metavar="N", help="Seed of what is sampled.")]
+SeedOption = Annotated[int, typer.Option(callback=check_seed, metavar="N", help="Seed of what is sampled.")]
 PushOption = Annotated[
     str | None,
     typer.Option(metavar="REPO", help="Push to this repository, OWNER/NAME.", rich_help_panel=HUB),

@@ -75,7 +75,7 @@ def expect_model(name: str, revision: str | None = None) -> None:
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             if problem != OFFLINE:
-                report("note", f"{problem}: {name} is taken from the Hub's cache")
+                _note(f"{problem}: {name} is taken from the Hub's cache")
             return
         at = f" at revision {revision}" if revision else ""
         missing = f"the Hub's cache does not have it{at}, and {problem}"
@@ -84,6 +84,12 @@ def expect_model(name: str, revision: str | None = None) -> None:
     meant = get_close_matches(name, (BUNDLED_MODEL, *PACKAGED), 1)
     hint = f"; did you mean {meant[0]}?" if meant else ""
     raise QuantCacheError(f"cannot load {name}: there is no such folder or file; {OURS.rstrip('.')}; {missing}{hint}")
+
+
+@functools.cache
+def _note(message: str) -> None:
+    """Say something once: a model is looked for before torch is loaded, and again where its files are."""
+    report("note", message)
 
 
 def _require_config(folder: Path) -> None:

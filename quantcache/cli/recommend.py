@@ -24,10 +24,10 @@ from quantcache.cli.options import (
 from quantcache.cli.pages import WrongUsage
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
-from quantcache.cli.tables import Grid, Prose
 from quantcache.common.choices import Quality, WeightsFormatName
 from quantcache.common.defaults import PREFILL_CHUNK, QUALITIES
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.grid import Grid, Prose
 from quantcache.common.sources import CONFIG_HELP
 from quantcache.common.units import parse_bytes, parse_tokens
 

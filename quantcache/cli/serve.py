@@ -33,6 +33,7 @@ from quantcache.cli.options import (
     SinksOption,
     TrustOption,
     check_rate,
+    check_seed,
     wrong_usage,
 )
 from quantcache.cli.pages import MODEL, WrongUsage
@@ -111,7 +112,7 @@ def serve(
         typer.Option(metavar="JSON", help="Object of chat template keywords.", rich_help_panel=ANSWERS),
     ] = None,
     default_seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of torch.", rich_help_panel=ANSWERS)
+        int | None, typer.Option(callback=check_seed, metavar="N", help="Seed of torch.", rich_help_panel=ANSWERS)
     ] = None,
     decision_config: Annotated[
         str | None,

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console, RenderableType
 
 from quantcache.cli.pages import WrongUsage
-from quantcache.cli.tables import Prose
 from quantcache.cli.terminal import Shown, print_result, report, report_error, writing_stdout
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.grid import Prose
 from quantcache.common.interrupts import INTERRUPTED, Interrupted
 from quantcache.common.jsonfile import to_json
 

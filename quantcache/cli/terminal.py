@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -73,15 +74,9 @@ def print_result(text: str) -> None:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        text = "".join(char if char.isascii() else _json_escape(char) for char in text)
+        text = "".join(char if char.isascii() else json.dumps(char)[1:-1] for char in text)
     with writing_stdout():
         print(text)
-
-
-def _json_escape(char: str) -> str:
-    """A character inside JSON, in ASCII."""
-    units = char.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[i] << 8 | units[i + 1]:04x}" for i in range(0, len(units), 2))
 
 
 @contextlib.contextmanager

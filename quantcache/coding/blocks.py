@@ -78,6 +78,18 @@ def block_slots(block_table: Tensor) -> Tensor:
     return (block_table[:, :1] + torch.arange(BLOCK, dtype=torch.int64, device=block_table.device)).flatten()
 
 
+def holds_tokens(block_table: Tensor) -> Tensor:
+    """Which of the slots of some blocks hold a token: a block that a crop has cut is not full.
+
+    Args:
+        block_table: ``[n, 3]``.
+
+    Returns:
+        bool, ``[n * 64]``.
+    """
+    return block_slots(block_table) < (block_table[:, 0] + block_table[:, 1]).repeat_interleave(BLOCK)
+
+
 def block_positions(block_table: Tensor, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """Positions of all tokens of some blocks and of their anchors; a row's positions count from its first valid token.
 

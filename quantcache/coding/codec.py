@@ -146,10 +146,8 @@ class SpectralCodec:
         self.offsets = offsets.to(device=device, dtype=torch.int32)  # first word of each dimension, [H, D]
         self.num_words = int(2 * widths.sum())
         self.coding = settings.coding
-        self.classes = tuple(
-            _width_class(widths, offsets, width, settings.coding, device) for width in range(1, MAX_WIDTH + 1)
-        )
-        self.classes = tuple(c for c in self.classes if c.columns.numel())
+        classes = (_width_class(widths, offsets, width, self.coding, device) for width in range(1, MAX_WIDTH + 1))
+        self.classes = tuple(c for c in classes if c.columns.numel())
         self.derived: dict[str, DerivedConstants] = {}  # the same constants in the form of a backend's kernels
 
     @property

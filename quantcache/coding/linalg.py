@@ -19,11 +19,6 @@ from quantcache.common.ambient import without_autocast
 from quantcache.common.errors import QuantCacheError
 
 
-def _bound(dtype: torch.dtype) -> float:
-    """Half the digits of a dtype: far above what rounding leaves of an identity, far below what a wrong result does."""
-    return float(torch.finfo(dtype).eps ** 0.5)
-
-
 def _each(matrices: Tensor, name: str, factorize: Callable[[Tensor], tuple[Tensor, ...]]) -> Iterator[Tensor]:
     """Factorize every matrix of a stack; yields each factor, stacked."""
     flat = matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
@@ -39,7 +34,8 @@ def _each(matrices: Tensor, name: str, factorize: Callable[[Tensor], tuple[Tenso
 
 def _require(residual: Tensor, dtype: torch.dtype, name: str, identity: str) -> None:
     """Refuse factors whose defining identity is broken; ``residual`` is relative, one for each matrix or column."""
-    _compare(residual, _bound(dtype), f"{name}: {identity}")
+    # Half the digits: far above what rounding leaves of an identity, far below what a wrong result does.
+    _compare(residual, float(torch.finfo(dtype).eps ** 0.5), f"{name}: {identity}")
 
 
 def _compare(residual: Tensor, bound: float, identity: str) -> None:

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.interface import BLOCK as BLOCK
+from quantcache_kernels.interface import FIELDS as FIELDS
 from quantcache_kernels.interface import MAX_WIDTH as MAX_WIDTH
-
-FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (4, 4))
-"""Bit fields of each width 0 to 8, most significant first."""
 
 
 def pack(codes: Tensor, width: int) -> Tensor:

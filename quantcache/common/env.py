@@ -39,6 +39,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine(record: dict[str, Any]) -> str:
+    """What to call the machine of a measurement.
+
+    Args:
+        record: What :func:`environment` returned there.
+
+    Returns:
+        Its first GPU, or its CPU with the number of cores.
+    """
+    cpu, gpus = record["cpu"], record["gpus"]
+    return str(gpus[0]["name"]) if gpus else f"{cpu['name'] or 'cpu'} ({cpu['cores']} cores)"
+
+
 def git_state(root: Path) -> dict[str, Any] | None:
     """Commit of a checkout, and whether its files differ from it.
 

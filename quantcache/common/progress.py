@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -58,3 +59,21 @@ class _Lines(Progress):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it
             line = f"{task.description}: {task.completed:,.0f}{total} after {(now - self._began) / 60:,.0f} min"
             print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Spare the reader transformers' progress bars, inside the context.
+
+    Yields:
+        Nothing.
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

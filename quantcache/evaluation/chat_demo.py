@@ -20,8 +20,18 @@ from quantcache.attention.function import register_attention
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
-from quantcache.evaluation.demo import multiply_in_float32, without_loading_bar
-from quantcache.evaluation.feeding import PROMPT_CHUNK, check_lengths, decode_tokens, encode, end_tokens, feed, frame_of
+from quantcache.common.progress import without_loading_bars
+from quantcache.evaluation.demo import multiply_in_float32
+from quantcache.evaluation.feeding import (
+    PROMPT_CHUNK,
+    check_lengths,
+    decode_tokens,
+    encode,
+    end_tokens,
+    feed,
+    frame_of,
+    has_template,
+)
 from quantcache.evaluation.speed import timed
 
 
@@ -79,7 +89,7 @@ def run_chat_demo(
     started = time.perf_counter()
     register_attention()
     tokenizer, model = _load(source)
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         raise QuantCacheError(f"{name} has no chat template: the demo needs a model that chats")
     before, behind = frame_of(tokenizer, chat=True)
     prefix = torch.cat((before, encode(tokenizer, _article(settings.article))))
@@ -127,7 +137,7 @@ def _figures(side: _Side, tokens: int) -> dict[str, float | None]:
 
 def _load(source: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with without_loading_bar():
+    with without_loading_bars():
         tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source)
         compat.require_decoder(config)

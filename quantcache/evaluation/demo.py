@@ -6,8 +6,6 @@ import copy
 import functools
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,14 +19,12 @@ from quantcache.attention.function import register_attention
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.calibration.calibrator import calibrate
 from quantcache.common import compat
-from quantcache.common.progress import progress_bar
+from quantcache.common.progress import progress_bar, without_loading_bars
 from quantcache.common.sequences import text_tokens
-from quantcache.evaluation.feeding import feed
+from quantcache.evaluation.feeding import encode, feed
 from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import parse_methods
-
-NAME = "Marlow"
-"""Whose secret code is planted."""
+from quantcache.evaluation.needle import NAMES, NeedleFormat
 
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 20}
 """How text is continued: the most likely words of a model this small go round in circles."""
@@ -158,7 +154,7 @@ def _use(
 def _load() -> tuple[Any, PreTrainedModel, PreTrainedModel]:
     """Tokenizer and model, in float32 and in bfloat16: many CPUs take minutes for a backward pass in the latter."""
     path = data.demo_model_path()
-    with without_loading_bar():
+    with without_loading_bars():
         tokenizer = AutoTokenizer.from_pretrained(path)
         exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="spectral").eval()
@@ -187,14 +183,11 @@ def multiply_in_float32(model: PreTrainedModel) -> None:
 
 def _plant(tokenizer: Any, haystack: Tensor, code: str) -> tuple[Tensor, Tensor]:
     """A context as long as the haystack with the code planted at a quarter of it, and the question."""
-
-    def encode(text: str) -> Tensor:
-        return text_tokens(tokenizer, text, add_special_tokens=False)
-
-    fact = encode(f"\nThe secret code of {NAME} is {code}.\n")
+    form = NeedleFormat()
+    fact = encode(tokenizer, form.fact.format(name=NAMES[0], code=code))
     place = len(haystack) // 4
     context = torch.cat((haystack[:place], fact, haystack[place + len(fact) :]))
-    return context, encode(f"\nQuestion: What is the secret code of {NAME}? Answer:")
+    return context, encode(tokenizer, form.question.format(name=NAMES[0]))
 
 
 def _continue(model: Any, tokenizer: Any, tokens: Tensor, cache: Cache, count: int, **how: Any) -> str:
@@ -209,21 +202,3 @@ def _continue(model: Any, tokenizer: Any, tokens: Tensor, cache: Cache, count: i
         **(how or {"do_sample": False}),
     )
     return tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
-
-
-@contextmanager
-def without_loading_bar() -> Iterator[None]:
-    """Spare the reader transformers' progress bars.
-
-    Yields:
-        Nothing.
-    """
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

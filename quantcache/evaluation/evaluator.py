@@ -93,15 +93,12 @@ def evaluate(
     failures = runner.failures(results)
     if not runner.measured(results):
         raise QuantCacheError(f"no method could be measured; {(failures or runner.skipped(results))[0]}")
-    step, windows = (
-        plan.stride or plan.contexts[0],
-        cut_windows(material.model.config, ids, plan.contexts[0], plan.stride),
-    )
+    windows = len(cut_windows(material.model.config, ids, plan.contexts[0], plan.stride))
     data = {
         "model": names.model,
         "calibration": names.calibration,
         "context": plan.contexts[0],
-        "tokens": (len(windows) - 1) * step + plan.contexts[0],
+        "tokens": (windows - 1) * (plan.stride or plan.contexts[0]) + plan.contexts[0],
         "stride": plan.stride,
         "weights": names.weights,
         "residual": plan.residuals[0],

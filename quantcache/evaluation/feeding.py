@@ -17,7 +17,7 @@ from quantcache.common.sequences import text_tokens
 from quantcache.evaluation.methods import Method, parse_methods
 
 PROMPT_CHUNK = 256
-"""The same for prompts of which only the answer is looked at."""
+"""Tokens fed at once of prompts of which only the answer is looked at."""
 
 
 def dense_method(model: PreTrainedModel) -> Method:
@@ -32,10 +32,27 @@ def dense_method(model: PreTrainedModel) -> Method:
     return parse_methods(["dense"], model.config, None)[0]
 
 
-def pieces(tokens: Tensor, chunk: int, sink_length: int) -> list[Tensor]:
-    """Cut a window into chunks, the first one longer by the sinks.
+def chunk_edges(context: int, chunk: int, sink_length: int, tail: int = 0) -> list[tuple[int, int]]:
+    """Where a window is cut.
 
-    With no residual window every later chunk then starts at a block, and reads nothing but codes and sinks.
+    The first chunk is longer by sinks and tail, so that every later chunk starts where a block has just been filled:
+    it reads nothing but codes, sinks and tail.
+
+    Args:
+        context: Tokens in a window.
+        chunk: Tokens in a chunk.
+        sink_length: First tokens kept by every method.
+        tail: Recent tokens kept by every method.
+
+    Returns:
+        (first token, one past the last) of every chunk.
+    """
+    edges = [0, *range(min(context, chunk + sink_length + tail), context, chunk), context]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+
+
+def pieces(tokens: Tensor, chunk: int, sink_length: int) -> list[Tensor]:
+    """Windows in the chunks of :func:`chunk_edges`.
 
     Args:
         tokens: ``[B, T]``.
@@ -45,8 +62,7 @@ def pieces(tokens: Tensor, chunk: int, sink_length: int) -> list[Tensor]:
     Returns:
         The chunks ``[B, t]``.
     """
-    first, rest = tokens[:, : chunk + sink_length], tokens[:, chunk + sink_length :]
-    return [first, *(rest.split(chunk, dim=1) if rest.shape[1] else ())]
+    return [tokens[:, first:last] for first, last in chunk_edges(tokens.shape[1], chunk, sink_length)]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +95,25 @@ QUICK = Sizes(
     transfer_methods=1,
 )
 """Sizes that give an impression in little time."""
+
+
+def chosen_sizes(quick: bool, questions: int | None = None, trials: int | None = None) -> Sizes:
+    """The sizes that a user asks for.
+
+    Args:
+        quick: Take those of :data:`QUICK`.
+        questions: Questions asked; None leaves them.
+        trials: Needles, texts, tables and prompts of each size; None leaves them.
+
+    Returns:
+        The sizes.
+    """
+    sizes = QUICK if quick else Sizes()
+    if questions is not None:
+        sizes = replace(sizes, questions=questions)
+    if trials is not None:
+        sizes = replace(sizes, needle_seeds=trials, task_seeds=trials, prompts=trials)
+    return sizes
 
 
 @dataclass(frozen=True)

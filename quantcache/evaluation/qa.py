@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.jsonfile import MAX_RESULT_BYTES, parse_json
+from quantcache.common.plaintext import read_utf8
 from quantcache.evaluation import summaries
 from quantcache.evaluation.cells import Cells, joint_status
 from quantcache.evaluation.feeding import PROMPT_CHUNK, dense_method, encode, feed, frame_of
@@ -109,10 +110,7 @@ def load_questions(path: Path) -> list[Question]:
         QuantCacheError: The file is malformed or holds none.
         OSError: The file cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QuantCacheError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    text = read_utf8(path.read_bytes(), path)
     try:
         whole = parse_json(text, MAX_RESULT_BYTES)
     except ValueError:
@@ -126,7 +124,8 @@ def load_questions(path: Path) -> list[Question]:
                 for number, qa in enumerate(paragraph["qas"])
             ]
         else:
-            lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+            # Strings of JSON may hold other ends of lines than the line feed.
+            lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
             found = []
             for number, line in lines:
                 try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -345,6 +345,20 @@ def _speed(
     return {"speed": timed.to_dict(), "speculative": assisted}
 
 
+def parts(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What was measured together: a suite has one such part, fidelity one for each context and residual.
+
+    Args:
+        results: What :func:`run` returned.
+
+    Yields:
+        The suite's name, and the part.
+    """
+    for suite, result in results.items():
+        for part in result if isinstance(result, list) else [result]:
+            yield suite, part
+
+
 def failures(results: Mapping[str, Any]) -> list[str]:
     """What could not be measured, apart from what was left out on purpose.
 
@@ -355,13 +369,12 @@ def failures(results: Mapping[str, Any]) -> list[str]:
         One line for each method that failed in a suite.
     """
     found = []
-    for suite, result in results.items():
-        for part in result if isinstance(result, list) else [result]:
-            found += [f"{suite} {name}: {entry['status']}" for name, entry in part.get("methods", {}).items()]
-            found += [
-                f"{suite} {e['method']} {e['calibrated_on']} -> {e['evaluated_on']}: {e['status']}"
-                for e in part.get("entries", [])
-            ]
+    for suite, part in parts(results):
+        found += [f"{suite} {name}: {entry['status']}" for name, entry in part.get("methods", {}).items()]
+        found += [
+            f"{suite} {e['method']} {e['calibrated_on']} -> {e['evaluated_on']}: {e['status']}"
+            for e in part.get("entries", [])
+        ]
     return [line for line in found if not line.endswith(": ok") and ": skipped: " not in line]
 
 
@@ -375,11 +388,10 @@ def skipped(results: Mapping[str, Any]) -> list[str]:
         One line for each suite or method, with the reason.
     """
     found = []
-    for suite, result in results.items():
-        for part in result if isinstance(result, list) else [result]:
-            if "status" in part:
-                found.append(f"{suite}: {part['status']}")
-            found += [f"{suite} {name}: {entry['status']}" for name, entry in part.get("methods", {}).items()]
+    for suite, part in parts(results):
+        if "status" in part:
+            found.append(f"{suite}: {part['status']}")
+        found += [f"{suite} {name}: {entry['status']}" for name, entry in part.get("methods", {}).items()]
     return [line for line in found if ": skipped: " in line]
 
 
@@ -392,9 +404,7 @@ def measured(results: Mapping[str, Any]) -> bool:
     Returns:
         Whether some method is ``ok`` in some suite.
     """
-    for result in results.values():
-        for part in result if isinstance(result, list) else [result]:
-            entries = [*part.get("methods", {}).values(), *part.get("entries", [])]
-            if any(entry["status"] == "ok" for entry in entries):
-                return True
-    return False
+    found = (
+        each for _, part in parts(results) for each in (*part.get("methods", {}).values(), *part.get("entries", ()))
+    )
+    return any(entry["status"] == "ok" for entry in found)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -175,18 +176,13 @@ def _time(
             duration = timed(prompt.device, partial(step, name))
             if number >= warmup:
                 decode[name].append(duration)
-    reading, stepping = summaries.quantiles(prefill["own"]), summaries.quantiles(decode["own"])
     return {
-        "prefill_ms": reading,
-        "decode_ms": stepping,
-        "tokens_per_second": 1e3 * prompt.shape[0] / _median(decode["own"]),
-        "prefill_ratio": _median(prefill["own"]) / _median(prefill["dense"]),
-        "decode_ratio": _median(decode["own"]) / _median(decode["dense"]),
+        "prefill_ms": summaries.quantiles(prefill["own"]),
+        "decode_ms": summaries.quantiles(decode["own"]),
+        "tokens_per_second": 1e3 * prompt.shape[0] / median(decode["own"]),
+        "prefill_ratio": median(prefill["own"]) / median(prefill["dense"]),
+        "decode_ratio": median(decode["own"]) / median(decode["dense"]),
     }
-
-
-def _median(samples: list[float]) -> float:
-    return float(summaries.quantiles(samples)["median"] or 0.0)
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> float:

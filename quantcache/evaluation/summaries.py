@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 from scipy.special import stdtrit
 
 Summary = dict[str, float | int | None]
@@ -28,21 +29,8 @@ def quantiles(samples: Sequence[float]) -> Summary:
     """
     if not samples:
         raise ValueError("no samples to summarize")
-    ordered = sorted(samples)
-
-    def quantile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return {
-        "median": quantile(0.5),
-        "p20": quantile(0.2),
-        "p80": quantile(0.8),
-        "mean": sum(ordered) / len(ordered),
-        "n": len(ordered),
-    }
+    p20, median, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
+    return {"median": median, "p20": p20, "p80": p80, "mean": sum(samples) / len(samples), "n": len(samples)}
 
 
 def mean(samples: Sequence[float]) -> Summary:

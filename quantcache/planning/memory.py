@@ -131,17 +131,8 @@ def cache_memory(
     if form.layout == "dense":
         return predict_layers(geometry.dense(), tokens, batch=batch, element_bytes=element_bytes)
     if form.layout == "quantized":
-        require_full_attention(form, geometry)
-        recent = 0 if prefill is None or not form.bits else (tokens - prefill) % max(1, residual_length)
-        return predict_quantized(
-            geometry.layers,
-            tokens,
-            bits=int(form.bits or FP8_BITS),
-            group=GROUP if form.bits else None,
-            batch=batch,
-            recent=recent,
-            element_bytes=element_bytes,
-        )
+        recent = 0 if prefill is None else (tokens - prefill) % max(1, residual_length)
+        return _quantized(form, geometry, tokens, batch, recent, element_bytes)
     blocks = num_blocks(tokens, sink_length, residual_length)
     prefilled = tokens if prefill is None else prefill
     first = num_blocks(prefilled, sink_length, residual_length)
@@ -155,6 +146,22 @@ def cache_memory(
         room=capacity(blocks, first) if form.layout == "spectral" else None,
         tail_room=tail_capacity(tokens, prefilled, sink_length, residual_length, form.blocks_at_once),
         blocks_at_once=form.blocks_at_once,
+    )
+
+
+def _quantized(
+    form: Format, geometry: Geometry, tokens: int, batch: int, recent: int, element_bytes: int = 2
+) -> CacheMemory:
+    """Sizes of transformers' quantized cache; fp8, which has no number of bits, has no groups and codes all tokens."""
+    require_full_attention(form, geometry)
+    return predict_quantized(
+        geometry.layers,
+        tokens,
+        bits=int(form.bits or FP8_BITS),
+        group=GROUP if form.bits else None,
+        batch=batch,
+        recent=recent if form.bits else 0,
+        element_bytes=element_bytes,
     )
 
 
@@ -181,11 +188,7 @@ def largest_cache(
     if form.layout == "dense":
         return states + cache_memory(form, geometry, tokens, batch).total
     if form.layout == "quantized":
-        require_full_attention(form, geometry)
-        recent = min(tokens, RESIDUAL_LENGTH - 1) if form.bits else 0
-        group = GROUP if form.bits else None
-        bits = int(form.bits or FP8_BITS)
-        return predict_quantized(geometry.layers, tokens, bits=bits, group=group, batch=batch, recent=recent).total
+        return _quantized(form, geometry, tokens, batch, min(tokens, RESIDUAL_LENGTH - 1)).total
     once = form.blocks_at_once
     blocks = num_blocks(tokens, SINK_LENGTH, RESIDUAL_LENGTH, once)
     full = SINK_LENGTH + RESIDUAL_LENGTH + BLOCK * (blocks + once) - 1 if blocks else tokens

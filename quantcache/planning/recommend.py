@@ -20,12 +20,7 @@ from quantcache.planning import usage
 from quantcache.planning.demand import Candidate, Demand, Recommendation
 from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package, parse_format
 from quantcache.planning.geometry import Geometry, read_geometry
-from quantcache.planning.memory import (
-    cache_memory,
-    constants_bytes,
-    estimate_activations,
-    largest_cache,
-)
+from quantcache.planning.memory import cache_memory, constants_bytes, estimate_activations, largest_cache
 from quantcache.planning.quality import Quality, expected_quality
 from quantcache.planning.records import Measurements
 from quantcache.planning.weights import WEIGHTS_FORMATS, Weight, list_weights, weights_bytes
@@ -164,14 +159,13 @@ def _candidate(
 ) -> Candidate:
     constants = constants_bytes(form, geometry, calibration)
 
-    def needed(tokens: int) -> tuple[int, int]:
+    def needed(tokens: int) -> tuple[int, int, int]:
+        """Bytes of the cache, of activations, and of all together."""
         cache = largest_cache(form, geometry, tokens, demand.batch, calibration)
-        return cache, estimate_activations(config, form, geometry, tokens, demand.batch, demand.chunk).total
+        beside = estimate_activations(config, form, geometry, tokens, demand.batch, demand.chunk).total
+        return cache, beside, weights + constants + cache + beside
 
-    def total(tokens: int) -> int:
-        return weights + constants + sum(needed(tokens))
-
-    cache, activations = needed(demand.context)
+    cache, activations, total = needed(demand.context)
     obstacle = missing_package(form)
     return Candidate(
         format=form.name,
@@ -181,9 +175,9 @@ def _candidate(
         cache_bytes_largest=cache,
         constants_bytes=constants,
         activation_bytes=activations,
-        total_bytes=weights + constants + cache + activations,
-        fits=weights + constants + cache + activations <= demand.memory,
-        max_context=longest(lambda tokens: total(tokens) <= demand.memory),
+        total_bytes=total,
+        fits=total <= demand.memory,
+        max_context=longest(lambda tokens: needed(tokens)[2] <= demand.memory),
         usable=obstacle is None,
         obstacle=obstacle,
         meets=_meets(quality, demand),
@@ -285,11 +279,9 @@ def _notes(config: PreTrainedConfig, demand: Demand, geometry: Geometry, limit: 
         "tables that kernels keep.",
         f"Activations are estimated for prompts fed {demand.chunk:,} tokens at a time "
         "(generate's prefill_chunk_size) and attention that keeps no scores.",
-    ]
-    notes.append(
         "Fidelity was measured on plain text unless its record says otherwise; for prompts in a chat template measure "
-        "with quantcache eval --chat."
-    )
+        "with quantcache eval --chat.",
+    ]
     if geometry.basis == "declared":
         notes.append(
             "Heads and dimensions are those that the config declares: the model cannot be run without weights."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantcache.common.defaults import CHUNK, SINK_LENGTH
+from quantcache.common.env import machine
 from quantcache.common.jsonfile import as_type
 from quantcache.common.sources import PACKAGED
 from quantcache.evaluation.record import Record, RecordError, check, read_strict_json
@@ -251,7 +252,7 @@ def measurements_of(content: Any, path: Path) -> Measurements:
         raise RecordError(f"{path}: records of suite {content['suite']!r} are not used here, only those of {known}")
     record = Record.from_dict(content, str(path))
     try:
-        origin = Origin(path.name, record.created, record.commit, record.dirty, _hardware(record.environment))
+        origin = Origin(path.name, record.created, record.commit, record.dirty, machine(record.environment))
         match record.suite:
             case "cpu-decode":
                 return Measurements(speed=_cpu_speed(record, origin))
@@ -277,11 +278,6 @@ def measurements_of(content: Any, path: Path) -> Measurements:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise RecordError(f"{path} is not what the suite {record.suite!r} writes: {reason}") from error
     return Measurements(fidelity, speed)
-
-
-def _hardware(environment: dict[str, Any]) -> str:
-    cpu, gpus = environment["cpu"], environment["gpus"]
-    return str(gpus[0]["name"]) if gpus else f"{cpu['name']} ({cpu['cores']} cores)"
 
 
 def _special(part: dict[str, Any], run: dict[str, Any]) -> str | None:

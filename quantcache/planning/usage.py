@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from typing import Any
 
 from quantcache.artifact.index import bundled_calibrations
@@ -130,4 +129,4 @@ def python_lines(
         f"output = model.generate(**inputs, {keep}max_new_tokens={NEW_TOKENS}, prefill_chunk_size={chunk})",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
-    return textwrap.dedent("\n".join(lines)) + "\n"
+    return "\n".join(lines) + "\n"

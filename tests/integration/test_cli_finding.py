@@ -14,6 +14,7 @@ import pytest
 from quantcache import data
 from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.files import CONFIG_NAME
+from quantcache.cli import loading, reaching
 from quantcache.evaluation.methods import METHOD_NAMES
 from tests.builders import llama_config
 from tests.helpers import Run
@@ -156,6 +157,17 @@ def test_offline_and_no_hub_id(run: Run) -> None:
         status, _, err = run("generate", name, *PROMPT)
         assert (status, err.count("\n")) == (1, 1)
         assert err.endswith(f"; {reason}\n")
+
+
+def test_what_is_in_the_hubs_cache_is_noted_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A verb looks for its model before torch is loaded, and again where its files are found."""
+    monkeypatch.setattr(reaching, "hub_problem", lambda: "nobody answers")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: "config.json")
+    reaching.expect_model("owner/cached")
+    assert loading.find_model("owner/cached") == "owner/cached"
+    assert capsys.readouterr().err == "note: nobody answers: owner/cached is taken from the Hub's cache\n"
 
 
 @pytest.mark.parametrize("reason", ["Is a directory", "Permission denied"])

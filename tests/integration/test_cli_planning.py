@@ -19,7 +19,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import predict_kl_at
 from quantcache.cli.formats import _table
 from quantcache.cli.recommend import _shown
-from quantcache.cli.tables import Grid
+from quantcache.common.grid import Grid
 from quantcache.planning import table
 from quantcache.planning.demand import Demand
 from quantcache.planning.digest import bundled_measurements

@@ -245,6 +245,18 @@ def test_copies_of_a_mixed_cache_go_their_own_ways(name: str) -> None:
         assert torch.equal(model(ids, past_key_values=cache).logits, model(ids, past_key_values=fresh).logits)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "nemotron-h", "zamba2"])
+def test_copies_of_layers_that_autograd_has_a_graph_of(name: str) -> None:
+    """Tensors with a graph cannot be copied deeply: windows and recurrent states of a pass with gradients are."""
+    model, cache = model_of(name), fitting(name, 0)
+    model(random_tokens(1, PROMPT), past_key_values=cache)
+    with torch.no_grad():
+        twins = [cache.fork(), copy.deepcopy(cache)]
+        logits = [model(torch.tensor([[7]]), past_key_values=each).logits for each in (*twins, cache)]
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[1], logits[2])
+
+
 @pytest.mark.support("attention with recurrence or an indexer in one layer")
 @pytest.mark.parametrize("name", ["falcon-h1", "zamba2", "nemotron-h", "glm-5", "gemma3"])
 def test_layers_are_of_the_kinds_that_transformers_asks_for(name: str) -> None:

@@ -28,7 +28,7 @@ from quantcache.cache import files as cache_files
 from quantcache.cache import prefix_folder
 from quantcache.cache.fingerprints import model_digest
 from quantcache.cache.prefix_folder import SUFFIX, PrefixFolder
-from quantcache.cache.prefix_keys import kept_tokens, key_of, shared_tokens
+from quantcache.cache.prefix_keys import KnownPrefixes, kept_tokens, key_of, shared_tokens
 from quantcache.cache.prefixes import PrefixStore
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.growth import num_blocks
@@ -235,7 +235,7 @@ def test_a_prompt_again_leaves_a_token_to_read(model: PreTrainedModel, calibrati
 @storing
 def test_the_best_prefix_is_found(calibration: Calibration, model: PreTrainedModel) -> None:
     chance, empty = random.Random(0), SpectralCache(calibration, model.config, residual_length=8)
-    store = PrefixStore(GIBI)
+    known = KnownPrefixes()
     base = [chance.randrange(3, 6) for _ in range(500)]
     texts = []
     for _ in range(60):
@@ -243,10 +243,10 @@ def test_the_best_prefix_is_found(calibration: Calibration, model: PreTrainedMod
         cut = chance.choice((0, 50, 90, 200, len(begin)))
         texts.append([*begin[:cut], *(chance.randrange(3, 6) for _ in range(chance.randrange(1, 300)))])
     for text in texts:
-        store._learn("one", key_of(text))
+        known.add("one", key_of(text))
     for text in [*texts, base, base[:150], [*base, 3]]:
         key = key_of(text)
-        found, keep = store._best("one", key, empty)
+        found, keep = known.best("one", key, empty)
         usable = {
             (kept_tokens(empty, len(other), shared), len(other))
             for other in texts

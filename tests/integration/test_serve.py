@@ -674,6 +674,7 @@ def test_a_calibration_of_another_model(chatty: str) -> None:
         (["--reasoning", "maybe"], "'--reasoning': 'maybe' is not one of 'on', 'off', 'auto'"),
         (["--log-level", "loud"], "'--log-level': 'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (["--dtype", "int3"], "'--dtype': 'int3' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
+        (["--default-seed", "9223372036854775808"], "'--default-seed': 9223372036854775808 is not from 0 to 2^63 - 1"),
         (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1, port 8000"),
     ],
     ids=lambda each: "-".join(each) if isinstance(each, list) else "",

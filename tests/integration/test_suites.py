@@ -425,6 +425,17 @@ def test_questions_are_read_from_both_layouts(tmp_path: Path) -> None:
     assert [(question.id, question.answers) for question in found] == [("1", ("A", "B")), ("7", ("A",)), ("3", ("A",))]
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_questions_are_read_as_editors_and_other_languages_write_them(tmp_path: Path, mark: str, end: str) -> None:
+    """JSON has line separators inside of strings as they are, and ends its lines at line feeds alone."""
+    lines = [{"context": "one\u2028two\x85three", "question": "Q", "answers": ["A"]}] * 2
+    path = tmp_path / "q.jsonl"
+    text = "".join(f"{json.dumps(line, ensure_ascii=False)}{end}" for line in lines)
+    path.write_bytes(f"{mark}{text}".encode())
+    assert [(each.id, each.context) for each in qa.load_questions(path)] == [(n, lines[0]["context"]) for n in "12"]
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -14,7 +14,6 @@ pytest.importorskip("triton")  # its package brings the disassembler
 
 from gpu_run import CONFIGS
 from realistic import realistic_calibration
-from sass import UnitCost, operations, resources, unit_cost
 
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.packing import BLOCK
@@ -23,6 +22,7 @@ from quantcache.coding.schema import SIDES, Coding
 from quantcache_kernels.cuda import compiler, driver
 from quantcache_kernels.cuda.blocks import BlockLayout
 from quantcache_kernels.cuda.room import MAX_WARPS
+from tests.kernels.sass import UnitCost, operations, resources, unit_cost
 
 pytestmark = pytest.mark.triton
 
@@ -71,12 +71,18 @@ def allowed(capability: tuple[int, int]) -> dict[str, tuple[int, int]]:
     return SPILLS.get(f"{major.value}.{minor.value}", SPILLS["13.2"]).get(capability, {})
 
 
+def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis: bool, *defines: str) -> bytes:
+    """The machine code of attention, as the driver asks for it."""
+    codings = f"KEY_TRELLIS={int(key_trellis)}", f"VALUE_TRELLIS={int(value_trellis)}"
+    return compiler.compiled(capability, "codes.h", *codings, *defines)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("codings", [(False, False), (True, True)])
 def test_kernels_keep_to_their_registers(codings: tuple[bool, bool], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: compiler.compiled_codes((9, 0), *codings)))
+        found = resources(built(lambda: compiled_codes((9, 0), *codings)))
     assert found.keys() == set(driver.CODE_KERNELS)
     assert found["attend_codes"]["registers"] > 64
     assert max(each["registers"] for each in found.values()) <= REGISTERS
@@ -89,7 +95,7 @@ def test_kernels_keep_to_their_registers_on_smaller_gpus(capability: tuple[int, 
     """There is shared memory for fewer warps, which then have more registers each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: compiler.compiled_codes(capability, True, True)))
+        found = resources(built(lambda: compiled_codes(capability, True, True)))
     fit = 65536 // (32 * MAX_WARPS[capability])
     assert REGISTERS < found["attend_codes"]["registers"] <= min(fit, 255)
     assert spilled(found) == allowed(capability)
@@ -99,7 +105,7 @@ def test_kernels_keep_to_their_registers_on_smaller_gpus(capability: tuple[int, 
 def test_kernels_that_convert_blocks_keep_to_their_registers(capability: tuple[int, int], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: compiler.compiled_conversion(capability)))
+        found = resources(built(lambda: compiler.compiled(capability, "conversion.h")))
     assert found.keys() == set(driver.CONVERSION_KERNELS)
     assert all(16 < each["registers"] <= 64 for each in found.values())
     assert not spilled(found)
@@ -110,7 +116,7 @@ def test_the_kernel_that_encodes_keeps_to_its_registers(is_trellis: bool, tmp_pa
     """Then four blocks of threads of a head of 128 dimensions fit on a multiprocessor."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-        found = resources(built(lambda: compiler.compiled_encoder((9, 0), is_trellis)))
+        found = resources(built(lambda: compiler.compiled((9, 0), "encode.h", f"TRELLIS={int(is_trellis)}")))
     assert found.keys() == set(driver.ENCODER_KERNELS)
     assert 64 < found["encode"]["registers"] <= REGISTERS
     assert (found["encode"]["stack"], found["encode"]["local"]) == (0, 0), "nothing is spilled"
@@ -122,7 +128,7 @@ def unit_costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, UnitCost]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path_factory.mktemp("marked")))
         return {
-            coding: unit_cost(built(lambda trellis=trellis: compiler.compiled_codes((9, 0), trellis, trellis, True)))
+            coding: unit_cost(built(lambda trellis=trellis: compiled_codes((9, 0), trellis, trellis, "MARKED")))
             for coding, trellis in (("scalar", False), ("trellis", True))
         }
 

@@ -35,14 +35,14 @@ def test_machine_code_is_compiled_once(
     compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
-    assert [compiler.compiled_conversion((9, 0)) for _ in range(2)] == [CUBIN] * 2
+    assert [compiler.compiled((9, 0), "conversion.h") for _ in range(2)] == [CUBIN] * 2
     assert compilations == ["--gpu-architecture=sm_90"]
     (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
     assert kept.stat().st_mode & 0o777 == 0o644, "another user of the folder may read it"
     whole = kept.read_bytes()
     for broken in (b"", whole[:3], whole[:-1], CUBIN, bytes(len(whole)), whole.replace(b"code", b"c0de")):
         kept.write_bytes(broken)
-        assert compiler.compiled_conversion((9, 0)) == CUBIN
+        assert compiler.compiled((9, 0), "conversion.h") == CUBIN
         assert kept.read_bytes() == whole
     assert len(compilations) == 7
 
@@ -62,10 +62,10 @@ def test_machine_code_is_its_compilers_own(
     monkeypatch.setattr(compiler, "_compile_by_nvcc", lambda text, options: versions[-1].encode())
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "_compile_by_nvrtc", missing)
-        assert [compiler.compiled_conversion((9, 0)) for _ in range(2)] == [b"release 12.4"] * 2
+        assert [compiler.compiled((9, 0), "conversion.h") for _ in range(2)] == [b"release 12.4"] * 2
         versions.append("release 13.1")
-        assert compiler.compiled_conversion((9, 0)) == b"release 13.1"
-    assert compiler.compiled_conversion((9, 0)) == CUBIN
+        assert compiler.compiled((9, 0), "conversion.h") == b"release 13.1"
+    assert compiler.compiled((9, 0), "conversion.h") == CUBIN
 
 
 def test_a_full_disk_is_left_as_it_was(
@@ -76,7 +76,7 @@ def test_a_full_disk_is_left_as_it_was(
 
     monkeypatch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
     monkeypatch.setattr(Path, "replace", full)
-    assert compiler.compiled_conversion((9, 0)) == CUBIN
+    assert compiler.compiled((9, 0), "conversion.h") == CUBIN
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -87,7 +87,7 @@ def test_a_user_without_a_home_compiles_every_time(compilations: list[str], monk
     monkeypatch.setattr(Path, "home", home)
     monkeypatch.delenv("QUANTCACHE_CUDA_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert [compiler.compiled_conversion((9, 0)) for _ in range(2)] == [CUBIN] * 2
+    assert [compiler.compiled((9, 0), "conversion.h") for _ in range(2)] == [CUBIN] * 2
     assert len(compilations) == 2
 
 
@@ -100,7 +100,7 @@ def test_a_folder_that_may_not_be_read_is_passed_over(
     monkeypatch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
     for name in ("stat", "read_bytes", "mkdir"):  # root may read everything
         monkeypatch.setattr(Path, name, refused)
-    assert compiler.compiled_conversion((9, 0)) == CUBIN
+    assert compiler.compiled((9, 0), "conversion.h") == CUBIN
     assert len(compilations) == 1
 
 

@@ -20,8 +20,8 @@ from transformers import LlamaConfig
 pytest.importorskip("triton")
 
 from quantcache import SpectralCache
-from quantcache.attention import guards
 from quantcache.attention.function import spectral_attention_forward
+from quantcache.cache import guards
 from quantcache.cache.layer import SpectralLayer
 from quantcache_kernels.cuda import codes, conversion
 from quantcache_kernels.triton import attention, decode, encode, ops, runtime

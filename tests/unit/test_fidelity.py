@@ -22,7 +22,8 @@ from quantcache import Calibration
 from quantcache.cli.eval_tables import tables
 from quantcache.common.errors import QuantCacheError
 from quantcache.evaluation import fidelity, runner
-from quantcache.evaluation.fidelity import FidelityResult, check_tail, chunk_edges, exact_tail, measure_fidelity
+from quantcache.evaluation.feeding import chunk_edges
+from quantcache.evaluation.fidelity import FidelityResult, check_tail, exact_tail, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.paired import against, kl_ratio, relative_kl
 from quantcache.evaluation.plan import QUICK, Material, Plan

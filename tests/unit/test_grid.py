@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from quantcache.cli.session import session
-from quantcache.cli.tables import Grid, Prose
+from quantcache.common.grid import Grid, Prose
 
 
 def lines(grid: Grid, width: int) -> list[str]:

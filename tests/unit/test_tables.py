@@ -522,8 +522,8 @@ def test_a_quick_run_makes_no_table(
     Calibration.for_model("wiki11m").save_pretrained(tmp_path / "calibration")
     asked = ["--quick", "--methods", "dense", "--calibration", str(tmp_path / "calibration")]
     monkeypatch.setattr("sys.argv", ["bench.py", *asked, "--calibration-tokens", "600", *more])
-    monkeypatch.setattr(bench, "SHARED", tmp_path)
-    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    for module in (bench, sys.modules[bench.read.__module__]):
+        monkeypatch.setattr(module, "SHARED", tmp_path)
     monkeypatch.setattr(sys.modules[bench.Run.__module__], "SCRATCH", tmp_path / "scratch")
     monkeypatch.setattr(sys.modules[bench.Run.__module__], "RESULTS", tmp_path / "benchmarks" / "results")
     clean = {**environment(), "git": {"commit": "f" * 40, "dirty": False}}

@@ -50,17 +50,17 @@ def _decode(
         left_padding = require("left_padding", left_padding, torch.int64, batch)
     out = torch.empty((batch, heads, blocks * BLOCK, constants.dim), dtype=torch.float32, device="cpu")
     call = Decode(
-        pointer(constants.structure("encode")),
-        batch,
-        heads,
-        blocks,
-        codes.data_ptr(),
-        gains.data_ptr(),
-        block_table.data_ptr(),
-        None if left_padding is None else left_padding.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
-        library.level,
+        side=pointer(constants.structure("encode")),
+        batch=batch,
+        heads=heads,
+        blocks=blocks,
+        codes=codes.data_ptr(),
+        gains=gains.data_ptr(),
+        block_table=block_table.data_ptr(),
+        left_padding=None if left_padding is None else left_padding.data_ptr(),
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+        level=library.level,
     )
     check(library.decode(byref(call)))
     return out

@@ -179,19 +179,21 @@ def _encode(x: Tensor, constants: Constants, block_table: Tensor, left_padding: 
     block_table = require("block_table", block_table, torch.int32, blocks, 3)
     codes = torch.empty(blocks, batch, constants.words, dtype=torch.int32, device="cpu")
     gains = torch.empty(blocks, batch, heads, BLOCK, dtype=torch.uint8, device="cpu")
+    if left_padding is not None:
+        left_padding = require("left_padding", left_padding, torch.int64, batch)
     call = Encode(
-        pointer(constants.structure("encode")),
-        batch,
-        heads,
-        blocks,
-        DTYPES[x.dtype],
-        dense,
-        block_table.data_ptr(),
-        None if left_padding is None else require("left_padding", left_padding, torch.int64, batch).data_ptr(),
-        codes.data_ptr(),
-        gains.data_ptr(),
-        torch.get_num_threads(),
-        library.level,
+        side=pointer(constants.structure("encode")),
+        batch=batch,
+        heads=heads,
+        blocks=blocks,
+        dtype=DTYPES[x.dtype],
+        x=dense,
+        block_table=block_table.data_ptr(),
+        left_padding=None if left_padding is None else left_padding.data_ptr(),
+        codes=codes.data_ptr(),
+        gains=gains.data_ptr(),
+        threads=torch.get_num_threads(),
+        level=library.level,
     )
     check(library.encode(byref(call)))
     return codes, gains

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cuda.tables import PLACES, stored_codes, swapped
-from quantcache_kernels.interface import BLOCK, SideConstants
+from quantcache_kernels.interface import BLOCK, FIELDS, SideConstants
 
 TILE, HALF = 16, 8
 """Coefficients of a tile, and those that share a width."""
@@ -40,9 +40,6 @@ LANES = 32
 
 WORDS = 16
 """Of a bit of the codes of half a tile."""
-
-FIELDS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (4, 4))
-"""Bit fields of each width, most significant first."""
 
 TABLED = 8
 """Added to the width of half a tile whose levels are looked up."""

@@ -332,6 +332,6 @@ def is_bfloat16(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def _offsets(sizes: tuple[int, ...], alignment: int = 256) -> list[int]:
-    """Where places of so many bytes begin in common memory, then how much that is in all."""
-    return list(itertools.accumulate((-(-size // alignment) * alignment for size in sizes), initial=0))
+def _offsets(sizes: tuple[int, ...]) -> list[int]:
+    """Where places of so many bytes begin in common memory, each at a multiple of 256, then how much that is in all."""
+    return list(itertools.accumulate((-(-size // 256) * 256 for size in sizes), initial=0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantcache_kernels.cuda.calls import PreparedCall, cut_of, lines_of, room_of, rows_of
 from quantcache_kernels.cuda.constants import PreparedCodes
-from quantcache_kernels.cuda.driver import load_codes
+from quantcache_kernels.cuda.driver import load
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
 from quantcache_kernels.cuda.near import NearTokens, append_arguments, readable
 from quantcache_kernels.cuda.places import Blocks, Lasting
@@ -24,7 +24,7 @@ MAX_LINES = (1 << 16) - 1
 
 
 def _on_cuda(device: torch.device, key_trellis: bool, value_trellis: bool) -> Mapping[str, Launched]:
-    return load_codes(device.index or 0, key_trellis, value_trellis)
+    return load(device.index or 0, "codes.h", f"KEY_TRELLIS={int(key_trellis)}", f"VALUE_TRELLIS={int(value_trellis)}")
 
 
 LOADERS: dict[str, Callable[[torch.device, bool, bool], Mapping[str, Launched]]] = {"cuda": _on_cuda}

@@ -181,14 +181,13 @@ def _compile_by_nvcc(text: str, options: tuple[str, ...]) -> bytes:
         return out.read_bytes()
 
 
-def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis: bool, marked: bool = False) -> bytes:
-    """The machine code of the kernels of a cache's blocks, from the cache on disk if it is there.
+def compiled(capability: tuple[int, int], name: str, *defines: str) -> bytes:
+    """The machine code of some kernels, from the cache on disk if it is there.
 
     Args:
         capability: Compute capability.
-        key_trellis: Whether the keys' codes are paths through a trellis.
-        value_trellis: Whether the values' are.
-        marked: Leave marks in the machine code, for counting what it does.
+        name: Their source, as of :func:`source`.
+        *defines: What it is told, such as ``"TRELLIS=1"``.
 
     Returns:
         A cubin.
@@ -196,43 +195,9 @@ def compiled_codes(capability: tuple[int, int], key_trellis: bool, value_trellis
     Raises:
         CudaError: The source does not compile.
     """
-    defines = f"-DKEY_TRELLIS={int(key_trellis)}", f"-DVALUE_TRELLIS={int(value_trellis)}"
-    return _compiled(capability, source("codes.h"), defines + ("-DMARKED",) * marked)
-
-
-def compiled_conversion(capability: tuple[int, int]) -> bytes:
-    """The machine code of the kernels that convert blocks, from the cache on disk if it is there.
-
-    Args:
-        capability: Compute capability.
-
-    Returns:
-        A cubin.
-
-    Raises:
-        CudaError: The source does not compile.
-    """
-    return _compiled(capability, source("conversion.h"), ())
-
-
-def compiled_encoder(capability: tuple[int, int], is_trellis: bool) -> bytes:
-    """The machine code of the kernel that encodes blocks, from the cache on disk if it is there.
-
-    Args:
-        capability: Compute capability.
-        is_trellis: Whether codes are paths through a trellis.
-
-    Returns:
-        A cubin.
-
-    Raises:
-        CudaError: The source does not compile.
-    """
-    return _compiled(capability, source("encode.h"), (f"-DTRELLIS={int(is_trellis)}",))
-
-
-def _compiled(capability: tuple[int, int], text: str, defines: tuple[str, ...]) -> bytes:
-    options = (f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", *defines)
+    text = source(name)
+    architecture = f"--gpu-architecture=sm_{capability[0]}{capability[1]}"
+    options = (architecture, "--std=c++17", *(f"-D{define}" for define in defines))
     try:
         return _compiled_once(_compile_by_nvrtc, f"NVRTC {torch.version.cuda}", text, options)
     except CudaError:  # it or a part of it may be missing

@@ -47,7 +47,6 @@ class PreparedCodes:
 
     Attributes:
         layout: Where codes lie.
-        is_trellis: Whether codes are paths through a trellis.
         room: Bytes of the largest head's codes in a block.
         heads: ``HeadTiles`` (codes.h).
         terms: Polynomials, in the order in which lanes take them.
@@ -62,7 +61,6 @@ class PreparedCodes:
     """
 
     layout: BlockLayout
-    is_trellis: bool
     room: int
     heads: Tensor
     terms: Tensor
@@ -82,6 +80,11 @@ class PreparedCodes:
             *(self.conversion.slots, self.conversion.places, self.conversion.maps),
             *self.layout.held(),
         ]
+
+    @property
+    def is_trellis(self) -> bool:
+        """Whether codes are paths through a trellis."""
+        return self.layout.is_trellis
 
     @property
     def head_words(self) -> int:
@@ -125,18 +128,17 @@ def prepare(constants: SideConstants, device: torch.device, values: bool) -> Pre
         return tensor.contiguous().to(device)
 
     return PreparedCodes(
-        layout,
-        constants.coding == "trellis",
-        int(table[:, 1].max()),
-        on_device(table),
-        on_device(terms),
-        on_device(decoder.transpose(1, 2) if values else empty),
-        on_device(constants.mean),
-        on_device(frame),
-        [on_device(each) for each in matrix],
-        [on_device(each) for each in fast],
-        constants.dim - constants.num_slow,
-        lay_out_conversion(constants, layout, device, values),
+        layout=layout,
+        room=int(table[:, 1].max()),
+        heads=on_device(table),
+        terms=on_device(terms),
+        decoder=on_device(decoder.transpose(1, 2) if values else empty),
+        mean=on_device(constants.mean),
+        frame=on_device(frame),
+        matrix=[on_device(each) for each in matrix],
+        fast=[on_device(each) for each in fast],
+        num_fast=constants.dim - constants.num_slow,
+        conversion=lay_out_conversion(constants, layout, device, values),
     )
 
 
@@ -147,7 +149,7 @@ def _polynomials(constants: SideConstants, layout: BlockLayout) -> tuple[Tensor,
     bytes on their way. The first two terms take it to x = (code + 1/2) / 2^w - 1/2, without rounding. A path of k bits
     has the places of k + 1 bits.
     """
-    is_trellis = constants.coding == "trellis"
+    is_trellis = layout.is_trellis
     width = layout.gather(constants.widths.to(torch.int64), 1)
     stored = layout.widths.repeat_interleave(HALF, dim=1)
     in_bytes = stored + int(is_trellis) <= BYTE_PLACES
@@ -179,7 +181,7 @@ def _terms(constants: SideConstants, layout: BlockLayout, values: bool) -> tuple
         pairs = terms.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
         words, width = pairs.view(torch.int32).squeeze(-1), layout.own_widths.unflatten(1, (-1, 2)).amax(-1)
     words = torch.nn.functional.pad(words, (0, TERMS - words.shape[-1]))
-    is_trellis = constants.coding == "trellis"
+    is_trellis = layout.is_trellis
     most = PLACES - is_trellis
     books = [
         level_tables(tuple((constants.unions if is_trellis else constants.levels)[w]), is_trellis)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcache_kernels.cuda.blocks import PATH_BIT, TILE, BlockLayout
-from quantcache_kernels.cuda.driver import load_conversion
+from quantcache_kernels.cuda.driver import load
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
 from quantcache_kernels.cuda.structures import ConversionArguments, pointer
 from quantcache_kernels.interface import SideConstants
@@ -22,7 +22,7 @@ CODE_PITCH = 66
 
 
 def _on_cuda(device: torch.device) -> Mapping[str, Launched]:
-    return load_conversion(device.index or 0)
+    return load(device.index or 0, "conversion.h")
 
 
 LOADERS: dict[str, Callable[[torch.device], Mapping[str, Launched]]] = {"cuda": _on_cuda}
@@ -119,11 +119,11 @@ def lay_out_conversion(
     tiles = layout.tile_words.flatten()
     places = torch.stack((tiles.cumsum(0) - tiles, layout.kinds.flatten()), dim=-1)
     return Conversion(
-        torch.stack((first, kinds), dim=-1).int().to(device),
-        places.int().view(layout.heads, layout.tiles, 2).to(device),
-        made.to(torch.uint8).to(device),
-        constants.words,
-        layout.words,
-        layout.is_trellis,
-        holds_values,
+        slots=torch.stack((first, kinds), dim=-1).int().to(device),
+        places=places.int().view(layout.heads, layout.tiles, 2).to(device),
+        maps=made.to(torch.uint8).to(device),
+        portable_words=constants.words,
+        tile_words=layout.words,
+        is_trellis=layout.is_trellis,
+        holds_values=holds_values,
     )

@@ -7,15 +7,7 @@ from functools import cache
 
 import torch
 
-from quantcache_kernels.cuda.compiler import (
-    CudaError,
-    compiled_codes,
-    compiled_conversion,
-    compiled_encoder,
-    has_nvcc,
-    library,
-    nvrtc,
-)
+from quantcache_kernels.cuda.compiler import CudaError, compiled, has_nvcc, library, nvrtc
 
 CODE_KERNELS = ("take_queries", "attend_codes", "merge", "append_tail", "set_places")
 """The kernels of a cache's blocks."""
@@ -29,6 +21,9 @@ CONVERSION_KERNELS = ("tiles_from_portable", "portable_from_tiles")
 
 ENCODER_KERNELS = ("encode",)
 """The kernel that encodes blocks."""
+
+KERNELS = {"codes.h": CODE_KERNELS, "conversion.h": CONVERSION_KERNELS, "encode.h": ENCODER_KERNELS}
+"""By source."""
 
 NO_CONTEXT = 201
 """What the driver answers a thread that has no context yet."""
@@ -164,55 +159,21 @@ def _enter_context(device: int) -> None:
 
 
 @cache
-def load_codes(device: int, key_trellis: bool, value_trellis: bool) -> dict[str, Kernel]:
-    """The kernels of a cache's blocks, loaded on a device, which must be the current one.
+def load(device: int, name: str, *defines: str) -> dict[str, Kernel]:
+    """The kernels of one source, loaded on a device, which must be the current one.
 
     Args:
         device: Index of the device.
-        key_trellis: See :func:`compiled_codes`.
-        value_trellis: See :func:`compiled_codes`.
+        name: The source, of :data:`KERNELS`.
+        *defines: As of :func:`quantcache_kernels.cuda.compiler.compiled`.
 
     Returns:
-        Those of :data:`CODE_KERNELS`.
+        The kernels by name.
 
     Raises:
         CudaError: The source does not compile, or the machine code does not load.
     """
-    binary = compiled_codes(torch.cuda.get_device_capability(device), key_trellis, value_trellis)
-    return _loaded(device, binary, *CODE_KERNELS)
-
-
-@cache
-def load_conversion(device: int) -> dict[str, Kernel]:
-    """The kernels that convert blocks, loaded on a device, which must be the current one.
-
-    Args:
-        device: Index of the device.
-
-    Returns:
-        Those of :data:`CONVERSION_KERNELS`.
-
-    Raises:
-        CudaError: The source does not compile, or the machine code does not load.
-    """
-    return _loaded(device, compiled_conversion(torch.cuda.get_device_capability(device)), *CONVERSION_KERNELS)
-
-
-@cache
-def load_encoder(device: int, is_trellis: bool) -> dict[str, Kernel]:
-    """The kernel that encodes blocks, loaded on a device, which must be the current one.
-
-    Args:
-        device: Index of the device.
-        is_trellis: See :func:`compiled_encoder`.
-
-    Returns:
-        Those of :data:`ENCODER_KERNELS`.
-
-    Raises:
-        CudaError: The source does not compile, or the machine code does not load.
-    """
-    return _loaded(device, compiled_encoder(torch.cuda.get_device_capability(device), is_trellis), *ENCODER_KERNELS)
+    return _loaded(device, compiled(torch.cuda.get_device_capability(device), name, *defines), *KERNELS[name])
 
 
 def _loaded(device: int, binary: bytes, *names: str) -> dict[str, Kernel]:

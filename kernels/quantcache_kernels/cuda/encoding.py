@@ -23,7 +23,7 @@ from torch import Tensor
 from quantcache_kernels.cuda.blocks import TILE
 from quantcache_kernels.cuda.constants import PreparedCodes, paired_frame
 from quantcache_kernels.cuda.conversion import CODE_PITCH
-from quantcache_kernels.cuda.driver import load_encoder
+from quantcache_kernels.cuda.driver import load
 from quantcache_kernels.cuda.launching import Launched, on_device, stream_of
 from quantcache_kernels.cuda.structures import Book, EncodeArguments, Ladder, pointer
 from quantcache_kernels.interface import BLOCK, MAX_WIDTH, SideConstants
@@ -57,7 +57,7 @@ MOST_SLOTS = 256
 
 
 def _on_cuda(device: torch.device, is_trellis: bool) -> Mapping[str, Launched]:
-    return load_encoder(device.index or 0, is_trellis)
+    return load(device.index or 0, "encode.h", f"TRELLIS={int(is_trellis)}")
 
 
 LOADERS: dict[str, Callable[[torch.device, bool], Mapping[str, Launched]]] = {"cuda": _on_cuda}
@@ -125,10 +125,12 @@ class PreparedEncoder:
         arguments = EncodeArguments(
             x=x.data_ptr(),
             **{name: pointer(tensor) for name, tensor in self.tensors.items()},
-            **{name: pointer(tensor) for name, tensor in (("out", out), ("gains", gains))},
-            **{name: pointer(tensor) for name, tensor in (("block_table", block_table), ("origins", origins))},
             **self.numbers,
-            strides=(x.stride(0), x.stride(1), x.stride(2), x.stride(3)),
+            out=pointer(out),
+            gains=pointer(gains),
+            block_table=pointer(block_table),
+            origins=pointer(origins),
+            strides=x.stride(),
             batch=batch,
         )
         with on_device(device):

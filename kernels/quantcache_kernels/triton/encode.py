@@ -188,8 +188,9 @@ def launch(
         gains: Filled with gains.
     """
     dim, num_slow, slots, payload, framed, passes = sizes
-    tables, trellis_tables = (tables[: -trellis.TABLES], tables[-trellis.TABLES :]) if passes else (tables, [])
-    chunk, factors = chunk_of(slots), tables[-1].shape[0]
+    end = len(tables) - (trellis.TABLES if passes else 0)
+    transform, search, path = tables[:6], tables[6:end], tables[end:]
+    chunk, factors = chunk_of(slots), search[-1].shape[0]
     # Fours of blocks keep pointers aligned: those that are not would be variants of their own to Triton.
     lines = x.shape[0] * x.shape[1] * BLOCK
     count = 4 * max(1, SCRATCH // (16 * lines * slots))
@@ -203,15 +204,15 @@ def launch(
         part = x[:, :, first * BLOCK : (first + count) * BLOCK]
         grid = codes[some].shape[0], x.shape[1], x.shape[0]
         coefficient_kernel[grid](
-            part, block_table[some], starts, *tables[:6], coefficients, *part.stride(), x.shape[0],
+            part, block_table[some], starts, *transform, coefficients, *part.stride(), x.shape[0],
             D=dim, DS=num_slow, S=slots, SP=power_of_two(slots), FRAMED=bool(framed),
             HAS_STARTS=left_padding is not None,
             # Three TF32 products are as accurate as float32 here, and all multiplications go to tensor cores.
             PRECISION="tf32x3" if runtime.on_cuda(x.device) else "ieee", num_warps=8,
         )  # fmt: skip
         gain_kernel[grid](
-            coefficients, *tables[6:], codes[some], gains[some], steps, x.shape[0], payload,
+            coefficients, *search, codes[some], gains[some], steps, x.shape[0], payload,
             S=slots, CHUNK=chunk, FACTORS=factors, TRELLIS=bool(passes), num_warps=CHUNK_WARPS,
         )  # fmt: skip
         if passes:
-            trellis.launch(coefficients, steps, tables, trellis_tables, sizes, codes[some], gains[some])
+            trellis.launch(coefficients, steps, search[:3], path, passes, codes[some], gains[some])

@@ -5,6 +5,7 @@ Everything that needs Triton imports it from here, so that the package can be im
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -145,6 +146,4 @@ def launch_on(device: torch.device) -> Any:
         return torch.cuda.device(device)
     if device.type == "xpu":
         return torch.xpu.device(device)
-    import contextlib
-
     return contextlib.nullcontext()

@@ -178,13 +178,13 @@ def make_codes(constants: SideConstants, slots: Slots, dtype: torch.dtype) -> Co
         books = constants.unions if is_trellis else constants.levels
         levels = torch.tensor([x for w in range(1, MAX_WIDTH + 1) for x in books[w]], dtype=dtype, device="cpu")
     return CodeTables(
-        words.to(torch.int32),
-        factors.to(torch.int32),
-        flags.to(torch.int32),
-        meaning.contiguous(),
-        levels,
-        scale,
-        is_trellis,
+        words=words.to(torch.int32),
+        factors=factors.to(torch.int32),
+        flags=flags.to(torch.int32),
+        meaning=meaning.contiguous(),
+        levels=levels,
+        scale=scale,
+        trellis=is_trellis,
     )
 
 

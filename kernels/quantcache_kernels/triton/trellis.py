@@ -228,8 +228,8 @@ def launch(
     coefficients: Tensor,
     steps: Tensor,
     tables: list[Tensor],
-    trellis_tables: list[Tensor],
-    sizes: list[int],
+    search: list[Tensor],
+    passes: int,
     codes: Tensor,
     gains: Tensor,
 ) -> None:
@@ -238,22 +238,22 @@ def launch(
     Args:
         coefficients: ``[n, B, H, 64, S]`` float32, or more, flat.
         steps: ``[n, B, H, 64]`` float32, likewise; left with the gains.
-        tables: Prepared tables of ``encode.launch``.
-        trellis_tables: Those behind them: ``search``, ``union`` and ``bins``.
-        sizes: Prepared sizes, the last of which is how often the best paths are sought.
+        tables: ``weights``, ``widths`` and ``offsets``.
+        search: ``search``, ``union`` and ``bins``.
+        passes: How often the best paths are sought.
         codes: Filled with codes.
         gains: Filled with gains.
     """
-    slots = sizes[2]
+    weights, widths, offsets = tables
     n, batch, heads, _ = gains.shape
-    weights, widths, offsets = tables[6:9]
+    slots = widths.shape[1]
     lanes = min(power_of_two(slots), 128)
-    for _ in range(sizes[-1]):
+    for _ in range(passes):
         path_kernel[(n, heads, batch * -(-slots // lanes))](
-            coefficients, steps, widths, offsets, *trellis_tables, codes, batch, codes.shape[2],
+            coefficients, steps, widths, offsets, *search, codes, batch, codes.shape[2],
             S=slots, SLOTS=lanes, num_warps=max(1, lanes // 32),
         )  # fmt: skip
         level_kernel[(n, heads, batch)](
-            coefficients, steps, weights, widths, offsets, *trellis_tables, codes, gains, batch, codes.shape[2],
+            coefficients, steps, weights, widths, offsets, *search, codes, gains, batch, codes.shape[2],
             S=slots, CHUNK=chunk_of(slots), num_warps=CHUNK_WARPS,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from scipy import linalg
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
@@ -247,7 +248,5 @@ def hadamard(dim: int) -> Tensor:
         ``[D, D]`` float32; its blocks are as large as the largest power of two that divides D.
     """
     size = dim & -dim
-    block = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-    while len(block) < size:
-        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
-    return torch.block_diag(*[block / math.sqrt(size)] * (dim // size)).float()
+    block = torch.from_numpy(linalg.hadamard(size, dtype=float)) / math.sqrt(size)
+    return torch.block_diag(*[block] * (dim // size)).float()

@@ -127,10 +127,20 @@ def parse_methods(
         lengths = scheme.own_lengths if own_lengths else None
         sinks, residual = lengths or (sink_length, residual_length)
         make, unsupported = _maker(scheme, number, Setting(config, calibration, statistics, sinks, residual))
-        about = (scheme.description, scheme.source, unsupported)
-        kept = (sinks, residual) if scheme.keeps_lengths else (None, None)
-        lengths_kept = (*kept, scheme.tile(number))
-        methods.append(Method(name, scheme.family, scheme.simulated, make, *about, *lengths_kept))
+        methods.append(
+            Method(
+                name,
+                scheme.family,
+                scheme.simulated,
+                make,
+                description=scheme.description,
+                source=scheme.source,
+                unsupported=unsupported,
+                sink_length=sinks if scheme.keeps_lengths else None,
+                residual_length=residual if scheme.keeps_lengths else None,
+                tile=scheme.tile(number),
+            )
+        )
     return methods
 
 

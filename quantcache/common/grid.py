@@ -1,7 +1,8 @@
-"""What verbs show people: tables that fit the terminal, and sentences that fold at words."""
+"""What people are shown: tables that fit the terminal, and sentences that fold at words."""
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
@@ -73,6 +74,20 @@ class Grid:
             change: Gives the new text for the old.
         """
         self.rows = [(change(first), *rest) for first, *rest in self.rows]
+
+    def lines(self, width: int) -> list[str]:
+        """What a terminal of so many columns shows.
+
+        Args:
+            width: Columns.
+
+        Returns:
+            The table in plain text.
+        """
+        console = Console(width=width, file=io.StringIO(), color_system=None, force_jupyter=False)
+        with console.capture() as shown:
+            console.print(self)
+        return shown.get().splitlines()
 
     @property
     def _figures(self) -> list[tuple[int, tuple[str, ...]]]:
