@@ -130,7 +130,8 @@ def calibrate(
         rows = None if records is None else read_metrics(records)
         if recipe is not None:
             chosen = _recipe(recipe, context)
-            model, revision, texts = model or chosen.model, chosen.revision, chosen.texts()
+            revision = chosen.revision if model in (None, chosen.model) else revision  # which is of that model
+            model, texts = model or chosen.model, chosen.texts()
             bits, min_bits = chosen.bits, chosen.min_bits
             keys, values = chosen.side_bits("key"), chosen.side_bits("value")
             metric, tokens, seq_len = chosen.metric, chosen.tokens, chosen.seq_len

@@ -126,7 +126,9 @@ def _with_pairs(part: dict[str, Any], columns: list[str], row: Row, place: str =
 
     def longer(entry: dict[str, Any]) -> list[str]:
         cells, found = row(entry), test(entry)
-        pair = f"{found['only_first']} / {found['only_second']} (p {found['p']:.2g})" if found else ""
+        pair = f"{found['only_first']} / {found['only_second']}" if found else ""
+        if "texts" in found or (found and "questions" not in part["settings"]):
+            pair += f" (p {found['p']:.2g})"  # an older record took questions about one text for independent
         return [*cells, _evidence(part, place, entry, pair)] if cells else []
 
     if not any(map(test, part["methods"].values())):

@@ -11,6 +11,7 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 
+from quantcache.cli.pages import WrongUsage
 from quantcache.cli.terminal import report
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sources import OURS, PACKAGED, is_gguf
@@ -53,7 +54,10 @@ def expect_model(name: str, revision: str | None = None) -> None:
     Raises:
         FileNotFoundError: The name can only be meant as a path, and does not exist.
         QuantCacheError: The folder holds no model; or the Hub cannot be asked, and its cache does not have the model.
+        WrongUsage: A revision is given of what is not on the Hub.
     """
+    if revision is not None and (is_gguf(name) or name in (BUNDLED_MODEL, *PACKAGED) or Path(name).exists()):
+        raise WrongUsage(f"{name} is on this machine, which has no revision {revision} of it: leave that out")
     if is_gguf(name):
         return  # whoever reads it says what is wrong
     require_folder(name)

@@ -163,7 +163,7 @@ def serve(
         calibrations = {name: load_calibration(artifact, bits, quality) for name, artifact in pairs.items()}
         for name in pairs:
             repo, _, revision = (name, "", "") if os.path.exists(name) else name.partition("@")
-            find_model(repo, revision or None)
+            find_model(repo, None if revision in ("", "main") else revision)  # as answers call it
         place, kind = model_placement(device, dtype)
         lengths = {"sink_length": sinks, "residual_length": residual, "backend": backend}
         models = {

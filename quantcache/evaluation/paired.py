@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from quantcache.evaluation import summaries
@@ -75,13 +75,19 @@ def relative_kl(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     return found
 
 
-def against(name: str, methods: Sequence[Method], right: Mapping[str, Mapping[str, bool]]) -> dict[str, Any]:
+def against(
+    name: str,
+    methods: Sequence[Method],
+    right: Mapping[str, Mapping[str, bool]],
+    text_of: Callable[[str], Hashable] = str,
+) -> dict[str, Any]:
     """How a method did on the questions that it shares with the dense cache, and with ours.
 
     Args:
         name: The method.
         methods: All methods that were asked.
         right: Whether each was right, by method and question; questions without an answer are left out.
+        text_of: What a question is about; by default each is about a text of its own.
 
     Returns:
         McNemar's test by the other method's name, see :func:`quantcache.evaluation.summaries.mcnemar`; ``only_first``
@@ -92,5 +98,5 @@ def against(name: str, methods: Sequence[Method], right: Mapping[str, Mapping[st
         shared = [question for question in right[name] if question in right[other.name]]
         if other.name != name and other.family in ("dense", "ours") and shared:
             pairs = ([right[who][question] for question in shared] for who in (name, other.name))
-            found[other.name] = summaries.mcnemar(*pairs)
+            found[other.name] = summaries.mcnemar(*pairs, list(map(text_of, shared)))
     return found

@@ -65,7 +65,7 @@ class QAEntry:
         exact: Share of answers that match exactly once articles, capitals and punctuation are gone, likewise.
         agreement_f1: Mean F1 with the dense cache's answers, where that answered too.
         agreement_exact: Share of answers that are the dense cache's.
-        paired: McNemar's test of its exact answers against the dense cache's, and against ours.
+        paired: McNemar's test of its exact answers against the dense cache's, and ours, paragraph by paragraph.
     """
 
     family: str
@@ -274,9 +274,13 @@ def measure_qa(
     entries = {m.name: _entry(m, reference, [q for q, _ in chosen], cells) for m in asked}
     right = {method.name: _right(method, [q for q, _ in chosen], cells) for method in asked}
     dense = entries[reference]
+
+    def paragraph(number: str) -> str:
+        return chosen[int(number)][0].context
+
     return QAResult(
         settings,
-        {m.name: replace(entries[m.name], paired=against(m.name, asked, right)) for m in methods},
+        {m.name: replace(entries[m.name], paired=against(m.name, asked, right, paragraph)) for m in methods},
         {"f1": is_evidence(dense.f1), "exact": is_evidence(dense.exact)},
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from scipy.special import stdtrit
@@ -163,30 +164,49 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Summary:
     return {"ratio": value, "stderr": stderr, "n": count}
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> Summary:
-    """Compare two who were asked the same questions: McNemar's exact test.
+def mcnemar(first: Sequence[bool], second: Sequence[bool], texts: Sequence[Hashable] | None = None) -> Summary:
+    """Compare two who were asked the same questions: McNemar's exact test, text by text.
 
-    Only questions that one of them got right and the other wrong say anything. If both were equally good each of these
-    would be a toss of a coin; the two-sided p-value is how often coins fall at least as unevenly.
+    If both were equally good, who of them got which answers right about a text would be a toss of a coin: the
+    two-sided p-value is how often coins would put the two as far apart as they are. Questions about one text share
+    their coin, since what makes one of them right may make all of them right.
 
     Source: Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or Percentages"
-    (1947), with the binomial distribution in place of its approximation.
+    (1947), with the exact distribution in place of its approximation; over texts it is R. A. Fisher's test of paired
+    differences, "The Design of Experiments" (1935), section 21.
 
     Args:
         first: Whether one was right, by question.
         second: Whether the other was, in the same order.
+        texts: What each question is about; each has a text of its own if None.
 
     Returns:
-        ``only_first`` and ``only_second`` (questions that one alone got right), ``p`` and ``n``.
+        ``only_first`` and ``only_second`` (questions that one alone got right), ``p``, ``n`` and ``texts``, how many
+        there are of them.
 
     Raises:
         ValueError: There are no questions, or not as many of each.
     """
     if not first or len(first) != len(second):
         raise ValueError(f"paired answers must be as many of each, got {len(first)} and {len(second)}")
-    pairs = list(zip(first, second, strict=True))
-    ours = sum(one and not other for one, other in pairs)
-    theirs = sum(other and not one for one, other in pairs)
-    count = ours + theirs
-    tail = sum(math.comb(count, k) for k in range(min(ours, theirs) + 1))
-    return {"only_first": ours, "only_second": theirs, "p": min(1.0, 2 * tail / 2**count), "n": len(pairs)}
+    ahead: Counter[Hashable] = Counter()  # by text, how many more of its questions the first got right
+    about = range(len(first)) if texts is None else texts
+    for text, one, other in zip(about, first, second, strict=True):
+        ahead[text] += one - other
+    ways: Counter[int] = Counter({0: 1})  # by sum, how many throws of the coins give it
+    for difference in filter(None, ahead.values()):
+        thrown: Counter[int] = Counter()
+        for total, count in ways.items():
+            thrown[total + difference] += count
+            thrown[total - difference] += count
+        ways = thrown
+    apart = abs(sum(ahead.values()))
+    extreme = sum(count for total, count in ways.items() if abs(total) >= apart)
+    pairs = Counter(zip(first, second, strict=True))
+    return {
+        "only_first": pairs[True, False],
+        "only_second": pairs[False, True],
+        "p": extreme / ways.total(),
+        "n": len(first),
+        "texts": len(ahead),
+    }

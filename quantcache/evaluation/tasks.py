@@ -90,7 +90,7 @@ class TaskEntry:
         found: Right answers, with a 95 % interval that takes questions about one text for alike, see
             :func:`quantcache.evaluation.summaries.clustered_share`.
         by_group: The same for each group.
-        paired: McNemar's test against the dense cache, and against ours, on the same questions.
+        paired: McNemar's test against the dense cache, and against ours, on the same questions, text by text.
     """
 
     family: str
@@ -180,12 +180,17 @@ def measure_task(
     return TaskResult(
         settings,
         {"all": is_evidence(reference.found), **evidence},
-        {m.name: replace(entries[m.name], paired=against(m.name, asked, right)) for m in methods},
+        {m.name: replace(entries[m.name], paired=against(m.name, asked, right, _text_of)) for m in methods},
     )
 
 
 def _cell(number: int, exercise: Exercise) -> str:
     return f"{exercise.group} {number}"
+
+
+def _text_of(question: str) -> str:
+    """The cell of a question, as :func:`_right` calls it."""
+    return question.rpartition(" ")[0]
 
 
 def _answers(

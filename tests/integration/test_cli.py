@@ -292,6 +292,11 @@ BAD_INPUT = {
         "other/config.json is a file: a model is a folder, a .gguf file or a Hub id",
     ),
     "a folder without a model": (("formats", "."), ". is not a model's folder: missing config.json"),
+    "revision of a folder": (
+        ("generate", "other", "-c", "calibration", "-p", "a", "--revision", "v2"),
+        "other is on this machine, which has no revision v2 of it: leave that out",
+    ),
+    "revision of ours": (("formats", "wiki11m", "--revision", "v2"), "wiki11m is on this machine"),
     "unknown model": (("calibrate", "no/model", "-o", "unused", "--text", "one.txt"), "cannot load no/model"),
     "misspelt model": (("calibrate", "wiki12m", "-o", "unused", "--text", "one.txt"), "'wiki11m' is the bundled one"),
     "encoder-decoder": (("calibrate", "./t5", "-o", "unused", "--text", "one.txt"), "encoder-decoder"),

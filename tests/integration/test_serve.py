@@ -616,6 +616,17 @@ def test_models_without_a_calibration_where_they_are_allowed(chatty: str) -> Non
         assert complete(client, str(demo_model_path()), STORY) == answer(STORY, dense=True)
 
 
+@serving
+def test_a_server_of_one_model_knows_it_by_the_name_in_its_answers(chatty: str) -> None:
+    with running(Compression({chatty: calibration()}, COARSE)) as client:
+        found = client.completions.create(model=chatty, prompt=STORY, max_tokens=8, temperature=0)
+        assert found.model == f"{chatty}@main"
+        assert complete(client, found.model, STORY) == found.choices[0].text
+        with pytest.raises(openai.BadRequestError) as error:
+            complete(client, f"{chatty}@v2", STORY)
+        assert f"requested '{chatty}@v2'" in detail(error)
+
+
 def test_models_are_unloaded_though_writing_prefixes_is_interrupted(
     chatty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,7 +114,7 @@ def test_needles_are_found_in_a_cache_that_keeps_them(
     assert list(entry["by_cell"]) == ["160@0.2", "200@0.2"]
     assert result["methods"]["damaged"]["found"]["successes"] == 0
     found = entry["found"]["successes"]
-    wanted = {"dense": {"only_first": 0, "only_second": found, "p": 2 * 0.5**found, "n": 6}}
+    wanted = {"dense": {"only_first": 0, "only_second": found, "p": 2 * 0.5**found, "n": 6, "texts": 6}}
     assert result["methods"]["damaged"]["paired"] == wanted
     assert entry["paired"] == result["methods"]["broken"]["paired"] == {}
     assert (result["methods"]["broken"]["status"], result["methods"]["broken"]["found"]) == ("out of memory", None)
@@ -483,7 +483,8 @@ def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer
     assert bad.agreement_exact["successes"] < 3
     assert failed.status == "out of memory"
     right = good.exact["successes"]
-    assert bad.paired == {"dense": {"only_first": 0, "only_second": right, "p": 2 * 0.5**right, "n": 3}}
+    expected = {"only_first": 0, "only_second": right, "p": 2 * 0.5**right, "n": 3, "texts": 3}
+    assert bad.paired == {"dense": expected}
     assert good.paired == failed.paired == {}
     with pytest.raises(QuantCacheError, match=r"lacks \{question\}"):
         qa.measure_qa(demo_model, demo_tokenizer, questions, methods, template="{context}")

@@ -47,6 +47,27 @@ def test_machine_code_is_compiled_once(
     assert len(compilations) == 7
 
 
+def test_machine_code_is_its_compilers_own(
+    compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where NVRTC was missing for a while, what nvcc has made is not taken for NVRTC's, nor for another nvcc's."""
+
+    def missing(text: str, options: tuple[str, ...]) -> bytes:
+        raise compiler.CudaError("none of libnvrtc.so can be loaded")
+
+    versions = ["release 12.4"]
+    monkeypatch.setenv("QUANTCACHE_CUDA_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "has_nvcc", lambda: True)
+    monkeypatch.setattr(compiler, "_nvcc_version", lambda: versions[-1])
+    monkeypatch.setattr(compiler, "_compile_by_nvcc", lambda text, options: versions[-1].encode())
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_compile_by_nvrtc", missing)
+        assert [compiler.compiled((9, 0), "conversion.h") for _ in range(2)] == [b"release 12.4"] * 2
+        versions.append("release 13.1")
+        assert compiler.compiled((9, 0), "conversion.h") == b"release 13.1"
+    assert compiler.compiled((9, 0), "conversion.h") == CUBIN
+
+
 def test_a_full_disk_is_left_as_it_was(
     compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

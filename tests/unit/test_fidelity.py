@@ -246,7 +246,9 @@ def test_questions_without_an_answer_are_left_out_of_pairs() -> None:
         for name, family in (("dense", "dense"), ("ours", "ours"), ("a", "rival"), ("b", "rival"))
     ]
     right = {"dense": {"1": True, "2": True, "3": False}, "ours": {}, "a": {"1": True, "2": False}, "b": {"2": True}}
-    assert against("a", methods, right) == {"dense": {"only_first": 0, "only_second": 1, "p": 1.0, "n": 2}}
+    expected = {"only_first": 0, "only_second": 1, "p": 1.0, "n": 2, "texts": 2}
+    assert against("a", methods, right) == {"dense": expected}
+    assert against("a", methods, right, lambda question: "the same") == {"dense": {**expected, "texts": 1}}
     assert set(against("dense", methods, right)) == set(against("ours", methods, right)) == set()
 
 
@@ -307,3 +309,15 @@ def test_pairs_are_a_column_where_there_are_any() -> None:
     assert "right where" not in shown()
     part["methods"] = {"dense": {**method, "paired": {}}, "a": {**method, "paired": {"dense": test}}}
     assert "3 / 1 (p 0.62)" in shown()
+
+
+def test_an_older_record_has_no_p_where_texts_have_several_questions() -> None:
+    """It tossed a coin for every question."""
+    settings = {"title": "Codes", "unit": "tokens", "questions": 8, "exercises": 2}
+    entry = {"status": "ok", "simulated": False, "family": "rival", "found": None, "by_group": {}}
+    test: dict[str, float] = {"only_first": 3, "only_second": 1, "p": 0.625, "n": 8}
+    for more, expected in (({}, "3 / 1"), ({"texts": 2}, "3 / 1 (p 0.62)")):
+        paired = {"dense": test | more}
+        part = {"settings": settings, "evidence": {"all": True}, "methods": {"a": {**entry, "paired": paired}}}
+        (table,) = tables({"metrics": {"records": part}})
+        assert [row[-1] for row in table.rows] == [expected]

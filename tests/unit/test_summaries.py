@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -140,6 +141,31 @@ def test_mcnemar_is_scipys_binomial_test(pairs: list[tuple[bool, bool]]) -> None
     wanted = stats.binomtest(ours, ours + theirs).pvalue if ours + theirs else 1.0
     assert found["p"] == pytest.approx(wanted, rel=1e-9)
     assert summaries.mcnemar(second, first)["p"] == found["p"]
+
+
+@given(st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=5), min_size=2, max_size=9))
+@settings(deadline=None)
+def test_questions_about_one_text_share_their_coin(clusters: list[list[tuple[bool, bool]]]) -> None:
+    """scipy's permutation test of paired samples, one for each text."""
+    first, second = ([pair[side] for pairs in clusters for pair in pairs] for side in (0, 1))
+    texts = [text for text, pairs in enumerate(clusters) for _ in pairs]
+    found = summaries.mcnemar(first, second, texts)
+    ahead = [sum(one - other for one, other in pairs) for pairs in clusters]
+    wanted = stats.permutation_test(
+        (ahead,), np.sum, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    )
+    assert found["p"] == pytest.approx(min(1.0, wanted.pvalue), rel=1e-9)
+    assert (found["n"], found["texts"]) == (len(first), len(clusters))
+    order = random.Random(0).sample(range(len(first)), len(first))
+    assert summaries.mcnemar(*([each[i] for i in order] for each in (first, second, texts))) == found
+    assert summaries.mcnemar(second, first, texts)["p"] == found["p"]
+
+
+def test_four_texts_prove_nothing() -> None:
+    """Thirty-two questions of their own do."""
+    right, wrong, texts = [True] * 32, [False] * 32, [number // 8 for number in range(32)]
+    assert summaries.mcnemar(right, wrong, texts)["p"] == 2 * 0.5**4
+    assert summaries.mcnemar(right, wrong)["p"] == 2 * 0.5**32
 
 
 def test_mcnemar_of_many_questions_is_exact() -> None:

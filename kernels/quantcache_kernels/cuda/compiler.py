@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -163,6 +164,12 @@ def has_nvcc() -> bool:
     return shutil.which("nvcc") is not None or Path(NVCC).exists()
 
 
+@cache
+def _nvcc_version() -> str:
+    done = subprocess.run([shutil.which("nvcc") or NVCC, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
 def _compile_by_nvcc(text: str, options: tuple[str, ...]) -> bytes:
     nvcc = shutil.which("nvcc") or NVCC
     with tempfile.TemporaryDirectory() as folder:
@@ -191,18 +198,25 @@ def compiled(capability: tuple[int, int], name: str, *defines: str) -> bytes:
     text = source(name)
     architecture = f"--gpu-architecture=sm_{capability[0]}{capability[1]}"
     options = (architecture, "--std=c++17", *(f"-D{define}" for define in defines))
-    key = hashlib.sha256("\0".join((text, *options, str(torch.version.cuda))).encode()).hexdigest()[:32]
+    try:
+        return _compiled_once(_compile_by_nvrtc, f"NVRTC {torch.version.cuda}", text, options)
+    except CudaError:  # it or a part of it may be missing
+        if not has_nvcc():
+            raise
+    return _compiled_once(_compile_by_nvcc, _nvcc_version(), text, options)
+
+
+def _compiled_once(
+    compile_: Callable[[str, tuple[str, ...]], bytes], compiler: str, text: str, options: tuple[str, ...]
+) -> bytes:
+    """What a compiler makes, or has made: another's machine code, or another version's, is not taken for it."""
+    key = hashlib.sha256("\0".join((text, *options, compiler)).encode()).hexdigest()[:32]
     folder = _cache_folder()
     path = None if folder is None else folder / f"{key}.cubin"
     kept = None if path is None else _kept(path)
     if kept is not None:
         return kept
-    try:
-        binary = _compile_by_nvrtc(text, options)
-    except CudaError:  # it or a part of it may be missing
-        if not has_nvcc():
-            raise
-        binary = _compile_by_nvcc(text, options)
+    binary = compile_(text, options)
     if path is not None:
         _keep(path, binary)
     return binary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from quantcache.cli.serving.asked import check_request, require_text
-from quantcache.cli.serving.models import CompressedGeneration, CompressedModels, Compression, Connections
+from quantcache.cli.serving.models import CompressedGeneration, CompressedModels, Compression, Connections, canonical
 from quantcache.cli.serving.stops import shortened_again
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
@@ -66,7 +66,14 @@ def application(compression: Compression, options: ServerOptions) -> Iterator[Fa
 def _assembled(manager: CompressedModels, compression: Compression, options: ServerOptions) -> FastAPI:
     """transformers' application over the models, with an endpoint that tells of caches."""
     state = CompressedGeneration()
-    oversight = compat.Oversight(check_request, require_text, shortened_again, _as_openai)
+
+    def check(body: dict[str, Any], unused: Collection[str]) -> None:
+        check_request(body, unused)
+        only = manager.force_model  # known by this name alone, while answers call it NAME@main
+        if only is not None and body.get("model") and canonical(body["model"]) == canonical(only):
+            body["model"] = only
+
+    oversight = compat.Oversight(check, require_text, shortened_again, _as_openai)
     app = compat.serving_application(manager, state, options.template, options.decisions, options.cors, oversight)
     app.add_middleware(Connections)
     for kind in (ValueError, TypeError, QuantCacheError):
