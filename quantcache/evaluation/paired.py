@@ -97,6 +97,6 @@ def against(
     for other in methods:
         shared = [question for question in right[name] if question in right[other.name]]
         if other.name != name and other.family in ("dense", "ours") and shared:
-            pairs = ([right[who][question] for question in shared] for who in (name, other.name))
-            found[other.name] = summaries.mcnemar(*pairs, list(map(text_of, shared)))
+            own, theirs = ([right[who][question] for question in shared] for who in (name, other.name))
+            found[other.name] = summaries.mcnemar(own, theirs, [text_of(question) for question in shared])
     return found
