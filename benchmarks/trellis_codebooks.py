@@ -28,7 +28,7 @@ def samples(blocks: int, generator: torch.Generator) -> Tensor:
 
 def coded(values: Tensor, levels: Tensor, states: int) -> tuple[Tensor, Tensor]:
     """How many values every level was taken for, and their sum, by level."""
-    path = search(values, torch.ones_like(values), levels, states)
+    (path,) = search([values], [torch.ones_like(values)], [levels], states)
     index = (4 * path.inner.long() + subsets_of_path(path.bits, states)).flatten()
     count = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, index, torch.ones(len(index)).double())
     return count, torch.zeros(len(levels), dtype=torch.float64).index_add_(0, index, values.flatten().double())
@@ -37,7 +37,7 @@ def coded(values: Tensor, levels: Tensor, states: int) -> tuple[Tensor, Tensor]:
 def distortion(levels: Tensor, states: int, blocks: int) -> float:
     """Mean squared error on fresh samples, the same for every codebook."""
     values = samples(blocks, torch.Generator().manual_seed(1))
-    path = search(values, torch.ones_like(values), levels, states)
+    (path,) = search([values], [torch.ones_like(values)], [levels], states)
     return float((values - path.quantized).double().square().mean())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -147,15 +146,10 @@ def held_bytes(layer: Any) -> int:
     return sum(size for _, size in layer_storages(layer))
 
 
-@contextlib.contextmanager
-def new_objects_only() -> Iterator[None]:
-    """Hide all present objects from :func:`live_storages`."""
+def hide_present_objects() -> None:
+    """Hide all present objects from :func:`live_storages`; to unfreeze them would give the collector all imports."""
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def live_storages() -> set[tuple[int, int]]:

@@ -263,10 +263,12 @@ def check_widths(path: Path, layers: dict[int, LayerCalibration], metadata: Meta
             if int(widths.min()) < rate.min_bits:
                 raise ArtifactError(f"{where} has {int(widths.min())} bits, min_bits is {rate.min_bits}")
             groups = width_groups(layers[index], name, codec)
-            for dims in groups:
-                group = widths[:, dims] if codec.profile == "head" else widths[:, dims].reshape(1, -1)
-                if bool((group != group[:, :1]).any()):
-                    raise ArtifactError(f"{where} has several widths in dimensions {dims.start} to {dims.stop - 1}")
+            starts = [dims.start for dims in groups for _ in range(dims.start, dims.stop)]
+            others = widths != (widths if codec.profile == "head" else widths[:1])[:, starts]
+            if bool(others.any()):
+                first = starts[int(others.any(0).nonzero()[0])]
+                dims = next(dims for dims in groups if dims.start == first)
+                raise ArtifactError(f"{where} has several widths in dimensions {dims.start} to {dims.stop - 1}")
             rows = 1 if codec.profile == "head" else side.num_heads
             largest = max(largest, *(rows * (dims.stop - dims.start) for dims in groups))
             total += int(widths.sum())

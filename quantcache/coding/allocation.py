@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from quantcache.coding.packing import MAX_WIDTH
-from quantcache.coding.rope import Frame
-from quantcache.coding.schema import SIDES, CodecSettings, Coding, LayerCalibration, Rate
+from quantcache.coding.rope import fast_dimensions
+from quantcache.coding.schema import SIDES, CodecSettings, Coding, LayerCalibration, Profile, Rate
 from quantcache.coding.trellis import code_distortions
 
 
@@ -154,21 +155,19 @@ def allocate_layers(
     widths: dict[tuple[int, str], Tensor] = {}
     for bits, members in budgets(layers, rate, joint):
         groups: list[Group] = []
-        places: list[tuple[tuple[int, str], int, slice]] = []  # side, head (-1: all), dimensions
+        places: list[tuple[tuple[int, str], list[int], int, int]] = []  # side, sizes of groups, the first and the end
         for member in members:
-            layer = layers[member[0]]
-            spectrum = layer.side(member[1]).spectrum
-            heads = range(spectrum.shape[0]) if codec.profile == "head" else (-1,)
-            for head in heads:
-                rows = spectrum if head < 0 else spectrum[head : head + 1]
-                for dims in width_groups(layer, member[1], codec):
-                    groups.append(Group(float(rows[:, dims].sum()), rows[:, dims].numel()))
-                    places.append((member, head, dims))
-            widths[member] = torch.zeros(spectrum.shape, dtype=torch.uint8, device="cpu")
-        for (member, head, dims), width in zip(
-            places, allocate(groups, bits, rate.min_bits, coding=codec.coding), strict=True
-        ):
-            widths[member][slice(None) if head < 0 else head, dims] = width
+            side = layers[member[0]].side(member[1])
+            dims = width_groups(layers[member[0]], member[1], codec)
+            sizes = [each.stop - each.start for each in dims]
+            sums, first = _sums(side.spectrum, dims, codec.profile), len(groups)
+            heads = side.num_heads // len(sums)  # that share a width
+            groups += [Group(weight, heads * size) for row in sums for weight, size in zip(row, sizes, strict=True)]
+            places.append((member, sizes, first, len(groups)))
+        found = np.array(allocate(groups, bits, rate.min_bits, coding=codec.coding), dtype=np.uint8)
+        for member, sizes, first, end in places:
+            own = torch.from_numpy(found[first:end].reshape(-1, len(sizes)).repeat(sizes, axis=1))
+            widths[member] = own.expand(layers[member[0]].side(member[1]).spectrum.shape).contiguous()
     return {
         index: replace(
             layer,
@@ -179,13 +178,24 @@ def allocate_layers(
     }
 
 
+def _sums(spectrum: Tensor, dims: list[slice], profile: Profile) -> list[list[float]]:
+    """What quantizing every group costs with distortion 1: groups of each head, or those that all heads share."""
+    if profile == "layer":
+        return [[float(spectrum[:, each].sum()) for each in dims]]
+    found = []
+    for size, same in itertools.groupby(dims, key=lambda each: each.stop - each.start):
+        run = list(same)
+        found.append(spectrum[:, run[0].start : run[-1].stop].unflatten(1, (-1, size)).sum(-1))
+    return torch.cat(found, dim=1).tolist()
+
+
 def width_groups(layer: LayerCalibration, side: str, codec: CodecSettings) -> list[slice]:
     """The width groups of one side; no group straddles the slow and the fast part of a key."""
     dim = layer.side(side).dim
     parts = [dim]
     if side == "key":
-        frame = Frame(dim, layer.rope, codec.fast_wavelength)
-        parts = [frame.num_slow, frame.num_fast]
+        fast = fast_dimensions(layer.rope, codec.fast_wavelength)
+        parts = [dim - fast, fast]
     groups, offset = [], 0
     for size in parts:
         groups += [

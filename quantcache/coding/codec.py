@@ -316,11 +316,10 @@ class SpectralCodec:
         flat, weights = u.flatten(1, 2), weights.expand_as(u).flatten(1, 2)
         quantized = torch.zeros_like(flat)
         payload = torch.zeros(u.shape[0], self.num_words, dtype=torch.int32, device=u.device)
-        for c in self.classes:
-            assert c.union is not None
-            values = flat[:, c.columns]
-            path = trellis.search(values.flatten(0, 1), weights[:, c.columns].flatten(0, 1), c.union)
-            quantized[:, c.columns] = path.quantized.view(values.shape)
+        own, weigh = ([x[:, c.columns].flatten(0, 1) for c in self.classes] for x in (flat, weights))
+        unions = [c.union for c in self.classes if c.union is not None]
+        for c, path in zip(self.classes, trellis.search(own, weigh, unions), strict=True):
+            quantized[:, c.columns] = path.quantized.view(u.shape[0], -1, BLOCK)
             payload[:, c.words] = trellis.pack_path(path, c.width).view(u.shape[0], -1)
         return payload, quantized.view(u.shape)
 

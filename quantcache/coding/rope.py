@@ -60,6 +60,21 @@ class Rope:
         return list(range(count)), list(range(count, 2 * count))
 
 
+def fast_dimensions(rope: Rope, fast_wavelength: float = FAST_WAVELENGTH) -> int:
+    """How many dimensions of a key rotate fast.
+
+    Args:
+        rope: Its rotation.
+        fast_wavelength: Pairs with a shorter wavelength (in tokens) are fast.
+
+    Returns:
+        Their number, rounded up to whole tiles where there are as many that rotate.
+    """
+    count = sum(w * fast_wavelength > 2 * math.pi for w in rope.inv_freq) if rope.rotary_dim else 0
+    wanted = -(-2 * count // FAST_MULTIPLE) * FAST_MULTIPLE
+    return min(wanted, rope.rotary_dim // FAST_MULTIPLE * FAST_MULTIPLE)
+
+
 class Frame:
     """The orthogonal change of coordinates between cached vectors and the coordinates they are coded in.
 
@@ -84,9 +99,7 @@ class Frame:
         self.rope = rope
         self.fast_wavelength = fast_wavelength
         first, second = rope.pairs()
-        count = sum(w * fast_wavelength > 2 * math.pi for w in rope.inv_freq) if rope.rotary_dim else 0
-        wanted = -(-2 * count // FAST_MULTIPLE) * FAST_MULTIPLE
-        self.num_fast = min(wanted, rope.rotary_dim // FAST_MULTIPLE * FAST_MULTIPLE)
+        self.num_fast = fast_dimensions(rope, fast_wavelength)
         self.num_slow = head_dim - self.num_fast
 
         by_speed = sorted(range(rope.rotary_dim // 2), key=lambda i: rope.inv_freq[i])

@@ -21,6 +21,7 @@ Shapes: N coefficients (anything that is coded on its own), T = 64 tokens of a b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -212,43 +213,49 @@ def best_path(errors: Tensor, states: int = STATES) -> Tensor:
         Path bits, ``[N, T]`` uint8; of equally good paths always the same.
     """
     _, count, tokens = errors.shape
-    subsets = branch_subsets(states).to(errors.device)  # [S, 2]
-    cost = torch.full((count, states), float("inf"), dtype=errors.dtype, device=errors.device)
-    cost[:, 0] = 0.0
     half = states // 2
-    before = torch.arange(states, dtype=torch.int64, device=errors.device) >> 1
-    choices = torch.empty(tokens, count, states, dtype=torch.bool, device=errors.device)
-    for token in range(tokens):
-        branch = errors[:, :, token].T[:, subsets]  # [N, S, 2]
-        low = cost[:, before] + branch[..., 0]
-        high = cost[:, before + half] + branch[..., 1]
-        choices[token] = high < low
-        cost = torch.minimum(low, high)
-    state = cost.argmin(-1)
-    bits = torch.empty(count, tokens, dtype=torch.uint8, device=errors.device)
+    # By the bit that leaves and the state reached: state s from s >> 1, or from that plus S / 2 where the bit is one.
+    branches = branch_subsets(states).T.flatten().to(errors.device)
+    cost = torch.full((2, half, 1, count), float("inf"), dtype=errors.dtype, device=errors.device)
+    cost[0, 0] = 0.0
+    choices = torch.empty(tokens, states, count, dtype=torch.bool, device=errors.device)
+    for token, error in enumerate(errors.permute(2, 0, 1).contiguous().unbind()):
+        low, high = (cost + error.index_select(0, branches).view(2, half, 2, count)).unbind()
+        choices[token] = (high < low).view(states, count)
+        cost = torch.minimum(low, high).view(2, half, 1, count)
+    state = cost.view(states, 1, count).argmin(0)
+    reached = torch.empty(tokens, 1, count, dtype=torch.int64, device=errors.device)
     for token in range(tokens - 1, -1, -1):
-        bits[:, token] = (state & 1).to(torch.uint8)
-        chosen = choices[token].gather(1, state[:, None])[:, 0]
-        state = (state >> 1) + half * chosen
-    return bits
+        reached[token] = state
+        state = torch.add(state >> 1, choices[token].gather(0, state), alpha=half)
+    return (reached[:, 0].T & 1).to(torch.uint8)
 
 
-def search(values: Tensor, weights: Tensor, levels: Tensor, states: int = STATES) -> Path:
-    """The path of least weighted squared error.
+def search(
+    values: Sequence[Tensor], weights: Sequence[Tensor], levels: Sequence[Tensor], states: int = STATES
+) -> list[Path]:
+    """The paths of least weighted squared error, of coefficients of several widths at once.
 
     Args:
-        values: What is to be coded, in units of the codebook, ``[N, T]`` float32.
-        weights: Weight of each token's squared error, ``[N, T]`` float32.
-        levels: The union codebook, ascending, ``[2^(k+1)]`` float32.
+        values: What is to be coded, in units of the codebook, ``[N, T]`` float32, by width.
+        weights: Weight of each token's squared error, ``[N, T]`` float32, by width.
+        levels: The union codebooks, ascending, ``[2^(k+1)]`` float32, by width.
         states: S.
 
     Returns:
-        The path; of equally good ones always the same.
+        The paths by width; of equally good ones always the same.
     """
-    index, level = nearest_by_subset(values, levels)
-    bits = best_path((values - level).square() * weights, states)
+    if not values:
+        return []
+    near = [nearest_by_subset(*each) for each in zip(values, levels, strict=True)]
+    found = zip(values, weights, near, strict=True)
+    bits = best_path(torch.cat([(own - level).square() * weight for own, weight, (_, level) in found], dim=1), states)
     taken = subsets_of_path(bits, states)[None]
-    return Path(bits, index.gather(0, taken)[0].to(torch.uint8), level.gather(0, taken)[0])
+    counts = [len(own) for own in values]
+    return [
+        Path(path, index.gather(0, subsets)[0].to(torch.uint8), level.gather(0, subsets)[0])
+        for path, subsets, (index, level) in zip(bits.split(counts), taken.split(counts, dim=1), near, strict=True)
+    ]
 
 
 def pack_path(path: Path, width: int) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
 import torch
+import typer
 
 from quantcache.cli import main
 from tests.helpers import Run
@@ -24,9 +26,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+make_command = functools.cache(typer.main.get_command)
+"""What the command line makes of its verbs and their signatures, whenever it is called: a fifth of a second."""
+
+
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command line; gives exit status, stdout and stderr."""
+    monkeypatch.setattr(typer.main, "get_command", make_command)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -20,7 +20,7 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.growth import capacity, num_blocks
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
-from tests.builders import live_storages, llama_config, new_objects_only
+from tests.builders import hide_present_objects, live_storages, llama_config
 from tests.families import Family, random_tokens
 from tests.helpers import feed
 from tests.property.effort import SOAK, report
@@ -139,16 +139,16 @@ def test_caches_come_and_go(coding: Coding) -> None:
 
     for index in range(20):
         cycle(index)
-    with new_objects_only():
-        before, objects = live_storages(), len(gc.get_objects())
-        begin = resident()
-        for index in range(CYCLES):
-            cycle(index)
-        gc.collect()
-        grown = resident() - begin
-        figures = {"cycles": CYCLES, "resident_bytes": grown, "objects": len(gc.get_objects()) - objects}
-        report(f"caches come and go, {coding} codes", figures)
-        assert live_storages() == before
+    hide_present_objects()
+    before, objects = live_storages(), len(gc.get_objects())
+    begin = resident()
+    for index in range(CYCLES):
+        cycle(index)
+    gc.collect()
+    grown = resident() - begin
+    figures = {"cycles": CYCLES, "resident_bytes": grown, "objects": len(gc.get_objects()) - objects}
+    report(f"caches come and go, {coding} codes", figures)
+    assert live_storages() == before
     assert abs(figures["objects"]) < 100, figures
     assert grown < 32 << 20, figures
 

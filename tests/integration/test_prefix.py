@@ -20,7 +20,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.schema import SIDES
 from quantcache.common.errors import ArtifactError, CalibrationMismatch, QuantCacheError
-from tests.builders import layer_storages, live_storages, new_objects_only, scalar_calibration, storages
+from tests.builders import hide_present_objects, layer_storages, live_storages, scalar_calibration, storages
 from tests.families import FAMILIES, Family, random_tokens, shared_model
 from tests.helpers import feed
 
@@ -96,15 +96,15 @@ def test_a_change_to_one_does_not_show_in_the_other(first: str, change: Callable
 
 @forking
 def test_forks_hold_nothing_until_they_encode() -> None:
-    with new_objects_only():
-        cache = filled(LLAMA, 400)
-        before = live_storages()
-        forks = [cache.fork() for _ in range(10)]
-        assert live_storages() == before
-        feed(shared_model(LLAMA), forks[0], random_tokens(1, 10, seed=2), (9, 1))
-        new = layer_storages(forks[0].spectral_layers[0]) - layer_storages(cache.spectral_layers[0])
-        assert len(new) == len(SIDES)  # the tails
-        assert go_on(LLAMA, forks[0], 3).isfinite().all()
+    hide_present_objects()
+    cache = filled(LLAMA, 400)
+    before = live_storages()
+    forks = [cache.fork() for _ in range(10)]
+    assert live_storages() == before
+    feed(shared_model(LLAMA), forks[0], random_tokens(1, 10, seed=2), (9, 1))
+    new = layer_storages(forks[0].spectral_layers[0]) - layer_storages(cache.spectral_layers[0])
+    assert len(new) == len(SIDES)  # the tails
+    assert go_on(LLAMA, forks[0], 3).isfinite().all()
     for name in ("codes", "gains"):
         buffers = {fork.spectral_layers[0].stores["key"].buffers[name].data_ptr() for fork in forks}
         assert len(buffers) == 2

@@ -22,10 +22,10 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.growth import capacity, num_blocks
 from tests.builders import (
     held_bytes,
+    hide_present_objects,
     layer_storages,
     live_storages,
     llama_config,
-    new_objects_only,
     scalar_calibration,
     storages,
 )
@@ -298,21 +298,21 @@ def test_bits_per_encoded_element() -> None:
 def test_nothing_else_is_kept_alive(steps: Sequence[int], backend: BackendName) -> None:
     """New storages in the process are exactly what memory() reports, and the model's K/V are freed once encoded."""
     calibration = scalar_calibration(llama_config(64))
-    with new_objects_only():
-        cache = SpectralCache(calibration, backend=backend)
-        inputs: list[weakref.ref[Tensor]] = []
-        for count in steps:
-            for index in calibration.layers:
-                keys, values = (torch.randn(1, 2, count, 64, dtype=torch.bfloat16) for _ in range(2))
-                inputs += [weakref.ref(keys), weakref.ref(values)]
-                lazy = cache.layers[index].update(keys, values)
-                del keys, values
-                cache.layers[index].flush()
-                del lazy
-        assert not [ref for ref in inputs if ref() is not None]
-        assert_alive(cache)
-        cache.crop(-200)
-        assert_alive(cache)
+    hide_present_objects()
+    cache = SpectralCache(calibration, backend=backend)
+    inputs: list[weakref.ref[Tensor]] = []
+    for count in steps:
+        for index in calibration.layers:
+            keys, values = (torch.randn(1, 2, count, 64, dtype=torch.bfloat16) for _ in range(2))
+            inputs += [weakref.ref(keys), weakref.ref(values)]
+            lazy = cache.layers[index].update(keys, values)
+            del keys, values
+            cache.layers[index].flush()
+            del lazy
+    assert not [ref for ref in inputs if ref() is not None]
+    assert_alive(cache)
+    cache.crop(-200)
+    assert_alive(cache)
 
 
 def assert_alive(cache: SpectralCache) -> None:
@@ -334,11 +334,11 @@ def test_dense_copies_of_a_stock_consumer_die_with_it() -> None:
     cache = SpectralCache(synthetic())
     append(cache, 500)
     layer = cache.layers[0]
-    with new_objects_only():
-        keys, values = layer.update(torch.randn(1, 2, 1, 64).bfloat16(), torch.randn(1, 2, 1, 64).bfloat16())
-        for lazy in (keys, values):
-            assert (lazy + 0.0).shape == (1, 2, 501, 64)
-        assert sum(size for _, size in live_storages() - layer_storages(layer)) == 2 * (2 * 501 * 64 * 2)
-        del keys, values, lazy
-        assert not live_storages() - layer_storages(layer)
-        assert_counts_what_is_held(cache)
+    hide_present_objects()
+    keys, values = layer.update(torch.randn(1, 2, 1, 64).bfloat16(), torch.randn(1, 2, 1, 64).bfloat16())
+    for lazy in (keys, values):
+        assert (lazy + 0.0).shape == (1, 2, 501, 64)
+    assert sum(size for _, size in live_storages() - layer_storages(layer)) == 2 * (2 * 501 * 64 * 2)
+    del keys, values, lazy
+    assert not live_storages() - layer_storages(layer)
+    assert_counts_what_is_held(cache)

@@ -34,7 +34,7 @@ def test_no_path_is_better(states: int, width: int) -> None:
     tokens = 8
     values = 1.2 * torch.randn(20, tokens, generator=generator)
     weights = 0.1 + torch.rand(20, tokens, generator=generator)
-    path = search(values, weights, levels, states)
+    (path,) = search([values], [weights], [levels], states)
     every = torch.tensor(list(itertools.product((0, 1), repeat=tokens)), dtype=torch.uint8)
     subsets = subsets_of_path(every, states)  # [256, tokens]
     by_subset = torch.stack([(values[..., None] - levels[s::4]).square().amin(-1) * weights for s in range(4)])
@@ -73,7 +73,8 @@ def test_union_levels_ascend_and_are_symmetric(width: int) -> None:
 def test_the_distortion_is_what_is_recorded(width: int) -> None:
     values = torch.randn(4096, BLOCK, generator=torch.Generator().manual_seed(7))
     levels = torch.tensor(union_levels(width), dtype=torch.float32)
-    errors = (values - search(values, torch.ones_like(values), levels).quantized).square().mean(-1)
+    (path,) = search([values], [torch.ones_like(values)], [levels])
+    errors = (values - path.quantized).square().mean(-1)
     deviation = float(errors.std()) / len(errors) ** 0.5
     assert abs(float(errors.mean()) - code_distortions("trellis")[width]) < 5 * deviation
 

@@ -5,7 +5,7 @@ Shapes: H key/value heads, D dimension, C coded coefficients of a head (those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -241,7 +241,8 @@ def prepare(source: SideConstants) -> Constants:
     joint = {width: torch.tensor(source.unions[width], dtype=torch.float32, device="cpu") for width in used}
     for width, book in books.items():
         levels[width, : 1 << width] = book
-        trees[width, 1 : 1 << width] = _search_tree(source.boundaries[width])
+        boundaries = torch.tensor(source.boundaries[width], dtype=torch.float32, device="cpu")
+        trees[width, 1 : 1 << width] = boundaries[_tree_order(1 << width)]
     for width, book in (_halves(joint) if trellis else books).items():
         if 16 <= book.numel() < TABLE:
             by_bytes = book.contiguous().view(torch.uint8).view(16, -1, 4)  # [high bits, low bits, byte]
@@ -292,11 +293,11 @@ def _unions(books: Books | None) -> tuple[Tensor, Tensor]:
     unions = torch.zeros(widths, 2 * TABLE, dtype=torch.float32, device="cpu")
     subsets = torch.zeros(widths, 4, 2, TABLE // 2, dtype=torch.float32, device="cpu")
     for width, book in (books or {}).items():
+        own = book.view(-1, 4).T  # every fourth level
+        count = own.shape[1]
         unions[width, : 2 << width] = book
-        for subset in range(4):
-            own, count = book[subset::4], 1 << (width - 1)
-            subsets[width, subset, 0, :count] = own
-            subsets[width, subset, 1, 1:count] = _search_tree(((own[1:] + own[:-1]) / 2).tolist())
+        subsets[width, :, 0, :count] = own
+        subsets[width, :, 1, 1:count] = ((own[:, 1:] + own[:, :-1]) / 2)[:, _tree_order(count)]
     return unions, subsets
 
 
@@ -308,14 +309,14 @@ def _halves(books: Books) -> dict[int, Tensor]:
     return {width: book if width == 3 else book[1 << width :] for width, book in books.items()}
 
 
-def _search_tree(boundaries: Sequence[float]) -> Tensor:
-    """Boundaries in breadth-first order of their balanced search tree."""
-    count, order = len(boundaries) + 1, []
-    half = count // 2
+@functools.cache
+def _tree_order(count: int) -> list[int]:
+    """Boundaries between ``count`` values in breadth-first order of their balanced search tree."""
+    order, half = list[int](), count // 2
     while half:
-        order += list(range(half - 1, count - 1, 2 * half))
+        order += range(half - 1, count - 1, 2 * half)
         half //= 2
-    return torch.tensor(boundaries, dtype=torch.float32, device="cpu")[order]
+    return order
 
 
 def _map(constants: Constants, role: Role) -> Tensor:
