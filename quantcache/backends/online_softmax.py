@@ -72,7 +72,7 @@ class QueryRows:
         query: ``[B, Hq, Tq, D]``, a part of the call's queries.
         heads: H.
         length: T.
-        call: The rest of the call.
+        call: The rest of the call; its mask is of every query and slot (``guards.fitting_tensors``).
         place: First query of this part, and how many queries the call has.
         encoded_end: Slot behind the last block; 0 without blocks.
     """
@@ -97,9 +97,7 @@ class QueryRows:
         self.causal_in_blocks = self.causal and length - place[1] < encoded_end
         self.mask = None
         if mask is not None:
-            if mask.shape[2] > 1:
-                mask = mask[:, :, place[0] : place[0] + count]
-            mask = mask[..., :length] if mask.shape[3] > 1 else mask.expand(-1, -1, -1, length)
+            mask = mask[:, :, place[0] : place[0] + count, :length]
             self.mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, self.groups))
 
     def scores(self, raw: Tensor, first: int, last: int) -> Tensor:
