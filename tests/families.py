@@ -6,6 +6,7 @@ and no error in the keys could be seen in the logits.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,14 +59,19 @@ class Family:
         Returns:
             The model, in evaluation mode.
         """
+        return copy.deepcopy(self._drawn(seed, attention or self.implementations[0])).to(dtype)
+
+    @functools.cache  # noqa: B019 (families last as long as the tests)
+    def _drawn(self, seed: int, attention: str) -> PreTrainedModel:
+        """The model itself, of which everybody gets a copy: to draw one takes three times as long."""
         register_attention()
         tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
         config = AutoConfig.for_model(self.model_type, **{"vocab_size": VOCABULARY, **tokens, **self.config})
-        with torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(
                 config,
-                attn_implementation=attention or self.implementations[0],
+                attn_implementation=attention,
                 experts_implementation="eager",  # the others know no float64
                 dtype=torch.float32,
             )
@@ -74,7 +80,7 @@ class Family:
                     self.tweak(model)
         # A random model would end a generation by chance; every test says itself how many tokens it wants.
         model.generation_config.eos_token_id = None
-        return model.to(dtype).eval()
+        return model.eval()
 
 
 def _large_key_biases(model: PreTrainedModel) -> None:

@@ -135,6 +135,12 @@ class QuantCacheLM(HFLM):
         compat.require_decoder(config)
         super()._get_backend(config, **options)
 
+    def _create_model(self, *args: Any, attn_implementation: str | None = None, **options: Any) -> None:
+        """Load the model, as lm-eval does; one that computes attention by itself may know no name but its own."""
+        if attn_implementation == ATTENTION_NAME:
+            attn_implementation = compat.attention_to_load(self.config, attn_implementation)
+        super()._create_model(*args, attn_implementation=attn_implementation, **options)
+
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits ``[B, T, V]`` of right-padded rows ``[B, T]``, read through a cache chunk by chunk."""
         cache = self.make_cache()

@@ -30,17 +30,12 @@ from tests.property.effort import report
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 BY_NAME = {family.name: family for family in (*FAMILIES, *LAYOUTS)}
-KINDS = ("sliding_attention", "full_attention", "full_attention")  # the last has the keys and values of the one before
+KINDS = ("full_attention", "full_attention")  # the last has the keys and values of the one before
 SHARING = BY_NAME["gemma4-sharing"].config | {"num_hidden_layers": len(KINDS), "layer_types": list(KINDS)}
 BY_NAME["gemma4-sharing"] = dataclasses.replace(BY_NAME["gemma4-sharing"], config=SHARING)
 PROMPT = random_tokens(2, 122, seed=11)  # the first block is encoded, the next is due in ten tokens
 
 CPP = shutil.which(os.environ.get("CXX", "g++"))
-COMPILERS = (
-    "eager",
-    pytest.param("inductor", marks=pytest.mark.skipif(CPP is None, reason="inductor needs a compiler")),
-)
-"""Tracing is the same for both; inductor is torch's default."""
 
 
 @pytest.fixture
@@ -100,18 +95,19 @@ def step_by_step(
 
 @pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
-@pytest.mark.parametrize("backend", COMPILERS)
-def test_backends(backend: str) -> None:
+@pytest.mark.skipif(CPP is None, reason="inductor needs a compiler")
+def test_inductor() -> None:
+    """torch's default; the others look at the tracing alone, which is the same."""
     model = model_of("llama", layers=1)
     cache = cache_for(model)
     feed(model, cache, PROMPT, (122,))
     tokens, plain = random_tokens(2, 14, seed=5), copy.deepcopy(cache)
-    found, compiled = step_by_step(torch.compile(model, backend=backend, fullgraph=True), cache, tokens)
+    found, compiled = step_by_step(torch.compile(model, fullgraph=True), cache, tokens)
     expected, _ = step_by_step(model, plain, tokens)
     assert error(found, expected) <= ROUNDING * float(expected.std())
     assert len(cache.spectral_layers[0].spans) == 2
     assert compiled[0] == compiled[-1] == 1
-    report(f"torch.compile with {backend}", {"graphs": compiled[-1], "graph_breaks": breaks()})
+    report("torch.compile with inductor", {"graphs": compiled[-1], "graph_breaks": breaks()})
 
 
 @pytest.mark.slow
@@ -119,7 +115,7 @@ def test_backends(backend: str) -> None:
 def test_a_graph_serves_all_tokens_blocks_and_caches() -> None:
     model = model_of("llama")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    tokens = random_tokens(2, 150, seed=5)
+    tokens = random_tokens(2, 90, seed=5)
     for coding, bits in (("scalar", {}), ("trellis", {}), ("scalar", {"residual_length": 16, "sink_length": 0})):
         cache = cache_for(model, coding, **bits)
         feed(model, cache, PROMPT, (122,))
@@ -136,6 +132,7 @@ def test_a_graph_serves_all_tokens_blocks_and_caches() -> None:
         found, _ = step_by_step(compiled, cache, tokens[:, :4])
         assert torch.equal(found, step_by_step(model, plain, tokens[:, :4])[0])
         assert (graphs(), breaks()) == (1, 0)
+    report("torch.compile with eager", {"graphs": graphs(), "graph_breaks": breaks()})
 
 
 @pytest.mark.parametrize(
@@ -179,13 +176,15 @@ def test_families(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 def test_autocast() -> None:
-    model = model_of("llama", layers=1)
+    model = copy.deepcopy(model_of("llama", layers=1))
     cache, tokens = cache_for(model), random_tokens(2, 3, seed=5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         feed(model, cache, PROMPT, (122,))
         plain = copy.deepcopy(cache)
-        found, _ = step_by_step(torch.compile(model, backend="eager"), cache, tokens)
-        assert torch.equal(found, step_by_step(model, plain, tokens)[0])
+        expected, _ = step_by_step(model, plain, tokens)
+        model.model.layers[0].compile(backend="eager")  # it alone: every frame around a graph break is traced anew
+        assert torch.equal(step_by_step(model, cache, tokens)[0], expected)
+    assert graphs()
 
 
 @pytest.mark.slow
@@ -257,9 +256,12 @@ def test_gradients_pass(trained: str) -> None:
     cache = cache_for(model)
     feed(model, cache, PROMPT, (122,))
     found = []
-    for run in (model, torch.compile(model, backend="eager")):
-        logits = run(random_tokens(2, 3, seed=5), past_key_values=cache.fork()).logits
+    for compiled in (False, True):
+        if compiled:
+            model.model.layers[0].compile(backend="eager")
+        logits = model(random_tokens(2, 3, seed=5), past_key_values=cache.fork()).logits
         found.append(torch.autograd.grad(logits.pow(2).sum(), weight)[0])
+        assert bool(graphs()) == compiled
     assert found[0].abs().max() > 0
     assert torch.equal(*found)
 
@@ -309,8 +311,9 @@ def test_errors_are_the_same_and_leave_the_cache_as_it_was() -> None:
 @pytest.mark.support("torch.compile in generate()")
 def test_generate_with_a_compiled_forward() -> None:
     model = copy.deepcopy(model_of("llama", layers=1))
-    options = {"max_new_tokens": 72, "do_sample": False, "cache_implementation": None}
-    prompts = random_tokens(1, 90, seed=3), random_tokens(1, 60, seed=4), random_tokens(1, 75, seed=5)
+    options = {"max_new_tokens": 10, "do_sample": False, "cache_implementation": None}
+    # Each is encoded a block on its way.
+    prompts = random_tokens(1, 126, seed=3), random_tokens(1, 60, seed=4), random_tokens(1, 65, seed=5)
     expected = [model.generate(each, past_key_values=cache_for(model), **options) for each in prompts]
     model.forward = torch.compile(model.forward, backend="eager")
     counts = []

@@ -13,10 +13,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+)
 
 from quantcache import Calibration, CalibrationMismatch, SpectralCache, UnsupportedModel, data
 from quantcache.common.errors import QuantCacheError
+from tests.builders import scalar_calibration
 from tests.helpers import Run, divergence, error, feed
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: make test-lm-eval")
@@ -198,7 +206,7 @@ def test_counts_tell_whether_codes_were_read(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({}, QuantCacheError, r"no calibration: add calibration=FOLDER .* smollm2-135m come along"),
+        ({}, QuantCacheError, r"no calibration: add calibration=FOLDER .* smollm2-135m.* come along"),
         ({"calibration": "wiki11m", "method": "dense", "bits": 3}, QuantCacheError, "method=dense and bits=3"),
         ({"calibration": "wiki11m", "chunk": 0}, QuantCacheError, "chunk must be a whole number of at least 1, got 0"),
         ({"calibration": "wiki11m", "bits": 9}, QuantCacheError, "bits must lie between .* 8, got 9"),
@@ -221,6 +229,27 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         QuantCacheLM(str(tmp_path), method="dense", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gptj"])
+def test_models_that_compute_attention_by_themselves(kind: str, tmp_path: Path) -> None:
+    """They know no name of an attention but their own: loading them ended in KeyError 'spectral'."""
+    tokenizer = AutoTokenizer.from_pretrained(data.demo_model_path())
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), **sizes, **({"rotary_dim": 8} if kind == "gptj" else {})
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = {"device": "cpu", "dtype": "float32"}
+    ours, exact = (
+        QuantCacheLM(str(tmp_path), scalar_calibration(config, bits), residual_length=0, **options)
+        for bits in (2.0, 8.0)
+    )
+    dense = QuantCacheLM(str(tmp_path), method="dense", **options)
+    text = (TEXT[:900], TEXT[900:950])
+    found = [abs(scores(lm, text)[0] - scores(dense, text)[0]) for lm in (ours, exact)]
+    assert found[1] < found[0]
 
 
 def test_a_loaded_model_keeps_its_attention(
