@@ -187,7 +187,7 @@ def short_yardsticks() -> Iterator[None]:
     from quantcache.calibration import yardstick
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yardstick, "YARDSTICK_TOKENS", 400)
+        patch.setattr(yardstick, "YARDSTICK_TOKENS", 260)
         yield
 
 

@@ -125,10 +125,10 @@ def test_calibrations_without_one_have_no_prediction() -> None:
 def test_calibrate_measures_a_yardstick(tmp_path) -> None:
     """It travels with the artifact, says what the real cache does, and leaves the model as it was."""
     model = shared_model(FAMILIES[0])
-    calibration = calibrate(model, random_tokens(2, 400), progress=False)
+    calibration = calibrate(model, random_tokens(2, 260), progress=False)
     yardstick = calibration.metadata.recipe["yardstick"]
     assert [point["bits"] for point in yardstick["points"]] == [2.0, 4.0]
-    assert yardstick["tokens"] == 2 * 400
+    assert yardstick["tokens"] == 2 * 260
     assert yardstick["held_out"] is False
     calibration.save_pretrained(tmp_path)
     loaded = Calibration.from_pretrained(tmp_path)
@@ -158,11 +158,11 @@ def test_a_calibration_that_need_not_predict_is_the_same_but_for_the_yardstick(m
 @pytest.mark.parametrize(("given", "read"), [([4], [3]), ([1, 1, 1, 1], [1, 1, 1]), ([3, 1], [3])], ids=str)
 def test_the_yardstick_is_text_that_the_calibration_has_not_seen(given: list[int], read: list[int]) -> None:
     """Where there is more than ``max_tokens``; the calibration is that of the first tokens alone."""
-    model, tokens = shared_model(FAMILIES[0]), random_tokens(4, 400)
-    more = calibrate(model, tokens.split(given), max_tokens=3 * 400, progress=False)
+    model, tokens = shared_model(FAMILIES[0]), random_tokens(4, 260)
+    more = calibrate(model, tokens.split(given), max_tokens=3 * 260, progress=False)
     alone = calibrate(model, tokens[:3].split(read), progress=False)
     assert more.metadata.recipe["yardstick"]["held_out"] is True
-    assert more.metadata.recipe["yardstick"]["tokens"] == 400
+    assert more.metadata.recipe["yardstick"]["tokens"] == 260
     assert alone.metadata.recipe["yardstick"]["held_out"] is False
     for ours, theirs in zip(more.layers.values(), alone.layers.values(), strict=True):
         for side in SIDES:
