@@ -28,6 +28,8 @@ from quantcache.planning.memory import cache_memory, estimate_memory, largest_ca
 from tests.builders import llama_config, scalar_calibration
 from tests.families import FAMILIES, OTHERS, Family, shared_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 EVERY = FAMILIES + OTHERS
 BY_NAME = {family.name: family for family in EVERY}

@@ -26,6 +26,8 @@ from quantcache.planning.recommend import ModelSizes, longest, model_sizes, reco
 from quantcache.planning.records import Measurements, measurements_of
 from tests.builders import eval_record, llama_config
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 BUNDLED = bundled_measurements()
 CONTEXT = 32_768
 
