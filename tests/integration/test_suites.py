@@ -122,10 +122,10 @@ def test_needles_are_found_in_a_cache_that_keeps_them(
 
 
 def test_lengths_at_which_a_method_reads_no_codes_are_not_counted(
-    demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The longest prompt decided for all: a cache of 0 bits found every needle in prompts that it kept as they were."""
-    material = Material(demo_model, demo_tokenizer, data.evaluation_text()[:20_000], Calibration.for_model("wiki11m"))
+    material = Material(tiny, demo_tokenizer, data.evaluation_text()[:20_000], Calibration.synthetic(tiny.config))
     sizes = replace(QUICK, needle_seeds=1, lookup_pairs=(16, 32))
     plan = Plan(("needle", "records", "lookup"), ("dense", "spectral-0"), (512,), 512, (256,), sizes=sizes)
     results = runner.run(material, replace(plan, lengths=(192, 480)))
@@ -141,9 +141,9 @@ def test_lengths_at_which_a_method_reads_no_codes_are_not_counted(
     assert all(rows["spectral-0"][0] == "" != rows["spectral-0"][2] for rows in shown)
 
 
-def test_a_question_must_find_codes(demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_question_must_find_codes(tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     """Blocks that fall due behind the question are read by the rest of the answer only."""
-    material = Material(demo_model, demo_tokenizer, data.evaluation_text()[:20_000], Calibration.for_model("wiki11m"))
+    material = Material(tiny, demo_tokenizer, data.evaluation_text()[:20_000], Calibration.synthetic(tiny.config))
     sizes = replace(QUICK, needle_seeds=1, task_seeds=1)
     plan = Plan(("needle", "records"), ("dense", "spectral-0"), (512,), 512, (256,), sizes=sizes, lengths=(330,))
     for result in runner.run(material, plan).values():  # of 324 tokens the first block is coded
@@ -503,14 +503,14 @@ def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer
 
 
 def test_questions_in_whose_prompts_a_method_reads_no_codes_are_not_counted(
-    demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
+    tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The longest prompt decided for all: short ones were answered from a cache that kept them as they were."""
     hay = data.evaluation_text()
-    questions = [qa.Question(str(n), hay[9000:][:n], "Where?", ("nowhere",)) for n in (100, 150, 3000, 4000)]
+    questions = [qa.Question(str(n), hay[9000:][:n], "Where?", ("nowhere",)) for n in (100, 150, 1000, 1500)]
     names = ["dense", "spectral-0"]
-    methods = parse_methods(names, demo_model.config, Calibration.for_model("wiki11m"))
-    result = qa.measure_qa(demo_model, demo_tokenizer, questions, methods, new_tokens=4)
+    methods = parse_methods(names, tiny.config, Calibration.synthetic(tiny.config))
+    result = qa.measure_qa(tiny, demo_tokenizer, questions, methods, new_tokens=4)
     dense, ours = (result.methods[name] for name in names)
     assert dense.f1 is not None
     assert (dense.status, dense.f1["n"]) == ("ok", 4)
