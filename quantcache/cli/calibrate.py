@@ -50,7 +50,10 @@ def calibrate(
         typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} A recipe names its model."),
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE...", help="Text to calibrate on, one file or more.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE...", help="Text to calibrate on, or .jsonl with a text in each line; one file or more."
+        ),
     ] = None,
     more_text: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     recipe: Annotated[

@@ -15,6 +15,7 @@ from quantcache.cli.reaching import expect_model, hub_problem, require_folder
 from quantcache.cli.terminal import report
 from quantcache.common.choices import DTYPES
 from quantcache.common.errors import HubError, QuantCacheError, UnsupportedModel
+from quantcache.common.jsonfile import MAX_RESULT_BYTES, parse_json
 from quantcache.common.plaintext import read_utf8
 from quantcache.common.progress import without_loading_bars
 from quantcache.common.sources import OURS, model_source, source_name
@@ -29,19 +30,37 @@ def read_text(path: Path) -> str:
     """Read a text file.
 
     Args:
-        path: UTF-8 text file.
+        path: UTF-8 text file; or ``.jsonl``, objects with a ``text`` each.
 
     Returns:
-        Its text.
+        Its text, or its texts.
 
     Raises:
-        QuantCacheError: The file is empty or not UTF-8.
+        QuantCacheError: The file is empty, not UTF-8 or not text, or a line of JSON has no text.
         OSError: The file cannot be read.
     """
     text = read_utf8(path.read_bytes(), path)
-    if not text.strip():
+    if "\0" in text:
+        raise QuantCacheError(f"{path} is not UTF-8 text: it holds null characters, as UTF-16 and binary files do")
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)
+        text = "\n\n".join(_text_of(line, f"{path}, line {number}") for number, line in lines if line.strip())
+    if not text or text.isspace():
         raise QuantCacheError(f"{path} is empty")
     return text
+
+
+def _text_of(line: str, place: str) -> str:
+    """The text of a line of JSON."""
+    try:
+        found = parse_json(line, MAX_RESULT_BYTES)["text"]
+        if isinstance(found, str):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise QuantCacheError(
+        f'{place} is not a JSON object with a "text": call the file .txt if it is to be read as it is'
+    )
 
 
 def load_calibration(name: str, bits: float | None = None, quality: str | None = None) -> Calibration:

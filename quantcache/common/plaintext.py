@@ -14,6 +14,18 @@ _OBEYED = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 _MARKS = re.compile(r"([\\`*\[\]<>|])")
 
 
+_SIGNATURES = {
+    b"\x1f\x8b": "it is compressed by gzip: unpack it",
+    b"(\xb5/\xfd": "it is compressed by zstd: unpack it",
+    b"PK\x03\x04": "it is a zip archive, as office documents are: save it as plain text",
+    b"PAR1": 'it is Parquet: save its texts as plain text, or as JSON lines with a "text"',
+    b"%PDF": "it is a PDF: save it as plain text",
+    b"\xff\xfe": "it is UTF-16: save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16: save it as UTF-8",
+}
+"""How files begin that people have texts in, and what is to be done with them."""
+
+
 def printable(text: str, keep: str = "") -> str:
     """Write out the characters that a terminal would obey instead of showing them.
 
@@ -72,4 +84,6 @@ def read_utf8(content: bytes, name: str | Path) -> str:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         wrong = content[error.start : error.start + 1].hex()
-        raise QuantCacheError(f"{name} is not UTF-8 text: {error.reason} 0x{wrong} at byte {error.start}") from error
+        known = (told for start, told in _SIGNATURES.items() if content.startswith(start))
+        flaw = next(known, f"{error.reason} 0x{wrong} at byte {error.start}")
+        raise QuantCacheError(f"{name} is not UTF-8 text: {flaw}") from error

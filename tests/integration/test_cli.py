@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import json
@@ -19,6 +20,7 @@ from quantcache import __version__, data
 from quantcache.artifact.calibration import Calibration
 from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.cli import main
+from quantcache.cli.loading import read_text
 from quantcache.cli.session import describe
 from quantcache.cli.stats import LiveStats
 from quantcache.common.errors import QuantCacheError
@@ -44,6 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.txt").write_text(" \n", "utf-8")
     (folder / "short.txt").write_text("Too short.", "utf-8")
     (folder / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    (folder / "text.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (folder / "windows.txt").write_text(text[:2400], "utf-16")
+    (folder / "wide.txt").write_text("Plain words of English. " * 100, "utf-16-le")
+    (folder / "table.parquet").write_bytes(b"PAR1\x15\x04\x15\xf6" + bytes(90) + b"PAR1")
+    (folder / "chats.jsonl").write_text('{"text": "One."}\n{"messages": []}\n')
     config = LlamaConfig(
         vocab_size=4096, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
@@ -263,6 +270,11 @@ BAD_INPUT = {
     "empty text": (("calibrate", "wiki11m", "-o", "unused", "--text", "empty.txt"), "empty.txt is empty"),
     "short text": (("calibrate", "wiki11m", "-o", "unused", "--text", "short.txt"), "more than 16 tokens"),
     "text not UTF-8": (("calibrate", "wiki11m", "-o", "unused", "--text", "latin.txt"), "latin.txt is not UTF-8"),
+    "text compressed": ((*EVAL[:-1], "text.txt.gz"), "text.txt.gz is not UTF-8 text: it is compressed by gzip: unpack"),
+    "text as Windows has it": ((*EVAL[:-1], "windows.txt"), "windows.txt is not UTF-8 text: it is UTF-16: save it as"),
+    "text as Windows has it, unmarked": ((*EVAL[:-1], "wide.txt"), "wide.txt is not UTF-8 text: it holds null"),
+    "text in a table": ((*EVAL[:-1], "table.parquet"), "it is Parquet: save its texts as plain text, or as JSON lines"),
+    "lines without a text": ((*EVAL[:-1], "chats.jsonl"), 'chats.jsonl, line 2 is not a JSON object with a "text"'),
     "missing text": (("calibrate", "wiki11m", "-o", "unused", "--text", "no.txt"), "no.txt: No such file"),
     "second text missing": ((*CALIBRATE, "no.txt"), "no.txt: No such file"),
     "text is a folder": (("calibrate", "wiki11m", "-o", "unused", "--text", "."), "Is a directory"),
@@ -351,6 +363,13 @@ BAD_INPUT = {
     "unknown verb": (("frobnicate",), "frobnicate"),
     "unknown option": ((*EVAL, "--frobnicate"), "--frobnicate"),
 }
+
+
+def test_texts_may_be_lines_of_json(tmp_path: Path) -> None:
+    path, texts = tmp_path / "texts.jsonl", ["One.\nTwo \u2028 of it.", "Drei\u00df."]
+    lines = [json.dumps({"id": number, "text": text}) for number, text in enumerate(texts)]
+    path.write_text("\ufeff" + "\n\n".join(lines) + "\n", "utf-8")
+    assert read_text(path) == "\n\n".join(texts)
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD_INPUT.values(), ids=BAD_INPUT)
