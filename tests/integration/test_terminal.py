@@ -247,7 +247,7 @@ def test_text_that_is_not_utf8(run: Run, folder: Path, monkeypatch: pytest.Monke
         f"error: {folder}/latin.txt is not UTF-8 text: invalid continuation byte 0xe9 at byte 7\n",
     )
     status, _, err = run("calibrate", "wiki11m", "-o", folder / "never", "--text", folder / "utf16.txt")
-    assert "utf16.txt is not UTF-8 text: invalid start byte 0xff at byte 0" in err
+    assert "utf16.txt is not UTF-8 text: it is UTF-16: save it as UTF-8" in err
     arguments = ("generate", "wiki11m", "-c", folder / "hostile", "--prompt")
     status, _, err = run(*arguments, "caf\udce9 s")
     assert (status, err) == (1, "error: --prompt is not UTF-8 text: invalid continuation byte 0xe9 at byte 3\n")
