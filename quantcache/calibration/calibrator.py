@@ -66,8 +66,8 @@ def calibrate(
 
     Args:
         model: A decoder-only model, on any device or placed by ``device_map``.
-        data: Texts (with ``tokenizer``), or batches of token ids ``[B, T]`` or ``[T]``; padding is left out, and rows
-            longer than the model's limit are cut.
+        data: Texts (with ``tokenizer``), which take turns, a sequence each; or batches of token ids ``[B, T]`` or
+            ``[T]``, whose padding is left out, and whose rows are cut where the model's limit is.
         tokenizer: Turns texts into tokens.
         bits: Mean code width in bits, 0 to 8; the per-token gains come on top (8 bits per head and token).
         key_bits: Separate bits for the keys, ``"dense"`` to leave them uncompressed, or ``"joint"``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,10 @@ def calibration_data(
     if texts:
         if tokenizer is None:
             raise QuantCacheError("texts need a tokenizer: pass tokenizer=, or batches of token ids")
+        length = min(seq_len or LENGTH, limit)
+        tokens = _in_turn(model, texts, tokenizer, length, wanted)
         joined = "\n\n".join(texts)
         digests += [hashlib.sha256(text.encode()).hexdigest() for text in dict.fromkeys([*texts, joined])]
-        tokens, length = text_tokens(tokenizer, joined, wanted), min(seq_len or LENGTH, limit)
         batches += split_text(model.config, tokens[:max_tokens], length)
         leading = leading_token(model.config, tokens)
         later = tokens[max_tokens:] if leading is None else torch.cat((leading, tokens[max_tokens:]))
@@ -147,6 +149,36 @@ def _sorted(
     if short and any(row.shape[1] > SHORTEST for row in batches):
         warnings.warn(f"{short} sequences of at most {SHORTEST} tokens are left out", stacklevel=4)
     return texts, batches, digests
+
+
+def _in_turn(
+    model: PreTrainedModel, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, wanted: int
+) -> Tensor:
+    """Tokens of texts that take turns, ``[N]``: of long ones a sequence at a time; short ones and ends side by side.
+
+    Else a long text would leave no room for those behind it.
+    """
+    first = text_tokens(tokenizer, texts[0], wanted)
+    leading = leading_token(model.config, first)
+    begin = 0 if leading is None else 1  # which every sequence begins with, see split_text
+    step = length - begin
+    between = text_tokens(tokenizer, "\n\n", add_special_tokens=False)
+    pieces, rest = [first[:begin]], first.new_empty(0)
+    waiting: deque[str | Tensor] = deque([first[begin:], *texts[1:]])
+    while waiting and sum(map(len, pieces)) + len(rest) < wanted:
+        text = waiting.popleft()
+        tokens = text_tokens(tokenizer, text, wanted, add_special_tokens=False) if isinstance(text, str) else text
+        if len(tokens) >= step:
+            pieces.append(tokens[:step])
+            waiting.append(tokens[step:])
+        elif len(tokens):
+            rest = torch.cat((rest, between, tokens)) if len(rest) else tokens
+            if len(rest) >= step:
+                pieces.append(rest[:step])
+                rest = rest[step:]
+    if unread := sum(isinstance(text, str) for text in waiting):
+        warnings.warn(f"{unread} of {len(texts)} texts are left out: those before have tokens enough", stacklevel=4)
+    return torch.cat((*pieces, rest))[:wanted]
 
 
 def _within(model: PreTrainedModel, batch: Tensor, limit: int) -> list[Tensor]:

@@ -52,7 +52,8 @@ def calibrate(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE...", help="Text to calibrate on, or .jsonl with a text in each line; one file or more."
+            metavar="FILE...",
+            help="Text to calibrate on, or .jsonl with a text in each line. Several files take turns.",
         ),
     ] = None,
     more_text: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
