@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ METHODS = "dense,spectral-2,spectral-3,spectral-4,quanto-4,turboquant-mse-3,kivi
 MEASURED = tuple(name for name in SUITES if name != "fidelity")
 """Fidelity has a record of its own."""
 
-DOMAINS = ("novel_treasure_island.txt", "dialogue_shakespeare.txt", "python_code.txt")
+DOMAINS = ("novel_treasure_island.txt", "dialogue_shakespeare.txt")
 QUESTIONS = "xquad_en.json"
 
 
@@ -44,6 +46,9 @@ def main() -> None:
     model, tokenizer = load_model(options.model, device="cpu", dtype=options.dtype)
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
     text, source = read("wiki_eval.txt", data.evaluation_text)
+    sizes = chosen_sizes(options.quick, options.questions, options.trials)
+    if options.transfer_tokens is not None:
+        sizes = replace(sizes, transfer_tokens=options.transfer_tokens)
     plan = Plan(
         suites=tuple(options.suites),
         methods=tuple(options.methods.split(",")),
@@ -51,11 +56,12 @@ def main() -> None:
         tokens=options.windows * options.context,
         residuals=(options.residual,),
         sinks=SINKS,
-        sizes=chosen_sizes(options.quick, options.questions, options.trials),
+        sizes=sizes,
         lengths=None if options.lengths is None else tuple(options.lengths),
         text_name="wikipedia",
     )
     domains = {path.stem: path.read_text(encoding="utf-8") for name in DOMAINS if (path := SHARED / name).is_file()}
+    domains["python_library"] = python_library()
     questions = load_questions(SHARED / QUESTIONS) if (SHARED / QUESTIONS).is_file() else None
     settings: dict[str, Any] = {
         "model": Path(options.model).name,
@@ -95,6 +101,12 @@ def main() -> None:
     run.discard()
 
 
+def python_library() -> str:
+    """Python code that every machine has: the modules of Python's own library, in order of their names."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in modules)
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -113,6 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--trials", type=int, help="needles, texts, tables and prompts of each size")
     parser.add_argument("--questions", type=int, help="questions of the qa suite")
+    parser.add_argument("--transfer-tokens", type=int, help="tokens of each calibration of the transfer suite")
     parser.add_argument("--windows", type=int, default=4, help="windows of the evaluation text")
     parser.add_argument("--residual", type=int, default=64, help="recent tokens that every method keeps")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)

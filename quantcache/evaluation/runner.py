@@ -256,13 +256,12 @@ def _transfer(material: Material, plan: Plan, methods: list[Method], cells: Cell
         names = names[len(names) // 2 :][: sizes.transfer_methods]  # those in the middle of a ladder of rates
     context = plan.contexts[-1]
     halves = {name: transfer.split_domain(text) for name, text in material.domains.items()}
-    sources = transfer.domain_sources(
-        model,
-        tokenizer,
-        {name: half[0] for name, half in halves.items()},
-        tokens=sizes.transfer_tokens,
-        seq_len=context,
-    )
+    calibrated_on = {name: half[0] for name, half in halves.items()}
+    size: dict[str, int] = {"tokens": sizes.transfer_tokens, "seq_len": context}
+    sources = transfer.domain_sources(model, tokenizer, calibrated_on, **size)
+    mixed = [text for text in (material.length_text, *calibrated_on.values()) if text is not None]
+    if len(mixed) > 1:
+        sources.append(transfer.mixed_source(model, tokenizer, mixed, **size))
     calibration = material.calibration
     if calibration is not None:
         sources.insert(0, transfer.Source("given", lambda: calibration))

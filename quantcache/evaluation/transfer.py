@@ -232,6 +232,24 @@ def domain_sources(
     ]
 
 
+def mixed_source(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, tokens: int, seq_len: int
+) -> Source:
+    """One calibration on several texts, which take turns.
+
+    Args:
+        model: Model to calibrate.
+        tokenizer: Tokenizer of that model.
+        texts: The texts to calibrate on.
+        tokens: Tokens to calibrate on, of all texts together.
+        seq_len: Tokens of a sequence.
+
+    Returns:
+        The source.
+    """
+    return Source("mixture", _maker(model, tokenizer, texts, tokens=tokens, seq_len=seq_len))
+
+
 def length_sources(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -265,7 +283,7 @@ def length_sources(
 
 
 def _maker(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, tokens: int, seq_len: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str], *, tokens: int, seq_len: int
 ) -> Callable[[], Calibration]:
     def make() -> Calibration:
         with torch.enable_grad():

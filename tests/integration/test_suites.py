@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel,
 from quantcache import data
 from quantcache.accounting.measuring import measure
 from quantcache.artifact.calibration import Calibration
+from quantcache.calibration.passages import shared
 from quantcache.cli.eval_tables import tables
 from quantcache.common import compat
 from quantcache.common.choices import SUITES
@@ -393,6 +394,15 @@ def test_length_transfer_calibrates_at_each_length(
     assert lengths == [128, 512]
     assert transfer.needs_calibration("spectral-3", tiny)
     assert not transfer.needs_calibration("turboquant-mse-3", tiny)
+
+
+def test_a_mixture_is_calibrated_on_all_texts(tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = [data.calibration_text()[:6000], data.evaluation_text()[:6000]]
+    made = transfer.mixed_source(tiny, demo_tokenizer, texts, tokens=512, seq_len=256).make()
+    assert made.metadata.recipe["sequences"] == 2
+    shares = [hits / size for hits, size in (shared(made.metadata.recipe["passages"], text) for text in texts)]
+    assert sum(shares) == pytest.approx(1, abs=0.1)
+    assert min(shares) > 0.3
 
 
 # ---------------------------------------------------------------- question answering
