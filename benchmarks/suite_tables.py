@@ -47,12 +47,11 @@ SUITES = (
     *("divergence", "needle", "records", "lookup", "tools"),
     *("routing", "transfer", "qa", "memory", "speed", "speculative"),
 )
-TASKS = ("divergence", "needle", "records", "lookup", "tools", "qa")
+REAL = ("divergence", "needle", "records", "lookup", "tools", "transfer", "qa")
+"""Those that trained models have a table of."""
 
 SUITE_TABLES: dict[str, tuple[str, Callable[[Parts, Path], str]]] = {
     **{f"suite-{name}": ("suites", partial(suite_table, name)) for name in SUITES},
-    **{
-        f"suite-{name}-{model}": (f"suites-{model}", partial(suite_table, name)) for model in PACKAGED for name in TASKS
-    },
+    **{f"suite-{name}-{model}": (f"suites-{model}", partial(suite_table, name)) for model in PACKAGED for name in REAL},
 }
 """Suite of the records, and what makes Markdown of parts and page, by the name of the table."""

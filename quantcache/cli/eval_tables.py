@@ -261,15 +261,25 @@ def _routing(part: dict[str, Any], data: dict[str, Any]) -> Grid:
 
 
 def _transfer(part: dict[str, Any], data: dict[str, Any]) -> Grid:
-    columns = ("method", "calibrated on", "evaluated on", "KL mean", "over its own")
-    table = Grid(*columns, title=f"Transfer: windows of {part['settings']['context']:,}", text=3)
+    texts = dict.fromkeys(entry["evaluated_on"] for entry in part["entries"])
+    size = f"windows of {part['settings']['context']:,}"
+    title = f"Transfer: mean KL, and how many times that of the text's own calibration, {size}"
+    table = Grid("method", "calibrated on", *(f"on {text.replace('_', ' ')}" for text in texts), title=title, text=2)
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    notes = []
     for entry in part["entries"]:
-        place = (entry["method"], entry["calibrated_on"], entry["evaluated_on"])
-        if entry["status"] != "ok":
-            table.add_note(*place, entry["status"])
-            continue
-        ratio = "" if entry["ratio"] is None else f"{entry['ratio']:.2f}"
-        table.add_row(*place, f"{entry['figures']['kl_mean']:.5f}", ratio)
+        place, text = (entry["method"], entry["calibrated_on"]), entry["evaluated_on"]
+        cells = rows.setdefault(place, dict.fromkeys(texts, ""))
+        if entry["status"] == "ok":
+            ratio = "" if entry["ratio"] is None else f" {entry['ratio']:.2f}x"
+            cells[text] = f"{entry['figures']['kl_mean']:.5f}{ratio}"
+        else:
+            notes.append((*place, f"on {text}: {entry['status']}"))
+    for place, cells in rows.items():
+        if any(cells.values()):
+            table.add_row(*place, *cells.values())
+    for note in notes:
+        table.add_note(*note)
     return table
 
 
