@@ -11,6 +11,7 @@ A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``. A figure
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -120,10 +121,17 @@ def records_of(root: Path, suite: str) -> list[tuple[Path, dict[str, Any]]]:
     """
     found = []
     for path in (root / "benchmarks" / "results").rglob(f"{suite}__*.json"):
-        record = read_record(path)
-        if record.status == "ok" and record.clean and not record.settings.get("quick"):
-            found.append((record.created, str(path.relative_to(root)), record.to_dict()))
+        record = _content(path, path.stat().st_mtime_ns)
+        if record is not None:
+            found.append((record["created"], str(path.relative_to(root)), record))
     return [(Path(path), record) for _, path, record in sorted(found, key=lambda entry: entry[:2])]
+
+
+@functools.cache
+def _content(path: Path, changed: int) -> dict[str, Any] | None:
+    """A record as it was when its file was last changed; None if tables are not made of it."""
+    record = read_record(path)
+    return record.to_dict() if record.status == "ok" and record.clean and not record.settings.get("quick") else None
 
 
 def newest_parts(root: Path, suite: str) -> Parts:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -304,6 +305,15 @@ OTHERS = (
     ),
 )
 """Families whose attention is their own, or whose cache holds something else than keys and values."""
+
+
+TYPICAL = ("llama", "gemma2", "gpt2", "gpt-oss", "gptj", "deepseek-v3")
+"""One family of every kind: rotated halves, windows with a soft cap, no rotation, sink logits, pairs, latents."""
+
+
+def marks_of_rest(family: Family) -> list[pytest.MarkDecorator]:
+    """The mark that leaves a family's cases to CI where those of the typical ones say most of what there is to say."""
+    return [] if family.name in TYPICAL else [pytest.mark.slow]
 
 
 @functools.cache

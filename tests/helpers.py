@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -37,6 +39,20 @@ def attend_by_kernel(
 
 ROUNDING = 2e-5
 """Of two float32 runs of a whole model that read the same codes, as a share of the logits' deviation."""
+
+
+def few(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Parameters of a test that is repeated over many cases: all for CI, a few without it.
+
+    Args:
+        values: All of them.
+        quick: Those that are not marked as slow.
+
+    Returns:
+        One for each value.
+    """
+    return [pytest.param(value, marks=[] if value in quick else [pytest.mark.slow]) for value in values]
+
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command line with some arguments: exit status, stdout and stderr."""

@@ -174,6 +174,7 @@ def test_help_imports_no_transformers() -> None:
     assert run_python(code).endswith("[]")
 
 
+@pytest.mark.slow
 def test_commands_without_a_model_load_no_models_code() -> None:
     """transformers' model code, and torch's compiler with it, take longer to load than all else together."""
     heavy = ("transformers.modeling_utils", "transformers.generation.utils", "torch._dynamo")
@@ -265,11 +266,13 @@ def wheel(build: Build) -> zipfile.ZipFile:
     return build.wheel
 
 
+@pytest.mark.slow
 def test_building_is_silent(build: Build) -> None:
     told = [line for line in build.output.splitlines() if re.search("warning|deprecat|ignored", line, re.IGNORECASE)]
     assert not told
 
 
+@pytest.mark.slow
 def test_the_source_distribution_is_complete(build: Build) -> None:
     wanted = {*TOP_LEVEL, "setup.py", "pyproject.toml", "MANIFEST.in", "kernels/quantcache_kernels/py.typed"}
     for folder in ("quantcache", "kernels", "docs", "examples", "tests"):
@@ -280,12 +283,14 @@ def test_the_source_distribution_is_complete(build: Build) -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_there_is_one_version(build: Build) -> None:
     assert f"quantcache-{quantcache.__version__}.dist-info/METADATA" in build.wheel.namelist()
     released = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert released[0] == quantcache.__version__
 
 
+@pytest.mark.slow
 def test_wheel_holds_both_packages_and_the_data(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     sources = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
@@ -313,6 +318,7 @@ def test_wheel_holds_both_packages_and_the_data(wheel: zipfile.ZipFile) -> None:
     } <= names
 
 
+@pytest.mark.slow
 def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     top = {name.split("/")[0] for name in names}

@@ -194,11 +194,12 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool], texts: Sequence[Hasha
     for text, one, other in zip(about, first, second, strict=True):
         ahead[text] += one - other
     ways: Counter[int] = Counter({0: 1})  # by sum, how many throws of the coins give it
-    for difference in filter(None, ahead.values()):
+    for difference, coins in Counter(abs(each) for each in ahead.values() if each).items():
         thrown: Counter[int] = Counter()
-        for total, count in ways.items():
-            thrown[total + difference] += count
-            thrown[total - difference] += count
+        for heads in range(coins + 1):
+            throws, gained = math.comb(coins, heads), difference * (2 * heads - coins)
+            for total, count in ways.items():
+                thrown[total + gained] += count * throws
         ways = thrown
     apart = abs(sum(ahead.values()))
     extreme = sum(count for total, count in ways.items() if abs(total) >= apart)

@@ -249,13 +249,48 @@ class Activations:
         return self.layer + self.logits + self.mask + self.reading + self.windows
 
 
+@dataclass(frozen=True)
+class Widths:
+    """How wide a model's activations are.
+
+    Attributes:
+        hidden: Features of a hidden state.
+        heads: Query heads.
+        mlp: Intermediate features of one token, of all experts that see it.
+        vocabulary: Tokens that are known.
+    """
+
+    hidden: int
+    heads: int
+    mlp: int
+    vocabulary: int
+
+
+def read_widths(config: PreTrainedConfig) -> Widths:
+    """The widths that a config declares.
+
+    Args:
+        config: ``model.config``.
+
+    Returns:
+        The largest of any layer.
+    """
+    text = config.get_text_config(decoder=True)
+    return Widths(
+        hidden=cache_layout.largest(text, "hidden_size") or 0,
+        heads=cache_layout.largest(text, "num_attention_heads") or 1,
+        mlp=_mlp_width(text),
+        vocabulary=text.vocab_size,
+    )
+
+
 def estimate_activations(
-    config: PreTrainedConfig, form: Format, geometry: Geometry, tokens: int, batch: int, chunk: int = PREFILL_CHUNK
+    widths: Widths, form: Format, geometry: Geometry, tokens: int, batch: int, chunk: int = PREFILL_CHUNK
 ) -> Activations:
     """Estimate what a forward pass needs beside weights and cache, with attention that keeps no scores.
 
     Args:
-        config: ``model.config``.
+        widths: From :func:`read_widths`.
         form: How the cache is stored.
         geometry: The model's cache.
         tokens: T, cached tokens of each row.
@@ -265,15 +300,12 @@ def estimate_activations(
     Returns:
         The estimate; its fields state the formulas.
     """
-    text = config.get_text_config(decoder=True)
     masked = tokens > chunk
     chunk = min(chunk, tokens)
     widest = max(geometry.layers, key=lambda layer: layer.elements, default=None)
-    heads = cache_layout.largest(text, "num_attention_heads") or 1
-    hidden = cache_layout.largest(text, "hidden_size") or 0
-    queries = heads * (0 if widest is None else widest.key.dim)
+    queries = widths.heads * (0 if widest is None else widest.key.dim)
     new = 0 if widest is None else widest.elements
-    tile = batch * heads * min(chunk, QUERY_CHUNK) * min(tokens, TILE_BLOCKS * BLOCK)
+    tile = batch * widths.heads * min(chunk, QUERY_CHUNK) * min(tokens, TILE_BLOCKS * BLOCK)
     left = [
         2 * batch * each.elements * (min(tokens, each.window - 1 + chunk) - each.kept(tokens))
         for each in geometry.layers
@@ -281,10 +313,10 @@ def estimate_activations(
     ]
     windows = max(left, default=0) if form.layout in ("spectral", "blocks") else sum(left)
     return Activations(
-        layer=2 * batch * chunk * (3 * hidden + max(2 * queries + new, 3 * _mlp_width(text))),
-        logits=6 * batch * text.vocab_size,
+        layer=2 * batch * chunk * (3 * widths.hidden + max(2 * queries + new, 3 * widths.mlp)),
+        logits=6 * batch * widths.vocabulary,
         mask=batch * chunk * tokens if masked else 0,
-        reading=_reading(form, geometry, tokens, batch, heads if masked else 0)
+        reading=_reading(form, geometry, tokens, batch, widths.heads if masked else 0)
         + (8 * batch * chunk * queries + 16 * tile if form.layout in ("spectral", "blocks") else 0),
         windows=windows,
     )

@@ -20,7 +20,14 @@ from quantcache.planning import usage
 from quantcache.planning.demand import Candidate, Demand, Recommendation
 from quantcache.planning.formats import Format, bits_per_element, list_formats, missing_package, parse_format
 from quantcache.planning.geometry import Geometry, read_geometry
-from quantcache.planning.memory import cache_memory, constants_bytes, estimate_activations, largest_cache
+from quantcache.planning.memory import (
+    Widths,
+    cache_memory,
+    constants_bytes,
+    estimate_activations,
+    largest_cache,
+    read_widths,
+)
 from quantcache.planning.quality import Quality, expected_quality
 from quantcache.planning.records import Measurements
 from quantcache.planning.weights import WEIGHTS_FORMATS, Weight, list_weights, weights_bytes
@@ -88,7 +95,7 @@ def recommend(
         CalibrationMismatch: The calibration is another model's.
     """
     demand.check()
-    config, geometry = sizes.config, sizes.geometry
+    config, geometry, widths = sizes.config, sizes.geometry, read_widths(sizes.config)
     if calibration is not None:
         calibration.check_compatible(config)
     weights = weights_bytes(sizes.weights, demand.weights)
@@ -105,7 +112,7 @@ def recommend(
             continue
         quality = expected_quality(form, names, demand.context, measurements, calibration)
         try:
-            candidates.append(_candidate(form, config, geometry, weights, demand, quality, calibration))
+            candidates.append(_candidate(form, widths, geometry, weights, demand, quality, calibration))
         except UnsupportedModel as error:
             refused[form.name] = str(error)  # this kind of cache does not take this model
     fitting = [each for each in candidates if each.fits and each.usable]
@@ -150,7 +157,7 @@ def recommend(
 
 def _candidate(
     form: Format,
-    config: PreTrainedConfig,
+    widths: Widths,
     geometry: Geometry,
     weights: int,
     demand: Demand,
@@ -162,7 +169,7 @@ def _candidate(
     def needed(tokens: int) -> tuple[int, int, int]:
         """Bytes of the cache, of activations, and of all together."""
         cache = largest_cache(form, geometry, tokens, demand.batch, calibration)
-        beside = estimate_activations(config, form, geometry, tokens, demand.batch, demand.chunk).total
+        beside = estimate_activations(widths, form, geometry, tokens, demand.batch, demand.chunk).total
         return cache, beside, weights + constants + cache + beside
 
     cache, activations, total = needed(demand.context)

@@ -14,7 +14,7 @@ from quantcache.calibration.calibrator import calibrate
 from quantcache.export import BASES, absorb, export_checkpoint
 from quantcache.export.projections import ARCHITECTURES
 from tests.absorbing import ABSORBABLE, run_without_quantcache, trained_looking
-from tests.families import Family, random_tokens
+from tests.families import Family, marks_of_rest, random_tokens
 from tests.helpers import error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +60,7 @@ def test_exports_compute_what_the_original_computes(family: Family, basis: str, 
     assert torch.equal(export["generated"], original["generated"])
 
 
-@pytest.mark.parametrize("family", ABSORBABLE, ids=str)
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.name, marks=marks_of_rest(f)) for f in ABSORBABLE])
 def test_bfloat16_rounds_no_worse_than_the_original(family: Family) -> None:
     tokens = random_tokens(2, 40)
     model = trained_looking(family)

@@ -25,6 +25,7 @@ from quantcache.coding.schema import SIDES
 from quantcache.common import ambient
 from tests.builders import llama_config, scalar_calibration
 from tests.families import FAMILIES, Family, random_tokens, shared_model
+from tests.helpers import few
 from tests.kernels import truth
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -133,7 +134,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.support("default dtype, default device, deterministic and inference mode")
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", few(SETTINGS, ["bfloat16", "default device", "inference mode"]))
 def test_settings_change_nothing(setting: str, path: Path) -> None:
     for family, attention, backend, fitted in STORIES:
         expected = expected_story(family, attention, backend, path, fitted)
@@ -145,6 +146,7 @@ def test_settings_change_nothing(setting: str, path: Path) -> None:
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.support("default dtype, default device, deterministic and inference mode")
 @pytest.mark.usefixtures("one_thread")
 def test_calibrate_is_the_same_everywhere(tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ def test_factorizations_are_checked_in_full_precision(autocast: Callable[[], Any
 
 @pytest.mark.support("torch.autocast")
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", few(["cpu", "torch"], ["cpu"]))
 @torch.no_grad()
 def test_operations_on_keys_and_values_of_two_dtypes(backend: Any, tmp_path: Path) -> None:
     for family in (LLAMA, GEMMA3):

@@ -127,6 +127,7 @@ def test_a_backend_of_another_layout_needs_nothing_changed(backwards: Backwards,
     assert all(torch.equal(each, logits(expected)) for each in read.values())
 
 
+@pytest.mark.slow
 def test_blocks_follow_a_change_of_backend(backwards: Backwards) -> None:
     found, expected = filled(), logits(filled("torch"))
     for name, layout in (("torch", REFERENCE), ("auto", backwards), ("torch", REFERENCE)):
@@ -142,6 +143,7 @@ def test_blocks_follow_a_change_of_backend(backwards: Backwards) -> None:
     assert torch.equal(logits(found), expected)
 
 
+@pytest.mark.slow
 def test_reports_say_who_serves_and_who_does_not(backwards: Backwards, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = cache()
     assert empty.backend_report() == {}

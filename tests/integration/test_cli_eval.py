@@ -127,6 +127,7 @@ def test_an_interrupted_run_goes_on(run: Run, folder: Path, monkeypatch: pytest.
     assert not state.exists()
 
 
+@pytest.mark.slow
 def test_tasks_are_sized_and_go_on(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: tuple[str, ...] = (*EVAL, "--quick", "--suite", "lookup,records", "--trials", "1")
     arguments = (*arguments, "--lengths", "150,120", "--methods", "dense,spectral-0", "-o", "tasks.json", "--json")
@@ -158,6 +159,7 @@ def test_tasks_are_sized_and_go_on(run: Run, folder: Path, monkeypatch: pytest.M
         assert title in shown
 
 
+@pytest.mark.slow
 def test_a_window_that_is_too_short_for_codes_has_no_figures(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +179,7 @@ def test_a_window_that_is_too_short_for_codes_has_no_figures(
     assert "in 128 tokens it reads no codes" in err
 
 
+@pytest.mark.slow
 def test_windows_that_slide(run: Run, folder: Path) -> None:
     arguments = (*EVAL, "--methods", "dense,spectral-3", "--residual", "0", "--json")
     found = {stride: json.loads(run(*arguments, "--stride", str(stride))[1]) for stride in (32, 100)}

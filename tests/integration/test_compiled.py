@@ -266,6 +266,7 @@ def test_gradients_pass(trained: str) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.support("torch.compile of the decode step")
 def test_what_nobody_reads_is_cached() -> None:
     """Compilers drop what has no effect that they know of."""

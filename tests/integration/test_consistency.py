@@ -646,6 +646,7 @@ def side_by_side(
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.support("copies taken while another thread extends the cache")
 def test_copies_are_of_one_moment(tmp_path: Path) -> None:
     cache = empty(key_bits="dense", value_bits="dense")

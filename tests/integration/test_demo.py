@@ -61,6 +61,7 @@ def chatting(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_chat_demo(monkeypatch: pytest.MonkeyPatch, chatting: Path, run: Run) -> None:
     monkeypatch.setattr(chat_demo, "run_chat_demo", functools.partial(chat_demo.run_chat_demo, settings=TALK))

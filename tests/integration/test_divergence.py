@@ -132,6 +132,7 @@ def test_fewer_bits_diverge_more_and_failures_keep_their_place(tiny: PreTrainedM
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_continuations_follow_their_seed_and_do_not_end(
     tiny: PreTrainedModel, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +161,7 @@ def test_steps_end_where_blocks_do(context: int, count: int, step: int, sinks: i
     assert {(last - sinks) % step for _, last in steps[:-1]} <= {0}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tiny: PreTrainedModel, tokens: torch.Tensor, tmp_path: Path) -> None:
     """No continuation is written twice, and a method that comes later reads the same ones."""
     path, done = tmp_path / "cells", []

@@ -526,6 +526,7 @@ def talker(demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase)
 STORY = "The river rises in the mountains north of the old town and flows through three valleys. " * 8
 
 
+@pytest.mark.slow
 @pytest.mark.support("pipeline and chat template")
 def test_pipeline(demo_model: PreTrainedModel, talker: PreTrainedTokenizerBase) -> None:
     calibration = Calibration.synthetic(demo_model.config, 2.0)

@@ -34,7 +34,7 @@ from quantcache.coding.schema import SIDES, Coding
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from tests.builders import scalar_calibration
-from tests.families import FAMILIES, MAX_POSITIONS, OTHERS, Family, random_tokens, shared_model
+from tests.families import FAMILIES, MAX_POSITIONS, OTHERS, Family, marks_of_rest, random_tokens, shared_model
 from tests.helpers import divergence, error, feed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,9 +49,14 @@ ROWS = {
 """Rows of the support table."""
 
 
-def marks_of(family: Family) -> list[pytest.MarkDecorator]:
+def marks_of_row(family: Family) -> list[pytest.MarkDecorator]:
     """The mark of the family's row, if it has one."""
     return [pytest.mark.support(ROWS[family.name])] if family.name in ROWS else []
+
+
+def marks_of(family: Family) -> list[pytest.MarkDecorator]:
+    """All marks of the family."""
+    return [*marks_of_row(family), *marks_of_rest(family)]
 
 
 EACH_WAY = [pytest.param(f, i, id=f"{f}-{i}", marks=marks_of(f)) for f in EVERY for i in f.implementations]
@@ -64,6 +69,7 @@ STEPS = (170, 1, 1, 5, 1, 20, 1)
 """A prefill, single steps and steps of several tokens; 199 tokens make three blocks where nothing is left dense."""
 
 by_name = pytest.mark.parametrize("family", [pytest.param(f, id=f.name, marks=marks_of(f)) for f in EVERY])
+by_interface = pytest.mark.parametrize("family", [pytest.param(f, id=f.name, marks=marks_of_rest(f)) for f in FAMILIES])
 
 
 @functools.cache
@@ -87,7 +93,7 @@ def stock(family: Family, dtype: torch.dtype) -> PreTrainedModel:
 # ---------------------------------------------------------------------- calibration
 
 
-@by_name
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.name, marks=marks_of_row(f)) for f in EVERY])
 def test_rotation_is_detected(family: Family) -> None:
     model = shared_model(family)
     layers = cache_layout.full_attention_layers(model.config)
@@ -96,7 +102,7 @@ def test_rotation_is_detected(family: Family) -> None:
     assert {index: (rope.layout, rope.rotary_dim) for index, rope in ropes.items()} == family.ropes
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@by_interface
 def test_rotation_is_detected_in_bfloat16(family: Family) -> None:
     ropes = detect_ropes(family.make(dtype=torch.bfloat16), list(family.ropes))
     assert {index: (rope.layout, rope.rotary_dim) for index, rope in ropes.items()} == family.ropes
@@ -361,7 +367,7 @@ def test_padded_rows_pass_through_as_if_alone(family: Family) -> None:
 
 
 @pytest.mark.support("left-padded batches")
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@by_interface
 def test_padded_rows_are_as_close_to_dense_as_alone(family: Family) -> None:
     model, prefill = shared_model(family), PADDED_STEPS[0]
     expected = [alone(model, row, DynamicCache(config=model.config)) for row in range(len(PADDING))]
@@ -383,7 +389,7 @@ def test_padded_rows_are_as_close_to_dense_as_alone(family: Family) -> None:
 
 
 @pytest.mark.support("left-padded batches")
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@by_interface
 def test_rows_padded_by_one_anchor_length_have_the_codes_they_have_alone(family: Family) -> None:
     """Such padding moves the grid of blocks by whole anchors, so that nothing of the row's own changes."""
     model, tokens = shared_model(family), random_tokens(2, 219, seed=8)

@@ -29,7 +29,7 @@ from quantcache.coding.schema import SIDES
 from quantcache.common.errors import QuantCacheError
 from tests.builders import held_bytes, scalar_calibration
 from tests.families import FAMILIES, MAX_POSITIONS, Family, random_tokens, shared_model
-from tests.helpers import error, feed, left_padding
+from tests.helpers import error, feed, few, left_padding
 from tests.reference import reference_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -222,7 +222,7 @@ def test_empty_prompts_are_refused_by_generate() -> None:
 @pytest.mark.parametrize(
     ("family", "length"),
     [
-        pytest.param(family, length, id=f"{family}-{length}")
+        pytest.param(family, length, id=f"{family}-{length}", marks=[pytest.mark.slow] if length in (2, 3, 4) else [])
         for family, lengths in zip(MODELS, ((1, 2, 3, 4, 5), (1, 4), (3, 5)), strict=True)
         for length in lengths
     ],
@@ -470,7 +470,7 @@ def test_an_interrupted_calibration_leaves_the_model_as_it_was(
 
 
 @pytest.mark.support("two threads, two caches, one model")
-@by_model
+@pytest.mark.parametrize("family", few(MODELS, MODELS[:1]), ids=str)
 def test_two_threads_with_a_cache_each(family: Family) -> None:
     model = family.make()
     calibration = scalar_calibration(model.config, 2.0)  # its codecs are still to be made, by whoever is first

@@ -286,6 +286,7 @@ def test_a_reader_beside_two_writers_of_one_folder(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, TENSORS_NAME, "README.md"}
 
 
+@pytest.mark.slow
 @pytest.mark.support("calibration files of two writers, and of writers that were killed")
 def test_a_reader_beside_a_writer_of_saved_caches(tmp_path: Path) -> None:
     made, model, path = calibration(), shared_model(MODEL), tmp_path / "prefix"

@@ -28,8 +28,16 @@ MODELS = [family for family in FAMILIES if family.name in KINDS]
 
 LLAMA, GEMMA3 = (next(f for f in MODELS if f.name == name) for name in ("llama", "gemma3"))
 
-by_model = pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=pytest.mark.support(KINDS[family.name]), id=family.name) for family in MODELS]
+
+def marks(family: Family, row: str | None = None, quick: bool = True) -> list[pytest.MarkDecorator]:
+    """Marks of a model's case: rows of the support table, and whether it is left to CI."""
+    rows = [pytest.mark.support(each) for each in (KINDS[family.name], row) if each is not None]
+    return rows if quick else [*rows, pytest.mark.slow]
+
+
+by_model = pytest.mark.parametrize("family", [pytest.param(each, marks=marks(each), id=each.name) for each in MODELS])
+mostly_llama = pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=marks(each, quick=each is LLAMA), id=each.name) for each in MODELS]
 )
 
 PROMPT_LENGTH = 122
@@ -140,7 +148,17 @@ ROWS = {
 }
 """Rows of the support table."""
 
-in_mode = pytest.mark.parametrize("mode", [pytest.param(mode, marks=pytest.mark.support(ROWS[mode])) for mode in MODES])
+MOST = ("greedy", "assisted", "padded-batch")
+"""What models other than Llama are asked where CI does not ask them all."""
+
+by_model_and_mode = pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        pytest.param(each, mode, marks=marks(each, ROWS[mode], each is LLAMA or mode in MOST), id=f"{each}-{mode}")
+        for mode in MODES
+        for each in MODELS
+    ],
+)
 
 
 def starts_of(mode: str) -> tuple[int, ...]:
@@ -155,8 +173,7 @@ def starts_of(mode: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------------- generate()
 
 
-@in_mode
-@by_model
+@by_model_and_mode
 def test_passthrough_generates_what_the_dense_cache_does(family: Family, mode: str) -> None:
     expected = generate(family, dense(family), "sdpa", **MODES[mode])
     assert expected.shape[1] == PROMPT_LENGTH + NEW_TOKENS
@@ -172,8 +189,7 @@ def expected_tokens(family: Family, mode: str, left_padding: tuple[int, ...]) ->
     return generate(family, reference(family, left_padding), "sdpa", **MODES[mode])
 
 
-@in_mode
-@by_model
+@by_model_and_mode
 def test_codes_generate_what_the_fake_quantized_cache_does(family: Family, mode: str) -> None:
     expected = expected_tokens(family, mode, starts_of(mode))
     cache = quantized(family)
@@ -181,8 +197,7 @@ def test_codes_generate_what_the_fake_quantized_cache_does(family: Family, mode:
     assert all(layer.spans for layer in cache.spectral_layers)
 
 
-@in_mode
-@by_model
+@by_model_and_mode
 def test_every_attention_generates_the_same_from_codes(family: Family, mode: str) -> None:
     expected = expected_tokens(family, mode, starts_of(mode))
     for attention in ("sdpa", "eager") if mode in ("greedy", "assisted", "padded-batch") else ("sdpa",):
@@ -194,7 +209,7 @@ def test_every_attention_generates_the_same_from_codes(family: Family, mode: str
 STEPS = (122, 1, 20, 1)
 
 
-@by_model
+@mostly_llama
 def test_eight_bits_mostly_agree_with_the_dense_cache(family: Family) -> None:
     tokens = generate(family, dense(family), "sdpa", random_tokens(4, PROMPT_LENGTH, seed=14), do_sample=True)
     steps = (PROMPT_LENGTH, *[1] * NEW_TOKENS)
@@ -242,13 +257,17 @@ def logits_of(model: PreTrainedModel, cache: DynamicCache, act: Callable[[Dynami
 
 CROPS = {"llama": (1, 20, 40, 64, 75, 120), "gpt2": (40, 120), "gemma3": (40, 120)}
 """Tokens removed from 150: none or a part of a block, one and a part of another; crops know no rotation."""
+FEW_CROPS = (("llama", 20), ("llama", 75), ("gemma3", 120))
+"""Those that are not left to CI."""
 
 
 @pytest.mark.support("crop, inside an encoded block too")
 @pytest.mark.parametrize(
     ("family", "removed"),
     [
-        pytest.param(family, removed, marks=pytest.mark.support(KINDS[family.name]), id=f"{family}-{removed}")
+        pytest.param(
+            family, removed, marks=marks(family, quick=(family.name, removed) in FEW_CROPS), id=f"{family}-{removed}"
+        )
         for family in MODELS
         for removed in CROPS[family.name]
     ],
@@ -290,7 +309,7 @@ def test_reset_and_reuse(family: Family) -> None:
 
 
 @pytest.mark.support("batch_repeat_interleave, batch_select_indices, reorder_cache")
-@by_model
+@mostly_llama
 def test_rows_are_repeated_selected_and_reordered(family: Family) -> None:
     def act(cache: DynamicCache, read: Read) -> None:
         read(cache, random_tokens(2, 140, seed=26), (140,))
@@ -306,7 +325,7 @@ def test_rows_are_repeated_selected_and_reordered(family: Family) -> None:
 
 
 @pytest.mark.support("copy.deepcopy")
-@by_model
+@mostly_llama
 def test_prefix_is_reused_by_deep_copies(family: Family) -> None:
     def act(cache: DynamicCache, read: Read) -> None:
         read(cache, random_tokens(1, 140, seed=30), (140,))
@@ -334,7 +353,7 @@ def test_deep_copy_shares_the_constants() -> None:
 
 
 @pytest.mark.support("multi-turn chat on one cache")
-@by_model
+@mostly_llama
 def test_chat_continues_on_one_cache(family: Family) -> None:
     conversations = []
     for attention, cache in (("sdpa", reference(family)), ("spectral", quantized(family)), ("sdpa", quantized(family))):
@@ -347,7 +366,7 @@ def test_chat_continues_on_one_cache(family: Family) -> None:
     assert torch.equal(conversations[0], conversations[2])
 
 
-@by_model
+@mostly_llama
 def test_beams_start_from_a_repeated_prefix(family: Family) -> None:
     prefix, rest = random_tokens(1, PROMPT_LENGTH, seed=37), random_tokens(1, 5, seed=38)
     found = []

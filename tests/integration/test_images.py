@@ -124,6 +124,7 @@ def test_positions_are_those_that_turn_the_keys(kind: str) -> None:
         assert shifts[0, BEFORE : BEFORE + IMAGE_TOKENS].tolist() == list(range(IMAGE_TOKENS))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_goes_on_behind_an_image() -> None:
     """Its graph knows places in the text only; the answer was coded at those, far from where its keys are turned to."""
     model: Any = model_of("qwen2_vl")

@@ -22,7 +22,7 @@ from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES, Coding
 from tests.builders import hide_present_objects, live_storages, llama_config
 from tests.families import Family, random_tokens
-from tests.helpers import feed
+from tests.helpers import feed, few
 from tests.property.effort import SOAK, report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +48,7 @@ TINY = Family(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.support("memory is the formula's throughout")
 @pytest.mark.support("time of a step grows linearly")
 @pytest.mark.support("logits are those of a cache built in one go")
@@ -119,7 +120,7 @@ def first_difference(layer: object, other: object) -> str | None:
 
 @pytest.mark.support("creating and dropping caches leaks nothing")
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("coding", get_args(Coding))
+@pytest.mark.parametrize("coding", few(get_args(Coding), ["scalar"]))
 def test_caches_come_and_go(coding: Coding) -> None:
     config = llama_config(32, layers=2)
     calibration = Calibration.synthetic(config, 3.0).with_coding(coding)

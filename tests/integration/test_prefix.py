@@ -209,6 +209,7 @@ def test_files_know_what_their_model_did_with_its_weights(
             SpectralCache.load(path, calibration_of(LLAMA), other)
 
 
+@pytest.mark.slow
 @saving
 def test_files_know_the_adapters_that_were_at_work(tmp_path: Path) -> None:
     """A file was read with the adapters switched off, or others chosen, and refused to torch.compile's wrapper."""

@@ -642,6 +642,7 @@ def test_eviction_does_not_touch_what_is_in_use(model: PreTrainedModel, calibrat
     assert same(cache, expected), "what was added may be used on"
 
 
+@pytest.mark.slow
 @storing
 def test_threads(model: PreTrainedModel, calibration: Calibration, tmp_path: Path) -> None:
     calibration = calibration.with_bits(3.0, key_bits="dense", value_bits="dense")  # reuse changes nothing but the time

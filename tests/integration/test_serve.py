@@ -327,6 +327,7 @@ def test_a_request_whose_client_has_gone(client: Any, chatty: str, monkeypatch: 
     assert len(steps) < 1000
 
 
+@pytest.mark.slow
 @serving
 def test_an_answer_ends_with_the_context(client: Any, chatty: str) -> None:
     text = " the city" * 1022  # 2,044 tokens of 2,048
@@ -572,6 +573,7 @@ def test_a_temperature_asks_for_sampling(client: Any, chatty: str) -> None:
     assert len({*warm, likeliest}) == 3
 
 
+@pytest.mark.slow
 @serving
 def test_a_seed_gives_the_same_answer_among_other_requests(client: Any, chatty: str) -> None:
     """It was set while another answer was being generated: both came out otherwise than alone."""

@@ -152,6 +152,7 @@ def test_a_file_that_changed_is_converted_again(tmp_path: Path) -> None:
     assert Path(model_source(tmp_path / "elsewhere.gguf")).parent == Path(second).parent  # by content, not by place
 
 
+@pytest.mark.slow
 @needs_gguf
 @pytest.mark.support("GGUF files that are damaged, replaced, or converted by two processes")
 def test_two_processes_convert_once(tmp_path: Path, home: Path) -> None:

@@ -122,6 +122,7 @@ def test_needles_are_found_in_a_cache_that_keeps_them(
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_lengths_at_which_a_method_reads_no_codes_are_not_counted(
     tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -330,6 +331,7 @@ def test_routing_that_is_not_finite_is_a_failure(tiny: PreTrainedModel, tokens: 
 # ---------------------------------------------------------------- transfer
 
 
+@pytest.mark.slow
 def test_transfer_compares_with_the_calibration_of_the_text(
     tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

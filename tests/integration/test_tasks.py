@@ -207,6 +207,7 @@ def test_answers_come_from_the_cache(demo_model: PreTrainedModel, demo_tokenizer
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_questions_do_not_see_each_other(demo_model: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     task = exercises.lookups(demo_tokenizer, pairs=(16,), shots=1, questions=2, seeds=1)
     (exercise,) = task.exercises

@@ -376,6 +376,7 @@ def broken() -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 def test_models_that_give_nan(
     run: Run,
     folder: Path,

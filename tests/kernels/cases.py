@@ -242,6 +242,22 @@ TRELLIS = {
 }
 """Cases of codes that are paths through a trellis, by test id; those of plain torch take their time to encode."""
 
+FEW = (
+    *("T69", "G16", "Tq5", "strided", "D80", "D64-Dv128", "width0", "width3", "width5", "no-rope", "partial-rope"),
+    *("few-fast", "padded", "padded-to-the-tail", "holes", "cut", "cut-padded", "softcap-sink-logits", "zero"),
+    *("bfloat16-D64", "float16-padded", "trellis", "trellis-width2", "trellis-width6", "trellis-all-fast"),
+    *("trellis-padded", "trellis-cut", "trellis-zero", "trellis-bfloat16-D64"),
+)
+"""Cases of every kind, for tests that leave the others to CI."""
+
+
+def few_of(cases: dict[str, Case]) -> list[Any]:
+    """Parameters of a test: all cases, of which CI alone runs those that are not among the few."""
+    return [
+        pytest.param(case, id=name, marks=[] if name in FEW else [pytest.mark.slow]) for name, case in cases.items()
+    ]
+
+
 SEARCHED = (
     "trellis-keys",
     "trellis-values",

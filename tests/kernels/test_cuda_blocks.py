@@ -38,9 +38,9 @@ from quantcache_kernels.cuda.near import NearTokens
 from quantcache_kernels.cuda.tables import PLACES, level_tables, stored_codes
 from tests.builders import scalar_calibration
 from tests.families import FAMILIES
-from tests.helpers import attend_by_kernel, feed
+from tests.helpers import attend_by_kernel, feed, few
 from tests.kernels import emulation, truth
-from tests.kernels.cases import ATTENTION, TRELLIS, Case, Kernel, codecs, fill, on_device
+from tests.kernels.cases import ATTENTION, FEW, TRELLIS, Case, Kernel, codecs, fill, on_device, shared
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler here")
 
@@ -82,14 +82,14 @@ PARITY = (
 )
 
 
-@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize("name", few(PARITY, FEW))
 def test_parity(name: str, emulated: None) -> None:
     check_parity(in_bfloat16((ATTENTION | TRELLIS)[name]))
 
 
 def test_queries_whose_own_tokens_are_encoded_are_left_to_plain_torch(emulated: None) -> None:
     """Blocks are every query's past for the kernels; caches encode behind the attention of what they are given."""
-    filled = fill(in_bfloat16(Case(tokens=132, queries=2)))
+    filled = shared(in_bfloat16(Case(tokens=132, queries=2)))
     view = on_device(filled.layer, CUDA).snapshot()
     assert view.key.tail.shape[2] == 0
     assert attend_by_kernel(filled.query, view) is None
@@ -111,14 +111,14 @@ def test_what_does_not_fit_a_small_gpu_is_left_to_plain_torch(emulated: None, mo
 @pytest.mark.parametrize("tokens", [100, 101])
 def test_blocks_begin_at_any_offset_from_their_anchor(tokens: int, emulated: None) -> None:
     case = in_bfloat16(Case(tokens=tokens, sink_length=5 + tokens % 2, cut=True))
-    table = fill(case).layer.snapshot().block_table
+    table = shared(case).layer.snapshot().block_table
     assert 39 - tokens % 2 in (table[:, 0] - table[:, 2]).tolist()
     check_parity(case)
 
 
 def check_parity(case: Case, kernel: Kernel = CUDA) -> None:
     """Attention is at most twice as far from float64 as plain torch in the case's dtype."""
-    filled = fill(case)
+    filled = shared(case)
     view, more = filled.layer.snapshot(), {"softcap": case.softcap, "s_aux": filled.s_aux}
     expected = truth.attention(filled.query, view, filled.mask, **more)
     own = truth.attention(filled.query, view, filled.mask, **more, dtype=case.dtype)
@@ -137,7 +137,7 @@ def check_parity(case: Case, kernel: Kernel = CUDA) -> None:
 def test_before_rounding_levels_and_rotations_are_those_of_half_precision(coding: Coding, emulated: None) -> None:
     """A result in bfloat16 hides errors below its own rounding; that of the kernels is eight times finer."""
     case = in_bfloat16(Case(tokens=200, heads=2, coding=(coding, coding)))
-    filled = fill(case)
+    filled = shared(case)
     expected = truth.attention(filled.query.float(), filled.layer.snapshot(), filled.mask)
     own = truth.attention(filled.query.float(), filled.layer.snapshot(), filled.mask, dtype=torch.float16)
     view = on_device(filled.layer, CUDA).snapshot()
@@ -149,14 +149,14 @@ def test_before_rounding_levels_and_rotations_are_those_of_half_precision(coding
 @pytest.mark.parametrize("blocks", range(1, 5))
 def test_blocks_are_taken_by_twos_and_a_last_one_alone(blocks: int, emulated: None) -> None:
     case = in_bfloat16(Case(tokens=64 * blocks + 10, sink_length=4, coding=("trellis", "scalar")))
-    assert len(fill(case).layer.snapshot().block_table) == blocks
+    assert len(shared(case).layer.snapshot().block_table) == blocks
     check_parity(case)
 
 
 @pytest.mark.parametrize("lead", [8.0, 12.0])
 def test_weights_far_below_an_earlier_peak_keep_their_share(lead: float, emulated: None) -> None:
     """They are rounded to half precision in its units: exp(-lead) each, but there are hundreds of them."""
-    filled = fill(in_bfloat16(Case(tokens=700, heads=1, groups=1)))
+    filled = shared(in_bfloat16(Case(tokens=700, heads=1, groups=1)))
     layer = filled.layer
     keys = layer.snapshot().dense("key").double()[0, 0]
     direction = keys[20] - keys.mean(0)  # of the first block
@@ -173,7 +173,7 @@ def test_weights_far_below_an_earlier_peak_keep_their_share(lead: float, emulate
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
 def test_the_number_of_splits_changes_rounding_only(splits: int, emulated: None) -> None:
-    filled = fill(in_bfloat16(Case(tokens=500, widths=2)))
+    filled = shared(in_bfloat16(Case(tokens=500, widths=2)))
     view = on_device(filled.layer, CUDA).snapshot()
     keys, values = (cuda_blocks.prepared(side.codec) for side in (view.key, view.value))
     given = (filled.query.float(), cuda._blocks(view), NearTokens(*view.dense_parts()), keys, values)
@@ -181,11 +181,11 @@ def test_the_number_of_splits_changes_rounding_only(splits: int, emulated: None)
     assert float((found - alone).norm()) <= 2e-4 * float(alone.norm())
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", few([1, 3], [3]))
 @pytest.mark.parametrize(("in_bulk", "late"), [(True, True), (False, False), (False, True)])
 def test_copies_may_be_made_in_pieces_and_land_late(in_bulk: bool, late: bool, splits: int, emulated: None) -> None:
     """GPUs before Hopper copy in pieces; the arithmetic is the same, whatever lands when."""
-    filled = fill(in_bfloat16(Case(tokens=600, widths=3, coding=("trellis", "scalar"))))
+    filled = shared(in_bfloat16(Case(tokens=600, widths=3, coding=("trellis", "scalar"))))
     view = on_device(filled.layer, CUDA).snapshot()
     keys, values = (cuda_blocks.prepared(side.codec) for side in (view.key, view.value))
     given = (filled.query, cuda._blocks(view), NearTokens(*view.dense_parts()), keys, values)
@@ -196,7 +196,7 @@ def test_copies_may_be_made_in_pieces_and_land_late(in_bulk: bool, late: bool, s
 
 
 def test_a_query_of_nan_spoils_its_own_row_alone(emulated: None) -> None:
-    filled = fill(in_bfloat16(Case(tokens=140, groups=5)))
+    filled = shared(in_bfloat16(Case(tokens=140, groups=5)))
     view = on_device(filled.layer, CUDA).snapshot()
     right = attend_by_kernel(filled.query, view)
     filled.query[0, 3] = torch.nan
@@ -219,7 +219,7 @@ def random_fields(codec: SpectralCodec, rows: int, count: int) -> dict[str, Tens
     return {"codes": codes, "gains": gains, "shifts": torch.zeros(count, rows, BLOCK, dtype=torch.int32)}
 
 
-@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+@pytest.mark.parametrize("coding", few(["scalar", "trellis"], ["trellis"]))
 @pytest.mark.parametrize(
     "more",
     [{"heads": 3}, {"dim": 80, "rotary": 0.4}, {"widths": 7}, {"widths": 0}, *({"widths": w} for w in (1, 3, 4, 5))],

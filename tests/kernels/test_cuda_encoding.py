@@ -20,8 +20,9 @@ from quantcache.coding.schema import SIDES
 from quantcache_kernels.cuda import encoding as kernels
 from quantcache_kernels.cuda import room
 from quantcache_kernels.cuda.compiler import source
+from tests.helpers import few
 from tests.kernels import emulation, encoding
-from tests.kernels.cases import CODES, TRELLIS, Case, codecs, fill
+from tests.kernels.cases import CODES, FEW, TRELLIS, Case, codecs, fill
 from tests.kernels.test_cuda_blocks import emulated as emulated
 from tests.kernels.test_cuda_blocks import in_bfloat16
 from tests.kernels.test_cuda_blocks import patch as patch
@@ -57,7 +58,7 @@ def encode(codec: SpectralCodec, *given: Tensor | None) -> dict[str, Tensor]:
     return backend.to_portable(codec, backend.encode(codec, *given))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", few(CASES, FEW))
 def test_codes(name: str, emulated: None, record_property: Any) -> None:
     case = in_bfloat16((CODES | TRELLIS)[name])
     for side in SIDES:

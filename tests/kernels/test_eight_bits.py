@@ -22,6 +22,7 @@ def test_whole_levels_are_too_coarse_for_a_kernel_from_three_bits_on() -> None:
         assert (theirs > 2 * own) == (width >= 3), (width, theirs, own)
 
 
+@pytest.mark.slow
 def test_coarser_numbers_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eight_bits, "PRECISIONS", {"coarse": Precision(3, 3), "fine": PRECISIONS["levels alone"]})
     model, tokenizer = load_model("wiki11m", device="cpu", dtype="float32")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from quantcache_kernels import cpu
 from quantcache_kernels.cpu.library import find
 from quantcache_kernels.triton import runtime
 from tests.helpers import attend_by_kernel, implementation
-from tests.kernels.cases import TRITON_DEVICE, Case, codecs, fill, vectors
+from tests.kernels.cases import TRITON_DEVICE, Case, codecs, shared, vectors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -41,9 +42,9 @@ CASE = Case(tokens=TOKENS, heads=2, groups=2, queries=QUERIES, pads=(0, 0))
 
 def filled(backend: str = "torch", case: Case = CASE) -> tuple[SpectralLayer, Tensor]:
     """A layer of two blocks, and queries."""
-    found = fill(case)
-    found.layer.backend = backend
-    return found.layer, found.query
+    layer = deepcopy(shared(case).layer)
+    layer.backend = backend
+    return layer, shared(case).query.clone()
 
 
 def random_mask(*shape: int) -> Tensor:

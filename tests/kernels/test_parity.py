@@ -35,6 +35,7 @@ from tests.kernels.cases import (
     Kernel,
     as_parameters,
     codecs,
+    few_of,
     fill,
     on_device,
     select,
@@ -90,7 +91,7 @@ def own_error(case: Case, half: bool) -> float:
     return found
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (ATTENTION | TRELLIS).items()])
+@pytest.mark.parametrize("case", few_of(ATTENTION | TRELLIS))
 def test_attention(kernel: Kernel, case: Case) -> None:
     if kernel.leaves(case):
         pytest.skip(f"not for {kernel.backend}: {kernel.leaves(case)}")
@@ -140,7 +141,7 @@ def encoded_by_torch(case: Case, side: str) -> tuple[SpectralCodec, Given, dict[
     return codec, given, fields
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (CODES | TRELLIS).items()])
+@pytest.mark.parametrize("case", few_of(CODES | TRELLIS))
 def test_codes(kernel: Kernel, case: Case, record_property: Callable[[str, object], None]) -> None:
     if kernel.leaves_codes(case):
         pytest.skip(f"not for {kernel.backend}: {kernel.leaves_codes(case)}")
@@ -194,7 +195,7 @@ def assert_decodes(kernel: Kernel, codec: SpectralCodec, given: DecodeGiven, exp
     return found
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (CODES | TRELLIS).items()])
+@pytest.mark.parametrize("case", few_of(CODES | TRELLIS))
 def test_decoding(kernel: Kernel, case: Case) -> None:
     if kernel.backend != "cpu":
         pytest.skip("test_triton.py has its own")

@@ -481,4 +481,14 @@ LayerMachine.TestCase.settings = settings(
     phases=set(Phase) - {Phase.explain},
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-TestLayer = pytest.mark.support("any order of operations, against a model (property test)")(LayerMachine.TestCase)
+TestLayer = pytest.mark.slow(
+    pytest.mark.support("any order of operations, against a model (property test)")(LayerMachine.TestCase)
+)
+
+
+class FewOperations(LayerMachine):
+    """The same with fewer examples, for runs that leave out what takes long."""
+
+
+FewOperations.TestCase.settings = settings(LayerMachine.TestCase.settings, max_examples=16)
+TestFewOperations = FewOperations.TestCase

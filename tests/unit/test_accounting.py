@@ -29,7 +29,7 @@ from tests.builders import (
     scalar_calibration,
     storages,
 )
-from tests.helpers import left_padding
+from tests.helpers import few, left_padding
 
 MAX_SLACK = 0.12
 MIN_COMPRESSION = 4.3
@@ -224,7 +224,7 @@ def test_prediction_of_other_settings(
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("prefill", [None, 1, 4000], ids=["at-once", "token-by-token", "half-and-half"])
+@pytest.mark.parametrize("prefill", few([None, 1, 4000], [None]), ids=["at-once", "token-by-token", "half-and-half"])
 def test_eight_thousand_tokens(head_dim: int, prefill: int | None) -> None:
     calibration = synthetic(head_dim, layers=1)
     cache = SpectralCache(calibration)

@@ -26,7 +26,8 @@ from quantcache.evaluation.methods import parse_methods
 from quantcache.planning import formats, geometry, memory, weights
 from quantcache.planning.memory import cache_memory, estimate_memory, largest_cache
 from tests.builders import llama_config, scalar_calibration
-from tests.families import FAMILIES, OTHERS, Family, shared_model
+from tests.families import FAMILIES, OTHERS, Family, marks_of_rest, shared_model
+from tests.helpers import few
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -59,7 +60,7 @@ def held(cache: Any) -> CacheMemory:
     return replace(measure(cache), constants=0)
 
 
-@pytest.mark.parametrize("family", EVERY, ids=str)
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.name, marks=marks_of_rest(f)) for f in EVERY])
 def test_dense_cache_of_every_family(family: Family) -> None:
     """The model itself fills the cache: whatever reaches it is counted."""
     model = shared_model(family)
@@ -120,9 +121,14 @@ def test_dense_sides_of_a_calibration_are_counted() -> None:
     assert estimate_memory(config, "spectral-2", 900, calibration=calibration) == held(cache)
 
 
-@pytest.mark.parametrize("form", [f for f in formats.list_formats() if f.scheme.simulated], ids=lambda f: f.name)
-def test_simulated_formats_are_counted_as_measured(form: formats.Format) -> None:
-    config = llama_config(64)
+SIMULATED = [form.name for form in formats.list_formats() if form.scheme.simulated]
+
+
+@pytest.mark.parametrize(
+    "name", few(SIMULATED, [name for name in SIMULATED if "kvarn" not in name] + ["kvarn-k4v2-64"])
+)
+def test_simulated_formats_are_counted_as_measured(name: str) -> None:
+    config, form = llama_config(64), formats.parse_format(name)
     (method,) = parse_methods([form.name], config, None)
     cache = method.make_cache()
     fill(cache, 700, 2, [(2, 64)] * 2, torch.bfloat16)

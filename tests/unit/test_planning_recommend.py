@@ -21,7 +21,7 @@ from quantcache.planning.demand import Demand, Recommendation
 from quantcache.planning.digest import bundled_measurements
 from quantcache.planning.formats import list_formats, parse_format
 from quantcache.planning.geometry import Geometry, load_config, read_geometry
-from quantcache.planning.memory import estimate_activations, estimate_memory, largest_cache
+from quantcache.planning.memory import estimate_activations, estimate_memory, largest_cache, read_widths
 from quantcache.planning.recommend import ModelSizes, longest, model_sizes, recommend
 from quantcache.planning.records import Measurements, measurements_of
 from tests.builders import eval_record, llama_config
@@ -120,11 +120,11 @@ def test_activations_never_decrease(name: str) -> None:
     windowed = Geometry(
         (replace(sizes().geometry.layers[0], blocks=False, window=100), *sizes().geometry.layers), 0, "traced"
     )
-    form, config = parse_format(name), sizes().config
+    form, widths = parse_format(name), read_widths(sizes().config)
     for known in (sizes().geometry, windowed):
         if form.layout == "quantized" and known is windowed:
             continue
-        needs = [estimate_activations(config, form, known, tokens, 3).total for tokens in range(1, 1500, 7)]
+        needs = [estimate_activations(widths, form, known, tokens, 3).total for tokens in range(1, 1500, 7)]
         assert needs == sorted(needs)
 
 
@@ -161,6 +161,7 @@ def test_nothing_fits() -> None:
     assert tiny.reason.endswith("weights in bf16; no context fits at batch 1")
 
 
+@pytest.mark.slow
 def test_packed_weights_leave_more_room() -> None:
     reach = {
         name: plan(Demand(24 * 10**9, 8192, 4, weights=name), "llama").candidate("spectral-3")

@@ -131,6 +131,7 @@ def test_words_of_a_divergence() -> None:
     assert found == [None, "near-lossless", "near-lossless", "balanced", "balanced", "small", None]
 
 
+@pytest.mark.slow
 def test_the_documentation_says_what_the_words_choose() -> None:
     """The page's table is that of the calibrations that ship."""
     root = Path(__file__).resolve().parents[2]
