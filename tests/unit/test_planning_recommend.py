@@ -420,7 +420,9 @@ def test_bytes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["24", "24G", "-1GB", "0GB", "GB", "1e9B", "24 GB RAM", "", "nanGB", "²GB"])
+@pytest.mark.parametrize(
+    "text", ["24", "24G", "-1GB", "0GB", "GB", "1e9B", "24 GB RAM", "", "nanGB", "²GB", "2,5GB", "1,0000MB", "24_GB"]
+)
 def test_bad_bytes(text: str) -> None:
     with pytest.raises(QuantCacheError, match="--memory must be"):
         parse_bytes(text, "--memory")
@@ -434,7 +436,7 @@ def test_tokens(text: str, count: int) -> None:
     assert parse_tokens(text) == count
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "8KB", "", "K", "many", "0.0001K"])
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "8KB", "", "K", "many", "0.0001K", "2,5K", "1,28,000", "16,"])
 def test_bad_tokens(text: str) -> None:
     with pytest.raises(QuantCacheError, match="--context must be"):
         parse_tokens(text, "--context")
