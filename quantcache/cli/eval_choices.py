@@ -20,6 +20,23 @@ if TYPE_CHECKING:
 
 ALL = "all"
 
+EXERCISES: tuple[Suite, ...] = ("needle", "records", "lookup", "tools")
+
+OF_SUITES: dict[str, tuple[Suite, ...]] = {
+    "chunk": ("fidelity", "routing", "transfer"),
+    "stride": ("fidelity",),
+    "qa": ("qa",),
+    "questions": ("qa",),
+    "trials": (*EXERCISES, "divergence"),
+    "domain": ("transfer",),
+    "draft": ("speed",),
+    "lengths": ("needle", "records"),
+    "needle_fact": ("needle", "records"),
+    "needle_question": ("needle", "records"),
+    "chat": (*EXERCISES, "qa"),
+}
+"""The suites that look at an option; all look at those that are not here."""
+
 
 def read_names(option: str, given: str) -> list[str]:
     """The parts of a comma-separated option, each once.
@@ -83,6 +100,23 @@ def read_suites(given: str, qa: Path | None) -> tuple[Suite, ...]:
     if "qa" in names and qa is None:
         raise WrongUsage("--suite qa needs --qa FILE")
     return SUITES if ALL in names else tuple(name for name in SUITES if name in names)
+
+
+def without_effect(suites: Sequence[Suite], invocation: typer.Context) -> list[str]:
+    """Options that none of the suites looks at: said, not refused, for a run may go on later with more suites.
+
+    Args:
+        suites: What is measured.
+        invocation: What was given on the command line.
+
+    Returns:
+        A line for each such option.
+    """
+    return [
+        f"--{name.replace('_', '-')} has no effect here: it is for {', '.join(users)}"
+        for name, users in OF_SUITES.items()
+        if not set(users) & set(suites) and getattr(invocation.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
 
 
 def check_methods(names: Sequence[str]) -> bool:

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, ViTConfig
+from typer.main import get_command
 
 from quantcache import calibrate, data
+from quantcache.cli import app
+from quantcache.cli.eval_choices import without_effect
 from quantcache.cli.eval_tables import tables
 from quantcache.common import compat
+from quantcache.common.choices import SUITES
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.record import read_record
 from quantcache.planning.records import read_measurements
@@ -40,6 +44,8 @@ def folder(
     folder = tmp_path_factory.mktemp("eval")
     text, held_out = data.calibration_text()[:3000], data.evaluation_text()[:6000]
     (folder / "held_out.txt").write_text(held_out, "utf-8")
+    (folder / "other").mkdir()
+    (folder / "other" / "held_out.txt").write_text(text, "utf-8")
     (folder / "mixed.txt").write_text(text[:1500] + held_out, "utf-8")
     (folder / "calibrated.txt").write_text(text, "utf-8")
     (folder / "short.txt").write_text("Too short.", "utf-8")
@@ -282,9 +288,26 @@ BAD_INPUT = {
         (*EVAL, "--weights", "int3"),
         "'--weights': 'int3' is not one of 'int8', 'int4', 'quanto-int8'",
     ),
+    "tail and residual": ((*EVAL, "--tail", "0", "--residual", "32"), "got --tail 0 and --residual 32"),
+    "domain of the text's name": (
+        (*EVAL, "--suite", "transfer", "--domain", "other/held_out.txt"),
+        "must differ in name from --text, got --domain other/held_out.txt and --text held_out.txt",
+    ),
     "domain missing": ((*EVAL, "--suite", "transfer", "--domain", "no.txt"), "no.txt: No such file"),
     "domain twice": ((*EVAL, "--domain", "mixed.txt", "--domain", "mixed.txt"), "must differ in name"),
 }
+
+
+def test_options_of_other_suites() -> None:
+    command = get_command(app).commands["eval"]  # type: ignore[attr-defined]
+    options = ("--qa", "q.json", "--trials", "1", "--no-chat", "--chunk", "8", "--quick", "--sinks", "0")
+    given = command.make_context("eval", ["m", "--text", "t", *options])
+    assert without_effect(("memory", "transfer"), given) == [
+        "--qa has no effect here: it is for qa",
+        "--trials has no effect here: it is for needle, records, lookup, tools, divergence",
+        "--chat has no effect here: it is for needle, records, lookup, tools, qa",
+    ]
+    assert without_effect(SUITES, given) == []
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD_INPUT.values(), ids=BAD_INPUT)
