@@ -281,12 +281,14 @@ def prefix_sizes(memory: str, folder: str | None, disk: str | None) -> tuple[int
         Bytes in memory and in the folder; None for the folder's default.
 
     Raises:
-        WrongUsage: A size cannot be read, or belongs to a folder that is not named.
+        WrongUsage: A size cannot be read, belongs to a folder that is not named, or is missing for one that is.
     """
     from quantcache.common.units import parse_bytes
 
     if folder is None and disk is not None:
         raise WrongUsage("--prefix-folder-bytes needs --prefix-folder")
+    if memory == "0" and folder is not None and disk is None:
+        raise WrongUsage("--prefix-bytes 0 leaves --prefix-folder no bytes: give --prefix-folder-bytes too")
     with wrong_usage():
         return (
             0 if memory == "0" else parse_bytes(memory, "--prefix-bytes"),

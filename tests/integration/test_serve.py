@@ -669,6 +669,7 @@ def test_a_calibration_of_another_model(chatty: str) -> None:
         (["--also", "wiki11m=other"], "wiki11m has two calibrations: wiki11m and other"),
         (["--also", "wiki12m=/nowhere"], "there is no folder /nowhere"),
         (["--prefix-bytes", "many"], "--prefix-bytes must be a number and a unit"),
+        (["--prefix-bytes", "0", "--prefix-folder", "f"], "--prefix-bytes 0 leaves --prefix-folder no bytes"),
         (["--prefix-folder-bytes", "1GB"], "--prefix-folder-bytes needs --prefix-folder"),
         (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs must be a JSON object, got [1]"),
         (["--reasoning", "maybe"], "'--reasoning': 'maybe' is not one of 'on', 'off', 'auto'"),
