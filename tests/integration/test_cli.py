@@ -212,7 +212,8 @@ def test_generate(run: Run, calibrated: dict, folder: Path) -> None:
     shutil.copytree(data.demo_model_path(), trained)
     settings = json.loads((trained / "generation_config.json").read_text())
     (trained / "generation_config.json").write_text(json.dumps({**settings, "use_cache": False}))
-    status, out, _ = run("generate", trained, *arguments[2:], "--bits", 4, "--residual", 32)
+    coldest = ("--temperature", "1e-40")  # logits divided by it are infinite
+    status, out, _ = run("generate", trained, *arguments[2:], "--bits", 4, "--residual", 32, *coldest)
     assert (status, out) == (0, found["text"] + "\n")
 
 
@@ -345,6 +346,7 @@ BAD_INPUT = {
     "nowhere to write": ((*EVAL, "-o", "no-folder/result.json"), "no folder"),
     "calibration text": (("eval", "wiki11m", "-c", "calibration", "--text", "both.txt"), "was calibrated on"),
     "empty prompt": (("generate", "wiki11m", "-c", "calibration", "--prompt", ""), "prompt is empty"),
+    "temperature of infinity": ((*GENERATE, "--temperature", "inf"), "'--temperature': inf is not a number"),
     "backend": ((*GENERATE, "--backend", "abacus"), "'--backend': 'abacus' is not one of 'auto', 'cpu'"),
     "backend without a GPU": (
         ("generate", "./no-model", "-p", "a", "--backend", "cuda", "--device", "cpu"),

@@ -10,6 +10,8 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from quantcache.common.defaults import COLDEST
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 UNNOTICED = {
@@ -48,9 +50,6 @@ LIMITS = {
     "top_p": (0.0, 1.0),
     "frequency_penalty": (-0.99, 2.0),  # transformers' server makes a repetition penalty of 1 and this
 }
-
-COLDEST = 1e-5
-"""Temperatures below are 0: a division by them would leave float32."""
 
 SEEDS = range(-(1 << 63), 1 << 64)
 """What torch takes."""
