@@ -573,6 +573,21 @@ def test_a_temperature_asks_for_sampling(client: Any, chatty: str) -> None:
 
 
 @serving
+def test_a_temperature_beside_a_generation_config(client: Any, chatty: str) -> None:
+    """It was ignored where the config does not say whether to sample, and divided by where it is all but 0."""
+
+    def said(config: dict[str, Any], **more: Any) -> str:
+        asked = {"extra_body": {"generation_config": json.dumps({"max_new_tokens": 6, **config})}} if config else {}
+        found = client.completions.create(model=chatty, prompt=STORY, max_tokens=6, seed=1, **more, **asked)
+        return str(found.choices[0].text)
+
+    likeliest, warm = said({}, temperature=0), said({}, temperature=2.0)
+    assert said({"do_sample": True}, temperature=1e-40) == likeliest
+    assert said({"do_sample": False}, temperature=2.0) == likeliest
+    assert said({"repetition_penalty": 1.0}, temperature=2.0) == warm != likeliest
+
+
+@serving
 def test_a_seed_gives_the_same_answer_among_other_requests(client: Any, chatty: str) -> None:
     """It was set while another answer was being generated: both came out otherwise than alone."""
 

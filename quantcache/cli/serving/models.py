@@ -288,8 +288,9 @@ CONTINUOUS_BATCHING = (
 
 def _follow(model: PreTrainedModel, inputs: Any, config: Any) -> None:
     """Let a generation config say what its request asks for, or refuse it."""
-    if asks_for_sampling():  # transformers' server would take the likeliest token, whatever the temperature
-        config.do_sample = True
+    sampling = asks_for_sampling()
+    if sampling is not None:  # transformers' server would do what the model's settings say, whatever the temperature
+        config.do_sample = sampling
     if config.num_return_sequences not in (None, 1):
         raise HTTPException(400, f"num_return_sequences={config.num_return_sequences}: a request has one answer")
     config.return_dict_in_generate = False
