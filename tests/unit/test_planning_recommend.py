@@ -275,6 +275,9 @@ def test_figures_of_shared_bits_are_not_those_of_sides_with_their_own() -> None:
     apart = quality.expected_quality(form, ["wiki11m"], 512, BUNDLED, made.with_bits(value_bits=2))
     assert (apart.basis, apart.kl) == ("predicted from its calibration", apart.predicted_kl)
     assert apart.kl == predict_kl(made.with_bits(4, value_bits=2))
+    least = made.with_bits(min_bits=2)  # which leaves no more for those that matter
+    found = quality.expected_quality(parse_format("spectral-2"), ["wiki11m"], 512, BUNDLED, least)
+    assert (found.basis, found.kl) == ("predicted from its calibration", predict_kl(least.with_bits(2)))
     own = plan(Demand(10**9, 1000), calibration=made.with_bits(key_bits="dense", value_bits=2))
     assert not [each for each in own.candidates if each.format.startswith("spectral")]
     assert "Left out: spectral-4: the calibration gives keys and values bits of their own." in own.notes
