@@ -25,6 +25,7 @@ from quantcache.cli.options import (
     SequenceOption,
     TokensOption,
     TrustOption,
+    is_given,
 )
 from quantcache.cli.outputs import holds_calibration, output_folder
 from quantcache.cli.pages import WrongUsage
@@ -142,8 +143,14 @@ def calibrate(
         else:
             if model is None or not text:
                 raise WrongUsage("nothing to calibrate: give MODEL and --text FILE, or --recipe NAME")
-            if min_bits > bits:
-                raise WrongUsage(f"--min-bits {min_bits} exceeds --bits {bits:g}")
+            if "joint" not in (keys, values):
+                if is_given(context, "bits"):
+                    beside = f"--key-bits {key_bits} and --value-bits {value_bits}"
+                    raise WrongUsage(f"--bits {bits:g} has no effect beside {beside}")
+                bits = max(bits, min_bits)  # which no side has
+            for name, rate in (("--bits", bits), ("--key-bits", keys), ("--value-bits", values)):
+                if not isinstance(rate, str) and min_bits > rate:
+                    raise WrongUsage(f"--min-bits {min_bits} exceeds {name} {rate:g}")
             # An option takes one value, so further files of `--text a b` arrive as arguments.
             texts = [read_text(path) for path in [*text, *(more_text or [])]]
         expect_model(model, revision)
@@ -283,11 +290,7 @@ def refuse_options(context: typer.Context) -> None:
     Raises:
         WrongUsage: An option was given that the recipe sets.
     """
-    given = [
-        name
-        for name in sorted(context.params)
-        if name not in _BESIDE_A_RECIPE and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
+    given = [name for name in sorted(context.params) if name not in _BESIDE_A_RECIPE and is_given(context, name)]
     if given:
         options = ", ".join("more text" if name == "more_text" else f"--{name.replace('_', '-')}" for name in given)
         raise WrongUsage(f"--recipe sets {options} already: leave that out, or copy the recipe and change it")

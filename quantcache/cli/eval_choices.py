@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from quantcache.cli.options import wrong_usage
+from quantcache.cli.options import is_given, wrong_usage
 from quantcache.cli.pages import WrongUsage
 from quantcache.common.choices import SUITES, Suite
 from quantcache.common.errors import QuantCacheError
@@ -115,7 +115,7 @@ def without_effect(suites: Sequence[Suite], invocation: typer.Context) -> list[s
     return [
         f"--{name.replace('_', '-')} has no effect here: it is for {', '.join(users)}"
         for name, users in OF_SUITES.items()
-        if not set(users) & set(suites) and getattr(invocation.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if not set(users) & set(suites) and is_given(invocation, name)
     ]
 
 

@@ -169,6 +169,19 @@ def check_rate(bits: float | None, quality: str | None) -> None:
         raise WrongUsage(f"give either --quality or --bits, got --quality {quality} and --bits {bits:g}")
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was given on the command line.
+
+    Args:
+        context: What was given.
+        name: The parameter.
+
+    Returns:
+        False where it has its default.
+    """
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
 def named_model(argument: str | None, option: str | None) -> str | None:
     """The model of a verb that took it as ``--model`` before it took it as an argument.
 

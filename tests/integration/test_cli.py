@@ -288,7 +288,16 @@ BAD_INPUT = {
         (*CALIBRATE, "--key-bits", "9"),
         "'--key-bits': '9' is not a number from 0 to 8, 'dense' or",
     ),
-    "minimum above budget": ((*CALIBRATE, "--min-bits", "4"), "--min-bits 4"),
+    "minimum above budget": ((*CALIBRATE, "--min-bits", "4"), "--min-bits 4 exceeds --bits 3"),
+    "minimum above a side's": ((*CALIBRATE, "--min-bits", "3", "--key-bits", "2"), "--min-bits 3 exceeds --key-bits 2"),
+    "minimum above no side's": (
+        (*CALIBRATE, "--min-bits", "4", "--key-bits", "5", "--value-bits", "3.5"),
+        "--min-bits 4 exceeds --value-bits 3.5",
+    ),
+    "bits of no side": (
+        (*CALIBRATE, "--bits", "7", "--key-bits", "2", "--value-bits", "dense"),
+        "--bits 7 has no effect beside --key-bits 2 and --value-bits dense",
+    ),
     "metric": ((*CALIBRATE, "--metric", "luck"), "'--metric': 'luck' is not one of 'fisher', 'query', 'identity'"),
     "dtype": (
         (*CALIBRATE, "--dtype", "int3"),
