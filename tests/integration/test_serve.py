@@ -687,6 +687,8 @@ def test_a_calibration_of_another_model(chatty: str) -> None:
         (["--prefix-bytes", "0", "--prefix-folder", "f"], "--prefix-bytes 0 leaves --prefix-folder no bytes"),
         (["--prefix-folder-bytes", "1GB"], "--prefix-folder-bytes needs --prefix-folder"),
         (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs must be a JSON object, got [1]"),
+        (["--also", "wiki11m@main=wiki11m"], "wiki11m@main is wiki11m by another name, and has two calibrations"),
+        (["--reasoning", "on", "--chat-template-kwargs", '{"enable_thinking": false}'], "--reasoning on contradicts"),
         (["--reasoning", "maybe"], "'--reasoning': 'maybe' is not one of 'on', 'off', 'auto'"),
         (["--log-level", "loud"], "'--log-level': 'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (["--dtype", "int3"], "'--dtype': 'int3' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
