@@ -101,7 +101,7 @@ class PrefixStore:
         for name, value in (("max_bytes", max_bytes), ("folder_bytes", folder_bytes or 0)):
             if not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number of bytes, such as 2 << 30, got {value!r}")
-            if value < 0:
+            if not value >= 0:  # not a number would never be too little
                 raise ValueError(f"{name} must not be negative, got {value}")
         if folder is not None and folder_bytes is None and not max_bytes:
             raise ValueError(f"folder_bytes must be given where max_bytes is 0: {folder} could hold nothing")
