@@ -25,6 +25,7 @@ from quantcache.cli.options import (
     SequenceOption,
     TokensOption,
     TrustOption,
+    check_private,
     is_given,
 )
 from quantcache.cli.outputs import holds_calibration, output_folder
@@ -128,8 +129,7 @@ def calibrate(
             return
         if output is None and push_to_hub is None:
             raise WrongUsage("no output: give -o DIR, --push-to-hub REPO, or both")
-        if private and push_to_hub is None:
-            raise WrongUsage("--private is of a repository: give --push-to-hub REPO")
+        check_private(private, push_to_hub)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
         rows = None if records is None else read_metrics(records)
         if recipe is not None:

@@ -19,6 +19,7 @@ from quantcache.cli.options import (
     PrivateOption,
     PushOption,
     RevisionOption,
+    check_private,
 )
 from quantcache.cli.session import session
 from quantcache.common.choices import Basis
@@ -51,6 +52,7 @@ def export(
         quantcache export wiki11m -c calibration/ -o wiki11m-flat --basis flat
     """
     with session(json, debug) as run:
+        check_private(private, push_to_hub)
         rows = None if records is None else read_metrics(records)
         source = find_model(model, revision)
 

@@ -169,6 +169,20 @@ def check_rate(bits: float | None, quality: str | None) -> None:
         raise WrongUsage(f"give either --quality or --bits, got --quality {quality} and --bits {bits:g}")
 
 
+def check_private(private: bool, push_to_hub: str | None) -> None:
+    """Refuse a private repository where there is none.
+
+    Args:
+        private: Whether ``--private`` is given.
+        push_to_hub: What ``--push-to-hub`` says.
+
+    Raises:
+        WrongUsage: Nothing is pushed.
+    """
+    if private and push_to_hub is None:
+        raise WrongUsage("--private is of a repository: give --push-to-hub REPO")
+
+
 def is_given(context: typer.Context, name: str) -> bool:
     """Whether a parameter was given on the command line.
 

@@ -281,6 +281,14 @@ BAD_INPUT = {
     "text is a folder": (("calibrate", "wiki11m", "-o", "unused", "--text", "."), "Is a directory"),
     "no text": (("calibrate", "wiki11m", "-o", "unused"), "--text"),
     "no output": (("calibrate", "wiki11m", "--text", "one.txt"), "-o DIR"),
+    "private without a repository": (
+        (*CALIBRATE, "--private"),
+        "--private is of a repository: give --push-to-hub REPO",
+    ),
+    "export private, without a repository": (
+        ("export", "wiki11m", "-o", "unused", "--private"),
+        "--private is of a repository: give --push-to-hub REPO",
+    ),
     "output is a file": (("calibrate", "wiki11m", "-o", "one.txt", "--text", "one.txt"), "one.txt"),
     "calibrate at 11 bits": ((*CALIBRATE, "--bits", "11"), "'--bits': '11' "),
     "bits not a number": ((*CALIBRATE, "--bits", "many"), "'--bits': 'many' "),
