@@ -131,7 +131,6 @@ def calibrate(
             raise WrongUsage("no output: give -o DIR, --push-to-hub REPO, or both")
         check_private(private, push_to_hub)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
-        rows = None if records is None else read_metrics(records)
         if recipe is not None:
             chosen = _recipe(recipe, context)
             revision = chosen.revision if model in (None, chosen.model) else revision  # which is of that model
@@ -153,6 +152,7 @@ def calibrate(
                     raise WrongUsage(f"--min-bits {min_bits} exceeds {name} {rate:g}")
             # An option takes one value, so further files of `--text a b` arrive as arguments.
             texts = [read_text(path) for path in [*text, *(more_text or [])]]
+        rows = None if records is None else read_metrics(records, model)
         expect_model(model, revision)
 
         stack.enter_context(output_folder(output, _FOLDERS))

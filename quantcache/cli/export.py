@@ -53,7 +53,7 @@ def export(
     """
     with session(json, debug) as run:
         check_private(private, push_to_hub)
-        rows = None if records is None else read_metrics(records)
+        rows = None if records is None else read_metrics(records, model, str(output), push_to_hub)
         source = find_model(model, revision)
 
         from quantcache.artifact import hub
