@@ -58,7 +58,7 @@ def read_names(option: str, given: str) -> list[str]:
 
 
 def read_token_counts(option: str, given: str, least: int) -> tuple[int, ...]:
-    """The numbers of tokens of a comma-separated option.
+    """The numbers of tokens of a comma-separated option, each once.
 
     Args:
         option: The option's name, for the error.
@@ -72,7 +72,7 @@ def read_token_counts(option: str, given: str, least: int) -> tuple[int, ...]:
         typer.BadParameter: A part is no whole number, or too small.
     """
     try:
-        return tuple(parse_tokens(part, least=least) for part in read_names(option, given))
+        return tuple(dict.fromkeys(parse_tokens(part, least=least) for part in read_names(option, given)))
     except QuantCacheError:
         wanted = f"whole numbers from {least} up, comma-separated, such as 1024 or 1K,4K"
         raise typer.BadParameter(f"{given!r} is not one or several {wanted}", param_hint=f"'{option}'") from None

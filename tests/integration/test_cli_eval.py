@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from quantcache import calibrate, data
 from quantcache.cli import app
-from quantcache.cli.eval_choices import without_effect
+from quantcache.cli.eval_choices import read_token_counts, without_effect
 from quantcache.cli.eval_tables import tables
 from quantcache.common import compat
 from quantcache.common.choices import SUITES
@@ -47,6 +47,7 @@ def folder(
     (folder / "other").mkdir()
     (folder / "other" / "held_out.txt").write_text(text, "utf-8")
     (folder / "mixed.txt").write_text(text[:1500] + held_out, "utf-8")
+    (folder / "later.txt").write_text(held_out + text, "utf-8")
     (folder / "calibrated.txt").write_text(text, "utf-8")
     (folder / "short.txt").write_text("Too short.", "utf-8")
     (folder / "empty.txt").write_text(" \n", "utf-8")
@@ -254,6 +255,7 @@ BAD_INPUT = {
     ),
     "calibration text": (("eval", "wiki11m", "-c", "calibration", "--text", "calibrated.txt"), "was calibrated on"),
     "shared passages": ((*EVAL[:5], "mixed.txt", *EVAL[6:]), "mixed.txt holds"),
+    "shared passages behind the tokens": ((*EVAL[:5], "later.txt", *EVAL[6:], "--suite", "records"), "later.txt holds"),
     "qa without questions": ((*EVAL, "--suite", "qa"), "--suite qa needs --qa FILE"),
     "questions malformed": ((*EVAL, "--suite", "qa", "--qa", "bad.jsonl"), "bad.jsonl, line 1 is not JSON"),
     "questions missing": ((*EVAL, "--suite", "qa", "--qa", "no.jsonl"), "no.jsonl: No such file"),
@@ -308,6 +310,10 @@ def test_options_of_other_suites() -> None:
         "--chat has no effect here: it is for needle, records, lookup, tools, qa",
     ]
     assert without_effect(SUITES, given) == []
+
+
+def test_a_length_is_measured_once_however_it_is_written() -> None:
+    assert read_token_counts("--lengths", "2K,1K,1024", least=2) == (2048, 1024)
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD_INPUT.values(), ids=BAD_INPUT)
