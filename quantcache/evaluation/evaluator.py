@@ -6,13 +6,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from quantcache.coding.schema import Rate
 from quantcache.common.env import environment
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import cut_windows
@@ -99,6 +100,7 @@ def evaluate(
     data = {
         "model": names.model,
         "calibration": names.calibration,
+        "rate": None if material.calibration is None else _sides_of(material.calibration.metadata.rate),
         "context": plan.contexts[0],
         "tokens": (windows - 1) * (plan.stride or plan.contexts[0]) + plan.contexts[0],
         "stride": plan.stride,
@@ -135,6 +137,11 @@ def fingerprint(plan: Plan, inputs: dict[str, str | None], model: PreTrainedMode
     machine = {key: value for key, value in environment().items() if key in ("versions", "cpu", "gpus")}
     where = {"device": str(model.device), "dtype": str(model.dtype), **machine}
     return {**{f"{name} hash": digest for name, digest in inputs.items()}, **settings, **where}
+
+
+def _sides_of(rate: Rate) -> dict[str, Any]:
+    """What methods of ours take from a calibration's rate: all but the bits, which their names say."""
+    return {name: value for name, value in asdict(rate).items() if name != "bits"}
 
 
 def _haystack(text: str, plan: Plan) -> str:
