@@ -213,7 +213,7 @@ def enable(
             prefixes cannot be kept.
         ValueError: An option is out of range.
     """
-    setting = _setting(None, model, calibration, hub, options, prefixes, 3)
+    setting = _setting(None, model, calibration, attention, hub, options, prefixes, 3)
     with _lock:
         hook = _hook(model, attention and setting.make is not None)
         hook.settings = [setting, *(each for each in hook.settings if each.thread is not None)]
@@ -265,7 +265,9 @@ def enabled(
     Yields:
         The model.
     """
-    setting = _setting(threading.get_ident(), model, calibration, hub, options, prefixes, 4)  # contextlib is between
+    setting = _setting(
+        threading.get_ident(), model, calibration, attention, hub, options, prefixes, 4
+    )  # after contextlib
     hook: _Generate | None = None
     try:
         with _lock:
@@ -286,6 +288,7 @@ def _setting(
     thread: int | None,
     model: PreTrainedModel,
     calibration: Calibration | str | Path | None,
+    attention: bool,
     hub: bool,
     options: dict[str, Any],
     prefixes: PrefixStore | None,
@@ -297,6 +300,8 @@ def _setting(
     """
     if isinstance(model, str | Path):  # anything with a generate() may be enabled, in whatever wrapper
         compat.require_loaded(model, "enable")
+    if not isinstance(attention, bool):  # a name of one would let the model attend on codes all the same
+        raise TypeError(f"attention must be True or False, got {attention!r}")
     if not hasattr(model, "generate"):
         around = next((f".{name}" for name in ("module", "model") if hasattr(getattr(model, name, 0), "generate")), "")
         inside = f"the model inside, {around}" if around else "one with a language modelling head"

@@ -93,7 +93,7 @@ class PrefixStore:
 
     Raises:
         TypeError: A number of bytes is not a number.
-        ValueError: A number of bytes is negative.
+        ValueError: A number of bytes is negative, or none is left for the folder.
         OSError: The folder cannot be made.
     """
 
@@ -101,8 +101,10 @@ class PrefixStore:
         for name, value in (("max_bytes", max_bytes), ("folder_bytes", folder_bytes or 0)):
             if not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number of bytes, such as 2 << 30, got {value!r}")
-            if value < 0:
+            if not value >= 0:  # not a number would never be too little
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if folder is not None and folder_bytes is None and not max_bytes:
+            raise ValueError(f"folder_bytes must be given where max_bytes is 0: {folder} could hold nothing")
         most = FOLDER_FACTOR * max_bytes if folder_bytes is None else folder_bytes
         self.max_bytes = max_bytes
         self.folder = None if folder is None else PrefixFolder(Path(folder), most)

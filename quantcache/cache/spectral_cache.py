@@ -69,7 +69,7 @@ class BlockCache(TraceableCache):
             ("residual_length", residual_length, 0),
             ("blocks_at_once", blocks_at_once, 1),
         ):
-            if not isinstance(number, Integral) or number < least:
+            if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
                 raise ValueError(f"{name} must be a whole number from {least} up, got {number!r}")
         backends.known_name(backend)
         if not torch.accelerator.is_available():  # else nobody knows yet where the model will be

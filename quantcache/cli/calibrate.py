@@ -25,6 +25,8 @@ from quantcache.cli.options import (
     SequenceOption,
     TokensOption,
     TrustOption,
+    check_private,
+    is_given,
 )
 from quantcache.cli.outputs import holds_calibration, output_folder
 from quantcache.cli.pages import WrongUsage
@@ -128,10 +130,8 @@ def calibrate(
             return
         if output is None and push_to_hub is None:
             raise WrongUsage("no output: give -o DIR, --push-to-hub REPO, or both")
-        if private and push_to_hub is None:
-            raise WrongUsage("--private is of a repository: give --push-to-hub REPO")
+        check_private(private, push_to_hub)
         keys, values = side_bits("--key-bits", key_bits), side_bits("--value-bits", value_bits)
-        rows = None if records is None else read_metrics(records)
         if recipe is not None:
             chosen = _recipe(recipe, context)
             revision = chosen.revision if model in (None, chosen.model) else revision  # which is of that model
@@ -143,10 +143,17 @@ def calibrate(
         else:
             if model is None or not text:
                 raise WrongUsage("nothing to calibrate: give MODEL and --text FILE, or --recipe NAME")
-            if min_bits > bits:
-                raise WrongUsage(f"--min-bits {min_bits} exceeds --bits {bits:g}")
+            if "joint" not in (keys, values):
+                if is_given(context, "bits"):
+                    beside = f"--key-bits {key_bits} and --value-bits {value_bits}"
+                    raise WrongUsage(f"--bits {bits:g} has no effect beside {beside}")
+                bits = max(bits, min_bits)  # which no side has
+            for name, rate in (("--bits", bits), ("--key-bits", keys), ("--value-bits", values)):
+                if not isinstance(rate, str) and min_bits > rate:
+                    raise WrongUsage(f"--min-bits {min_bits} exceeds {name} {rate:g}")
             # An option takes one value, so further files of `--text a b` arrive as arguments.
             texts = [read_text(path) for path in [*text, *(more_text or [])]]
+        rows = None if records is None else read_metrics(records, model)
         expect_model(model, revision)
 
         stack.enter_context(output_folder(output, _FOLDERS))
@@ -284,11 +291,7 @@ def refuse_options(context: typer.Context) -> None:
     Raises:
         WrongUsage: An option was given that the recipe sets.
     """
-    given = [
-        name
-        for name in sorted(context.params)
-        if name not in _BESIDE_A_RECIPE and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
+    given = [name for name in sorted(context.params) if name not in _BESIDE_A_RECIPE and is_given(context, name)]
     if given:
         options = ", ".join("more text" if name == "more_text" else f"--{name.replace('_', '-')}" for name in given)
         raise WrongUsage(f"--recipe sets {options} already: leave that out, or copy the recipe and change it")

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantcache.cli.eval_choices import check_methods, methods_known, read_names, read_suites, read_token_counts
+from quantcache.cli.eval_choices import (
+    check_methods,
+    methods_known,
+    read_names,
+    read_suites,
+    read_token_counts,
+    without_effect,
+)
 from quantcache.cli.eval_tables import for_people
 from quantcache.cli.loading import load_calibration, load_model, own_calibration, read_text
 from quantcache.cli.options import (
@@ -53,6 +60,7 @@ SUITE = "Options of single suites"
 
 
 def evaluate(
+    invocation: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text to evaluate on, never one calibrated on.")
@@ -82,8 +90,13 @@ def evaluate(
     ] = None,
     tokens: TokensOption = 16_384,
     residual: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Recent tokens that every method keeps; several for fidelity.")
-    ] = str(RESIDUAL_LENGTH),
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Recent tokens that every method keeps; several for fidelity.",
+            show_default=str(RESIDUAL_LENGTH),
+        ),
+    ] = None,
     tail: Annotated[
         str | None,
         typer.Option(
@@ -227,8 +240,12 @@ def evaluate(
         suites = read_suites(suite, qa)
         names = tuple(read_names("--methods", methods))
         contexts = None if context is None else read_token_counts("--context", context, least=2)
-        kept = ("--residual", residual) if tail is None else ("--tail", tail)
-        residuals = read_token_counts(*kept, least=0)
+        if residual is not None and tail is not None:
+            raise WrongUsage(f"give either --tail or --residual, got --tail {tail} and --residual {residual}")
+        if tail is None:
+            residuals = read_token_counts("--residual", str(RESIDUAL_LENGTH) if residual is None else residual, least=0)
+        else:
+            residuals = read_token_counts("--tail", tail, least=0)
         prompts = None if lengths is None else read_token_counts("--lengths", lengths, least=2)
         if tokens < 2:
             raise typer.BadParameter("a prediction needs two tokens", param_hint="'--tokens'")
@@ -253,7 +270,9 @@ def evaluate(
         if weights is not None:
             require_quantizer(weights)
         asked = None if qa is None else load_questions(qa)
-        domains = _domains(domain or ())
+        domains = _domains(domain or (), text)
+        for note in without_effect(suites, invocation):
+            report("note", note)
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded, tokenizer = load_model(model, revision=revision, **loading)
         if constants is not None:
@@ -294,11 +313,14 @@ def evaluate(
         run.finish(data, *for_people(data))
 
 
-def _domains(paths: Sequence[Path]) -> dict[str, str]:
-    """Texts by the names of their files."""
+def _domains(paths: Sequence[Path], text: Path) -> dict[str, str]:
+    """Texts by the names of their files, by which results tell them apart."""
     domains = {path.stem: read_text(path) for path in paths}
     if len(domains) != len(paths):
         raise ValueError("--domain files must differ in name")
+    for path in paths:
+        if path.stem == text.stem:
+            raise ValueError(f"--domain files must differ in name from --text, got --domain {path} and --text {text}")
     return domains
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from quantcache.cli.options import wrong_usage
+from quantcache.cli.options import is_given, wrong_usage
 from quantcache.cli.pages import WrongUsage
 from quantcache.common.choices import SUITES, Suite
 from quantcache.common.errors import QuantCacheError
@@ -19,6 +19,23 @@ if TYPE_CHECKING:
     from quantcache.evaluation.methods import Scheme
 
 ALL = "all"
+
+EXERCISES: tuple[Suite, ...] = ("needle", "records", "lookup", "tools")
+
+OF_SUITES: dict[str, tuple[Suite, ...]] = {
+    "chunk": ("fidelity", "routing", "transfer"),
+    "stride": ("fidelity",),
+    "qa": ("qa",),
+    "questions": ("qa",),
+    "trials": (*EXERCISES, "divergence"),
+    "domain": ("transfer",),
+    "draft": ("speed",),
+    "lengths": ("needle", "records"),
+    "needle_fact": ("needle", "records"),
+    "needle_question": ("needle", "records"),
+    "chat": (*EXERCISES, "qa"),
+}
+"""The suites that look at an option; all look at those that are not here."""
 
 
 def read_names(option: str, given: str) -> list[str]:
@@ -41,7 +58,7 @@ def read_names(option: str, given: str) -> list[str]:
 
 
 def read_token_counts(option: str, given: str, least: int) -> tuple[int, ...]:
-    """The numbers of tokens of a comma-separated option.
+    """The numbers of tokens of a comma-separated option, each once.
 
     Args:
         option: The option's name, for the error.
@@ -55,7 +72,7 @@ def read_token_counts(option: str, given: str, least: int) -> tuple[int, ...]:
         typer.BadParameter: A part is no whole number, or too small.
     """
     try:
-        return tuple(parse_tokens(part, least=least) for part in read_names(option, given))
+        return tuple(dict.fromkeys(parse_tokens(part, least=least) for part in read_names(option, given)))
     except QuantCacheError:
         wanted = f"whole numbers from {least} up, comma-separated, such as 1024 or 1K,4K"
         raise typer.BadParameter(f"{given!r} is not one or several {wanted}", param_hint=f"'{option}'") from None
@@ -83,6 +100,23 @@ def read_suites(given: str, qa: Path | None) -> tuple[Suite, ...]:
     if "qa" in names and qa is None:
         raise WrongUsage("--suite qa needs --qa FILE")
     return SUITES if ALL in names else tuple(name for name in SUITES if name in names)
+
+
+def without_effect(suites: Sequence[Suite], invocation: typer.Context) -> list[str]:
+    """Options that none of the suites looks at: said, not refused, for a run may go on later with more suites.
+
+    Args:
+        suites: What is measured.
+        invocation: What was given on the command line.
+
+    Returns:
+        A line for each such option.
+    """
+    return [
+        f"--{name.replace('_', '-')} has no effect here: it is for {', '.join(users)}"
+        for name, users in OF_SUITES.items()
+        if not set(users) & set(suites) and is_given(invocation, name)
+    ]
 
 
 def check_methods(names: Sequence[str]) -> bool:

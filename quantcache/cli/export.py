@@ -19,6 +19,7 @@ from quantcache.cli.options import (
     PrivateOption,
     PushOption,
     RevisionOption,
+    check_private,
 )
 from quantcache.cli.session import session
 from quantcache.common.choices import Basis
@@ -51,7 +52,8 @@ def export(
         quantcache export wiki11m -c calibration/ -o wiki11m-flat --basis flat
     """
     with session(json, debug) as run:
-        rows = None if records is None else read_metrics(records)
+        check_private(private, push_to_hub)
+        rows = None if records is None else read_metrics(records, model, str(output), push_to_hub)
         source = find_model(model, revision)
 
         from quantcache.artifact import hub

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
 from quantcache.cli.stats import LiveStats
 from quantcache.cli.terminal import report
-from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
+from quantcache.common.defaults import COLDEST, RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.plaintext import read_utf8
 
@@ -83,6 +84,8 @@ def generate(
     """
     with session(json, debug) as run:
         check_rate(bits, quality)
+        if not math.isfinite(temperature):
+            raise typer.BadParameter(f"{temperature} is not a number", param_hint="'--temperature'")
         require_backend(backend, device)
         expect_model(model, revision)
         text = read_prompt(prompt)
@@ -110,8 +113,8 @@ def generate(
         inputs = encoded(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
         prompt_tokens = inputs.input_ids.shape[1]
         torch.manual_seed(seed)
-        sampling: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
+        sampling: dict[str, Any] = {"do_sample": temperature >= COLDEST}
+        if temperature >= COLDEST:
             sampling["temperature"] = temperature
         started = time.perf_counter()
         with LiveStats(cache, Console(stderr=True)) if stats else contextlib.nullcontext() as watched:

@@ -169,6 +169,33 @@ def check_rate(bits: float | None, quality: str | None) -> None:
         raise WrongUsage(f"give either --quality or --bits, got --quality {quality} and --bits {bits:g}")
 
 
+def check_private(private: bool, push_to_hub: str | None) -> None:
+    """Refuse a private repository where there is none.
+
+    Args:
+        private: Whether ``--private`` is given.
+        push_to_hub: What ``--push-to-hub`` says.
+
+    Raises:
+        WrongUsage: Nothing is pushed.
+    """
+    if private and push_to_hub is None:
+        raise WrongUsage("--private is of a repository: give --push-to-hub REPO")
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was given on the command line.
+
+    Args:
+        context: What was given.
+        name: The parameter.
+
+    Returns:
+        False where it has its default.
+    """
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
 def named_model(argument: str | None, option: str | None) -> str | None:
     """The model of a verb that took it as ``--model`` before it took it as an argument.
 

@@ -258,7 +258,7 @@ def template_keywords(given: str | None, reasoning: Reasoning) -> dict[str, Any]
         The keywords.
 
     Raises:
-        WrongUsage: The text is not a JSON object.
+        WrongUsage: The text is not a JSON object, or says otherwise than ``reasoning``.
     """
     try:
         found = {} if given is None else json.loads(given)
@@ -266,7 +266,12 @@ def template_keywords(given: str | None, reasoning: Reasoning) -> dict[str, Any]
         raise WrongUsage(f"--chat-template-kwargs must be a JSON object: {error}") from error
     if not isinstance(found, dict):
         raise WrongUsage(f"--chat-template-kwargs must be a JSON object, got {given}")
-    return found if reasoning == "auto" else {**found, "enable_thinking": reasoning == "on"}
+    if reasoning == "auto":
+        return found
+    thinks = reasoning == "on"
+    if found.get("enable_thinking", thinks) != thinks:
+        raise WrongUsage(f"--reasoning {reasoning} contradicts --chat-template-kwargs {given}")
+    return {**found, "enable_thinking": thinks}
 
 
 def prefix_sizes(memory: str, folder: str | None, disk: str | None) -> tuple[int, int | None]:
@@ -281,12 +286,14 @@ def prefix_sizes(memory: str, folder: str | None, disk: str | None) -> tuple[int
         Bytes in memory and in the folder; None for the folder's default.
 
     Raises:
-        WrongUsage: A size cannot be read, or belongs to a folder that is not named.
+        WrongUsage: A size cannot be read, belongs to a folder that is not named, or is missing for one that is.
     """
     from quantcache.common.units import parse_bytes
 
     if folder is None and disk is not None:
         raise WrongUsage("--prefix-folder-bytes needs --prefix-folder")
+    if memory == "0" and folder is not None and disk is None:
+        raise WrongUsage("--prefix-bytes 0 leaves --prefix-folder no bytes: give --prefix-folder-bytes too")
     with wrong_usage():
         return (
             0 if memory == "0" else parse_bytes(memory, "--prefix-bytes"),

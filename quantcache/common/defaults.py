@@ -19,3 +19,6 @@ QUALITIES = {"near-lossless": 0.001, "balanced": 0.005, "small": 0.02}
 
 What these limits mean, as measured: docs/using-a-cache.md.
 """
+
+COLDEST = 1e-5
+"""Temperatures below are 0: a division by them would leave float32."""

@@ -12,7 +12,8 @@ _SIZES: dict[str, int] = {
     **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)},
 }
 _COUNTS = {"": 1, "K": 1024, "M": 1024**2}
-_AMOUNT = re.compile(r"\s*([+-]?\d[\d_,]*\.?\d*)\s*([A-Za-z]*)\s*")
+# A comma parts thousands, and nothing else: 2,5GB is not 25 of them.
+_AMOUNT = re.compile(r"\s*([+-]?(?:\d{1,3}(?:[,_]\d{3})+|\d+)(?:\.\d*)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str, what: str = "memory") -> int:

@@ -6,18 +6,20 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from quantcache.coding.schema import Rate
 from quantcache.common.env import environment
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.sequences import cut_windows
 from quantcache.evaluation import provenance, runner
 from quantcache.evaluation.cells import Cells
+from quantcache.evaluation.needle import haystack_size
 from quantcache.evaluation.plan import Material, Plan
 from quantcache.evaluation.record import Record, write_record
 
@@ -80,6 +82,7 @@ def evaluate(
     gates: dict[str, Any] = {}
     if material.calibration is not None:
         used = str(material.tokenizer.decode(ids, skip_special_tokens=True))
+        used = max(used, _haystack(material.text, plan), key=len)  # both begin where the text does
         gates = provenance.check_material(material.calibration, material, str(names.text), used)
     inputs = provenance.inputs(material)
     path = None if output is None else output.with_name(f"{output.name}.cells")
@@ -97,6 +100,7 @@ def evaluate(
     data = {
         "model": names.model,
         "calibration": names.calibration,
+        "rate": None if material.calibration is None else _sides_of(material.calibration.metadata.rate),
         "context": plan.contexts[0],
         "tokens": (windows - 1) * (plan.stride or plan.contexts[0]) + plan.contexts[0],
         "stride": plan.stride,
@@ -133,6 +137,18 @@ def fingerprint(plan: Plan, inputs: dict[str, str | None], model: PreTrainedMode
     machine = {key: value for key, value in environment().items() if key in ("versions", "cpu", "gpus")}
     where = {"device": str(model.device), "dtype": str(model.dtype), **machine}
     return {**{f"{name} hash": digest for name, digest in inputs.items()}, **settings, **where}
+
+
+def _sides_of(rate: Rate) -> dict[str, Any]:
+    """What methods of ours take from a calibration's rate: all but the bits, which their names say."""
+    return {name: value for name, value in asdict(rate).items() if name != "bits"}
+
+
+def _haystack(text: str, plan: Plan) -> str:
+    """The beginning of a text in which a plan's suites plant facts; it may be more than the plan's tokens."""
+    seeds = {"needle": plan.sizes.needle_seeds, "records": plan.sizes.task_seeds}
+    most = max((drawn for suite, drawn in seeds.items() if suite in plan.suites), default=0)
+    return text[: haystack_size(plan.prompt_lengths, most)]
 
 
 def make_record(

@@ -141,8 +141,7 @@ def measure_needle(
     check_lengths(model, lengths, "needle length")
     if seeds < 1 or not depths or not all(0 <= depth <= 1 for depth in depths):
         raise QuantCacheError(f"needles need depths from 0 to 1 and at least one seed, got {list(depths)} and {seeds}")
-    # Characters enough for any tokenizer, without reading all of a long text.
-    haystack = encode(tokenizer, text[: 64 * max(lengths) * seeds])
+    haystack = encode(tokenizer, text[: haystack_size(lengths, seeds)])
     if len(haystack) < max(lengths):
         raise QuantCacheError(f"the text has {len(haystack)} tokens, a needle prompt of {max(lengths)} needs as many")
 
@@ -151,15 +150,15 @@ def measure_needle(
         hits = _hits(codes, answers)
         return {"found": sum(hits), "n": len(hits), "answers": answers, "codes": codes}
 
-    grid = [(length, depth) for length in sorted(lengths) for depth in depths]
+    grid = [(length, depth) for length in sorted(set(lengths)) for depth in dict.fromkeys(depths)]
     cells.plan(SUITE, len(grid) * len(methods))
     for length, depth in grid:
         prompts, codes = _prompts(tokenizer, haystack, form, length, depth, seeds)
         for method in reading_codes(methods, length, cached=length - _asking(tokenizer, form)):
             cells.measure(SUITE, method.name, f"{length}@{depth:g}", ask, method, prompts, codes)
     settings = {
-        "lengths": sorted(lengths),
-        "depths": list(depths),
+        "lengths": sorted(set(lengths)),
+        "depths": list(dict.fromkeys(depths)),
         "seeds": seeds,
         "chunk": chunk,
         "format": asdict(form),
@@ -170,6 +169,19 @@ def measure_needle(
     dense = next((entries[method.name] for method in methods if method.family == "dense"), None)
     rates = {} if dense is None else {"all": dense.found, **dense.by_length}
     return NeedleResult(settings, entries, {place: is_evidence(rate) for place, rate in rates.items()})
+
+
+def haystack_size(lengths: Sequence[int], seeds: int) -> int:
+    """How much of a text is looked at for stretches to plant facts in.
+
+    Args:
+        lengths: Tokens of the prompts.
+        seeds: Stretches of each length.
+
+    Returns:
+        Characters, enough for any tokenizer, without all of a long text.
+    """
+    return 64 * max(lengths) * seeds
 
 
 def _hits(codes: list[str], answers: list[str]) -> list[bool]:

@@ -160,6 +160,13 @@ class Plan:
         drawn |= dict.fromkeys(("records", "lookup", "tools"), sizes.task_seeds)
         return list(range(max((drawn.get(suite, 1) for suite in self.suites), default=1)))
 
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of the prompts in which something is planted."""
+        longest = min(self.contexts[-1], self.sizes.longest or self.contexts[-1])
+        half = [longest // 2] if self.sizes.longest is None and longest > 512 else []
+        return list(self.lengths or [*half, longest])
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return asdict(self)

@@ -200,20 +200,13 @@ def _chat(material: Material, plan: Plan) -> bool:
     return has_template(material.tokenizer) if plan.chat is None else plan.chat
 
 
-def _lengths(plan: Plan) -> list[int]:
-    """Tokens of the prompts in which something is planted."""
-    longest = min(plan.contexts[-1], plan.sizes.longest or plan.contexts[-1])
-    half = [longest // 2] if plan.sizes.longest is None and longest > 512 else []
-    return list(plan.lengths or [*half, longest])
-
-
 def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
     return needle.measure_needle(
         material.model,
         material.tokenizer,
         material.text,
         methods,
-        lengths=_lengths(plan),
+        lengths=plan.prompt_lengths,
         depths=plan.sizes.needle_depths,
         seeds=plan.sizes.needle_seeds,
         form=replace(plan.needle_form, chat=_chat(material, plan)),
@@ -224,7 +217,7 @@ def _needle(material: Material, plan: Plan, methods: list[Method], cells: Cells)
 def _task(name: str, material: Material, plan: Plan, methods: list[Method], cells: Cells) -> dict[str, Any]:
     form, limit = replace(plan.needle_form, chat=_chat(material, plan)), compat.position_limit(material.model.config)
     most = math.inf if plan.lengths is not None or limit is None else limit - ANSWER_ROOM
-    lengths = [int(min(length, most)) for length in _lengths(plan)]
+    lengths = [int(min(length, most)) for length in plan.prompt_lengths]
     task = exercises.drawn(name, material.tokenizer, material.text, lengths, plan.sizes, form)
     if name != "records":  # of given lengths none is left out silently
         task = task.within(limit)

@@ -76,8 +76,8 @@ def estimate_memory(
     for name, value, least in (*lengths, ("residual_length", residual_length, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise QuantCacheError(f"{name} must be a whole number from {least} up, got {value!r}")
-    if prefill is not None and not 1 <= prefill <= tokens:
-        raise QuantCacheError(f"prefill must lie between 1 and tokens ({tokens}), got {prefill}")
+    if prefill is not None and (type(prefill) is not int or not 1 <= prefill <= tokens):
+        raise QuantCacheError(f"prefill must be a whole number between 1 and tokens ({tokens}), got {prefill!r}")
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(named, torch.dtype):
         raise QuantCacheError(f"dtype must be torch's or its name, such as 'bfloat16', got {dtype!r}")

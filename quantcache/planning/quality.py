@@ -59,7 +59,7 @@ def expected_quality(
     """What is known of a format on a model: measured on it, else predicted, else measured on others.
 
     Only figures of a cache that keeps as many recent tokens as caches do by default count, and of ours none where the
-    calibration gives a side bits of its own.
+    calibration gives a side bits of its own, or every coefficient some.
 
     Args:
         form: How the cache is stored.
@@ -74,8 +74,9 @@ def expected_quality(
     if form.layout == "dense":
         return Quality(0.0, 1.0, "reference", "none", "what the others are compared with")
     names = list(names)
-    if form.layout == "spectral" and calibration is not None and not calibration.metadata.rate.joint_sides:
-        measurements = Measurements()  # which are of keys and values that share their bits
+    rate = None if form.layout != "spectral" or calibration is None else calibration.metadata.rate
+    if rate is not None and (rate.min_bits or not rate.joint_sides):
+        measurements = Measurements()  # which are of coefficients that all share their bits
     predicted = predict_kl_at(calibration, form.bits) if form.layout == "spectral" and calibration is not None else None
     own = [figure for name in names if (figure := measurements.fidelity_of(form.name, name, RESIDUAL_LENGTH))]
     if own:

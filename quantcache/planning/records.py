@@ -241,7 +241,8 @@ def measurements_of(content: Any, path: Path) -> Measurements:
 
     Returns:
         Its figures; those of methods that could not be measured, of quantized weights, of overlapping windows, of an
-        equal exact tail, and of other sinks or chunks than the default ones are left out.
+        equal exact tail, and of other sinks or chunks than the default ones are left out, and those of ours where the
+        calibration shares its bits in a way of its own.
 
     Raises:
         RecordError: The data are not a record, or its figures are not as its suite writes them.
@@ -270,7 +271,7 @@ def measurements_of(content: Any, path: Path) -> Measurements:
             _fidelity(name, entry, model, dtype, context, origin)
             for context, entries in parts
             for name, entry in entries.items()
-            if entry["status"] == "ok"
+            if entry["status"] == "ok" and not (entry.get("family") == "ours" and _own_sides(content))
         ]
         plain_speed = record.suite == "eval" and content.get("weights") is None
         speed = _eval_speed(record, model, origin) if plain_speed else []
@@ -293,10 +294,20 @@ def _special(part: dict[str, Any], run: dict[str, Any]) -> str | None:
     return None if part.get("tail") is None else f"an equal exact tail ({part['tail']} tokens)"
 
 
+def _own_sides(run: dict[str, Any]) -> str | None:
+    """What makes figures of ours incomparable: a name says the bits, not how they were shared; None if nothing does."""
+    rate = run.get("rate") or {}
+    for name, usual in (("key_bits", "joint"), ("value_bits", "joint"), ("min_bits", 0)):
+        if rate.get(name, usual) != usual:
+            return f"a calibration with {name} {rate[name]}"
+    return None
+
+
 def _reasons_left_out(content: dict[str, Any]) -> list[str]:
     """What makes figures of an ``eval`` record incomparable, part by part."""
     parts = content["metrics"].get("fidelity", [{}])
-    return [reason for part in parts if (reason := _special(part, content)) is not None]
+    found = (*(_special(part, content) for part in parts), _own_sides(content))
+    return [reason for reason in found if reason is not None]
 
 
 def _benchmark_parts(record: Record) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -212,7 +212,8 @@ def test_generate(run: Run, calibrated: dict, folder: Path) -> None:
     shutil.copytree(data.demo_model_path(), trained)
     settings = json.loads((trained / "generation_config.json").read_text())
     (trained / "generation_config.json").write_text(json.dumps({**settings, "use_cache": False}))
-    status, out, _ = run("generate", trained, *arguments[2:], "--bits", 4, "--residual", 32)
+    coldest = ("--temperature", "1e-40")  # logits divided by it are infinite
+    status, out, _ = run("generate", trained, *arguments[2:], "--bits", 4, "--residual", 32, *coldest)
     assert (status, out) == (0, found["text"] + "\n")
 
 
@@ -280,6 +281,14 @@ BAD_INPUT = {
     "text is a folder": (("calibrate", "wiki11m", "-o", "unused", "--text", "."), "Is a directory"),
     "no text": (("calibrate", "wiki11m", "-o", "unused"), "--text"),
     "no output": (("calibrate", "wiki11m", "--text", "one.txt"), "-o DIR"),
+    "private without a repository": (
+        (*CALIBRATE, "--private"),
+        "--private is of a repository: give --push-to-hub REPO",
+    ),
+    "export private, without a repository": (
+        ("export", "wiki11m", "-o", "unused", "--private"),
+        "--private is of a repository: give --push-to-hub REPO",
+    ),
     "output is a file": (("calibrate", "wiki11m", "-o", "one.txt", "--text", "one.txt"), "one.txt"),
     "calibrate at 11 bits": ((*CALIBRATE, "--bits", "11"), "'--bits': '11' "),
     "bits not a number": ((*CALIBRATE, "--bits", "many"), "'--bits': 'many' "),
@@ -287,7 +296,16 @@ BAD_INPUT = {
         (*CALIBRATE, "--key-bits", "9"),
         "'--key-bits': '9' is not a number from 0 to 8, 'dense' or",
     ),
-    "minimum above budget": ((*CALIBRATE, "--min-bits", "4"), "--min-bits 4"),
+    "minimum above budget": ((*CALIBRATE, "--min-bits", "4"), "--min-bits 4 exceeds --bits 3"),
+    "minimum above a side's": ((*CALIBRATE, "--min-bits", "3", "--key-bits", "2"), "--min-bits 3 exceeds --key-bits 2"),
+    "minimum above no side's": (
+        (*CALIBRATE, "--min-bits", "4", "--key-bits", "5", "--value-bits", "3.5"),
+        "--min-bits 4 exceeds --value-bits 3.5",
+    ),
+    "bits of no side": (
+        (*CALIBRATE, "--bits", "7", "--key-bits", "2", "--value-bits", "dense"),
+        "--bits 7 has no effect beside --key-bits 2 and --value-bits dense",
+    ),
     "metric": ((*CALIBRATE, "--metric", "luck"), "'--metric': 'luck' is not one of 'fisher', 'query', 'identity'"),
     "dtype": (
         (*CALIBRATE, "--dtype", "int3"),
@@ -345,6 +363,7 @@ BAD_INPUT = {
     "nowhere to write": ((*EVAL, "-o", "no-folder/result.json"), "no folder"),
     "calibration text": (("eval", "wiki11m", "-c", "calibration", "--text", "both.txt"), "was calibrated on"),
     "empty prompt": (("generate", "wiki11m", "-c", "calibration", "--prompt", ""), "prompt is empty"),
+    "temperature of infinity": ((*GENERATE, "--temperature", "inf"), "'--temperature': inf is not a number"),
     "backend": ((*GENERATE, "--backend", "abacus"), "'--backend': 'abacus' is not one of 'auto', 'cpu'"),
     "backend without a GPU": (
         ("generate", "./no-model", "-p", "a", "--backend", "cuda", "--device", "cpu"),

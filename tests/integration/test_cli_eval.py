@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, ViTConfig
+from typer.main import get_command
 
 from quantcache import calibrate, data
+from quantcache.cli import app
+from quantcache.cli.eval_choices import read_token_counts, without_effect
 from quantcache.cli.eval_tables import tables
 from quantcache.common import compat
+from quantcache.common.choices import SUITES
 from quantcache.evaluation.cells import Cells
 from quantcache.evaluation.record import read_record
 from quantcache.planning.records import read_measurements
@@ -40,7 +44,10 @@ def folder(
     folder = tmp_path_factory.mktemp("eval")
     text, held_out = data.calibration_text()[:3000], data.evaluation_text()[:6000]
     (folder / "held_out.txt").write_text(held_out, "utf-8")
+    (folder / "other").mkdir()
+    (folder / "other" / "held_out.txt").write_text(text, "utf-8")
     (folder / "mixed.txt").write_text(text[:1500] + held_out, "utf-8")
+    (folder / "later.txt").write_text(held_out + text, "utf-8")
     (folder / "calibrated.txt").write_text(text, "utf-8")
     (folder / "short.txt").write_text("Too short.", "utf-8")
     (folder / "empty.txt").write_text(" \n", "utf-8")
@@ -251,6 +258,7 @@ BAD_INPUT = {
     ),
     "calibration text": (("eval", "wiki11m", "-c", "calibration", "--text", "calibrated.txt"), "was calibrated on"),
     "shared passages": ((*EVAL[:5], "mixed.txt", *EVAL[6:]), "mixed.txt holds"),
+    "shared passages behind the tokens": ((*EVAL[:5], "later.txt", *EVAL[6:], "--suite", "records"), "later.txt holds"),
     "qa without questions": ((*EVAL, "--suite", "qa"), "--suite qa needs --qa FILE"),
     "questions malformed": ((*EVAL, "--suite", "qa", "--qa", "bad.jsonl"), "bad.jsonl, line 1 is not JSON"),
     "questions missing": ((*EVAL, "--suite", "qa", "--qa", "no.jsonl"), "no.jsonl: No such file"),
@@ -285,9 +293,30 @@ BAD_INPUT = {
         (*EVAL, "--weights", "int3"),
         "'--weights': 'int3' is not one of 'int8', 'int4', 'quanto-int8'",
     ),
+    "tail and residual": ((*EVAL, "--tail", "0", "--residual", "32"), "got --tail 0 and --residual 32"),
+    "domain of the text's name": (
+        (*EVAL, "--suite", "transfer", "--domain", "other/held_out.txt"),
+        "must differ in name from --text, got --domain other/held_out.txt and --text held_out.txt",
+    ),
     "domain missing": ((*EVAL, "--suite", "transfer", "--domain", "no.txt"), "no.txt: No such file"),
     "domain twice": ((*EVAL, "--domain", "mixed.txt", "--domain", "mixed.txt"), "must differ in name"),
 }
+
+
+def test_options_of_other_suites() -> None:
+    command = get_command(app).commands["eval"]  # type: ignore[attr-defined]
+    options = ("--qa", "q.json", "--trials", "1", "--no-chat", "--chunk", "8", "--quick", "--sinks", "0")
+    given = command.make_context("eval", ["m", "--text", "t", *options])
+    assert without_effect(("memory", "transfer"), given) == [
+        "--qa has no effect here: it is for qa",
+        "--trials has no effect here: it is for needle, records, lookup, tools, divergence",
+        "--chat has no effect here: it is for needle, records, lookup, tools, qa",
+    ]
+    assert without_effect(SUITES, given) == []
+
+
+def test_a_length_is_measured_once_however_it_is_written() -> None:
+    assert read_token_counts("--lengths", "2K,1K,1024", least=2) == (2048, 1024)
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD_INPUT.values(), ids=BAD_INPUT)

@@ -374,6 +374,8 @@ def test_enabling_that_fails_leaves_nothing(
 
 @enabling
 def test_bad_options_are_refused_at_once(model: PreTrainedModel, calibration: Calibration) -> None:
+    with pytest.raises(TypeError, match="attention must be True or False, got 'sdpa'"):
+        quantcache.enable(model, calibration, attention="sdpa")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bits"):
         quantcache.enable(model, calibration, bits=9.0)
     with pytest.raises(CalibrationMismatch):

@@ -580,7 +580,7 @@ def test_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], calibration: Calibration, folder: Path
 ) -> None:
     calibration.save_pretrained(tmp_path / "calibration")
-    metrics = {"methods": {"spectral-3": {"status": "ok"}, "broken": {"status": "RuntimeError"}}}
+    metrics = {"model": "gpt2", "methods": {"spectral-3": {"status": "ok"}, "broken": {"status": "RuntimeError"}}}
     names = ("bits_per_element", "bits_per_element_total", "kl_mean", "top1_agreement", "perplexity")
     metrics["methods"]["spectral-3"] |= dict.fromkeys(names, 0.98765)  # type: ignore[arg-type]
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
@@ -588,7 +588,9 @@ def test_command_line(
     with pytest.raises(SystemExit) as ended:
         cli.main([*arguments, "--basis", "flat", "--metrics", str(tmp_path / "metrics.json")])
     assert ended.value.code == 0
-    result = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert f"metrics.json was measured on gpt2, and stands on the card of {folder}\n" in captured.err
+    result = json.loads(captured.out)
     assert (result["basis"], result["layers"], result["shards"] >= 2) == ("flat", 2, True)
     assert result["logits"]["relative"] < 1e-4
     card = (tmp_path / "out" / "README.md").read_text()

@@ -553,6 +553,10 @@ def test_what_cannot_have_prefixes(model: PreTrainedModel, calibration: Calibrat
     for name in ("max_bytes", "folder_bytes"):
         with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
             PrefixStore(**{"max_bytes": 0, name: -1})
+    with pytest.raises(ValueError, match="folder_bytes must be given where max_bytes is 0: prefixes could"):
+        PrefixStore(0, "prefixes")
+    with pytest.raises(ValueError, match="max_bytes must not be negative, got nan"):
+        PrefixStore(float("nan"))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="max_bytes must be a number of bytes, such as 2 << 30, got '2GB'"):
         PrefixStore("2GB")  # type: ignore[arg-type]
     assert "generate" not in vars(model)

@@ -142,6 +142,7 @@ def test_rebuilding_from_dense_tensors_is_refused() -> None:
         ({"residual_length": 64.0}, ValueError, "residual_length must be a whole number from 0 up, got 64.0"),
         ({"residual_length": "64"}, ValueError, "residual_length must be a whole number from 0 up, got '64'"),
         ({"sink_length": None}, ValueError, "sink_length must be a whole number from 0 up, got None"),
+        ({"sink_length": True}, ValueError, "sink_length must be a whole number from 0 up, got True"),
         ({"sink_length": -1}, ValueError, "sink_length must be a whole number from 0 up, got -1"),
         ({"min_bits": 1.5}, ValueError, "min_bits must be a whole number from 0 up, got 1.5"),
     ],

@@ -575,6 +575,21 @@ def test_a_temperature_asks_for_sampling(client: Any, chatty: str) -> None:
 
 @pytest.mark.slow
 @serving
+def test_a_temperature_beside_a_generation_config(client: Any, chatty: str) -> None:
+    """It was ignored where the config does not say whether to sample, and divided by where it is all but 0."""
+
+    def said(config: dict[str, Any], **more: Any) -> str:
+        asked = {"extra_body": {"generation_config": json.dumps({"max_new_tokens": 6, **config})}} if config else {}
+        found = client.completions.create(model=chatty, prompt=STORY, max_tokens=6, seed=1, **more, **asked)
+        return str(found.choices[0].text)
+
+    likeliest, warm = said({}, temperature=0), said({}, temperature=2.0)
+    assert said({"do_sample": True}, temperature=1e-40) == likeliest
+    assert said({"do_sample": False}, temperature=2.0) == likeliest
+    assert said({"repetition_penalty": 1.0}, temperature=2.0) == warm != likeliest
+
+
+@serving
 def test_a_seed_gives_the_same_answer_among_other_requests(client: Any, chatty: str) -> None:
     """It was set while another answer was being generated: both came out otherwise than alone."""
 
@@ -671,8 +686,11 @@ def test_a_calibration_of_another_model(chatty: str) -> None:
         (["--also", "wiki11m=other"], "wiki11m has two calibrations: wiki11m and other"),
         (["--also", "wiki12m=/nowhere"], "there is no folder /nowhere"),
         (["--prefix-bytes", "many"], "--prefix-bytes must be a number and a unit"),
+        (["--prefix-bytes", "0", "--prefix-folder", "f"], "--prefix-bytes 0 leaves --prefix-folder no bytes"),
         (["--prefix-folder-bytes", "1GB"], "--prefix-folder-bytes needs --prefix-folder"),
         (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs must be a JSON object, got [1]"),
+        (["--also", "wiki11m@main=wiki11m"], "wiki11m@main is wiki11m by another name, and has two calibrations"),
+        (["--reasoning", "on", "--chat-template-kwargs", '{"enable_thinking": false}'], "--reasoning on contradicts"),
         (["--reasoning", "maybe"], "'--reasoning': 'maybe' is not one of 'on', 'off', 'auto'"),
         (["--log-level", "loud"], "'--log-level': 'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (["--dtype", "int3"], "'--dtype': 'int3' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),

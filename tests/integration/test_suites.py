@@ -103,8 +103,8 @@ def test_needles_are_found_in_a_cache_that_keeps_them(
         demo_tokenizer,
         data.evaluation_text(),
         methods,
-        lengths=[160, 200],
-        depths=[0.2],
+        lengths=[160, 200, 160],
+        depths=[0.2, 0.2],  # once each: six trials would not be twelve
         seeds=3,
         chunk=100,
     ).to_dict()

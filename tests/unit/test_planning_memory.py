@@ -219,8 +219,9 @@ def test_bad_arguments(arguments: tuple[Any, ...], message: str) -> None:
 
 def test_estimate_memory_is_public() -> None:
     assert quantcache.estimate_memory is estimate_memory
-    with pytest.raises(QuantCacheError, match="prefill must lie between 1 and tokens"):
-        quantcache.estimate_memory("wiki11m", "dense", 10, prefill=11)
+    for prefill in (11, 1.5, True):
+        with pytest.raises(QuantCacheError, match=f"prefill must be a whole number between .*, got {prefill}"):
+            quantcache.estimate_memory("wiki11m", "dense", 10, prefill=prefill)  # type: ignore[arg-type]
     with pytest.raises(QuantCacheError, match="dtype must be torch's or its name, such as 'bfloat16', got 'float31'"):
         quantcache.estimate_memory("wiki11m", "dense", 10, dtype="float31")
     single = quantcache.estimate_memory("wiki11m", "dense", 10, dtype=torch.float32)

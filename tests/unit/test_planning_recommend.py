@@ -276,6 +276,9 @@ def test_figures_of_shared_bits_are_not_those_of_sides_with_their_own() -> None:
     apart = quality.expected_quality(form, ["wiki11m"], 512, BUNDLED, made.with_bits(value_bits=2))
     assert (apart.basis, apart.kl) == ("predicted from its calibration", apart.predicted_kl)
     assert apart.kl == predict_kl(made.with_bits(4, value_bits=2))
+    least = made.with_bits(min_bits=2)  # which leaves no more for those that matter
+    found = quality.expected_quality(parse_format("spectral-2"), ["wiki11m"], 512, BUNDLED, least)
+    assert (found.basis, found.kl) == ("predicted from its calibration", predict_kl(least.with_bits(2)))
     own = plan(Demand(10**9, 1000), calibration=made.with_bits(key_bits="dense", value_bits=2))
     assert not [each for each in own.candidates if each.format.startswith("spectral")]
     assert "Left out: spectral-4: the calibration gives keys and values bits of their own." in own.notes
@@ -421,7 +424,9 @@ def test_bytes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["24", "24G", "-1GB", "0GB", "GB", "1e9B", "24 GB RAM", "", "nanGB", "²GB"])
+@pytest.mark.parametrize(
+    "text", ["24", "24G", "-1GB", "0GB", "GB", "1e9B", "24 GB RAM", "", "nanGB", "²GB", "2,5GB", "1,0000MB", "24_GB"]
+)
 def test_bad_bytes(text: str) -> None:
     with pytest.raises(QuantCacheError, match="--memory must be"):
         parse_bytes(text, "--memory")
@@ -435,7 +440,7 @@ def test_tokens(text: str, count: int) -> None:
     assert parse_tokens(text) == count
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "8KB", "", "K", "many", "0.0001K"])
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "8KB", "", "K", "many", "0.0001K", "2,5K", "1,28,000", "16,"])
 def test_bad_tokens(text: str) -> None:
     with pytest.raises(QuantCacheError, match="--context must be"):
         parse_tokens(text, "--context")

@@ -129,6 +129,20 @@ def test_figures_that_cannot_be_compared(path: Path, record: dict[str, Any], par
         read_measurements([path])
 
 
+@pytest.mark.parametrize("rate", [{"value_bits": "dense"}, {"min_bits": 2}], ids=str)
+def test_figures_of_sides_with_their_own_bits_are_not_taken(path: Path, rate: dict[str, Any]) -> None:
+    """``spectral-3`` with dense values stood for the one that its name says; rivals know nothing of calibrations."""
+    content = eval_record(rate={"key_bits": "joint", "value_bits": "joint", "min_bits": 0, **rate})
+    methods = content["metrics"]["fidelity"][0]["methods"]
+    methods["spectral-3"]["family"], methods["kivi-3"] = "ours", {**methods["spectral-3"], "family": "rival"}
+    assert [figure.method for figure in measurements_of(content, path).fidelity if figure.method != "fp8"] == ["kivi-3"]
+    del content["metrics"]["speed"]
+    content["metrics"]["fidelity"][0]["methods"] = {"spectral-3": methods["spectral-3"]}
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(RecordError, match="they are of a calibration with"):
+        read_measurements([path])
+
+
 def test_formats_are_compared_at_one_context() -> None:
     """Each stood at the longest that it was measured at, and lost to others for that alone."""
     found = bundled_measurements()

@@ -10,6 +10,8 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from quantcache.common.defaults import COLDEST
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 UNNOTICED = {
@@ -48,9 +50,6 @@ LIMITS = {
     "top_p": (0.0, 1.0),
     "frequency_penalty": (-0.99, 2.0),  # transformers' server makes a repetition penalty of 1 and this
 }
-
-COLDEST = 1e-5
-"""Temperatures below are 0: a division by them would leave float32."""
 
 SEEDS = range(-(1 << 63), 1 << 64)
 """What torch takes."""
@@ -149,15 +148,19 @@ def require_text(messages: list[dict[str, Any]]) -> None:
                 raise _refusal(f"content of type {part['type']!r}: this model takes text only")
 
 
-def asks_for_sampling() -> bool:
-    """Whether the present request wants a random answer: it says so by a temperature or a share of the probability."""
+def asks_for_sampling() -> bool | None:
+    """Whether the present request wants a random answer: it says so by a temperature or a share of the probability.
+
+    Returns:
+        None where it does not say, or its generation config says it.
+    """
     given = _asked.get() or {}
-    if "generation_config" in given:
-        return False  # which says it itself
     temperature = given.get("temperature")
-    if temperature is not None:
-        return bool(temperature >= COLDEST)
-    return bool(given.get("top_p", 1) < 1)
+    if temperature is not None and temperature < COLDEST:
+        return False
+    if "do_sample" in json.loads(given.get("generation_config", "{}")):
+        return None
+    return True if temperature is not None or given.get("top_p", 1) < 1 else None
 
 
 def asked_seed() -> int | None:

@@ -74,12 +74,17 @@ class CompressedModels(ModelManager):
 
     Raises:
         CalibrationMismatch: A calibration is for another geometry than its model.
+        QuantCacheError: A model is named twice.
         UnsupportedModel: A model is an encoder-decoder.
     """
 
     def __init__(self, compression: Compression, **options: Any):
         self.compression = compression
-        self._calibrations = {canonical(name): found for name, found in compression.calibrations.items()}
+        names: dict[str, str] = {}
+        for name in compression.calibrations:
+            if (other := names.setdefault(canonical(name), name)) != name:
+                raise QuantCacheError(f"{name} is {other} by another name, and has two calibrations: give it one")
+        self._calibrations = {key: compression.calibrations[name] for key, name in names.items()}
         if len(compression.calibrations) == 1 and not compression.allow_dense:
             options = {**options, "force_model": next(iter(compression.calibrations))}
         super().__init__(**options)
@@ -288,8 +293,9 @@ CONTINUOUS_BATCHING = (
 
 def _follow(model: PreTrainedModel, inputs: Any, config: Any) -> None:
     """Let a generation config say what its request asks for, or refuse it."""
-    if asks_for_sampling():  # transformers' server would take the likeliest token, whatever the temperature
-        config.do_sample = True
+    sampling = asks_for_sampling()
+    if sampling is not None:  # transformers' server would do what the model's settings say, whatever the temperature
+        config.do_sample = sampling
     if config.num_return_sequences not in (None, 1):
         raise HTTPException(400, f"num_return_sequences={config.num_return_sequences}: a request has one answer")
     config.return_dict_in_generate = False
