@@ -12,8 +12,8 @@ _SIZES: dict[str, int] = {
     **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)},
 }
 _COUNTS = {"": 1, "K": 1024, "M": 1024**2}
-# A comma parts thousands, and nothing else: 2,5GB is not 25 of them.
-_AMOUNT = re.compile(r"\s*([+-]?(?:\d{1,3}(?:[,_]\d{3})+|\d+)(?:\.\d*)?)\s*([A-Za-z]*)\s*")
+# A comma parts thousands, and nothing else: 2,5GB is not 25 of them. Where it parts numbers, 2,048 is not 2 and 48.
+_AMOUNT = re.compile(r"\s*([+-]?(?:[1-9]\d{0,2}(?:[,_]\d{3})+|[1-9]\d*|0)(?:\.\d*)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str, what: str = "memory") -> int:

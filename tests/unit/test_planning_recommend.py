@@ -440,7 +440,9 @@ def test_tokens(text: str, count: int) -> None:
     assert parse_tokens(text) == count
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "8KB", "", "K", "many", "0.0001K", "2,5K", "1,28,000", "16,"])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "1.5", "8KB", "", "K", "many", "0.0001K", "2,5K", "1,28,000", "16,", "048"]
+)
 def test_bad_tokens(text: str) -> None:
     with pytest.raises(QuantCacheError, match="--context must be"):
         parse_tokens(text, "--context")
