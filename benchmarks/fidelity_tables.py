@@ -301,6 +301,7 @@ def contexts_table(parts: Parts, page: Path) -> str:
         entry = metrics["residual_64"][name]
         row = [shown(name, entry), number(entry, "bits_per_element", ".3f")]
         row += [number(metrics[key][name], "kl_mean", ".5f") for key in keys]
+        # Why a method has no figure is said once.
         row = [row[0], *("" if cell == before and ":" in cell else cell for before, cell in itertools.pairwise(row))]
         if wikitext:
             found = wikitext.get(name)

@@ -265,9 +265,8 @@ def enabled(
     Yields:
         The model.
     """
-    setting = _setting(
-        threading.get_ident(), model, calibration, attention, hub, options, prefixes, 4
-    )  # after contextlib
+    thread = threading.get_ident()
+    setting = _setting(thread, model, calibration, attention, hub, options, prefixes, 4)  # contextlib is between
     hook: _Generate | None = None
     try:
         with _lock:

@@ -29,6 +29,7 @@ from quantcache.cli.options import (
     RevisionOption,
     TokensOption,
     TrustOption,
+    is_given,
 )
 from quantcache.cli.outputs import check_output_file
 from quantcache.cli.pages import MODEL, WrongUsage
@@ -90,13 +91,8 @@ def evaluate(
     ] = None,
     tokens: TokensOption = 16_384,
     residual: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKENS",
-            help="Recent tokens that every method keeps; several for fidelity.",
-            show_default=str(RESIDUAL_LENGTH),
-        ),
-    ] = None,
+        str, typer.Option(metavar="TOKENS", help="Recent tokens that every method keeps; several for fidelity.")
+    ] = str(RESIDUAL_LENGTH),
     tail: Annotated[
         str | None,
         typer.Option(
@@ -240,12 +236,10 @@ def evaluate(
         suites = read_suites(suite, qa)
         names = tuple(read_names("--methods", methods))
         contexts = None if context is None else read_token_counts("--context", context, least=2)
-        if residual is not None and tail is not None:
+        if tail is not None and is_given(invocation, "residual"):
             raise WrongUsage(f"give either --tail or --residual, got --tail {tail} and --residual {residual}")
-        if tail is None:
-            residuals = read_token_counts("--residual", str(RESIDUAL_LENGTH) if residual is None else residual, least=0)
-        else:
-            residuals = read_token_counts("--tail", tail, least=0)
+        kept = ("--residual", residual) if tail is None else ("--tail", tail)
+        residuals = read_token_counts(*kept, least=0)
         prompts = None if lengths is None else read_token_counts("--lengths", lengths, least=2)
         if tokens < 2:
             raise typer.BadParameter("a prediction needs two tokens", param_hint="'--tokens'")

@@ -110,10 +110,11 @@ def records(
             f"records need from 2 to {len(NAMES)} facts, a length and a seed, got {count} facts, lengths "
             f"{list(lengths)} and {seeds} seeds"
         )
+    lengths = sorted(set(lengths))
     hay = encode(tokenizer, text[: haystack_size(lengths, seeds)])
     before, behind = frame_of(tokenizer, form.chat)
     exercises = []
-    for length in sorted(set(lengths)):
+    for length in lengths:
         for seed in range(seeds):
             draw = random.Random(f"records {length} {seed}")
             names = draw.sample(NAMES, count)
@@ -133,7 +134,7 @@ def records(
             planted = [part for pair in zip(pieces, facts, strict=False) for part in pair]
             whole = torch.cat((before, *planted, pieces[-1]))
             exercises.append(Exercise(str(length), whole, tuple(questions), tuple(codes)))
-    settings = {"lengths": sorted(set(lengths)), "records": count, "seeds": seeds, "format": vars(form)}
+    settings = {"lengths": lengths, "records": count, "seeds": seeds, "format": vars(form)}
     new_tokens = answer_tokens(tokenizer, form)
     return Task("records", "Records retrieved", "tokens", tuple(exercises), _holds, new_tokens, settings)
 

@@ -141,6 +141,7 @@ def measure_needle(
     check_lengths(model, lengths, "needle length")
     if seeds < 1 or not depths or not all(0 <= depth <= 1 for depth in depths):
         raise QuantCacheError(f"needles need depths from 0 to 1 and at least one seed, got {list(depths)} and {seeds}")
+    lengths, depths = sorted(set(lengths)), list(dict.fromkeys(depths))
     haystack = encode(tokenizer, text[: haystack_size(lengths, seeds)])
     if len(haystack) < max(lengths):
         raise QuantCacheError(f"the text has {len(haystack)} tokens, a needle prompt of {max(lengths)} needs as many")
@@ -150,15 +151,15 @@ def measure_needle(
         hits = _hits(codes, answers)
         return {"found": sum(hits), "n": len(hits), "answers": answers, "codes": codes}
 
-    grid = [(length, depth) for length in sorted(set(lengths)) for depth in dict.fromkeys(depths)]
+    grid = [(length, depth) for length in lengths for depth in depths]
     cells.plan(SUITE, len(grid) * len(methods))
     for length, depth in grid:
         prompts, codes = _prompts(tokenizer, haystack, form, length, depth, seeds)
         for method in reading_codes(methods, length, cached=length - _asking(tokenizer, form)):
             cells.measure(SUITE, method.name, f"{length}@{depth:g}", ask, method, prompts, codes)
     settings = {
-        "lengths": sorted(set(lengths)),
-        "depths": list(dict.fromkeys(depths)),
+        "lengths": lengths,
+        "depths": depths,
         "seeds": seeds,
         "chunk": chunk,
         "format": asdict(form),
