@@ -5,6 +5,7 @@ Every calibration is measured on every text, so that a figure can be set beside 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -148,9 +149,12 @@ def measure_transfer(
         a calibration on a text that it shares passages with.
 
     Raises:
-        QuantCacheError: A text is shorter than one window.
+        QuantCacheError: A text is shorter than one window, or two calibrations have one name.
     """
     cells = cells or Cells()
+    named = Counter(source.name for source in sources)
+    if more := [name for name, count in named.items() if count > 1]:
+        raise QuantCacheError(f"two calibrations are called {more[0]!r}: rename the text of that name")
     check_lengths(model, [context], "context")
     ids = {name: _windows(tokenizer, text, name, tokens, context) for name, text in texts.items()}
 
@@ -242,12 +246,13 @@ def mixed_source(
         tokenizer: Tokenizer of that model.
         texts: The texts to calibrate on.
         tokens: Tokens to calibrate on, of all texts together.
-        seq_len: Tokens of a sequence.
+        seq_len: Tokens of a sequence; fewer where some text would have none.
 
     Returns:
         The source.
     """
-    return Source("mixture", _maker(model, tokenizer, texts, tokens=tokens, seq_len=seq_len))
+    length = min(seq_len, tokens // len(texts))
+    return Source("mixture", _maker(model, tokenizer, texts, tokens=tokens, seq_len=length))
 
 
 def length_sources(

@@ -386,6 +386,13 @@ def test_transfer_refuses_a_text_that_was_calibrated_on(
     assert first.endswith("\n")
 
 
+def test_calibrations_of_one_name_are_refused(tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    """A domain may be called like a calibration of the suite's own; one had the other's figures."""
+    sources = [transfer.Source("mixture", pytest.fail), transfer.Source("mixture", pytest.fail)]
+    with pytest.raises(QuantCacheError, match="two calibrations are called 'mixture'"):
+        transfer.measure_transfer(tiny, demo_tokenizer, sources, {}, ["spectral-3"], context=256, tokens=512)
+
+
 def test_length_transfer_calibrates_at_each_length(
     tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -400,8 +407,9 @@ def test_length_transfer_calibrates_at_each_length(
 
 def test_a_mixture_is_calibrated_on_all_texts(tiny: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     texts = [data.calibration_text()[:6000], data.evaluation_text()[:6000]]
-    made = transfer.mixed_source(tiny, demo_tokenizer, texts, tokens=512, seq_len=256).make()
-    assert made.metadata.recipe["sequences"] == 2
+    # In sequences of 512 tokens there would be one, and it of the first text.
+    made = transfer.mixed_source(tiny, demo_tokenizer, texts, tokens=512, seq_len=512).make()
+    assert (made.metadata.recipe["sequences"], made.metadata.recipe["seq_len"]) == (2, 256)
     shares = [hits / size for hits, size in (shared(made.metadata.recipe["passages"], text) for text in texts)]
     assert sum(shares) == pytest.approx(1, abs=0.1)
     assert min(shares) > 0.3
