@@ -22,12 +22,13 @@ from transformers import PreTrainedModel
 from quantcache.artifact import cache_layout
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, recorded_queries, run
-from quantcache.calibration.calibrator import sampled_loss
+from quantcache.calibration.data import LENGTH
+from quantcache.calibration.gradients import gather_gradients, sampled_loss
 from quantcache.coding.rope import ANCHOR_LENGTH, FAST_WAVELENGTH, Frame, Rope
-from quantcache.coding.schema import LayerCalibration, SideCalibration
+from quantcache.coding.schema import SIDES, LayerCalibration, SideCalibration
 from quantcache.coding.spectral import METRIC_SHRINKAGE, Moments, shrink, split_klt
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE
-from quantcache.common.defaults import SINK_LENGTH
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, READ_SHARE
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.sequences import split_text
 from quantcache.evaluation.methods.statistics import eigenbasis
 
@@ -46,9 +47,6 @@ FRAMES = {name: (wavelength, ANCHOR_LENGTH) for name, wavelength in WAVELENGTHS.
 FRAMES |= {DEFAULT_FRAME: (FAST_WAVELENGTH, ANCHOR_LENGTH)}
 FRAMES |= {name: (FAST_WAVELENGTH, length) for length, name in ANCHORS.items()}
 """Wavelength and tokens of an anchor of every frame."""
-
-SEQUENCE = 2048
-"""Tokens of a calibration sequence, where the model allows."""
 
 
 class AnchoredFrame(Frame):
@@ -84,10 +82,13 @@ class Choice:
 
     Attributes:
         frame: A name of :data:`FRAMES`.
-        key_metric: ``fisher``, ``identity``, or ``query``, which the default frame alone has.
-        value_metric: ``fisher``, ``output`` (projection), ``identity``, or ``gram``: the eigenbasis of VᵀαᵀαV.
+        key_metric: ``fisher``, ``read`` (of the whole gradient), ``identity``, or ``query``, which the default frame
+            alone has.
+        value_metric: ``fisher``, ``read``, ``output`` (projection), ``identity``, or ``gram``: the eigenbasis of
+            VᵀαᵀαV.
         key_shrinkage: Isotropic share of the keys' metric.
         value_shrinkage: That of the values'.
+        read_share: How much of the whole gradient's metric ``fisher`` has.
     """
 
     frame: str = DEFAULT_FRAME
@@ -95,6 +96,7 @@ class Choice:
     value_metric: str = "fisher"
     key_shrinkage: float = METRIC_SHRINKAGE
     value_shrinkage: float = METRIC_SHRINKAGE
+    read_share: float = READ_SHARE
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,11 @@ class AblationStatistics:
     Args:
         model: The model.
         needs: What is gathered.
+        residual_length: Recent tokens that are no codes yet.
     """
 
-    def __init__(self, model: PreTrainedModel, needs: Needs | None = None):
-        self.model, self.needs = model, needs or Needs()
+    def __init__(self, model: PreTrainedModel, needs: Needs | None = None, residual_length: int = RESIDUAL_LENGTH):
+        self.model, self.needs, self.residual_length = model, needs or Needs(), residual_length
         self.layers = cache_layout.full_attention_layers(model.config)
         self.ropes = detect_ropes(model, self.layers)
         heads, dim = cache_layout.kv_geometry(model.config.get_text_config(decoder=True))
@@ -142,8 +145,8 @@ class AblationStatistics:
             if name in self.needs.frames
             for index in self.layers
         }
-        kinds = [f"key.{kind}.{name}" for kind in ("vectors", "fisher") for name in self.needs.frames]
-        kinds += ["value.vectors", "value.fisher"]
+        kinds = [f"key.{kind}.{name}" for kind in ("vectors", "coded", "read") for name in self.needs.frames]
+        kinds += ["value.vectors", "value.coded", "value.read"]
         kinds += [f"key.query.{DEFAULT_FRAME}"] * self.needs.queries + ["value.output"] * self.needs.outputs
         self.sums = {f"{index}.{kind}": Moments(heads, dim) for index in self.layers for kind in kinds}
         # Labels have a generator of their own: they are the same whatever else is gathered.
@@ -159,26 +162,20 @@ class AblationStatistics:
     def add(self, sequence: Tensor) -> None:
         """Add one sequence, ``[T]``: a forward and backward pass, and a forward pass for queries and outputs if due."""
         slots = torch.arange(SINK_LENGTH, len(sequence))
-        leaves: dict[tuple[int, str], Tensor] = {}
-
-        def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
-            if index not in self.ropes:
-                return None
-            self._add_keys(index, "vectors", keys.detach()[:, :, SINK_LENGTH:], slots)
-            self.sums[f"{index}.value.vectors"].add(values.detach()[0, :, SINK_LENGTH:])
-            leaves[index, "key"] = torch.zeros_like(keys, requires_grad=True)
-            leaves[index, "value"] = torch.zeros_like(values, requires_grad=True)
-            return keys + leaves[index, "key"], values + leaves[index, "value"]
-
-        with torch.enable_grad():
-            logits = run(self.model, sequence[None], RecordingCache(self.model.config, record)).logits
-            sampled_loss(logits, self.generators["labels"]).backward()
-        for index in self.layers:
-            gradients = [leaves[index, side].grad for side in ("key", "value")]
-            assert gradients[0] is not None
-            assert gradients[1] is not None
-            self._add_keys(index, "fisher", gradients[0][:, :, SINK_LENGTH:], slots)
-            self.sums[f"{index}.value.fisher"].add(gradients[1][0, :, SINK_LENGTH:])
+        found = gather_gradients(
+            self.model,
+            sequence[None],
+            self.layers,
+            self.residual_length,
+            lambda logits: sampled_loss(logits, self.generators["labels"]),
+        )
+        for index, sides in found.items():
+            for side in SIDES:
+                for kind, x in sides[side]._asdict().items():
+                    if side == "key":
+                        self._add_keys(index, kind, x[:, :, SINK_LENGTH:], slots)
+                    else:
+                        self.sums[f"{index}.value.{kind}"].add(x[0, :, SINK_LENGTH:])
         if self.needs.queries or self.needs.outputs:
             self._add_queries(sequence, slots)
         self.tokens += len(sequence)
@@ -239,21 +236,26 @@ class AblationStatistics:
         frame = self.frames[choice.frame, index]
         vectors = self.sums[f"{index}.key.vectors.{choice.frame}"]
         eye = torch.eye(frame.head_dim, dtype=torch.float64).expand_as(vectors.outer)
-        metric = eye
-        if choice.key_metric != "identity":
-            metric = self.sums[f"{index}.key.{choice.key_metric}.{choice.frame}"].second_moment
-        key = _side(vectors, metric, (frame.num_slow, frame.num_fast), choice.key_shrinkage)
+        metrics = {"identity": eye, **self._fisher(f"{index}.key.{{}}.{choice.frame}", choice)}
+        if choice.key_metric == "query":
+            metrics["query"] = self.sums[f"{index}.key.query.{choice.frame}"].second_moment
+        key = _side(vectors, metrics[choice.key_metric], (frame.num_slow, frame.num_fast), choice.key_shrinkage)
         values = self.sums[f"{index}.value.vectors"]
         if choice.value_metric == "gram":
             value = _rotated(values, self.sums[f"{index}.value.output"].second_moment)
         else:
             metrics = {
-                "fisher": self.sums[f"{index}.value.fisher"].second_moment,
                 "output": self.projections[index],
                 "identity": eye,
+                **self._fisher(f"{index}.value.{{}}", choice),
             }
             value = _side(values, metrics[choice.value_metric], (frame.head_dim,), choice.value_shrinkage)
         return LayerCalibration(frame.rope, key, value)
+
+    def _fisher(self, name: str, choice: Choice) -> dict[str, Tensor]:
+        """The metrics that gradients give to one side of a layer."""
+        coded, read = (self.sums[name.format(kind)].second_moment for kind in ("coded", "read"))
+        return {"fisher": coded + choice.read_share * read, "read": read}
 
 
 def _side(vectors: Moments, metric: Tensor, parts: tuple[int, ...], shrinkage: float) -> SideCalibration:
@@ -279,8 +281,9 @@ def gather(
     checkpoints: list[int],
     folder: Path,
     on_progress: Callable[[int], None],
-    length: int = SEQUENCE,
+    length: int = LENGTH,
     needs: Needs | None = None,
+    residual_length: int = RESIDUAL_LENGTH,
 ) -> dict[int, Path]:
     """Statistics after several numbers of tokens, each in a file; an interrupted run goes on at the last one.
 
@@ -292,6 +295,7 @@ def gather(
         on_progress: Called with the tokens of every finished sequence.
         length: Tokens of a sequence.
         needs: What is gathered; by default what any choice needs.
+        residual_length: Recent tokens that are no codes yet.
 
     Returns:
         The file of each checkpoint.
@@ -300,17 +304,17 @@ def gather(
         ValueError: The text is too short.
     """
     needs = needs or Needs()
-    kind = hashlib.sha256(repr((needs, tokens.tolist()[:length])).encode()).hexdigest()[:8]
+    kind = hashlib.sha256(repr((needs, length, residual_length, tokens.tolist()[:length])).encode()).hexdigest()[:8]
     paths = {count: folder / f"statistics-{count}-{kind}.safetensors" for count in checkpoints}
     for count in (c for c in checkpoints if c < length):
         if not paths[count].is_file():
-            statistics = AblationStatistics(model, needs)
+            statistics = AblationStatistics(model, needs, residual_length)
             statistics.add(tokens[:count])
             statistics.save(paths[count])
     long = [count for count in checkpoints if count >= length]
     missing = [count for count in long if not paths[count].is_file()]
     if missing:
-        statistics = AblationStatistics(model, needs)
+        statistics = AblationStatistics(model, needs, residual_length)
         done = [count for count in long if count < missing[0]]
         if done:
             statistics.load(paths[done[-1]])

@@ -11,6 +11,9 @@ from quantcache.evaluation import summaries
 
 TITLES = {
     "metric": "Metric of the transform (budgets apart: one for each side of each layer)",
+    "readers": "Whose reading of a token counts in the metric",
+    "calibration-residual": "Recent tokens that calibration takes for exact",
+    "seq-len": "Tokens of a calibration sequence",
     "value-metric": "Metric of the values (keys: Fisher; budgets apart)",
     "key-shrinkage": "Isotropic share of the keys' metric, its trace kept",
     "value-shrinkage": "Isotropic share of the values' metric, its trace kept",
@@ -58,7 +61,8 @@ def _caption(path: Path, record: Record, names: list[str], page: Path) -> str:
     codes = "Scalar codes" if coding == "scalar" else f"Codes are {coding} codes where a row does not say otherwise"
     caption = (
         f"Mean KL at {rates} bits, in nats per token, and bits per element with scales. {settings['model']} "
-        f"in {settings['dtype']}, {windows(settings)}{text} fed {settings['chunk']} at a time, no residual; "
+        f"in {settings['dtype']}, {windows(settings)}{text} fed {settings['chunk']} at a time, "
+        f"{f'residual {residual}' if (residual := settings['residual']) else 'no residual'}; "
         f"{settings['calibration']['tokens']:,} calibration tokens. {codes}. "
     )
     found = [entry for name in names for row in record["metrics"][name].values() for entry in row.values()]

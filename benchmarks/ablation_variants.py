@@ -10,17 +10,35 @@ from ablation_statistics import ANCHORS, FRAMES, WAVELENGTHS, Choice
 from fidelity import SINKS
 
 from quantcache import Calibration
+from quantcache.calibration.data import LENGTH
 from quantcache.coding.allocation import allocate_layers
 from quantcache.coding.packing import MAX_WIDTH
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import SIDES, CodecSettings, Coding, LayerCalibration, Rate
+from quantcache.coding.statistics import READ_SHARE
 from quantcache.coding.trellis import code_distortions
+from quantcache.common.defaults import RESIDUAL_LENGTH
 
 CHECKPOINTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 """Numbers of calibration tokens."""
 
 CALIBRATION_TOKENS = 32_768
 """Those of every ablation but the one of them, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """How the text is read that statistics are of; None for the default.
+
+    Attributes:
+        bos: Whether sequences begin with BOS; as the tokenizer begins texts if None.
+        seq_len: Tokens of a sequence.
+        residual_length: Recent tokens that are no codes yet.
+    """
+
+    bos: bool | None = None
+    seq_len: int | None = None
+    residual_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +57,8 @@ class Variant:
         tokens: Calibration tokens; the default number if None.
         gain: None for ours; otherwise (kind, bits) of a simulated gain, or (kind, bits, steps per octave).
         books: Whether codebooks are fitted to the calibration text; of scalar codes only.
-        calibration_bos: Whether calibration sequences begin with BOS; as the tokenizer begins texts if None.
-        reading_bos: Whether the windows that are read do, likewise.
+        gathering: How the calibration text is read.
+        reading_bos: Whether the windows that are read begin with BOS; as the tokenizer begins texts if None.
     """
 
     choice: Choice = field(default_factory=Choice)
@@ -54,7 +72,7 @@ class Variant:
     tokens: int | None = None
     gain: tuple[str, int] | tuple[str, int, int] | None = None
     books: bool = False
-    calibration_bos: bool | None = None
+    gathering: Gathering = Gathering()
     reading_bos: bool | None = None
 
     @property
@@ -90,6 +108,25 @@ def ablations(tokens: int = CALIBRATION_TOKENS, begins: bool = False) -> dict[st
             "fisher": apart,
             "query, output projection": replace(apart, choice=Choice(key_metric="query", value_metric="output")),
             "identity": replace(apart, choice=Choice(key_metric="identity", value_metric="identity")),
+        },
+        "readers": {
+            f"those of its codes, and {READ_SHARE:.0%} of all": default,
+            **{
+                f"those of its codes, and {share:.1%} of all": replace(default, choice=Choice(read_share=share))
+                for share in (0.005, 0.1)
+            },
+            "those of its codes": replace(default, choice=Choice(read_share=0.0)),
+            "all": replace(default, choice=Choice(key_metric="read", value_metric="read")),
+        },
+        "calibration-residual": {
+            str(length): replace(
+                default, gathering=Gathering(residual_length=None if length == RESIDUAL_LENGTH else length)
+            )
+            for length in (0, RESIDUAL_LENGTH, 256)
+        },
+        "seq-len": {
+            f"{length:,}": replace(default, gathering=Gathering(seq_len=None if length == LENGTH else length))
+            for length in (256, 512, 1024, LENGTH)
         },
         "value-metric": {
             "fisher": apart,
@@ -155,7 +192,9 @@ def ablations(tokens: int = CALIBRATION_TOKENS, begins: bool = False) -> dict[st
         "bos": {
             "with" if begins else "without": default,
             f"read {'without' if begins else 'with'} alone": replace(default, reading_bos=not begins),
-            "without" if begins else "with": replace(default, reading_bos=not begins, calibration_bos=not begins),
+            "without" if begins else "with": replace(
+                default, reading_bos=not begins, gathering=Gathering(bos=not begins)
+            ),
         },
     }
 

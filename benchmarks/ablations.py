@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from ablation_codecs import AnchorCodec, GainCodec, codec_cache, fitted_books, with_books
-from ablation_statistics import FRAMES, SEQUENCE, AblationStatistics, Needs, gather
-from ablation_variants import CALIBRATION_TOKENS, CHECKPOINTS, Variant, ablations, allocate
+from ablation_statistics import FRAMES, AblationStatistics, Needs, gather
+from ablation_variants import CALIBRATION_TOKENS, CHECKPOINTS, Gathering, Variant, ablations, allocate
 from fidelity import CHUNK
 from inputs import read
 from records import Run, suite_of, write_record
@@ -35,12 +35,14 @@ from transformers import Cache, PreTrainedModel
 
 from quantcache import Calibration, SpectralCache, data
 from quantcache.artifact import cache_layout
+from quantcache.calibration.data import LENGTH
 from quantcache.cli.loading import load_model
 from quantcache.coding.blocks import SideCodec
 from quantcache.coding.codec import SpectralCodec
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import Metadata
 from quantcache.common import compat
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.sequences import leading_token, text_tokens
 from quantcache.common.sources import MODEL_HELP
 from quantcache.data import BUNDLED_MODEL
@@ -48,6 +50,9 @@ from quantcache.evaluation import summaries
 from quantcache.evaluation.fidelity import STRETCH, measure_fidelity
 from quantcache.evaluation.methods import Method, parse_methods
 from quantcache.evaluation.provenance import model_sha256, text_sha256
+
+CONTEXT = 2048
+"""Tokens in a window, where nothing else is said and the model allows."""
 
 GROUP = 8
 """Caches that are measured together: they share the dense cache's predictions."""
@@ -58,8 +63,8 @@ def main() -> None:
     options = parse_arguments()
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     name = Path(options.model).name
-    limit = compat.position_limit(model.config) or options.context or SEQUENCE
-    context = options.context or min(SEQUENCE, limit)
+    limit = compat.position_limit(model.config) or options.context or CONTEXT
+    context = options.context or min(CONTEXT, limit)
     if context > limit:
         sys.exit(f"error: context {context} exceeds the model's limit of {limit} positions")
     calibration_text, calibration_source = read("wiki_calib.txt", data.calibration_text)
@@ -81,11 +86,12 @@ def main() -> None:
         "windows": options.windows,
         "chunk": CHUNK,
         "stretch": STRETCH,
-        "residual": 0,
+        "residual": options.residual,
         "calibration": {
             "source": calibration_source,
             "tokens": options.calibration_tokens,
-            "seq_len": min(SEQUENCE, limit),
+            "seq_len": min(LENGTH, limit),
+            "residual": RESIDUAL_LENGTH,
             "seed": 0,
             "text_sha256": text_sha256(calibration_text),
         },
@@ -123,7 +129,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="ablations to run; all by default")
     parser.add_argument("--rates", "--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0], help="mean code widths")
     parser.add_argument("--text", default="wiki_eval.txt", help="evaluation text, a file beside the checkout")
-    parser.add_argument("--context", type=int, help=f"tokens in a window; by default {SEQUENCE} or the model's limit")
+    parser.add_argument("--context", type=int, help=f"tokens in a window; by default {CONTEXT} or the model's limit")
+    parser.add_argument("--residual", type=int, default=0, help="recent tokens that the caches keep as they are")
     parser.add_argument("--windows", type=int, default=2, help="windows of the evaluation text")
     parser.add_argument(
         "--calibration-tokens", type=int, default=CALIBRATION_TOKENS, help="tokens of all other ablations"
@@ -229,23 +236,24 @@ class Bench:
         self.model, self.settings = model, settings
         self.calibration_tokens, self.tokens = calibration_tokens, tokens
         self.needs = Needs()
-        self.paths: dict[bool | None, dict[int, Path]] = {}
+        self.paths: dict[Gathering, dict[int, Path]] = {}
         self.loaded: tuple[Path, AblationStatistics] | None = None
 
     def gather(self, variants: list[Variant], folder: Path, bar: Progress) -> None:
         """Gather the statistics that variants are solved from, into files."""
         self.needs = Needs.of(variant.choice for variant in variants)
-        for bos in dict.fromkeys(variant.calibration_bos for variant in variants):
-            counts = sorted({self._tokens(variant) for variant in variants if variant.calibration_bos == bos})
+        for how in dict.fromkeys(variant.gathering for variant in variants):
+            counts = sorted({self._tokens(variant) for variant in variants if variant.gathering == how})
             task = bar.add_task("statistics", total=counts[-1])
-            self.paths[bos] = gather(
+            self.paths[how] = gather(
                 self.model,
-                begun(self.model, self.calibration_tokens, bos),
+                begun(self.model, self.calibration_tokens, how.bos),
                 counts,
                 folder,
                 partial(bar.advance, task),
-                self.settings["calibration"]["seq_len"],
+                how.seq_len or self.settings["calibration"]["seq_len"],
                 self.needs,
+                self.settings["calibration"]["residual"] if how.residual_length is None else how.residual_length,
             )
             bar.update(task, completed=counts[-1])
 
@@ -297,7 +305,7 @@ class Bench:
 
     def _calibration(self, variant: Variant) -> Calibration:
         """A variant's transforms, without widths."""
-        path = self.paths[variant.calibration_bos][self._tokens(variant)]
+        path = self.paths[variant.gathering][self._tokens(variant)]
         if self.loaded is None or self.loaded[0] != path:
             statistics = AblationStatistics(self.model, self.needs) if self.loaded is None else self.loaded[1]
             statistics.load(path)
@@ -310,10 +318,11 @@ class Bench:
         )
 
     def _maker(self, variant: Variant, calibration: Calibration, rate: float) -> Callable[[], Cache]:
-        allocated = allocate(variant, calibration, rate)
+        allocated, residual = allocate(variant, calibration, rate), self.settings["residual"]
         if (change := self._change(variant, allocated)) is None:
-            return lambda: SpectralCache(allocated, self.model.config, sink_length=variant.sinks, residual_length=0)
-        return codec_cache(allocated, self.model.config, change, variant.sinks, 0)
+            lengths = {"sink_length": variant.sinks, "residual_length": residual}
+            return lambda: SpectralCache(allocated, self.model.config, **lengths)
+        return codec_cache(allocated, self.model.config, change, variant.sinks, residual)
 
     def _change(self, variant: Variant, allocated: Calibration) -> Callable[[SpectralCodec], SideCodec] | None:
         """What a variant's codec has that ours has not."""

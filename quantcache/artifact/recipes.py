@@ -16,6 +16,7 @@ from quantcache import data
 from quantcache.coding.allocation import check_rate
 from quantcache.coding.schema import SideBits
 from quantcache.common.choices import DTYPES, METRICS, Dtype, Metric
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.plaintext import read_utf8
 
@@ -54,6 +55,7 @@ class Recipe:
         seed: Seed of the sampled labels.
         dtype: The dtype that the model runs in.
         path: Where the recipe was read from.
+        residual_length: Recent tokens that caches will keep as they are; recipes may leave it out.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Recipe:
     seed: int
     dtype: Dtype
     path: Path
+    residual_length: int = RESIDUAL_LENGTH
 
     def texts(self) -> list[str]:
         """The texts to calibrate on.
@@ -131,7 +134,8 @@ def load_recipe(name: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise QuantCacheError(f"{path} must be a mapping, got {type(content).__name__}")
     known = {field.name for field in fields(Recipe)} - {"path"}
-    for problem, keys in (("lacks", known - content.keys()), ("has unknown keys", content.keys() - known)):
+    needed = known - {"residual_length"}
+    for problem, keys in (("lacks", needed - content.keys()), ("has unknown keys", content.keys() - known)):
         if keys:
             raise QuantCacheError(f"{path} {problem} {', '.join(sorted(map(str, keys)))}")
     _check(path, content)
@@ -177,6 +181,9 @@ def _check(path: Path, content: dict[str, Any]) -> None:
     require("revision", content["revision"] is None or isinstance(content["revision"], str), "a string or null")
     for name in ("tokens", "seq_len"):
         require(name, is_number(content[name]) and 0 < content[name] < 1 << 40, "a positive integer")
+    if "residual_length" in content:
+        residual = content["residual_length"]
+        require("residual_length", is_number(residual) and 0 <= residual < 1 << 30, "an integer of at least 0")
     require("seed", is_number(content["seed"]) and content["seed"] >= 0, "an integer of at least 0")
     require("seed", content["seed"] < 1 << 63, "an integer below 2^63")
     require("min_bits", is_number(content["min_bits"]) and 0 <= content["min_bits"] <= 8, "an integer from 0 to 8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -19,16 +20,17 @@ from quantcache.artifact.recipes import check_metric
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.calibration.data import calibration_data
+from quantcache.calibration.gradients import gather_gradients, sampled_loss
 from quantcache.calibration.yardstick import measure_yardstick
 from quantcache.coding.allocation import check_rates
 from quantcache.coding.rope import Rope
 from quantcache.coding.schema import SIDES, CodecSettings, Metadata, Rate, SideBits
 from quantcache.coding.spectral import METRIC_SHRINKAGE
-from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, LayerStatistics
+from quantcache.coding.statistics import COVARIANCE_SHRINKAGE, READ_SHARE, LayerStatistics
 from quantcache.common import compat
 from quantcache.common.ambient import standard_settings
 from quantcache.common.choices import Metric
-from quantcache.common.defaults import SINK_LENGTH
+from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 from quantcache.common.errors import QuantCacheError, UnsupportedModel
 from quantcache.common.progress import progress_bar
 
@@ -52,6 +54,7 @@ def calibrate(
     metric: Metric = "fisher",
     max_tokens: int = 32_768,
     seq_len: int | None = None,
+    residual_length: int = RESIDUAL_LENGTH,
     seed: int = 0,
     codec: CodecSettings | None = None,
     predict: bool = True,
@@ -78,6 +81,9 @@ def calibrate(
         max_tokens: Tokens to use at most. Up to 4,096 more, where there are any, show what the calibration costs on
             text that it has not seen.
         seq_len: Length of the sequences that texts are cut into; by default 2,048 or the model's limit.
+        residual_length: Recent tokens that caches will keep as they are. What reads a token within so many costs
+            nothing, and hardly counts in the Fisher metric; caches that keep fewer lose more than with a calibration
+            for them.
         seed: Seed of the sampled labels.
         codec: Codec choices; the defaults if None.
         predict: Let short runs through the compressed cache scale what the calibration predicts of its cost, which
@@ -98,9 +104,10 @@ def calibrate(
     check_metric(metric)
     rate = Rate(bits, key_bits, value_bits, min_bits)
     check_rates(rate)
-    for name, count in (("max_tokens", max_tokens), ("seq_len", seq_len)):
-        if count is not None and (not isinstance(count, Integral) or count < 1):
-            raise ValueError(f"{name} must be a whole number from 1 up, got {count!r}")
+    counts = {"max_tokens": (max_tokens, 1), "seq_len": (seq_len, 1), "residual_length": (residual_length, 0)}
+    for name, (count, least) in counts.items():
+        if not (isinstance(count, Integral) and count >= least) and (name, count) != ("seq_len", None):
+            raise ValueError(f"{name} must be a whole number from {least} up, got {count!r}")
     settings = codec or CodecSettings()
     layers = cache_layout.compressible_layers(model.config)
     compat.require_forward(model)
@@ -121,7 +128,7 @@ def calibrate(
             ropes = detect_ropes(model, layers)
             task = bar.add_task("calibrating", total=given.num_tokens)
             for sequence in given.sequences:
-                _gather(model, sequence, metric, ropes, statistics, settings, generator)
+                _gather(model, sequence, metric, ropes, statistics, settings, generator, residual_length)
                 bar.advance(task, sequence.numel())
     finally:
         for parameter in frozen:
@@ -145,6 +152,7 @@ def calibrate(
             "seq_len": max(each.shape[-1] for each in given.sequences),
             "seed": seed,
             "sink_length": SINK_LENGTH,
+            **({"residual_length": residual_length, "read_share": READ_SHARE} if metric == "fisher" else {}),
             "metric_shrinkage": METRIC_SHRINKAGE,
             "covariance_shrinkage": COVARIANCE_SHRINKAGE,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -188,55 +196,42 @@ def _gather(
     statistics: dict[int, LayerStatistics],
     settings: CodecSettings,
     generator: torch.Generator,
+    residual_length: int,
 ) -> None:
     """Add one batch of sequences to the statistics."""
-    leaves: dict[tuple[int, str], Tensor] = {}
 
-    def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
-        if index not in ropes:
-            return None
-        for side, tensor in zip(SIDES, (keys, values), strict=True):
-            require_finite(tensor, f"{side}s of layer {index}")
-        if index not in statistics:
-            statistics[index] = LayerStatistics(index, ropes[index], keys, values, settings)
-        added = []
-        for side, tensor in zip(SIDES, (keys, values), strict=True):
-            statistics[index].add(side, tensor)
-            if metric == "fisher":
-                # A zero leaf: its gradient is the loss gradient at this tensor, with the graph left whole.
-                leaf = torch.zeros_like(tensor, requires_grad=True)
-                leaves[index, side] = leaf
-                tensor = tensor + leaf
-            added.append(tensor)
-        return added[0], added[1]
+    def require_finite_update(index: int, keys: Tensor, values: Tensor) -> None:
+        if index in ropes:
+            for side, tensor in zip(SIDES, (keys, values), strict=True):
+                require_finite(tensor, f"{side}s of layer {index}")
 
-    cache = RecordingCache(model.config, record)
+    def add(index: int, keys: Tensor, values: Tensor) -> None:
+        require_finite_update(index, keys, values)
+        if index in ropes:
+            if index not in statistics:
+                statistics[index] = LayerStatistics(index, ropes[index], keys, values, settings)
+            for side, tensor in zip(SIDES, (keys, values), strict=True):
+                statistics[index].add(side, tensor)
+
+    def add_queries(index: int, query: Tensor) -> None:
+        if index in ropes:
+            statistics[index].add_queries(query, generator)
+
+    def loss(logits: Tensor) -> Tensor:
+        require_finite(logits, "logits")
+        return sampled_loss(logits, generator)
+
     if metric == "fisher":
-        with torch.enable_grad():
-            logits = run(model, sequence, cache).logits
-            require_finite(logits, "logits")
-            if logits.requires_grad:
-                sampled_loss(logits, generator).backward()
-        if all(leaf.grad is None for leaf in leaves.values()):
-            raise QuantCacheError(
-                f"no gradient reaches the keys and values of {type(model).__name__}: its layers may be quantized, and "
-                "have no backward pass. Use metric='query'"
-            )
-        for (index, side), leaf in leaves.items():
-            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # none: the loss does not see it
-            require_finite(gradient[:, :, SINK_LENGTH:], f"gradients at {side}s of layer {index}")
-            statistics[index].add_gradient(side, gradient)
-    elif metric == "query":
-
-        def on_query(index: int, query: Tensor) -> None:
-            if index in ropes:
-                statistics[index].add_queries(query, generator)
-
-        with torch.no_grad(), recorded_queries(model, on_query):
-            require_finite(run(model, sequence, cache).logits, "logits")
-    else:
-        with torch.no_grad():
-            require_finite(run(model, sequence, cache).logits, "logits")
+        found = gather_gradients(model, sequence, ropes, residual_length, loss, require_finite_update)
+        for index, sides in found.items():
+            add(index, *(gathered.vectors for gathered in sides.values()))
+            for side, gathered in sides.items():
+                require_finite(gathered.read[:, :, SINK_LENGTH:], f"gradients at {side}s of layer {index}")
+                statistics[index].add_gradients(side, gathered.coded, gathered.read)
+        return
+    queries = recorded_queries(model, add_queries) if metric == "query" else contextlib.nullcontext()
+    with torch.no_grad(), queries:
+        require_finite(run(model, sequence, RecordingCache(model.config, add)).logits, "logits")
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
@@ -255,23 +250,6 @@ def require_finite(tensor: Tensor, what: str) -> None:
         raise QuantCacheError(
             f"the model cannot be calibrated in {str(tensor.dtype).removeprefix('torch.')}: {what} have {kind} values"
         )
-
-
-def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed negative log-likelihood of one label per position, drawn from the model's own distribution.
-
-    Args:
-        logits: ``[B, T, V]``.
-        generator: Draws the labels.
-
-    Returns:
-        A scalar; its gradients at keys and values give the Fisher metric.
-    """
-    logits = logits.flatten(0, 1).float()
-    with torch.no_grad():
-        # Sampled on the CPU, so that a seed means the same on every device.
-        labels = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(-1).to(logits.device)
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 def _warn_of_few_tokens(tokens: int, statistics: dict[int, LayerStatistics]) -> None:

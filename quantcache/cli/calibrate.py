@@ -33,6 +33,7 @@ from quantcache.cli.pages import WrongUsage
 from quantcache.cli.reaching import expect_model
 from quantcache.cli.session import session
 from quantcache.common.choices import Metric
+from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.errors import HubError
 from quantcache.common.grid import Grid, Prose
 from quantcache.common.sources import MODEL_HELP
@@ -75,6 +76,9 @@ def calibrate(
     ] = False,
     tokens: TokensOption = 32_768,
     seq_len: SequenceOption = None,
+    residual: Annotated[
+        int, typer.Option(min=0, metavar="TOKENS", help="Recent tokens that caches will keep as they are.")
+    ] = RESIDUAL_LENGTH,
     metric: Annotated[
         Metric,
         typer.Option(
@@ -139,7 +143,7 @@ def calibrate(
             bits, min_bits = chosen.bits, chosen.min_bits
             keys, values = chosen.side_bits("key"), chosen.side_bits("value")
             metric, tokens, seq_len = chosen.metric, chosen.tokens, chosen.seq_len
-            seed, dtype = chosen.seed, chosen.dtype
+            residual, seed, dtype = chosen.residual_length, chosen.seed, chosen.dtype
         else:
             if model is None or not text:
                 raise WrongUsage("nothing to calibrate: give MODEL and --text FILE, or --recipe NAME")
@@ -180,6 +184,7 @@ def calibrate(
             metric=metric,
             max_tokens=tokens,
             seq_len=seq_len,
+            residual_length=residual,
             seed=seed,
         )
         url = None

@@ -15,6 +15,12 @@ from quantcache.common.errors import UnsupportedModel
 COVARIANCE_SHRINKAGE = 1e-4
 """Share of isotropic covariance mixed in, so that directions the text never took stay representable."""
 
+READ_SHARE = 0.02
+"""How much of what every reader makes of a token counts beside what the readers of its codes do.
+
+It is much less noisy, since most is read while it is recent, and it is what counts in caches with a shorter residual.
+"""
+
 
 class LayerStatistics:
     """Second moments of one layer's framed keys and values, and of the metric at them."""
@@ -29,6 +35,7 @@ class LayerStatistics:
         shapes = {"key": keys.shape, "value": values.shape}
         self.moments = {side: Moments(shapes[side][1], shapes[side][3], device) for side in SIDES}
         self.metrics = {side: Moments(shapes[side][1], shapes[side][3], device) for side in SIDES}
+        self.read_metrics = {side: Moments(shapes[side][1], shapes[side][3], device) for side in SIDES}
 
     @property
     def kv_shape(self) -> tuple[int, int]:
@@ -53,9 +60,16 @@ class LayerStatistics:
         """
         self.moments[side].add(self._framed(side, x, position))
 
-    def add_gradient(self, side: str, gradient: Tensor) -> None:
-        """Add the loss gradients at the vectors of one batch, ``[B, H, T, D]``."""
-        self.metrics[side].add(self._framed(side, gradient))
+    def add_gradients(self, side: str, coded: Tensor, read: Tensor) -> None:
+        """Add the loss gradients at the vectors of one batch, ``[B, H, T, D]``.
+
+        Args:
+            side: ``key`` or ``value``.
+            coded: Where they are read as codes.
+            read: Wherever they are read.
+        """
+        self.metrics[side].add(self._framed(side, coded))
+        self.read_metrics[side].add(self._framed(side, read))
 
     def add_queries(self, query: Tensor, generator: torch.Generator) -> None:
         """Add queries ``[B, Hq, T, D]``, each as a randomly drawn earlier key sees it."""
@@ -89,7 +103,7 @@ class LayerStatistics:
         sides = {}
         for side in SIDES:
             frame, moments, metric = self.frames[side], self.moments[side], self.metrics[side]
-            matrix = metric.second_moment
+            matrix = metric.second_moment + READ_SHARE * self.read_metrics[side].second_moment
             if side == "value" and output_metric is not None:
                 matrix = output_metric.to(matrix)
             elif not metric.count:

@@ -26,6 +26,7 @@ from quantcache.coding.gains import dequantize_gain, quantize_gain
 from quantcache.coding.rope import ANCHOR_LENGTH
 from quantcache.coding.schema import CodecSettings, Coding, Metadata
 from quantcache.coding.spectral import METRIC_SHRINKAGE
+from quantcache.coding.statistics import READ_SHARE
 
 CONFIG = llama_config(head_dim=32, layers=3, kv_heads=2)
 
@@ -118,7 +119,8 @@ def test_shrinkage_keeps_the_unit(model: PreTrainedModel, tokens: Tensor) -> Non
     for shrinkage in (0.0, 1.0):
         for index, layer in statistics.solve(Choice(value_shrinkage=shrinkage)).items():
             # AᵀA is the metric: its trace stays that of the default whatever is mixed in.
-            metric = statistics.sums[f"{index}.value.fisher"].second_moment
+            coded, read = (statistics.sums[f"{index}.value.{kind}"].second_moment for kind in ("coded", "read"))
+            metric = coded + READ_SHARE * read
             wanted = metric.diagonal(dim1=-2, dim2=-1).sum(-1) * (1 + METRIC_SHRINKAGE)
             found = layer.value.analysis.double().square().sum((-1, -2))
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
@@ -371,6 +373,7 @@ def test_every_variant_names_a_default_row() -> None:
         "min-width",
     }
     default |= {"layer-floor", "split", "sinks", "coding", "passes", "calibration-tokens", "bos"}
+    default |= {"readers", "calibration-residual", "seq-len"}
     rows = ablations.ablations()
     assert {name for name, variants in rows.items() if ablation_variants.Variant() in variants.values()} == default
     assert all(len(set(map(repr, variants.values()))) == len(variants) for variants in rows.values())
@@ -389,7 +392,8 @@ def test_every_variant_names_a_default_row() -> None:
 @pytest.fixture
 def bench(model: PreTrainedModel, tokens: Tensor) -> ablations.Bench:
     """A bench on two windows of 160 tokens."""
-    settings = {"rates": [2.0], "context": 160, "windows": 2, "calibration": {"tokens": 200, "seq_len": 200}}
+    calibration = {"tokens": 200, "seq_len": 200, "residual": 64}
+    settings = {"rates": [2.0], "context": 160, "windows": 2, "residual": 0, "calibration": calibration}
     return ablations.Bench(model, settings, tokens[:200], tokens[200:521])
 
 
@@ -400,11 +404,13 @@ def test_variants_are_compared_in_pairs_of_stretches(bench: ablations.Bench, tmp
         "none": ablation_variants.Variant(gain=("none", 0)),
         "sinks": ablation_variants.Variant(sinks=8),
         "bos": ablation_variants.Variant(reading_bos=True),
+        "short": ablation_variants.Variant(gathering=ablation_variants.Gathering(seq_len=100)),
+        "residual": ablation_variants.Variant(gathering=ablation_variants.Gathering(residual_length=0)),
     }
     bench.gather(list(rows.values()), tmp_path, Progress(disable=True))
     groups = ablations.groups(list(rows.values()), 8)
-    assert [len(group) for group in groups] == [3, 1, 1]
-    assert [len(group) for group in ablations.groups(list(rows.values()), 2)] == [2, 1, 1, 1]
+    assert [len(group) for group in groups] == [5, 1, 1]
+    assert [len(group) for group in ablations.groups(list(rows.values()), 2)] == [2, 2, 1, 1, 1]
     measured = {v: r for group in groups for v, r in zip(group, bench.measure(group), strict=True)}
     for found in measured.values():
         entry = found["2"]
@@ -413,6 +419,7 @@ def test_variants_are_compared_in_pairs_of_stretches(bench: ablations.Bench, tmp
         assert len(entry["kl_stretches"]) == 4  # two of 80 tokens in each window
         assert sum(entry["kl_stretches"]) / 4 == pytest.approx(entry["kl_mean"], rel=1e-4)
         assert entry["dense_perplexity"] > 1
+    assert len({measured[rows[name]]["2"]["kl_mean"] for name in ("default", "short", "residual")}) == 3
     alone = bench.measure([ablation_variants.Variant()])[0]["2"]
     assert alone["kl_windows"] == measured[ablation_variants.Variant()]["2"]["kl_windows"]
     found = ablations.compared(rows, measured)

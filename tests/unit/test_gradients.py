@@ -1,0 +1,109 @@
+"""Gradients at what is read as codes, against those at one vector that is changed whenever its codes are read."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from quantcache.attention.probe import RecordingCache
+from quantcache.calibration.gradients import Gathered, gather_gradients
+from quantcache.coding.schema import SIDES
+from tests.families import FAMILIES, random_tokens, shared_model
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """A model whose parameters want no gradient."""
+    found = copy.deepcopy(shared_model(FAMILIES[0]))
+    for parameter in found.parameters():
+        parameter.requires_grad_(False)
+    return found
+
+
+class NudgedCache(DynamicCache):
+    """A cache that hands out one vector changed, to the chunks that begin a residual window behind it or later."""
+
+    def __init__(self, config: Any, place: tuple[int, str, int], nudge: Tensor, residual_length: int):
+        super().__init__(config=config)
+        self.place, self.nudge, self.residual_length = place, nudge, residual_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Cache what is given, and return it changed."""
+        first = self.get_seq_length(layer_idx)
+        found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        index, side, token = self.place
+        if layer_idx != index or token >= first - self.residual_length:
+            return found
+        given = dict(zip(SIDES, found, strict=True))
+        given[side] = given[side].clone()
+        given[side][0, :, token] += self.nudge
+        return tuple(given.values())
+
+
+def loss(logits: Tensor) -> Tensor:
+    """Negative log-likelihood of one and the same token at every position."""
+    return -logits.log_softmax(-1)[..., 3].sum()
+
+
+def gathered(
+    model: PreTrainedModel, sequence: Tensor, residual_length: int
+) -> tuple[dict[int, dict[str, Gathered]], list[int]]:
+    """What is gathered at two layers, and the tokens of every pass."""
+    passes: list[int] = []
+
+    def on_update(index: int, keys: Tensor, values: Tensor) -> None:
+        passes.extend([keys.shape[2]] * (index == 0))
+
+    return gather_gradients(model, sequence, [0, 1], residual_length, loss, on_update), passes
+
+
+@pytest.mark.parametrize(("tokens", "residual_length"), [(160, 64), (160, 0), (160, 7), (640, 64)])
+def test_coded_gradients_are_those_of_what_is_read_as_codes(
+    model: PreTrainedModel, tokens: int, residual_length: int
+) -> None:
+    """They are those at a vector that is changed for those alone who read its codes."""
+    sequence = random_tokens(1, tokens)
+    found, passes = gathered(model, sequence, residual_length)
+    assert set(passes[:-1]) == {64}
+    coded = tokens - passes[-1] - residual_length
+    for index, side, token in ((0, "key", 1), (0, "value", coded - 1), (1, "key", coded // 2), (1, "value", 5)):
+        vectors, gradients, _ = found[index][side]
+        assert vectors.shape == gradients.shape == (1, *vectors.shape[1:2], tokens, vectors.shape[3])
+        assert not bool(gradients[:, :, coded:].any())
+        nudge = torch.zeros_like(vectors[0, :, token], requires_grad=True)
+        cache = NudgedCache(model.config, (index, side, token), nudge, residual_length)
+        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in sequence.split(64, 1)]
+        (expected,) = torch.autograd.grad(loss(torch.cat(parts, 1)), nudge)
+        torch.testing.assert_close(gradients[0, :, token], expected)
+        assert bool(expected.any())
+
+
+@pytest.mark.parametrize("tokens", [24, 160])
+def test_read_gradients_are_those_of_one_pass(model: PreTrainedModel, tokens: int) -> None:
+    """However it is read in chunks; of a sequence that is too short for codes they are all there is."""
+    sequence = random_tokens(2, tokens)
+    found, _ = gathered(model, sequence, 64)
+    leaves: dict[int, list[Tensor]] = {}
+
+    def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        leaves[index] = [torch.zeros_like(x, requires_grad=True) for x in (keys, values)]
+        return keys + leaves[index][0], values + leaves[index][1]
+
+    logits = model(sequence, past_key_values=RecordingCache(model.config, record), use_cache=True).logits
+    loss(logits).backward()
+    for index, sides in found.items():
+        for side, leaf in zip(SIDES, leaves[index], strict=True):
+            torch.testing.assert_close(sides[side].read, leaf.grad)
+            assert bool(sides[side].coded.any()) == (tokens > 128)
+
+
+def test_a_long_sequence_is_read_in_few_passes(model: PreTrainedModel) -> None:
+    """Every pass keeps a copy of all earlier keys and values."""
+    sequence = random_tokens(1, 1600)
+    _, passes = gathered(model, sequence, 64)
+    assert passes == [100] * 16
