@@ -64,8 +64,8 @@ def calibrate(
 
     One pass gathers means and second moments of every layer's keys and values, in memory that does not depend on the
     number of tokens. With the Fisher metric one backward pass for each sequence measures what an error in any of them
-    costs: the loss is the negative log-likelihood of tokens sampled from the model itself, one for each position of
-    the text.
+    costs those who read it as codes: the loss is the negative log-likelihood of tokens sampled from the model itself,
+    one for each position of the text.
 
     Args:
         model: A decoder-only model, on any device or placed by ``device_map``.

@@ -152,6 +152,8 @@ def calibrate(
                     beside = f"--key-bits {key_bits} and --value-bits {value_bits}"
                     raise WrongUsage(f"--bits {bits:g} has no effect beside {beside}")
                 bits = max(bits, min_bits)  # which no side has
+            if metric != "fisher" and is_given(context, "residual"):
+                raise WrongUsage(f"--residual has no effect beside --metric {metric}")
             for name, rate in (("--bits", bits), ("--key-bits", keys), ("--value-bits", values)):
                 if not isinstance(rate, str) and min_bits > rate:
                     raise WrongUsage(f"--min-bits {min_bits} exceeds {name} {rate:g}")

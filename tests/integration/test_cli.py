@@ -306,6 +306,10 @@ BAD_INPUT = {
         (*CALIBRATE, "--bits", "7", "--key-bits", "2", "--value-bits", "dense"),
         "--bits 7 has no effect beside --key-bits 2 and --value-bits dense",
     ),
+    "residual of another metric": (
+        (*CALIBRATE, "--metric", "query", "--residual", "0"),
+        "--residual has no effect beside --metric query",
+    ),
     "metric": ((*CALIBRATE, "--metric", "luck"), "'--metric': 'luck' is not one of 'fisher', 'query', 'identity'"),
     "dtype": (
         (*CALIBRATE, "--dtype", "int3"),

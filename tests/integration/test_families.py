@@ -456,10 +456,12 @@ def test_the_name_of_a_model_is_no_model(use: Any) -> None:
         use("wiki11m", random_tokens(1, 64))
 
 
-@pytest.mark.parametrize("number", [{"max_tokens": -1}, {"max_tokens": 20.5}, {"seq_len": 0}], ids=str)
+@pytest.mark.parametrize(
+    "number", [{"max_tokens": -1}, {"max_tokens": 20.5}, {"seq_len": 0}, {"residual_length": -1}], ids=str
+)
 def test_numbers_of_tokens_that_make_no_sense(number: dict[str, Any]) -> None:
     """-1 left out the last token."""
-    with pytest.raises(ValueError, match=f"{next(iter(number))} must be a whole number from 1 up"):
+    with pytest.raises(ValueError, match=f"{next(iter(number))} must be a whole number from [01] up"):
         calibrate(shared_model(FAMILIES[0]), random_tokens(1, 64), progress=False, **number)
 
 

@@ -84,6 +84,7 @@ FLAWS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "tokens": (lambda c: c | {"tokens": 0}, "tokens must be a positive integer, got 0"),
     "boolean tokens": (lambda c: c | {"tokens": True}, "tokens must be a positive integer, got True"),
     "length": (lambda c: c | {"seq_len": 2.5}, "seq_len must be a positive integer, got 2.5"),
+    "residual": (lambda c: c | {"residual_length": -1}, "residual_length must be an integer of at least 0, got -1"),
     "seed": (lambda c: c | {"seed": -1}, "seed must be an integer of at least 0, got -1"),
     "metric": (lambda c: c | {"metric": "fish"}, "metric must be one of fisher, query, identity, got 'fish'"),
     "dtype": (lambda c: c | {"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
@@ -118,13 +119,21 @@ def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_calibrating_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_may_leave_the_residual_out(content: dict[str, Any], tmp_path: Path) -> None:
+    """Those of before there was one do."""
+    assert load_recipe(write(tmp_path, content | {"residual_length": 7})).residual_length == 7
+    del content["residual_length"]
+    assert load_recipe(write(tmp_path, content)).residual_length == 64
+
+
+@pytest.mark.parametrize("metric", ["identity", "fisher"])
+def test_calibrating_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str) -> None:
     text = data.calibration_text()[:6000]
     (tmp_path / "text.txt").write_text(text, "utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()
     settings = yaml.safe_load((data.calibrations_path() / "recipes" / "wiki11m.yaml").read_text())
     settings |= {"text": {"files": {"text.txt": digest}}, "tokens": 256, "seq_len": 128, "bits": 2, "key_bits": 2.5}
-    settings |= {"metric": "identity", "seed": 4}
+    settings |= {"metric": metric, "seed": 4, "residual_length": 7}
     arguments = ["calibrate", "--recipe", str(write(tmp_path, settings)), "-o", str(tmp_path / "out"), "--json"]
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -134,6 +143,7 @@ def test_calibrating_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {name: made.recipe[name] for name in ("tokens", "seq_len", "seed", "metric")} == {
         name: settings[name] for name in ("tokens", "seq_len", "seed", "metric")
     }
+    assert made.recipe.get("residual_length") == (7 if metric == "fisher" else None)
     assert (made.rate.bits, made.rate.key_bits, made.rate.value_bits) == (2, 2.5, "joint")
     assert made.recipe["text_sha256"] == [digest]
     with pytest.raises(SystemExit) as ended:
