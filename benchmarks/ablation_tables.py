@@ -62,7 +62,7 @@ def _caption(path: Path, record: Record, names: list[str], page: Path) -> str:
     caption = (
         f"Mean KL at {rates} bits, in nats per token, and bits per element with scales. {settings['model']} "
         f"in {settings['dtype']}, {windows(settings)}{text} fed {settings['chunk']} at a time, "
-        f"{f'residual {residual}' if (residual := settings['residual']) else 'no residual'}; "
+        f"{f'residual {residual}' if (residual := settings.get('residual')) else 'no residual'}; "
         f"{settings['calibration']['tokens']:,} calibration tokens. {codes}. "
     )
     found = [entry for name in names for row in record["metrics"][name].values() for entry in row.values()]

@@ -200,11 +200,11 @@ def test_a_calibration_is_found_by_the_models_id(caplog: pytest.LogCaptureFixtur
     """The bundled one, which the log and the returned value name; its bits are the caller's."""
     model = AutoModelForCausalLM.from_pretrained(data.demo_model_path())
     with caplog.at_level(logging.INFO, "quantcache"):
-        used = quantcache.enable(model, bits=2.0)
-    assert repr(used) == "Calibration(wiki11m, 6 layers, 2 bits)"
+        used = quantcache.enable(model, bits=4.0)
+    assert repr(used) == "Calibration(wiki11m, 6 layers, 4 bits)"
     assert "calibration: the one that comes with quantcache, Calibration(wiki11m" in caplog.text
     assert isinstance(generate(model, max_new_tokens=1)[1], SpectralCache)
-    assert quantcache.enable(model, quality="near-lossless").bits == pytest.approx(2.5, abs=0.01)
+    assert quantcache.enable(model, quality="near-lossless").bits == pytest.approx(2.0, abs=0.01)
     given = Calibration.for_model("wiki11m")
     assert quantcache.enable(model, given) is given
     quantcache.disable(model)

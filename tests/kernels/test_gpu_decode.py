@@ -171,4 +171,4 @@ def test_realistic_calibrations_keep_their_rate_and_vary(heads: int, dim: int, b
     calibration = realistic_calibration(config, bits)
     assert calibration.bits == pytest.approx(bits, abs=0.01)
     widths = [calibration.layers[i].side(side).widths for i in range(7) for side in SIDES]
-    assert all(w is not None and w.shape == (heads, dim) and len(w.unique()) >= 4 for w in widths)
+    assert all(w is not None and w.shape == (heads, dim) and len(w.unique()) >= 3 for w in widths)
