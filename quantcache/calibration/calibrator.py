@@ -20,7 +20,7 @@ from quantcache.artifact.recipes import check_metric
 from quantcache.attention.output_metrics import output_metrics
 from quantcache.attention.probe import RecordingCache, detect_ropes, evaluating, recorded_queries, run
 from quantcache.calibration.data import calibration_data
-from quantcache.calibration.gradients import gather_gradients, sampled_loss
+from quantcache.calibration.gradients import gather_gradients, reads_in_chunks, sampled_loss
 from quantcache.calibration.yardstick import measure_yardstick
 from quantcache.coding.allocation import check_rates
 from quantcache.coding.rope import Rope
@@ -83,7 +83,7 @@ def calibrate(
         seq_len: Length of the sequences that texts are cut into; by default 2,048 or the model's limit.
         residual_length: Recent tokens that caches will keep as they are. What reads a token within so many costs
             nothing, and hardly counts in the Fisher metric; caches that keep fewer lose more than with a calibration
-            for them.
+            for them. Models with recurrent layers cannot be read in chunks, and all counts.
         seed: Seed of the sampled labels.
         codec: Codec choices; the defaults if None.
         predict: Let short runs through the compressed cache scale what the calibration predicts of its cost, which
@@ -137,6 +137,7 @@ def calibrate(
     _warn_of_few_tokens(given.num_tokens, statistics)
     outputs = output_metrics(model, {i: s.kv_shape for i, s in statistics.items()}) if metric == "query" else {}
     solved = {index: statistics[index].solve(outputs.get(index)) for index in layers}
+    counts_codes = metric == "fisher" and reads_in_chunks(model)
     metadata = Metadata(
         base_model={
             "id": public_name(model),
@@ -152,7 +153,7 @@ def calibrate(
             "seq_len": max(each.shape[-1] for each in given.sequences),
             "seed": seed,
             "sink_length": SINK_LENGTH,
-            **({"residual_length": residual_length, "read_share": READ_SHARE} if metric == "fisher" else {}),
+            **({"residual_length": residual_length, "read_share": READ_SHARE} if counts_codes else {}),
             "metric_shrinkage": METRIC_SHRINKAGE,
             "covariance_shrinkage": COVARIANCE_SHRINKAGE,
             "dtype": str(model.dtype).removeprefix("torch."),

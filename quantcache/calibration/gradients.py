@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantcache.artifact import cache_layout
 from quantcache.attention.probe import RecordingCache, run
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
+from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 
 PASSES = 16
@@ -32,10 +34,22 @@ class Gathered(NamedTuple):
     read: Tensor
 
 
+def reads_in_chunks(model: PreTrainedModel) -> bool:
+    """Whether gradients of a text that a model reads in chunks are those of the text.
+
+    Args:
+        model: The model.
+
+    Returns:
+        False if it has recurrent layers: they write their states in place, or start anew with every chunk.
+    """
+    return not any(map(compat.is_stateful, cache_layout.stock_layers(model.config)))
+
+
 def gather_gradients(
     model: PreTrainedModel,
     sequence: Tensor,
-    layers: Iterable[int],
+    layers: Collection[int],
     residual_length: int,
     loss: Callable[[Tensor], Tensor],
     on_update: Callable[[int, Tensor, Tensor], None] = lambda *_: None,
@@ -44,7 +58,8 @@ def gather_gradients(
 
     The tokens right behind a token look at it most, and they read it as it is: it is in the residual window. What they
     make of it is most of its gradient, and says little of what its codes cost. So the batch is read in chunks, like a
-    text by a compressed cache: what is behind the window when a chunk begins, the chunk reads as codes.
+    text by a compressed cache: what is behind the window when a chunk begins, the chunk reads as codes. A model that
+    cannot be read in chunks is read at once, and nothing as codes.
 
     Args:
         model: The model, in evaluation mode.
@@ -61,7 +76,7 @@ def gather_gradients(
         QuantCacheError: The model has no backward pass.
     """
     tokens = sequence.shape[1]
-    step = max(BLOCK, tokens // PASSES)
+    step = max(BLOCK, -(-tokens // PASSES)) if reads_in_chunks(model) else tokens
     read, coded = (_Leaves({(index, side): [] for index in layers for side in SIDES}) for _ in range(2))
 
     def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:

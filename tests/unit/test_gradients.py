@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    DynamicCache,
+    Lfm2Config,
+    PreTrainedModel,
+    Qwen3NextConfig,
+)
 
+from quantcache import calibrate
 from quantcache.attention.probe import RecordingCache
 from quantcache.calibration.gradients import Gathered, gather_gradients
 from quantcache.coding.schema import SIDES
-from tests.families import FAMILIES, random_tokens, shared_model
+from tests.families import FAMILIES, VOCABULARY, random_tokens, shared_model
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +31,12 @@ def model() -> PreTrainedModel:
     for parameter in found.parameters():
         parameter.requires_grad_(False)
     return found
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
 
 
 class NudgedCache(DynamicCache):
@@ -102,8 +116,33 @@ def test_read_gradients_are_those_of_one_pass(model: PreTrainedModel, tokens: in
             assert bool(sides[side].coded.any()) == (tokens > 128)
 
 
+RECURRENT = {
+    "bamba": BambaConfig(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, **SIZES),
+    "lfm2": Lfm2Config(layer_types=["conv", "full_attention"], **SIZES),
+    "qwen3-next": Qwen3NextConfig(
+        layer_types=["linear_attention", "full_attention"], head_dim=16, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, **SIZES,
+    ),
+}  # fmt: skip
+"""Models whose recurrent layers start anew with every chunk, or change what a backward pass needs."""
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_read_at_once(name: str) -> None:
+    torch.manual_seed(0)
+    recurrent = AutoModelForCausalLM.from_config(RECURRENT[name]).eval().requires_grad_(False)
+    sequence = random_tokens(1, 160)
+    passes: list[int] = []
+    found = gather_gradients(recurrent, sequence, [1], 0, loss, lambda _, keys, __: passes.append(keys.shape[2]))
+    assert passes == [160]
+    assert bool(found[1]["key"].read.any())
+    assert not bool(found[1]["key"].coded.any())
+    calibration = calibrate(recurrent, [sequence], predict=False, progress=False)
+    assert "residual_length" not in calibration.metadata.recipe
+
+
 def test_a_long_sequence_is_read_in_few_passes(model: PreTrainedModel) -> None:
     """Every pass keeps a copy of all earlier keys and values."""
-    sequence = random_tokens(1, 1600)
-    _, passes = gathered(model, sequence, 64)
-    assert passes == [100] * 16
+    _, passes = gathered(model, random_tokens(1, 1601), 64)
+    assert passes == [101] * 15 + [86]
