@@ -201,18 +201,21 @@ def _gather(
 ) -> None:
     """Add one batch of sequences to the statistics."""
 
-    def require_finite_update(index: int, keys: Tensor, values: Tensor) -> None:
+    def check(index: int, keys: Tensor, values: Tensor) -> None:
         if index in ropes:
             for side, tensor in zip(SIDES, (keys, values), strict=True):
                 require_finite(tensor, f"{side}s of layer {index}")
 
     def add(index: int, keys: Tensor, values: Tensor) -> None:
-        require_finite_update(index, keys, values)
+        if index not in statistics:
+            statistics[index] = LayerStatistics(index, ropes[index], keys, values, settings)
+        for side, tensor in zip(SIDES, (keys, values), strict=True):
+            statistics[index].add(side, tensor)
+
+    def check_and_add(index: int, keys: Tensor, values: Tensor) -> None:
+        check(index, keys, values)
         if index in ropes:
-            if index not in statistics:
-                statistics[index] = LayerStatistics(index, ropes[index], keys, values, settings)
-            for side, tensor in zip(SIDES, (keys, values), strict=True):
-                statistics[index].add(side, tensor)
+            add(index, keys, values)
 
     def add_queries(index: int, query: Tensor) -> None:
         if index in ropes:
@@ -223,16 +226,16 @@ def _gather(
         return sampled_loss(logits, generator)
 
     if metric == "fisher":
-        found = gather_gradients(model, sequence, ropes, residual_length, loss, require_finite_update)
+        found = gather_gradients(model, sequence, ropes, residual_length, loss, check)
         for index, sides in found.items():
-            add(index, *(gathered.vectors for gathered in sides.values()))
+            add(index, *(sides[side].vectors for side in SIDES))
             for side, gathered in sides.items():
                 require_finite(gathered.read[:, :, SINK_LENGTH:], f"gradients at {side}s of layer {index}")
                 statistics[index].add_gradients(side, gathered.coded, gathered.read)
         return
     queries = recorded_queries(model, add_queries) if metric == "query" else contextlib.nullcontext()
     with torch.no_grad(), queries:
-        require_finite(run(model, sequence, RecordingCache(model.config, add)).logits, "logits")
+        require_finite(run(model, sequence, RecordingCache(model.config, check_and_add)).logits, "logits")
 
 
 def require_finite(tensor: Tensor, what: str) -> None:

@@ -77,7 +77,7 @@ def gather_gradients(
     """
     tokens = sequence.shape[1]
     step = max(BLOCK, -(-tokens // PASSES)) if reads_in_chunks(model) else tokens
-    read, coded = (_Leaves({(index, side): [] for index in layers for side in SIDES}) for _ in range(2))
+    read, coded = _Leaves(layers), _Leaves(layers)
 
     def record(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         on_update(index, keys, values)
@@ -113,10 +113,11 @@ def gather_gradients(
     return gathered
 
 
-class _Leaves(NamedTuple):
+class _Leaves:
     """Zeros that have been added to tensors: the gradients at them are those at the sums."""
 
-    leaves: dict[tuple[int, str], list[Tensor]]
+    def __init__(self, layers: Collection[int]):
+        self.leaves: dict[tuple[int, str], list[Tensor]] = {(index, side): [] for index in layers for side in SIDES}
 
     def add(self, place: tuple[int, str], x: Tensor) -> Tensor:
         """Add zeros to the next tokens of a layer's side, ``[B, Hkv, t, D]``."""
@@ -128,11 +129,8 @@ class _Leaves(NamedTuple):
         """Gradients at all tokens of a layer's side, of the vectors' shape."""
         # None where the loss does not see the tokens.
         parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves[place]]
-        found = torch.zeros_like(vectors)
-        if parts:
-            joined = torch.cat(parts, dim=2)
-            found[:, :, : joined.shape[2]] = joined
-        return found
+        rest = vectors[:, :, sum(part.shape[2] for part in parts) :]
+        return torch.cat((*parts, torch.zeros_like(rest)), dim=2)
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
