@@ -10,14 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache.artifact import cache_layout
-from quantcache.attention.probe import RecordingCache, run
+from quantcache.attention.probe import run
+from quantcache.calibration.recompute import ReplayingCache, cut_below_head, recomputed_layers
 from quantcache.coding.packing import BLOCK
 from quantcache.coding.schema import SIDES
 from quantcache.common import compat
 from quantcache.common.errors import QuantCacheError
 
 PASSES = 16
-"""Passes that a sequence is read in at most: every one keeps a copy of all earlier keys and values."""
+"""Passes that a sequence is read in at most: every one reads all weights, twice."""
 
 
 class Gathered(NamedTuple):
@@ -86,9 +87,11 @@ def gather_gradients(
         added = [read.add((index, side), x) for side, x in zip(SIDES, (keys, values), strict=True)]
         return added[0], added[1]
 
-    cache = RecordingCache(model.config, record)
-    losses, behind = [], 0
-    with torch.enable_grad():
+    cache = ReplayingCache(model.config, record)
+    ends: list[Tensor] = []
+    gradients: list[Tensor | None] = []
+    behind = 0
+    with torch.enable_grad(), recomputed_layers(model, cache):
         for first in range(0, tokens, step):
             if first - residual_length > behind:
                 for index, side in coded.leaves:
@@ -97,14 +100,18 @@ def gather_gradients(
                     parts[1] = coded.add((index, side), parts[1])
                     setattr(cache.layers[index], f"{side}s", torch.cat(parts, dim=2))
                 behind = first - residual_length
-            losses.append(loss(run(model, sequence[:, first : first + step], cache).logits))
-        scalar = torch.stack(losses).sum()
-        if not scalar.requires_grad:
-            raise QuantCacheError(
-                f"no gradient reaches the keys and values of {type(model).__name__}: its layers may be quantized, and "
-                "have no backward pass. Use metric='query'"
-            )
-        scalar.backward()
+            with cut_below_head(model) as cuts:
+                scalar = loss(run(model, sequence[:, first : first + step], cache).logits)
+            tops = [left for left, _ in cuts] or [scalar]
+            if not (scalar.requires_grad and all(end.requires_grad for end in tops)):
+                raise QuantCacheError(
+                    f"no gradient reaches the keys and values of {type(model).__name__}: its layers may be quantized, "
+                    "and have no backward pass. Use metric='query'"
+                )
+            ends += tops
+            gradients += torch.autograd.grad(scalar, [given for _, given in cuts]) if cuts else [None]
+            cache.chunk += 1
+        torch.autograd.backward(ends, gradients)
     gathered: dict[int, dict[str, Gathered]] = {}
     for index, side in coded.leaves:
         vectors = getattr(cache.layers[index], f"{side}s").detach()

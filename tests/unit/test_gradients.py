@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -19,9 +20,10 @@ from transformers import (
 
 from quantcache import calibrate
 from quantcache.attention.probe import RecordingCache
+from quantcache.calibration import gradients
 from quantcache.calibration.gradients import Gathered, gather_gradients
 from quantcache.coding.schema import SIDES
-from tests.families import FAMILIES, VOCABULARY, random_tokens, shared_model
+from tests.families import FAMILIES, VOCABULARY, Family, random_tokens, shared_model
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,37 @@ def test_recurrent_layers_are_read_at_once(name: str) -> None:
     assert "residual_length" not in calibration.metadata.recipe
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_computing_layers_again_changes_nothing(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it that the gradients of a chunk's logits are had before the next chunk is read."""
+    model = copy.deepcopy(shared_model(family)).requires_grad_(False)
+    sequence = random_tokens(2, 200)
+    found, _ = gathered(model, sequence, 16)
+    monkeypatch.setattr(gradients, "recomputed_layers", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(gradients, "cut_below_head", lambda *_: contextlib.nullcontext([]))
+    expected, _ = gathered(model, sequence, 16)
+    for index, sides in expected.items():
+        for side, kinds in sides.items():
+            for kind, x in kinds._asdict().items():
+                torch.testing.assert_close(getattr(found[index][side], kind), x)
+            assert bool(kinds.coded.any())
+
+
+def test_layers_are_computed_again(model: PreTrainedModel) -> None:
+    """And called as before once gradients are there; what accelerate put in place of forward stays."""
+    calls: list[int] = []
+    layers = model.model.layers
+    handle = layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    layers[1].forward = replaced = layers[1].forward
+    _, passes = gathered(model, random_tokens(1, 160), 64)
+    handle.remove()
+    assert len(passes) == 3
+    assert len(calls) == 2 * len(passes)
+    assert "forward" not in vars(layers[0])
+    assert vars(layers[1]).pop("forward") is replaced
+
+
 def test_a_long_sequence_is_read_in_few_passes(model: PreTrainedModel) -> None:
-    """Every pass keeps a copy of all earlier keys and values."""
+    """Every pass reads all weights, twice."""
     _, passes = gathered(model, random_tokens(1, 1601), 64)
     assert passes == [101] * 15 + [86]

@@ -15,6 +15,7 @@ from quantcache.common.compat.generating import given_cache as given_cache
 from quantcache.common.compat.generating import tokens_beyond_cache as tokens_beyond_cache
 from quantcache.common.compat.layers import is_full_attention as is_full_attention
 from quantcache.common.compat.layers import is_placeholder as is_placeholder
+from quantcache.common.compat.layers import is_plain as is_plain
 from quantcache.common.compat.layers import is_recurrent as is_recurrent
 from quantcache.common.compat.layers import is_stateful as is_stateful
 from quantcache.common.compat.layers import is_window as is_window

@@ -99,6 +99,19 @@ def is_stateful(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionLayer)
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a stock cache layer holds keys and values and nothing else.
+
+    Args:
+        layer: A layer of a ``DynamicCache``.
+
+    Returns:
+        True for full attention and sliding windows without states or an indexer's keys beside them, and for layers that
+        never hold anything; False for kinds that models bring themselves.
+    """
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or is_placeholder(layer)
+
+
 def recurrent_states(layer: Any) -> list[torch.Tensor]:
     """What a stock cache layer holds of its recurrence and convolutions.
 
