@@ -151,8 +151,8 @@ REAL_RUNS := gemma3 8192 residuals others recommended predictions
 REAL_METHODS := dense,spectral-2,spectral-2.5,spectral-3,fp8,quanto-2,quanto-4,spectral-4,kivi-2,kivi-3,kivi-4,quarot-2,$\
 quarot-3,quarot-4,turboquant-mse-2,turboquant-mse-3,turboquant-mse-4,hqq-4,oscar-2,oscar-3,oscar-4,int4-token-head,q4_0,$\
 q8_0,kvarn-k4v2-64,kvarn-k4v4-64,kvarn-k3v3-64,kvarn-k2v2-64
-REAL_CHOICE := dense,spectral-2,spectral-2.5,spectral-3,spectral-4,fp8,quanto-4,kivi-2,kivi-4,quarot-3,turboquant-mse-3,$\
-oscar-3,kvarn-k4v2-64
+REAL_CHOICE := dense,spectral-1,spectral-1.5,spectral-2,spectral-2.5,spectral-3,spectral-4,fp8,quanto-4,kivi-2,kivi-4,$\
+quarot-3,turboquant-mse-3,oscar-3,kvarn-k4v2-64
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PREDICTIONS = $(ONE_THREAD) $(BIN)/python benchmarks/predictions.py
 REAL = $(ONE_THREAD) $(BIN)/python benchmarks/fidelity.py --text wikitext2_test.txt --context 1024 \

@@ -44,7 +44,8 @@ BATCH = 4
 """Methods measured together: they share the dense cache's predictions."""
 
 CHOICE = (
-    "dense,spectral-2,spectral-3,spectral-4,quanto-4,kivi-2,kivi-4,quarot-3,turboquant-mse-3,oscar-2,oscar-3,pca-3.125"
+    "dense,spectral-1,spectral-1.5,spectral-2,spectral-3,spectral-4,quanto-4,kivi-2,kivi-4,quarot-3,turboquant-mse-3,"
+    "oscar-2,oscar-3,pca-3.125"
 )
 """Methods measured at other contexts and on WikiText-2."""
 

@@ -64,7 +64,9 @@ def alike(one: Record, other: Record) -> bool:
 def _conditions(settings: dict[str, Any]) -> dict[str, Any]:
     found = {key: settings[key] for key in ("model_sha256", "dtype", "chunk", "sinks", "codec") if key in settings}
     found["text"] = {key: settings["evaluation"].get(key) for key in ("source", "text_sha256")}
-    found["calibration"] = {key: value for key, value in settings["calibration"].items() if key != "seconds"}
+    # What a calibration says of its cost changes no code.
+    same = ("seconds", "yardstick")
+    found["calibration"] = {key: value for key, value in settings["calibration"].items() if key not in same}
     return found
 
 

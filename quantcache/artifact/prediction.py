@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
+from itertools import pairwise
 from typing import Any
 
 from quantcache.artifact.calibration import Calibration
@@ -16,16 +18,17 @@ def predict_kl(calibration: Calibration) -> float | None:
     """Mean KL divergence between the dense cache and the compressed one, predicted at a calibration's present rate.
 
     The Fisher rate-distortion model gives the cost Σ ½ λ D(b) of the allocated widths. Short runs through the real
-    cache at two rates, made while calibrating, tie it to divergences: between and beyond them the divergence goes with
-    a power of the cost. It holds for contexts as long as the calibration's sequences, with the default sinks and
-    residual window, and for text like the calibration's: texts of one kind differ by up to a factor of two.
+    cache at a few rates, made while calibrating, tie it to divergences: between two of them, and beyond the last, the
+    divergence goes with a power of the cost. It holds for contexts as long as the calibration's sequences, with the
+    default sinks and residual window, and for text like the calibration's: texts of one kind differ by up to a factor
+    of two.
 
     Args:
         calibration: A calibration.
 
     Returns:
         Nats per token; None if the calibration was made without these runs (before they existed, without a text, or on
-        sequences that are too short), or if they diverged no less at the lower cost.
+        sequences that are too short), or if one diverged no less at a lower cost.
     """
     points = _points(calibration.metadata.recipe.get("yardstick"))
     if points is None:
@@ -33,12 +36,13 @@ def predict_kl(calibration: Calibration) -> float | None:
     cost = expected_cost(calibration.layers, calibration.metadata.codec.coding)
     if cost <= 0:
         return 0.0
-    (low_cost, low_kl), (high_cost, high_kl) = points
+    place = bisect([known for known, _ in points[1:-1]], cost)
+    (low_cost, low_kl), (high_cost, high_kl) = points[place : place + 2]
     power = math.log(high_kl / low_kl) / math.log(high_cost / low_cost)
     try:
         return high_kl * math.exp(power * math.log(cost / high_cost))
     except OverflowError:
-        return None  # no divergence grows like that: the two points were not measured
+        return None  # no divergence grows like that: the points were not measured
 
 
 def largest_measured(calibration: Calibration) -> float | None:
@@ -51,7 +55,7 @@ def largest_measured(calibration: Calibration) -> float | None:
         Nats per token; None where nothing was measured.
     """
     points = _points(calibration.metadata.recipe.get("yardstick"))
-    return None if points is None else points[1][1]
+    return None if points is None else points[-1][1]
 
 
 def measured_on_seen_text(calibration: Calibration) -> bool:
@@ -83,8 +87,8 @@ def predict_kl_at(calibration: Calibration, bits: float) -> float | None:
     return predict_kl(calibration.with_rate(calibration.metadata.rate.given(bits=bits)))
 
 
-def _points(yardstick: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """The cheapest and the dearest measured (cost, KL), None if a recipe holds no two sound ones.
+def _points(yardstick: Any) -> list[tuple[float, float]] | None:
+    """What was measured, (cost, KL) by rising cost; None if a recipe does not hold two points or more, all sound.
 
     Of sound ones the dearer has the larger divergence: else fewer bits would be predicted to lose less.
     """
@@ -98,6 +102,5 @@ def _points(yardstick: Any) -> tuple[tuple[float, float], tuple[float, float]] |
             return None
         found.append((cost, kl))
     found.sort()
-    if len(found) < 2 or found[0][0] >= found[-1][0] or found[0][1] >= found[-1][1]:
-        return None
-    return found[0], found[-1]
+    rising = all(a < c and b < d for (a, b), (c, d) in pairwise(found))
+    return found if rising and len(found) > 1 else None

@@ -1,7 +1,8 @@
 """Words for a rate: the fewest bits at which a calibration predicts no more divergence than the word allows.
 
-Predictions are tied to divergences measured while calibrating, at 2 and 4 bits. Below the lower of these rates they
-promise too much, so no word goes there: it then stands for more fidelity than it asks for.
+Predictions are tied to divergences measured while calibrating, at 1, 2 and 4 bits (calibrations made before 30 November
+2026: at 2 and 4). Below the lowest of these rates they promise too much, so no word goes there: it then stands for more
+fidelity than it asks for.
 """
 
 from __future__ import annotations

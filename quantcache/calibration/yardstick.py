@@ -21,7 +21,7 @@ from quantcache.coding.schema import Rate
 from quantcache.common import compat
 from quantcache.common.defaults import RESIDUAL_LENGTH, SINK_LENGTH
 
-YARDSTICK_BITS = (2.0, 4.0)
+YARDSTICK_BITS = (1.0, 2.0, 4.0)
 """Bits at which divergence is measured; most use lies between them."""
 
 YARDSTICK_TOKENS = 2048
@@ -38,7 +38,7 @@ def measure_yardstick(
     calibration: Calibration,
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any] | None:
-    """Measure the divergence between the dense cache and the compressed one, fed block by block, at 2 and 4 bits.
+    """Measure the divergence between the dense cache and the compressed one, fed block by block, at 1, 2 and 4 bits.
 
     Chunks are cut as ``quantcache eval`` cuts them: each starts at a block, and reads codes of everything but the sinks
     and the residual window.

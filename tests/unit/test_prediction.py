@@ -27,6 +27,10 @@ from tests.families import FAMILIES, random_tokens, shared_model
 POINTS = [{"bits": 2.0, "cost": 0.02, "kl": 0.008}, {"bits": 4.0, "cost": 0.002, "kl": 0.0004}]
 
 
+MEASURED = [{2: 0.01, 4: 0.001}, {1: 0.2, 2: 0.01, 4: 0.001}, {1: 0.2, 2: 0.1, 3: 0.01, 4: 0.001}]
+"""Divergences by bits."""
+
+
 def with_yardstick(calibration: Calibration, yardstick: object) -> Calibration:
     recipe = {**calibration.metadata.recipe, "yardstick": yardstick}
     return Calibration(calibration.layers, replace(calibration.metadata, recipe=recipe))
@@ -67,19 +71,26 @@ def test_dense_sides_cost_nothing() -> None:
     assert predict_kl(with_yardstick(dense, {"points": POINTS})) == 0.0
 
 
-def test_prediction_goes_through_the_measured_points() -> None:
+@pytest.mark.parametrize(
+    "measured", [{2: 0.01, 4: 0.001}, {1: 0.2, 2: 0.01, 4: 0.001}, {1: 0.2, 2: 0.1, 3: 1e-2, 4: 1e-3}]
+)
+def test_prediction_goes_through_the_measured_points(measured: dict[int, float]) -> None:
     calibration = Calibration.synthetic(llama_config())
-    costs = [expected_cost(calibration.with_bits(bits).layers, "trellis") for bits in (2, 4)]
-    points = [{"bits": 2.0, "cost": costs[0], "kl": 0.01}, {"bits": 4.0, "cost": costs[1], "kl": 0.001}]
-    measured = with_yardstick(calibration, {"points": points})
-    assert predict_kl_at(measured, 2) == pytest.approx(0.01)
-    assert predict_kl_at(measured, 4) == pytest.approx(0.001)
-    between = predict_kl_at(measured, 3)
-    assert between is not None
-    assert 0.001 < between < 0.01
-    found = [predict_kl_at(measured, bits) for bits in (1, 2, 3, 4, 5, 6, 8)]
+    points = [
+        {"bits": float(bits), "cost": expected_cost(calibration.with_bits(bits).layers, "trellis"), "kl": kl}
+        for bits, kl in measured.items()
+    ]
+    calibration = with_yardstick(calibration, {"points": points})
+    for bits, kl in measured.items():
+        assert predict_kl_at(calibration, bits) == pytest.approx(kl)
+    found = [predict_kl_at(calibration, bits) for bits in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8)]
     assert found == sorted(found, reverse=True)
-    assert predict_kl(measured.with_bits(2)) == predict_kl_at(measured, 2)
+    assert len(set(found)) == len(found)
+    assert predict_kl(calibration.with_bits(2)) == predict_kl_at(calibration, 2)
+    # Beyond the last points it goes on as between them and their neighbours.
+    first, last = (with_yardstick(calibration, {"points": pair}) for pair in (points[:2], points[-2:]))
+    assert predict_kl_at(calibration, 0.5) == pytest.approx(predict_kl_at(first, 0.5))
+    assert predict_kl_at(calibration, 8) == pytest.approx(predict_kl_at(last, 8))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +109,7 @@ def test_prediction_goes_through_the_measured_points() -> None:
         {"points": [POINTS[0], {**POINTS[1], "cost": float("inf")}]},
         {"points": [POINTS[0], {**POINTS[1], "kl": 0.009}]},  # fewer bits would lose less
         {"points": [POINTS[0], {**POINTS[1], "kl": POINTS[0]["kl"]}]},
+        {"points": [POINTS[0], {"cost": 0.006, "kl": 0.009}, POINTS[1]]},
     ],
 )
 def test_no_sound_yardstick_no_prediction(yardstick: object) -> None:
@@ -127,7 +139,7 @@ def test_calibrate_measures_a_yardstick(tmp_path) -> None:
     model = shared_model(FAMILIES[0])
     calibration = calibrate(model, random_tokens(2, 260), progress=False)
     yardstick = calibration.metadata.recipe["yardstick"]
-    assert [point["bits"] for point in yardstick["points"]] == [2.0, 4.0]
+    assert [point["bits"] for point in yardstick["points"]] == [1.0, 2.0, 4.0]
     assert yardstick["tokens"] == 2 * 260
     assert yardstick["held_out"] is False
     calibration.save_pretrained(tmp_path)

@@ -21,12 +21,12 @@ words = pytest.mark.support("quality= in place of bits")
 refused = pytest.mark.support("quality= beside bits, or without a prediction", refused=True)
 
 
-def measured(kl: tuple[float, float], head_dim: int = 64, coding: str = "scalar") -> Calibration:
-    """A calibration with a yardstick at 2 and 4 bits."""
+def measured(kl: tuple[float, ...], head_dim: int = 64, coding: str = "scalar") -> Calibration:
+    """A calibration with a yardstick at 2 and 4 bits, or at 1 bit too."""
     made = Calibration.synthetic(llama_config(head_dim)).with_coding(coding)  # type: ignore[arg-type]
     points = [
         {"bits": bits, "cost": expected_cost(made.with_bits(bits).layers, made.metadata.codec.coding), "kl": value}
-        for bits, value in zip((2.0, 4.0), kl, strict=True)
+        for bits, value in zip((1.0, 2.0, 4.0)[-len(kl) :], kl, strict=True)
     ]
     recipe = {**made.metadata.recipe, "yardstick": {"tokens": 4096, "points": points}}
     return Calibration(made.layers, replace(made.metadata, recipe=recipe))
@@ -39,9 +39,10 @@ def measured(kl: tuple[float, float], head_dim: int = 64, coding: str = "scalar"
         measured((0.03, 0.002)),
         measured((0.1, 0.005), head_dim=96),
         measured((0.03, 0.002), coding="trellis").with_bits(5),
+        measured((0.1, 0.03, 0.002)),
         Calibration.for_model("wiki11m"),
     ],
-    ids=["scalar", "hard", "trellis", "bundled"],
+    ids=["scalar", "hard", "trellis", "three rates", "bundled"],
 )
 def test_the_fewest_bits_that_keep_the_limit(calibration: Calibration) -> None:
     """Each word gets the least quarter of a bit within its limit, but none below the rates that were measured."""
@@ -68,6 +69,9 @@ def test_no_word_trusts_a_prediction_below_the_measured_rates() -> None:
     assert predict_kl_at(calibration, 1.0) < QUALITIES["small"]
     assert [rate.bits for rate in quality_rates(calibration)] == [2.0, 2.0, 2.0]
     assert at_quality(calibration, "small", min_bits=3).metadata.rate.bits == 3.0
+    lower = measured((0.01, 0.0005, 0.00002))
+    assert [rate.bits for rate in quality_rates(lower)][::2] == [2.0, 1.0]
+    assert 1.0 < at_quality(lower, "balanced").metadata.rate.bits < 2.0
 
 
 @words
