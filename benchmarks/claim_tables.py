@@ -171,7 +171,7 @@ def _predictions(parts: Parts, page: Path) -> list[str]:
     texts = {"residual_64": text_name(settings), **{part: OTHER_TEXTS[part] for part in others}}
     for part, text in texts.items():
         results = results_of(parts, part)
-        for name, predicted in predictions(settings).items():
+        for name, predicted in (predictions(parts[part][1]["settings"]) or predictions(settings)).items():
             if results.get(name, {"status": ""})["status"] == "ok":
                 rows.append([text, *_prediction(name, predicted, results[name])])
     if not rows:

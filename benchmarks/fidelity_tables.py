@@ -64,9 +64,11 @@ def alike(one: Record, other: Record) -> bool:
 def _conditions(settings: dict[str, Any]) -> dict[str, Any]:
     found = {key: settings[key] for key in ("model_sha256", "dtype", "chunk", "sinks", "codec") if key in settings}
     found["text"] = {key: settings["evaluation"].get(key) for key in ("source", "text_sha256")}
-    # What a calibration says of its cost changes no code.
-    same = ("seconds", "yardstick")
-    found["calibration"] = {key: value for key, value in settings["calibration"].items() if key not in same}
+    given = settings["calibration"]
+    found["calibration"] = {key: value for key, value in given.items() if key not in ("seconds", "yardstick")}
+    # Divergences are measured anew now and then; costs follow from the codes.
+    for point in (given.get("yardstick") or {}).get("points", []):
+        found[f"cost at {point['bits']:g} bits"] = point["cost"]
     return found
 
 

@@ -400,7 +400,7 @@ def test_predictions_are_held_against_text_of_their_kind_whatever_is_measured(
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     parts = fidelity.make_parts(fidelity.parse_arguments(), model, tokenizer, "A text. " * 5000)  # type: ignore[arg-type]
     own = {part.name: part for part in parts}["wikipedia"]
-    assert own.methods == "dense,spectral-2,spectral-3,spectral-4"
+    assert own.methods == "dense,spectral-1,spectral-1.5,spectral-2,spectral-3,spectral-4"
     assert own.text is not None
     assert (len(own.tokens), own.residual) == (len(parts[0].tokens), 64)
 
