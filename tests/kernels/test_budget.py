@@ -65,7 +65,7 @@ def spilled(found: dict[str, dict[str, int]]) -> dict[str, tuple[int, int]]:
 
 def allowed(capability: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """What may be spilled for a GPU by the NVRTC that is here, or else by the newest known."""
-    found = compiler.nvrtc()
+    found = built(compiler.nvrtc)
     major, minor = ctypes.c_int(), ctypes.c_int()
     found.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return SPILLS.get(f"{major.value}.{minor.value}", SPILLS["13.2"]).get(capability, {})
