@@ -29,6 +29,7 @@ from quantcache.common.ambient import standard_settings
 from quantcache.common.errors import QuantCacheError
 from quantcache.common.progress import progress_bar
 from quantcache.common.sequences import cut_windows, text_tokens
+from quantcache.common.units import show_bits
 from quantcache.evaluation.fidelity import measure_fidelity
 from quantcache.evaluation.methods import parse_methods
 from quantcache.evaluation.provenance import check_overlap
@@ -214,7 +215,7 @@ def _divergences(
         result = measured.get(name)
         good = result is not None and result.status == "ok"
         if result is not None and not good:
-            failed.append(f"The divergence at {bits:g} bits could not be measured: {result.status}.")
+            failed.append(f"The divergence at {show_bits(bits)} could not be measured: {result.status}.")
         found.append(
             Divergence(
                 bits,
@@ -278,8 +279,8 @@ def _notes(
     for each in divergences:
         if each.predicted and each.measured and not 0.5 <= each.predicted / each.measured <= 2:
             notes.append(
-                f"At {each.bits:g} bits the prediction is {each.predicted / each.measured:.2f} times the measured one: "
-                "it is tied to runs on the calibration's text; the held-out text is another one, and at low rates a "
+                f"At {show_bits(each.bits)} the prediction is {each.predicted / each.measured:.2f} times the measured "
+                "one: it is tied to runs on the calibration's text; the held-out text is another one, and at low rates a "
                 "second-order model is far from the whole."
             )
     return notes

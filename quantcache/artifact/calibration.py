@@ -28,6 +28,7 @@ from quantcache.coding.schema import CodecSettings, Coding, LayerCalibration, Me
 from quantcache.common import compat
 from quantcache.common.errors import ArtifactError, CalibrationMismatch
 from quantcache.common.tensor_file import save_file
+from quantcache.common.units import show_bits
 from quantcache.common.writing import only_writer, partial_folder, put_together, steadily
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Calibration(ModelHubMixin, library_name="quantcache", tags=["kv-cache", "q
 
     def __repr__(self) -> str:
         model = self.metadata.base_model.get("id") or self.metadata.base_model.get("model_type") or "unknown model"
-        return f"Calibration({model}, {len(self.layers)} layers, {self.bits:g} bits)"
+        return f"Calibration({model}, {len(self.layers)} layers, {show_bits(self.bits)})"
 
     @property
     def bits(self) -> float:

@@ -12,6 +12,7 @@ from quantcache.cli.loading import load_calibration
 from quantcache.cli.options import CALIBRATION_HELP, BitsOption, DebugFlag, JsonFlag, QualityOption, check_rate
 from quantcache.cli.session import session
 from quantcache.common.grid import Grid
+from quantcache.common.units import show_bits
 
 _UNSHOWN = ("text_sha256", "passages", "yardstick")
 
@@ -111,7 +112,7 @@ def rate_line(rate: dict[str, Any]) -> str:
     limit = f"KL of at most {rate['max_kl']:g}"
     if rate["bits"] is None:
         return f"{limit}: none predicted"
-    return f"{rate['bits']:g} bits, {limit}: {rate['predicted_kl']:.2g} predicted"
+    return f"{show_bits(rate['bits'])}, {limit}: {rate['predicted_kl']:.2g} predicted"
 
 
 def _summary(data: dict[str, Any]) -> Grid:
@@ -121,7 +122,7 @@ def _summary(data: dict[str, Any]) -> Grid:
     table.add_row("base model", f"{base.get('id') or 'unknown'}{revision} ({base.get('model_type')})")
     table.add_row("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if key not in _UNSHOWN))
     sides = [f"{side}s {rate[f'{side}_bits']}" for side in ("key", "value") if rate[f"{side}_bits"] != "joint"]
-    common = [f"{rate['bits']:g} bits"] if len(sides) < 2 else []  # which nothing would have
+    common = [show_bits(rate["bits"])] if len(sides) < 2 else []  # which nothing would have
     table.add_row("bits", ", ".join([*common, *sides, f"at least {rate['min_bits']}"]))
     table.add_row("bits per element", f"{data['bits_per_element']:.3f} (codes {data['bits']:.3f}, the rest gains)")
     for each in data["qualities"]:

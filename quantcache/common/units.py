@@ -89,3 +89,15 @@ def show_bytes(count: float, like: str = "GB") -> str:
         count /= base
         power += 1
     return f"{count:,.0f} {units[power]}" if power == 0 else f"{count:,.2f} {units[power]}"
+
+
+def show_bits(bits: float) -> str:
+    """A number of bits for people.
+
+    Args:
+        bits: Number of bits.
+
+    Returns:
+        Such as ``1 bit`` or ``2.5 bits``.
+    """
+    return f"{bits:g} bit{'' if bits == 1 else 's'}"

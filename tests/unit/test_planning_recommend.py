@@ -15,7 +15,7 @@ from quantcache.artifact.calibration import Calibration
 from quantcache.artifact.prediction import predict_kl, predict_kl_at
 from quantcache.common.defaults import RESIDUAL_LENGTH
 from quantcache.common.errors import CalibrationMismatch, QuantCacheError
-from quantcache.common.units import parse_bytes, parse_tokens, show_bytes
+from quantcache.common.units import parse_bytes, parse_tokens, show_bits, show_bytes
 from quantcache.planning import quality, table, usage
 from quantcache.planning.demand import Demand, Recommendation
 from quantcache.planning.digest import bundled_measurements
@@ -460,3 +460,9 @@ def test_bad_tokens(text: str) -> None:
 )
 def test_show_bytes(count: int, like: str, shown: str) -> None:
     assert show_bytes(count, like) == shown
+
+
+def test_show_bits() -> None:
+    assert [show_bits(bits) for bits in (0.0, 0.5, 1, 1.0, 2.5, 3)] == [
+        "0 bits", "0.5 bits", "1 bit", "1 bit", "2.5 bits", "3 bits",
+    ]  # fmt: skip
