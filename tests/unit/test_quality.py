@@ -14,6 +14,7 @@ from quantcache.cache.spectral_cache import SpectralCache
 from quantcache.coding.distortion import expected_cost
 from quantcache.common.defaults import QUALITIES
 from quantcache.common.errors import QuantCacheError
+from quantcache.common.units import show_bits
 from tests.builders import llama_config
 from tests.families import FAMILIES, shared_model
 
@@ -142,5 +143,5 @@ def test_the_documentation_says_what_the_words_choose() -> None:
     lines = (root / "docs" / "using-a-cache.md").read_text(encoding="utf-8").splitlines()
     shipped = [Calibration.for_model(name) for name in ("wiki11m", "smollm2-135m", "qwen2.5-coder-1.5b")]
     for own in zip(*map(quality_rates, shipped), strict=True):
-        cells = [f"{rate.bits:g} bits, {rate.predicted_kl:.2g} predicted" for rate in own]
+        cells = [f"{show_bits(rate.bits)}, {rate.predicted_kl:.2g} predicted" for rate in own]
         assert f"| {' | '.join([f'`{own[0].quality}`', f'{own[0].max_kl:g}', *cells])} |" in lines
