@@ -280,8 +280,8 @@ def _notes(
         if each.predicted and each.measured and not 0.5 <= each.predicted / each.measured <= 2:
             notes.append(
                 f"At {show_bits(each.bits)} the prediction is {each.predicted / each.measured:.2f} times the measured "
-                "one: it is tied to runs on the calibration's text; the held-out text is another one, and at low rates a "
-                "second-order model is far from the whole."
+                "one: it is tied to runs on the calibration's text; the held-out text is another one, and at low rates "
+                "a second-order model is far from the whole."
             )
     return notes
 
