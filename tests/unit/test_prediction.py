@@ -26,7 +26,6 @@ from tests.families import FAMILIES, random_tokens, shared_model
 
 POINTS = [{"bits": 2.0, "cost": 0.02, "kl": 0.008}, {"bits": 4.0, "cost": 0.002, "kl": 0.0004}]
 
-
 MEASURED = [{2: 0.01, 4: 0.001}, {1: 0.2, 2: 0.01, 4: 0.001}, {1: 0.2, 2: 0.1, 3: 0.01, 4: 0.001}]
 """Divergences by bits."""
 
@@ -71,9 +70,7 @@ def test_dense_sides_cost_nothing() -> None:
     assert predict_kl(with_yardstick(dense, {"points": POINTS})) == 0.0
 
 
-@pytest.mark.parametrize(
-    "measured", [{2: 0.01, 4: 0.001}, {1: 0.2, 2: 0.01, 4: 0.001}, {1: 0.2, 2: 0.1, 3: 1e-2, 4: 1e-3}]
-)
+@pytest.mark.parametrize("measured", MEASURED)
 def test_prediction_goes_through_the_measured_points(measured: dict[int, float]) -> None:
     calibration = Calibration.synthetic(llama_config())
     points = [
